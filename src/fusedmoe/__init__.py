@@ -1,0 +1,49 @@
+"""fusedmoe: the Mixture-of-Experts inference layer as a library of its own.
+
+Public names are imported on first use, so that ``import fusedmoe`` needs neither a GPU, nor
+Triton, nor Transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MoEActivation": "fusedmoe.activation",
+    "ApplyMoEActivationConfig": "fusedmoe.activation",
+    "activation_without_mul": "fusedmoe.activation",
+    "apply_moe_activation": "fusedmoe.activation",
+    "FusedMoEConfig": "fusedmoe.config",
+    "FusedMoEParallelConfig": "fusedmoe.config",
+    "MoEOptions": "fusedmoe.config",
+    "ParallelGroups": "fusedmoe.config",
+    "RoutingMethodType": "fusedmoe.config",
+    "FusedMoEActivationFormat": "fusedmoe.modular_kernel",
+    "FusedMoEExpertsModular": "fusedmoe.modular_kernel",
+    "FusedMoEExpertsMonolithic": "fusedmoe.modular_kernel",
+    "FusedMoEPrepareAndFinalizeModular": "fusedmoe.modular_kernel",
+    "FusedMoEPrepareAndFinalizeMonolithic": "fusedmoe.modular_kernel",
+    "FusedMoEQuantConfig": "fusedmoe.quantization.config",
+    "FusedMoERouter": "fusedmoe.router.base",
+    "RoutingResult": "fusedmoe.router.spec",
+    "RoutingSpec": "fusedmoe.router.spec",
+    "RoutingTensors": "fusedmoe.router.spec",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

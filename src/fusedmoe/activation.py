@@ -1,0 +1,172 @@
+"""The activations between the two GEMMs: their names, their formulas, and one function to apply.
+
+Gated activations read ``[..., 2 * I]`` and write ``[..., I]``; names that end in ``_no_mul`` keep
+the width. Everything is computed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+
+
+class MoEActivation(Enum):
+    """The activation of an expert. The gate is the first half unless the name says otherwise."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU2 = "relu2"
+    SWIGLUOAI = "swigluoai"  # gate and up interleaved: gate = x[0::2], up = x[1::2]
+    SWIGLUOAI_UNINTERLEAVE = "swigluoai_uninterleave"
+    SWIGLUSTEP = "swiglustep"
+    SITU = "situ"
+    SILU_NO_MUL = "silu_no_mul"
+    GELU_NO_MUL = "gelu_no_mul"
+    GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
+    RELU2_NO_MUL = "relu2_no_mul"
+
+    @property
+    def is_gated(self) -> bool:
+        return not self.value.endswith("_no_mul")
+
+    @property
+    def custom_op_name(self) -> str:
+        """The activation's name among element-wise ops: ``<act>_and_mul`` or the bare act."""
+        special = {
+            MoEActivation.SWIGLUOAI: "swigluoai_and_mul",
+            MoEActivation.SWIGLUOAI_UNINTERLEAVE: "swigluoai_uninterleave_and_mul",
+            MoEActivation.SWIGLUSTEP: "swiglustep_and_mul",
+            MoEActivation.SITU: "situ_and_mul",
+        }
+        if self in special:
+            return special[self]
+        return f"{self.value}_and_mul" if self.is_gated else self.value.removesuffix("_no_mul")
+
+    @classmethod
+    def from_str(cls, s: str) -> MoEActivation:
+        """Parse a name; Hugging Face's spellings of the same functions are understood."""
+        aliases = {
+            "swish": "silu",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu_new": "gelu_tanh",
+            "gelu_pytorch_tanh_no_mul": "gelu_tanh_no_mul",
+        }
+        try:
+            return cls(aliases.get(s, s))
+        except ValueError:
+            known = ", ".join(member.value for member in cls)
+            raise ValueError(f"unknown MoE activation {s!r}; known: {known}") from None
+
+    def without_mul(self) -> MoEActivation:
+        """The variant without a gate, or this one where there is none."""
+        try:
+            return MoEActivation(f"{self.value}_no_mul")
+        except ValueError:
+            return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyMoEActivationConfig:
+    """Numbers an activation may need; ``None`` takes the activation's own default or refuses.
+
+    ``clamp_limit`` bounds gate (above) and up (both sides). ``alpha`` and ``beta`` belong to the
+    swigluoai forms: (up + beta) * gate * sigmoid(alpha * gate).
+    """
+
+    clamp_limit: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    situ_beta: float | None = None
+    situ_linear_beta: float | None = None
+
+
+def activation_without_mul(activation: str) -> str:
+    """The name of the non-gated variant of ``activation`` (``"silu"`` -> ``"silu_no_mul"``)."""
+    return MoEActivation.from_str(activation).without_mul().value
+
+
+def activation_reference(
+    activation: MoEActivation,
+    x: torch.Tensor,
+    config: ApplyMoEActivationConfig | None = None,
+) -> torch.Tensor:
+    """The definition. x [..., S * I] (S = 2 where gated) -> [..., I] in fp32 (fp64 stays fp64)."""
+    config = config or ApplyMoEActivationConfig()
+    x = x if x.dtype == torch.float64 else x.float()
+    if not activation.is_gated:
+        return _plain(activation.value.removesuffix("_no_mul"), x)
+    if activation is MoEActivation.RELU2:
+        raise ValueError("relu2 has no gated form; use relu2_no_mul")
+    gate, up = (
+        (x[..., 0::2], x[..., 1::2]) if activation is MoEActivation.SWIGLUOAI else x.chunk(2, -1)
+    )
+    limit = config.clamp_limit
+    if activation in (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE):
+        limit, alpha, beta = _swigluoai_numbers(activation, config)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + beta) * gate * torch.sigmoid(alpha * gate)
+    if activation is MoEActivation.SWIGLUSTEP:
+        limit = 7.0 if limit is None else limit
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    if activation is MoEActivation.SITU:
+        if config.situ_beta is None:
+            raise ValueError("situ needs situ_beta")
+        if config.situ_linear_beta:
+            up = config.situ_linear_beta * torch.tanh(up / config.situ_linear_beta)
+        return config.situ_beta * torch.tanh(gate / config.situ_beta) * torch.sigmoid(gate) * up
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return _plain(activation.value, gate) * up
+
+
+def _plain(name: str, x: torch.Tensor) -> torch.Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.relu(x).square()
+
+
+def _swigluoai_numbers(
+    activation: MoEActivation, config: ApplyMoEActivationConfig
+) -> tuple[float, float, float]:
+    """(limit, alpha, beta): fixed for gpt-oss's interleaved form unless given, else required."""
+    interleaved = activation is MoEActivation.SWIGLUOAI
+    if config.clamp_limit is None and not interleaved:
+        raise ValueError("swigluoai_uninterleave needs clamp_limit")
+    limit = 7.0 if config.clamp_limit is None else config.clamp_limit
+    alpha = (1.702 if interleaved else 1.0) if config.alpha is None else config.alpha
+    beta = (1.0 if interleaved else 0.0) if config.beta is None else config.beta
+    return limit, alpha, beta
+
+
+def apply_moe_activation(
+    activation: MoEActivation,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    *,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    valid_token_counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply ``activation`` to ``input`` [..., S * I], writing ``output`` [..., I] in place.
+
+    Rows that carry nothing may be skipped (their output is then unspecified): with ``topk_ids``
+    [T, K], slots whose id is -1 or maps to -1 in ``expert_map``; with ``valid_token_counts``
+    (int32, [1] for 2-D input, [E] for [E, T, S * I]), rows past the count.
+    """
+    width = input.shape[-1] // 2 if activation.is_gated else input.shape[-1]
+    if output.shape != (*input.shape[:-1], width) or (activation.is_gated and input.shape[-1] % 2):
+        raise ValueError(
+            f"{activation.value} of input {tuple(input.shape)} writes "
+            f"{(*input.shape[:-1], width)}, but output is {tuple(output.shape)}"
+        )
+    output.copy_(activation_reference(activation, input, activation_config))
+    return output

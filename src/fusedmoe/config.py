@@ -1,0 +1,244 @@
+"""Frozen records that say what a layer is: its sizes, its parallelism, its options.
+
+Nothing here looks at a device, an environment variable or a process group's default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class RoutingMethodType(IntEnum):
+    """The routing rules that kernels may name; the numbers are those of the API reference."""
+
+    Default = 0  # softmax -> top-k
+    Renormalize = 1  # top-k -> softmax
+    DeepSeekV3 = 2  # sigmoid + bias, grouped
+    Llama4 = 3  # top-k -> sigmoid
+    RenormalizeNaive = 4  # softmax -> top-k -> renormalize
+    TopK = 5  # no score function
+    SigmoidRenorm = 6
+    MiniMax2 = 7  # sigmoid + bias -> top-k -> scaled, sum-normalised
+    Sigmoid = 8
+    Unspecified = 9
+    DeepseekV4 = 100
+    Custom = 101
+    Simulated = 102
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEOptions:
+    """How a layer may run, never what it computes (rounding order aside).
+
+    ``experts`` and ``prepare_finalize`` force an implementation: a name that
+    ``fusedmoe.explain`` prints, or (for experts) a class of your own.
+    """
+
+    batch_invariant: bool = False
+    deterministic: bool = True
+    max_workspace_bytes: int | None = None
+    experts: str | type | None = None
+    prepare_finalize: str | None = None
+    debug_checks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_workspace_bytes is not None and self.max_workspace_bytes <= 0:
+            raise ValueError(
+                f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """The process groups a layer uses, given explicitly; ``None`` is a group of one rank."""
+
+    tp: ProcessGroup | DeviceMesh | None = None
+    dp: ProcessGroup | DeviceMesh | None = None
+    pcp: ProcessGroup | DeviceMesh | None = None
+    ep: ProcessGroup | DeviceMesh | None = None
+    enable_expert_parallel: bool = False
+
+    @staticmethod
+    def size_and_rank(group: ProcessGroup | DeviceMesh | None) -> tuple[int, int]:
+        """Size of a group and this process's rank in it; (1, 0) for ``None``."""
+        if group is None:
+            return 1, 0
+        process_group = group.get_group() if hasattr(group, "get_group") else group
+        return process_group.size(), process_group.rank()
+
+
+class ParallelSettings(Protocol):
+    """What ``FusedMoEParallelConfig.make`` reads of its last argument."""
+
+    enable_expert_parallel: bool
+
+
+def _rank_of(settings: Any, name: str) -> int:
+    return int(getattr(settings, name, 0) or 0)
+
+
+@dataclass(frozen=True)
+class FusedMoEParallelConfig:
+    """How one layer is cut over ranks. Sizes are at least 1, ranks lie in [0, size).
+
+    With expert parallelism every expert is whole on one rank (``tp_size == 1``) and the
+    ``dp * pcp * tp`` ranks share the experts; without it each expert is sharded over them all.
+    """
+
+    tp_size: int
+    pcp_size: int
+    dp_size: int
+    ep_size: int
+    tp_rank: int
+    pcp_rank: int
+    dp_rank: int
+    ep_rank: int
+    sp_size: int = 1
+    use_ep: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pcp", "dp", "ep"):
+            size, rank = getattr(self, f"{name}_size"), getattr(self, f"{name}_rank")
+            if size < 1 or not 0 <= rank < size:
+                raise ValueError(
+                    f"{name}_rank {rank} does not lie in a group of {name}_size {size}"
+                )
+        if self.sp_size < 1:
+            raise ValueError(f"sp_size must be at least 1, got {self.sp_size}")
+
+    @property
+    def use_all2all_kernels(self) -> bool:
+        """Whether tokens (not only sums) have to move between ranks."""
+        return self.use_ep and (self.dp_size > 1 or self.pcp_size > 1 or self.sp_size > 1)
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        return self.sp_size > 1
+
+    @staticmethod
+    def make(
+        tp_size_: int,
+        pcp_size_: int,
+        dp_size_: int,
+        sp_size_: int,
+        vllm_parallel_config: ParallelSettings,
+    ) -> FusedMoEParallelConfig:
+        """Work out the layer's parallelism from the sizes around it.
+
+        ``vllm_parallel_config`` is any object with ``enable_expert_parallel``; where this process
+        is not rank 0 of a group it also carries ``tp_rank``, ``pcp_rank`` or
+        ``data_parallel_rank``.
+        """
+        for name, size in (
+            ("tp", tp_size_),
+            ("pcp", pcp_size_),
+            ("dp", dp_size_),
+            ("sp", sp_size_),
+        ):
+            if size < 1:
+                raise ValueError(f"{name}_size must be at least 1, got {size}")
+        tp_rank = _rank_of(vllm_parallel_config, "tp_rank")
+        pcp_rank = _rank_of(vllm_parallel_config, "pcp_rank")
+        dp_rank = _rank_of(vllm_parallel_config, "data_parallel_rank")
+        flat_size = dp_size_ * pcp_size_ * tp_size_
+        flat_rank = (dp_rank * pcp_size_ + pcp_rank) * tp_size_ + tp_rank
+        use_ep = flat_size > 1 and bool(vllm_parallel_config.enable_expert_parallel)
+        return FusedMoEParallelConfig(
+            tp_size=1 if use_ep else flat_size,
+            tp_rank=0 if use_ep else flat_rank,
+            pcp_size=pcp_size_,
+            pcp_rank=pcp_rank,
+            dp_size=dp_size_,
+            dp_rank=dp_rank,
+            ep_size=flat_size if use_ep else 1,
+            ep_rank=flat_rank if use_ep else 0,
+            sp_size=sp_size_,
+            use_ep=use_ep,
+        )
+
+    @classmethod
+    def make_no_parallel(cls) -> FusedMoEParallelConfig:
+        return cls(1, 1, 1, 1, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedMoEConfig:
+    """Everything about a layer that selection and the stages may depend on, except its weights.
+
+    ``num_experts`` counts physical experts over all ranks (redundant copies included),
+    ``num_logical_experts`` those of the model, ``num_local_experts`` those stored here.
+    Sizes are per rank and padded; ``*_unpadded`` are what the checkpoint has.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    hidden_dim: int
+    intermediate_size_per_partition: int
+    num_local_experts: int
+    activation: MoEActivation
+    in_dtype: torch.dtype
+    device: torch.device
+    num_logical_experts: int = -1
+    routing_method: RoutingMethodType = RoutingMethodType.Unspecified
+    moe_parallel_config: FusedMoEParallelConfig = field(
+        default_factory=FusedMoEParallelConfig.make_no_parallel
+    )
+    activation_config: ApplyMoEActivationConfig = field(default_factory=ApplyMoEActivationConfig)
+    router_logits_dtype: torch.dtype | None = None
+    hidden_dim_unpadded: int = -1
+    intermediate_size_per_partition_unpadded: int = -1
+    has_bias: bool = False
+    apply_router_weight_on_input: bool = False
+    has_hash_routing: bool = False
+    max_num_tokens: int | None = None
+    options: MoEOptions = field(default_factory=MoEOptions)
+
+    def __post_init__(self) -> None:
+        for name, like in (
+            ("num_logical_experts", "num_experts"),
+            ("hidden_dim_unpadded", "hidden_dim"),
+            ("intermediate_size_per_partition_unpadded", "intermediate_size_per_partition"),
+        ):
+            if getattr(self, name) < 0:
+                object.__setattr__(self, name, getattr(self, like))
+        for name in ("num_experts", "hidden_dim", "intermediate_size_per_partition"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} does not lie in "
+                f"[1, num_experts {self.num_experts}]"
+            )
+        if not 0 <= self.num_local_experts <= self.num_experts:
+            raise ValueError(
+                f"num_local_experts {self.num_local_experts} exceeds num_experts {self.num_experts}"
+            )
+        if self.apply_router_weight_on_input and self.experts_per_token != 1:
+            raise ValueError(
+                "apply_router_weight_on_input needs top-1 routing, got experts_per_token "
+                f"{self.experts_per_token}"
+            )
+
+    @property
+    def is_act_and_mul(self) -> bool:
+        return self.activation.is_gated
+
+    @property
+    def w13_num_shards(self) -> int:
+        """2 where w13 stacks gate and up, 1 where the activation has no gate."""
+        return 2 if self.activation.is_gated else 1
+
+
+def replace_fields(record: Any, **changes: Any) -> dict[str, Any]:
+    """The constructor arguments of a dataclass ``record`` with ``changes`` applied."""
+    return {f.name: getattr(record, f.name) for f in fields(record) if f.init} | changes

@@ -1,0 +1,131 @@
+"""The experts in plain torch: the definition every other implementation is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEExpertsModular,
+    WorkspaceShapes,
+)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
+
+
+def local_ids(
+    topk_ids: torch.Tensor, num_local: int, expert_map: torch.Tensor | None
+) -> torch.Tensor:
+    """Local expert of each slot, -1 where there is none (padding, remote, out of range)."""
+    ids = topk_ids.long()
+    if expert_map is not None:
+        inside = (ids >= 0) & (ids < expert_map.shape[0])
+        mapped = expert_map.long()[ids.clamp(0, expert_map.shape[0] - 1)]
+        ids = torch.where(inside, mapped, -1)
+    return torch.where((ids >= 0) & (ids < num_local), ids, -1)
+
+
+def experts_reference(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x [T, H], w1 [e, S * I, H], w2 [e, H, I] -> [T, H] in x's dtype, all sums in compute_dtype.
+
+    out[t] = sum over k of weight[t, k] * (act(x[t] W1^T + b1) W2^T + b2), for slots whose expert
+    is here. With ``apply_router_weight_on_input`` (K = 1) the input is weighted instead.
+    """
+    x = hidden_states.to(compute_dtype)
+    weights = topk_weights.to(compute_dtype)
+    if apply_router_weight_on_input:
+        x, weights = x * weights, torch.ones_like(weights)
+    ids = local_ids(topk_ids, w1.shape[0], expert_map)
+    out = torch.zeros(x.shape[0], w2.shape[1], dtype=compute_dtype, device=x.device)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        token, pick = (ids == expert).nonzero(as_tuple=True)
+        up = x[token] @ w1[expert].to(compute_dtype).T
+        if w1_bias is not None:
+            up = up + w1_bias[expert].to(compute_dtype)
+        act = activation_reference(activation, up, activation_config).to(compute_dtype)
+        down = act @ w2[expert].to(compute_dtype).T
+        if w2_bias is not None:
+            down = down + w2_bias[expert].to(compute_dtype)
+        out.index_add_(0, token, down * weights[token, pick, None])
+    return out.to(hidden_states.dtype)
+
+
+class TorchExperts(FusedMoEExpertsModular):
+    """Runs anywhere, any activation; fp32 arithmetic; slow by design (it reads ids on the host)."""
+
+    name = "torch"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return ExpertsCapabilities(
+            dtypes=frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}),
+        )
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        return WorkspaceShapes((0,), (0,), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        output.copy_(
+            experts_reference(
+                hidden_states,
+                w1,
+                w2,
+                weights,
+                topk_ids,
+                activation=activation,
+                activation_config=self.activation_config,
+                w1_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                expert_map=expert_map,
+                compute_dtype=wide,
+            )
+        )

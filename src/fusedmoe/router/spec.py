@@ -1,0 +1,90 @@
+"""What a routing rule is, as data: one record covers every family, named routers are thin specs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
+GroupScore = Literal["max", "top2_sum"]
+Selection = Literal["topk", "sparsemixer", "topk_per_group"]
+
+
+class RoutingResult(NamedTuple):
+    """Weights fp32 [T, K] and ids [T, K]; id -1 (weight 0) is a slot that carries nothing.
+
+    ``zero_expert_weight`` fp32 [T]: what the identity (zero) experts contribute, as the factor of
+    the token's own hidden state; None where the rule has none.
+    """
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    zero_expert_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSpec:
+    """logits [T, E] -> RoutingResult, in this order, all of it in fp32:
+
+    softcap -> score -> (+ bias, for the choice alone) -> keep the best groups -> choose K
+    -> gather the unbiased score -> renormalize -> scale -> per-expert scale
+    -> zero experts out -> fused shared experts appended.
+
+    ``score_after_topk`` scores the chosen logits only (top-k -> softmax or sigmoid).
+    ``renormalize`` divides by max(p-norm + epsilon, floor), p = ``renormalize_norm``; a
+    denominator of zero or less becomes 1.
+    ``num_expert_group``/``topk_group`` (0: no groups) keep the best groups before the choice.
+    ``sparsemixer_epsilon`` is Phi-MoE's jitter epsilon, ``logit_softcap`` Grok's tanh cap.
+    ``num_zero_experts`` counts the identity experts behind the E real ones in the logits.
+    """
+
+    top_k: int
+    num_experts: int
+    score_function: ScoreFunction = "softmax"
+    score_after_topk: bool = False
+    selection: Selection = "topk"
+    renormalize: bool = False
+    renormalize_epsilon: float = 0.0
+    renormalize_floor: float = 0.0
+    renormalize_norm: float = 1.0
+    routed_scaling_factor: float = 1.0
+    num_expert_group: int = 0
+    topk_group: int = 0
+    group_score: GroupScore = "max"
+    logit_softcap: float = 0.0
+    sparsemixer_epsilon: float = 0.01
+    num_zero_experts: int = 0
+    num_fused_shared_experts: int = 0
+    shared_expert_weight: float = 1.0
+    image_sentinel_lo: int = 0
+
+    def __post_init__(self) -> None:
+        candidates = self.num_experts + self.num_zero_experts
+        if not 1 <= self.top_k <= candidates:
+            raise ValueError(f"top_k {self.top_k} does not lie in [1, {candidates}] experts")
+        groups = self.num_expert_group
+        if groups:
+            if candidates % groups:
+                raise ValueError(f"{candidates} experts do not divide into {groups} groups")
+            if not 1 <= self.topk_group <= groups:
+                raise ValueError(f"topk_group {self.topk_group} does not lie in [1, {groups}]")
+        if self.selection == "sparsemixer" and self.top_k != 2:
+            raise ValueError(f"sparsemixer chooses 2 experts, top_k is {self.top_k}")
+        if self.selection == "topk_per_group" and (not groups or self.top_k % groups):
+            raise ValueError(f"top_k {self.top_k} does not divide into {groups} groups")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTensors:
+    """The tensors a rule may need beside the logits.
+
+    correction_bias [E + Z], per_expert_scale [E], hash_indices_table [vocab, K] (ids by token id),
+    vision_bias [E] (the bias of rows whose token id lies in [lo, lo + 5), lo > 0).
+    """
+
+    correction_bias: torch.Tensor | None = None
+    per_expert_scale: torch.Tensor | None = None
+    hash_indices_table: torch.Tensor | None = None
+    vision_bias: torch.Tensor | None = None
