@@ -1,0 +1,213 @@
+"""Generate with a random-weight Mixture-of-Experts model of real size, on one GPU.
+
+Compares expert implementations inside the same model: tokens/s of greedy generation, and, teacher
+forced on the baseline's tokens, how often the argmax differs and by how much the baseline's two
+best logits were apart there (in bf16 ulps of the best one).
+
+    python benchmarks/model_generate.py --out benchmarks/results/h200/model_qwen3_30b.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from typing import Any
+
+import torch
+import transformers
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import fusedmoe
+
+# The published sizes of Qwen3-30B-A3B.
+QWEN3_30B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "max_position_embeddings": 40960,
+}
+BASELINE = "grouped_mm"
+
+
+def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCausalLM:
+    """Every weight normal with std 0.02 (norms 1), routers ``router_gain`` times sharper.
+
+    A trained router decides clearly; an untrained one ties at every layer, and the rounding of any
+    two implementations then sends tokens to different experts.
+    """
+    config = Qwen3MoeConfig(**QWEN3_30B | {"num_hidden_layers": layers})
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                gain = router_gain if name.endswith("mlp.gate.weight") else 1.0
+                parameter.normal_(std=0.02 * gain)
+        rotary = type(model.model.rotary_emb)(config=config).to(device)
+        model.model.rotary_emb = rotary
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def use(model: Any, implementation: str) -> None:
+    """Switch ``model`` to an experts implementation, or to accelerated whole blocks."""
+    fusedmoe.restore(model)
+    if implementation == "fusedmoe:accelerate":
+        model.set_experts_implementation("fusedmoe")
+        fusedmoe.accelerate(model)
+    else:
+        model.set_experts_implementation(implementation)
+
+
+@torch.inference_mode()
+def generate(model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | None) -> torch.Tensor:
+    extra = {} if cache is None else {"cache_implementation": cache}
+    return model.generate(
+        prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **extra
+    )
+
+
+def tokens_per_second(
+    model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | None, repeats: int
+) -> tuple[float, torch.Tensor]:
+    """Median over ``repeats`` runs after one warm-up; counts generated tokens of all rows."""
+    tokens = generate(model, prompt, new_tokens, cache)
+    rates = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        tokens = generate(model, prompt, new_tokens, cache)
+        torch.cuda.synchronize()
+        rates.append(prompt.shape[0] * new_tokens / (time.perf_counter() - start))
+    return statistics.median(rates), tokens
+
+
+@torch.inference_mode()
+def teacher_forced(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, use_cache=False).logits
+
+
+def disagreement(baseline: torch.Tensor, ours: torch.Tensor) -> dict[str, Any]:
+    """Positions whose argmax differs, with the baseline's top-2 gap there in bf16 ulps."""
+    best = baseline.float().topk(2, dim=-1).values
+    exponent = torch.frexp(best[..., 0].abs()).exponent  # value in [2^(e-1), 2^e)
+    gap = (best[..., 0] - best[..., 1]) / torch.exp2(exponent.float() - 8)
+    differs = baseline.argmax(-1) != ours.argmax(-1)
+    gaps = gap[differs].tolist()
+    return {
+        "positions": differs.numel(),
+        "argmax_differs": int(differs.sum()),
+        "gap_ulps_max": max(gaps, default=0.0),
+        "gaps_ulps": sorted(round(g, 2) for g in gaps),
+        "logits_relative_error": float(
+            (ours.float() - baseline.float()).norm() / baseline.float().norm()
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    parser.add_argument("--layers", type=int, default=QWEN3_30B["num_hidden_layers"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--caches", nargs="+", default=["dynamic"], choices=["dynamic", "static"])
+    parser.add_argument("--router-gain", type=float, default=4.0)
+    parser.add_argument("--implementations", nargs="+", default=["fusedmoe", "fusedmoe:accelerate"])
+    args = parser.parse_args()
+    fusedmoe.register()
+    model = build_model(args.layers, "cuda", args.router_gain)
+    bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = []
+    for batch in args.batches:
+        torch.manual_seed(batch)
+        prompt = torch.randint(0, QWEN3_30B["vocab_size"], (batch, args.prompt_tokens)).cuda()
+        for cache in args.caches:
+            rows += measure(model, prompt, cache, args)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "fusedmoe": fusedmoe.__version__,
+        },
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        "model": f"Qwen3-30B-A3B sizes, {args.layers} layers, random bf16 weights",
+        "model_gigabytes": round(bytes_of_model / 1e9, 2),
+        "router_gain": args.router_gain,
+        "rows": rows,
+    }
+    print(json.dumps(report, indent=1))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+def measure(
+    model: Any, prompt: torch.Tensor, cache: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row for the baseline and one for each implementation at this batch and cache."""
+    rows = []
+    reference = logits = None
+    for implementation in [BASELINE, *args.implementations]:
+        use(model, implementation)
+        rate, tokens = tokens_per_second(
+            model, prompt, args.new_tokens, None if cache == "dynamic" else cache, args.repeats
+        )
+        row = {
+            "impl": implementation.replace(BASELINE, "transformers_grouped_mm"),
+            "batch": prompt.shape[0],
+            "prompt_tokens": prompt.shape[1],
+            "new_tokens": args.new_tokens,
+            "cache": cache,
+            "tokens_per_s": round(rate, 2),
+        }
+        if reference is None:
+            reference = tokens
+            logits = teacher_forced(model, reference[:4])
+        else:
+            row |= {
+                "speedup": round(rate / rows[0]["tokens_per_s"], 3),
+                "tokens_identical": int((tokens == reference).all(-1).sum()),
+                "teacher_forced": disagreement(logits, teacher_forced(model, reference[:4])),
+            }
+        if not math.isfinite(rate):
+            raise RuntimeError(f"{implementation} generated nothing")
+        rows.append(row)
+    use(model, BASELINE)
+    return rows
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
