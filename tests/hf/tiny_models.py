@@ -76,7 +76,12 @@ GROUPED = {"n_group": 3, "topk_group": 2}
 SPARSE_ATTENTION = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
 MROPE = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "mrope_section": [1, 1, 2],
+    }
 }
 VISION = {
     "depth": 1,
@@ -118,6 +123,17 @@ OCR_VISION = {
         "num_key_value_heads": 2,
     },
 }
+GEMMA_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
 STEP_VISION = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -128,6 +144,7 @@ STEP_VISION = {
 IMAGE_TOKENS = {
     "image_token_id": VOCAB + 1,
     "video_token_id": VOCAB + 2,
+    "vision_start_token_id": VOCAB + 3,
 }
 NLLB = {
     "d_model": 32,
@@ -247,8 +264,8 @@ def _canvas(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _embeddings(model: Any) -> dict[str, torch.Tensor]:
-    ids = token_ids()
-    return {"inputs_embeds": model.get_input_embeddings()(ids)}
+    generator = torch.Generator().manual_seed(1)
+    return {"inputs_embeds": torch.randn(2, 9, model.config.hidden_size, generator=generator)}
 
 
 INPUTS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {
@@ -261,8 +278,9 @@ INPUTS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {
 
 @torch.no_grad()
 def logits(row: TinyModel, model: Any) -> torch.Tensor:
-    """fp32 logits [B, S, vocab] (or labels) of the row's example input."""
-    return model(**INPUTS[row.inputs](model)).logits
+    """fp32 logits [B, S, vocab] of the row's example input; the last hidden state of a bare model."""
+    outputs = model(**INPUTS[row.inputs](model))
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
 @torch.no_grad()
@@ -344,7 +362,7 @@ DECORATED: tuple[TinyModel, ...] = (
         experts_class="DiffusionGemmaTextExperts",
         text_at="text_config",
         config={"global_head_dim": 8, "final_logit_softcapping": 30.0},
-        outer={"canvas_length": 6},
+        outer={"canvas_length": 6, "vision_config": GEMMA_VISION},
         inputs="canvas",
         cannot_generate="block diffusion samples a canvas at random; it has no greedy tokens",
     ),
@@ -484,7 +502,8 @@ DECORATED: tuple[TinyModel, ...] = (
         name="qwen3_omni_moe_talker",
         model_class="Qwen3OmniMoeTalkerModel",
         experts_class="Qwen3OmniMoeTalkerTextExperts",
-        config=MROPE,
+        config=MROPE | {"shared_expert_intermediate_size": 24},
+        inputs="embeddings",
         cannot_generate="the talker speaks only inside the whole speech pipeline",
     ),
     TinyModel(
@@ -501,6 +520,11 @@ DECORATED: tuple[TinyModel, ...] = (
         experts_class="Qwen4ExpTextExperts",
         layer_types=["linear_attention", "qwen_sparse_attention"],
         hc_count=2,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=4,
+        indexer_compress_ratio=2,
         hc_lowrank=8,
     ),
     _causal("solar_open", "SolarOpen"),
@@ -517,10 +541,9 @@ UNDECORATED: tuple[TinyModel, ...] = (
         n_heads=4,
         n_layers=2,
         max_seq_len=128,
-        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 24, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
     ),
-    _undecorated("doge", "DogeForCausalLM", "DogeCDMoE", is_moe=True, num_experts=16),
     _undecorated("jetmoe", "JetMoeForCausalLM", "JetMoeMoE", kv_channels=8),
     _undecorated(
         "llama4",
