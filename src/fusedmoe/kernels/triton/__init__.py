@@ -1,0 +1,1 @@
+"""The @triton.jit bodies and their launches; importing a module here needs Triton."""
