@@ -278,7 +278,7 @@ INPUTS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {
 
 @torch.no_grad()
 def logits(row: TinyModel, model: Any) -> torch.Tensor:
-    """fp32 logits [B, S, vocab] of the row's example input; the last hidden state of a bare model."""
+    """fp32 logits [B, S, vocab] of the example input; the last hidden state of a bare model."""
     outputs = model(**INPUTS[row.inputs](model))
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
