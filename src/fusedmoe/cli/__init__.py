@@ -1,0 +1,56 @@
+"""The ``fusedmoe`` command: one module per verb, each with ``add_arguments`` and ``run``.
+
+Bad input ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+VERBS = {
+    "generate": "generate text from a checkpoint folder or a preset",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the usage text before an error: the one line says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}\n")
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fusedmoe import __version__
+
+    parser = _Parser(
+        prog="fusedmoe", description="Run, explain and measure Mixture-of-Experts layers."
+    )
+    parser.add_argument("--version", action="version", version=f"fusedmoe {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, summary in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        import_module(f"fusedmoe.cli.{name}").add_arguments(verb)
+        verb.add_argument("--json", action="store_true", help="print one JSON object")
+        verb.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0, 1 for a failed comparison, 2 for bad input)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
+    except (ValueError, OSError, ImportError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"fusedmoe {args.verb}: error: {_one_line(error)}", file=sys.stderr)
+        return 2

@@ -1,0 +1,89 @@
+"""What the verbs share: tables, JSON, progress on stderr, and text made safe for a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+SECONDS_BEFORE_PROGRESS = 2.0
+
+
+class Progress(Protocol):
+    """The part of a progress bar that the verbs use."""
+
+    def update(self, n: int = 1) -> Any: ...
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+@contextmanager
+def progress(total: int | None, what: str) -> Iterator[Progress]:
+    """A bar on stderr, shown once the work has taken two seconds; silent without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _Silent()
+        return
+    with tqdm(
+        total=total, desc=what, delay=SECONDS_BEFORE_PROGRESS, file=sys.stderr, leave=False
+    ) as bar:
+        yield bar
+
+
+def print_json(record: Any) -> None:
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns padded to their widest cell: numbers to the right, words to the left."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [
+        max(len(column), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)
+    ]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (
+            value.rjust(width) if to_right else value.ljust(width)
+            for value, width, to_right in zip(values, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    print(line(columns))
+    print(line(["-" * width for width in widths]))
+    for row in cells:
+        print(line(row))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` -> ``1.50 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: control characters are written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
