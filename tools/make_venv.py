@@ -1,6 +1,6 @@
 """Make .venv for this checkout, keeping a torch that is already installed.
 
-    python3 tools/venv.py        makes .venv and .venv/constraints.txt
+    python3 tools/make_venv.py        makes .venv and .venv/constraints.txt
 
 If the Python that runs this has a new enough torch (a CUDA build, say), .venv sees that Python's
 packages and the constraints name that very torch and its triton, so that pip leaves them alone.
