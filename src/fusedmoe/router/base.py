@@ -1,8 +1,10 @@
-"""FusedMoERouter: the contract of everything that chooses experts."""
+"""FusedMoERouter: the contract of everything that chooses experts, and the template most share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,8 @@ from fusedmoe.config import RoutingMethodType
 
 if TYPE_CHECKING:
     from fusedmoe.router.spec import RoutingResult
+
+CaptureFunction = Callable[[torch.Tensor], None]
 
 
 class FusedMoERouter(ABC):
@@ -34,3 +38,107 @@ class FusedMoERouter(ABC):
         the vision bias; rows where ``is_padding`` [T] is True get id -1 and weight 0. Without
         expert load balancing the ids are global logical ids.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class EplbState:
+    """Where the replicas of each logical expert are, and where to count the load of one layer.
+
+    logical_to_physical_map int [L, max replicas], logical_replica_count int [L],
+    expert_load_view int32 [P] (counts are added to it). Nothing is counted while
+    ``should_record`` (one element, on the device) is zero, nor in rows from
+    ``num_unpadded_tokens`` (one integer, on the device) on; None: always, all rows.
+    The tensors keep their addresses; a rebalancing writes into them.
+    """
+
+    expert_load_view: torch.Tensor
+    logical_to_physical_map: torch.Tensor
+    logical_replica_count: torch.Tensor
+    should_record: torch.Tensor | None = None
+    num_unpadded_tokens: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        table, count = self.logical_to_physical_map, self.logical_replica_count
+        if table.dim() != 2 or table.shape[1] < 1 or count.shape != table.shape[:1]:
+            raise ValueError(
+                "logical_to_physical_map must be [L, max replicas] and logical_replica_count [L], "
+                f"got {tuple(table.shape)} and {tuple(count.shape)}"
+            )
+        load = self.expert_load_view
+        if load.dim() != 1 or load.dtype is not torch.int32:
+            raise ValueError(
+                f"expert_load_view must be int32 [P], got {load.dtype} {tuple(load.shape)}"
+            )
+
+
+class BaseRouter(FusedMoERouter):
+    """Routing, then the capture hook (logical ids), then the replicas chosen by load balancing."""
+
+    eplb_state: EplbState | None = None
+    _capture: CaptureFunction | None = None
+
+    @abstractmethod
+    def compute_routing(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_dtype: torch.dtype,
+        input_ids: torch.Tensor | None,
+        is_padding: torch.Tensor | None,
+    ) -> RoutingResult:
+        """Weights and logical ids, as ``select_experts`` describes them."""
+
+    def select_experts(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        topk_indices_dtype: torch.dtype | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        is_padding: torch.Tensor | None = None,
+    ) -> RoutingResult:
+        result = self.compute_routing(
+            hidden_states,
+            router_logits,
+            topk_indices_dtype or torch.int32,
+            input_ids,
+            is_padding,
+        )
+        if self._capture is not None:
+            self._capture(result.topk_ids)
+        if self.eplb_state is not None:
+            from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
+
+            state = self.eplb_state
+            physical = eplb_map_to_physical_and_record(
+                result.topk_ids,
+                state.logical_to_physical_map,
+                state.logical_replica_count,
+                state.expert_load_view,
+                should_record=state.should_record,
+                num_unpadded_tokens=state.num_unpadded_tokens,
+            )
+            result = result._replace(topk_ids=physical)
+        return result
+
+    def set_capture_fn(self, capture_fn: CaptureFunction | None) -> None:
+        """Call ``capture_fn(logical ids [T, K])`` after each routing; None stops it."""
+        self._capture = capture_fn
+
+    def set_eplb_state(
+        self,
+        expert_load_view: torch.Tensor,
+        logical_to_physical_map: torch.Tensor,
+        logical_replica_count: torch.Tensor,
+        *,
+        should_record: torch.Tensor | None = None,
+        num_unpadded_tokens: torch.Tensor | None = None,
+    ) -> None:
+        """From now on return physical ids and count their load; see ``EplbState``."""
+        self.eplb_state = EplbState(
+            expert_load_view=expert_load_view,
+            logical_to_physical_map=logical_to_physical_map,
+            logical_replica_count=logical_replica_count,
+            should_record=should_record,
+            num_unpadded_tokens=num_unpadded_tokens,
+        )

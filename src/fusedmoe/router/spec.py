@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -36,6 +36,9 @@ class RoutingSpec:
     ``renormalize`` divides by max(p-norm + epsilon, floor), p = ``renormalize_norm``; a
     denominator of zero or less becomes 1.
     ``num_expert_group``/``topk_group`` (0: no groups) keep the best groups before the choice.
+    ``topk_per_group`` chooses K/G in each group, in the order of the groups (InternS1-Pro).
+    A score that is NaN or infinite counts as 0; with ``score_after_topk``, where logits are
+    compared, such a logit cannot be chosen. Neither can a choice of -inf (or a NaN bias).
     ``sparsemixer_epsilon`` is Phi-MoE's jitter epsilon, ``logit_softcap`` Grok's tanh cap.
     ``num_zero_experts`` counts the identity experts behind the E real ones in the logits.
     """
@@ -61,6 +64,13 @@ class RoutingSpec:
     image_sentinel_lo: int = 0
 
     def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("score_function", self.score_function, get_args(ScoreFunction)),
+            ("group_score", self.group_score, get_args(GroupScore)),
+            ("selection", self.selection, get_args(Selection)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
         candidates = self.num_experts + self.num_zero_experts
         if not 1 <= self.top_k <= candidates:
             raise ValueError(f"top_k {self.top_k} does not lie in [1, {candidates}] experts")
@@ -70,10 +80,31 @@ class RoutingSpec:
                 raise ValueError(f"{candidates} experts do not divide into {groups} groups")
             if not 1 <= self.topk_group <= groups:
                 raise ValueError(f"topk_group {self.topk_group} does not lie in [1, {groups}]")
-        if self.selection == "sparsemixer" and self.top_k != 2:
-            raise ValueError(f"sparsemixer chooses 2 experts, top_k is {self.top_k}")
-        if self.selection == "topk_per_group" and (not groups or self.top_k % groups):
-            raise ValueError(f"top_k {self.top_k} does not divide into {groups} groups")
+        if self.selection == "sparsemixer" and (self.top_k != 2 or candidates < 2 or groups):
+            raise ValueError(
+                f"sparsemixer chooses 2 of at least 2 ungrouped experts, got top_k {self.top_k}, "
+                f"{candidates} experts, {groups} groups"
+            )
+        if self.selection == "topk_per_group":
+            if not groups or self.top_k % groups:
+                raise ValueError(f"top_k {self.top_k} does not divide into {groups} groups")
+            if self.topk_group != groups:
+                raise ValueError(
+                    f"topk_per_group keeps all {groups} groups, topk_group is {self.topk_group}"
+                )
+        for name in (
+            "num_zero_experts",
+            "num_fused_shared_experts",
+            "logit_softcap",
+            "sparsemixer_epsilon",
+            "renormalize_epsilon",
+            "renormalize_floor",
+            "image_sentinel_lo",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.renormalize_norm > 0:
+            raise ValueError(f"renormalize_norm must be positive, got {self.renormalize_norm}")
 
 
 @dataclass(frozen=True, kw_only=True)
