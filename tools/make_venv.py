@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
+KEPT = ("torch", "triton")
 
 
 def installed_torch() -> str | None:
@@ -36,11 +37,11 @@ def installed_torch() -> str | None:
 
 
 def constraints(keep: bool) -> str:
-    """What pip is held to: constraints.txt, or, with ``keep``, the versions that are there."""
+    """constraints.txt, in which ``keep`` replaces torch and triton by the versions that are there."""
     lines = []
     for line in (ROOT / "constraints.txt").read_text().splitlines():
-        name, pinned, _ = line.partition("==")
-        if keep and pinned:
+        name = line.partition("==")[0]
+        if keep and name in KEPT:
             with contextlib.suppress(PackageNotFoundError):
                 line = f"{name}=={version(name)}"
         lines.append(line)
