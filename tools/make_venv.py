@@ -37,7 +37,7 @@ def installed_torch() -> str | None:
 
 
 def constraints(keep: bool) -> str:
-    """constraints.txt, in which ``keep`` replaces torch and triton by the versions that are there."""
+    """constraints.txt; with ``keep``, torch and triton at the versions that are there."""
     lines = []
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         name = line.partition("==")[0]
@@ -49,6 +49,8 @@ def constraints(keep: bool) -> str:
 
 
 def make(folder: Path) -> None:
+    if Path(sys.prefix).resolve() == folder.resolve():
+        return  # This Python is the one of that .venv.
     torch_version = installed_torch()
     keep = torch_version is not None
     venv.create(folder, with_pip=True, system_site_packages=keep, symlinks=sys.platform != "win32")
