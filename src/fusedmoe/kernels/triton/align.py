@@ -1,0 +1,271 @@
+"""Stable counting sort of routed slots by expert, groups padded to blocks. No atomics, no sync.
+
+ids int32/int64 [R] -> sorted_ids int32 [P], expert_ids int32 [B], num_post int32 [1], and scatter
+int32 [R] or None (contract: ``kernels/align.py``). ``count_map`` maps an id before it is counted,
+``label_map`` names a group afterwards; at most one of them is there.
+
+Few slots, one launch, grid (groups,): each program counts all groups for its own offset, then
+ranks its own slots by a prefix sum. Many slots, three launches: counts per chunk of slots, grid
+(chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.triton.ids import local_expert
+
+ONE_LAUNCH_SLOTS = 4096
+CHUNK = 256
+
+
+@triton.jit
+def _label_of(group, label_map_ptr, num_mapped):
+    label = group
+    if label_map_ptr is not None:
+        label = tl.load(label_map_ptr + group, mask=group < num_mapped, other=-1)
+    return label
+
+
+@triton.jit
+def _fill(ptr, value, first, last, BLOCK: tl.constexpr):
+    """ptr[first:last] = value"""
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(ptr + at, value, at < last)
+
+
+@triton.jit
+def align_once_kernel(
+    ids_ptr,
+    count_map_ptr,
+    label_map_ptr,
+    sorted_ptr,
+    expert_ids_ptr,
+    num_post_ptr,
+    scatter_ptr,
+    R,
+    P,
+    B,
+    groups,
+    num_mapped,
+    block_size,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    me = tl.program_id(0)
+    counts = tl.zeros([BLOCK_G], dtype=tl.int32)
+    for first in range(0, R, BLOCK_R):
+        slot = first + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + slot, slot < R, -1)
+        group = local_expert(ids, count_map_ptr, num_mapped, groups)
+        counts += tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
+    lane = tl.arange(0, BLOCK_G)
+    padded = tl.cdiv(counts, block_size) * block_size
+    start = tl.sum(tl.where(lane < me, padded, 0))
+    end = start + tl.sum(tl.where(lane == me, padded, 0))
+    used = tl.sum(padded)
+    label = _label_of(me, label_map_ptr, num_mapped)
+
+    at = start
+    for first in range(0, R, BLOCK_R):
+        slot = first + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + slot, slot < R, -1)
+        group = local_expert(ids, count_map_ptr, num_mapped, groups)
+        mine = group == me
+        rank = tl.cumsum(mine.to(tl.int32), 0)
+        tl.store(sorted_ptr + at + rank - 1, slot, mine)
+        at += tl.sum(mine.to(tl.int32))
+        if scatter_ptr is not None:
+            tl.store(scatter_ptr + slot, tl.where(label >= 0, slot, -1), mine)
+            nowhere = (group < 0) & (slot < R) & (me == 0)
+            tl.store(scatter_ptr + slot, -1, nowhere)
+
+    _fill(sorted_ptr, R, at, end, 128)
+    _fill(expert_ids_ptr, label, start // block_size, end // block_size, 32)
+    share = tl.cdiv(P - used, groups)
+    _fill(sorted_ptr, R, used + me * share, tl.minimum(used + (me + 1) * share, P), 128)
+    if me == 0:
+        tl.store(num_post_ptr, used)
+        _fill(expert_ids_ptr, -1, used // block_size, B, 128)
+
+
+@triton.jit
+def chunk_counts_kernel(
+    ids_ptr,
+    count_map_ptr,
+    counts_ptr,
+    sorted_ptr,
+    R,
+    P,
+    groups,
+    num_mapped,
+    CHUNK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """counts[group, chunk], and sorted_ids filled with padding."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + slot, slot < R, -1)
+    group = local_expert(ids, count_map_ptr, num_mapped, groups)
+    counts = tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
+    lane = tl.arange(0, BLOCK_G)
+    tl.store(counts_ptr + lane.to(tl.int64) * chunks + chunk, counts, lane < groups)
+    share = tl.cdiv(P, chunks)
+    _fill(sorted_ptr, R, chunk * share, tl.minimum((chunk + 1) * share, P), CHUNK)
+
+
+@triton.jit
+def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
+    """counts[group, :] becomes its exclusive prefix sum, totals[group] its sum."""
+    group = tl.program_id(0)
+    counts_ptr += group.to(tl.int64) * chunks
+    total = 0
+    for first in range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + chunk, chunk < chunks, 0)
+        tl.store(counts_ptr + chunk, total + tl.cumsum(counts, 0) - counts, chunk < chunks)
+        total += tl.sum(counts)
+    tl.store(totals_ptr + group, total)
+
+
+@triton.jit
+def place_kernel(
+    ids_ptr,
+    count_map_ptr,
+    label_map_ptr,
+    counts_ptr,
+    totals_ptr,
+    sorted_ptr,
+    expert_ids_ptr,
+    num_post_ptr,
+    scatter_ptr,
+    R,
+    B,
+    groups,
+    num_mapped,
+    block_size,
+    CHUNK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    lane = tl.arange(0, BLOCK_G)
+    padded = tl.load(totals_ptr + lane, lane < groups, 0)
+    padded = tl.cdiv(padded, block_size) * block_size
+    ends = tl.cumsum(padded, 0)
+    used = tl.sum(padded)
+
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + slot, slot < R, -1)
+    group = local_expert(ids, count_map_ptr, num_mapped, groups)
+    counted = group >= 0
+    known = tl.maximum(group, 0)
+    start = tl.gather(ends - padded, known, 0)
+    earlier = tl.load(counts_ptr + known.to(tl.int64) * chunks + chunk, counted, 0)
+    same = tl.zeros([CHUNK, 32], dtype=tl.int32)
+    for first in range(0, CHUNK, 32):
+        other = chunk * CHUNK + first + tl.arange(0, 32)
+        other_ids = tl.load(ids_ptr + other, other < R, -1)
+        other_group = local_expert(other_ids, count_map_ptr, num_mapped, groups)
+        before = (group[:, None] == other_group[None, :]) & (other[None, :] < slot[:, None])
+        same += before.to(tl.int32)
+    rank = tl.sum(same, 1)
+    tl.store(sorted_ptr + start + earlier + rank, slot, counted)
+    if scatter_ptr is not None:
+        here = counted & (_label_of(known, label_map_ptr, num_mapped) >= 0)
+        tl.store(scatter_ptr + slot, tl.where(here, slot, -1), slot < R)
+
+    share = tl.cdiv(B, chunks)
+    last = tl.minimum((chunk + 1) * share, B)
+    for first in range(chunk * share, last, BLOCK_B):
+        block = first + tl.arange(0, BLOCK_B)
+        owner = tl.sum((ends[None, :] <= block[:, None] * block_size).to(tl.int32), 1)
+        live = block * block_size < used
+        label = _label_of(tl.where(live, owner, 0), label_map_ptr, num_mapped)
+        tl.store(expert_ids_ptr + block, tl.where(live, label, -1), block < last)
+    if chunk == 0:
+        tl.store(num_post_ptr, used)
+
+
+def align(
+    ids: torch.Tensor,
+    block_size: int,
+    groups: int,
+    P: int,
+    expert_map: torch.Tensor | None,
+    drop_remote: bool,
+    with_scatter: bool,
+) -> tuple[MoEAlignment, torch.Tensor | None]:
+    """As ``align_reference``, on the device."""
+    R, B = ids.numel(), triton.cdiv(P, block_size)
+    sorted_ids = torch.empty(P, dtype=torch.int32, device=ids.device)
+    expert_ids = torch.empty(B, dtype=torch.int32, device=ids.device)
+    num_post = torch.empty(1, dtype=torch.int32, device=ids.device)
+    scatter = torch.empty(R, 1, dtype=torch.int32, device=ids.device) if with_scatter else None
+    count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    block_g = triton.next_power_of_2(groups)
+    if R <= ONE_LAUNCH_SLOTS:
+        block_r = min(1024, max(32, triton.next_power_of_2(R)))
+        align_once_kernel[(groups,)](
+            ids,
+            count_map,
+            label_map,
+            sorted_ids,
+            expert_ids,
+            num_post,
+            scatter,
+            R,
+            P,
+            B,
+            groups,
+            num_mapped,
+            block_size,
+            BLOCK_R=block_r,
+            BLOCK_G=block_g,
+            num_warps=max(1, min(8, block_r // 128)),
+        )
+        return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
+
+    chunks = triton.cdiv(R, CHUNK)
+    counts = torch.empty(groups * (chunks + 1), dtype=torch.int32, device=ids.device)
+    totals = counts[groups * chunks :]
+    chunk_counts_kernel[(chunks,)](
+        ids,
+        count_map,
+        counts,
+        sorted_ids,
+        R,
+        P,
+        groups,
+        num_mapped,
+        CHUNK=CHUNK,
+        BLOCK_G=block_g,
+        num_warps=4,
+    )
+    prefix_kernel[(groups,)](
+        counts, totals, chunks, BLOCK=min(1024, triton.next_power_of_2(chunks)), num_warps=4
+    )
+    place_kernel[(chunks,)](
+        ids,
+        count_map,
+        label_map,
+        counts,
+        totals,
+        sorted_ids,
+        expert_ids,
+        num_post,
+        scatter,
+        R,
+        B,
+        groups,
+        num_mapped,
+        block_size,
+        CHUNK=CHUNK,
+        BLOCK_G=block_g,
+        BLOCK_B=8,
+        num_warps=8,
+    )
+    return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
