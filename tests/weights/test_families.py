@@ -19,7 +19,7 @@ from fusedmoe.weights.families import (
 from fusedmoe.weights.family_table import FAMILIES
 
 pytest.importorskip("transformers")
-from tests.hf import tiny_models
+from hf import tiny_models
 
 # Their experts are named in neither of the ways above, and capacity is not a matter of names.
 ENCODER_DECODER = {"nllb_moe", "switch_transformers"}
