@@ -106,7 +106,7 @@ def activation_reference(
     )
     limit = config.clamp_limit
     if activation in (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE):
-        limit, alpha, beta = _swigluoai_numbers(activation, config)
+        limit, alpha, beta = swigluoai_numbers(activation, config)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + beta) * gate * torch.sigmoid(alpha * gate)
     if activation is MoEActivation.SWIGLUSTEP:
@@ -133,7 +133,7 @@ def _plain(name: str, x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
-def _swigluoai_numbers(
+def swigluoai_numbers(
     activation: MoEActivation, config: ApplyMoEActivationConfig
 ) -> tuple[float, float, float]:
     """(limit, alpha, beta): fixed for gpt-oss's interleaved form unless given, else required."""
@@ -158,9 +158,9 @@ def apply_moe_activation(
 ) -> torch.Tensor:
     """Apply ``activation`` to ``input`` [..., S * I], writing ``output`` [..., I] in place.
 
-    Rows that carry nothing may be skipped (their output is then unspecified): with ``topk_ids``
-    [T, K], slots whose id is -1 or maps to -1 in ``expert_map``; with ``valid_token_counts``
-    (int32, [1] for 2-D input, [E] for [E, T, S * I]), rows past the count.
+    Rows that carry nothing are neither read nor written: with ``topk_ids`` [T, K], slots whose id
+    is -1 or maps to -1 in ``expert_map``; with ``valid_token_counts`` (int32, [1] for 2-D input,
+    [E] for [E, T, S * I]), rows past the count.
     """
     width = input.shape[-1] // 2 if activation.is_gated else input.shape[-1]
     if output.shape != (*input.shape[:-1], width) or (activation.is_gated and input.shape[-1] % 2):
@@ -168,5 +168,8 @@ def apply_moe_activation(
             f"{activation.value} of input {tuple(input.shape)} writes "
             f"{(*input.shape[:-1], width)}, but output is {tuple(output.shape)}"
         )
-    output.copy_(activation_reference(activation, input, activation_config))
-    return output
+    from fusedmoe.kernels.activation import moe_activation
+
+    return moe_activation(
+        activation, output, input, activation_config, topk_ids, expert_map, valid_token_counts
+    )
