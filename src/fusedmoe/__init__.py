@@ -41,6 +41,7 @@ _HOME = {
     "RoutingResult": "fusedmoe.router.spec",
     "RoutingSpec": "fusedmoe.router.spec",
     "RoutingTensors": "fusedmoe.router.spec",
+    "register": "fusedmoe.integrations.transformers",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -1,0 +1,132 @@
+"""The function behind ``experts_implementation="fusedmoe"``: a module's tensors, our experts.
+
+Transformers calls it with the experts module itself, after its own router. T tokens, K picks,
+E experts in the module (under expert parallelism: those of this rank), H hidden, I intermediate,
+S = 2 where gated, else 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmoe.integrations.transformers.gates import Gate, gate_of
+from fusedmoe.quantization.config import FusedMoEQuantConfig, biased_moe_quant_config
+
+
+class ExpertTensors(NamedTuple):
+    """A module's parameters as our experts take them; views, never copies."""
+
+    w13: torch.Tensor  # [E, S * I, H]
+    w2: torch.Tensor  # [E, H, I]
+    w13_bias: torch.Tensor | None  # [E, S * I]
+    w2_bias: torch.Tensor | None  # [E, H]
+
+
+def expert_tensors(experts: Any) -> ExpertTensors:
+    """Read a decorated experts module, whatever its layout says about names and transposition."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    w13, w2 = _local(getattr(experts, up)), _local(experts.down_proj)
+    if experts.is_transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    if not experts.has_bias:
+        return ExpertTensors(w13, w2, None, None)
+    return ExpertTensors(
+        w13, w2, _local(getattr(experts, f"{up}_bias")), _local(experts.down_proj_bias)
+    )
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states [T, H], top_k_index int [T, K], top_k_weights float [T, K] -> [T, H].
+
+    Index E with weight 0 marks a slot of another expert-parallel rank and counts as nothing.
+    Experts whose gate is unknown, and experts in training mode with gradients on, run through
+    Transformers' own ``grouped_mm`` instead; a backward pass through ours raises.
+    """
+    gate = gate_of(self)
+    needs_grad = torch.is_grad_enabled()
+    if gate.activation is None or (needs_grad and self.training):
+        return _transformers_grouped_mm(self, hidden_states, top_k_index, top_k_weights)
+    tensors = expert_tensors(self)
+    ids = top_k_index.masked_fill(top_k_index == tensors.w13.shape[0], -1)
+    if not needs_grad or torch.compiler.is_compiling():
+        return run_experts(hidden_states, tensors, top_k_weights, ids, gate)
+    with torch.no_grad():
+        output = run_experts(hidden_states, tensors, top_k_weights, ids, gate)
+    return _NoBackward.apply(output, hidden_states)
+
+
+def run_experts(
+    hidden_states: torch.Tensor,
+    tensors: ExpertTensors,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate: Gate,
+) -> torch.Tensor:
+    """The whole of what is asked of the library: sum over k of weight * expert(x), [T, H]."""
+    if gate.activation is None:
+        raise ValueError("run_experts needs a known activation")
+    try:
+        from fusedmoe import fused_experts
+    except ImportError:
+        from fusedmoe.experts.torch_reference import experts_reference
+
+        return experts_reference(
+            hidden_states,
+            tensors.w13,
+            tensors.w2,
+            topk_weights,
+            topk_ids,
+            activation=gate.activation,
+            activation_config=gate.config,
+            w1_bias=tensors.w13_bias,
+            w2_bias=tensors.w2_bias,
+        )
+
+    quant_config: FusedMoEQuantConfig | None = None
+    if tensors.w13_bias is not None or tensors.w2_bias is not None:
+        quant_config = biased_moe_quant_config(tensors.w13_bias, tensors.w2_bias)
+    return fused_experts(
+        hidden_states,
+        tensors.w13,
+        tensors.w2,
+        topk_weights.float(),
+        topk_ids,
+        gate.activation,
+        quant_config=quant_config,
+        activation_config=gate.config,
+    )
+
+
+def _transformers_grouped_mm(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Ties a result to its input, so that a backward pass fails instead of skipping it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "the fusedmoe experts have no backward pass; put the model in training mode "
+            "(model.train()), which runs Transformers' grouped_mm, or use torch.no_grad()"
+        )

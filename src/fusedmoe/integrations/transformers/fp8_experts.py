@@ -1,0 +1,120 @@
+"""Transformers' block-quantized experts (``FP8Experts``), dequantized a few experts at a time.
+
+Correct and slow: weights become the activations' dtype before each use, in pieces of bounded size,
+and the activations are not quantized at all, so results are closer to the unquantized model than
+those of kernels that quantize both.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fusedmoe.integrations.transformers.experts_function import experts_forward
+from fusedmoe.integrations.transformers.gates import gate_of
+
+# Of dequantized weights in fp32 alive at once; one expert is the least.
+_PIECE_BYTES = 256 << 20
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def fp8_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As ``experts_forward``, for weights in float8_e4m3fn, or in e2m1 pairs packed in int8.
+
+    ``*_scale_inv`` multiply: one fp32 or e8m0 number per block of ``self.block_size`` (e4m3), or
+    per row and 32 columns (e2m1). Scales of the activations, if the checkpoint has any, are unused.
+    Raises ValueError where the scales do not tile the weights.
+    """
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    w13, w2 = getattr(self, up), self.down_proj
+    if w13.element_size() > 1:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    s13, s2 = getattr(self, f"{up}_scale_inv"), self.down_proj_scale_inv
+    E, dtype = w13.shape[0], hidden_states.dtype
+    inside = (top_k_index >= 0) & (top_k_index < E)
+    ids = top_k_index.masked_fill(~inside, E)
+    output = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for chosen in _pieces(top_k_index, E, w13[0].numel() + w2[0].numel()):
+        position = torch.full((E + 1,), len(chosen), device=chosen.device)
+        position[chosen] = torch.arange(len(chosen), device=chosen.device)
+        piece = SimpleNamespace(
+            has_gate=self.has_gate,
+            has_bias=False,
+            is_transposed=False,
+            training=False,
+            num_experts=len(chosen),
+            act_fn=self.act_fn,
+            _apply_gate=self._apply_gate,
+            _fusedmoe_gate=gate_of(self),
+            down_proj=dequantize(w2[chosen], s2[chosen], self.block_size).to(dtype),
+        )
+        stacked = dequantize(w13[chosen], s13[chosen], self.block_size, parts=1 + self.has_gate)
+        setattr(piece, up, stacked.to(dtype))
+        output += experts_forward(piece, hidden_states, position[ids], top_k_weights)
+    return output.to(dtype)
+
+
+def _pieces(top_k_index: torch.Tensor, E: int, stored: int) -> tuple[torch.Tensor, ...]:
+    """Experts to run together; on a CPU, where ids can be read for free, only those with tokens."""
+    if top_k_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = top_k_index.unique()
+        if used.numel() and not (used[0] >= -1 and used[-1] <= E):
+            raise ValueError(
+                f"expert ids from {int(used[0])} to {int(used[-1])} in a module of {E} experts"
+            )
+        used = used[(used >= 0) & (used < E)]
+    else:
+        used = torch.arange(E, device=top_k_index.device)
+    # Bytes of one expert in fp32; packed pairs hold two numbers a byte.
+    return used.split(max(1, _PIECE_BYTES // (8 * stored)))
+
+
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    block_size: tuple[int, int] | None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """weight [n, R, C] e4m3, or [n, R, C / 2] int8 with two e2m1 each -> fp32 [n, R, C].
+
+    scale [n, rows, columns] in fp32, bf16 or e8m0. ``parts`` matrices may be stacked along R
+    (gate and up), each with blocks of its own.
+    """
+    if weight.dtype == torch.int8:
+        values, block_size = _unpack_e2m1(weight), (1, 32)
+    else:
+        values = weight.float()
+    rows, columns = block_size or (None, None)
+    R, C = values.shape[1:]
+    row = _scale_index(R, scale.shape[1], rows, parts).to(weight.device)
+    column = _scale_index(C, scale.shape[2], columns, 1).to(weight.device)
+    return values.mul_(scale.float()[:, row[:, None], column])
+
+
+def _scale_index(size: int, scales: int, block: int | None, parts: int) -> torch.Tensor:
+    """int64 [size]: which of ``scales`` numbers a row (or column) is multiplied by.
+
+    Blocks start anew in each of ``parts`` equal parts if that explains ``scales``; if not, the
+    whole of ``size`` is one part. ``block`` None is one scale for a part.
+    """
+    for count in (parts, 1):
+        part = size // count
+        step = min(block or part, part)
+        per_part = math.ceil(part / step)
+        if size % count == 0 and count * per_part == scales:
+            index = torch.arange(size)
+            return index // part * per_part + index % part // step
+    raise ValueError(f"{scales} scales do not tile {size} rows or columns in blocks of {block}")
+
+
+def _unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """int8 [..., C / 2] -> fp32 [..., C]; the low nibble is the first of its pair."""
+    table = torch.tensor(_E2M1 + tuple(-x for x in _E2M1), device=packed.device)
+    byte = packed.view(torch.uint8)
+    return torch.stack([table[(byte & 15).long()], table[(byte >> 4).long()]], -1).flatten(-2)

@@ -1,0 +1,126 @@
+"""Which of our activations a Transformers experts module applies, found by asking the module.
+
+A module's class does not say what its ``_apply_gate`` computes, and neither does its config
+(gpt-oss has ``hidden_act="silu"`` and is not a plain SwiGLU). So the module's own function is
+evaluated once on a grid and compared with every activation its attributes allow.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+
+logger = logging.getLogger(__name__)
+
+_CACHE = "_fusedmoe_gate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What lies between a module's two GEMMs; ``activation`` None: nothing that we know."""
+
+    activation: MoEActivation | None
+    config: ApplyMoEActivationConfig = field(default_factory=ApplyMoEActivationConfig)
+
+
+def gate_of(experts: Any) -> Gate:
+    """The gate of an experts module, recognised at first use and kept on the module.
+
+    ``experts`` has ``has_gate`` and either ``_apply_gate`` or (without a gate) ``act_fn``. Changing
+    those, or the limits they read, after the first call needs ``forget_gate``.
+    """
+    gate = getattr(experts, _CACHE, None)
+    if gate is None:
+        gate = recognise_gate(experts)
+        # While tracing, the result is a constant of the graph and the module stays as it was.
+        if not torch.compiler.is_compiling():
+            setattr(experts, _CACHE, gate)
+    return gate
+
+
+def forget_gate(experts: Any) -> None:
+    """Make the next call recognise the module's gate anew."""
+    experts.__dict__.pop(_CACHE, None)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def recognise_gate(experts: Any) -> Gate:
+    """Compare the module's function with our activations in fp32 on the CPU; the first that agrees.
+
+    Traced code sees the result only. A function that cannot run on a CPU tensor is not known.
+    """
+    with torch.no_grad():
+        x = _probe()
+        try:
+            wanted = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        except Exception as error:
+            _warn_unknown(
+                type(experts).__name__, f"it raised {type(error).__name__} on a CPU tensor"
+            )
+            return Gate(activation=None)
+        for gate in _candidates(experts):
+            assert gate.activation is not None
+            ours = activation_reference(gate.activation, x, gate.config)
+            if ours.shape == wanted.shape and torch.allclose(
+                ours, wanted.float(), rtol=1e-5, atol=1e-6
+            ):
+                return gate
+    _warn_unknown(type(experts).__name__, "its values are those of no activation here")
+    return Gate(activation=None)
+
+
+def _probe() -> torch.Tensor:
+    """fp32 [32, 64]: a fine grid around zero and both signs up to 1e4, in a fixed random order."""
+    near = torch.linspace(-16, 16, 1792, dtype=torch.float32, device="cpu")
+    far = torch.logspace(1.2, 4, 128, dtype=torch.float32, device="cpu")
+    values = torch.cat([near, far, -far])
+    order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(0), device="cpu")
+    return values[order].view(32, 64)
+
+
+def _candidates(experts: Any) -> Iterator[Gate]:
+    """Every activation that the module's attributes could mean, the plain ones first."""
+    if not experts.has_gate:
+        for plain in ("relu2", "silu", "gelu", "gelu_tanh"):
+            yield Gate(activation=MoEActivation(f"{plain}_no_mul"))
+        return
+    glu = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+    for activation in glu:
+        yield Gate(activation=activation)
+    limit = _number(experts, "limit", "swiglu_limit")
+    if limit is None:
+        return
+    alpha = _number(experts, "alpha", "swiglu_alpha")
+    for activation in (*glu, MoEActivation.SWIGLUSTEP):
+        yield Gate(activation=activation, config=ApplyMoEActivationConfig(clamp_limit=limit))
+    if alpha is None:
+        return
+    numbers = ApplyMoEActivationConfig(clamp_limit=limit, alpha=alpha, beta=1.0)
+    yield Gate(activation=MoEActivation.SWIGLUOAI, config=numbers)
+    yield Gate(activation=MoEActivation.SWIGLUOAI_UNINTERLEAVE, config=numbers)
+
+
+def _number(experts: Any, *names: str) -> float | None:
+    for name in names:
+        value = getattr(experts, name, None)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+@functools.cache
+def _warn_unknown(class_name: str, why: str) -> None:
+    logger.warning(
+        "%s: the gate between its two GEMMs is not one fusedmoe knows (%s); "
+        "Transformers' grouped_mm runs these experts with their own gate",
+        class_name,
+        why,
+    )
