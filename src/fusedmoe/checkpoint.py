@@ -102,14 +102,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     index = _read_index(folder)
     for file_name in sorted(set(index.values())) if index else [_single_file(folder)]:
         for name, entry in read_header(folder / file_name).items():
-            if name in tensors:
+            promised = files.get(name) or index.get(name, file_name)
+            if promised != file_name:
                 raise CheckpointError(
-                    f"{folder / file_name}: tensor {name!r} is also in {files[name]}"
-                )
-            if index and index.get(name) not in (None, file_name):
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME}: says {name!r} is in {index[name]}, "
-                    f"but {file_name} holds it"
+                    f"{folder / file_name}: holds {name!r}, which is in {promised}"
                 )
             tensors[name], files[name] = entry, file_name
     for name, file_name in index.items():

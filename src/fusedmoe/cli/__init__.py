@@ -14,6 +14,9 @@ from typing import NoReturn
 
 VERBS = {
     "generate": "generate text from a checkpoint folder or a preset",
+    "inspect": "describe the MoE layers of a checkpoint, from its headers alone",
+    "explain": "say which implementation runs a layer, and why not the others",
+    "env": "print versions, devices and what this machine can run",
 }
 
 

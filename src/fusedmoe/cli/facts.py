@@ -1,108 +1,91 @@
-"""What config.json says about a model's experts, whatever its family calls the fields."""
+"""What a checkpoint says about its model's experts, and a clear error where it has none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError
+from fusedmoe.activation import MoEActivation
+from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError
+from fusedmoe.weights.families import (
+    EXPERT_PARTS,
+    CheckpointFamily,
+    MoESizes,
+    config_value,
+    family_of,
+    read_sizes,
+)
 
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_TOP_K = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "num_selected_experts",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-    "top_k",
-)
-_HIDDEN = ("hidden_size", "d_model", "n_embd")
-_INTERMEDIATE = (
-    "moe_intermediate_size",
-    "expert_ffn_hidden_size",
-    "ffn_hidden_size",
-    "intermediate_size",
-)
-_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_experts_shared")
-_ACTIVATION = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
-_NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config")
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The sizes of a model's MoE layers; None where config.json does not say."""
+    """Model type, family (None: not one of the table) and sizes (None: config.json omits it)."""
 
     model_type: str
-    num_experts: int
-    top_k: int | None
-    hidden_size: int | None
-    intermediate_size: int | None
-    shared_experts: int
+    family: CheckpointFamily | None
+    sizes: MoESizes
     activation: str | None
     quant_method: str | None
 
 
-def model_facts(config: dict[str, Any], folder: Path) -> ModelFacts:
-    """Read them; raises CheckpointError where the model has no experts."""
-    where = folder / CONFIG_NAME
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """Read them; raises CheckpointError where config.json describes no experts."""
+    config, where = checkpoint.config, checkpoint.folder / CONFIG_NAME
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{where}: has no model_type")
-    num_experts = _number(config, _EXPERTS)
-    if not num_experts:
+    family, sizes = family_of(config), read_sizes(config)
+    if not any(_is_expert(name, family) for name in checkpoint.tensors):
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} has no experts (none of {', '.join(_EXPERTS)})"
+            f"{checkpoint.folder}: the {model_type!r} model has no experts: {CONFIG_NAME} counts "
+            f"{sizes.num_experts or 'none'}, and no tensor belongs to one"
         )
-    top_k = _number(config, _TOP_K)
-    if top_k is not None and not 1 <= top_k <= num_experts:
+    top_k, num_experts = sizes.top_k, sizes.num_experts
+    if top_k is not None and num_experts is not None and not 1 <= top_k <= num_experts:
         raise CheckpointError(f"{where}: chooses {top_k} of {num_experts} experts")
-    shared = _number(config, _SHARED)
-    if shared is None:
-        shared = 1 if _number(config, ("shared_expert_intermediate_size",)) else 0
-    quantization = config.get("quantization_config")
     return ModelFacts(
         model_type=model_type,
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=_number(config, _HIDDEN),
-        intermediate_size=_number(config, _INTERMEDIATE),
-        shared_experts=shared,
+        family=family,
+        sizes=sizes,
         activation=_activation(config),
-        quant_method=quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        quant_method=_quant_method(config),
     )
 
 
-def _levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration, then those nested in it (the text model of a multimodal one)."""
-    yield config
-    for key in _NESTED:
-        nested = config.get(key)
-        if isinstance(nested, dict):
-            yield from _levels(nested)
-
-
-def _number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    """The first of ``keys`` that holds a number; a list per layer counts with its largest."""
-    for level in _levels(config):
-        for key in keys:
-            value = level.get(key)
-            if isinstance(value, list) and value and all(type(v) is int for v in value):
-                value = max(value)
-            if type(value) is int:
-                return value
-    return None
+def _is_expert(name: str, family: CheckpointFamily | None) -> bool:
+    if family is None:
+        return ".experts." in name
+    role = family.classify(name)
+    return role is not None and role.part in EXPERT_PARTS
 
 
 def _activation(config: dict[str, Any]) -> str | None:
-    for level in _levels(config):
-        for key in _ACTIVATION:
-            if isinstance(level.get(key), str):
-                return level[key]
-        act = level.get("ffn_act_fn")
-        if isinstance(act, dict) and isinstance(act.get("name"), str):
-            return act["name"]
-    return None
+    name = config_value(config, ACTIVATION_KEYS)
+    if name is None:
+        function = config_value(config, ("ffn_act_fn",))
+        name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _quant_method(config: dict[str, Any]) -> str | None:
+    quantization = config_value(config, ("quantization_config",))
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def check_activation(facts: ModelFacts, folder: Path) -> None:
+    """CheckpointError for a name that neither this library nor Transformers knows."""
+    if facts.activation is None:
+        return
+    try:
+        MoEActivation.from_str(facts.activation)
+    except ValueError:
+        from transformers.activations import ACT2FN
+
+        if facts.activation not in ACT2FN:
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: unknown activation {facts.activation!r}"
+            ) from None

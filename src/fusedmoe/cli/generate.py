@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError, read_checkpoint
+from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.cli.arguments import device_of, dtype_of
-from fusedmoe.cli.facts import model_facts
+from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.output import Progress, print_json, print_table, printable, progress
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 
@@ -85,8 +85,7 @@ def _generate(
     args: argparse.Namespace, folder: Path, dtype: torch.dtype | None, device: torch.device
 ) -> int:
     checkpoint = read_checkpoint(folder)
-    facts = model_facts(checkpoint.config, folder)
-    _check_activation(facts.activation, folder)
+    check_activation(model_facts(checkpoint), folder)
     _quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
     tokenizer, model = _load(folder, dtype, device)
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
@@ -111,13 +110,6 @@ def _generate(
         )
     runs.append(ours)
     return _report(args, tokenizer, runs, skipped)
-
-
-def _check_activation(name: str | None, folder: Path) -> None:
-    from transformers.activations import ACT2FN
-
-    if name is not None and name not in ACT2FN:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: unknown activation {name!r}")
 
 
 def _quiet_transformers(*, bars: bool) -> None:
