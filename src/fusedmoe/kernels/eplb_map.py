@@ -30,7 +30,33 @@ def eplb_map_to_physical_and_record(
     load nothing. Rows from ``num_unpadded_tokens`` (one integer on the device) on are mapped but
     not counted; nothing is counted where ``should_record`` (one element on the device) is zero.
     """
-    _check(topk_ids, logical_to_physical_map, logical_replica_count, expert_load_view)
+    _check(
+        topk_ids,
+        logical_to_physical_map,
+        logical_replica_count,
+        expert_load_view,
+        should_record,
+        num_unpadded_tokens,
+    )
+    run = torch.ops.fusedmoe.eplb_map if torch.compiler.is_compiling() else _eplb_map
+    return run(
+        topk_ids,
+        logical_to_physical_map,
+        logical_replica_count,
+        expert_load_view,
+        should_record,
+        num_unpadded_tokens,
+    )
+
+
+def _eplb_map(
+    topk_ids: torch.Tensor,
+    logical_to_physical_map: torch.Tensor,
+    logical_replica_count: torch.Tensor,
+    expert_load_view: torch.Tensor,
+    should_record: torch.Tensor | None,
+    num_unpadded_tokens: torch.Tensor | None,
+) -> torch.Tensor:
     if topk_ids.is_cuda:
         from fusedmoe.kernels.triton.eplb_map import eplb_map_triton as implementation
     else:
@@ -43,6 +69,16 @@ def eplb_map_to_physical_and_record(
         should_record=should_record,
         num_unpadded_tokens=num_unpadded_tokens,
     )
+
+
+_eplb_map_op = torch.library.custom_op(
+    "fusedmoe::eplb_map", _eplb_map, mutates_args=("expert_load_view",)
+)
+
+
+@_eplb_map_op.register_fake
+def _(topk_ids: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    return topk_ids.new_empty(topk_ids.shape)
 
 
 def eplb_map_reference(
@@ -82,26 +118,43 @@ def _check(
     logical_to_physical_map: torch.Tensor,
     logical_replica_count: torch.Tensor,
     expert_load_view: torch.Tensor,
+    should_record: torch.Tensor | None,
+    num_unpadded_tokens: torch.Tensor | None,
 ) -> None:
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids must be [T, K], got {tuple(topk_ids.shape)}")
-    table, count = logical_to_physical_map, logical_replica_count
+    table, count, load = logical_to_physical_map, logical_replica_count, expert_load_view
     if table.dim() != 2 or min(table.shape) < 1 or count.shape != table.shape[:1]:
         raise ValueError(
             "logical_to_physical_map must be [L, max replicas] and logical_replica_count [L], got "
             f"{tuple(table.shape)} and {tuple(count.shape)}"
         )
-    load = expert_load_view
-    if load.dim() != 1 or load.shape[0] < 1 or load.dtype is not torch.int32:
-        raise ValueError(
-            f"expert_load_view must be int32 [P], got {load.dtype} {tuple(load.shape)}"
-        )
-    for name, tensor in (
-        ("topk_ids", topk_ids),
-        ("logical_to_physical_map", table),
-        ("logical_replica_count", count),
+    if (
+        load.dim() != 1
+        or load.shape[0] < 1
+        or load.dtype is not torch.int32
+        or not load.is_contiguous()
     ):
-        if tensor.dtype not in (torch.int16, torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int16, int32 or int64, got {tensor.dtype}")
+        raise ValueError(
+            f"expert_load_view must be contiguous int32 [P], got {load.dtype} {tuple(load.shape)}"
+        )
+    integers = (torch.int16, torch.int32, torch.int64)
+    for name, tensor, dtypes in (
+        ("topk_ids", topk_ids, integers),
+        ("logical_to_physical_map", table, integers),
+        ("logical_replica_count", count, integers),
+        ("should_record", should_record, (torch.bool, torch.uint8, *integers)),
+        ("num_unpadded_tokens", num_unpadded_tokens, integers),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} may not be {tensor.dtype}")
         if tensor.device != load.device:
             raise ValueError(f"{name} is on {tensor.device}, the load on {load.device}")
+    for name, tensor in (
+        ("should_record", should_record),
+        ("num_unpadded_tokens", num_unpadded_tokens),
+    ):
+        if tensor is not None and tensor.numel() != 1:
+            raise ValueError(f"{name} must have one element, got {tuple(tensor.shape)}")

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
+from fusedmoe.router.spec import (
+    NUM_VISION_TOKEN_IDS,
+    RoutingResult,
+    RoutingSpec,
+    RoutingTensors,
+)
 
 # More candidates than this do not fit one Triton program.
 MAX_TRITON_CANDIDATES = 4096
-NUM_VISION_TOKEN_IDS = 5
 _LOWEST = float("-inf")
 
 

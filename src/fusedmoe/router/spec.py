@@ -11,6 +11,9 @@ ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 GroupScore = Literal["max", "top2_sum"]
 Selection = Literal["topk", "sparsemixer", "topk_per_group"]
 
+# Rows whose token id lies in [image_sentinel_lo, image_sentinel_lo + this) are image rows.
+NUM_VISION_TOKEN_IDS = 5
+
 
 class RoutingResult(NamedTuple):
     """Weights fp32 [T, K] and ids [T, K]; id -1 (weight 0) is a slot that carries nothing.

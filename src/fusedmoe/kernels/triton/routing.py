@@ -1,0 +1,342 @@
+"""Routing in one launch: scores, bias, groups, top-k, renormalization, scales, empty slots.
+
+Grid cdiv(T, BLOCK_T): one program owns BLOCK_T tokens and all their candidates, laid out as
+BLOCK_G groups of BLOCK_S columns (powers of two; the padding columns can never be chosen).
+
+logits [T, E + Z] of any float dtype and strides; bias, vision_bias fp [E + Z]; scale fp [E];
+table int [vocab, K]; input_ids int [T]; is_padding bool [T]; each of them may be None.
+-> weights fp32 [T, K + N], ids int [T, K + N], zero_weight fp32 [T] or None, all contiguous.
+
+Phi-MoE's sparsemixer is a kernel of its own here, with the same grid and the same last steps.
+
+Invariants: fp32 arithmetic; the order of rows and their number change no bit of a row; no id
+outside [0, E + Z) is ever used as an address. ``route_rows`` is the whole rule for one block of
+tokens, for kernels that go on with the ids.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.triton.routing_steps import (
+    NO_ID,
+    biased,
+    choose,
+    finish_rows,
+    finite_or,
+    hash_ids,
+    keep_best_groups,
+    score,
+    softcap,
+    store_rows,
+)
+from fusedmoe.router.spec import (
+    NUM_VISION_TOKEN_IDS,
+    RoutingResult,
+    RoutingSpec,
+    RoutingTensors,
+)
+
+VISION_IDS = tl.constexpr(NUM_VISION_TOKEN_IDS)
+
+
+@triton.jit
+def route_rows(
+    logits_ptr,
+    bias_ptr,
+    vision_bias_ptr,
+    table_ptr,
+    input_ids_ptr,
+    rows,
+    row_mask,
+    stride_row,
+    stride_expert,
+    stride_input_id,
+    num_table_rows,
+    stride_table_row,
+    stride_table_slot,
+    SCORE: tl.constexpr,
+    AFTER_TOPK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    TOP2: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    VISION_LO: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scores and ids [BLOCK_T, BLOCK_K] of the chosen, before ``finish_rows``."""
+    column = tl.arange(0, BLOCK_G * BLOCK_S)[None, :]
+    member = column % BLOCK_S
+    column_ids = column // BLOCK_S * GROUP_SIZE + member
+    candidate = (member < GROUP_SIZE) & (column_ids < CANDIDATES)
+    column_ids = tl.where(candidate, column_ids, NO_ID)
+    row_ptr = logits_ptr + rows[:, None] * stride_row
+    x = tl.load(
+        row_ptr + column_ids.to(tl.int64) * stride_expert,
+        mask=row_mask[:, None] & candidate,
+        other=float("-inf"),
+    ).to(tl.float32)
+    if SOFTCAP != 0.0:
+        x = tl.where(candidate, softcap(x, SOFTCAP), float("-inf"))
+    row_max = tl.max(x, axis=1)
+    row_sum = tl.sum(tl.exp(x - row_max[:, None]), axis=1)
+    if AFTER_TOPK:  # noqa: SIM108 (a compile-time branch)
+        scores = finite_or(x, float("-inf"))
+    else:
+        scores = score(x, row_max, row_sum, SCORE)
+    choice = biased(scores, bias_ptr, column_ids, candidate)
+    is_vision = tl.zeros([BLOCK_T], dtype=tl.int1)
+    token_ids = rows
+    if input_ids_ptr is not None:
+        token_ids = tl.load(input_ids_ptr + rows * stride_input_id, mask=row_mask, other=-1)
+        token_ids = token_ids.to(tl.int64)
+    if VISION_LO > 0:
+        is_vision = (token_ids >= VISION_LO) & (token_ids < VISION_LO + VISION_IDS)
+        vision_choice = biased(scores, vision_bias_ptr, column_ids, candidate)
+        choice = tl.where(is_vision[:, None], vision_choice, choice)
+    choice = tl.where(candidate, choice, float("-inf"))
+    if GROUPS > 1 and TOPK_GROUP < GROUPS:
+        choice = keep_best_groups(
+            choice, BLOCK_T, BLOCK_G, BLOCK_S, GROUPS, GROUP_SIZE, TOPK_GROUP, TOP2
+        )
+    if table_ptr is None:
+        ids = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+    else:
+        ids = hash_ids(
+            table_ptr,
+            token_ids,
+            row_mask,
+            num_table_rows,
+            stride_table_row,
+            stride_table_slot,
+            CANDIDATES,
+            BLOCK_K,
+            K,
+        )
+        if VISION_LO > 0:
+            best = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+            ids = tl.where(is_vision[:, None], best, ids)
+    chosen = tl.load(
+        row_ptr + ids.to(tl.int64) * stride_expert,
+        mask=row_mask[:, None] & (ids >= 0),
+        other=float("-inf"),
+    ).to(tl.float32)
+    chosen = tl.where(ids >= 0, softcap(chosen, SOFTCAP), float("-inf"))
+    if AFTER_TOPK:
+        chosen = finite_or(chosen, float("-inf"))
+        row_max = tl.max(chosen, axis=1)
+        row_sum = tl.sum(tl.exp(chosen - row_max[:, None]), axis=1)
+    return score(chosen, row_max, row_sum, SCORE), ids
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_table_rows"])
+def routing_kernel(
+    logits_ptr,
+    bias_ptr,
+    vision_bias_ptr,
+    table_ptr,
+    input_ids_ptr,
+    scale_ptr,
+    padding_ptr,
+    weights_ptr,
+    ids_ptr,
+    zero_weight_ptr,
+    num_tokens,
+    num_table_rows,
+    stride_row,
+    stride_expert,
+    stride_input_id,
+    stride_padding,
+    stride_table_row,
+    stride_table_slot,
+    SCORE: tl.constexpr,
+    AFTER_TOPK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    TOP2: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    VISION_LO: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ZERO: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    FLOOR: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHARED_WEIGHT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = rows < num_tokens
+    weights, ids = route_rows(
+        logits_ptr,
+        bias_ptr,
+        vision_bias_ptr,
+        table_ptr,
+        input_ids_ptr,
+        rows,
+        row_mask,
+        stride_row,
+        stride_expert,
+        stride_input_id,
+        num_table_rows,
+        stride_table_row,
+        stride_table_slot,
+        SCORE,
+        AFTER_TOPK,
+        SOFTCAP,
+        NUM_EXPERTS + NUM_ZERO,
+        K,
+        GROUPS,
+        GROUP_SIZE,
+        TOPK_GROUP,
+        TOP2,
+        PER_GROUP,
+        VISION_LO,
+        BLOCK_T,
+        BLOCK_G,
+        BLOCK_S,
+        BLOCK_K,
+    )
+    weights, ids, zero_weight = finish_rows(
+        weights,
+        ids,
+        scale_ptr,
+        padding_ptr,
+        rows,
+        row_mask,
+        stride_padding,
+        NUM_EXPERTS,
+        NUM_ZERO,
+        NUM_SHARED,
+        K,
+        BLOCK_K,
+        RENORMALIZE,
+        EPSILON,
+        FLOOR,
+        NORM,
+        SCALE,
+        SHARED_WEIGHT,
+    )
+    store_rows(
+        weights,
+        ids,
+        zero_weight,
+        weights_ptr,
+        ids_ptr,
+        zero_weight_ptr,
+        rows,
+        row_mask,
+        K + NUM_SHARED,
+        BLOCK_K,
+    )
+
+
+def routing_tile(num_tokens: int, columns: int) -> tuple[int, int]:
+    """(tokens per program, warps): one warp per token while the device is not full."""
+    if num_tokens <= 1024 or columns >= 1024:
+        return 1, 4 if columns >= 1024 else 1
+    return min(32, max(4, 1024 // columns)), 4
+
+
+def routing_triton(
+    logits: torch.Tensor,
+    spec: RoutingSpec,
+    tensors: RoutingTensors,
+    *,
+    input_ids: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    indices_dtype: torch.dtype = torch.int32,
+) -> RoutingResult:
+    """As ``routing_reference``; arguments are checked by the caller."""
+    num_tokens, candidates = logits.shape
+    slots = spec.top_k + spec.num_fused_shared_experts
+    weights = torch.empty((num_tokens, slots), dtype=torch.float32, device=logits.device)
+    ids = torch.empty((num_tokens, slots), dtype=indices_dtype, device=logits.device)
+    zero_weight = None
+    if spec.num_zero_experts:
+        zero_weight = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
+    result = RoutingResult(weights, ids, zero_weight)
+    if num_tokens == 0:
+        return result
+    if spec.selection == "sparsemixer":
+        from fusedmoe.kernels.triton.sparsemixer import launch_sparsemixer
+
+        launch_sparsemixer(logits, spec, tensors, is_padding, result)
+        return result
+    groups = max(spec.num_expert_group, 1)
+    block_g = triton.next_power_of_2(groups)
+    block_s = triton.next_power_of_2(candidates // groups)
+    block_t, num_warps = routing_tile(num_tokens, block_g * block_s)
+    table, vision_bias = tensors.hash_indices_table, flat(tensors.vision_bias)
+    routing_kernel[(triton.cdiv(num_tokens, block_t),)](
+        logits,
+        flat(tensors.correction_bias),
+        vision_bias,
+        table,
+        input_ids,
+        flat(tensors.per_expert_scale),
+        is_padding,
+        weights,
+        ids,
+        zero_weight,
+        num_tokens,
+        0 if table is None else table.shape[0],
+        *logits.stride(),
+        0 if input_ids is None else input_ids.stride(0),
+        0 if is_padding is None else is_padding.stride(0),
+        *((0, 0) if table is None else table.stride()),
+        SCORE=spec.score_function,
+        AFTER_TOPK=spec.score_after_topk,
+        SOFTCAP=float(spec.logit_softcap),
+        GROUPS=groups,
+        GROUP_SIZE=candidates // groups,
+        TOPK_GROUP=spec.topk_group,
+        TOP2=spec.group_score == "top2_sum",
+        PER_GROUP=spec.top_k // groups if spec.selection == "topk_per_group" else 0,
+        VISION_LO=0 if vision_bias is None else spec.image_sentinel_lo,
+        BLOCK_T=block_t,
+        BLOCK_G=block_g,
+        BLOCK_S=block_s,
+        num_warps=num_warps,
+        **finish_constants(spec),
+    )
+    return result
+
+
+def finish_constants(spec: RoutingSpec) -> dict[str, Any]:
+    """The compile-time arguments of ``finish_rows``."""
+    return {
+        "NUM_EXPERTS": spec.num_experts,
+        "NUM_ZERO": spec.num_zero_experts,
+        "NUM_SHARED": spec.num_fused_shared_experts,
+        "K": spec.top_k,
+        "BLOCK_K": triton.next_power_of_2(spec.top_k + spec.num_fused_shared_experts),
+        "RENORMALIZE": spec.renormalize,
+        "EPSILON": float(spec.renormalize_epsilon),
+        "FLOOR": float(spec.renormalize_floor),
+        "NORM": float(spec.renormalize_norm),
+        "SCALE": float(spec.routed_scaling_factor),
+        "SHARED_WEIGHT": float(spec.shared_expert_weight),
+    }
+
+
+def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector that a kernel may address by the element number alone."""
+    return None if tensor is None else tensor.reshape(-1).contiguous()
