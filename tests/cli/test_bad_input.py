@@ -1,0 +1,165 @@
+"""Bad input costs one line on stderr and exit code 2, whatever it is."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusedmoe.presets import find_preset, write_preset
+
+
+def fails(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that has every one of ``words``."""
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("fusedmoe")
+    for word in words:
+        assert word in err
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def without_experts(folder: Path) -> None:
+    """The same tensors under the names of a dense model."""
+    from safetensors.torch import load_file, save_file
+
+    change_config(folder, model_type="llama", num_local_experts=0)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k.replace(".experts.", ".dense."): v for k, v in tensors.items()}, path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(".experts.", ".dense."))
+
+
+def only_pickles(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def point_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    record["weight_map"] = dict.fromkeys(record["weight_map"], "../../etc/x.safetensors")
+    index.write_text(json.dumps(record))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    "truncated": (
+        lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-5]),
+        "truncated",
+    ),
+    "absurd header": (
+        lambda f: first_shard(f).write_bytes(b"\xff" * 8 + first_shard(f).read_bytes()[8:]),
+        "claims a header",
+    ),
+    "missing shard": (lambda f: first_shard(f).unlink(), "which the index names"),
+    "index points outside": (point_outside, "inside the folder"),
+    "pickles": (only_pickles, "never read"),
+    "no experts": (without_experts, "has no experts"),
+    "top-k beyond the experts": (
+        lambda f: change_config(f, num_experts_per_tok=9),
+        "chooses 9 of 8 experts",
+    ),
+}
+
+
+@pytest.fixture
+def broken(mixtral: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mixtral, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect", "explain"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints(cli, broken: Path, verb: str, case: str) -> None:
+    break_it, message = BROKEN[case]
+    break_it(broken)
+    fails(cli(verb, broken), str(broken), message)
+
+
+@pytest.mark.parametrize("verb", ["generate", "inspect", "explain"])
+def test_a_missing_folder(cli, verb: str, tmp_path: Path) -> None:
+    fails(cli(verb, tmp_path / "nowhere"), "nowhere", "no such folder")
+
+
+@pytest.mark.parametrize("verb", ["generate", "explain"])
+def test_an_unknown_activation(cli, broken: Path, verb: str) -> None:
+    change_config(broken, hidden_act="swish_of_death")
+    fails(cli(verb, broken), "unknown", "activation 'swish_of_death'")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "a checkpoint folder or --preset"),
+        (["generate", "folder", "--preset", "tiny-mixtral"], "a checkpoint folder or --preset"),
+        (["generate", "--preset", "tiny-gpt-9"], "unknown preset 'tiny-gpt-9'; known: tiny-mix"),
+        (["generate", "--preset", "qwen3-30b-layer"], "--large"),
+        (["generate", "--preset", "tiny-mixtral", "--dtype", "int4"], "unsupported dtype 'int4'"),
+        (["generate", "--preset", "tiny-mixtral", "--device", "tpu9"], "unknown device 'tpu9'"),
+        (["generate", "--preset", "tiny-mixtral", "--device", "meta"], "unsupported device 'meta'"),
+        (["generate", "--preset", "tiny-mixtral", "--device", "cuda:99"], "torch sees"),
+        (["generate", "--preset", "tiny-mixtral", "--max-new-tokens", "0"], "at least 1, got 0"),
+        (["generate", "--preset", "tiny-mixtral", "--max-new-tokens", "x"], "invalid int value"),
+        (["generate", "--preset", "tiny-mixtral", "--prompt", ""], "the prompt has no tokens"),
+        (["explain", "--top-k", "2"], "give --num-experts, --hidden-size, --intermediate-size"),
+        ([], "VERB"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_words(cli, words: list[str], message: str) -> None:
+    fails(cli(*words), message)
+
+
+LAYER = ["--num-experts", "8", "--top-k", "2", "--hidden-size", "64", "--intermediate-size", "32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--activation", "blub"], "unknown MoE activation 'blub'; known: silu"),
+        (["--dtype", "fp7"], "unsupported dtype 'fp7'"),
+        (["--top-k", "9"], "experts_per_token 9"),
+        (["--num-experts", "-3"], "num_experts must be at least 1, got -3"),
+        (["--experts", "warp-drive"], "'warp-drive'; known:"),
+    ],
+)
+def test_bad_layers(cli, words: list[str], message: str) -> None:
+    fails(cli("explain", *LAYER, *words), message)
+
+
+def test_a_preset_is_not_written_over_a_folder_in_use(cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    fails(
+        cli("generate", "--preset", "tiny-mixtral", "--write-to", tmp_path),
+        "not an empty folder",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_traceback_is_there_when_asked_for(cli, tmp_path: Path) -> None:
+    _, _, err = cli("inspect", tmp_path, "--traceback")
+    assert "Traceback" in err
+
+
+def test_find_preset_and_write_preset_say_what_is_known(tmp_path: Path) -> None:
+    for call in (find_preset, lambda name: write_preset(name, tmp_path / "x")):
+        with pytest.raises(ValueError, match="unknown preset 'nope'; known: tiny-mixtral"):
+            call("nope")

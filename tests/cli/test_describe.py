@@ -1,0 +1,166 @@
+"""inspect, explain and env: they describe, and read nothing but headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusedmoe.cli.inspect import storage_format
+from fusedmoe.cli.output import format_bytes, print_table, printable
+from fusedmoe.presets import write_preset
+
+
+def test_inspect_counts_bytes_as_stored(cli, mixtral: Path) -> None:
+    code, out, err = cli("inspect", mixtral, "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert record["family"] == "mixtral"
+    assert (record["num_experts"], record["top_k"], record["activation"]) == (8, 2, "silu")
+    assert record["bytes"] < sum(p.stat().st_size for p in mixtral.glob("*.safetensors"))
+    one_expert = 3 * 64 * 128 * 4
+    router = 8 * 64 * 4
+    assert record["moe_layers"] == [
+        {
+            "layer": f"model.layers.{number}",
+            "experts": 8,
+            "format": "f32",
+            "expert_bytes": 8 * one_expert,
+            "shared_bytes": 0,
+            "router_bytes": router,
+            "bytes_per_token": 2 * one_expert + router,
+        }
+        for number in (0, 1)
+    ]
+    in_layers = 2 * (2 * one_expert + router)
+    assert record["bytes_per_token"] == in_layers + record["other_bytes_per_token"]
+    embedding = 448 * 64 * 4
+    unread = 2 * 6 * one_expert + embedding * 447 // 448
+    assert record["bytes_per_token"] == record["bytes"] - unread
+
+
+def test_inspect_finds_dense_layers_shared_experts_and_fused_weights(cli, tmp_path: Path) -> None:
+    folder = write_preset("tiny-deepseek-v3", tmp_path / "deepseek")
+    record = json.loads(cli("inspect", folder, "--json")[1])
+    assert [row["layer"] for row in record["moe_layers"]] == ["model.layers.1", "model.layers.2"]
+    assert {row["shared_bytes"] for row in record["moe_layers"]} == {3 * 64 * 32 * 4}
+    assert {row["router_bytes"] for row in record["moe_layers"]} == {(16 * 64 + 16) * 4}
+
+    folder = write_preset("tiny-gpt-oss", tmp_path / "gpt-oss")
+    record = json.loads(cli("inspect", folder, "--json")[1])
+    biases = (2 * 64 + 64) * 4
+    assert record["moe_layers"][0]["expert_bytes"] == 8 * (3 * 64 * 64 * 4 + biases)
+    assert record["moe_layers"][0]["experts"] == 8
+
+
+def test_inspect_prints_equal_layers_once(cli, mixtral: Path) -> None:
+    code, out, _ = cli("inspect", mixtral)
+    assert code == 0
+    assert "model.layers.0 .. model.layers.1" in out
+    assert "768.00 KiB" in out
+
+
+def test_inspect_reads_a_family_that_the_table_lacks(cli, mixtral: Path, tmp_path: Path) -> None:
+    for path in mixtral.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((mixtral / "config.json").read_text()) | {"model_type": "newcomer"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    record = json.loads(cli("inspect", tmp_path, "--json")[1])
+    assert record["family"] is None
+    assert [row["experts"] for row in record["moe_layers"]] == [8, 8]
+    assert record["moe_layers"][0]["bytes_per_token"] == 2 * 3 * 64 * 128 * 4 + 8 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("leaves", "method", "expected"),
+    [
+        ({"weight": {"BF16"}}, None, "bf16"),
+        ({"": {"F32"}, "bias": {"F32"}}, None, "f32"),
+        ({"weight": {"F8_E4M3"}, "weight_scale_inv": {"F32"}}, "fp8", "f8_e4m3, block scales"),
+        ({"weight": {"F8_E4M3"}, "weight_scale": {"F32"}}, "compressed-tensors", "f8_e4m3, scales"),
+        ({"blocks": {"U8"}, "scales": {"U8"}, "bias": {"BF16"}}, "mxfp4", "mxfp4"),
+        ({"weight": {"U8"}, "weight_scale": {"F8_E4M3"}, "weight_scale_2": {"F32"}}, "x", "nvfp4"),
+        ({"qweight": {"I32"}, "scales": {"F16"}, "qzeros": {"I32"}}, "gptq", "gptq int32"),
+        ({"weight_packed": {"I32"}, "weight_scale": {"BF16"}}, "x", "pack-quantized int32"),
+    ],
+)
+def test_storage_formats(leaves: dict[str, set[str]], method: str | None, expected: str) -> None:
+    assert storage_format(leaves, method) == expected
+
+
+def test_explain_a_layer_and_a_checkpoint(cli, mixtral: Path) -> None:
+    sizes = ("--num-experts", "8", "--top-k", "2", "--hidden-size", "64")
+    code, out, err = cli(
+        "explain", *sizes, "--intermediate-size", "128", "--dtype", "fp32", "--device", "cpu"
+    )
+    assert code == 0, err
+    code, from_files, err = cli("explain", mixtral, "--device", "cpu")
+    assert code == 0, err
+    assert out == from_files
+    assert out.splitlines()[1].startswith("experts: ")
+
+
+def test_explain_forces_an_implementation_and_lists_every_candidate(cli, mixtral: Path) -> None:
+    record = json.loads(cli("explain", mixtral, "--experts", "torch", "--json")[1])
+    assert record["experts"] == "torch"
+    record = json.loads(cli("explain", mixtral, "--device", "cpu", "--json")[1])
+    assert record["layer"]["activation"] == "silu"
+    assert {candidate["name"] for candidate in record["candidates"]} >= {"torch"}
+    chosen = [c for c in record["candidates"] if c["name"] == record["experts"]]
+    assert chosen[0]["reason"] is None
+
+
+def test_explain_reads_activation_and_bias_off_the_files(cli, tmp_path: Path) -> None:
+    folder = write_preset("tiny-gpt-oss", tmp_path / "gpt-oss")
+    record = json.loads(cli("explain", folder, "--json")[1])
+    assert record["layer"]["activation"] == "swigluoai"
+    assert record["layer"]["bias"] == "True"
+
+
+def test_env(cli) -> None:
+    code, out, _ = cli("env")
+    assert code == 0
+    assert "torch" in out
+    record = json.loads(cli("env", "--json")[1])
+    assert record["packages"]["torch"]
+    assert record["devices"][0]["device"] == "cpu"
+    assert record["devices"][0]["experts"]["torch"] is None
+
+
+def test_help_names_every_verb(cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    for verb in ("generate", "inspect", "explain", "env", "bench"):
+        assert verb in out
+
+
+def test_tables_align_numbers_right_and_print_none_as_a_dash(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table(["name", "count", "ok"], [["a", 5, True], ["long name", 12345.6, False]])
+    print_table(["empty"], [])
+    print_table(["x"], [[None], [0.123456]])
+    assert capsys.readouterr().out.splitlines() == [
+        "name       count  ok",
+        "---------  -----  ---",
+        "a              5  yes",
+        "long name  12346  no",
+        "empty",
+        "-----",
+        "    x",
+        "-----",
+        "    -",
+        "0.123",
+    ]
+
+
+def test_bytes_and_text() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1536, 3 << 30, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.50 KiB",
+        "3.00 GiB",
+        "5.00 TiB",
+    ]
+    assert printable("a\tb\x1b[0m\u202e é\n") == "a\\tb\\x1b[0m\\u202e é\n"

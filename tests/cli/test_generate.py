@@ -1,0 +1,114 @@
+"""The main job: a checkpoint folder generates text, with the tokens of Transformers' own loop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedmoe.presets import PRESETS
+
+TINY = [name for name, preset in PRESETS.items() if not preset.large]
+
+
+@pytest.mark.parametrize("route", ["experts", "accelerate"])
+@pytest.mark.parametrize("preset", TINY)
+def test_presets_generate_the_same_tokens_as_eager(cli, preset: str, route: str) -> None:
+    code, out, err = cli(
+        "generate", "--preset", preset, "--route", route, "--compare", "--json", "--device", "cpu"
+    )
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["tokens_agree"] is True
+    assert record["skipped"] == {}
+    assert [run["implementation"] for run in record["runs"]] == ["eager", "grouped_mm", "fusedmoe"]
+    assert all(len(run["tokens"]) == 32 for run in record["runs"])
+    assert len(set(record["runs"][0]["tokens"])) > 4, "a stuck model compares nothing"
+    assert all(run["tokens_per_s"] > 0 for run in record["runs"])
+
+
+def test_text_and_table_without_json(cli, mixtral: Path) -> None:
+    code, out, err = cli(
+        "generate", mixtral, "--prompt", "Grüße, 世界", "--max-new-tokens", "5", "--compare"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("Grüße, 世界")
+    rows = [line.split() for line in out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["eager", "grouped_mm", "fusedmoe"]
+    assert all(row[1] == "5" and row[-1] == "same" for row in rows)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_dtypes(cli, mixtral: Path, dtype: str) -> None:
+    code, out, err = cli("generate", mixtral, "--dtype", dtype, "--max-new-tokens", "4", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["runs"][0]["tokens"]) == 4
+
+
+def test_control_characters_never_reach_the_terminal(cli, mixtral: Path) -> None:
+    _, out, _ = cli("generate", mixtral, "--prompt", "\x1b[2Jred\x07", "--max-new-tokens", "2")
+    assert "\x1b" not in out
+    assert out.startswith("\\x1b[2Jred\\x07")
+
+
+def test_a_wrong_kernel_is_noticed(cli, mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison compares: noise in the experts makes it fail with exit code 1."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    import fusedmoe
+
+    fusedmoe.register()
+
+    def noise(self, hidden_states, top_k_index, top_k_weights):
+        return torch.randn_like(hidden_states)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "fusedmoe", noise)
+    monkeypatch.setattr(fusedmoe, "register", lambda: None)
+    code, out, _ = cli("generate", mixtral, "--compare", "--json")
+    record = json.loads(out)
+    assert code == 1
+    assert record["tokens_agree"] is False
+    assert record["first_difference_from_eager"]["eager"] is None
+    assert record["first_difference_from_eager"]["fusedmoe"] < 32
+
+
+def test_a_preset_is_kept_where_asked_and_is_the_same_every_time(cli, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        code, _, err = cli(
+            *("generate", "--preset", "tiny-olmoe", "--max-new-tokens", "1", "--seed", "3"),
+            *("--write-to", tmp_path / name),
+        )
+        assert code == 0, err
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one == two
+    assert len([name for name in one if name.endswith(".safetensors")]) > 1
+
+
+def test_a_preset_does_not_move_the_random_state(tmp_path: Path) -> None:
+    from fusedmoe.presets import write_preset
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    write_preset("tiny-olmoe", tmp_path / "olmoe")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_presets_have_the_published_tensor_names(mixtral: Path) -> None:
+    from fusedmoe.checkpoint import read_checkpoint
+
+    names = read_checkpoint(mixtral).tensors
+    assert "model.layers.1.block_sparse_moe.experts.7.w2.weight" in names
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedmoe.cli", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("fusedmoe ")
