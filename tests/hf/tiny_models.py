@@ -268,11 +268,18 @@ def _embeddings(model: Any) -> dict[str, torch.Tensor]:
     return {"inputs_embeds": torch.randn(2, 9, model.config.hidden_size, generator=generator)}
 
 
+def _two_kinds(model: Any) -> dict[str, torch.Tensor]:
+    """Some tokens go to the vision experts, without any image."""
+    inputs = _text(model)
+    return inputs | {"moe_mm_token_type_ids": (inputs["input_ids"] % 3 == 0).int()}
+
+
 INPUTS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "tokens": _text,
     "encoder_decoder": _encoder_decoder,
     "canvas": _canvas,
     "embeddings": _embeddings,
+    "two_kinds": _two_kinds,
 }
 
 
@@ -300,6 +307,20 @@ def greedy_tokens(row: TinyModel, model: Any, new_tokens: int = 32) -> torch.Ten
 @functools.cache
 def by_name(name: str) -> TinyModel:
     return next(row for row in ROWS if row.name == name)
+
+
+@functools.cache
+def eager_results(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Transformers' own logits and 32 greedy tokens of a row (None where it cannot generate)."""
+    row = by_name(name)
+    model = build(row)
+    return logits(row, model), None if row.cannot_generate else greedy_tokens(row, model)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest absolute difference, in units of the largest wanted value; NaN counts as infinite."""
+    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    return float("inf") if error != error else error
 
 
 def _causal(family: str, prefix: str, experts_class: str = "", **config: Any) -> TinyModel:
@@ -374,6 +395,7 @@ DECORATED: tuple[TinyModel, ...] = (
         experts_class="Ernie4_5_VLMoeMoeExperts",
         text_at="text_config",
         config={"moe_intermediate_size": [24, 16]} | MROPE,
+        inputs="two_kinds",
         outer={"vision_config": VISION} | IMAGE_TOKENS,
     ),
     _causal("exaone_moe", "ExaoneMoe"),
