@@ -42,6 +42,14 @@ _HOME = {
     "RoutingSpec": "fusedmoe.router.spec",
     "RoutingTensors": "fusedmoe.router.spec",
     "register": "fusedmoe.integrations.transformers",
+    "FusedMoE": "fusedmoe.layer",
+    "MoERunner": "fusedmoe.runner.moe_runner",
+    "RoutedExperts": "fusedmoe.weights.routed_experts",
+    "FusedMoEMethodBase": "fusedmoe.quantization.method_base",
+    "QuantizationConfig": "fusedmoe.quantization.method_base",
+    "UnquantizedFusedMoEMethod": "fusedmoe.quantization.unquantized",
+    "fused_moe_make_expert_params_mapping": "fusedmoe.weights.params_mapping",
+    "explain": "fusedmoe.selection",
 }
 
 __all__ = ["__version__", *_HOME]

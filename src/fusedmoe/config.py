@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -41,14 +41,14 @@ class MoEOptions:
     """How a layer may run, never what it computes (rounding order aside).
 
     ``experts`` and ``prepare_finalize`` force an implementation: a name that
-    ``fusedmoe.explain`` prints, or (for experts) a class of your own.
+    ``fusedmoe.explain`` prints, or a class of your own.
     """
 
     batch_invariant: bool = False
     deterministic: bool = True
     max_workspace_bytes: int | None = None
     experts: str | type | None = None
-    prepare_finalize: str | None = None
+    prepare_finalize: str | type | None = None
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
@@ -73,14 +73,27 @@ class ParallelGroups:
         """Size of a group and this process's rank in it; (1, 0) for ``None``."""
         if group is None:
             return 1, 0
-        process_group = group.get_group() if hasattr(group, "get_group") else group
+        process_group = ParallelGroups.process_group(group)
+        assert process_group is not None
         return process_group.size(), process_group.rank()
+
+    @staticmethod
+    def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+        """The process group itself, also of a one-dimensional DeviceMesh."""
+        get_group: Any = getattr(group, "get_group", None)
+        return cast("ProcessGroup | None", group if get_group is None else get_group())
+
+    @property
+    def connected(self) -> bool:
+        """Whether any group is given; else sizes describe ranks that do not communicate here."""
+        return any(group is not None for group in (self.tp, self.dp, self.pcp, self.ep))
 
 
 class ParallelSettings(Protocol):
     """What ``FusedMoEParallelConfig.make`` reads of its last argument."""
 
-    enable_expert_parallel: bool
+    @property
+    def enable_expert_parallel(self) -> bool: ...
 
 
 def _rank_of(settings: Any, name: str) -> int:
@@ -172,12 +185,62 @@ class FusedMoEParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelPlace:
+    """Sizes around one process and its rank in each, as ``FusedMoEParallelConfig.make`` reads."""
+
+    tp_size: int = 1
+    dp_size: int = 1
+    pcp_size: int = 1
+    tp_rank: int = 0
+    dp_rank: int = 0
+    pcp_rank: int = 0
+    enable_expert_parallel: bool = False
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.dp_rank
+
+    @classmethod
+    def of(
+        cls,
+        groups: ParallelGroups,
+        sizes: dict[str, int | None],
+        ranks: dict[str, int | None],
+    ) -> ParallelPlace:
+        """From groups, and sizes and ranks by group name where no group is given.
+
+        A size or rank that contradicts its group is a ValueError; what is not said is 1 and 0.
+        """
+        found: dict[str, int] = {}
+        for name, size in sizes.items():
+            group, rank = getattr(groups, name), ranks[name]
+            actual = ParallelGroups.size_and_rank(group)
+            if group is None:
+                actual = 1 if size is None else size, 0 if rank is None else rank
+            elif size not in (None, actual[0]) or rank not in (None, actual[1]):
+                raise ValueError(
+                    f"{name}_size {size} and {name}_rank {rank} contradict the given group "
+                    f"(size {actual[0]}, rank {actual[1]})"
+                )
+            found[f"{name}_size"], found[f"{name}_rank"] = actual
+        return cls(enable_expert_parallel=groups.enable_expert_parallel, **found)
+
+
+def shard_size(size: int, ranks: int) -> int:
+    """What each of ``ranks`` holds of ``size``, the last ones perhaps less."""
+    return -(-size // ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusedMoEConfig:
     """Everything about a layer that selection and the stages may depend on, except its weights.
 
     ``num_experts`` counts physical experts over all ranks (redundant copies included),
     ``num_logical_experts`` those of the model, ``num_local_experts`` those stored here.
     Sizes are per rank and padded; ``*_unpadded`` are what the checkpoint has.
+    ``num_zero_experts`` counts the identity experts that the logits cover beyond the real ones.
+    ``require_modular`` excludes experts that route by themselves: something between routing and
+    experts is needed by the layer.
     """
 
     num_experts: int
@@ -200,6 +263,8 @@ class FusedMoEConfig:
     has_bias: bool = False
     apply_router_weight_on_input: bool = False
     has_hash_routing: bool = False
+    require_modular: bool = False
+    num_zero_experts: int = 0
     max_num_tokens: int | None = None
     options: MoEOptions = field(default_factory=MoEOptions)
 
@@ -214,10 +279,11 @@ class FusedMoEConfig:
         for name in ("num_experts", "hidden_dim", "intermediate_size_per_partition"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 1 <= self.experts_per_token <= self.num_experts:
+        candidates = self.num_experts + self.num_zero_experts
+        if not 1 <= self.experts_per_token <= candidates:
             raise ValueError(
                 f"experts_per_token {self.experts_per_token} does not lie in "
-                f"[1, num_experts {self.num_experts}]"
+                f"[1, num_experts {candidates}]"
             )
         if not 0 <= self.num_local_experts <= self.num_experts:
             raise ValueError(

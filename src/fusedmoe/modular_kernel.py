@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
-from fusedmoe.config import FusedMoEConfig
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
@@ -85,11 +85,28 @@ Hook = Callable[[], None]
 
 
 class FusedMoEPrepareAndFinalize(ABC):
-    """What both kinds of prepare/finalize say about themselves."""
+    """What both kinds of prepare/finalize say about themselves.
+
+    ``row_format`` is the format of the rows it delivers, ``name`` what options and ``explain``
+    call it.
+    """
+
+    name: ClassVar[str] = ""
+    row_format: ClassVar[FusedMoEActivationFormat] = FusedMoEActivationFormat.Standard
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        """Why it cannot move the tokens of such a layer over ``groups``; None where it can."""
+        return None
+
+    @classmethod
+    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> FusedMoEPrepareAndFinalize:
+        """Build it for one layer."""
+        return cls()
 
     @property
-    @abstractmethod
-    def activation_format(self) -> FusedMoEActivationFormat: ...
+    def activation_format(self) -> FusedMoEActivationFormat:
+        return self.row_format
 
     @abstractmethod
     def topk_indices_dtype(self) -> torch.dtype | None:

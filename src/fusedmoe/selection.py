@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.config import FusedMoEConfig
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     FusedMoEActivationFormat,
     FusedMoEExperts,
+    FusedMoEExpertsModular,
+    FusedMoEExpertsMonolithic,
+    FusedMoEKernel,
+    FusedMoEMonolithicKernel,
+    FusedMoEPrepareAndFinalize,
+    FusedMoEPrepareAndFinalizeModular,
+    FusedMoEPrepareAndFinalizeMonolithic,
 )
+from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from fusedmoe.runner.moe_runner import MoERunner
 
 # In order of preference; "module:class", so that no candidate is imported before it is asked for.
 EXPERTS: tuple[str, ...] = ("fusedmoe.experts.torch_reference:TorchExperts",)
+PREPARE_FINALIZE: tuple[str, ...] = (
+    "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
+    "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPMonolithic",
+)
 
 
 @dataclass(frozen=True)
@@ -36,19 +48,65 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome: the chosen class and every candidate in the order it was considered."""
+    """The outcome for one layer; ``print`` it to read why.
+
+    ``chosen`` is the experts class and ``prepare_finalize`` the one that moves tokens to it;
+    the candidates stand in the order in which they were considered.
+    """
 
     chosen: type[FusedMoEExperts]
     candidates: tuple[Candidate, ...]
+    prepare_finalize: type[FusedMoEPrepareAndFinalize]
+    prepare_finalize_candidates: tuple[Candidate, ...]
+    moe_config: FusedMoEConfig
+    groups: ParallelGroups | None = None
+
+    def make_kernel(
+        self, quant_config: FusedMoEQuantConfig
+    ) -> FusedMoEKernel | FusedMoEMonolithicKernel:
+        """Build one of each and compose them."""
+        moe = self.moe_config
+        mover = self.prepare_finalize.make(moe, self.groups)
+        batched = self.chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts
+        experts = self.chosen(
+            moe,
+            quant_config,
+            max_num_tokens=mover.max_num_tokens_per_rank() if batched else None,
+            num_dispatchers=mover.num_dispatchers() if batched else None,
+        )
+        if isinstance(experts, FusedMoEExpertsMonolithic):
+            assert isinstance(mover, FusedMoEPrepareAndFinalizeMonolithic)
+            return FusedMoEMonolithicKernel(mover, experts)
+        assert isinstance(mover, FusedMoEPrepareAndFinalizeModular)
+        assert isinstance(experts, FusedMoEExpertsModular)
+        return FusedMoEKernel(mover, experts)
 
     def __str__(self) -> str:
-        lines = [f"experts: {self.chosen.name or self.chosen.__name__}"]
-        for candidate in self.candidates:
-            if candidate.reason is not None:
-                lines.append(f"  not {candidate.name}: {candidate.reason}")
-            elif candidate.name != self.chosen.name:
-                lines.append(f"  not {candidate.name}: it can, but a preferred one came first")
-        return "\n".join(lines)
+        return "\n".join(
+            [
+                *_lines("experts", name_of(self.chosen), self.candidates),
+                *_lines(
+                    "prepare_finalize",
+                    name_of(self.prepare_finalize),
+                    self.prepare_finalize_candidates,
+                ),
+            ]
+        )
+
+
+def _lines(what: str, chosen: str, candidates: tuple[Candidate, ...]) -> list[str]:
+    lines = [f"{what}: {chosen}"]
+    for candidate in candidates:
+        if candidate.reason is not None:
+            lines.append(f"  not {candidate.name}: {candidate.reason}")
+        elif candidate.name != chosen:
+            lines.append(f"  not {candidate.name}: it can, but a preferred one came first")
+    return lines
+
+
+def name_of(cls: type[Any]) -> str:
+    """What ``MoEOptions`` and ``explain`` call an implementation."""
+    return getattr(cls, "name", "") or cls.__name__
 
 
 def unmet_requirement(
@@ -93,42 +151,101 @@ def unmet_requirement(
     return None
 
 
-def _load(path: str) -> type[FusedMoEExperts]:
+def _load(path: str) -> type[Any]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _all_experts() -> Iterator[type[FusedMoEExperts]]:
-    for path in EXPERTS:
-        yield _load(path)
+def _candidate_classes(paths: tuple[str, ...], forced: str | type | None) -> list[type[Any]]:
+    """The classes of a table, or the forced one alone (by class, or by name in the table)."""
+    if isinstance(forced, type):
+        return [forced]
+    classes = [_load(path) for path in paths]
+    named = [cls for cls in classes if forced is None or name_of(cls) == forced]
+    if not named:
+        known = ", ".join(dict.fromkeys(name_of(cls) for cls in classes))
+        raise ValueError(f"no implementation is called {forced!r}; known: {known}")
+    return named
 
 
-def select_experts_class(
+def _serves(
+    mover: type[FusedMoEPrepareAndFinalize],
+    experts: type[FusedMoEExperts],
+) -> bool:
+    """Whether ``mover`` delivers what ``experts`` take: logits or ids, and the same rows."""
+    kind = (
+        FusedMoEPrepareAndFinalizeMonolithic
+        if issubclass(experts, FusedMoEExpertsMonolithic)
+        else FusedMoEPrepareAndFinalizeModular
+    )
+    return issubclass(mover, kind) and mover.row_format is experts.activation_format()
+
+
+def select(
     moe: FusedMoEConfig,
     weight_key: QuantKey | None = None,
     activation_key: QuantKey | None = None,
-    activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard,
+    groups: ParallelGroups | None = None,
 ) -> Selection:
-    """Choose an experts implementation; ``moe.options.experts`` forces one (a name or a class).
+    """Choose experts, and the prepare/finalize that serves them.
 
-    Raises ValueError with every reason where nothing fits, or where the forced one does not.
+    ``moe.options`` forces either by name or class. ``groups`` are the process groups tokens may
+    move over. Raises ValueError with every reason where nothing fits.
     """
-    forced = moe.options.experts
-    if isinstance(forced, type):
-        classes: list[type[FusedMoEExperts]] = [forced]
-    else:
-        classes = [cls for cls in _all_experts() if forced is None or cls.name == forced]
-        if not classes:
-            known = ", ".join(cls.name for cls in _all_experts())
-            raise ValueError(f"no experts implementation is called {forced!r}; known: {known}")
+    movers = _candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
+    mover_reasons = {cls: cls.unmet_requirement(moe, groups) for cls in movers}
+    able = [cls for cls, reason in mover_reasons.items() if reason is None]
+    mover_candidates = tuple(Candidate(name_of(c), reason) for c, reason in mover_reasons.items())
+    if not able:
+        raise ValueError(f"nothing moves the tokens of this layer ({_join(mover_candidates)})")
     candidates = []
-    chosen = None
-    for cls in classes:
-        _, reason = cls.is_supported_config(moe, weight_key, activation_key, activation_format)
-        candidates.append(Candidate(cls.name or cls.__name__, reason))
+    chosen: tuple[type[FusedMoEExperts], type[FusedMoEPrepareAndFinalize]] | None = None
+    for cls in _candidate_classes(EXPERTS, moe.options.experts):
+        serving = [mover for mover in able if _serves(mover, cls)]
+        reason = _unmet(cls, moe, weight_key, activation_key, bool(serving))
+        candidates.append(Candidate(name_of(cls), reason))
         if reason is None and chosen is None:
-            chosen = cls
+            chosen = cls, serving[0]
     if chosen is None:
-        reasons = "; ".join(f"{c.name}: {c.reason}" for c in candidates)
-        raise ValueError(f"no experts implementation runs this layer ({reasons})")
-    return Selection(chosen, tuple(candidates))
+        raise ValueError(f"no experts implementation runs this layer ({_join(tuple(candidates))})")
+    kind = _kind(chosen[1])
+    return Selection(
+        chosen[0],
+        tuple(candidates),
+        chosen[1],
+        tuple(Candidate(name_of(c), r) for c, r in mover_reasons.items() if issubclass(c, kind)),
+        moe,
+        groups,
+    )
+
+
+def _kind(mover: type[FusedMoEPrepareAndFinalize]) -> type[FusedMoEPrepareAndFinalize]:
+    modular = issubclass(mover, FusedMoEPrepareAndFinalizeModular)
+    return FusedMoEPrepareAndFinalizeModular if modular else FusedMoEPrepareAndFinalizeMonolithic
+
+
+def _unmet(
+    cls: type[FusedMoEExperts],
+    moe: FusedMoEConfig,
+    weight_key: QuantKey | None,
+    activation_key: QuantKey | None,
+    served: bool,
+) -> str | None:
+    if moe.require_modular and issubclass(cls, FusedMoEExpertsMonolithic):
+        return "routes by itself, but this layer needs its routing before the experts"
+    _, reason = cls.is_supported_config(moe, weight_key, activation_key, cls.activation_format())
+    if reason is None and not served:
+        return f"takes {cls.activation_format().name} rows, which no prepare/finalize delivers"
+    return reason
+
+
+def _join(candidates: tuple[Candidate, ...]) -> str:
+    return "; ".join(f"{c.name}: {c.reason}" for c in candidates)
+
+
+def explain(layer: FusedMoEConfig | MoERunner) -> Selection:
+    """What runs a layer and why; ``print`` the result. Takes a config or a built layer."""
+    if isinstance(layer, FusedMoEConfig):
+        return select(layer)
+    experts = layer.routed_experts
+    return experts.quant_method.select(experts)

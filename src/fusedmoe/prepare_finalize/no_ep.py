@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.modular_kernel import (
-    FusedMoEActivationFormat,
+    FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
     MonolithicPrepareResult,
@@ -30,10 +31,17 @@ def weight_input(
     return a1 * topk_weights.to(a1.dtype)
 
 
-class _OneRank:
-    @property
-    def activation_format(self) -> FusedMoEActivationFormat:
-        return FusedMoEActivationFormat.Standard
+class _OneRank(FusedMoEPrepareAndFinalize):
+    name = "no_ep"
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        parallel = moe.moe_parallel_config
+        apart = {"dp": parallel.dp_size, "pcp": parallel.pcp_size, "sp": parallel.sp_size}
+        moving = ", ".join(f"{name}_size {size}" for name, size in apart.items() if size > 1)
+        if groups is None or not moving:
+            return None
+        return f"moves no tokens, but ranks hold different ones ({moving})"
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         return None

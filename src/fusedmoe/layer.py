@@ -1,0 +1,427 @@
+"""FusedMoE(): from a layer's arguments to the MoERunner that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    MoEOptions,
+    ParallelGroups,
+    ParallelPlace,
+    shard_size,
+)
+from fusedmoe.quantization.method_base import FusedMoEMethodBase, QuantizationConfig
+from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
+from fusedmoe.router.base import FusedMoERouter
+from fusedmoe.router.factory import create_fused_moe_router
+from fusedmoe.router.routers import CustomRoutingFunction
+from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.runner.reduction import RankSum
+from fusedmoe.weights.expert_map import ExpertMapManager, Placement, determine_expert_counts
+from fusedmoe.weights.params_mapping import DEFAULT_CHECKPOINT_NAMES, CheckpointNames
+from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+def FusedMoE(
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    params_dtype: torch.dtype | None = None,
+    renormalize: bool = True,
+    use_grouped_topk: bool = False,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    quant_config: QuantizationConfig | None = None,
+    tp_size: int | None = None,
+    dp_size: int | None = None,
+    pcp_size: int | None = None,
+    prefix: str = "",
+    custom_routing_function: CustomRoutingFunction | None = None,
+    router: FusedMoERouter | None = None,
+    scoring_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+    swiglu_limit: float | None = None,
+    e_score_correction_bias: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    activation: str | MoEActivation = "silu",
+    enable_eplb: bool = False,
+    num_redundant_experts: int = 0,
+    has_bias: bool = False,
+    is_sequence_parallel: bool = False,
+    expert_mapping: Sequence[tuple[str, str, int, str]] | None = None,
+    n_shared_experts: int | None = None,
+    router_logits_dtype: torch.dtype | None = None,
+    gate: nn.Module | None = None,
+    shared_experts: nn.Module | None = None,
+    shared_expert_gate: nn.Module | None = None,
+    routed_input_transform: nn.Module | None = None,
+    routed_output_transform: nn.Module | None = None,
+    apply_routed_scale_to_output: bool = False,
+    zero_expert_type: str | None = None,
+    hash_indices_table: torch.Tensor | None = None,
+    runner_cls: type[MoERunner] | None = None,
+    runner_args: dict[str, Any] | None = None,
+    routed_experts_cls: type[RoutedExperts] | None = None,
+    routed_experts_args: dict[str, Any] | None = None,
+    *,
+    parallel: ParallelGroups | None = None,
+    options: MoEOptions | None = None,
+    tp_rank: int | None = None,
+    dp_rank: int | None = None,
+    pcp_rank: int | None = None,
+    expert_placement: Placement = "linear",
+    swiglu_alpha: float | None = None,
+    swiglu_beta: float | None = None,
+    activation_situ_beta: float | None = None,
+    activation_situ_linear_beta: float | None = None,
+    reduce_results: bool = True,
+    shared_experts_sharded: bool = False,
+    ckpt_names: CheckpointNames = DEFAULT_CHECKPOINT_NAMES,
+    is_fused_checkpoint_transposed: bool = False,
+    is_fused_checkpoint_interleaved: bool | None = None,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
+    skip_padding: bool = False,
+    device: torch.device | str | None = None,
+) -> MoERunner:
+    """Build one Mixture-of-Experts layer.
+
+    Sizes: ``num_experts`` of the model (E), ``top_k`` per token (K), ``hidden_size`` (H) that the
+    experts read and write, ``intermediate_size`` (I) of one whole expert. ``params_dtype`` (None:
+    torch's default) and ``device`` (may be "meta") are the weights'.
+
+    Routing: ``scoring_func`` softmax, sigmoid or sqrtsoftplus; ``renormalize``; grouped top-k by
+    ``use_grouped_topk`` with ``num_expert_group`` and ``topk_group``; ``e_score_correction_bias``
+    [E]; ``hash_indices_table`` [vocab, K]; ``bias_vl`` [E] for tokens whose id lies in
+    [``image_sentinel_lo``, + 5); ``zero_expert_type="identity"``, where the bias also covers the
+    zero experts; ``skip_padding`` routes rows that forward's ``is_padding`` marks nowhere.
+    ``custom_routing_function(hidden_states, logits, topk, renormalize)`` replaces the rule,
+    ``router`` all of it. ``routed_scaling_factor`` multiplies the router's weights, or with
+    ``apply_routed_scale_to_output`` the routed output and the zero experts' term.
+    ``n_shared_experts`` appends that many experts which every token is routed to with weight 1.
+    ``router_logits_dtype`` is what logits are converted to (and the gate asked for).
+
+    Experts: ``activation`` by name, with ``swiglu_limit`` / ``_alpha`` / ``_beta`` and
+    ``activation_situ_*`` as its numbers; ``has_bias``; ``apply_router_weight_on_input`` (K = 1).
+    ``quant_config.get_quant_method(moe_config, prefix)`` gives another format than the plain one.
+
+    Around them: ``gate`` computes the logits where forward gets none, ``shared_experts`` (times
+    sigmoid of ``shared_expert_gate``) is added, ``routed_input_transform`` and
+    ``routed_output_transform`` stand before and after the routed experts alone.
+
+    Loading: ``ckpt_names`` (gate, down, up or None), or an explicit ``expert_mapping`` as
+    ``make_expert_params_mapping`` makes it; ``is_fused_checkpoint_transposed`` for 3-D tensors
+    stored [E, in, out]; ``is_fused_checkpoint_interleaved`` where joined gate and up alternate
+    row by row (None: as the activation reads them). ``prefix`` is the layer's name there.
+
+    Ranks: ``parallel`` holds the process groups. ``tp_size``, ``dp_size`` and ``pcp_size`` come
+    from them or are 1; given without a group, with ``tp_rank`` and the like, they only choose what
+    is stored here, and the output is this rank's summand. ``reduce_results=False`` leaves the sum
+    to the caller as well. ``is_sequence_parallel``: the tensor-parallel ranks hold different
+    tokens. ``shared_experts_sharded``: each rank's shared experts give one summand of theirs.
+    ``enable_eplb`` allows ``set_eplb_state``, ``num_redundant_experts`` adds copies for it;
+    ``expert_placement`` is linear or round_robin.
+
+    ``runner_cls(..., **runner_args)`` and ``routed_experts_cls(..., **routed_experts_args)``
+    replace or parametrise the two modules; ``options`` say how to run.
+
+    Raises ValueError for arguments that contradict each other.
+    """
+    groups, options = parallel or ParallelGroups(), options or MoEOptions()
+    place = ParallelPlace.of(
+        groups,
+        {"tp": tp_size, "dp": dp_size, "pcp": pcp_size},
+        {"tp": tp_rank, "dp": dp_rank, "pcp": pcp_rank},
+    )
+    routing = _Routing(
+        top_k=top_k,
+        num_experts=num_experts,
+        renormalize=renormalize,
+        use_grouped_topk=use_grouped_topk,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+        scoring_func=scoring_func,
+        n_shared_experts=n_shared_experts or 0,
+        routed_scaling_factor=routed_scaling_factor,
+        scale_on_output=apply_routed_scale_to_output,
+        e_score_correction_bias=e_score_correction_bias,
+        custom_routing_function=custom_routing_function,
+        zero_expert_type=zero_expert_type,
+        hash_indices_table=hash_indices_table,
+        bias_vl=bias_vl,
+        image_sentinel_lo=image_sentinel_lo,
+        skip_padding=skip_padding,
+    )
+    layer_router = routing.make_router(router)
+    if num_redundant_experts and not enable_eplb:
+        raise ValueError(f"{num_redundant_experts} redundant experts need enable_eplb")
+    if enable_eplb and not hasattr(layer_router, "set_eplb_state"):
+        raise ValueError(f"{type(layer_router).__name__} cannot be balanced: no set_eplb_state")
+    if n_shared_experts and shared_experts is not None:
+        raise ValueError(
+            f"{n_shared_experts} shared experts as routed ids and a shared_experts module: "
+            "give one of the two"
+        )
+    act = MoEActivation.from_str(activation) if isinstance(activation, str) else activation
+    counts = determine_expert_counts(num_experts, num_redundant_experts, n_shared_experts)
+    parallel_config = _parallel_config(place, is_sequence_parallel)
+    placement = ExpertMapManager(
+        counts.physical,
+        num_redundant_experts,
+        parallel_config.ep_size,
+        parallel_config.ep_rank,
+        expert_placement,
+    )
+    dtype = params_dtype or torch.get_default_dtype()
+    moe_config = FusedMoEConfig(
+        num_experts=counts.physical,
+        num_logical_experts=counts.logical,
+        num_local_experts=placement.num_local_experts,
+        num_zero_experts=routing.num_zero_experts,
+        experts_per_token=top_k + counts.fused_shared,
+        hidden_dim=hidden_size,
+        intermediate_size_per_partition=shard_size(intermediate_size, parallel_config.tp_size),
+        activation=act,
+        activation_config=_activation_config(
+            act,
+            swiglu_limit,
+            swiglu_alpha,
+            swiglu_beta,
+            activation_situ_beta,
+            activation_situ_linear_beta,
+        ),
+        in_dtype=dtype,
+        device=torch.get_default_device() if device is None else torch.device(device),
+        routing_method=layer_router.routing_method_type,
+        router_logits_dtype=router_logits_dtype,
+        moe_parallel_config=parallel_config,
+        has_bias=has_bias,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        has_hash_routing=hash_indices_table is not None,
+        require_modular=skip_padding
+        or zero_expert_type is not None
+        or routed_input_transform is not None,
+        options=options,
+    )
+    method = _make_method(moe_config, quant_config, prefix, groups)
+    if enable_eplb and not method.supports_eplb:
+        raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
+    routed_experts = (routed_experts_cls or RoutedExperts)(
+        method.moe_config,
+        method,
+        params_dtype=dtype,
+        intermediate_size=intermediate_size,
+        expert_map_manager=placement,
+        ckpt_names=ckpt_names,
+        expert_mapping=expert_mapping,
+        is_fused_checkpoint_transposed=is_fused_checkpoint_transposed,
+        is_fused_checkpoint_interleaved=is_fused_checkpoint_interleaved,
+        prefix=prefix,
+        device=device,
+        **(routed_experts_args or {}),
+    )
+    return (runner_cls or MoERunner)(
+        method.moe_config,
+        layer_router,
+        routed_experts,
+        gate=gate,
+        shared_experts=shared_experts,
+        shared_expert_gate=shared_expert_gate,
+        routed_input_transform=routed_input_transform,
+        routed_output_transform=routed_output_transform,
+        routed_scaling_factor=routed_scaling_factor if apply_routed_scale_to_output else 1.0,
+        router_logits_dtype=router_logits_dtype,
+        num_router_logits=None if router is not None else routing.num_logits,
+        rank_sum=RankSum(
+            size=1 if is_sequence_parallel else place.tp_size,
+            rank=0 if is_sequence_parallel else place.tp_rank,
+            group=ParallelGroups.process_group(groups.tp),
+            enabled=reduce_results,
+        ),
+        shared_experts_sharded=shared_experts_sharded,
+        skip_padding=skip_padding,
+        enable_eplb=enable_eplb,
+        prefix=prefix,
+        **(runner_args or {}),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Routing:
+    """The arguments that describe the routing rule."""
+
+    top_k: int
+    num_experts: int
+    renormalize: bool
+    use_grouped_topk: bool
+    num_expert_group: int | None
+    topk_group: int | None
+    scoring_func: str
+    n_shared_experts: int
+    routed_scaling_factor: float
+    scale_on_output: bool
+    e_score_correction_bias: torch.Tensor | None
+    custom_routing_function: CustomRoutingFunction | None
+    zero_expert_type: str | None
+    hash_indices_table: torch.Tensor | None
+    bias_vl: torch.Tensor | None
+    image_sentinel_lo: int
+    skip_padding: bool
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the router's logits."""
+        return self.num_experts + self.num_zero_experts
+
+    @property
+    def num_zero_experts(self) -> int:
+        bias = self.e_score_correction_bias
+        if self.zero_expert_type is None or bias is None:
+            return 0
+        return max(bias.numel() - self.num_experts, 0)
+
+    def make_router(self, given: FusedMoERouter | None) -> FusedMoERouter:
+        """``given`` where the caller has one (the rest must then be at its defaults)."""
+        if given is not None:
+            self._refuse(f"beside the given {type(given).__name__}", self._rule())
+            return given
+        if self.custom_routing_function is not None:
+            own = ("renormalize", "routed_scaling_factor", "custom_routing_function")
+            rule = {name: value for name, value in self._rule().items() if name not in own}
+            self._refuse("beside custom_routing_function", rule)
+        if not self.use_grouped_topk:
+            groups = {"num_expert_group": self.num_expert_group, "topk_group": self.topk_group}
+            self._refuse("without use_grouped_topk", groups)
+        elif self.zero_expert_type is not None:
+            self._refuse("with zero experts", {"use_grouped_topk": True})
+        if self.bias_vl is None and self.image_sentinel_lo:
+            self._refuse("without bias_vl", {"image_sentinel_lo": self.image_sentinel_lo})
+        scale = self.routed_scaling_factor
+        return create_fused_moe_router(
+            self.top_k,
+            self.num_experts,
+            self.renormalize,
+            self.use_grouped_topk,
+            self.num_expert_group,
+            self.topk_group,
+            self.scoring_func,
+            num_fused_shared_experts=self.n_shared_experts,
+            shared_expert_weight=1.0 / scale if self.scale_on_output else 1.0,
+            routed_scaling_factor=1.0 if self.scale_on_output else scale,
+            e_score_correction_bias=self.e_score_correction_bias,
+            custom_routing_function=self.custom_routing_function,
+            zero_expert_type=self.zero_expert_type,
+            hash_indices_table=self.hash_indices_table,
+            bias_vl=self.bias_vl,
+            image_sentinel_lo=self.image_sentinel_lo,
+            skip_padding=self.skip_padding,
+        )
+
+    def _rule(self) -> dict[str, Any]:
+        """What was asked for beyond the defaults (None: nothing)."""
+        return {
+            "custom_routing_function": self.custom_routing_function,
+            "renormalize": None if self.renormalize else False,
+            "use_grouped_topk": self.use_grouped_topk or None,
+            "num_expert_group": self.num_expert_group,
+            "topk_group": self.topk_group,
+            "scoring_func": None if self.scoring_func == "softmax" else self.scoring_func,
+            "routed_scaling_factor": None
+            if self.scale_on_output or self.routed_scaling_factor == 1.0
+            else self.routed_scaling_factor,
+            "e_score_correction_bias": self.e_score_correction_bias,
+            "zero_expert_type": self.zero_expert_type,
+            "hash_indices_table": self.hash_indices_table,
+            "bias_vl": self.bias_vl,
+            "image_sentinel_lo": self.image_sentinel_lo or None,
+        }
+
+    @staticmethod
+    def _refuse(where: str, arguments: dict[str, Any]) -> None:
+        asked = [
+            name if isinstance(value, torch.Tensor) or callable(value) else f"{name}={value!r}"
+            for name, value in arguments.items()
+            if value is not None
+        ]
+        if asked:
+            raise ValueError(f"{', '.join(asked)} would have no effect {where}")
+
+
+def _parallel_config(place: ParallelPlace, is_sequence_parallel: bool) -> FusedMoEParallelConfig:
+    if is_sequence_parallel and place.tp_size > 1 and not place.enable_expert_parallel:
+        raise ValueError(
+            f"is_sequence_parallel gives {place.tp_size} tensor-parallel ranks different tokens, "
+            "which sharded experts cannot add up: it needs enable_expert_parallel"
+        )
+    return FusedMoEParallelConfig.make(
+        place.tp_size,
+        place.pcp_size,
+        place.dp_size,
+        place.tp_size if is_sequence_parallel else 1,
+        place,
+    )
+
+
+def _activation_config(
+    activation: MoEActivation,
+    limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+) -> ApplyMoEActivationConfig:
+    """The activation's numbers; ValueError for one that it does not have."""
+    is_swigluoai = activation in (
+        MoEActivation.SWIGLUOAI,
+        MoEActivation.SWIGLUOAI_UNINTERLEAVE,
+    )
+    is_situ = activation is MoEActivation.SITU
+    for name, value, has in (
+        ("swiglu_limit", limit, activation.is_gated and not is_situ),
+        ("swiglu_alpha", alpha, is_swigluoai),
+        ("swiglu_beta", beta, is_swigluoai),
+        ("activation_situ_beta", situ_beta, is_situ),
+        ("activation_situ_linear_beta", situ_linear_beta, is_situ),
+    ):
+        if value is not None and not has:
+            raise ValueError(f"the activation {activation.value} has no {name} (got {value})")
+    return ApplyMoEActivationConfig(
+        clamp_limit=limit,
+        alpha=alpha,
+        beta=beta,
+        situ_beta=situ_beta,
+        situ_linear_beta=situ_linear_beta,
+    )
+
+
+def _make_method(
+    moe_config: FusedMoEConfig,
+    quant_config: QuantizationConfig | None,
+    prefix: str,
+    groups: ParallelGroups,
+) -> FusedMoEMethodBase:
+    """The format's method, holding the config with the sizes that it stores."""
+    if quant_config is not None and not hasattr(quant_config, "get_quant_method"):
+        raise ValueError(f"quant_config {type(quant_config).__name__} has no get_quant_method")
+    method = None if quant_config is None else quant_config.get_quant_method(moe_config, prefix)
+    method = method or UnquantizedFusedMoEMethod(moe_config)
+    hidden, intermediate = method.maybe_roundup_sizes(
+        moe_config.hidden_dim,
+        moe_config.intermediate_size_per_partition,
+        moe_config.in_dtype,
+        moe_config.moe_parallel_config,
+    )
+    method.groups = groups if groups.connected else None
+    method.moe_config = replace(
+        moe_config, hidden_dim=hidden, intermediate_size_per_partition=intermediate
+    )
+    return method

@@ -1,0 +1,46 @@
+"""Experts as they were trained: fp32, fp16 or bf16 weights, no scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedmoe.quantization.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEQuantConfig,
+    biased_moe_quant_config,
+)
+from fusedmoe.quantization.method_base import FusedMoEMethodBase
+from fusedmoe.weights.param_spec import HIDDEN, INTERMEDIATE, ParamSpec
+
+if TYPE_CHECKING:
+    from fusedmoe.weights.routed_experts import RoutedExperts
+
+_WEIGHTS = (
+    ParamSpec(owner="w13", suffix="weight", axes=(INTERMEDIATE, HIDDEN)),
+    ParamSpec(owner="w2", suffix="weight", axes=(HIDDEN, INTERMEDIATE)),
+)
+_BIASES = (
+    ParamSpec(owner="w13", suffix="bias", axes=(INTERMEDIATE,)),
+    ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),
+)
+
+
+class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
+    """w13_weight [e, S * I, H], w2_weight [e, H, I], and biases [e, S * I], [e, H] where asked."""
+
+    def param_specs(self) -> tuple[ParamSpec, ...]:
+        return _WEIGHTS + _BIASES if self.moe_config.has_bias else _WEIGHTS
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        if not self.moe_config.has_bias:
+            return FUSED_MOE_UNQUANTIZED_CONFIG
+        return biased_moe_quant_config(layer.w13_bias, layer.w2_bias)
+
+    def input_dtype(self, layer: RoutedExperts) -> torch.dtype:
+        return layer.w13_weight.dtype
+
+    @property
+    def supports_eplb(self) -> bool:
+        return True

@@ -1,0 +1,310 @@
+"""MoERunner: the order of one layer's forward.
+
+x ─┬─ shared experts ───────────────────────────────────────────────┐
+   ├─ gate ── logits ─┐                                             │
+   └─ input transform ┴ pad ── route ── experts ── truncate ── scale ── output transform ── +
+      ── sum over ranks ── + zero experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.router.base import FusedMoERouter
+from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
+from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
+from fusedmoe.runner.shared_experts import SharedExpertsRun, choose_order
+from fusedmoe.weights.routed_experts import RoutedExperts
+
+if TYPE_CHECKING:
+    from fusedmoe.weights.expert_map import ExpertMapManager
+
+
+class TransformedInput(NamedTuple):
+    """Rows for the routed experts, and those for the shared ones (None: there are none)."""
+
+    hidden_states: torch.Tensor
+    shared_experts_input: torch.Tensor | None
+
+
+class MoERunner(nn.Module):
+    """One Mixture-of-Experts layer. Build it with ``FusedMoE(...)``.
+
+    ``routed_scaling_factor`` is what multiplies the routed output here (1 where the router
+    applies it). In fp16 with shared experts their output is divided by it instead, so that
+    nothing overflows: the layer then returns its output over ``routed_scaling_factor``, and the
+    model must make up for that. ``shared_experts_sharded`` says that each rank's shared experts
+    give one summand of their output. ``shared_overlap_token_limit``: up to that many tokens the
+    shared experts run on a second CUDA stream.
+    """
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        router: FusedMoERouter,
+        routed_experts: RoutedExperts,
+        *,
+        gate: nn.Module | None = None,
+        shared_experts: nn.Module | None = None,
+        shared_expert_gate: nn.Module | None = None,
+        routed_input_transform: nn.Module | None = None,
+        routed_output_transform: nn.Module | None = None,
+        routed_scaling_factor: float = 1.0,
+        router_logits_dtype: torch.dtype | None = None,
+        num_router_logits: int | None = None,
+        rank_sum: RankSum | None = None,
+        shared_experts_sharded: bool = False,
+        skip_padding: bool = False,
+        enable_eplb: bool = False,
+        prefix: str = "",
+        shared_overlap_token_limit: int = 256,
+    ) -> None:
+        super().__init__()
+        self.moe_config = moe_config
+        self.router = router
+        self.routed_experts = routed_experts
+        self.gate = gate
+        self.shared_experts = shared_experts
+        self.shared_expert_gate = shared_expert_gate
+        self.routed_input_transform = routed_input_transform
+        self.routed_output_transform = routed_output_transform
+        self.routed_scaling_factor = routed_scaling_factor
+        self.router_logits_dtype = router_logits_dtype
+        self.num_router_logits = num_router_logits
+        self.rank_sum = rank_sum or RankSum()
+        self.shared_experts_sharded = shared_experts_sharded
+        self.skip_padding = skip_padding
+        self.enable_eplb = enable_eplb
+        self.prefix = prefix
+        self.shared_overlap_token_limit = shared_overlap_token_limit
+        routed_experts.set_router(router)
+        set_out_dtype: Any = getattr(gate, "set_out_dtype", None)
+        if router_logits_dtype is not None and set_out_dtype is not None:
+            set_out_dtype(router_logits_dtype)
+        self._check()
+
+    def _check(self) -> None:
+        if self.shared_experts is None and self.shared_expert_gate is not None:
+            raise ValueError("shared_expert_gate needs shared_experts")
+        if self.shared_experts is None and self.shared_experts_sharded:
+            raise ValueError("shared_experts_sharded needs shared_experts")
+        stays_partial = self.rank_sum.size > 1 and not self.rank_sum.communicates
+        if stays_partial and not commutes_with_sum(self.routed_output_transform):
+            raise ValueError(
+                f"one of {self.rank_sum.size} ranks cannot apply the routed_output_transform to "
+                "its summand alone: give the process group, or mark the transform is_linear"
+            )
+        if self.moe_config.num_zero_experts and self.routed_input_transform is not None:
+            raise ValueError(
+                f"{self.moe_config.num_zero_experts} zero experts return the layer's input, which "
+                "the routed_input_transform replaces"
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        *,
+        is_padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states [..., H] -> [..., H] (the output transform's width, where there is one).
+
+        router_logits [..., E] (+ zero experts), or None to let the layer's gate compute them from
+        hidden_states; input_ids [...] for rules that route by token; is_padding bool [...] marks
+        rows that are routed nowhere.
+        """
+        if (is_padding is not None) != self.skip_padding:
+            raise ValueError(
+                f"is_padding belongs to layers built with skip_padding=True, and to each of their "
+                f"calls; this one has skip_padding={self.skip_padding}"
+            )
+        batch = flatten_inputs(
+            hidden_states, router_logits, input_ids, is_padding, self.num_router_logits
+        )
+        routed_input, shared_input = self.apply_routed_input_transform(batch.x)
+        shared = self._start_shared(shared_input)
+        routed, zero_expert_weight = self._run_routed(batch, routed_input, shared)
+        output = self._combine(routed, None if shared is None else shared.output())
+        if zero_expert_weight is not None:
+            output = self._add_zero_experts(output, batch.x, zero_expert_weight)
+        return output.value.reshape(*hidden_states.shape[:-1], output.value.shape[-1])
+
+    def apply_routed_input_transform(self, hidden_states: torch.Tensor) -> TransformedInput:
+        """What the routed experts and what the shared experts read, from x [T, width]."""
+        shared = None if self.shared_experts is None else hidden_states
+        if self.routed_input_transform is None:
+            return TransformedInput(hidden_states, shared)
+        return TransformedInput(_output_of(self.routed_input_transform(hidden_states)), shared)
+
+    def apply_routed_output_transform(self, fused_output: torch.Tensor) -> torch.Tensor:
+        """Back from the routed experts' space to the layer's, [T, H] -> [T, width]."""
+        if self.routed_output_transform is None:
+            return fused_output
+        return _output_of(self.routed_output_transform(fused_output))
+
+    def compute_shared(self, x: torch.Tensor) -> torch.Tensor:
+        """The shared experts' output, times the sigmoid of their gate if they have one."""
+        assert self.shared_experts is not None
+        output = _output_of(self.shared_experts(x))
+        if self.shared_expert_gate is None:
+            return output
+        return output * torch.sigmoid(_output_of(self.shared_expert_gate(x)))
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate's logits [T, E] of x [T, width]."""
+        if self.gate is None:
+            raise ValueError("this layer has no gate: router_logits must be given")
+        if isinstance(self.gate, nn.Linear):
+            x = x.to(self.gate.weight.dtype)
+        return _output_of(self.gate(x))
+
+    def _start_shared(self, x: torch.Tensor | None) -> SharedExpertsRun | None:
+        if x is None:
+            return None
+        kernel = self.routed_experts.quant_method.kernel(self.routed_experts)
+        order = choose_order(
+            on_cuda=x.is_cuda,
+            num_tokens=x.shape[0],
+            token_limit=self.shared_overlap_token_limit,
+            combine_is_async=kernel.prepare_finalize.supports_async(),
+            compiling=torch.compiler.is_compiling(),
+        )
+        run = SharedExpertsRun(self.compute_shared, x, order)
+        run.start()
+        return run
+
+    def _run_routed(
+        self, batch: TokenBatch, x: torch.Tensor, shared: SharedExpertsRun | None
+    ) -> tuple[Summand, torch.Tensor | None]:
+        """The routed output in the checkpoint's hidden size, and the zero experts' weights [T]."""
+        experts, moe = self.routed_experts, self.moe_config
+        method = experts.quant_method
+        check_rows(
+            x, moe.hidden_dim_unpadded, method.input_dtype(experts), experts.w13_weight.device
+        )
+        logits = (
+            self.compute_logits(batch.x) if batch.router_logits is None else (batch.router_logits)
+        )
+        if self.router_logits_dtype is not None:
+            logits = logits.to(self.router_logits_dtype)
+        if not method.skip_forward_padding and moe.hidden_dim != moe.hidden_dim_unpadded:
+            x = F.pad(x, (0, moe.hidden_dim - moe.hidden_dim_unpadded))
+        kernel = method.kernel(experts)
+        zero_expert_weight = None
+        if method.is_monolithic:
+            output = experts.forward_monolithic(x, logits, batch.input_ids)
+        else:
+            masks: dict[str, Any] = {}
+            if batch.is_padding is not None:
+                masks["is_padding"] = batch.is_padding
+            weights, ids, zero_expert_weight = self.router.select_experts(
+                batch.x, logits, method.topk_indices_dtype, input_ids=batch.input_ids, **masks
+            )
+            output = experts.forward_modular(x, weights, ids, shared, batch.x)
+        if not method.has_unpadded_output:
+            output = output[:, : moe.hidden_dim_unpadded]
+        if kernel.output_is_reduced:
+            return Summand(output, Extent.WHOLE), zero_expert_weight
+        return self.rank_sum.partial(output), zero_expert_weight
+
+    def _combine(self, routed: Summand, shared_output: torch.Tensor | None) -> Summand:
+        """Scale, transform, add the shared experts, sum over ranks; as few sums as are exact."""
+        ranks = self.rank_sum
+        if not commutes_with_sum(self.routed_output_transform):
+            routed = ranks.reduced(routed)
+        if self._scales_routed(routed.value.dtype):
+            routed = routed.with_value(routed.value * self.routed_scaling_factor)
+        elif shared_output is not None and self.routed_scaling_factor != 1.0:
+            shared_output = shared_output * (1.0 / self.routed_scaling_factor)
+        routed = routed.with_value(self.apply_routed_output_transform(routed.value))
+        if shared_output is not None:
+            shared = (
+                ranks.partial(shared_output)
+                if self.shared_experts_sharded
+                else Summand(shared_output, Extent.WHOLE)
+            )
+            routed = ranks.add(routed, shared)
+        return ranks.reduced(routed)
+
+    def _scales_routed(self, dtype: torch.dtype) -> bool:
+        """Whether the scale multiplies the routed output (else it divides the shared one)."""
+        if self.routed_scaling_factor == 1.0:
+            return False
+        return dtype != torch.float16 or self.shared_experts is None
+
+    def _add_zero_experts(
+        self, output: Summand, x: torch.Tensor, zero_expert_weight: torch.Tensor
+    ) -> Summand:
+        """output + weight * x in fp32, weighted as the routed output is."""
+        factor = self.routed_scaling_factor if self._scales_routed(x.dtype) else 1.0
+        identity = (zero_expert_weight * factor)[:, None] * x.float()
+        value = output.value.float()
+        if output.extent is Extent.WHOLE or self.rank_sum.rank == 0:
+            value = value + identity
+        return output.with_value(value.to(output.value.dtype))
+
+    @property
+    def expert_map_manager(self) -> ExpertMapManager:
+        return self.routed_experts.expert_map_manager
+
+    @property
+    def expert_local_to_global(self) -> torch.Tensor | None:
+        """int32 [e]: global id of each row of the weights; None on one rank (they are equal)."""
+        return self.routed_experts.expert_local_to_global
+
+    @property
+    def expert_physical_to_global(self) -> torch.Tensor | None:
+        """int32 [E]: global id of each row of all ranks' weights; None on one rank."""
+        return self.routed_experts.expert_physical_to_global
+
+    def set_eplb_state(
+        self,
+        moe_layer_idx: int,
+        expert_load_view: torch.Tensor,
+        logical_to_physical_map: torch.Tensor,
+        logical_replica_count: torch.Tensor,
+    ) -> None:
+        """Route to physical replicas and count their load from now on.
+
+        expert_load_view int32 [layers, E], logical_to_physical_map int [layers, logical, max
+        replicas] and logical_replica_count int [layers, logical]; this layer uses views of row
+        ``moe_layer_idx``, so that writing into the tensors rebalances it.
+        """
+        if not self.enable_eplb:
+            raise ValueError("this layer was built with enable_eplb=False")
+        layers = expert_load_view.shape[0]
+        if not 0 <= moe_layer_idx < layers:
+            raise ValueError(f"moe_layer_idx {moe_layer_idx} does not lie in [0, {layers})")
+        moe = self.moe_config
+        if expert_load_view.shape[1:] != (moe.num_experts,):
+            raise ValueError(
+                f"expert_load_view must be [layers, {moe.num_experts}], "
+                f"got {tuple(expert_load_view.shape)}"
+            )
+        self.router.set_eplb_state(  # type: ignore[attr-defined]
+            expert_load_view[moe_layer_idx],
+            logical_to_physical_map[moe_layer_idx],
+            logical_replica_count[moe_layer_idx],
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load (checkpoint name, tensor) pairs; names may begin with ``prefix``.
+
+        Names that begin with one of this module's own parts (``gate.``, ``shared_experts.``, ...)
+        go to that part, all others to the routed experts. Returns the parameters written.
+        """
+        from fusedmoe.weights.loading import load_into_parts
+
+        return load_into_parts(self, weights)
+
+
+def _output_of(result: Any) -> torch.Tensor:
+    """The tensor of a module's result; linear layers of some engines return (output, bias)."""
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,86 @@
+"""Shared experts: every token's experts, computed before, beside or inside the routed ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+
+
+class SharedExpertsOrder(Enum):
+    """When the shared experts run."""
+
+    NO_OVERLAP = "no_overlap"  # before the routed experts, on the same stream
+    MK_INTERNAL_OVERLAPPED = "mk_internal_overlapped"  # while the combine is on the wire
+    MULTI_STREAM_OVERLAPPED = "multi_stream_overlapped"  # on a second CUDA stream
+
+
+def choose_order(
+    *,
+    on_cuda: bool,
+    num_tokens: int,
+    token_limit: int,
+    combine_is_async: bool,
+    compiling: bool = False,
+) -> SharedExpertsOrder:
+    """Few tokens leave the GPU idle, so a second stream helps up to ``token_limit`` of them.
+
+    A compiler orders the whole graph itself and gets no second stream.
+    """
+    if combine_is_async:
+        return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+    if on_cuda and not compiling and 0 < num_tokens <= token_limit:
+        return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
+    return SharedExpertsOrder.NO_OVERLAP
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The second stream of a device, one for all layers: they run one after the other anyway."""
+    return torch.cuda.Stream(device)
+
+
+class SharedExpertsRun:
+    """The shared experts of one forward: computed once, in the given order.
+
+    ``start`` before the routed experts, call it (with the input) while the combine is in flight,
+    take ``output`` after them; each does only what the order leaves to it.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        order: SharedExpertsOrder,
+    ) -> None:
+        self._compute = compute
+        self._x = x
+        self.order = order
+        self._output: torch.Tensor | None = None
+
+    def start(self) -> None:
+        if self.order is SharedExpertsOrder.NO_OVERLAP:
+            self._output = self._compute(self._x)
+        elif self.order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
+            stream = side_stream(self._x.device)
+            stream.wait_stream(torch.cuda.current_stream(self._x.device))
+            # Freed early (an exception before the join), x must outlive the work that reads it.
+            self._x.record_stream(stream)
+            with torch.cuda.stream(stream):
+                self._output = self._compute(self._x)
+
+    def __call__(self, x: torch.Tensor) -> None:
+        if self._output is None:
+            self._output = self._compute(x)
+
+    def output(self) -> torch.Tensor:
+        if self._output is None:
+            self._output = self._compute(self._x)
+        elif self.order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
+            current = torch.cuda.current_stream(self._x.device)
+            current.wait_stream(side_stream(self._x.device))
+            # Its memory belongs to the side stream, which must not reuse it while we read.
+            self._output.record_stream(current)
+        return self._output

@@ -1,0 +1,239 @@
+"""Checkpoint tensors into the parameters of RoutedExperts: find, split into shards, write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from fusedmoe.weights.param_spec import (
+    Dim,
+    ParamSpec,
+    ShardId,
+    load_shard,
+    split_interleaved,
+)
+from fusedmoe.weights.params_mapping import (
+    CheckpointNames,
+    ExpertNameParser,
+    ExpertParamsTable,
+    ExpertTensorName,
+)
+
+if TYPE_CHECKING:
+    from fusedmoe.runner.moe_runner import MoERunner
+    from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """(parameter, shard, global expert id) triples of this rank."""
+
+    loaded: frozenset[tuple[str, ShardId, int]]
+    missing: frozenset[tuple[str, ShardId, int]]
+
+    def raise_if_missing(self, layer: str = "") -> None:
+        if not self.missing:
+            return
+        first = [f"{name} {shard} of expert {e}" for name, shard, e in sorted(self.missing)[:4]]
+        more = len(self.missing) - len(first)
+        raise ValueError(
+            f"{layer or 'this layer'} misses {len(self.missing)} of "
+            f"{len(self.missing) + len(self.loaded)} expert tensors: {', '.join(first)}"
+            + (f" and {more} more" if more else "")
+        )
+
+
+class ExpertLoader:
+    """Loads one layer. ``transposed``: 3-D tensors are [E, H, I]-like; ``interleaved``: joined
+    gate and up alternate row by row instead of following each other."""
+
+    def __init__(
+        self,
+        layer: RoutedExperts,
+        *,
+        ckpt_names: CheckpointNames,
+        expert_mapping: Sequence[tuple[str, str, int, str]] | None,
+        transposed: bool,
+        interleaved: bool,
+    ) -> None:
+        self._layer = layer
+        self._parser = ExpertNameParser(ckpt_names, layer.moe_config.is_act_and_mul)
+        self._table = ExpertParamsTable(expert_mapping or ())
+        self._transposed = transposed
+        self._interleaved = interleaved
+        self._loaded: set[tuple[str, ShardId, int]] = set()
+
+    def load(self, name: str, tensor: torch.Tensor) -> set[str]:
+        """Load one checkpoint tensor; the names of the parameters it went to (on this rank)."""
+        layer = self._layer
+        copies = self._table.find(name)
+        if copies:
+            return {
+                param_name
+                for entry, param_name in copies
+                if self._load_named(
+                    param_name, tensor, name, cast("ShardId", entry.shard_id), entry.expert_id
+                )
+            }
+        parsed = self._parser.parse(name)
+        if parsed is None:
+            raise ValueError(f"{name} names no tensor of these experts")
+        spec = self._spec(parsed, name)
+        written = set()
+        for expert, shard, data in self._pieces(parsed, spec, name, tensor):
+            for physical in layer.expert_map_manager.replicas(expert):
+                if self._load_named(spec.name, data, name, shard, physical):
+                    written.add(spec.name)
+        return written
+
+    def load_one(
+        self,
+        param: torch.Tensor,
+        tensor: torch.Tensor,
+        name: str,
+        shard_id: ShardId,
+        physical_id: int,
+    ) -> bool:
+        """Write one shard of one expert; False where the expert lives on another rank."""
+        for param_name in self._layer.param_specs:
+            if getattr(self._layer, param_name) is param:
+                return self._load_named(param_name, tensor, name, shard_id, physical_id)
+        raise ValueError(f"{name}: the given parameter does not belong to this layer")
+
+    def _load_named(
+        self,
+        param_name: str,
+        tensor: torch.Tensor,
+        name: str,
+        shard_id: ShardId,
+        physical_id: int,
+    ) -> bool:
+        layer = self._layer
+        spec = layer.param_specs.get(param_name)
+        if spec is None:
+            raise ValueError(
+                f"{name}: this layer has no parameter {param_name}, only "
+                f"{', '.join(layer.param_specs)}"
+            )
+        row = layer.expert_map_manager.local_row(physical_id)
+        if row < 0:
+            return False
+        param = getattr(layer, param_name)
+        if param.device.type == "meta":
+            raise ValueError(f"{name}: {param_name} is on 'meta'; call to_empty(device=...) first")
+        with torch.no_grad():
+            load_shard(param[row], tensor, spec, shard_id, layer.sizes, name)
+        self._loaded.add((param_name, shard_id, physical_id))
+        return True
+
+    def _spec(self, parsed: ExpertTensorName, name: str) -> ParamSpec:
+        owner = "w2" if parsed.shards == ("w2",) else "w13"
+        spec = self._layer.param_specs.get(f"{owner}_{parsed.suffix}")
+        if spec is None:
+            raise ValueError(
+                f"{name}: this layer has no parameter {owner}_{parsed.suffix}, only "
+                f"{', '.join(self._layer.param_specs)}"
+            )
+        return spec
+
+    def _pieces(
+        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, tensor: torch.Tensor
+    ) -> Iterator[tuple[int, ShardId, torch.Tensor]]:
+        """(logical expert, shard, whole shard) of one checkpoint tensor, as views."""
+        if parsed.expert is not None:
+            experts = {parsed.expert: tensor}
+        else:
+            experts = dict(enumerate(self._split_experts(parsed, spec, name, tensor)))
+        for expert, data in experts.items():
+            for shard, piece in zip(
+                parsed.shards, self._split_gate_up(parsed, spec, name, data), strict=True
+            ):
+                yield expert, shard, piece
+
+    def _split_experts(
+        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """One tensor per expert in storage orientation, from one tensor with all of them."""
+        count = self._layer.expert_map_manager.num_logical_experts
+        dims = len(spec.axes)
+        stacked_rows = dims == 2 and tensor.dim() == 2
+        if stacked_rows and tensor.shape[0] % count == 0:
+            # Stacked rows end in the hidden dimension, whichever projection they are of.
+            tensor = tensor.unflatten(0, (count, -1))
+            flip = spec.axes[-1].dim is not Dim.HIDDEN
+        else:
+            flip = self._transposed and dims == 2
+        if tensor.dim() != dims + 1 or tensor.shape[0] != count:
+            raise ValueError(
+                f"{name}: expected {count} experts of a {dims}-D tensor each, "
+                f"found shape {tuple(tensor.shape)}"
+            )
+        return (tensor.transpose(1, 2) if flip else tensor).unbind(0)
+
+    def _split_gate_up(
+        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, data: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count, axis = len(parsed.shards), spec.intermediate_axis
+        if count == 1:
+            return (data,)
+        if axis is None:
+            return (data.reshape(()),) * count if data.numel() == 1 else data.unbind(0)
+        if data.dim() != len(spec.axes) or data.shape[axis] % count:
+            raise ValueError(
+                f"{name}: gate and up joined must have {len(spec.axes)} dimensions and an even "
+                f"length along dimension {axis}, found shape {tuple(data.shape)}"
+            )
+        if self._interleaved:
+            return split_interleaved(data, axis, count)
+        return data.chunk(count, axis)
+
+    def report(self) -> LoadReport:
+        layer = self._layer
+        manager = layer.expert_map_manager
+        wanted = frozenset(
+            (name, shard, expert)
+            for name, spec in layer.param_specs.items()
+            for shard in spec.shard_ids(layer.sizes)
+            for expert in range(layer.moe_config.num_experts)
+            if manager.local_row(expert) >= 0
+        )
+        return LoadReport(wanted & self._loaded, wanted - self._loaded)
+
+
+def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """As ``MoERunner.load_weights``."""
+    parts = {
+        name: dict(part.named_parameters()) | dict(part.named_buffers())
+        for name, part in runner.named_children()
+        if name not in ("routed_experts", "router")
+    }
+    written: set[str] = set()
+    for name, tensor in _without_prefix(weights, runner.prefix):
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            written |= {
+                f"routed_experts.{n}" for n in runner.routed_experts.load_tensor(name, tensor)
+            }
+            continue
+        target = parts[part].get(rest)
+        if target is None:
+            raise ValueError(f"{name}: {part} has no parameter {rest}, only {sorted(parts[part])}")
+        if target.shape != tensor.shape:
+            raise ValueError(
+                f"{name}: expected shape {tuple(target.shape)}, found {tuple(tensor.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+        written.add(name)
+    runner.routed_experts.process_weights_after_loading()
+    return written
+
+
+def _without_prefix(
+    weights: Iterable[tuple[str, torch.Tensor]], prefix: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        yield (name.removeprefix(f"{prefix}.") if prefix else name), tensor

@@ -1,0 +1,279 @@
+"""RoutedExperts: the weights of one layer's experts on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.quantization.method_base import FusedMoEMethodBase, SharedExpertsCallback
+from fusedmoe.weights.expert_map import ExpertMapManager
+from fusedmoe.weights.loading import ExpertLoader, LoadReport
+from fusedmoe.weights.param_spec import ExpertSizes, ShardId
+from fusedmoe.weights.params_mapping import (
+    DEFAULT_CHECKPOINT_NAMES,
+    CheckpointNames,
+    ExpertParamEntry,
+    fused_moe_make_expert_params_mapping,
+)
+
+if TYPE_CHECKING:
+    from fusedmoe.activation import MoEActivation
+    from fusedmoe.router.base import FusedMoERouter
+
+
+class RoutedExperts(nn.Module):
+    """Expert weights, how they load, and their execution by the format's method.
+
+    ``w13_weight`` [e, S * I, H] (gate and up; S = 1 without a gate) and ``w2_weight`` [e, H, I],
+    plus what the format adds. ``w13_weight=``, ``w2_weight=``, ``w13_bias=``, ``w2_bias=`` take
+    existing tensors instead of creating any: Parameters are registered, not copied, and may have
+    any strides. A subclass may also override ``create_parameters`` and offer properties of these
+    names.
+
+    ``intermediate_size`` is the whole expert's; None means it is not sharded and not padded.
+    """
+
+    w13_weight: torch.Tensor
+    w2_weight: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    expert_map: torch.Tensor | None
+    expert_local_to_global: torch.Tensor | None
+    expert_physical_to_global: torch.Tensor | None
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_method: FusedMoEMethodBase,
+        *,
+        params_dtype: torch.dtype | None = None,
+        intermediate_size: int | None = None,
+        expert_map_manager: ExpertMapManager | None = None,
+        ckpt_names: CheckpointNames = DEFAULT_CHECKPOINT_NAMES,
+        expert_mapping: Sequence[tuple[str, str, int, str]] | None = None,
+        is_fused_checkpoint_transposed: bool = False,
+        is_fused_checkpoint_interleaved: bool | None = None,
+        prefix: str = "",
+        device: torch.device | str | None = None,
+        **tensors: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self.moe_config = moe_config
+        self.quant_method = quant_method
+        self.prefix = prefix
+        self.expert_map_manager = expert_map_manager or ExpertMapManager(moe_config.num_experts)
+        self.sizes = expert_sizes(moe_config, intermediate_size)
+        self.param_specs = {spec.name: spec for spec in quant_method.param_specs()}
+        self._router: tuple[FusedMoERouter | None] = (None,)
+        self._register_maps(device)
+        for name in ("w13_bias", "w2_bias"):
+            if name not in self.param_specs and not hasattr(type(self), name):
+                self.register_parameter(name, None)
+        self.create_parameters(params_dtype or moe_config.in_dtype, device, tensors)
+        self._loader = ExpertLoader(
+            self,
+            ckpt_names=ckpt_names,
+            expert_mapping=expert_mapping,
+            transposed=is_fused_checkpoint_transposed,
+            interleaved=self.sizes.interleaved
+            if is_fused_checkpoint_interleaved is None
+            else is_fused_checkpoint_interleaved,
+        )
+
+    def create_parameters(
+        self,
+        params_dtype: torch.dtype,
+        device: torch.device | str | None,
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
+        """Register ``tensors`` (name -> existing tensor), or create all parameters if empty."""
+        if not tensors:
+            self.quant_method.create_weights(
+                self,
+                self.moe_config.num_local_experts,
+                self.moe_config.hidden_dim,
+                self.moe_config.intermediate_size_per_partition,
+                params_dtype,
+                device=device,
+                weight_loader=self.weight_loader,
+            )
+            return
+        if tensors.keys() != self.param_specs.keys():
+            raise ValueError(
+                f"existing tensors must be {sorted(self.param_specs)}, got {sorted(tensors)}"
+            )
+        for name, tensor in tensors.items():
+            expected = (
+                self.moe_config.num_local_experts,
+                *self.param_specs[name].expert_shape(self.sizes),
+            )
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+
+    def _register_maps(self, device: torch.device | str | None) -> None:
+        manager = self.expert_map_manager
+        tables = manager.routing_tables
+        # Maps must hold their values even where the weights are still on "meta".
+        where = None if device is None or torch.device(device).type == "meta" else device
+        for name, table in (
+            ("expert_map", manager.expert_map),
+            ("expert_local_to_global", tables and tables.local_to_global),
+            ("expert_physical_to_global", tables and tables.physical_to_global),
+        ):
+            self.register_buffer(name, None if table is None else table.to(where), persistent=False)
+
+    @property
+    def router(self) -> FusedMoERouter | None:
+        """The layer's router, for experts that route by themselves (not a submodule)."""
+        return self._router[0]
+
+    def set_router(self, router: FusedMoERouter | None) -> None:
+        self._router = (router,)
+
+    @property
+    def activation(self) -> MoEActivation:
+        return self.moe_config.activation
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: SharedExpertsCallback | None = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Routed output [T, H] of x [T, H] for weights fp32 [T, K] and global ids [T, K]."""
+        return self.quant_method.apply(
+            self, x, topk_weights, topk_ids, shared_experts, shared_experts_input
+        )
+
+    def forward_monolithic(
+        self,
+        x: torch.Tensor,
+        router_logits: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Routed output [T, H] of x [T, H]; the experts route by the logits [T, E]."""
+        if router_logits is None:
+            raise ValueError("experts that route by themselves need router_logits, got None")
+        return self.quant_method.apply_monolithic(self, x, router_logits, input_ids)
+
+    def process_weights_after_loading(self) -> None:
+        """Prepack for the kernel; call it after writing weights by hand."""
+        self.quant_method.process_weights_after_loading(self)
+
+    def weight_loader(
+        self,
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: ShardId,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Write one whole checkpoint tensor of physical expert ``expert_id`` into ``param``.
+
+        ``shard_id``: w1 gate, w3 up, w2 down. The part of this rank is cut out here. With
+        ``return_success`` returns whether the expert lives on this rank.
+        """
+        loaded = self._loader.load_one(param, loaded_weight, weight_name, shard_id, expert_id)
+        return loaded if return_success else None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load (checkpoint name, tensor) pairs, then prepack; returns the parameters written.
+
+        Understands one tensor per expert, gate and up joined or apart, all experts in one 3-D
+        tensor or in one of stacked rows [E * I, H]. Raises ValueError for a name or shape that
+        fits nothing. ``check_loaded`` tells what is missing.
+        """
+        written = {name for pair in weights for name in self.load_tensor(*pair)}
+        self.process_weights_after_loading()
+        return written
+
+    def load_tensor(self, name: str, tensor: torch.Tensor) -> set[str]:
+        """Load one tensor as ``load_weights`` does, without prepacking afterwards."""
+        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
+        return self._loader.load(name, tensor)
+
+    def load_report(self) -> LoadReport:
+        """Which experts' shards were loaded so far, and which were not."""
+        return self._loader.report()
+
+    def check_loaded(self) -> None:
+        """Raise ValueError naming what no checkpoint tensor has filled."""
+        self._loader.report().raise_if_missing(self.prefix)
+
+    @staticmethod
+    def make_expert_params_mapping(
+        model: nn.Module | None,
+        ckpt_gate_proj_name: str,
+        ckpt_down_proj_name: str,
+        ckpt_up_proj_name: str | None,
+        num_experts: int,
+        num_redundant_experts: int = 0,
+        routed_experts_prefix: str = "routed_experts",
+    ) -> list[ExpertParamEntry]:
+        return fused_moe_make_expert_params_mapping(
+            model,
+            ckpt_gate_proj_name,
+            ckpt_down_proj_name,
+            ckpt_up_proj_name,
+            num_experts,
+            num_redundant_experts,
+            routed_experts_prefix,
+        )
+
+    def get_expert_weights(self) -> list[torch.Tensor]:
+        """Every parameter as [e, -1], one row per local expert, for moving experts between ranks.
+
+        Views where the parameter is contiguous, else ValueError.
+        """
+        rows = []
+        for name in self.param_specs:
+            tensor = getattr(self, name)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} with strides {tensor.stride()} has no flat view")
+            rows.append(tensor.view(tensor.shape[0], -1))
+        return rows
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        for name in self.param_specs:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter.weight_loader = self.weight_loader  # type: ignore[attr-defined]
+        return result
+
+    def extra_repr(self) -> str:
+        moe = self.moe_config
+        return (
+            f"experts={moe.num_local_experts}/{moe.num_experts}, hidden={moe.hidden_dim}, "
+            f"intermediate={moe.intermediate_size_per_partition}, activation="
+            f"{moe.activation.value}, method={type(self.quant_method).__name__}"
+        )
+
+
+def expert_sizes(moe_config: FusedMoEConfig, intermediate_size: int | None) -> ExpertSizes:
+    """The sizes of one expert's tensors; ``intermediate_size`` None: what this rank has is all."""
+    from fusedmoe.activation import MoEActivation
+
+    parallel = moe_config.moe_parallel_config
+    stored = moe_config.intermediate_size_per_partition
+    return ExpertSizes(
+        hidden=moe_config.hidden_dim_unpadded,
+        hidden_stored=moe_config.hidden_dim,
+        intermediate=stored * parallel.tp_size if intermediate_size is None else intermediate_size,
+        intermediate_stored=stored,
+        num_w13_shards=moe_config.w13_num_shards,
+        interleaved=moe_config.activation is MoEActivation.SWIGLUOAI,
+        tp_size=parallel.tp_size,
+        tp_rank=parallel.tp_rank,
+    )
