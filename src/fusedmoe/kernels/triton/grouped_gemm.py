@@ -1,0 +1,276 @@
+"""Grouped GEMM by indirection, with bias, activation and router weight in its epilogue.
+
+Grid (max blocks * cdiv(N, BLOCK_N),), one program per tile of c, in an order that keeps GROUP_M
+blocks of slots near each other; the bound comes from shapes, and programs past the blocks in use
+leave at once.
+
+a [rows, D], b [e, S * N, D] of any strides; sorted_ids, expert_ids, num_post as in
+``kernels/align.py`` with blocks of BLOCK_M; c [R, N] written by slot. Two bodies: one tile of b per
+step (no activation, a plain one, or gate and up interleaved), and two tiles (gate half, up half).
+Rows are masked, columns of b wrap around, so nothing outside a tensor is touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+from fusedmoe.tuning.tiles import TileConfig
+
+
+@triton.jit
+def _tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(block of slots, tile of columns) of this program, blocks fastest inside a group."""
+    program = tl.program_id(0)
+    num_n = tl.cdiv(N, BLOCK_N)
+    per_group = GROUP_M * num_n
+    first_m = program // per_group * GROUP_M
+    size = tl.minimum(num_m - first_m, GROUP_M)
+    within = program % per_group
+    return first_m + within % size, within // size
+
+
+@triton.jit
+def _slots_of(sorted_ptr, tile_m, R, BLOCK_M: tl.constexpr):
+    slots = tl.load(sorted_ptr + tile_m * BLOCK_M + tl.arange(0, BLOCK_M))
+    return slots.to(tl.int64), (slots >= 0) & (slots < R)
+
+
+@triton.jit
+def _weigh_and_store(
+    rows, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N: tl.constexpr
+):
+    if weights_ptr is not None:
+        rows *= tl.load(weights_ptr + slots, row_ok, 0.0)[:, None]
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_ptrs = c_ptr + slots[:, None] * stride_cm + column[None, :].to(tl.int64) * stride_cn
+    tl.store(c_ptrs, rows.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    bias_ptr,
+    weights_ptr,
+    sorted_ptr,
+    experts_ptr,
+    num_post_ptr,
+    R,
+    e,
+    N,
+    D,
+    stride_am,
+    stride_ad,
+    stride_be,
+    stride_bn,
+    stride_bd,
+    stride_cm,
+    stride_cn,
+    stride_bias_e,
+    stride_bias_n,
+    limit,
+    alpha,
+    beta,
+    TOP_K: tl.constexpr,
+    FORMULA: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """N counts columns of b; c has N of them, or N / 2 where gate and up are interleaved."""
+    num_m = tl.load(num_post_ptr) // BLOCK_M
+    if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
+        return
+    tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
+    expert = tl.load(experts_ptr + tile_m).to(tl.int64)
+    if (expert < 0) | (expert >= e):
+        return
+    slots, row_ok = _slots_of(sorted_ptr, tile_m, R, BLOCK_M)
+    column = ((tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+    depth = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
+    b_ptrs = b_ptr + expert * stride_be + column[None, :] * stride_bn + depth[:, None] * stride_bd
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for first in range(0, D, BLOCK_K):
+        if EVEN_D:
+            a = tl.load(a_ptrs, row_ok[:, None], 0.0)
+            b = tl.load(b_ptrs)
+        else:
+            a = tl.load(a_ptrs, row_ok[:, None] & (depth < D - first)[None, :], 0.0)
+            b = tl.load(b_ptrs, (depth < D - first)[:, None], 0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_ad
+        b_ptrs += BLOCK_K * stride_bd
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * stride_bias_e + column * stride_bias_n)
+        total += bias.to(tl.float32)[None, :]
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N // 2, 2)))
+        rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
+        _weigh_and_store(
+            rows,
+            c_ptr,
+            weights_ptr,
+            slots,
+            row_ok,
+            tile_n,
+            N // 2,
+            stride_cm,
+            stride_cn,
+            BLOCK_N // 2,
+        )
+    else:
+        if FORMULA is not None:
+            total = plain_activation(FORMULA, total)
+        _weigh_and_store(
+            total, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N
+        )
+
+
+@triton.jit
+def grouped_gemm_halves_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    bias_ptr,
+    weights_ptr,
+    sorted_ptr,
+    experts_ptr,
+    num_post_ptr,
+    R,
+    e,
+    N,
+    D,
+    stride_am,
+    stride_ad,
+    stride_be,
+    stride_bn,
+    stride_bd,
+    stride_cm,
+    stride_cn,
+    stride_bias_e,
+    stride_bias_n,
+    limit,
+    alpha,
+    beta,
+    up_offset,
+    TOP_K: tl.constexpr,
+    FORMULA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """N counts columns of c; b has N gate rows, then N up rows, ``up_offset`` elements later."""
+    num_m = tl.load(num_post_ptr) // BLOCK_M
+    if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
+        return
+    tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
+    expert = tl.load(experts_ptr + tile_m).to(tl.int64)
+    if (expert < 0) | (expert >= e):
+        return
+    slots, row_ok = _slots_of(sorted_ptr, tile_m, R, BLOCK_M)
+    column = ((tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+    depth = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
+    gate_ptrs = (
+        b_ptr + expert * stride_be + column[None, :] * stride_bn + depth[:, None] * stride_bd
+    )
+    up_ptrs = gate_ptrs + up_offset
+
+    gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for first in range(0, D, BLOCK_K):
+        if EVEN_D:
+            a = tl.load(a_ptrs, row_ok[:, None], 0.0)
+            b_gate = tl.load(gate_ptrs)
+            b_up = tl.load(up_ptrs)
+        else:
+            a = tl.load(a_ptrs, row_ok[:, None] & (depth < D - first)[None, :], 0.0)
+            b_gate = tl.load(gate_ptrs, (depth < D - first)[:, None], 0.0)
+            b_up = tl.load(up_ptrs, (depth < D - first)[:, None], 0.0)
+        gate = tl.dot(a, b_gate, gate, input_precision=PRECISION)
+        up = tl.dot(a, b_up, up, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_ad
+        gate_ptrs += BLOCK_K * stride_bd
+        up_ptrs += BLOCK_K * stride_bd
+
+    if bias_ptr is not None:
+        bias_ptr += expert * stride_bias_e
+        gate += tl.load(bias_ptr + column * stride_bias_n).to(tl.float32)[None, :]
+        up += tl.load(bias_ptr + (column + N) * stride_bias_n).to(tl.float32)[None, :]
+    rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
+    _weigh_and_store(
+        rows, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N
+    )
+
+
+NO_ACTIVATION = DeviceActivation(formula="", gated=False)
+
+
+def launch(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    alignment: MoEAlignment,
+    tiles: TileConfig,
+    top_k: int,
+    bias: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+    activation: DeviceActivation | None,
+) -> None:
+    """As ``grouped_gemm``, unchecked. Tile widths count columns of c."""
+    R, N = c.shape
+    D = a.shape[1]
+    blocks = alignment.sorted_ids.shape[0] // tiles.block_m
+    if R == 0 or N == 0 or blocks == 0:
+        return
+    act = activation or NO_ACTIVATION
+    halves = act.gated and not act.interleaved
+    width = 2 if act.interleaved else 1
+    kernel = grouped_gemm_halves_kernel if halves else grouped_gemm_kernel
+    own = {"up_offset": N * b.stride(1)} if halves else {"INTERLEAVED": act.interleaved}
+    kernel[(blocks * triton.cdiv(N, tiles.block_n),)](
+        a,
+        b,
+        c,
+        bias,
+        row_weights,
+        alignment.sorted_ids,
+        alignment.expert_ids,
+        alignment.num_tokens_post_pad,
+        R,
+        b.shape[0],
+        N * width,
+        D,
+        *a.stride(),
+        *b.stride(),
+        *c.stride(),
+        *((0, 0) if bias is None else bias.stride()),
+        act.limit,
+        act.alpha,
+        act.beta,
+        TOP_K=top_k,
+        FORMULA=act.formula or None,
+        EVEN_D=D % tiles.block_k == 0,
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n * width,
+        BLOCK_K=tiles.block_k,
+        GROUP_M=tiles.group_m,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **own,
+    )

@@ -1,0 +1,222 @@
+"""Tile sizes of the grouped GEMMs, as pure functions of the problem's shape.
+
+What decides is rows per expert. Few: the GEMM reads weights as fast as memory gives them, so tiles
+are low, deep and at least two per multiprocessor. Many: it is bound by the tensor cores, so tiles
+are large, one per multiprocessor. The measure of fit is shared memory, given as an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+HOPPER_SHARED_MEMORY = 227 * 1024
+HOPPER_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """One GEMM's tile: block_m slots by block_n columns of its output, block_k deep per step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, got {size}")
+        if self.group_m < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(
+                f"group_m {self.group_m} and num_stages {self.num_stages} must be positive, "
+                f"num_warps {self.num_warps} a power of two up to 16"
+            )
+
+    def shared_memory(self, itemsize: int, weight_tiles: int) -> int:
+        """Bytes that the operands in flight take.
+
+        Tiles of 64 rows and more keep one stage longer, since their MMA reads it asynchronously.
+        """
+        rows = self.block_m + weight_tiles * self.block_n
+        return (self.num_stages - (self.block_m < 64)) * rows * self.block_k * itemsize
+
+
+class LayerTiles(NamedTuple):
+    """The tiles of a layer's two GEMMs; they share one alignment, so block_m is the same."""
+
+    gemm1: TileConfig
+    gemm2: TileConfig
+
+
+class _Shape(NamedTuple):
+    """A tile before its depth is known: how wide, on how many warps, how many per processor."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    per_multiprocessor: int
+
+
+# block_m -> tile. GEMM1 holds two weight tiles (gate and up) of block_n, GEMM2 one.
+_GEMM1 = {
+    16: _Shape(64, 128, 4, 2),
+    32: _Shape(64, 128, 4, 2),
+    64: _Shape(64, 64, 4, 2),
+    128: _Shape(128, 64, 8, 1),
+}
+_GEMM2 = {
+    16: _Shape(128, 128, 4, 2),
+    32: _Shape(128, 128, 4, 2),
+    64: _Shape(128, 64, 4, 2),
+    128: _Shape(256, 64, 8, 1),
+}
+_BATCH_INVARIANT_BLOCK_M = 64
+_MAX_STAGES = 6
+
+
+def expected_blocks(R: int, E: int, block_m: int) -> float:
+    """Blocks of slots under uniform routing: one per expert hit, more where experts overflow."""
+    hit = E * (1.0 - (1.0 - 1.0 / E) ** R)
+    return max(hit, R / block_m)
+
+
+def rows_block(R: int, E: int) -> int:
+    """block_m: about the rows that one expert gets, so that few of a block's rows are padding."""
+    rows = R / E
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 96 else 128
+
+
+def _deepest_even(D: int, block_k: int) -> int:
+    """The largest step that divides D without remainder, unless it would be under 32."""
+    step = block_k
+    while step > 32 and D % step:
+        step //= 2
+    return step if D % step == 0 else min(block_k, max(32, 1 << (D - 1).bit_length()))
+
+
+def _tile(
+    shape: _Shape,
+    block_m: int,
+    R: int,
+    E: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    weight_tiles: int,
+    shared_memory: int,
+    fixed: bool,
+) -> TileConfig:
+    itemsize = dtype.itemsize
+    block_n, block_k, num_warps, per_multiprocessor = shape
+    if itemsize > 2:
+        # fp32 is computed without tensor cores, in registers: small tiles.
+        block_n, block_k = min(block_n, 64), 32
+    if not fixed:
+        # Narrow tiles fill the device while there are few blocks.
+        while block_n > 32 and (
+            block_n >= 2 * N
+            or expected_blocks(R, E, block_m) * -(-N // block_n) < 2 * HOPPER_MULTIPROCESSORS
+        ):
+            block_n //= 2
+    block_k = _deepest_even(D, block_k)
+    stage = (block_m + weight_tiles * block_n) * block_k * itemsize
+    share = (shared_memory + 1024) // per_multiprocessor - 2048
+    num_stages = max(2, min(_MAX_STAGES, share // stage + (block_m < 64)))
+    group_m = 1 if fixed or R <= 2 * E else 8
+    return TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages)
+
+
+@lru_cache(maxsize=4096)
+def gemm1_tiles(
+    T: int,
+    K: int,
+    E: int,
+    N: int,
+    H: int,
+    dtype: torch.dtype,
+    *,
+    weight_tiles: int = 2,
+    batch_invariant: bool = False,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
+) -> TileConfig:
+    """Tile of the first GEMM, [T * K, H] by [E, weight_tiles * N, H] -> [T * K, N].
+
+    E counts local experts. ``batch_invariant``: a tile that does not depend on T.
+    """
+    R = T * K
+    block_m = _BATCH_INVARIANT_BLOCK_M if batch_invariant else rows_block(R, E)
+    return _tile(
+        _GEMM1[block_m],
+        block_m,
+        R,
+        E,
+        N,
+        H,
+        dtype,
+        weight_tiles,
+        shared_memory,
+        batch_invariant,
+    )
+
+
+@lru_cache(maxsize=4096)
+def gemm2_tiles(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    N: int,
+    dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
+) -> TileConfig:
+    """Tile of the second GEMM, [T * K, N] by [E, H, N] -> [T * K, H]."""
+    R = T * K
+    block_m = _BATCH_INVARIANT_BLOCK_M if batch_invariant else rows_block(R, E)
+    return _tile(_GEMM2[block_m], block_m, R, E, H, N, dtype, 1, shared_memory, batch_invariant)
+
+
+def layer_tiles(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    N: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool = True,
+    batch_invariant: bool = False,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
+) -> LayerTiles:
+    """Both tiles of a layer of E local experts, H hidden, N intermediate, T tokens of K picks."""
+    return LayerTiles(
+        gemm1_tiles(
+            T,
+            K,
+            E,
+            N,
+            H,
+            dtype,
+            weight_tiles=2 if gated else 1,
+            batch_invariant=batch_invariant,
+            shared_memory=shared_memory,
+        ),
+        gemm2_tiles(
+            T,
+            K,
+            E,
+            H,
+            N,
+            dtype,
+            batch_invariant=batch_invariant,
+            shared_memory=shared_memory,
+        ),
+    )
