@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -12,18 +13,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
-
-
-def local_ids(
-    topk_ids: torch.Tensor, num_local: int, expert_map: torch.Tensor | None
-) -> torch.Tensor:
-    """Local expert of each slot, -1 where there is none (padding, remote, out of range)."""
-    ids = topk_ids.long()
-    if expert_map is not None:
-        inside = (ids >= 0) & (ids < expert_map.shape[0])
-        mapped = expert_map.long()[ids.clamp(0, expert_map.shape[0] - 1)]
-        ids = torch.where(inside, mapped, -1)
-    return torch.where((ids >= 0) & (ids < num_local), ids, -1)
 
 
 def experts_reference(

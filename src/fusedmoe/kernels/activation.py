@@ -16,7 +16,7 @@ from fusedmoe.activation import (
     activation_reference,
     swigluoai_numbers,
 )
-from fusedmoe.experts.torch_reference import local_ids
+from fusedmoe.kernels.ids import local_ids
 
 
 class DeviceActivation(NamedTuple):

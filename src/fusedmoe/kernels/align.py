@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.kernels.ids import local_ids
+
 MAX_SLOTS = 2**31 - 1
 
 
@@ -105,8 +107,6 @@ def align_reference(
     with_scatter: bool,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
     """The definition, in plain torch, for flat ids [R]."""
-    from fusedmoe.experts.torch_reference import local_ids
-
     R = ids.numel()
     group = local_ids(ids, groups, expert_map if drop_remote else None)
     label_map = None if drop_remote else expert_map

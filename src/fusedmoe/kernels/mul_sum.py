@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.ids import local_ids
+
 
 def moe_fused_mul_sum(
     inputs: torch.Tensor,
@@ -91,8 +93,6 @@ def _live_slots(
 ) -> torch.Tensor:
     if topk_ids is None:
         return inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
-    from fusedmoe.experts.torch_reference import local_ids
-
     num_local = torch.iinfo(torch.int32).max if num_local_experts is None else num_local_experts
     return local_ids(topk_ids, num_local, expert_map) >= 0
 

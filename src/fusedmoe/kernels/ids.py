@@ -1,0 +1,21 @@
+"""From a routed id to the expert stored here: the rule that every kernel and reference shares."""
+
+from __future__ import annotations
+
+import torch
+
+
+def local_ids(
+    topk_ids: torch.Tensor, num_local: int, expert_map: torch.Tensor | None
+) -> torch.Tensor:
+    """Local expert of each slot, -1 where there is none (padding, remote, out of range).
+
+    topk_ids: int [T, K]; expert_map: int32 [num_experts] global -> local id or -1, or None where
+    the ids are local already. Returns int64 [T, K] in [-1, num_local).
+    """
+    ids = topk_ids.long()
+    if expert_map is not None:
+        inside = (ids >= 0) & (ids < expert_map.shape[0])
+        mapped = expert_map.long()[ids.clamp(0, expert_map.shape[0] - 1)]
+        ids = torch.where(inside, mapped, -1)
+    return torch.where((ids >= 0) & (ids < num_local), ids, -1)
