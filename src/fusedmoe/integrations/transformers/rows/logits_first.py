@@ -1,0 +1,168 @@
+"""The best K logits, then a score of the chosen ones."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.integrations.transformers.families import (
+    Experts,
+    Family,
+    Router,
+    read,
+    rule_of,
+)
+
+_CHOSEN_SOFTMAX = rule_of("router", score_after_topk=True)
+
+
+def _granite(module: str, prefix: str, returned: tuple[int, int, int] = (2, 1, 0)) -> Family:
+    return Family(
+        module=module,
+        block=f"{prefix}MoE",
+        router=Router(
+            cls=f"{prefix}TopKRouter", at="router", rule=_CHOSEN_SOFTMAX, returned=returned
+        ),
+        experts=Experts(cls=f"{prefix}Experts"),
+    )
+
+
+LOGITS_FIRST = (
+    Family(
+        module="gpt_oss",
+        block="GptOssMLP",
+        router=Router(cls="GptOssTopKRouter", at="router", rule=_CHOSEN_SOFTMAX, bias="bias"),
+        experts=Experts(
+            cls="GptOssExperts",
+            w13_bias="gate_up_proj_bias",
+            w2_bias="down_proj_bias",
+            layout="transposed",
+        ),
+        returns="hidden_and_weights",
+    ),
+    Family(
+        module="openai_privacy_filter",
+        block="OpenAIPrivacyFilterMLP",
+        router=Router(
+            cls="OpenAIPrivacyFilterTopKRouter",
+            at="router",
+            rule=rule_of(
+                "router",
+                score_after_topk=True,
+                routed_scaling_factor=lambda block: 1 / block.router.top_k,
+            ),
+            bias="bias",
+            fp32_logits=True,
+        ),
+        experts=Experts(
+            cls="OpenAIPrivacyFilterExperts",
+            w13_bias="gate_up_proj_bias",
+            w2_bias="down_proj_bias",
+            layout="transposed",
+        ),
+        output_scale=read("num_experts"),
+        returns="hidden_and_weights",
+    ),
+    _granite("granitemoe", "GraniteMoe"),
+    _granite("granitemoeshared", "GraniteMoeShared"),
+    _granite("granitemoehybrid", "GraniteMoeHybrid"),
+    _granite("granitemoe_swa", "GraniteMoeSWA", returned=(0, 1, 2)),
+    Family(
+        module="llama4",
+        block="Llama4TextMoe",
+        router=Router(
+            cls="Llama4Router",
+            at="router",
+            rule=rule_of("router", score_function="sigmoid", score_after_topk=True),
+            returned=(1, None, None),
+        ),
+        experts=Experts(cls="Llama4TextExperts", layout="transposed", activation=read("act_fn")),
+        shared="shared_expert",
+        weights_on_input=True,
+        returns="flat_and_logits",
+        when=(("router.top_k", (1,)),),
+    ),
+    Family(
+        module="aria",
+        block="AriaTextMoELayer",
+        router=Router(
+            cls="Linear",
+            at="router",
+            rule={
+                "top_k": read("config.moe_topk"),
+                "num_experts": read("config.moe_num_experts"),
+                "score_after_topk": True,
+            },
+        ),
+        experts=Experts(
+            cls="AriaExperts",
+            w13="fc1.weight",
+            w2="fc2.weight",
+            layout="transposed",
+            activation=lambda experts: torch.nn.functional.silu,
+        ),
+        shared="shared_experts",
+    ),
+    Family(
+        module="jetmoe",
+        block="JetMoeMoE",
+        router=Router(
+            cls="JetMoeTopKGating",
+            at="router",
+            rule=_CHOSEN_SOFTMAX,
+            weight="layer.weight",
+            returned=(4, None, None),
+        ),
+        experts=Experts(
+            cls="JetMoeMoE",
+            at="",
+            w13="input_linear.weight",
+            w2="output_linear.weight",
+            activation=read("activation"),
+        ),
+        output_bias="bias",
+    ),
+    *(
+        Family(
+            module="cohere2_moe",
+            block="Cohere2MoeSparseMoeBlock",
+            router=Router(cls="Cohere2MoeTopKRouter", rule=rule_of("gate", **rule)),
+            experts=Experts(cls="Cohere2MoeExperts"),
+            shared="shared_experts",
+            output_scale=scale,
+            when=(
+                ("gate.expert_selection_fn", (score,)),
+                ("shared_expert_combination_strategy", (combination,)),
+            ),
+        )
+        for score, rule in (
+            ("softmax", {"score_after_topk": True}),
+            (
+                "sigmoid",
+                {
+                    "score_function": "sigmoid",
+                    "score_after_topk": True,
+                    "renormalize": read("gate.norm_topk_prob"),
+                },
+            ),
+        )
+        for combination, scale in (
+            ("sum", 1.0),
+            ("average", lambda block: 0.5 if block.num_shared_experts > 0 else 1.0),
+        )
+    ),
+    Family(
+        module="phimoe",
+        block="PhimoeSparseMoeBlock",
+        router=Router(
+            cls="PhimoeTopKRouter",
+            at="router",
+            rule=rule_of(
+                "router",
+                selection="sparsemixer",
+                sparsemixer_epsilon=read("router.router_jitter_noise"),
+            ),
+        ),
+        experts=Experts(cls="PhimoeExperts"),
+        noisy=True,
+    ),
+)

@@ -1,0 +1,232 @@
+"""Softmax over all experts, then the best K."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fusedmoe.integrations.transformers.families import (
+    Experts,
+    Family,
+    Router,
+    Setting,
+    read,
+    rule_of,
+)
+
+GATED_SHARED: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+
+
+def _gemma_input(router: Any, x: torch.Tensor) -> torch.Tensor:
+    return router.norm(x) * router.scale * router.scalar_root_size
+
+
+_NORM_IF_ASKED = rule_of("gate", renormalize=read("gate.norm_topk_prob"))
+_ALWAYS_NORM = rule_of("gate", renormalize=True)
+
+
+def _softmax(
+    module: str,
+    prefix: str,
+    rule: Mapping[str, Setting],
+    block: str = "SparseMoeBlock",
+    **more: Any,
+) -> Family:
+    return Family(
+        module=module,
+        block=f"{prefix}{block}",
+        router=Router(cls=f"{prefix}TopKRouter", rule=rule),
+        experts=Experts(cls=f"{prefix}Experts"),
+        **more,
+    )
+
+
+SOFTMAX = (
+    _softmax("mixtral", "Mixtral", _ALWAYS_NORM, noisy=True),
+    _softmax("minimax", "MiniMax", _ALWAYS_NORM, noisy=True),
+    _softmax("qwen2_moe", "Qwen2Moe", _NORM_IF_ASKED, **GATED_SHARED),
+    _softmax("qwen3_moe", "Qwen3Moe", _NORM_IF_ASKED),
+    _softmax("qwen3_next", "Qwen3Next", _NORM_IF_ASKED, **GATED_SHARED),
+    _softmax("qwen3_5_moe", "Qwen3_5Moe", _ALWAYS_NORM, **GATED_SHARED),
+    _softmax("qwen4_exp", "Qwen4ExpText", _NORM_IF_ASKED, **GATED_SHARED),
+    _softmax("qwen3_vl_moe", "Qwen3VLMoeText", _ALWAYS_NORM),
+    _softmax("qwen3_omni_moe", "Qwen3OmniMoeThinkerText", _NORM_IF_ASKED),
+    _softmax("qwen3_omni_moe", "Qwen3OmniMoeTalkerText", _NORM_IF_ASKED, **GATED_SHARED),
+    _softmax("olmoe", "Olmoe", _NORM_IF_ASKED),
+    _softmax("flex_olmo", "FlexOlmo", _NORM_IF_ASKED),
+    _softmax("mellum", "Mellum", _NORM_IF_ASKED),
+    Family(
+        module="hunyuan_v1_moe",
+        block="HunYuanMoEV1Moe",
+        router=Router(
+            cls="HunYuanMoEV1Gate",
+            rule=_ALWAYS_NORM,
+            weight="wg.weight",
+        ),
+        experts=Experts(cls="HunYuanMoEV1Experts"),
+        shared="shared_mlp",
+    ),
+    Family(
+        module="jamba",
+        block="JambaSparseMoeBlock",
+        router=Router(
+            cls="Linear",
+            at="router",
+            rule={"top_k": read("top_k"), "num_experts": read("num_experts")},
+        ),
+        experts=Experts(cls="JambaExperts"),
+    ),
+    Family(
+        module="dbrx",
+        block="DbrxFFN",
+        router=Router(
+            cls="DbrxRouter",
+            at="router",
+            rule={
+                "top_k": read("top_k"),
+                "num_experts": read("experts.num_experts"),
+                "renormalize": lambda block: block.moe_normalize_expert_weights is not None,
+                "renormalize_norm": read("moe_normalize_expert_weights"),
+            },
+            weight="layer.weight",
+        ),
+        experts=Experts(
+            cls="DbrxExperts",
+            w13=("mlp.w1", "mlp.v1"),
+            w2="mlp.w2",
+            layout="rows",
+            activation=read("mlp.activation_fn"),
+        ),
+        noisy=True,
+    ),
+    Family(
+        module="longcat_flash",
+        block="LongcatFlashMoE",
+        router=Router(
+            cls="LongcatFlashTopkRouter",
+            at="router",
+            rule={
+                "top_k": read("router.top_k"),
+                "num_experts": read("experts.num_routed_experts"),
+                "num_zero_experts": read("experts.zero_expert_num"),
+                "routed_scaling_factor": read("router.routed_scaling_factor"),
+            },
+            weight="classifier.weight",
+            fp32_logits=True,
+            correction_bias="router.e_score_correction_bias",
+            returned=(None, 0, 1),
+        ),
+        experts=Experts(cls="LongcatFlashExperts", activation=read("act_fn")),
+    ),
+    Family(
+        module="mistral4",
+        block="Mistral4MoE",
+        router=Router(
+            cls="Mistral4TopkRouter",
+            rule=rule_of(
+                "gate",
+                renormalize=read("gate.norm_topk_prob"),
+                renormalize_epsilon=1e-20,
+                routed_scaling_factor=read("gate.routed_scaling_factor"),
+                num_expert_group=read("gate.num_group"),
+                topk_group=read("gate.topk_group"),
+                group_score="top2_sum",
+            ),
+        ),
+        experts=Experts(cls="Mistral4Experts"),
+        shared="shared_experts",
+    ),
+    *(
+        Family(
+            module=module,
+            block=f"{prefix}Moe",
+            router=Router(
+                cls=f"{prefix}TopkRouter",
+                rule=rule_of(
+                    "gate", routed_scaling_factor=read("gate.routed_scaling_factor"), **groups
+                ),
+                fp32_logits=True,
+            ),
+            experts=Experts(cls=f"{prefix}Experts"),
+            when=(("gate.topk_method", (method,)),),
+            shared="shared_experts",
+        )
+        for module, prefix in (
+            ("deepseek_v2", "DeepseekV2"),
+            ("deepseek_ocr2", "DeepseekOcr2Text"),
+        )
+        for method, groups in (
+            ("greedy", {}),
+            (
+                "group_limited_greedy",
+                {
+                    "num_expert_group": read("gate.num_group"),
+                    "topk_group": read("gate.topk_group"),
+                },
+            ),
+        )
+    ),
+    Family(
+        module="ernie4_5_moe",
+        block="Ernie4_5_MoeSparseMoeBlock",
+        router=Router(
+            cls="Ernie4_5_MoeTopKRouter",
+            rule=rule_of("gate", renormalize=True, renormalize_floor=read("gate.norm_min")),
+            fp32_logits=True,
+            correction_bias="gate.moe_statics.e_score_correction_bias",
+        ),
+        experts=Experts(cls="Ernie4_5_MoeExperts"),
+        shared="shared_experts",
+    ),
+    # The block around the text and the vision experts keeps its own forward.
+    Family(
+        module="ernie4_5_vl_moe",
+        block="Ernie4_5_VLMoeSparseMoeBlock",
+        router=Router(
+            cls="Ernie4_5_VLMoeMoeTopKRouter",
+            rule=rule_of("gate", renormalize=True, renormalize_floor=read("gate.norm_min")),
+            fp32_logits=True,
+            correction_bias="gate.moe_statics.e_score_correction_bias",
+        ),
+        experts=Experts(cls="Ernie4_5_VLMoeMoeExperts"),
+        returns="flattened_and_logits",
+    ),
+    *(
+        Family(
+            module=module,
+            block=block,
+            router=Router(
+                cls=f"{prefix}Router",
+                at="router",
+                rule={
+                    "top_k": read("router.config.top_k_experts"),
+                    "num_experts": read("router.config.num_experts"),
+                    "renormalize": True,
+                },
+                weight="proj.weight",
+                transform=_gemma_input,
+                per_expert_scale="router.per_expert_scale",
+            ),
+            experts=Experts(cls=f"{prefix}Experts"),
+            whole=False,
+        )
+        for module, prefix, block in (
+            ("gemma4", "Gemma4Text", "Gemma4TextDecoderLayer"),
+            ("diffusion_gemma", "DiffusionGemmaText", "DiffusionGemmaEncoderTextLayer"),
+            ("diffusion_gemma", "DiffusionGemmaText", "DiffusionGemmaDecoderTextLayer"),
+        )
+    ),
+    # Not in Transformers: the port that Grok-1's checkpoint is read with.
+    Family(
+        module="modeling_grok1",
+        block="MoeBlock",
+        router=Router(
+            cls="Linear",
+            rule={"top_k": read("top_k"), "num_experts": read("num_experts")},
+        ),
+        experts=Experts(cls="ModuleList", layout="list"),
+        returns="hidden_and_logits",
+    ),
+)
