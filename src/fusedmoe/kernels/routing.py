@@ -93,7 +93,14 @@ def routing_reference(
         zero_expert_weight = weights.masked_fill(~identity, 0.0).sum(dim=-1)
         ids, weights = ids.masked_fill(identity, -1), weights.masked_fill(identity, 0.0)
     if spec.num_fused_shared_experts:
-        weights, ids = _append_shared_experts(weights, ids, spec, is_padding)
+        weights, ids = append_shared_experts(
+            weights,
+            ids,
+            spec.num_experts,
+            spec.num_fused_shared_experts,
+            spec.shared_expert_weight,
+            is_padding,
+        )
     return RoutingResult(weights, ids.to(indices_dtype), zero_expert_weight)
 
 
@@ -242,16 +249,19 @@ def _denominator(weights: torch.Tensor, spec: RoutingSpec) -> torch.Tensor:
     return torch.where(norm > 0, norm, 1.0)
 
 
-def _append_shared_experts(
+def append_shared_experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
-    spec: RoutingSpec,
-    is_padding: torch.Tensor | None,
+    first_id: int,
+    count: int,
+    shared_weight: float,
+    is_padding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    count, first = spec.num_fused_shared_experts, spec.num_experts
+    """Behind weights and ids [T, K], the experts first_id .. first_id + count - 1 for each row."""
     shape = (ids.shape[0], count)
-    shared_ids = torch.arange(first, first + count, device=ids.device).expand(shape)
-    shared_weights = weights.new_full(shape, spec.shared_expert_weight)
+    shared_ids = torch.arange(first_id, first_id + count, dtype=ids.dtype, device=ids.device)
+    shared_ids = shared_ids.expand(shape)
+    shared_weights = weights.new_full(shape, shared_weight)
     if is_padding is not None:
         shared_ids = shared_ids.masked_fill(is_padding[:, None], -1)
         shared_weights = shared_weights.masked_fill(is_padding[:, None], 0.0)

@@ -72,10 +72,18 @@ class EplbState:
 
 
 class BaseRouter(FusedMoERouter):
-    """Routing, then the capture hook (logical ids), then the replicas chosen by load balancing."""
+    """Routing, then the capture hook (logical ids), then the replicas chosen by load balancing.
 
+    A subclass sets ``top_k`` and ``num_experts``: the routed picks of a token, and the experts of
+    the model they are from. Fused shared experts come behind both.
+    """
+
+    top_k: int
+    num_experts: int
+    num_fused_shared_experts: int = 0
+    shared_expert_weight: float = 1.0
     eplb_state: EplbState | None = None
-    _capture: CaptureFunction | None = None
+    capture_fn: CaptureFunction | None = None
 
     @abstractmethod
     def compute_routing(
@@ -104,8 +112,8 @@ class BaseRouter(FusedMoERouter):
             input_ids,
             is_padding,
         )
-        if self._capture is not None:
-            self._capture(result.topk_ids)
+        if self.capture_fn is not None:
+            self.capture_fn(result.topk_ids)
         if self.eplb_state is not None:
             from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 
@@ -123,7 +131,7 @@ class BaseRouter(FusedMoERouter):
 
     def set_capture_fn(self, capture_fn: CaptureFunction | None) -> None:
         """Call ``capture_fn(logical ids [T, K])`` after each routing; None stops it."""
-        self._capture = capture_fn
+        self.capture_fn = capture_fn
 
     def set_eplb_state(
         self,
@@ -135,6 +143,12 @@ class BaseRouter(FusedMoERouter):
         num_unpadded_tokens: torch.Tensor | None = None,
     ) -> None:
         """From now on return physical ids and count their load; see ``EplbState``."""
+        logical = self.num_experts + self.num_fused_shared_experts
+        if logical_to_physical_map.shape[0] != logical:
+            raise ValueError(
+                f"logical_to_physical_map has {logical_to_physical_map.shape[0]} rows for "
+                f"{logical} experts"
+            )
         self.eplb_state = EplbState(
             expert_load_view=expert_load_view,
             logical_to_physical_map=logical_to_physical_map,

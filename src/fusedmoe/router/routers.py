@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusedmoe.config import RoutingMethodType
+from fusedmoe.kernels.routing import append_shared_experts
 from fusedmoe.router.base import BaseRouter
 from fusedmoe.router.functional import INDEX_DTYPES, route
 from fusedmoe.router.method_type import routing_method_of
@@ -46,6 +47,10 @@ class SpecRouter(nn.Module, BaseRouter):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.top_k = spec.top_k
+        self.num_experts = spec.num_experts
+        self.num_fused_shared_experts = spec.num_fused_shared_experts
+        self.shared_expert_weight = spec.shared_expert_weight
         self.require_padding_mask = require_padding_mask
         self._read_tensors = tensors if callable(tensors) else None
         if not callable(tensors):
@@ -91,15 +96,6 @@ class SpecRouter(nn.Module, BaseRouter):
             is_padding=is_padding,
             indices_dtype=indices_dtype,
         )
-
-    def set_eplb_state(self, *args: Any, **kwargs: Any) -> None:
-        super().set_eplb_state(*args, **kwargs)
-        assert self.eplb_state is not None
-        rows = self.eplb_state.logical_to_physical_map.shape[0]
-        logical = self.spec.num_experts + self.spec.num_fused_shared_experts
-        if rows != logical:
-            self.eplb_state = None
-            raise ValueError(f"logical_to_physical_map has {rows} rows for {logical} experts")
 
     def forward(
         self,
@@ -176,14 +172,28 @@ class CustomRouter(BaseRouter):
                 f"{tuple(weights.shape)} and {tuple(ids.shape)}"
             )
         weights, ids = weights.float() * self.routed_scaling_factor, ids.long()
-        shared = self.num_fused_shared_experts
         ids = ids.masked_fill((ids < 0) | (ids >= self.num_experts), -1)
-        if shared:
-            first = self.num_experts
-            shared_ids = torch.arange(first, first + shared, device=ids.device)
-            ids = torch.cat((ids, shared_ids.expand(ids.shape[0], shared)), dim=1)
-            shared_weights = weights.new_full((ids.shape[0], shared), self.shared_expert_weight)
-            weights = torch.cat((weights, shared_weights), dim=1)
-        if is_padding is not None:
-            ids = ids.masked_fill(is_padding[:, None], -1)
-        return RoutingResult(weights.masked_fill(ids < 0, 0.0), ids.to(indices_dtype))
+        return finish_routing(self, weights, ids, indices_dtype, is_padding)
+
+
+def finish_routing(
+    router: BaseRouter,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    indices_dtype: torch.dtype,
+    is_padding: torch.Tensor | None,
+) -> RoutingResult:
+    """Empty and padding slots weigh 0, and the shared experts of ``router`` are appended."""
+    if is_padding is not None:
+        ids = ids.masked_fill(is_padding[:, None], -1)
+    weights = weights.masked_fill(ids < 0, 0.0)
+    if router.num_fused_shared_experts:
+        weights, ids = append_shared_experts(
+            weights,
+            ids,
+            router.num_experts,
+            router.num_fused_shared_experts,
+            router.shared_expert_weight,
+            is_padding,
+        )
+    return RoutingResult(weights, ids.to(indices_dtype))

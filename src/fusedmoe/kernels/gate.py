@@ -1,0 +1,144 @@
+"""The router's linear layer: x [T, H] times weight [E, H] -> logits [T, E], summed in fp32.
+
+Which way it is computed, its tier, is a pure function of shapes, dtypes and the device type:
+
+    rows      few tokens on a GPU: one program per expert, exact fp32 sums (Triton)
+    tiles     batch invariance asked for on a GPU: one fixed tile for any T (Triton)
+    mm_fp32   16-bit operands with an fp32 result on a GPU (torch.mm)
+    linear    everything else
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+GateTier = Literal["rows", "tiles", "mm_fp32", "linear"]
+
+MAX_ROWS_TOKENS = 16
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (*_HALF_DTYPES, torch.float32)
+
+
+def gate_tier(
+    num_tokens: int,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    device_type: str,
+    batch_invariant: bool = False,
+) -> GateTier:
+    """How logits are computed; see the module's table."""
+    if device_type != "cuda" or x_dtype not in _DTYPES or weight_dtype not in _DTYPES:
+        return "linear"
+    if batch_invariant:
+        return "tiles"
+    if num_tokens <= MAX_ROWS_TOKENS:
+        return "rows"
+    if out_dtype is torch.float32 and x_dtype is weight_dtype and x_dtype in _HALF_DTYPES:
+        return "mm_fp32"
+    return "linear"
+
+
+@torch.no_grad()
+def gate_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x [..., H] and weight [E, H] of any float dtypes, bias [E] -> [..., E] in ``out_dtype``.
+
+    ``out_dtype`` None is x's. Products are added in fp32 and rounded once, to ``out_dtype``; with
+    16-bit operands and a 16-bit result, as the vendor's library adds them. No gradient flows.
+
+    Raises ValueError where shapes, dtypes or devices do not fit.
+    """
+    out_dtype = out_dtype or x.dtype
+    _check(x, weight, bias, out_dtype)
+    if torch.compiler.is_compiling() and x.is_cuda:
+        return torch.ops.fusedmoe.gate_linear(x, weight, bias, out_dtype, batch_invariant)
+    return _gate_linear(x, weight, bias, out_dtype, batch_invariant)
+
+
+def _gate_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    tier = gate_tier(
+        rows.shape[0], x.dtype, weight.dtype, out_dtype, x.device.type, batch_invariant
+    )
+    if tier == "rows":
+        from fusedmoe.kernels.triton.gate import gate_rows
+
+        logits = gate_rows(rows, weight, bias, out_dtype)
+    elif tier == "tiles":
+        from fusedmoe.kernels.triton.gate import gate_tiles
+
+        logits = gate_tiles(rows, weight, bias, out_dtype)
+    elif tier == "mm_fp32":
+        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        if bias is not None:
+            logits += bias
+    else:
+        logits = gate_linear_reference(rows, weight, bias, out_dtype=out_dtype)
+    return logits.view(*x.shape[:-1], weight.shape[0])
+
+
+def gate_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """The definition, in plain torch."""
+    out_dtype = out_dtype or x.dtype
+    compute_dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), out_dtype)
+    logits = torch.nn.functional.linear(
+        x.to(compute_dtype),
+        weight.to(compute_dtype),
+        None if bias is None else bias.to(compute_dtype),
+    )
+    return logits.to(out_dtype)
+
+
+_gate_linear_op = torch.library.custom_op("fusedmoe::gate_linear", _gate_linear, mutates_args=())
+
+
+@_gate_linear_op.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x [..., H] and weight [E, H] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if not (x.is_floating_point() and weight.is_floating_point() and out_dtype.is_floating_point):
+        raise ValueError(
+            f"x, weight and result must be floating point, got {x.dtype}, {weight.dtype} and "
+            f"{out_dtype}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
