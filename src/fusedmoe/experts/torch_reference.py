@@ -56,6 +56,61 @@ def experts_reference(
     return out.to(hidden_states.dtype)
 
 
+def _torch_experts(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+) -> torch.Tensor:
+    """``experts_reference`` with arguments that an op's schema can hold."""
+    return experts_reference(
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        activation=MoEActivation(activation),
+        activation_config=ApplyMoEActivationConfig(
+            clamp_limit=clamp_limit,
+            alpha=alpha,
+            beta=beta,
+            situ_beta=situ_beta,
+            situ_linear_beta=situ_linear_beta,
+        ),
+        w1_bias=w1_bias,
+        w2_bias=w2_bias,
+        expert_map=expert_map,
+        compute_dtype=_wide(hidden_states.dtype),
+    )
+
+
+# Which experts have rows is known only at run time, so a compiler must not look inside.
+_torch_experts_op = torch.library.custom_op(
+    "fusedmoe::torch_experts", _torch_experts, mutates_args=()
+)
+
+
+@_torch_experts_op.register_fake
+def _(
+    hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *rest: object
+) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class TorchExperts(FusedMoEExpertsModular):
     """Runs anywhere, any activation; fp32 arithmetic; slow by design (it reads ids on the host)."""
 
@@ -102,19 +157,23 @@ class TorchExperts(FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        numbers = self.activation_config
+        run = _torch_experts_op if torch.compiler.is_compiling() else _torch_experts
         output.copy_(
-            experts_reference(
+            run(
                 hidden_states,
                 w1,
                 w2,
                 weights,
                 topk_ids,
-                activation=activation,
-                activation_config=self.activation_config,
-                w1_bias=self.quant_config.w1_bias,
-                w2_bias=self.quant_config.w2_bias,
-                expert_map=expert_map,
-                compute_dtype=wide,
+                self.quant_config.w1_bias,
+                self.quant_config.w2_bias,
+                expert_map,
+                activation.value,
+                numbers.clamp_limit,
+                numbers.alpha,
+                numbers.beta,
+                numbers.situ_beta,
+                numbers.situ_linear_beta,
             )
         )

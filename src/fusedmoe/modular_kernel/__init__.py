@@ -1,0 +1,56 @@
+"""The contract between prepare, experts and finalize, and the kernel that composes one of each.
+
+    hidden_states -> prepare (quantize, dispatch) -> experts (GEMM1, activation, GEMM2) -> finalize
+
+A prepare/finalize knows how tokens move between ranks, an experts implementation how two grouped
+GEMMs run on one device; neither knows the other, only the records.
+"""
+
+from fusedmoe.modular_kernel.experts import (
+    ExpertsCapabilities,
+    FusedMoEExperts,
+    FusedMoEExpertsModular,
+    FusedMoEExpertsMonolithic,
+)
+from fusedmoe.modular_kernel.kernel import (
+    FusedMoEKernel,
+    FusedMoEMonolithicKernel,
+)
+from fusedmoe.modular_kernel.prepare_finalize import (
+    FusedMoEPrepareAndFinalize,
+    FusedMoEPrepareAndFinalizeModular,
+    FusedMoEPrepareAndFinalizeMonolithic,
+)
+from fusedmoe.modular_kernel.records import (
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    Hook,
+    MonolithicPrepareResult,
+    PrepareResult,
+    ProblemSize,
+    Receiver,
+    WorkspaceShapes,
+)
+from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
+
+__all__ = [
+    "ExpertTokensMetadata",
+    "ExpertsCapabilities",
+    "FusedMoEActivationFormat",
+    "FusedMoEExperts",
+    "FusedMoEExpertsModular",
+    "FusedMoEExpertsMonolithic",
+    "FusedMoEKernel",
+    "FusedMoEMonolithicKernel",
+    "FusedMoEPrepareAndFinalize",
+    "FusedMoEPrepareAndFinalizeModular",
+    "FusedMoEPrepareAndFinalizeMonolithic",
+    "Hook",
+    "MonolithicPrepareResult",
+    "PrepareResult",
+    "ProblemSize",
+    "Receiver",
+    "WorkspacePlan",
+    "WorkspaceShapes",
+    "plan_workspaces",
+]

@@ -1,0 +1,210 @@
+"""The contract of the experts: two grouped GEMMs with an activation between them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.modular_kernel.records import (
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    ProblemSize,
+    WorkspaceShapes,
+)
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsCapabilities:
+    """What an experts implementation can do, as data that selection reads and explains.
+
+    ``weight_formats`` lists (weight, activation) pairs of ``QuantKey``; (None, None) is
+    unquantized. ``requires`` names modules that must be importable. ``min_capability`` is a CUDA
+    compute capability such as (9, 0).
+    """
+
+    activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    activations: frozenset[MoEActivation] = frozenset(MoEActivation) - {MoEActivation.RELU2}
+    weight_formats: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset({(None, None)})
+    min_capability: tuple[int, int] | None = None
+    requires: tuple[str, ...] = ()
+    bias: bool = True
+    expert_map: bool = True
+    apply_router_weight_on_input: bool = True
+    batch_invariant: bool = True
+    hash_routing: bool = True
+
+
+class FusedMoEExperts(ABC):
+    """The two grouped GEMMs of one layer on one device.
+
+    ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
+    ) -> None:
+        batched = self.activation_format() is FusedMoEActivationFormat.BatchedExperts
+        if batched != (max_num_tokens is not None and num_dispatchers is not None):
+            raise ValueError(
+                f"{type(self).__name__} has format {self.activation_format().name}: max_num_tokens "
+                f"({max_num_tokens}) and num_dispatchers ({num_dispatchers}) belong to the batched "
+                "format alone, and both to it"
+            )
+        self.is_batched = batched
+        self.moe_config = moe_config
+        self.quant_config = quant_config
+        self.max_num_tokens = max_num_tokens
+        self.num_dispatchers = num_dispatchers
+
+    @classmethod
+    @abstractmethod
+    def capabilities(cls) -> ExpertsCapabilities: ...
+
+    @classmethod
+    def activation_format(cls) -> FusedMoEActivationFormat:
+        return cls.capabilities().activation_format
+
+    @classmethod
+    def is_supported_config(
+        cls,
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        """Whether this implementation runs that layer, and if not, why."""
+        from fusedmoe.selection import unmet_requirement
+
+        reason = unmet_requirement(
+            cls.capabilities(), moe_config, weight_key, activation_key, activation_format
+        )
+        return reason is None, reason
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        """True defers the quantization of the input from prepare to the experts."""
+        return False
+
+    @property
+    def activation_config(self) -> ApplyMoEActivationConfig:
+        """The activation's numbers; those of the quantization win over the layer's."""
+        base, quant = self.moe_config.activation_config, self.quant_config
+        return ApplyMoEActivationConfig(
+            clamp_limit=base.clamp_limit
+            if quant.gemm1_clamp_limit is None
+            else quant.gemm1_clamp_limit,
+            alpha=base.alpha if quant.gemm1_alpha is None else quant.gemm1_alpha,
+            beta=base.beta if quant.gemm1_beta is None else quant.gemm1_beta,
+            situ_beta=base.situ_beta,
+            situ_linear_beta=base.situ_linear_beta,
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:  # noqa: B027
+        """Prepack once, explicitly; the parameters of ``layer`` keep their meaning."""
+
+
+class FusedMoEExpertsModular(FusedMoEExperts):
+    """Experts that receive ids and weights."""
+
+    @abstractmethod
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """Scratch for M rows; a pure function, so that it may be asked before tensors exist."""
+
+    @abstractmethod
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        """What is left to do to the output that ``apply`` wrote."""
+
+    @abstractmethod
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Write ``output`` (shape from ``workspace_shapes``).
+
+        w1 [e, S * I, H], w2 [e, H, I]; biases come in ``quant_config``. With
+        ``apply_router_weight_on_input`` the input is weighted already and weights are not used.
+        """
+
+    def workspace_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
+        return act_dtype
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> ProblemSize:
+        """Sizes read off the tensors; implementations with packed weights override this."""
+        rows = a1.shape[0] if a1.dim() == 2 else a1.shape[1]
+        return ProblemSize(w1.shape[0], rows, w1.shape[1], a1.shape[-1], topk_ids.shape[1])
+
+    @staticmethod
+    def adjust_N_for_activation(N: int, activation: MoEActivation) -> int:
+        """The width after the activation: N // 2 where gated, N where not."""
+        return N // 2 if activation.is_gated else N
+
+    def activation(
+        self, activation: MoEActivation, output: torch.Tensor, input: torch.Tensor, **masks: Any
+    ) -> None:
+        apply_moe_activation(
+            activation, output, input, activation_config=self.activation_config, **masks
+        )
+
+
+class FusedMoEExpertsMonolithic(FusedMoEExperts):
+    """Experts that receive router logits and route by themselves."""
+
+    @abstractmethod
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        router_logits: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        *,
+        router: Any,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, H] from logits [T, E]; ``router`` is the layer's ``FusedMoERouter``."""

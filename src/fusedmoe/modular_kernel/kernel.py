@@ -1,0 +1,253 @@
+"""One prepare/finalize and one experts implementation, composed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.modular_kernel.experts import (
+    FusedMoEExperts,
+    FusedMoEExpertsModular,
+    FusedMoEExpertsMonolithic,
+)
+from fusedmoe.modular_kernel.prepare_finalize import (
+    FusedMoEPrepareAndFinalize,
+    FusedMoEPrepareAndFinalizeModular,
+    FusedMoEPrepareAndFinalizeMonolithic,
+)
+from fusedmoe.modular_kernel.records import (
+    Hook,
+    PrepareResult,
+    ProblemSize,
+    Receiver,
+)
+from fusedmoe.modular_kernel.workspace import plan_workspaces
+
+
+def finish(pending: Receiver | tuple[Hook, Receiver]) -> Any:
+    """The result of an async form: its hook, if it has one, then its receiver."""
+    if isinstance(pending, tuple):
+        hook, receiver = pending
+        hook()
+        return receiver()
+    return pending()
+
+
+def check_ids(topk_ids: torch.Tensor, num_experts: int, debug_checks: bool) -> None:
+    """Raise ValueError for an id outside [-1, num_experts).
+
+    On the CPU always, on a GPU (where it waits for the device) with ``debug_checks``. Compiled
+    code has no such check: there, ids out of range count as -1.
+    """
+    if topk_ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if topk_ids.device.type != "cpu" and not debug_checks:
+        return
+    low, high = (int(bound) for bound in topk_ids.aminmax())
+    if low < -1 or high >= num_experts:
+        raise ValueError(f"topk_ids lie in [{low}, {high}], not in [-1, {num_experts})")
+
+
+class FusedMoEKernel:
+    """Experts that take ids, between a prepare and a finalize.
+
+    Raises ValueError where their activation formats differ.
+    """
+
+    def __init__(
+        self,
+        prepare_finalize: FusedMoEPrepareAndFinalizeModular,
+        experts: FusedMoEExpertsModular,
+    ) -> None:
+        _check_formats(prepare_finalize, experts)
+        self.prepare_finalize = prepare_finalize
+        self.experts = experts
+
+    @property
+    def output_is_reduced(self) -> bool:
+        return self.prepare_finalize.output_is_reduced()
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        while_combining: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """The routed output [T, H]. ``while_combining`` runs while the combine is in flight."""
+        check_ids(topk_ids, global_num_experts, self.experts.moe_config.options.debug_checks)
+        output = hidden_states.new_empty(hidden_states.shape)
+        prepared: PrepareResult = finish(
+            self.prepare_finalize.prepare_async(
+                hidden_states,
+                topk_weights,
+                topk_ids,
+                global_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                self.experts.quant_config,
+                self.experts.expects_unquantized_inputs,
+            )
+        )
+        weights = topk_weights if prepared.topk_weights is None else prepared.topk_weights
+        ids = topk_ids if prepared.topk_ids is None else prepared.topk_ids
+        routed = self._run_experts(
+            prepared._replace(topk_weights=weights, topk_ids=ids),
+            w1,
+            w2,
+            activation,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            output,
+        )
+        pending = self.prepare_finalize.finalize_async(
+            output,
+            routed,
+            weights,
+            ids,
+            apply_router_weight_on_input,
+            self.experts.finalize_weight_and_reduce_impl(),
+        )
+        if while_combining is not None:
+            while_combining()
+        finish(pending)
+        return output
+
+    def _run_experts(
+        self,
+        prepared: PrepareResult,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        final_output: torch.Tensor,
+    ) -> torch.Tensor:
+        experts, x = self.experts, prepared.hidden_states
+        weights, ids = prepared.topk_weights, prepared.topk_ids
+        assert weights is not None
+        assert ids is not None
+        size = experts.moe_problem_size(x, w1, w2, ids)
+        plan = plan_workspaces(
+            experts, size, final_output.dtype, activation, global_num_experts, prepared
+        )
+        in_place = plan.in_place and final_output.shape == plan.shapes.output
+        output = final_output if in_place else x.new_empty(plan.shapes.output, dtype=plan.dtype)
+        if size.M == 0:
+            return output
+        workspace13 = x.new_empty(plan.shapes.workspace13, dtype=plan.dtype)
+        workspace2 = x.new_empty(plan.shapes.workspace2, dtype=plan.dtype)
+        one_pass = plan.rows_per_pass >= size.M
+        for start in range(0, size.M, plan.rows_per_pass):
+            part = slice(None) if one_pass else slice(start, start + plan.rows_per_pass)
+            experts.apply(
+                output[part],
+                x[part],
+                w1,
+                w2,
+                weights[part],
+                ids[part],
+                activation,
+                global_num_experts,
+                expert_map,
+                _rows_of_scale(prepared.scale, part, size.M),
+                None,
+                workspace13,
+                workspace2,
+                prepared.expert_tokens_meta if one_pass else None,
+                apply_router_weight_on_input,
+            )
+        return output
+
+    def peak_workspace_bytes(self, num_tokens: int) -> int:
+        """Scratch memory of a forward with ``num_tokens`` rows entering the experts."""
+        moe = self.experts.moe_config
+        size = ProblemSize(
+            E=moe.num_local_experts,
+            M=num_tokens,
+            N=moe.w13_num_shards * moe.intermediate_size_per_partition,
+            K=moe.hidden_dim,
+            topk=moe.experts_per_token,
+        )
+        return plan_workspaces(
+            self.experts, size, moe.in_dtype, moe.activation, moe.num_experts
+        ).peak_bytes
+
+
+class FusedMoEMonolithicKernel:
+    """As ``FusedMoEKernel``, for experts that route by themselves."""
+
+    def __init__(
+        self,
+        prepare_finalize: FusedMoEPrepareAndFinalizeMonolithic,
+        experts: FusedMoEExpertsMonolithic,
+    ) -> None:
+        _check_formats(prepare_finalize, experts)
+        self.prepare_finalize = prepare_finalize
+        self.experts = experts
+
+    @property
+    def output_is_reduced(self) -> bool:
+        return self.prepare_finalize.output_is_reduced()
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        router_logits: torch.Tensor,
+        *,
+        activation: MoEActivation,
+        global_num_experts: int,
+        router: Any,
+        expert_map: torch.Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x, scale, logits = self.prepare_finalize.prepare(
+            hidden_states,
+            router_logits,
+            self.experts.quant_config,
+            self.experts.expects_unquantized_inputs,
+        )
+        routed = self.experts.apply(
+            x,
+            w1,
+            w2,
+            logits,
+            activation,
+            global_num_experts,
+            expert_map,
+            scale,
+            apply_router_weight_on_input,
+            router=router,
+            input_ids=input_ids,
+        )
+        return self.prepare_finalize.finalize(routed)
+
+
+def _check_formats(prepare_finalize: FusedMoEPrepareAndFinalize, experts: FusedMoEExperts) -> None:
+    if prepare_finalize.activation_format is not experts.activation_format():
+        raise ValueError(
+            f"{type(prepare_finalize).__name__} gives {prepare_finalize.activation_format.name} "
+            f"rows, {type(experts).__name__} takes {experts.activation_format().name} rows"
+        )
+
+
+def _rows_of_scale(scale: torch.Tensor | None, part: slice, rows: int) -> torch.Tensor | None:
+    """Per-row scales are cut with their rows; a scale for the whole tensor is not."""
+    if scale is None or scale.dim() == 0 or scale.shape[0] != rows or scale.numel() == 1:
+        return scale
+    return scale[part]

@@ -1,0 +1,158 @@
+"""The contract of prepare and finalize: how tokens reach the experts' rank and come back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.modular_kernel.records import (
+    FusedMoEActivationFormat,
+    Hook,
+    MonolithicPrepareResult,
+    PrepareResult,
+    Receiver,
+)
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
+
+
+class FusedMoEPrepareAndFinalize(ABC):
+    """What both kinds of prepare/finalize say about themselves.
+
+    ``row_format`` is the format of the rows it delivers, ``name`` what options and ``explain``
+    call it.
+    """
+
+    name: ClassVar[str] = ""
+    row_format: ClassVar[FusedMoEActivationFormat] = FusedMoEActivationFormat.Standard
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        """Why it cannot move the tokens of such a layer over ``groups``; None where it can."""
+        return None
+
+    @classmethod
+    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> FusedMoEPrepareAndFinalize:
+        """Build it for one layer."""
+        return cls()
+
+    @property
+    def activation_format(self) -> FusedMoEActivationFormat:
+        return self.row_format
+
+    @abstractmethod
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        """The integer dtype ids must arrive in, or None for any."""
+
+    @abstractmethod
+    def max_num_tokens_per_rank(self) -> int | None:
+        """Rows per expert and rank that a batched format holds; None in Standard format."""
+
+    @abstractmethod
+    def num_dispatchers(self) -> int:
+        """How many ranks send tokens to this one."""
+
+    @abstractmethod
+    def output_is_reduced(self) -> bool:
+        """Whether finalize's output needs no further sum over ranks."""
+
+    def supports_async(self) -> bool:
+        """Whether the ``*_async`` forms return before the wire is done."""
+        return False
+
+
+class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
+    """Moves tokens whose experts are already chosen."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> PrepareResult:
+        """Weight the input if asked (K must be 1), quantize unless deferred, dispatch.
+
+        a1 [T, H], topk_weights fp32 [T, K], topk_ids int [T, K] (-1: nothing),
+        expert_map int32 [num_experts] global -> local id or -1. ``a1`` itself is not written.
+        """
+
+    @abstractmethod
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        """Weight, sum over K and combine into ``output`` [T, H], in place."""
+
+    def prepare_async(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> Receiver | tuple[Hook, Receiver]:
+        """Start ``prepare``; the receiver (after the hook, if there is one) returns its result."""
+        result = self.prepare(
+            a1,
+            topk_weights,
+            topk_ids,
+            num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            quant_config,
+            defer_input_quant,
+        )
+        return lambda: result
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> Receiver | tuple[Hook, Receiver]:
+        """Start ``finalize``; ``output`` is valid once the receiver has returned."""
+        self.finalize(
+            output,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        return lambda: None
+
+
+class FusedMoEPrepareAndFinalizeMonolithic(FusedMoEPrepareAndFinalize):
+    """Moves tokens together with their router logits; the experts route."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        router_logits: torch.Tensor,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> MonolithicPrepareResult: ...
+
+    @abstractmethod
+    def finalize(self, fused_expert_output: torch.Tensor) -> torch.Tensor: ...
