@@ -105,7 +105,7 @@ def _scale_index(size: int, scales: int, block: int | None, parts: int) -> torch
     """
     for count in (parts, 1):
         part = size // count
-        step = min(block or part, part)
+        step = block or part
         per_part = math.ceil(part / step)
         if size % count == 0 and count * per_part == scales:
             index = torch.arange(size)
