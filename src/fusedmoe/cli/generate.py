@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     dtype, device = dtype_of(args.dtype), device_of(args.device)
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("generate needs Transformers: pip install 'fusedmoe[hf]'")
     if args.preset is None:
         return _generate(args, Path(args.checkpoint), dtype, device)
     preset = find_preset(args.preset)
