@@ -173,7 +173,7 @@ def FusedMoE(
         )
     act = MoEActivation.from_str(activation) if isinstance(activation, str) else activation
     counts = determine_expert_counts(num_experts, num_redundant_experts, n_shared_experts)
-    parallel_config = _parallel_config(place, is_sequence_parallel)
+    parallel_config = _parallel_config(place, is_sequence_parallel, groups)
     placement = ExpertMapManager(
         counts.physical,
         num_redundant_experts,
@@ -356,19 +356,29 @@ class _Routing:
             raise ValueError(f"{', '.join(asked)} would have no effect {where}")
 
 
-def _parallel_config(place: ParallelPlace, is_sequence_parallel: bool) -> FusedMoEParallelConfig:
+def _parallel_config(
+    place: ParallelPlace, is_sequence_parallel: bool, groups: ParallelGroups
+) -> FusedMoEParallelConfig:
     if is_sequence_parallel and place.tp_size > 1 and not place.enable_expert_parallel:
         raise ValueError(
             f"is_sequence_parallel gives {place.tp_size} tensor-parallel ranks different tokens, "
             "which sharded experts cannot add up: it needs enable_expert_parallel"
         )
-    return FusedMoEParallelConfig.make(
+    config = FusedMoEParallelConfig.make(
         place.tp_size,
         place.pcp_size,
         place.dp_size,
         place.tp_size if is_sequence_parallel else 1,
         place,
     )
+    ep = ParallelGroups.size_and_rank(groups.ep)
+    if groups.ep is not None and ep != (config.ep_size, config.ep_rank):
+        raise ValueError(
+            f"the ep group has size {ep[0]} and rank {ep[1]}, but the dp, pcp and tp ranks make "
+            f"expert parallelism of size {config.ep_size} and rank {config.ep_rank} (with "
+            f"enable_expert_parallel={place.enable_expert_parallel})"
+        )
+    return config
 
 
 def _activation_config(

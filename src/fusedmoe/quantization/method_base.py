@@ -36,14 +36,18 @@ class QuantizationConfig(Protocol):
         """The method of the MoE layer called ``prefix``; None leaves it unquantized."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _BuiltKernel:
-    """A kernel and what it was built for; ``tensors`` are those its quant config holds."""
+    """A kernel and what it was built for; ``tensors`` are those its quant config holds.
+
+    ``prepacked``: it has seen the weights in their final state.
+    """
 
     kernel: FusedMoEKernel | FusedMoEMonolithicKernel
     device: torch.device
     dtype: torch.dtype
     tensors: tuple[torch.Tensor | None, ...]
+    prepacked: bool = False
 
     def fits(self, weight: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> bool:
         return (
@@ -101,21 +105,38 @@ class FusedMoEMethodBase(ABC):
             layer.register_parameter(spec.name, parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Choose the kernel for where the weights are and let it prepack them.
+        """Let the kernel prepack the weights as they are now.
 
         To be called again whenever weights were written by hand; loading calls it itself.
         """
-        self._built = None
+        self.weights_changed()
         if layer.w13_weight.device.type != "meta":
             self.kernel(layer)
 
-    def kernel(self, layer: RoutedExperts) -> FusedMoEKernel | FusedMoEMonolithicKernel:
-        """The kernel for the weights as they are now, built on first use and after moves."""
+    def weights_changed(self) -> None:
+        """Forget what was prepacked; the next use of the kernel does it again."""
+        if self._built is not None:
+            self._built.prepacked = False
+
+    def choose_kernel(self, layer: RoutedExperts) -> None:
+        """Choose the kernel for where the weights are, unless it is known ("meta": not yet).
+
+        Raises ValueError with all reasons where none can run this layer.
+        """
         weight, tensors = layer.w13_weight, self._quant_tensors(layer)
-        if self._built is None or not self._built.fits(weight, tensors):
-            self._built = _BuiltKernel(
-                self._build_kernel(layer), weight.device, weight.dtype, tensors
-            )
+        if weight.device.type == "meta" or (self._built and self._built.fits(weight, tensors)):
+            return
+        kernel = self.select(layer).make_kernel(self.get_fused_moe_quant_config(layer))
+        self._built = _BuiltKernel(kernel, weight.device, weight.dtype, tensors)
+
+    def kernel(self, layer: RoutedExperts) -> FusedMoEKernel | FusedMoEMonolithicKernel:
+        """The kernel for the weights as they are now, chosen on first use and after moves."""
+        self.choose_kernel(layer)
+        if self._built is None:
+            raise ValueError("the weights are on 'meta': move them with to_empty(device=...) first")
+        if not self._built.prepacked:
+            self._built.kernel.experts.process_weights_after_loading(layer)
+            self._built.prepacked = True
         return self._built.kernel
 
     def _quant_tensors(self, layer: RoutedExperts) -> tuple[torch.Tensor | None, ...]:
@@ -129,11 +150,6 @@ class FusedMoEMethodBase(ABC):
         weight = layer.w13_weight
         moe = replace(self.moe_config, device=weight.device, in_dtype=self.input_dtype(layer))
         return select(moe, self.weight_key, self.activation_key, self.groups)
-
-    def _build_kernel(self, layer: RoutedExperts) -> FusedMoEKernel | FusedMoEMonolithicKernel:
-        kernel = self.select(layer).make_kernel(self.get_fused_moe_quant_config(layer))
-        kernel.experts.process_weights_after_loading(layer)
-        return kernel
 
     def input_dtype(self, layer: RoutedExperts) -> torch.dtype:
         """The dtype of the rows that enter and leave."""
@@ -228,6 +244,10 @@ class FusedMoEMethodBase(ABC):
     def supports_eplb(self) -> bool:
         """Whether rows of the parameters can be moved between ranks one expert at a time."""
         return False
+
+    def combine_is_async(self, layer: RoutedExperts) -> bool:
+        """Whether other work can run while the results of other ranks are on their way."""
+        return self.kernel(layer).prepare_finalize.supports_async()
 
     @property
     def topk_indices_dtype(self) -> torch.dtype | None:

@@ -168,12 +168,11 @@ class MoERunner(nn.Module):
     def _start_shared(self, x: torch.Tensor | None) -> SharedExpertsRun | None:
         if x is None:
             return None
-        kernel = self.routed_experts.quant_method.kernel(self.routed_experts)
         order = choose_order(
             on_cuda=x.is_cuda,
             num_tokens=x.shape[0],
             token_limit=self.shared_overlap_token_limit,
-            combine_is_async=kernel.prepare_finalize.supports_async(),
+            combine_is_async=self.routed_experts.quant_method.combine_is_async(self.routed_experts),
             compiling=torch.compiler.is_compiling(),
         )
         run = SharedExpertsRun(self.compute_shared, x, order)

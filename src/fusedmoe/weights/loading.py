@@ -65,6 +65,13 @@ class ExpertLoader:
         self._transposed = transposed
         self._interleaved = interleaved
         self._loaded: set[tuple[str, ShardId, int]] = set()
+        self._wanted = frozenset(
+            (param_name, shard, expert)
+            for param_name, spec in layer.param_specs.items()
+            for shard in spec.shard_ids(layer.sizes)
+            for expert in range(layer.moe_config.num_experts)
+            if layer.expert_map_manager.local_row(expert) >= 0
+        )
 
     def load(self, name: str, tensor: torch.Tensor) -> set[str]:
         """Load one checkpoint tensor; the names of the parameters it went to (on this rank)."""
@@ -190,17 +197,12 @@ class ExpertLoader:
             return split_interleaved(data, axis, count)
         return data.chunk(count, axis)
 
+    @property
+    def is_complete(self) -> bool:
+        return len(self._loaded) == len(self._wanted)
+
     def report(self) -> LoadReport:
-        layer = self._layer
-        manager = layer.expert_map_manager
-        wanted = frozenset(
-            (name, shard, expert)
-            for name, spec in layer.param_specs.items()
-            for shard in spec.shard_ids(layer.sizes)
-            for expert in range(layer.moe_config.num_experts)
-            if manager.local_row(expert) >= 0
-        )
-        return LoadReport(wanted & self._loaded, wanted - self._loaded)
+        return LoadReport(frozenset(self._loaded), self._wanted - self._loaded)
 
 
 def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -228,7 +230,7 @@ def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor
         with torch.no_grad():
             target.copy_(tensor)
         written.add(name)
-    runner.routed_experts.process_weights_after_loading()
+    runner.routed_experts.loading_done()
     return written
 
 

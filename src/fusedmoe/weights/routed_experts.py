@@ -83,6 +83,7 @@ class RoutedExperts(nn.Module):
             if is_fused_checkpoint_interleaved is None
             else is_fused_checkpoint_interleaved,
         )
+        quant_method.choose_kernel(self)
 
     def create_parameters(
         self,
@@ -195,13 +196,20 @@ class RoutedExperts(nn.Module):
         fits nothing. ``check_loaded`` tells what is missing.
         """
         written = {name for pair in weights for name in self.load_tensor(*pair)}
-        self.process_weights_after_loading()
+        self.loading_done()
         return written
 
     def load_tensor(self, name: str, tensor: torch.Tensor) -> set[str]:
         """Load one tensor as ``load_weights`` does, without prepacking afterwards."""
         name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
         return self._loader.load(name, tensor)
+
+    def loading_done(self) -> None:
+        """Prepack if every tensor has been loaded by now; else note that weights changed."""
+        if self._loader.is_complete:
+            self.process_weights_after_loading()
+        else:
+            self.quant_method.weights_changed()
 
     def load_report(self) -> LoadReport:
         """Which experts' shards were loaded so far, and which were not."""
@@ -250,6 +258,7 @@ class RoutedExperts(nn.Module):
             parameter = self._parameters.get(name)
             if parameter is not None:
                 parameter.weight_loader = self.weight_loader  # type: ignore[attr-defined]
+        self.quant_method.weights_changed()
         return result
 
     def extra_repr(self) -> str:
