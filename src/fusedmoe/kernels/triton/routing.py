@@ -9,7 +9,7 @@ table int [vocab, K]; input_ids int [T]; is_padding bool [T]; each of them may b
 
 Phi-MoE's sparsemixer is a kernel of its own here, with the same grid and the same last steps.
 
-Invariants: fp32 arithmetic; the order of rows and their number change no bit of a row; no id
+Invariants: fp32 arithmetic; other rows and their number change no bit of a row; no id
 outside [0, E + Z) is ever used as an address. ``route_rows`` is the whole rule for one block of
 tokens, for kernels that go on with the ids.
 """
@@ -248,11 +248,16 @@ def routing_kernel(
     )
 
 
-def routing_tile(num_tokens: int, columns: int) -> tuple[int, int]:
-    """(tokens per program, warps): one warp per token while the device is not full."""
-    if num_tokens <= 1024 or columns >= 1024:
-        return 1, 4 if columns >= 1024 else 1
-    return min(32, max(4, 1024 // columns)), 4
+TOKENS_PER_PROGRAM = 1
+
+
+def routing_warps(columns: int) -> int:
+    """One warp for a token's candidates, four from where they would fill its registers.
+
+    A tile must not depend on the number of tokens, because the order of a softmax's sum does on
+    the tile: so a token's weights have the same bits in any batch.
+    """
+    return 1 if columns <= 512 else 4
 
 
 def routing_triton(
@@ -283,9 +288,8 @@ def routing_triton(
     groups = max(spec.num_expert_group, 1)
     block_g = triton.next_power_of_2(groups)
     block_s = triton.next_power_of_2(candidates // groups)
-    block_t, num_warps = routing_tile(num_tokens, block_g * block_s)
     table, vision_bias = tensors.hash_indices_table, flat(tensors.vision_bias)
-    routing_kernel[(triton.cdiv(num_tokens, block_t),)](
+    routing_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
         logits,
         flat(tensors.correction_bias),
         vision_bias,
@@ -311,10 +315,10 @@ def routing_triton(
         TOP2=spec.group_score == "top2_sum",
         PER_GROUP=spec.top_k // groups if spec.selection == "topk_per_group" else 0,
         VISION_LO=0 if vision_bias is None else spec.image_sentinel_lo,
-        BLOCK_T=block_t,
+        BLOCK_T=TOKENS_PER_PROGRAM,
         BLOCK_G=block_g,
         BLOCK_S=block_s,
-        num_warps=num_warps,
+        num_warps=routing_warps(block_g * block_s),
         **finish_constants(spec),
     )
     return result

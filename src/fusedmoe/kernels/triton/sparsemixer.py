@@ -10,7 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.routing import finish_constants, flat, routing_tile
+from fusedmoe.kernels.triton.routing import (
+    TOKENS_PER_PROGRAM,
+    finish_constants,
+    flat,
+    routing_warps,
+)
 from fusedmoe.kernels.triton.routing_steps import (
     NO_ID,
     finish_rows,
@@ -121,8 +126,7 @@ def launch_sparsemixer(
     """Fill ``result``; arguments are checked by the caller."""
     num_tokens, candidates = logits.shape
     columns = triton.next_power_of_2(candidates)
-    block_t, num_warps = routing_tile(num_tokens, columns)
-    sparsemixer_kernel[(triton.cdiv(num_tokens, block_t),)](
+    sparsemixer_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
         logits,
         flat(tensors.per_expert_scale),
         is_padding,
@@ -132,8 +136,8 @@ def launch_sparsemixer(
         0 if is_padding is None else is_padding.stride(0),
         TWICE_EPSILON=2.0 * spec.sparsemixer_epsilon,
         SOFTCAP=float(spec.logit_softcap),
-        BLOCK_T=block_t,
+        BLOCK_T=TOKENS_PER_PROGRAM,
         BLOCK_C=columns,
-        num_warps=num_warps,
+        num_warps=routing_warps(columns),
         **finish_constants(spec),
     )
