@@ -31,7 +31,7 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     from fusedmoe import __version__
 
     parser = _Parser(
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0, 1 for a failed comparison, 2 for bad input)."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
     except (ValueError, OSError, ImportError) as error:
