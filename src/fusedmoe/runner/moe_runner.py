@@ -18,6 +18,7 @@ from torch import nn
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
+from fusedmoe.runner.loading import load_into_parts
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
 from fusedmoe.runner.shared_experts import SharedExpertsRun, choose_order
 from fusedmoe.weights.routed_experts import RoutedExperts
@@ -299,8 +300,6 @@ class MoERunner(nn.Module):
         Names that begin with one of this module's own parts (``gate.``, ``shared_experts.``, ...)
         go to that part, all others to the routed experts. Returns the parameters written.
         """
-        from fusedmoe.weights.loading import load_into_parts
-
         return load_into_parts(self, weights)
 
 

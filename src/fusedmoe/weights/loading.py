@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,6 @@ from fusedmoe.weights.params_mapping import (
 )
 
 if TYPE_CHECKING:
-    from fusedmoe.runner.moe_runner import MoERunner
     from fusedmoe.weights.routed_experts import RoutedExperts
 
 
@@ -203,39 +202,3 @@ class ExpertLoader:
 
     def report(self) -> LoadReport:
         return LoadReport(frozenset(self._loaded), self._wanted - self._loaded)
-
-
-def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """As ``MoERunner.load_weights``."""
-    parts = {
-        name: dict(part.named_parameters()) | dict(part.named_buffers())
-        for name, part in runner.named_children()
-        if name not in ("routed_experts", "router")
-    }
-    written: set[str] = set()
-    for name, tensor in _without_prefix(weights, runner.prefix):
-        part, _, rest = name.partition(".")
-        if part not in parts:
-            written |= {
-                f"routed_experts.{n}" for n in runner.routed_experts.load_tensor(name, tensor)
-            }
-            continue
-        target = parts[part].get(rest)
-        if target is None:
-            raise ValueError(f"{name}: {part} has no parameter {rest}, only {sorted(parts[part])}")
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"{name}: expected shape {tuple(target.shape)}, found {tuple(tensor.shape)}"
-            )
-        with torch.no_grad():
-            target.copy_(tensor)
-        written.add(name)
-    runner.routed_experts.loading_done()
-    return written
-
-
-def _without_prefix(
-    weights: Iterable[tuple[str, torch.Tensor]], prefix: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        yield (name.removeprefix(f"{prefix}.") if prefix else name), tensor
