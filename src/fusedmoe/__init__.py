@@ -45,6 +45,8 @@ _HOME = {
     "RoutingSpec": "fusedmoe.router.spec",
     "RoutingTensors": "fusedmoe.router.spec",
     "register": "fusedmoe.integrations.transformers",
+    "TritonExperts": "fusedmoe.experts.triton",
+    "fused_experts": "fusedmoe.experts.functional",
     "FusedMoE": "fusedmoe.layer",
     "MoERunner": "fusedmoe.runner.moe_runner",
     "RoutedExperts": "fusedmoe.weights.routed_experts",

@@ -6,7 +6,7 @@ the width. Everything is computed in fp32 and rounded once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 import torch
@@ -82,6 +82,17 @@ class ApplyMoEActivationConfig:
     beta: float | None = None
     situ_beta: float | None = None
     situ_linear_beta: float | None = None
+
+    def numbers(
+        self,
+    ) -> tuple[float | None, float | None, float | None, float | None, float | None]:
+        """The fields in order, as a custom op takes them."""
+        return self.clamp_limit, self.alpha, self.beta, self.situ_beta, self.situ_linear_beta
+
+    @classmethod
+    def from_numbers(cls, *numbers: float | None) -> ApplyMoEActivationConfig:
+        """The inverse of ``numbers``."""
+        return cls(**{field.name: n for field, n in zip(fields(cls), numbers, strict=True)})
 
 
 def activation_without_mul(activation: str) -> str:

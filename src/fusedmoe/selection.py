@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
 
 # In order of preference; "module:class", so that no candidate is imported before it is asked for.
-EXPERTS: tuple[str, ...] = ("fusedmoe.experts.torch_reference:TorchExperts",)
+EXPERTS: tuple[str, ...] = (
+    "fusedmoe.experts.triton:TritonExperts",
+    "fusedmoe.experts.torch_reference:TorchExperts",
+)
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPMonolithic",

@@ -44,6 +44,20 @@ class ExpertsCapabilities:
     hash_routing: bool = True
 
 
+def merged_activation_config(
+    base: ApplyMoEActivationConfig, quant: FusedMoEQuantConfig
+) -> ApplyMoEActivationConfig:
+    """The numbers of ``base`` where ``quant`` does not bring its own."""
+    limit, alpha, beta = quant.gemm1_clamp_limit, quant.gemm1_alpha, quant.gemm1_beta
+    return ApplyMoEActivationConfig(
+        clamp_limit=base.clamp_limit if limit is None else limit,
+        alpha=base.alpha if alpha is None else alpha,
+        beta=base.beta if beta is None else beta,
+        situ_beta=base.situ_beta,
+        situ_linear_beta=base.situ_linear_beta,
+    )
+
+
 class FusedMoEExperts(ABC):
     """The two grouped GEMMs of one layer on one device.
 
@@ -104,16 +118,7 @@ class FusedMoEExperts(ABC):
     @property
     def activation_config(self) -> ApplyMoEActivationConfig:
         """The activation's numbers; those of the quantization win over the layer's."""
-        base, quant = self.moe_config.activation_config, self.quant_config
-        return ApplyMoEActivationConfig(
-            clamp_limit=base.clamp_limit
-            if quant.gemm1_clamp_limit is None
-            else quant.gemm1_clamp_limit,
-            alpha=base.alpha if quant.gemm1_alpha is None else quant.gemm1_alpha,
-            beta=base.beta if quant.gemm1_beta is None else quant.gemm1_beta,
-            situ_beta=base.situ_beta,
-            situ_linear_beta=base.situ_linear_beta,
-        )
+        return merged_activation_config(self.moe_config.activation_config, self.quant_config)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:  # noqa: B027
         """Prepack once, explicitly; the parameters of ``layer`` keep their meaning."""

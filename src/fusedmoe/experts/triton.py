@@ -1,0 +1,245 @@
+"""Experts on Triton's grouped GEMM: four launches, no host synchronisation, nothing permuted.
+
+    align -> GEMM1 with bias and activation -> GEMM2 with bias -> weighted sum over K
+
+T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2 where gated.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.grouped_gemm import grouped_gemm
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEExpertsModular,
+    WorkspaceShapes,
+)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
+
+TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of threads may use."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def triton_experts(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    activation_config: ApplyMoEActivationConfig,
+    expert_map: torch.Tensor | None,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
+    tiles: LayerTiles | None = None,
+) -> None:
+    """Write the weighted sum over K [T, H] into ``output``.
+
+    hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I], topk_weights fp32 [T, K] (None: all one).
+    The workspaces hold at least R * I and R * H elements. Ids that name no local expert count as
+    nothing. ``tiles`` overrides the choice of ``tuning.tiles``.
+    """
+    T, H = hidden_states.shape
+    K = topk_ids.shape[1]
+    e, I, R = w1.shape[0], w2.shape[2], T * K  # noqa: E741
+    if tiles is None:
+        tiles = layer_tiles(
+            T,
+            K,
+            e,
+            H,
+            I,
+            hidden_states.dtype,
+            gated=activation.is_gated,
+            batch_invariant=batch_invariant,
+            shared_memory=_shared_memory(hidden_states.device),
+        )
+    act = workspace13.flatten()[: R * I].view(R, I)
+    rows = workspace2.flatten()[: R * H].view(R, H)
+    alignment = MoEAlignment(
+        *moe_align_block_size(
+            topk_ids,
+            tiles.gemm1.block_m,
+            e if expert_map is None else expert_map.shape[0],
+            expert_map,
+            ignore_invalid_experts=True,
+            num_local_experts=e,
+        )[:3]
+    )
+    grouped_gemm(
+        hidden_states,
+        w1,
+        act,
+        alignment,
+        tiles.gemm1,
+        top_k=K,
+        bias=w1_bias,
+        activation=activation,
+        activation_config=activation_config,
+    )
+    grouped_gemm(act, w2, rows, alignment, tiles.gemm2, top_k=1, bias=w2_bias)
+    moe_fused_mul_sum(
+        rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
+    )
+
+
+class TritonExperts(FusedMoEExpertsModular):
+    """Standard rows, unquantized, any GPU that Triton compiles for.
+
+    ``tiles``, if set, replaces the choice of ``tuning.tiles``.
+    """
+
+    name = "triton"
+    tiles: LayerTiles | None = None
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return ExpertsCapabilities(
+            devices=frozenset({"cuda"}), dtypes=TRITON_DTYPES, requires=("triton",)
+        )
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """The activation's output, then the second GEMM's rows by slot."""
+        I = self.adjust_N_for_activation(N, activation)  # noqa: E741
+        return WorkspaceShapes((M, topk, I), (M, topk, K), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        assert workspace13 is not None
+        assert workspace2 is not None
+        weights = None if apply_router_weight_on_input else topk_weights
+        config, options = self.activation_config, self.moe_config.options
+        biases = self.quant_config.w1_bias, self.quant_config.w2_bias
+        if torch.compiler.is_compiling():
+            _triton_experts_op(
+                output,
+                hidden_states,
+                w1,
+                w2,
+                weights,
+                topk_ids,
+                activation.value,
+                *config.numbers(),
+                expert_map,
+                *biases,
+                workspace13,
+                workspace2,
+                options.batch_invariant,
+            )
+            return
+        triton_experts(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            weights,
+            topk_ids,
+            activation,
+            config,
+            expert_map,
+            *biases,
+            workspace13,
+            workspace2,
+            batch_invariant=options.batch_invariant,
+            tiles=self.tiles,
+        )
+
+
+@torch.library.custom_op(
+    "fusedmoe::triton_experts", mutates_args=("output", "workspace13", "workspace2")
+)
+def _triton_experts_op(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    expert_map: torch.Tensor | None,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    batch_invariant: bool,
+) -> None:
+    """``triton_experts`` as torch.compile sees it: opaque."""
+    triton_experts(
+        output,
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig.from_numbers(
+            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
+        ),
+        expert_map,
+        w1_bias,
+        w2_bias,
+        workspace13,
+        workspace2,
+        batch_invariant=batch_invariant,
+    )
+
+
+@_triton_experts_op.register_fake
+def _(*arguments: object) -> None:
+    return None
