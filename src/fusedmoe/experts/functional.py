@@ -187,7 +187,7 @@ def _select(
     """What selection prefers for a layer of these sizes on this device."""
     return select(
         FusedMoEConfig(
-            num_experts=num_experts,
+            num_experts=max(num_experts, K),  # a rank may hold fewer experts than a token picks
             num_local_experts=num_local,
             experts_per_token=K,
             hidden_dim=H,

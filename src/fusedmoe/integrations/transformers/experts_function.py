@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedmoe.experts.functional import fused_experts
 from fusedmoe.integrations.transformers.gates import Gate, gate_of
 from fusedmoe.quantization.config import FusedMoEQuantConfig, biased_moe_quant_config
 
@@ -56,7 +57,9 @@ def experts_forward(
     if gate.activation is None or (needs_grad and self.training):
         return _transformers_grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     tensors = expert_tensors(self)
-    ids = top_k_index.masked_fill(top_k_index == tensors.w13.shape[0], -1)
+    ids = top_k_index
+    if not ids.is_cuda:  # there, ids that name no expert count as nothing anyway
+        ids = ids.masked_fill(ids == tensors.w13.shape[0], -1)
     if not needs_grad or torch.compiler.is_compiling():
         return run_experts(hidden_states, tensors, top_k_weights, ids, gate)
     with torch.no_grad():
@@ -74,23 +77,6 @@ def run_experts(
     """The whole of what is asked of the library: sum over k of weight * expert(x), [T, H]."""
     if gate.activation is None:
         raise ValueError("run_experts needs a known activation")
-    try:
-        from fusedmoe import fused_experts
-    except ImportError:
-        from fusedmoe.experts.torch_reference import experts_reference
-
-        return experts_reference(
-            hidden_states,
-            tensors.w13,
-            tensors.w2,
-            topk_weights,
-            topk_ids,
-            activation=gate.activation,
-            activation_config=gate.config,
-            w1_bias=tensors.w13_bias,
-            w2_bias=tensors.w2_bias,
-        )
-
     quant_config: FusedMoEQuantConfig | None = None
     if tensors.w13_bias is not None or tensors.w2_bias is not None:
         quant_config = biased_moe_quant_config(tensors.w13_bias, tensors.w2_bias)
