@@ -1,0 +1,151 @@
+"""``accelerate(model)``: its MoE blocks run by our runner; ``restore(model)`` undoes it.
+
+Which blocks, and how, is ``plan(model)``: nothing else decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fusedmoe.config import MoEOptions
+from fusedmoe.integrations.transformers.blocks import (
+    BlockForward,
+    ExpertsForward,
+    Replacement,
+    make_replacements,
+)
+from fusedmoe.integrations.transformers.families import Family, find_family
+from fusedmoe.integrations.transformers.generic import (
+    TransformersFusedMoE,
+    put_back,
+    recursive_replace,
+)
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Where Accelerate's device hooks keep the forward that they wrap.
+_WRAPPED = "_old_forward"
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One block of a known kind: its row, or the reason why it is left alone."""
+
+    path: str
+    module: nn.Module
+    family: Family | None
+    reason: str | None = None
+
+
+def plan(model: nn.Module) -> list[PlannedBlock]:
+    """Every block of a known kind in ``model``, in order, but for those already replaced."""
+    blocks = []
+    for path, module in model.named_modules():
+        found = None if _replacement(module) is not None else find_family(module)
+        if isinstance(found, Family):
+            reason = _obstacle(module)
+            blocks.append(PlannedBlock(path, module, None if reason else found, reason))
+        elif found is not None:
+            blocks.append(PlannedBlock(path, module, None, found))
+    return blocks
+
+
+def accelerate(model: Model, *, options: MoEOptions | None = None) -> Model:
+    """Run the MoE blocks of a Transformers model through fusedmoe; returns the same model.
+
+    A block of a known family is replaced as a whole: our router with the model's own gate, our
+    experts on the model's own Parameters (nothing is copied), its shared experts. Where the family
+    is unknown, modules called ``experts`` are (``recursive_replace``). What cannot be replaced
+    without changing a result is left as it is, and the log says why. Names in the state_dict stay
+    Hugging Face's. Training with gradients runs the original forwards.
+    """
+    handled = []
+    for block in plan(model):
+        handled.append(block.path)
+        if block.family is None:
+            logger.warning("%s is left as it is: %s", block.path, block.reason)
+            continue
+        try:
+            replacements = make_replacements(block.module, block.family, options)
+        except ValueError as error:
+            logger.warning("%s is left as it is: %s", block.path, error)
+            continue
+        for replacement in replacements:
+            _install(replacement)
+        logger.info("%s runs through fusedmoe as %s", block.path, block.family.name)
+    handled += [path for path, module in model.named_modules() if _replacement(module) is not None]
+    recursive_replace(model, options=options, leave=handled)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo ``accelerate`` and ``recursive_replace``: every module has its own forward again."""
+    for module in list(model.modules()):
+        replacement = _replacement(module)
+        if replacement is not None:
+            _remove(replacement)
+    put_back(model)
+    return model
+
+
+def accelerated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """By path: what runs each replaced module, our ``MoERunner`` or ``RoutedExperts``."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        replacement = _replacement(module)
+        if isinstance(replacement, BlockForward):
+            found[path] = replacement.runner
+        elif isinstance(replacement, ExpertsForward):
+            found[path] = replacement.experts
+        elif isinstance(module, TransformersFusedMoE):
+            found[path] = module.routed_experts
+    return found
+
+
+def _replacement(module: nn.Module) -> Replacement | None:
+    for slot in (_WRAPPED, "forward"):
+        found = vars(module).get(slot)
+        if isinstance(found, Replacement):
+            return found
+    return None
+
+
+def _install(replacement: Replacement) -> None:
+    module = replacement.module
+    slot = _WRAPPED if _WRAPPED in vars(module) else "forward"
+    replacement.original = getattr(module, slot)
+    vars(module)[slot] = replacement
+
+
+def _remove(replacement: Replacement) -> None:
+    module = replacement.module
+    replacement.release()
+    if vars(module).get(_WRAPPED) is replacement:
+        vars(module)[_WRAPPED] = replacement.original
+    else:
+        del vars(module)["forward"]
+
+
+def _obstacle(block: nn.Module) -> str | None:
+    """What else than the row speaks against running ``block`` ourselves."""
+    if "forward" in vars(block) and _WRAPPED not in vars(block):
+        return "its forward was replaced by something else"
+    for hook in _device_hooks(block):
+        if getattr(hook, "offload", False):
+            return "its weights are offloaded: they are on the device only while it is called"
+    return None
+
+
+def _device_hooks(block: nn.Module) -> Iterator[Any]:
+    """Accelerate's hooks on the block and below it."""
+    for module in block.modules():
+        hook = vars(module).get("_hf_hook")
+        if hook is not None:
+            yield from getattr(hook, "hooks", (hook,))

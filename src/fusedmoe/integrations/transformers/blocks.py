@@ -1,0 +1,259 @@
+"""The forwards that take the place of a block's: its own modules, run by our runner.
+
+A forward is a plain object set on the module instance, so that the module keeps its parameters,
+its submodules and their names. T tokens, K picks, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedmoe.config import MoEOptions
+from fusedmoe.integrations.transformers.block_router import BlockRouter, is_hooked
+from fusedmoe.integrations.transformers.borrowed import (
+    BorrowedExperts,
+    ExpertWeights,
+    borrow_experts,
+    gate_of_experts,
+    module_weights,
+)
+from fusedmoe.integrations.transformers.experts_function import _NoBackward
+from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
+from fusedmoe.integrations.transformers.stacked import (
+    StackedWeights,
+    gate_of_list,
+    stack_list,
+    stack_rows,
+)
+from fusedmoe.runner.moe_runner import MoERunner
+
+
+class Replacement(ABC):
+    """A forward in the place of ``module``'s own, which is kept as ``original``.
+
+    The original still runs where ours would not do the same: in training, under autocast, while
+    someone listens to a module that we do not call (``listened``), after a submodule was replaced.
+    """
+
+    def __init__(self, module: nn.Module, *, noisy: bool, listened: tuple[nn.Module, ...]) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.noisy = noisy
+        self.listened = listened
+        self.parts = tuple(module.named_children())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.arguments(args, kwargs)
+        if arguments is None or self._is_out_of_place(arguments[0]):
+            return self.original(*args, **kwargs)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.run(*arguments)
+        with torch.no_grad():
+            result = self.run(*arguments)
+        if isinstance(result, tuple):
+            return tuple(_NoBackward.apply(tensor, arguments[0]) for tensor in result)
+        return _NoBackward.apply(result, arguments[0])
+
+    def _is_out_of_place(self, x: torch.Tensor) -> bool:
+        module = self.module
+        if module.training and (self.noisy or torch.is_grad_enabled()):
+            return True
+        if torch.is_autocast_enabled(x.device.type) or is_hooked(self.listened):
+            return True
+        children = module._modules
+        return any(children.get(name) is not child for name, child in self.parts)
+
+    def release(self) -> None:  # noqa: B027
+        """Undo what was done to the parameters."""
+
+    @abstractmethod
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What ``run`` takes, a tensor first; None for a call that is not the usual one."""
+
+    @abstractmethod
+    def run(self, *arguments: Any) -> Any:
+        """What the original returns."""
+
+
+class BlockForward(Replacement):
+    """One whole block: router, experts, shared experts and what stands around them."""
+
+    def __init__(
+        self, block: nn.Module, family: Family, weights: ExpertWeights, runner: MoERunner
+    ) -> None:
+        experts = at(block, family.experts.at)
+        super().__init__(
+            block,
+            noisy=family.noisy,
+            listened=_owners(family, block) if experts is block else tuple(experts.modules()),
+        )
+        self.family = family
+        self.runner = runner
+        self.router: BlockRouter = runner.router  # type: ignore[assignment]
+        self.stack = weights.stack if isinstance(weights, StackedWeights) else None
+        self.width: int = at(self.router.module, family.router.weight).shape[1]
+        self.output_scale: float = resolve(family.output_scale, block)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        if not self.family.takes_input_ids:
+            return (args[0], None) if len(args) == 1 and not kwargs else None
+        if len(args) == 1 and kwargs.keys() <= {INPUT_IDS}:
+            return args[0], kwargs.get(INPUT_IDS)
+        return args if len(args) == 2 and not kwargs else None
+
+    def release(self) -> None:
+        if self.stack is not None:
+            self.stack.release()
+
+    def run(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None) -> Any:
+        router = self.router
+        if self.stack is not None and not torch.compiler.is_compiling():
+            self.stack.refresh()
+        x = hidden_states.reshape(-1, self.width)
+        router.answer = router.ask(x, input_ids) if router.must_be_called else None
+        logits = router.logits(x) if router.answer is None else router.answer.logits
+        output = self._after(self.runner(x, logits, input_ids))
+        router.answer = None
+        return self._as_returned(output, logits, hidden_states)
+
+    def _after(self, output: torch.Tensor) -> torch.Tensor:
+        """What the block does to the sum of routed and shared experts [T, H]."""
+        family, block = self.family, self.module
+        if self.output_scale != 1.0:
+            output = output * self.output_scale
+        if family.output_bias is not None:
+            output = output + at(block, family.output_bias)
+        if family.output_norm is not None:
+            output = at(block, family.output_norm)(output)
+        return output
+
+    def _as_returned(
+        self, output: torch.Tensor, logits: torch.Tensor, hidden_states: torch.Tensor
+    ) -> Any:
+        returns = self.family.returns
+        if returns == "flat_and_logits":
+            return output, logits
+        if returns == "flattened_and_logits":
+            return output.flatten(), logits.flatten()
+        output = output.view(hidden_states.shape)
+        if returns == "hidden_and_logits":
+            return output, logits
+        if returns == "hidden_and_weights":
+            result, self.router.result = self.router.result, None
+            assert result is not None
+            return output, result.topk_weights.to(logits.dtype)
+        return output
+
+
+class ExpertsForward(Replacement):
+    """The experts module alone, called with what the model's router chose."""
+
+    def __init__(self, module: nn.Module, experts: BorrowedExperts) -> None:
+        super().__init__(module, noisy=False, listened=tuple(module.children()))
+        self.experts = experts
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        return args if len(args) == 3 and not kwargs else None
+
+    def run(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        num_experts = self.experts.moe_config.num_experts
+        ids = top_k_index.masked_fill(top_k_index == num_experts, -1)
+        return self.experts.forward_modular(hidden_states, top_k_weights.float(), ids)
+
+
+class RouterForward(Replacement):
+    """The router module alone: x [T, H] -> (probabilities [T, E], weights, ids [T, K])."""
+
+    def __init__(self, module: nn.Module, router: BlockRouter) -> None:
+        super().__init__(module, noisy=False, listened=())
+        self.router = router
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        return args if len(args) == 1 and not kwargs else None
+
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = self.router.logits(x)
+        weights, ids, _ = self.router.select_experts(x, logits, torch.int64)
+        return torch.softmax(logits, dim=-1, dtype=torch.float32), weights, ids
+
+
+def _owners(family: Family, block: nn.Module) -> tuple[nn.Module, ...]:
+    """The submodules that hold the experts' tensors where the block is its own experts module."""
+    names = (family.experts.w13, family.experts.w2)
+    return tuple(at(block, str(name).rpartition(".")[0]) for name in names)
+
+
+def make_replacements(
+    block: nn.Module, family: Family, options: MoEOptions | None = None
+) -> list[Replacement]:
+    """The forwards that a row asks for, not yet in place. Raises ValueError with what prevents it.
+
+    Parameters that have to lie together are stacked here, after everything else was checked.
+    """
+    if not family.whole:
+        return _make_parts(block, family, options)
+    part, module = family.experts, at(block, family.experts.at)
+    gate = gate_of_list(module[0]) if part.layout == "list" else gate_of_experts(part, module)
+    router = BlockRouter(family.router, block)
+    router.keep_result = family.returns == "hidden_and_weights"
+    transforms = [
+        None if isinstance(found := at(block, path), nn.Identity) else found
+        for path in (family.input_projection, family.output_projection)
+    ]
+    weights = _weights(family, module)
+    experts = borrow_experts(
+        weights,
+        gate,
+        router.spec.top_k,
+        weights_on_input=family.weights_on_input,
+        num_zero_experts=router.spec.num_zero_experts,
+        hash_routing=family.router.hash_table is not None,
+        require_modular=router.keep_result
+        or family.router.decides
+        or router.spec.num_zero_experts > 0
+        or transforms[0] is not None,
+        options=options,
+    )
+    runner = MoERunner(
+        experts.moe_config,
+        router,
+        experts,
+        shared_experts=at(block, family.shared),
+        shared_expert_gate=at(block, family.shared_gate),
+        routed_input_transform=transforms[0],
+        routed_output_transform=transforms[1],
+    )
+    return [BlockForward(block, family, weights, runner)]
+
+
+def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) -> list[Replacement]:
+    module = at(block, family.experts.at)
+    router_module = at(block, family.router.at)
+    made: list[Replacement] = []
+    top_k = getattr(router_module, "top_k", None)
+    if family.router.rule:
+        router = BlockRouter(family.router, block)
+        top_k = router.spec.top_k
+        made.append(RouterForward(router_module, router))
+    gate = gate_of_experts(family.experts, module)
+    experts = borrow_experts(_weights(family, module), gate, top_k or 1, options=options)
+    return [*made, ExpertsForward(module, experts)]
+
+
+def _weights(family: Family, module: nn.Module) -> ExpertWeights:
+    part = family.experts
+    if part.layout == "list":
+        return stack_list(module)  # type: ignore[arg-type]
+    if part.layout == "rows":
+        gate, up = (name.rpartition(".") for name in part.w13)
+        owner = at(module, gate[0])
+        down = part.w2.rpartition(".")[2]
+        return stack_rows(owner, gate[2], up[2], down, at(module, "num_experts"))
+    return module_weights(part, module)
