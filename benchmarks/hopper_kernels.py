@@ -1,0 +1,368 @@
+"""Correctness and speed of the Hopper kernels on one GPU, with the ceilings of the same run.
+
+    python benchmarks/hopper_kernels.py check
+    python benchmarks/hopper_kernels.py time [--shapes qwen3 mixtral] [--tokens 1 8 64] [--out F]
+
+Timing: CUDA-graph replay, experts scope (ids given), balanced routing; every call of a graph uses
+other experts or another weight set, so that weights come from memory. Microseconds per call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.hopper_decode import hopper_decode
+from fusedmoe.tuning.hopper_tiles import DecodeGemmTile, DecodeTiles, decode_tiles
+
+DEVICE = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    E: int
+    k: int
+    H: int
+    I: int  # noqa: E741
+    activation: MoEActivation = MoEActivation.SILU
+    bias: bool = False
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3", 128, 8, 2048, 768),
+        Shape("qwen3.6", 256, 8, 2048, 512),
+        Shape("mixtral", 8, 2, 4096, 14336),
+        Shape("gpt-oss", 128, 4, 2880, 2880, MoEActivation.SWIGLUOAI, True),
+        Shape("olmoe", 64, 8, 2048, 1024),
+        Shape("scout", 16, 1, 5120, 8192),
+    )
+}
+
+
+def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype, device=DEVICE)
+    return out.normal_(std=scale)
+
+
+def balanced_ids(T: int, E: int, k: int, offset: int = 0) -> torch.Tensor:
+    """Every expert equally often, the picks of a token distinct."""
+    flat = (torch.arange(T * k, device=DEVICE) + offset) % E
+    return flat.view(T, k).to(torch.int32).contiguous()
+
+
+def graph_time(calls: list[Callable[[], None]], replays: int = 20) -> tuple[float, float, float]:
+    """(median, p10, p90) microseconds per call of a graph that makes all ``calls`` in a row."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    times.sort()
+    return statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10]
+
+
+def ceilings() -> dict[str, float]:
+    """Read and copy GB/s, bf16 TFLOP/s on random data."""
+    big = randn(1 << 30)
+    size = big.numel() * 2
+    copy_to = torch.empty_like(big)
+    rows = big.view(torch.int32).view(-1, 1 << 14)
+    read = graph_time([lambda: torch.amax(rows, dim=1)], 10)[0]
+    copy = graph_time([lambda: copy_to.copy_(big)], 10)[0]
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    mm = graph_time([lambda: a @ b] * 4, 10)[0]
+    return {
+        "read_gbs": size / read / 1e3,
+        "copy_gbs": 2 * size / copy / 1e3,
+        "bf16_tflops": 2 * 8192**3 / mm / 1e6,
+    }
+
+
+class Layer:
+    """Weights of one layer and scratch for T tokens."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape = shape
+        halves = 2 if shape.activation.is_gated else 1
+        E, H, I = shape.E, shape.H, shape.I  # noqa: E741
+        self.w1 = randn(E, halves * I, H, scale=H**-0.5, dtype=dtype)
+        self.w2 = randn(E, H, I, scale=I**-0.5, dtype=dtype)
+        self.b1 = randn(E, halves * I, dtype=dtype) if shape.bias else None
+        self.b2 = randn(E, H, dtype=dtype) if shape.bias else None
+
+    def scratch(self, T: int) -> dict[str, torch.Tensor]:
+        R, H, I = T * self.shape.k, self.shape.H, self.shape.I  # noqa: E741
+        like = self.w1
+        nan = float("nan")
+        return {
+            "x": randn(T, H, dtype=like.dtype),
+            "topk_weights": torch.rand(T, self.shape.k, device=DEVICE),
+            "out": like.new_full((T, H), nan),
+            "act": like.new_full((R, I), nan),
+            "y": like.new_full((R, H), nan),
+        }
+
+    def decode(
+        self,
+        ids: torch.Tensor,
+        tiles: DecodeTiles | None,
+        programs: int,
+        expert_map: torch.Tensor | None = None,
+        config: ApplyMoEActivationConfig | None = None,
+        **scratch: torch.Tensor,
+    ) -> None:
+        hopper_decode(
+            w1=self.w1,
+            w2=self.w2,
+            topk_ids=ids,
+            activation=self.shape.activation,
+            activation_config=config,
+            w1_bias=self.b1,
+            w2_bias=self.b2,
+            expert_map=expert_map,
+            tiles=tiles,
+            programs=programs,
+            **scratch,
+        )
+
+    def reference(
+        self, ids: torch.Tensor, expert_map: torch.Tensor | None = None, **scratch: torch.Tensor
+    ) -> torch.Tensor:
+        return experts_reference(
+            scratch["x"].double(),
+            self.w1.double(),
+            self.w2.double(),
+            scratch["topk_weights"],
+            ids,
+            activation=self.shape.activation,
+            w1_bias=self.b1,
+            w2_bias=self.b2,
+            expert_map=expert_map,
+            compute_dtype=torch.float64,
+        )
+
+
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN stays NaN."""
+    norm = reference.norm().item()
+    return (out.double() - reference).norm().item() / (norm or 1.0)
+
+
+def decode_variants(R: int, shape: Shape) -> dict[str, DecodeTiles]:
+    """The chosen tiles first, then others worth comparing at R slots."""
+    auto = decode_tiles(R, shape.E, shape.H)
+    out = {"auto": auto}
+    tile = DecodeGemmTile
+    if auto.block <= 16:
+        out["bk256"] = replace(auto, up=tile(64, 256, 3), down=tile(64, 256, 6))
+        out["pairs"] = replace(auto, up=tile(64, 128, 3), down=tile(64, 128, 6))
+    else:
+        out["bk128"] = replace(auto, up=tile(128, 128, 2, 8), down=tile(256, 128, 2, 8))
+        out["w4bk128"] = replace(auto, up=tile(64, 128, 4), down=tile(128, 128, 4))
+        out["two"] = replace(auto, up=tile(64, 64, 4), down=tile(128, 64, 4))
+    return out
+
+
+def small(activation: str = "silu", bias: bool = False, **sizes: int) -> Shape:
+    sizes = {"E": 6, "k": 3, "H": 256, "I": 192} | sizes
+    return Shape("small", activation=MoEActivation(activation), bias=bias, **sizes)
+
+
+def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[int, int]) -> None:
+    """Compile one part of what ``time`` will run, on layers of two experts."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    todo = [(SHAPES[name], T) for name in shapes for T in tokens]
+    jobs = [
+        (shape, T, tiles)
+        for shape, T in todo
+        for name, tiles in decode_variants(T * shape.k, shape).items()
+        if all_variants or name == "auto"
+    ]
+    for shape, T, tiles in jobs[part[0] :: part[1]]:
+        layer = Layer(replace(shape, E=2))
+        ids = balanced_ids(T, 2, shape.k)
+        layer.decode(ids, tiles, sms, **layer.scratch(T))
+        torch.cuda.synchronize()
+
+
+def check(part: tuple[int, int]) -> int:
+    """Every kernel path against fp64; returns the number of failures."""
+    torch.manual_seed(0)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    failures = 0
+    cases = [
+        (small(), 1, torch.bfloat16),
+        (small(), 5, torch.bfloat16),
+        (small(), 21, torch.float16),
+        (small(H=272, I=208), 4, torch.bfloat16),
+        (small(H=272, I=208), 50, torch.bfloat16),
+        (small("swigluoai", True), 3, torch.bfloat16),
+        (small("swigluoai", True), 200, torch.bfloat16),
+        (small("relu2_no_mul", True, I=208), 3, torch.bfloat16),
+        (small("gelu_tanh", True), 64, torch.float16),
+        (small(k=6), 10, torch.bfloat16),
+        (SHAPES["qwen3"], 1, torch.bfloat16),
+        (SHAPES["qwen3"], 8, torch.bfloat16),
+        (SHAPES["qwen3"], 64, torch.bfloat16),
+        (SHAPES["qwen3"], 300, torch.bfloat16),
+    ]
+    for shape, T, dtype in cases[part[0] :: part[1]]:
+        layer = Layer(shape, dtype)
+        scratch = layer.scratch(T)
+        logits = torch.randn(T, shape.E, device=DEVICE)
+        ids = logits.topk(shape.k, dim=1).indices.to(torch.int32).contiguous()
+        id_sets = {"random": (ids, None)}
+        if shape.name == "small":
+            odd = ids.clone()
+            odd[0, 0], odd[-1, -1] = -1, shape.E + 3
+            id_sets["odd"] = (odd, None)
+            id_sets["one"] = (torch.zeros_like(ids), None)
+            half = torch.arange(shape.E, device=DEVICE, dtype=torch.int32)
+            id_sets["map"] = (ids, torch.where(half % 2 == 0, half // 2, -1).to(torch.int32))
+            id_sets["none"] = (torch.full_like(ids, -1), None)
+        for (routing, (ids, expert_map)), (name, tiles) in itertools.product(
+            id_sets.items(), decode_variants(T * shape.k, shape).items()
+        ):
+            label = f"{shape.name} {shape.activation.value} T={T} {dtype} {routing} {name}"
+            for key in ("out", "act", "y"):
+                scratch[key].fill_(float("nan"))
+            print(label, end=" ", flush=True)
+            layer.decode(ids, tiles, sms, expert_map, **scratch)
+            torch.cuda.synchronize()
+            first = scratch["out"].clone()
+            want = layer.reference(ids, expert_map, **scratch)
+            value = error(first, want)
+            layer.decode(ids, tiles, sms, expert_map, **scratch)
+            torch.cuda.synchronize()
+            same = torch.equal(first, scratch["out"])
+            ok = value < (2e-3 if dtype is torch.float16 else 8e-3) and same
+            failures += not ok
+            print(f"{value:.2e} {'same' if same else 'DIFFERS'} {'ok' if ok else 'FAIL'}")
+    print(f"{failures} failures")
+    return failures
+
+
+def profile(shapes: list[str], tokens: list[int]) -> None:
+    """Two calls per size with the chosen tiles, for a profiler to look at the second."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for name in shapes:
+        shape = SHAPES[name]
+        layer = Layer(shape)
+        for T in tokens:
+            scratch = layer.scratch(T)
+            for offset in (0, T * shape.k):
+                layer.decode(balanced_ids(T, shape.E, shape.k, offset), None, sms, **scratch)
+                torch.cuda.synchronize()
+
+
+def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
+    active = min(shape.E, T * shape.k)
+    halves = 3 if shape.activation.is_gated else 2
+    weights = active * halves * shape.H * shape.I * 2
+    moved = weights + 2 * T * shape.H * 2
+    flops = 2 * T * shape.k * halves * shape.H * shape.I
+    return max(moved / peak["read_gbs"] / 1e3, flops / peak["bf16_tflops"] / 1e6)
+
+
+def time_shape(
+    shape: Shape, tokens: list[int], peak: dict[str, float], seconds: float, all_variants: bool
+) -> list[dict]:
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    copies = 3 if shape.E * shape.H * shape.I * 6 < 8 << 30 else 2
+    layers = [Layer(shape) for _ in range(copies)]
+    rows = []
+    begin = time.time()
+    for T in tokens:
+        if time.time() - begin > seconds:
+            print("out of time")
+            break
+        R = T * shape.k
+        scratch = layers[0].scratch(T)
+        sets = 16 if T <= 16 else 2 * copies
+        ids = [balanced_ids(T, shape.E, shape.k, i * R) for i in range(sets)]
+        best = limit_us(shape, T, peak)
+        variants = decode_variants(R, shape)
+        if not all_variants:
+            variants = {"auto": variants["auto"]}
+        for name, tiles in variants.items():
+            calls = [
+                partial(layers[i % copies].decode, ids[i], tiles, sms, **scratch)
+                for i in range(sets)
+            ]
+            us, p10, p90 = graph_time(calls)
+            flops = 6 * R * shape.H * shape.I
+            row = {
+                "impl": f"hopper_decode:{name}", "shape": shape.name, "T": T, "us": us,
+                "p10_us": p10, "p90_us": p90, "limit_us": best, "fraction_of_limit": best / us,
+                "tflops": flops / us / 1e6, "tiles": asdict(tiles),
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"{shape.name:8} T={T:5} {name:8} {us:8.1f} us  limit {best:7.1f} "
+                f"{100 * best / us:5.1f} %  {row['tflops']:6.1f} TF",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=("check", "warm", "time", "profile"))
+    parser.add_argument("--shapes", nargs="+", default=["qwen3", "mixtral"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128])
+    parser.add_argument("--seconds", type=float, default=60.0, help="per shape")
+    parser.add_argument("--all-variants", action="store_true")
+    parser.add_argument("--part", default="0/1", help="i/n: this share of the cases alone")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    index, parts = (int(number) for number in args.part.split("/"))
+    if args.mode == "check":
+        return min(check((index, parts)), 1)
+    if args.mode == "warm":
+        warm(args.shapes, args.tokens, args.all_variants, (index, parts))
+        return 0
+    if args.mode == "profile":
+        profile(args.shapes, args.tokens)
+        return 0
+    peak = ceilings()
+    print({name: round(value) for name, value in peak.items()}, flush=True)
+    rows = []
+    for name in args.shapes:
+        rows += time_shape(SHAPES[name], args.tokens, peak, args.seconds, args.all_variants)
+        torch.cuda.empty_cache()
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(peak | {"rows": rows}, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

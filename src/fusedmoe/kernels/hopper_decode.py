@@ -1,0 +1,132 @@
+"""The experts of a small batch on Hopper: the whole layer but routing, at the speed of memory.
+
+Device code: ``kernels/triton/hopper_decode.py`` (Gluon). The definition is ``experts_reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
+
+# TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
+ALIGNED_ELEMENTS = 16
+
+
+def hopper_decode(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: DecodeTiles | None = None,
+    programs: int,
+) -> None:
+    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+
+    x [T, H], w1 [e, S * I, H] and w2 [e, H, I] contiguous, bf16 or fp16; topk_ids int [T, K]
+    contiguous; out [T, H]; scratch act [R, I] and y [R, H] of x's dtype, R = T * K. Biases
+    [e, S * I] and [e, H]. ``programs``: how many run at once, the number of multiprocessors.
+    Raises ValueError for sizes that are not multiples of 16 and for tensors that do not fit.
+    """
+    _check(x, w1, w2, topk_ids, out, act, y)
+    if not x.is_cuda:
+        hopper_decode_reference(
+            x, w1, w2, topk_weights, topk_ids, out, activation=activation,
+            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+            expert_map=expert_map,
+        )  # fmt: skip
+        return
+    from fusedmoe.kernels.triton.hopper_decode import decode
+
+    (e, H, _), R = w2.shape, topk_ids.numel()
+    if R == 0:
+        return
+    tiles = tiles or decode_tiles(R, e, H)
+    experts = e if expert_map is None else expert_map.shape[0]
+    tables = moe_align_block_size(
+        topk_ids,
+        tiles.block,
+        experts,
+        expert_map,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    assert isinstance(tables, MoEAlignment)
+    decode(
+        x, w1, w2, topk_weights, topk_ids, out, act, y,
+        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, tables,
+        tiles, programs,
+    )  # fmt: skip
+
+
+def hopper_decode_reference(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """The definition, in plain torch."""
+    if topk_weights is None:
+        topk_weights = torch.ones_like(topk_ids, dtype=torch.float32)
+    result = experts_reference(
+        x, w1, w2, topk_weights, topk_ids, activation=activation,
+        activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+        expert_map=expert_map,
+    )  # fmt: skip
+    out.copy_(result)
+
+
+def _check(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    if H % ALIGNED_ELEMENTS or I % ALIGNED_ELEMENTS:
+        raise ValueError(f"H {H} and I {I} must be multiples of {ALIGNED_ELEMENTS}")
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"hopper_decode computes in fp16 or bf16, got {x.dtype}")
+    for name, tensor, shape in (
+        ("x", x, (T, H)),
+        ("out", out, (T, H)),
+        ("act", act, (T * K, I)),
+        ("y", y, (T * K, H)),
+    ):
+        if tensor.shape != shape or tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {x.dtype}"
+            )
+    for name, tensor in (("w1", w1), ("w2", w2), ("topk_ids", topk_ids), ("act", act), ("y", y)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {tensor.stride()}")
+    if x.stride(1) != 1 or x.stride(0) % ALIGNED_ELEMENTS or out.stride(1) != 1:
+        raise ValueError(
+            f"rows of x must start at multiples of {ALIGNED_ELEMENTS} elements and rows of x and "
+            f"out must be dense, strides are {x.stride()} and {out.stride()}"
+        )

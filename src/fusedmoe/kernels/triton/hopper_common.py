@@ -1,0 +1,95 @@
+"""Pieces that the Hopper kernels share: layouts, blocks of slots, loads onto a barrier, stores.
+
+A block is BN slots of one expert, as ``moe_align_block_size`` lays them out. Tables and values that
+an earlier launch of the same chain wrote are read past the L1 cache (".cg"), which may hold lines
+from before it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+
+@gluon.constexpr_function
+def rows_layout(BN, BK, num_warps):
+    """[BN, BK] elements, 16 bytes per thread, whole rows: the shape of a cp.async gather."""
+    lanes = min(32, BK // 8)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def columns_layout(TILE, num_warps):
+    """[TILE, BN] with 16 bytes per thread along TILE: the shape of a transposed store."""
+    along = min(num_warps, TILE // 64)
+    return gl.BlockedLayout([8, 1], [8, 4], [along, num_warps // along], [0, 1])
+
+
+@gluon.jit
+def find_block(block, tables, num_local, BN: gl.constexpr, LAYOUT: gl.constexpr):
+    """(expert, slots [BN] in LAYOUT) of a block; a place without a slot is -1 or >= R."""
+    expert = gl.load(tables[0] + block, cache_modifier=".cg")
+    slots = gl.load(tables[1] + block * BN + gl.arange(0, BN, LAYOUT), cache_modifier=".cg")
+    return gl.minimum(gl.maximum(expert, 0), num_local - 1), slots
+
+
+@gluon.jit
+def issue_tiles(descs, rings, rows, bars, stage, k):
+    """One step's TMA tiles, [TILE, BK] each; they and the arrivals of others open the barrier."""
+    bar = bars.index(stage)
+    TILE: gl.constexpr = rings[0].shape[1]
+    BK: gl.constexpr = rings[0].shape[2]
+    mbarrier.expect(bar, len(rings) * TILE * BK * 2)
+    for i in gl.static_range(len(rings)):
+        tma.async_copy_global_to_shared(descs[i], [rows[i], k], bar, rings[i].index(stage))
+
+
+@gluon.jit
+def issue_rows(x_rows, live, x_ring, bars, stage, k, WIDTH: gl.constexpr):
+    """Gather x_rows[:, k : k + BK]; dead rows and columns past WIDTH become zero."""
+    BN: gl.constexpr = x_ring.shape[1]
+    BK: gl.constexpr = x_ring.shape[2]
+    layout: gl.constexpr = rows_layout(BN, BK, gl.num_warps())
+    column = gl.expand_dims(k + gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
+    mask = gl.expand_dims(live, 1) & (column < WIDTH)
+    async_copy.async_copy_global_to_shared(
+        x_ring.index(stage), gl.expand_dims(x_rows, 1) + column, mask
+    )
+    async_copy.mbarrier_arrive(bars.index(stage), increment_count=False)
+
+
+@gluon.jit
+def next_step(task, k, programs, KSTEPS: gl.constexpr):
+    k += 1
+    if k == KSTEPS:
+        k = 0
+        task += programs
+    return task, k
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def store_columns(out_ptr, value, slots, R, column, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """out[slot, column + m] = value[m, n] for the live slots; slots [BN] in SliceLayout(0)."""
+    TILE: gl.constexpr = value.shape[0]
+    live = (slots >= 0) & (slots < R)
+    column += gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    row = gl.where(live, slots, 0).to(gl.int64) * WIDTH
+    at = out_ptr + gl.expand_dims(row, 0) + gl.expand_dims(column, 1)
+    value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), LAYOUT)
+    gl.store(at, value, gl.expand_dims(live, 0) & gl.expand_dims(column < WIDTH, 1))
+
+
+@gluon.jit
+def load_bias(bias_ptr, step, limit, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """bias[step * m] as fp32 [TILE, 1], 0 from m = limit on."""
+    m = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    bias = gl.load(bias_ptr + step * m, mask=m < limit, other=0.0)
+    return gl.expand_dims(bias.to(gl.float32), 1)
