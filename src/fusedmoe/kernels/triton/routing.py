@@ -7,7 +7,7 @@ logits [T, E + Z] of any float dtype and strides; bias, vision_bias fp [E + Z]; 
 table int [vocab, K]; input_ids int [T]; is_padding bool [T]; each of them may be None.
 -> weights fp32 [T, K + N], ids int [T, K + N], zero_weight fp32 [T] or None, all contiguous.
 
-Phi-MoE's sparsemixer is a kernel of its own here, with the same grid and the same last steps.
+Phi-MoE's sparsemixer is a kernel of its own (``sparsemixer.py``), with the same last steps.
 
 Invariants: fp32 arithmetic; other rows and their number change no bit of a row; no id
 outside [0, E + Z) is ever used as an address. ``route_rows`` is the whole rule for one block of
