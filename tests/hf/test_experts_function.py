@@ -233,6 +233,15 @@ def test_the_ranks_of_expert_parallelism_add_up(name, ranks):
     assert tiny_models.relative_error(total, wanted) <= 1e-5
 
 
+@pytest.mark.parametrize("wrong", [-2, 7])
+def test_an_id_that_no_rank_has_is_refused(wrong):
+    experts = tiny_experts("mixtral")
+    x, ids, weights = routed(experts)
+    ids[2, 1] = wrong
+    with pytest.raises(ValueError, match=str(wrong)):
+        ours(experts, x, ids, weights)
+
+
 def test_a_token_with_no_expert_here_gives_zero_even_if_it_is_nan():
     experts = tiny_experts("mixtral")
     x, ids, weights = routed(experts)

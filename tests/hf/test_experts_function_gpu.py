@@ -5,6 +5,8 @@ import copy
 import pytest
 import tiny_models
 import torch
+from test_fp8_experts import fp8_module
+from test_fp8_experts import routed as fp8_routed
 
 from fusedmoe.integrations.transformers.experts_function import experts_forward
 
@@ -75,6 +77,19 @@ def test_slots_of_other_ranks_count_as_nothing():
     )
     wanted = experts_forward(experts, x, ids, weights.masked_fill(away, 0))
     assert tiny_models.relative_error(got.float(), wanted.float()) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"scale_fmt": "ue8m0"}, {"expert_dtype": "fp4"}, {"has_gate": False}], ids=str
+)
+@torch.no_grad()
+def test_fp8_experts_give_what_they_give_on_the_cpu(config):
+    experts = fp8_module(**config)
+    inputs = fp8_routed()
+    wanted = experts(*inputs)
+    x, ids, weights = (tensor.to("cuda") for tensor in inputs)
+    got = experts.to("cuda")(x.bfloat16(), ids, weights)
+    assert tiny_models.relative_error(got.float().cpu(), wanted) <= 2e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)

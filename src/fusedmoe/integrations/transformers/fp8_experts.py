@@ -52,12 +52,21 @@ def fp8_experts_forward(
             act_fn=self.act_fn,
             _apply_gate=self._apply_gate,
             _fusedmoe_gate=gate_of(self),
-            down_proj=dequantize(w2[chosen], s2[chosen], self.block_size).to(dtype),
+            down_proj=dequantize(_take(w2, chosen), _take(s2, chosen), self.block_size).to(dtype),
         )
-        stacked = dequantize(w13[chosen], s13[chosen], self.block_size, parts=1 + self.has_gate)
+        stacked = dequantize(
+            _take(w13, chosen), _take(s13, chosen), self.block_size, parts=1 + self.has_gate
+        )
         setattr(piece, up, stacked.to(dtype))
         output += experts_forward(piece, hidden_states, position[ids], top_k_weights)
     return output.to(dtype)
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """tensor[rows], by way of bytes: not every device indexes one-byte floats."""
+    if tensor.element_size() > 1:
+        return tensor[rows]
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype)
 
 
 def _pieces(top_k_index: torch.Tensor, E: int, stored: int) -> tuple[torch.Tensor, ...]:
