@@ -149,49 +149,45 @@ class ExpertLoader:
         self, parsed: ExpertTensorName, spec: ParamSpec, name: str, tensor: torch.Tensor
     ) -> Iterator[tuple[int, ShardId, torch.Tensor]]:
         """(logical expert, shard, whole shard) of one checkpoint tensor, as views."""
+        count = self._layer.expert_map_manager.num_logical_experts
+        one = self._joined_shape(parsed, spec)
         if parsed.expert is not None:
+            _check_shape(name, tensor, one)
             experts = {parsed.expert: tensor}
         else:
-            experts = dict(enumerate(self._split_experts(parsed, spec, name, tensor)))
+            # Stacked rows [E * I, H] end in the hidden dimension, whichever projection they are.
+            stacked = len(one) == tensor.dim() == 2
+            ends_in_hidden = bool(spec.axes) and spec.axes[-1].dim is Dim.HIDDEN
+            flip = len(one) == 2 and (not ends_in_hidden if stacked else self._transposed)
+            of_one = one[::-1] if flip else one
+            _check_shape(
+                name, tensor, (count * of_one[0], of_one[1]) if stacked else (count, *of_one)
+            )
+            rows = tensor.unflatten(0, (count, -1)) if stacked else tensor
+            experts = dict(enumerate((rows.mT if flip else rows).unbind(0)))
         for expert, data in experts.items():
-            for shard, piece in zip(
-                parsed.shards, self._split_gate_up(parsed, spec, name, data), strict=True
-            ):
+            shards = self._split_gate_up(parsed, spec, data)
+            for shard, piece in zip(parsed.shards, shards, strict=True):
                 yield expert, shard, piece
 
-    def _split_experts(
-        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, tensor: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """One tensor per expert in storage orientation, from one tensor with all of them."""
-        count = self._layer.expert_map_manager.num_logical_experts
-        dims = len(spec.axes)
-        stacked_rows = dims == 2 and tensor.dim() == 2
-        if stacked_rows and tensor.shape[0] % count == 0:
-            # Stacked rows end in the hidden dimension, whichever projection they are of.
-            tensor = tensor.unflatten(0, (count, -1))
-            flip = spec.axes[-1].dim is not Dim.HIDDEN
-        else:
-            flip = self._transposed and dims == 2
-        if tensor.dim() != dims + 1 or tensor.shape[0] != count:
-            raise ValueError(
-                f"{name}: expected {count} experts of a {dims}-D tensor each, "
-                f"found shape {tuple(tensor.shape)}"
-            )
-        return (tensor.transpose(1, 2) if flip else tensor).unbind(0)
+    def _joined_shape(self, parsed: ExpertTensorName, spec: ParamSpec) -> tuple[int, ...]:
+        """Of the shards of one expert in one tensor, in storage orientation."""
+        shape = spec.checkpoint_shape(self._layer.sizes)
+        count, axis = len(parsed.shards), spec.intermediate_axis
+        if count == 1:
+            return shape
+        if axis is None:
+            return (count, *shape)
+        return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
 
     def _split_gate_up(
-        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, data: torch.Tensor
+        self, parsed: ExpertTensorName, spec: ParamSpec, data: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         count, axis = len(parsed.shards), spec.intermediate_axis
         if count == 1:
             return (data,)
         if axis is None:
-            return (data.reshape(()),) * count if data.numel() == 1 else data.unbind(0)
-        if data.dim() != len(spec.axes) or data.shape[axis] % count:
-            raise ValueError(
-                f"{name}: gate and up joined must have {len(spec.axes)} dimensions and an even "
-                f"length along dimension {axis}, found shape {tuple(data.shape)}"
-            )
+            return data.unbind(0)
         if self._interleaved:
             return split_interleaved(data, axis, count)
         return data.chunk(count, axis)
@@ -202,3 +198,12 @@ class ExpertLoader:
 
     def report(self) -> LoadReport:
         return LoadReport(frozenset(self._loaded), self._wanted - self._loaded)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    found = tuple(tensor.shape)
+    if found == expected or (not expected and tensor.numel() == 1):
+        return
+    flipped = expected[:-2] + expected[-2:][::-1]
+    hint = "; it is stored the other way round" if found == flipped else ""
+    raise ValueError(f"{name}: expected shape {expected}, found {found}{hint}")
