@@ -105,8 +105,9 @@ def align_reference(
     expert_map: torch.Tensor | None,
     drop_remote: bool,
     with_scatter: bool,
+    out: MoEAlignment | None = None,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
-    """The definition, in plain torch, for flat ids [R]."""
+    """The definition, in plain torch, for flat ids [R]; ``out`` are tensors to write into."""
     R = ids.numel()
     group = local_ids(ids, groups, expert_map if drop_remote else None)
     label_map = None if drop_remote else expert_map
@@ -120,13 +121,17 @@ def align_reference(
         label = index if label_map is None else int(_label(label_map, index))
         expert_ids[first // block_size : first // block_size + blocks] = label
         first += blocks * block_size
-    used = torch.tensor([first], dtype=torch.int32, device=ids.device)
+    alignment = MoEAlignment(
+        sorted_ids, expert_ids, torch.tensor([first], dtype=torch.int32, device=ids.device)
+    )
+    if out is not None:
+        alignment = MoEAlignment(*(to.copy_(made) for to, made in zip(out, alignment, strict=True)))
     scatter_idx = None
     if with_scatter:
         here = local_ids(group, MAX_SLOTS, label_map) >= 0
         slot = torch.arange(R, dtype=torch.int32, device=ids.device)
         scatter_idx = torch.where(here, slot, -1)[:, None]
-    return MoEAlignment(sorted_ids, expert_ids, used), scatter_idx
+    return alignment, scatter_idx
 
 
 def _label(label_map: torch.Tensor, index: int) -> torch.Tensor | int:

@@ -29,7 +29,7 @@ def _label_of(group, label_map_ptr, num_mapped):
 
 
 @triton.jit
-def _fill(ptr, value, first, last, BLOCK: tl.constexpr):
+def fill_range(ptr, value, first, last, BLOCK: tl.constexpr):
     """ptr[first:last] = value"""
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -82,13 +82,13 @@ def align_once_kernel(
             nowhere = (group < 0) & (slot < R) & (me == 0)
             tl.store(scatter_ptr + slot, -1, nowhere)
 
-    _fill(sorted_ptr, R, at, end, 128)
-    _fill(expert_ids_ptr, label, start // block_size, end // block_size, 32)
+    fill_range(sorted_ptr, R, at, end, 128)
+    fill_range(expert_ids_ptr, label, start // block_size, end // block_size, 32)
     share = tl.cdiv(P - used, groups)
-    _fill(sorted_ptr, R, used + me * share, tl.minimum(used + (me + 1) * share, P), 128)
+    fill_range(sorted_ptr, R, used + me * share, tl.minimum(used + (me + 1) * share, P), 128)
     if me == 0:
         tl.store(num_post_ptr, used)
-        _fill(expert_ids_ptr, -1, used // block_size, B, 128)
+        fill_range(expert_ids_ptr, -1, used // block_size, B, 128)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def chunk_counts_kernel(
     lane = tl.arange(0, BLOCK_G)
     tl.store(counts_ptr + lane.to(tl.int64) * chunks + chunk, counts, lane < groups)
     share = tl.cdiv(P, chunks)
-    _fill(sorted_ptr, R, chunk * share, tl.minimum((chunk + 1) * share, P), CHUNK)
+    fill_range(sorted_ptr, R, chunk * share, tl.minimum((chunk + 1) * share, P), CHUNK)
 
 
 @triton.jit
@@ -197,12 +197,13 @@ def align(
     expert_map: torch.Tensor | None,
     drop_remote: bool,
     with_scatter: bool,
+    out: MoEAlignment | None = None,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
-    """As ``align_reference``, on the device."""
+    """As ``align_reference``, on the device; ``out`` are tensors to write into."""
     R, B = ids.numel(), triton.cdiv(P, block_size)
-    sorted_ids = torch.empty(P, dtype=torch.int32, device=ids.device)
-    expert_ids = torch.empty(B, dtype=torch.int32, device=ids.device)
-    num_post = torch.empty(1, dtype=torch.int32, device=ids.device)
+    sorted_ids, expert_ids, num_post = out or (
+        torch.empty(size, dtype=torch.int32, device=ids.device) for size in (P, B, 1)
+    )
     scatter = torch.empty(R, 1, dtype=torch.int32, device=ids.device) if with_scatter else None
     count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]

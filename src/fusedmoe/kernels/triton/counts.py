@@ -1,0 +1,116 @@
+"""Counting, renaming and laying out: one launch each.
+
+count: grid (e,), a program counts its expert among ids [R]. remap: grid (cdiv(R, BLOCK),).
+batched_align: grid (E,), a program adds up the counts before its own and writes its blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.triton.align import fill_range
+from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT
+
+
+@triton.jit
+def count_kernel(ids_ptr, map_ptr, counts_ptr, R, num_mapped, num_local, BLOCK: tl.constexpr):
+    me = tl.program_id(0)
+    mine = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, R, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + slot, slot < R, -1)
+        mine += (local_expert(ids, map_ptr, num_mapped, num_local) == me).to(tl.int32)
+    tl.store(counts_ptr + me, tl.sum(mine))
+
+
+@triton.jit
+def remap_kernel(ids_ptr, map_ptr, out_ptr, R, num_mapped, num_local, BLOCK: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + slot, slot < R, -1)
+    tl.store(out_ptr + slot, local_expert(ids, map_ptr, num_mapped, num_local), slot < R)
+
+
+@triton.jit
+def batched_align_kernel(
+    counts_ptr,
+    sorted_ptr,
+    expert_ids_ptr,
+    num_post_ptr,
+    max_tokens,
+    P,
+    block_size,
+    E,
+    BLOCK_E: tl.constexpr,
+):
+    me = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + lane, lane < E, 0)
+    counts = tl.minimum(tl.maximum(counts, 0), max_tokens)
+    padded = tl.cdiv(counts, block_size) * block_size
+    start = tl.sum(tl.where(lane < me, padded, 0))
+    count = tl.sum(tl.where(lane == me, counts, 0))
+    end = start + tl.cdiv(count, block_size) * block_size
+    used = tl.sum(padded)
+    for first in range(0, count, 128):
+        row = first + tl.arange(0, 128)
+        tl.store(sorted_ptr + start + row, me * max_tokens + row, row < count)
+    fill_range(sorted_ptr, E * max_tokens, start + count, end, 128)
+    fill_range(expert_ids_ptr, me, start // block_size, end // block_size, 32)
+    share = tl.cdiv(P - used, E)
+    last = tl.minimum(used + (me + 1) * share, P)
+    fill_range(sorted_ptr, E * max_tokens, used + me * share, last, 128)
+    if me == 0:
+        tl.store(num_post_ptr, used)
+        fill_range(expert_ids_ptr, -1, used // block_size, P // block_size, 128)
+
+
+def count(
+    ids: torch.Tensor, num_local_experts: int, expert_map: torch.Tensor | None
+) -> torch.Tensor:
+    counts = torch.empty(num_local_experts, dtype=torch.int32, device=ids.device)
+    block = min(4096, max(32, triton.next_power_of_2(ids.numel())))
+    count_kernel[(num_local_experts,)](
+        ids,
+        expert_map,
+        counts,
+        ids.numel(),
+        0 if expert_map is None else expert_map.shape[0],
+        num_local_experts,
+        BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return counts
+
+
+def remap(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    ids = topk_ids.contiguous()
+    out = torch.empty_like(ids)
+    if ids.numel():
+        remap_kernel[(triton.cdiv(ids.numel(), 1024),)](
+            ids, expert_map, out, ids.numel(), expert_map.shape[0], ANY_EXPERT, BLOCK=1024
+        )
+    return out
+
+
+def batched_align(
+    max_tokens: int, block_size: int, expert_num_tokens: torch.Tensor, P: int
+) -> MoEAlignment:
+    E, device = expert_num_tokens.shape[0], expert_num_tokens.device
+    alignment = MoEAlignment(
+        torch.empty(P, dtype=torch.int32, device=device),
+        torch.empty(P // block_size, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+    batched_align_kernel[(E,)](
+        expert_num_tokens,
+        *alignment,
+        max_tokens,
+        P,
+        block_size,
+        E,
+        BLOCK_E=triton.next_power_of_2(E),
+        num_warps=1,
+    )
+    return alignment
