@@ -94,6 +94,58 @@ def test_broken_checkpoints(cli, broken: Path, verb: str, case: str) -> None:
     fails(cli(verb, broken), str(broken), message)
 
 
+def drop_a_tensor(folder: Path) -> None:
+    """Takes the router of layer 1 out of its file and out of the index."""
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    index = folder / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    path = folder / record["weight_map"].pop(name)
+    index.write_text(json.dumps(record))
+    save_file({k: v for k, v in load_file(path).items() if k != name}, path)
+
+
+def bring_code(folder: Path) -> None:
+    """A model of the folder's own, whose code must not run."""
+    code = "open('ran', 'w').close()\nclass Model: pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    own = {"AutoConfig": "modeling_own.Model", "AutoModelForCausalLM": "modeling_own.Model"}
+    change_config(folder, model_type="newcomer", auto_map=own)
+
+
+NONSENSE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "more layers": (
+        lambda f: change_config(f, num_hidden_layers=10**8),
+        "promises 100000000 layers, the files have 2",
+    ),
+    "more experts": (
+        lambda f: change_config(f, num_local_experts=10**8),
+        "promises 100000000 experts, model.layers.0 has 8",
+    ),
+    "fewer experts": (lambda f: change_config(f, num_local_experts=4), "cannot load it"),
+    "other width": (lambda f: change_config(f, hidden_size=128), "cannot load it"),
+    "absurd width": (lambda f: change_config(f, hidden_size=10**9), "cannot load it"),
+    "width of letters": (lambda f: change_config(f, hidden_size="wide"), "cannot load it"),
+    "negative vocabulary": (lambda f: change_config(f, vocab_size=-1), "cannot load it"),
+    "missing tensor": (drop_a_tensor, "lacks 1 tensors of its model, 'model.layers.1.mlp.gate"),
+    "own code": (bring_code, "cannot load it"),
+    "unknown model": (lambda f: change_config(f, model_type="newcomer"), "cannot load it"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_files_that_do_not_fit_their_config_are_not_run(
+    cli, broken: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these would generate noise from uninitialised weights, run code, or take for ever."""
+    break_it, message = NONSENSE[case]
+    break_it(broken)
+    monkeypatch.chdir(broken)
+    fails(cli("generate", broken, "--max-new-tokens", "1"), str(broken), message)
+    assert not (broken / "ran").exists()
+
+
 @pytest.mark.parametrize("verb", ["generate", "inspect", "explain"])
 def test_a_missing_folder(cli, verb: str, tmp_path: Path) -> None:
     fails(cli(verb, tmp_path / "nowhere"), "nowhere", "no such folder")

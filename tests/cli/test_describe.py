@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedmoe.cli.inspect import storage_format
+from fusedmoe.cli.layers import storage_format
 from fusedmoe.cli.output import format_bytes, print_table, printable
 from fusedmoe.presets import write_preset
 

@@ -12,7 +12,7 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.facts import model_facts
-from fusedmoe.cli.inspect import moe_layers
+from fusedmoe.cli.layers import moe_layers
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.weights.families import EXPERT_PARTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,33 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError
 from fusedmoe.weights.families import (
     EXPERT_PARTS,
+    SIZE_KEYS,
     CheckpointFamily,
     MoESizes,
+    TensorRole,
     config_value,
     family_of,
     read_sizes,
 )
 
+_LAYER_NUMBER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Model type, family (None: not one of the table) and sizes (None: config.json omits it)."""
+    """Model type, family (None: not one of the table) and sizes (None: config.json omits it).
+
+    ``same_experts_everywhere``: config.json gives one number of experts, not one per layer.
+    """
 
     model_type: str
     family: CheckpointFamily | None
     sizes: MoESizes
     activation: str | None
     quant_method: str | None
+    layers_in_files: int
+    same_experts_everywhere: bool
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -52,13 +61,42 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         sizes=sizes,
         activation=_activation(config),
         quant_method=_quant_method(config),
+        layers_in_files=_layers_in_files(checkpoint),
+        same_experts_everywhere=not isinstance(
+            config_value(config, SIZE_KEYS["num_experts"]), list
+        ),
     )
 
 
+def _layers_in_files(checkpoint: Checkpoint) -> int:
+    """One more than the highest layer number in a tensor's name; 0 where none has one."""
+    numbers = (_LAYER_NUMBER.search(name) for name in checkpoint.tensors)
+    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+
+
+def role_of(name: str, family: CheckpointFamily | None) -> TensorRole | None:
+    """What a tensor is; in a family that the table lacks, only what is under ``experts``."""
+    if family is not None:
+        return family.classify(name)
+    return _UNKNOWN.classify(name)
+
+
+_UNKNOWN = CheckpointFamily(
+    name="unknown",
+    model_types=(),
+    names={
+        "up": tuple(
+            f"{block}.experts.{{e}}.{leaf}"
+            for block in ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
+            for leaf in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+        ),
+        "router": ("mlp.gate", "block_sparse_moe.gate", "feed_forward.router", "ffn.gate"),
+    },
+)
+
+
 def _is_expert(name: str, family: CheckpointFamily | None) -> bool:
-    if family is None:
-        return ".experts." in name
-    role = family.classify(name)
+    role = role_of(name, family)
     return role is not None and role.part in EXPERT_PARTS
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import read_checkpoint
+from fusedmoe.checkpoint import CheckpointError, read_checkpoint
 from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.facts import check_activation, model_facts
+from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.output import Progress, print_json, print_table, printable, progress
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 
@@ -88,7 +89,9 @@ def _generate(
     args: argparse.Namespace, folder: Path, dtype: torch.dtype | None, device: torch.device
 ) -> int:
     checkpoint = read_checkpoint(folder)
-    check_activation(model_facts(checkpoint), folder)
+    facts = model_facts(checkpoint)
+    check_activation(facts, folder)
+    check_counts(checkpoint, facts)
     _quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
     tokenizer, model = _load(folder, dtype, device)
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
@@ -127,15 +130,26 @@ def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tupl
     """Tokenizer and model; local files only, safetensors only, no code from the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        device_map=None,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # A config.json that makes no sense fails in as many ways as there are models.
+        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: lacks {len(missing)} tensors of its model, {missing[0]!r} among them"
+        )
     return tokenizer, model.to(device).eval()
 
 
