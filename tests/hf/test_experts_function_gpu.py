@@ -67,6 +67,16 @@ def test_no_synchronisation_and_capture_in_a_graph(name):
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_router_weights_may_have_any_dtype(dtype):
+    experts = experts_on_gpu("qwen3_moe")
+    x, ids, weights = routed(experts, 21)
+    weights = weights.to(dtype)
+    got = experts_forward(experts, x, ids, weights)
+    assert torch.equal(got, experts_forward(experts, x, ids, weights.float()))
+
+
 @torch.no_grad()
 def test_slots_of_other_ranks_count_as_nothing():
     experts = experts_on_gpu("mixtral")

@@ -154,11 +154,14 @@ def test_blocks_that_do_not_fill_the_last_one():
     torch.testing.assert_close(dequantize(weight, scale, (16, 16)), wanted, rtol=0, atol=0)
 
 
-def test_halves_have_blocks_of_their_own():
+@pytest.mark.parametrize("block", [16, 32])
+def test_halves_have_blocks_of_their_own(block):
+    """Gate and up were quantized as two matrices; with 32, one grid over both would fit as well."""
     weight = torch.randn(3, 2 * 24, 16).to(torch.float8_e4m3fn)
-    scale = torch.rand(3, 4, 1)
-    wanted = blocks_by_loop(weight, scale, (16, 16), 2)
-    torch.testing.assert_close(dequantize(weight, scale, (16, 16), parts=2), wanted, rtol=0, atol=0)
+    scale = torch.rand(3, 2 * math.ceil(24 / block), 1)
+    wanted = blocks_by_loop(weight, scale, (block, 16), 2)
+    got = dequantize(weight, scale, (block, 16), parts=2)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_scales_that_do_not_tile_are_refused():

@@ -45,7 +45,7 @@ def fused_experts(
     """sum over k of topk_weights[t, k] * expert topk_ids[t, k] of hidden_states[t]: [T, H].
 
     hidden_states [T, H], w1 [e, S * I, H] and w2 [e, H, I] (any strides, the dtype of
-    hidden_states), topk_weights fp32 [T, K], topk_ids int [T, K]. Ids count from 0 to
+    hidden_states), topk_weights float [T, K], topk_ids int [T, K]. Ids count from 0 to
     ``global_num_experts`` (default: those of ``expert_map``, else e); -1 is no expert.
     ``expert_map`` int32 [global_num_experts]: local expert of each id, -1 for one of another rank.
     ``quant_config`` carries biases [e, S * I] and [e, H].

@@ -84,7 +84,7 @@ def run_experts(
         hidden_states,
         tensors.w13,
         tensors.w2,
-        topk_weights.float(),
+        topk_weights,
         topk_ids,
         gate.activation,
         quant_config=quant_config,
