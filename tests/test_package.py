@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,8 @@ SOURCE = ROOT / "src" / "fusedmoe"
 MODULES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("triton", "transformers", "tokenizers", "matplotlib", "tqdm")
 # About 300 is the aim; a long table or a long argument list may pass it, another idea may not.
-MAX_LINES = 450
+# Device code may be longer: one kernel's phases share registers, not functions.
+MAX_LINES, MAX_DEVICE_LINES = 450, 600
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -124,6 +128,45 @@ def test_base_dependencies_are_torch_and_safetensors() -> None:
     assert sorted(line.split(">")[0].strip() for line in base) == ["safetensors", "torch"]
 
 
+def make_venv() -> Any:
+    """tools/make_venv.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_venv", ROOT / "tools" / "make_venv.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_installed_torch_is_kept_and_a_missing_one_is_pinned() -> None:
+    tool = make_venv()
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert tool.constraints(keep=False) == pinned
+    assert re.search(r"^torch==2\.13\.0$", pinned, re.MULTILINE)
+    kept = tool.constraints(keep=True)
+    assert f"torch=={version('torch')}\n" in kept
+    assert "torch==2.13.0\n" not in kept or version("torch") == "2.13.0"
+    assert re.search(r"^transformers==", kept, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [("2.11.0+cu130", True), ("3.0", True), ("2.10.1", False), ("1.13.1", False), (None, False)],
+)
+def test_only_a_torch_that_is_new_enough_is_kept(
+    found: str | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = make_venv()
+
+    def version_of(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(tool, "version", version_of)
+    assert tool.installed_torch() == (found if kept else None)
+
+
 def test_the_wheel_is_pure_python_and_complete(tmp_path: Path) -> None:
     hatchling = pytest.importorskip("hatchling.build")
     here = os.getcwd()
@@ -147,11 +190,21 @@ def test_files_stay_short() -> None:
     lengths = {
         path.relative_to(SOURCE).as_posix(): len(path.read_text().splitlines()) for path in MODULES
     }
-    assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
+    assert not {
+        name: count
+        for name, count in lengths.items()
+        if count > (MAX_DEVICE_LINES if name.startswith("kernels/triton/") else MAX_LINES)
+    }
 
 
-# Records that every stage may read although they live in a later one's room.
-CONTRACT = {"router.spec", "quantization.keys", "quantization.config"}
+# What every stage may read although it lives in a later one's room: records, and the definition of
+# the experts, which kernels name as their reference.
+CONTRACT = {
+    "router.spec",
+    "quantization.keys",
+    "quantization.config",
+    "experts.torch_reference",
+}
 # Who may not be imported by whom. A stage imports the contract and the kernels, never a later
 # stage; device code knows nothing of the layer; nothing in the library knows the command line.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
