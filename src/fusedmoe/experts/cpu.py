@@ -1,0 +1,127 @@
+"""The experts on a CPU, in torch alone: with ids given, or routing by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.cpu_core import cpu_fused_experts
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEExpertsModular,
+    FusedMoEExpertsMonolithic,
+    WorkspaceShapes,
+)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
+
+_CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}))
+
+
+class CpuExperts(FusedMoEExpertsModular):
+    """The default on a CPU. Scratch is bounded by construction, so workspaces are not used."""
+
+    name = "cpu"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _CAPABILITIES
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        return WorkspaceShapes((0,), (0,), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        output.copy_(
+            cpu_fused_experts(
+                hidden_states,
+                w1,
+                w2,
+                weights,
+                topk_ids,
+                activation=activation,
+                activation_config=self.activation_config,
+                w1_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                expert_map=expert_map,
+                global_num_experts=global_num_experts,
+                batch_invariant=self.moe_config.options.batch_invariant,
+            )
+        )
+
+
+class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
+    """As ``CpuExperts``, asking the layer's router itself.
+
+    Not chosen by default; ``MoEOptions(experts="cpu_monolithic")`` forces it.
+    """
+
+    name = "cpu_monolithic"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _CAPABILITIES
+
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        router_logits: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        *,
+        router: Any,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        routing = router.select_experts(hidden_states, router_logits, input_ids=input_ids)
+        return cpu_fused_experts(
+            hidden_states,
+            w1,
+            w2,
+            routing.topk_weights,
+            routing.topk_ids,
+            activation=activation,
+            activation_config=self.activation_config,
+            w1_bias=self.quant_config.w1_bias,
+            w2_bias=self.quant_config.w2_bias,
+            expert_map=expert_map,
+            global_num_experts=global_num_experts,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            batch_invariant=self.moe_config.options.batch_invariant,
+        )
