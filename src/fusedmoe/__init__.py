@@ -49,6 +49,7 @@ _HOME = {
     "restore": "fusedmoe.integrations.transformers.accelerate",
     "TransformersFusedMoE": "fusedmoe.integrations.transformers.generic",
     "recursive_replace": "fusedmoe.integrations.transformers.generic",
+    "BatchedTritonExperts": "fusedmoe.experts.triton_batched",
     "TritonExperts": "fusedmoe.experts.triton",
     "fused_experts": "fusedmoe.experts.functional",
     "FusedMoE": "fusedmoe.layer",

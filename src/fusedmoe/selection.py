@@ -36,11 +36,13 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.cpu:CpuExperts",
     "fusedmoe.experts.cpu:CpuMonolithicExperts",
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
+    "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPMonolithic",
+    "fusedmoe.prepare_finalize.batched:BatchedPrepareAndFinalize",
 )
 
 

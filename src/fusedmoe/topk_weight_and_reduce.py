@@ -109,8 +109,8 @@ class TopKWeightAndReduceNaiveBatched(TopKWeightAndReduce):
         position = (chosen.long().cumsum(0) - 1).gather(1, ids.clamp(0, e - 1)[:, None])[:, 0]
         row = (ids.clamp(0, e - 1) * max_tokens + position.clamp(0, max_tokens - 1)).clamp(min=0)
         rows = fused_expert_output.reshape(e * max_tokens, H)[row].float()
-        rows = torch.where(local[:, None], rows, 0.0)
         if not apply_router_weight_on_input:
             rows = rows * topk_weights.flatten()[:, None].float()
+        rows = torch.where(local[:, None], rows, 0.0)
         result = rows.view(T, K, H).sum(1).to(fused_expert_output.dtype)
         return _sum_into(output, result)

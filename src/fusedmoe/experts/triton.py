@@ -29,7 +29,7 @@ TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 @lru_cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that one block of threads may use."""
     if device.type != "cuda":
         return HOPPER_SHARED_MEMORY
@@ -74,7 +74,7 @@ def triton_experts(
             hidden_states.dtype,
             gated=activation.is_gated,
             batch_invariant=batch_invariant,
-            shared_memory=_shared_memory(hidden_states.device),
+            shared_memory=shared_memory_of(hidden_states.device),
         )
     act = workspace13.flatten()[: R * I].view(R, I)
     rows = workspace2.flatten()[: R * H].view(R, H)

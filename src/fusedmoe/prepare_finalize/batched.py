@@ -1,0 +1,120 @@
+"""One rank in the batched format: each expert's rows side by side, as many as there is room for.
+
+The plain form of what the low-latency dispatches deliver; for tests, and for experts that want it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.kernels.ids import local_ids
+from fusedmoe.modular_kernel import (
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    FusedMoEPrepareAndFinalizeModular,
+    PrepareResult,
+)
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, weight_input
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNaiveBatched,
+)
+
+
+class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
+    """[T, H] -> [e, max_num_tokens, H] and back, without leaving the device.
+
+    An expert may get a row of every token, so more than ``max_num_tokens`` tokens are a ValueError.
+    """
+
+    name = "batched"
+    row_format = FusedMoEActivationFormat.BatchedExperts
+
+    def __init__(self, max_num_tokens: int, num_local_experts: int) -> None:
+        if max_num_tokens < 1 or num_local_experts < 1:
+            raise ValueError(
+                f"max_num_tokens {max_num_tokens} and num_local_experts {num_local_experts} must "
+                "be positive"
+            )
+        self.max_num_tokens = max_num_tokens
+        self.num_local_experts = num_local_experts
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        if moe.max_num_tokens is None:
+            return "needs max_num_tokens, the rows that each expert has room for"
+        return MoEPrepareAndFinalizeNoDPEPModular.unmet_requirement(moe, groups)
+
+    @classmethod
+    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> BatchedPrepareAndFinalize:
+        assert moe.max_num_tokens is not None
+        return cls(moe.max_num_tokens, moe.num_local_experts)
+
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return None
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        return self.max_num_tokens
+
+    def num_dispatchers(self) -> int:
+        return 1
+
+    def output_is_reduced(self) -> bool:
+        return False
+
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> PrepareResult:
+        """Row j of an expert is its j-th slot in token order; the ids returned are local ones.
+
+        The ids of one token are distinct; a second row of a token for a full expert is dropped.
+        """
+        (T, H), K = a1.shape, topk_ids.shape[1]
+        e, room = self.num_local_experts, self.max_num_tokens
+        if room < T:
+            raise ValueError(f"{T} tokens, but each expert has room for {room}")
+        if apply_router_weight_on_input:
+            a1 = weight_input(a1, topk_weights, topk_ids)
+        local = local_ids(topk_ids, e, expert_map)
+        slot_expert = local.view(-1, 1)
+        chosen = slot_expert == torch.arange(e, device=a1.device)  # [R, e]
+        position = (chosen.cumsum(0) - 1).gather(1, slot_expert.clamp(min=0))
+        fits = (slot_expert >= 0) & (position < room)
+        # One row past the end takes what belongs nowhere.
+        row = torch.where(fits, slot_expert * room + position, e * room)[:, 0]
+        rows = a1.new_empty(e * room + 1, H)
+        rows[row] = a1.repeat_interleave(K, dim=0, output_size=T * K)
+        counts = chosen.sum(0).clamp(max=room).to(torch.int32)
+        return PrepareResult(
+            rows[:-1].view(e, room, H),
+            None,
+            ExpertTokensMetadata(counts),
+            local.to(topk_ids.dtype),
+            topk_weights,
+        )
+
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
+            weight_and_reduce_impl = TopKWeightAndReduceNaiveBatched(rank=0)
+        weight_and_reduce_impl.apply(
+            output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        )
