@@ -107,11 +107,11 @@ def _save_contiguous(
 
 @dataclass(frozen=True, kw_only=True)
 class StackedWeights:
-    """Expert tensors out of a stack; ``w2_rows`` reads w2 off one 2-D parameter [E * I, H]."""
+    """Expert tensors out of a stack; ``w2_rows``: w2 is this 2-D parameter [E * I, H] instead."""
 
     stack: ParameterStack
     w13_shape: tuple[int, int, int]
-    w2_rows: Callable[[], torch.Tensor] | None = None
+    w2_rows: tuple[nn.Module, str] | None = None
 
     def w13(self) -> torch.Tensor:
         return self.stack.tensors["w13"].view(self.w13_shape)
@@ -119,8 +119,9 @@ class StackedWeights:
     def w2(self) -> torch.Tensor:
         if self.w2_rows is None:
             return self.stack.tensors["w2"]
+        module, name = self.w2_rows
         E, _, H = self.w13_shape
-        return self.w2_rows().view(E, -1, H).transpose(1, 2)
+        return getattr(module, name).view(E, -1, H).transpose(1, 2)
 
     def w13_bias(self) -> torch.Tensor | None:
         return self.stack.tensors.get("w13_bias")
@@ -141,7 +142,7 @@ def stack_rows(
     return StackedWeights(
         stack=ParameterStack(module, {"w13": (rows, 2, H)}, slots),
         w13_shape=(num_experts, 2 * rows // num_experts, H),
-        w2_rows=lambda: module._parameters[down],  # type: ignore[return-value,arg-type]
+        w2_rows=(module, down),
     )
 
 
