@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from expert_layers import Layer
-from fusedmoe import MoEOptions, fused_experts
+from fusedmoe import BatchedTritonExperts, MoEOptions, fused_experts
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.triton import TritonExperts
+from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import biased_moe_quant_config
 
@@ -66,6 +68,17 @@ def test_layers(name, dtype):
     assert_right(call(layer, tensors), layer, tensors)
     mover = MoEPrepareAndFinalizeNoDPEPModular()
     assert layer.run(TritonExperts, mover, tensors).equal(call(layer, tensors))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batched_and_grouped_mm_layers(name):
+    layer = replace(LAYERS[name], options=MoEOptions())
+    tensors = layer.tensors()
+    mover = BatchedPrepareAndFinalize(layer.T + 3, layer.local or layer.E)
+    assert_right(layer.run(BatchedTritonExperts, mover, tensors), layer, tensors)
+    if layer.H % 8 == 0:
+        mover = MoEPrepareAndFinalizeNoDPEPModular()
+        assert_right(layer.run(GroupedMMExperts, mover, tensors), layer, tensors)
 
 
 @pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.SWIGLUOAI])
