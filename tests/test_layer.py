@@ -28,6 +28,7 @@ from fusedmoe.config import RoutingMethodType
 from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.spec import RoutingResult
 from layer_oracle import Experts, Rule, routed_oracle
+from toy_stages import BatchedExperts
 
 E, K, H, I = 6, 2, 8, 12  # noqa: E741
 TORCH = MoEOptions(experts="torch")
@@ -125,10 +126,20 @@ NUMBERS = {
     with_shared=st.sampled_from([None, "plain", "gated", "fused"]),
     weight_on_input=st.booleans(),
     tokens=st.sampled_from([0, 1, 5]),
+    implementation=st.sampled_from(["torch", "cpu", "cpu_monolithic", "grouped_mm", None]),
     seed=st.integers(0, 99),
 )
 def test_the_layer_is_the_loop(
-    routing, activation, top_k, bias, scale_on_output, with_shared, weight_on_input, tokens, seed
+    routing,
+    activation,
+    top_k,
+    bias,
+    scale_on_output,
+    with_shared,
+    weight_on_input,
+    tokens,
+    implementation,
+    seed,
 ):
     act, numbers = activation
     weight_on_input = weight_on_input and top_k == 1 and with_shared != "fused"
@@ -159,6 +170,7 @@ def test_the_layer_is_the_loop(
         ckpt_names=("gate_proj", "down_proj", "up_proj")
         if act.is_gated
         else ("up_proj", "down_proj", None),
+        options=MoEOptions(experts=implementation),
         **numbers,
     )
     if not act.is_gated:
@@ -753,6 +765,20 @@ def test_enable_eplb_routes_to_replicas_and_counts_their_load():
         runner.set_eplb_state(1, load[:, :-1], table, count)
     with pytest.raises(ValueError, match="enable_eplb"):
         layer().set_eplb_state(1, load, table, count)
+
+
+def test_max_num_tokens_is_the_room_of_the_batched_format():
+    options = MoEOptions(experts=BatchedExperts, prepare_finalize="batched")
+    with pytest.raises(ValueError, match="needs max_num_tokens"):
+        layer(options=options)
+    with pytest.raises(ValueError, match="got 0"):
+        layer(options=options, max_num_tokens=0)
+    experts = Experts.random(E, H, I)
+    x, logits = rows(5)
+    batched = layer(experts, options=options, max_num_tokens=5)
+    close(batched(x, logits), routed_oracle(x, logits, experts, Rule(K)))
+    with pytest.raises(ValueError, match="6"):
+        batched(*rows(6))
 
 
 def test_activation_may_be_a_member():

@@ -289,6 +289,8 @@ class FusedMoEConfig:
             raise ValueError(
                 f"num_local_experts {self.num_local_experts} exceeds num_experts {self.num_experts}"
             )
+        if self.max_num_tokens is not None and self.max_num_tokens < 1:
+            raise ValueError(f"max_num_tokens must be at least 1, got {self.max_num_tokens}")
         if self.apply_router_weight_on_input and self.experts_per_token != 1:
             raise ValueError(
                 "apply_router_weight_on_input needs top-1 routing, got experts_per_token "

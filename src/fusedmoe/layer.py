@@ -91,6 +91,7 @@ def FusedMoE(
     bias_vl: torch.Tensor | None = None,
     image_sentinel_lo: int = 0,
     skip_padding: bool = False,
+    max_num_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> MoERunner:
     """Build one Mixture-of-Experts layer.
@@ -132,7 +133,8 @@ def FusedMoE(
     ``expert_placement`` is linear or round_robin.
 
     ``runner_cls(..., **runner_args)`` and ``routed_experts_cls(..., **routed_experts_args)``
-    replace or parametrise the two modules; ``options`` say how to run.
+    replace or parametrise the two modules; ``options`` say how to run. ``max_num_tokens`` is how
+    many tokens a forward brings at most, which the batched row format needs to know.
 
     Raises ValueError for arguments that contradict each other.
     """
@@ -207,6 +209,7 @@ def FusedMoE(
         has_bias=has_bias,
         apply_router_weight_on_input=apply_router_weight_on_input,
         has_hash_routing=hash_indices_table is not None,
+        max_num_tokens=max_num_tokens,
         require_modular=skip_padding
         or zero_expert_type is not None
         or routed_input_transform is not None,

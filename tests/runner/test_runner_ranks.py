@@ -38,44 +38,43 @@ def check_rank(rank: int) -> None:
     logits = torch.randn(6, E + 2, generator=generator)
     correction = torch.rand(E + 2, generator=generator)
     shared, halves = linear(0), [linear(1, bias=False), linear(2, bias=False)]
-    for group in (mesh["tp"], mesh.get_group("tp")):
-        for enable_ep in (False, True):
-            groups = ParallelGroups(tp=group, enable_expert_parallel=enable_ep)
+    for enable_ep, group in ((False, mesh["tp"]), (True, mesh.get_group("tp"))):
+        groups = ParallelGroups(tp=group, enable_expert_parallel=enable_ep)
 
-            def build(groups=groups, **arguments):
-                layer = FusedMoE(
-                    E,
-                    K,
-                    H,
-                    I,
-                    torch.float32,
-                    has_bias=True,
-                    parallel=groups,
-                    options=MoEOptions(experts="torch"),
-                    **arguments,
-                )
-                layer.load_weights(experts.named())
-                layer.routed_experts.check_loaded()
-                return layer
-
-            plain = routed_oracle(x, logits[:, :E], experts, Rule(K))
-            close(build()(x, logits[:, :E]), plain)
-            close(build(shared_experts=shared)(x, logits[:, :E]), plain + shared(x).double())
-            close(
-                build(shared_experts=halves[rank], shared_experts_sharded=True)(x, logits[:, :E]),
-                plain + sum(half(x).double() for half in halves),
+        def build(groups=groups, **arguments):
+            layer = FusedMoE(
+                E,
+                K,
+                H,
+                I,
+                torch.float32,
+                has_bias=True,
+                parallel=groups,
+                options=MoEOptions(experts="torch"),
+                **arguments,
             )
-            for bias in (False, True):
-                out = linear(3, 11, bias=bias)
-                both = build(routed_output_transform=out, shared_experts=linear(4, 11))
-                expected = plain @ out.weight.T.double() + linear(4, 11)(x).double()
-                close(both(x, logits[:, :E]), expected + (out.bias.double() if bias else 0))
-            zero = build(zero_expert_type="identity", e_score_correction_bias=correction)
-            rule = Rule(K, bias=correction)
-            close(zero(x, logits), routed_oracle(x, logits, experts, rule))
-            part = build(reduce_results=False, shared_experts=shared)(x, logits[:, :E]).detach()
-            torch.distributed.all_reduce(part, group=mesh.get_group("tp"))
-            close(part, plain + shared(x).double())
+            layer.load_weights(experts.named())
+            layer.routed_experts.check_loaded()
+            return layer
+
+        plain = routed_oracle(x, logits[:, :E], experts, Rule(K))
+        close(build()(x, logits[:, :E]), plain)
+        close(build(shared_experts=shared)(x, logits[:, :E]), plain + shared(x).double())
+        close(
+            build(shared_experts=halves[rank], shared_experts_sharded=True)(x, logits[:, :E]),
+            plain + sum(half(x).double() for half in halves),
+        )
+        for bias in (False, True):
+            out = linear(3, 11, bias=bias)
+            both = build(routed_output_transform=out, shared_experts=linear(4, 11))
+            expected = plain @ out.weight.T.double() + linear(4, 11)(x).double()
+            close(both(x, logits[:, :E]), expected + (out.bias.double() if bias else 0))
+        zero = build(zero_expert_type="identity", e_score_correction_bias=correction)
+        rule = Rule(K, bias=correction)
+        close(zero(x, logits), routed_oracle(x, logits, experts, rule))
+        part = build(reduce_results=False, shared_experts=shared)(x, logits[:, :E]).detach()
+        torch.distributed.all_reduce(part, group=mesh.get_group("tp"))
+        close(part, plain + shared(x).double())
     compiled = torch.compile(build(shared_experts=shared), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         close(compiled(x, logits[:, :E]), plain + shared(x).double())
