@@ -60,7 +60,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "has the key 'w' twice",
     ),
     "metadata": (file_of({"__metadata__": {"format": 1}}), "__metadata__"),
-    "entry is a list": (file_of({"w": [1]}), "'w' is not a dtype"),
+    "metadata list": (file_of({"__metadata__": ["a"]}), "__metadata__"),
+    "entry is a list": (file_of({"w": ["dtype", "shape", "data_offsets"]}), "'w' is not a dtype"),
     "extra field": (file_of({"w": tensor(0, 4) | {"x": 1}}, b"\0" * 4), "'w' is not a dtype"),
     "unknown dtype": (file_of({"w": tensor(0, 4, "Q4")}, b"\0" * 4), "unknown dtype 'Q4'"),
     "dtype no string": (file_of({"w": tensor(0, 4, [1])}, b"\0" * 4), r"unknown dtype \[1\]"),
@@ -71,6 +72,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "overflowing shape": (file_of({"w": tensor(0, 4, shape=[1 << 62] * 4)}, b"\0" * 4), "F32"),
     "wrong dtype size": (file_of({"w": tensor(0, 4, "F64", [1])}, b"\0" * 4), "'w' is F64"),
     "backward offsets": (file_of({"w": tensor(4, 0, shape=[0])}, b"\0" * 4), "data_offsets"),
+    "negative offset": (
+        file_of({"w": tensor(0, 4) | {"data_offsets": [-4, 0]}}, b"\0" * 4),
+        "data_offsets",
+    ),
     "three offsets": (
         file_of({"w": tensor(0, 4) | {"data_offsets": [0, 4, 8]}}, b"\0" * 4),
         "data_offsets",
@@ -161,6 +166,18 @@ def test_a_broken_config(config: str, tmp_path: Path) -> None:
         read_checkpoint(folder)
 
 
+def test_a_config_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(tmp_path / "big")
+    monkeypatch.setattr("fusedmoe.checkpoint.MAX_CONFIG_BYTES", 10)
+    with pytest.raises(CheckpointError, match="over the limit of 10"):
+        read_checkpoint(folder)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_header(tmp_path / "x.safetensors")
+
+
 class _Bomb:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("unpickled"),)
@@ -234,6 +251,7 @@ def test_an_index_that_points_elsewhere(target: Any, tmp_path: Path) -> None:
     [
         ({}, "weight_map is missing"),
         ([], "weight_map is missing"),
+        ([ONE, TWO], "weight_map is missing"),
         ({"a": ONE, "b": "model-00003-of-00002.safetensors"}, "lacks model-00003"),
         ({"a": ONE, "b": TWO, "c": TWO}, "lacks 'c', which the index promises"),
         ({"a": TWO, "b": ONE}, "holds 'a', which is in model-00002"),

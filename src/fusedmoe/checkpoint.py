@@ -201,7 +201,7 @@ def _tensor_entry(name: str, record: Any, path: Path) -> TensorEntry:
         raise CheckpointError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"{path}: {name!r} has the shape {shape!r}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {name!r} has the data_offsets {offsets!r}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
