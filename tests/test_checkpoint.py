@@ -242,7 +242,7 @@ def test_a_good_index(tmp_path: Path) -> None:
 def test_an_index_that_points_elsewhere(target: Any, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "secret.safetensors")
     folder = sharded(tmp_path / "escaping", {"a": target, "b": TWO})
-    with pytest.raises(CheckpointError, match="not a .* file name inside the folder"):
+    with pytest.raises(CheckpointError, match=r"not a .* file name inside the folder"):
         read_checkpoint(folder)
 
 
