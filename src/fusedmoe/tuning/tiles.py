@@ -69,7 +69,7 @@ _GEMM1 = {
     16: _Shape(64, 128, 4, 2),
     32: _Shape(64, 128, 4, 2),
     64: _Shape(64, 64, 4, 2),
-    128: _Shape(128, 64, 8, 1),
+    128: _Shape(64, 64, 8, 2),
 }
 _GEMM2 = {
     16: _Shape(128, 128, 4, 2),
@@ -79,6 +79,9 @@ _GEMM2 = {
 }
 _BATCH_INVARIANT_BLOCK_M = 64
 _MAX_STAGES = 6
+_MAX_GROUP_M = 32
+# Rows of a that one group of blocks reads again for every tile of columns; they must stay in L2.
+_GROUP_BYTES = 36 * 2**20
 
 
 def expected_blocks(R: int, E: int, block_m: int) -> float:
@@ -99,6 +102,14 @@ def _deepest_even(D: int, block_k: int) -> int:
     while step > 32 and D % step:
         step //= 2
     return step if D % step == 0 else min(block_k, max(32, 1 << (D - 1).bit_length()))
+
+
+def _blocks_in_l2(block_bytes: int) -> int:
+    """How many blocks of rows to finish before the next weights: a power of two in [8, 32]."""
+    group = _MAX_GROUP_M
+    while group > 8 and group * block_bytes > _GROUP_BYTES:
+        group //= 2
+    return group
 
 
 def _tile(
@@ -122,14 +133,14 @@ def _tile(
         # Narrow tiles fill the device while there are few blocks.
         while block_n > 32 and (
             block_n >= 2 * N
-            or expected_blocks(R, E, block_m) * -(-N // block_n) < 2 * HOPPER_MULTIPROCESSORS
+            or expected_blocks(R, E, block_m) * -(-N // block_n) < HOPPER_MULTIPROCESSORS
         ):
             block_n //= 2
     block_k = _deepest_even(D, block_k)
     stage = (block_m + weight_tiles * block_n) * block_k * itemsize
     share = (shared_memory + 1024) // per_multiprocessor - 2048
     num_stages = max(2, min(_MAX_STAGES, share // stage + (block_m < 64)))
-    group_m = 1 if fixed or R <= 2 * E else 8
+    group_m = 1 if fixed or block_m < 128 else _blocks_in_l2(block_m * D * itemsize)
     return TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages)
 
 
