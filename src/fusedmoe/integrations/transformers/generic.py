@@ -129,20 +129,22 @@ class TransformersFusedMoE(nn.Module):
             weights.stack.release()
 
     def __len__(self) -> int:
-        return len(self._modules) or self.num_experts
+        return self.num_experts
 
     def __getitem__(self, index: int) -> nn.Module:
         return self.original[index]  # type: ignore[index]
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self.original)  # type: ignore[call-overload]
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that others read off the experts (num_experts, config, act_fn, ...)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["original"], name)
+            if "original" not in self.__dict__:
+                raise
+            return getattr(self.original, name)
 
 
 def transformers_moe_forward(
@@ -156,7 +158,7 @@ def transformers_moe_forward(
     Opaque to torch.compile, which sees ``fusedmoe::transformers_moe_forward``.
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    ids = top_k_index.reshape(x.shape[0], -1)
+    ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     ids = ids.masked_fill(ids == layer.num_experts, -1)
     topk_weights = top_k_weights.reshape(ids.shape).float()
     if not torch.compiler.is_compiling():
@@ -237,7 +239,7 @@ def recursive_replace(
         path = f"{parent_path}.{EXPERTS_NAME}".lstrip(".")
         if child is None or isinstance(child, TransformersFusedMoE):
             continue
-        if any(path == left or path.startswith(f"{left}.") for left in leave):
+        if any(f"{path}.".startswith(f"{left}." if left else "") for left in leave):
             continue
         top_k = read_sizes(config).top_k or getattr(parent, "top_k", None) or 1
         try:
