@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from expert_layers import Layer
 
+from expert_layers import Layer
 from fusedmoe import MoEOptions, fused_experts
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.triton import TritonExperts, triton_experts
@@ -16,6 +16,8 @@ LAYERS = {
     "plain": Layer(),
     "one_token": Layer(T=1, K=1, E=1, H=16, I=16),
     "every_expert": Layer(K=4),
+    "lone_slots": Layer(T=2, K=2, E=16, bias=True),
+    "lone_slots_of_few_experts_here": Layer(T=1, K=2, E=32, local=9),
     "odd_sizes": Layer(T=5, H=33, I=19),
     "many_rows": Layer(T=40, E=3),
     "bias": Layer(bias=True),

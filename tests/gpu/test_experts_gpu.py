@@ -22,6 +22,8 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 GPU = Layer(device="cuda", dtype=torch.bfloat16, T=33, K=4, E=16, H=256, I=192)
 LAYERS = {
     "one_token": replace(GPU, T=1),
+    "lone_slots": replace(GPU, T=4, E=64, bias=True),
+    "lone_slots_of_few_experts_here": replace(GPU, T=2, E=128, local=40),
     "decode": replace(GPU, T=16, K=8, E=64),
     "a_block_each": replace(GPU, T=64),
     "tall_blocks": replace(GPU, T=512, K=2, E=8),

@@ -5,19 +5,20 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from fusedmoe.kernels.ids import local_ids
 from fusedmoe.tuning.tiles import TileConfig
 
 NAN = float("nan")
 SMALL = TileConfig(16, 16, 32, 2, 4, 2)
 
 
-def triton_gemm(a, b, c, alignment, tiles, *, top_k, activation=None, activation_config=None, **kw):
+def triton_gemm(a, b, c, blocks, tiles, *, top_k, activation=None, activation_config=None, **kw):
     from fusedmoe.kernels.triton.grouped_gemm import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    launch(a, b, c, alignment, tiles, top_k, kw.get("bias"), kw.get("row_weights"), act)
+    launch(a, b, c, blocks, tiles, top_k, kw.get("bias"), kw.get("row_weights"), act)
     return c
 
 
@@ -135,6 +136,20 @@ def test_blocks_of_remote_or_impossible_experts_are_skipped(function):
 
 
 @BOTH
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("activation", [None, MoEActivation.SILU, MoEActivation.SWIGLUOAI])
+def test_slots_on_their_own_need_no_table(function, activation, mapped):
+    a, b, _ = case(T=4, S=1 if activation is None else 2)
+    ids = torch.tensor([[0, -1], [9, 3], [2**40, 2], [-5, 1]])
+    expert_map = torch.tensor([2, 0, -1, 3], dtype=torch.int32) if mapped else None
+    blocks = LoneSlots(ids.flatten(), expert_map)
+    c = torch.full((8, 24), NAN)
+    function(a, b, c, blocks, SMALL, top_k=2, activation=activation)
+    expected = by_slot(a, b, local_ids(ids, 4, expert_map), 2, activation)
+    torch.testing.assert_close(c.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@BOTH
 def test_a_nan_row_stays_its_own(function):
     a, b, ids = case(T=6)
     a[2] = NAN
@@ -169,11 +184,12 @@ def test_no_tokens():
         {"row_weights": torch.zeros(9)},
         {"row_weights": torch.zeros(20)[::2]},
         {"top_k": 0},
+        {"blocks": LoneSlots(torch.zeros(9, dtype=torch.int32))},
     ],
 )
 def test_disagreements_are_named_before_a_kernel_runs(broken):
     a, b, ids = case()
     alignment = moe_align_block_size(ids, 16, 4)
-    arguments = {"a": a, "b": b, "c": torch.zeros(10, 24), "top_k": 2} | broken
+    sound = {"a": a, "b": b, "c": torch.zeros(10, 24), "blocks": alignment, "top_k": 2}
     with pytest.raises(ValueError, match=r"\d"):
-        grouped_gemm(alignment=alignment, tiles=SMALL, **arguments)
+        grouped_gemm(tiles=SMALL, **(sound | broken))

@@ -1,6 +1,8 @@
-"""Experts on Triton's grouped GEMM: four launches, no host synchronisation, nothing permuted.
+"""Experts on Triton's grouped GEMM: few launches, no host synchronisation, nothing permuted.
 
     align -> GEMM1 with bias and activation -> GEMM2 with bias -> weighted sum over K
+
+The alignment falls away where slots are few.
 
 T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2 where gated.
 """
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.modular_kernel import (
@@ -78,31 +80,43 @@ def triton_experts(
         )
     act = workspace13.flatten()[: R * I].view(R, I)
     rows = workspace2.flatten()[: R * H].view(R, H)
-    alignment = MoEAlignment(
-        *moe_align_block_size(
-            topk_ids,
-            tiles.gemm1.block_m,
-            e if expert_map is None else expert_map.shape[0],
-            expert_map,
-            ignore_invalid_experts=True,
-            num_local_experts=e,
-        )[:3]
-    )
+    blocks = _blocks(topk_ids, e, expert_map, tiles.gemm1.block_m, batch_invariant)
     grouped_gemm(
         hidden_states,
         w1,
         act,
-        alignment,
+        blocks,
         tiles.gemm1,
         top_k=K,
         bias=w1_bias,
         activation=activation,
         activation_config=activation_config,
     )
-    grouped_gemm(act, w2, rows, alignment, tiles.gemm2, top_k=1, bias=w2_bias)
+    grouped_gemm(act, w2, rows, blocks, tiles.gemm2, top_k=1, bias=w2_bias)
     moe_fused_mul_sum(
         rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
     )
+
+
+def _blocks(
+    topk_ids: torch.Tensor,
+    e: int,
+    expert_map: torch.Tensor | None,
+    block_m: int,
+    batch_invariant: bool,
+) -> MoEAlignment | LoneSlots:
+    """No table, and a launch less, where slots are so few that two rarely share an expert."""
+    if topk_ids.numel() * 4 <= e and not batch_invariant:
+        return LoneSlots(topk_ids.reshape(-1), expert_map)
+    alignment = moe_align_block_size(
+        topk_ids,
+        block_m,
+        e if expert_map is None else expert_map.shape[0],
+        expert_map,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    return MoEAlignment(*alignment[:3])
 
 
 class TritonExperts(FusedMoEExpertsModular):

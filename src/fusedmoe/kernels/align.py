@@ -38,6 +38,17 @@ class MoEAlignmentWithScatter(NamedTuple):
     scatter_idx: torch.Tensor
 
 
+class LoneSlots(NamedTuple):
+    """In place of an alignment where slots are few: every slot is a block by itself, no table.
+
+    topk_ids int [R]; expert_map int32 global -> local id or -1, or None. Ids of no local expert
+    are skipped.
+    """
+
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None = None
+
+
 def moe_align_block_size(
     topk_ids: torch.Tensor,
     block_size: int,

@@ -1,6 +1,6 @@
 """The indirect grouped GEMM: rows are gathered by slot, weights chosen by block, results scattered.
 
-Nothing is permuted in memory: the alignment's table of slots is the permutation. Triton bodies:
+Nothing is permuted in memory: the table of slots is the permutation. Triton bodies:
 ``kernels/triton/grouped_gemm.py``; tiles: ``tuning/tiles.py``.
 """
 
@@ -14,7 +14,8 @@ from fusedmoe.activation import (
     activation_reference,
 )
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.ids import local_ids
 from fusedmoe.tuning.tiles import TileConfig
 
 
@@ -22,7 +23,7 @@ def grouped_gemm(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    alignment: MoEAlignment,
+    blocks: MoEAlignment | LoneSlots,
     tiles: TileConfig,
     *,
     top_k: int,
@@ -35,24 +36,26 @@ def grouped_gemm(
 
     a [rows, D], b [e, S * N, D] (S = 2 where the activation is gated), c [R, N] with
     R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]; a, b of one dtype, any strides.
-    ``alignment`` has blocks of ``tiles.block_m`` slots. Slots that are in no block, or in a block
-    of an expert outside [0, e), keep what ``c`` holds. Sums are fp32; bias, activation and weight
-    are applied to them in that order, then the result is rounded once.
+    ``blocks`` hold ``tiles.block_m`` slots each, or one (``LoneSlots``). Slots in no block, or in a
+    block of an expert outside [0, e), keep what ``c`` holds. Sums are fp32; bias, activation and
+    weight are applied to them in that order, then the result is rounded once.
 
     Raises ValueError where shapes or dtypes disagree.
     """
     _check(a, b, c, top_k, bias, row_weights, activation)
+    if isinstance(blocks, LoneSlots) and blocks.topk_ids.shape != c.shape[:1]:
+        raise ValueError(f"{tuple(blocks.topk_ids.shape)} ids do not name {c.shape[0]} slots")
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
-        launch(a, b, c, alignment, tiles, top_k, bias, row_weights, act)
+        launch(a, b, c, blocks, tiles, top_k, bias, row_weights, act)
         return c
     return grouped_gemm_reference(
         a,
         b,
         c,
-        alignment,
+        blocks,
         tiles,
         top_k=top_k,
         bias=bias,
@@ -66,7 +69,7 @@ def grouped_gemm_reference(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    alignment: MoEAlignment,
+    blocks: MoEAlignment | LoneSlots,
     tiles: TileConfig,
     *,
     top_k: int,
@@ -77,8 +80,13 @@ def grouped_gemm_reference(
 ) -> torch.Tensor:
     """The definition, in plain torch; walks the blocks on the host."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    blocks = alignment.sorted_ids[: int(alignment.num_tokens_post_pad)].split(tiles.block_m)
-    for slots, expert in zip(blocks, alignment.expert_ids.tolist(), strict=False):
+    if isinstance(blocks, LoneSlots):
+        experts = local_ids(blocks.topk_ids, b.shape[0], blocks.expert_map)
+        parts = torch.arange(c.shape[0], device=c.device).split(1)
+    else:
+        experts = blocks.expert_ids
+        parts = blocks.sorted_ids[: int(blocks.num_tokens_post_pad)].split(tiles.block_m)
+    for slots, expert in zip(parts, experts.tolist(), strict=False):
         if not 0 <= expert < b.shape[0]:
             continue
         slots = slots[(slots >= 0) & (slots < c.shape[0])].long()

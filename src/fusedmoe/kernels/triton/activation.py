@@ -67,7 +67,7 @@ def gated_activation(FORMULA: tl.constexpr, gate, up, limit, alpha, beta):
             return plain_activation(FORMULA, gate) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def activation_kernel(
     x_ptr,
     out_ptr,

@@ -18,6 +18,8 @@ from fusedmoe.kernels.triton.ids import local_expert
 
 ONE_LAUNCH_SLOTS = 4096
 CHUNK = 256
+# Sizes that follow the number of tokens: a new value must not compile a new kernel.
+COUNTS = ("R", "P", "B", "chunks")
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def fill_range(ptr, value, first, last, BLOCK: tl.constexpr):
         tl.store(ptr + at, value, at < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def align_once_kernel(
     ids_ptr,
     count_map_ptr,
@@ -91,7 +93,7 @@ def align_once_kernel(
         fill_range(expert_ids_ptr, -1, used // block_size, B, 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chunk_counts_kernel(
     ids_ptr,
     count_map_ptr,
@@ -116,7 +118,7 @@ def chunk_counts_kernel(
     fill_range(sorted_ptr, R, chunk * share, tl.minimum((chunk + 1) * share, P), CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
     """counts[group, :] becomes its exclusive prefix sum, totals[group] its sum."""
     group = tl.program_id(0)
@@ -130,7 +132,7 @@ def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
     tl.store(totals_ptr + group, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def place_kernel(
     ids_ptr,
     count_map_ptr,

@@ -14,7 +14,7 @@ from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "P", "max_tokens"))
 def count_kernel(ids_ptr, map_ptr, counts_ptr, R, num_mapped, num_local, BLOCK: tl.constexpr):
     me = tl.program_id(0)
     mine = tl.zeros([BLOCK], dtype=tl.int32)
@@ -25,14 +25,14 @@ def count_kernel(ids_ptr, map_ptr, counts_ptr, R, num_mapped, num_local, BLOCK: 
     tl.store(counts_ptr + me, tl.sum(mine))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "P", "max_tokens"))
 def remap_kernel(ids_ptr, map_ptr, out_ptr, R, num_mapped, num_local, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + slot, slot < R, -1)
     tl.store(out_ptr + slot, local_expert(ids, map_ptr, num_mapped, num_local), slot < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "P", "max_tokens"))
 def batched_align_kernel(
     counts_ptr,
     sorted_ptr,

@@ -5,9 +5,10 @@ blocks of slots near each other; the bound comes from shapes, and programs past 
 leave at once.
 
 a [rows, D], b [e, S * N, D] of any strides; sorted_ids, expert_ids, num_post as in
-``kernels/align.py`` with blocks of BLOCK_M; c [R, N] written by slot. Two bodies: one tile of b per
-step (no activation, a plain one, or gate and up interleaved), and two tiles (gate half, up half).
-Rows are masked, columns of b wrap around, so nothing outside a tensor is touched.
+``kernels/align.py`` with blocks of BLOCK_M; c [R, N] written by slot. Without a table (sorted_ids
+None) every slot is a block by itself, and expert_ids are the routed ids. Two bodies: one tile of b
+per step (no activation, a plain one, or gate and up interleaved), and two tiles (gate half, up
+half). Rows are masked, columns of b wrap around, so nothing outside a tensor is touched.
 """
 
 import torch
@@ -15,8 +16,9 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.tuning.tiles import TileConfig
 
 
@@ -33,9 +35,17 @@ def _tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _slots_of(sorted_ptr, tile_m, R, BLOCK_M: tl.constexpr):
-    slots = tl.load(sorted_ptr + tile_m * BLOCK_M + tl.arange(0, BLOCK_M))
-    return slots.to(tl.int64), (slots >= 0) & (slots < R)
+def _block_of(tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M: tl.constexpr):
+    """(expert, slots [BLOCK_M], which of them are real) of one block; expert -1: skip it."""
+    expert = local_expert(tl.load(experts_ptr + tile_m), map_ptr, num_mapped, e)
+    row = tl.arange(0, BLOCK_M)
+    if sorted_ptr is None:
+        slots = tile_m + row
+        row_ok = row == 0
+    else:
+        slots = tl.load(sorted_ptr + tile_m * BLOCK_M + row)
+        row_ok = (slots >= 0) & (slots < R)
+    return expert.to(tl.int64), slots.to(tl.int64), row_ok
 
 
 @triton.jit
@@ -49,7 +59,7 @@ def _weigh_and_store(
     tl.store(c_ptrs, rows.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def grouped_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -59,6 +69,8 @@ def grouped_gemm_kernel(
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
+    map_ptr,
+    num_mapped,
     R,
     e,
     N,
@@ -86,14 +98,15 @@ def grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
 ):
     """N counts columns of b; c has N of them, or N / 2 where gate and up are interleaved."""
-    num_m = tl.load(num_post_ptr) // BLOCK_M
+    num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
     if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
         return
     tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
-    expert = tl.load(experts_ptr + tile_m).to(tl.int64)
-    if (expert < 0) | (expert >= e):
+    expert, slots, row_ok = _block_of(
+        tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
+    )
+    if expert < 0:
         return
-    slots, row_ok = _slots_of(sorted_ptr, tile_m, R, BLOCK_M)
     column = ((tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
     depth = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
@@ -137,7 +150,7 @@ def grouped_gemm_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def grouped_gemm_halves_kernel(
     a_ptr,
     b_ptr,
@@ -147,6 +160,8 @@ def grouped_gemm_halves_kernel(
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
+    map_ptr,
+    num_mapped,
     R,
     e,
     N,
@@ -174,14 +189,15 @@ def grouped_gemm_halves_kernel(
     GROUP_M: tl.constexpr,
 ):
     """N counts columns of c; b has N gate rows, then N up rows, ``up_offset`` elements later."""
-    num_m = tl.load(num_post_ptr) // BLOCK_M
+    num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
     if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
         return
     tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
-    expert = tl.load(experts_ptr + tile_m).to(tl.int64)
-    if (expert < 0) | (expert >= e):
+    expert, slots, row_ok = _block_of(
+        tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
+    )
+    if expert < 0:
         return
-    slots, row_ok = _slots_of(sorted_ptr, tile_m, R, BLOCK_M)
     column = ((tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
     depth = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
@@ -224,7 +240,7 @@ def launch(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    alignment: MoEAlignment,
+    blocks: MoEAlignment | LoneSlots,
     tiles: TileConfig,
     top_k: int,
     bias: torch.Tensor | None,
@@ -234,23 +250,28 @@ def launch(
     """As ``grouped_gemm``, unchecked. Tile widths count columns of c."""
     R, N = c.shape
     D = a.shape[1]
-    blocks = alignment.sorted_ids.shape[0] // tiles.block_m
-    if R == 0 or N == 0 or blocks == 0:
+    tables: tuple[torch.Tensor | None, ...]
+    expert_map = blocks.expert_map if isinstance(blocks, LoneSlots) else None
+    if isinstance(blocks, LoneSlots):
+        num_blocks, tables = R, (None, blocks.topk_ids, None)
+    else:
+        num_blocks, tables = blocks.sorted_ids.shape[0] // tiles.block_m, blocks
+    if R == 0 or N == 0 or num_blocks == 0:
         return
     act = activation or NO_ACTIVATION
     halves = act.gated and not act.interleaved
     width = 2 if act.interleaved else 1
     kernel = grouped_gemm_halves_kernel if halves else grouped_gemm_kernel
     own = {"up_offset": N * b.stride(1)} if halves else {"INTERLEAVED": act.interleaved}
-    kernel[(blocks * triton.cdiv(N, tiles.block_n),)](
+    kernel[(num_blocks * triton.cdiv(N, tiles.block_n),)](
         a,
         b,
         c,
         bias,
         row_weights,
-        alignment.sorted_ids,
-        alignment.expert_ids,
-        alignment.num_tokens_post_pad,
+        *tables,
+        expert_map,
+        0 if expert_map is None else expert_map.shape[0],
         R,
         b.shape[0],
         N * width,

@@ -13,7 +13,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "num_rows"))
 def gather_rows_kernel(
     x_ptr,
     out_ptr,
@@ -61,7 +61,7 @@ def gather_rows_kernel(
         tl.store(out_ptr + column * stride_oh, values, column < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "num_rows"))
 def unpermute_kernel(
     rows_ptr,
     weights_ptr,
