@@ -59,7 +59,7 @@ class TopKWeightAndReduceNoOP(TopKWeightAndReduce):
         topk_ids: torch.Tensor,
         apply_router_weight_on_input: bool,
     ) -> torch.Tensor:
-        if output is None or output.data_ptr() == fused_expert_output.data_ptr():
+        if output is None or output is fused_expert_output:
             return fused_expert_output
         return _sum_into(output, fused_expert_output)
 

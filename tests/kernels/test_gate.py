@@ -211,7 +211,8 @@ def test_real_gates_on_a_gpu(T, H, E, batch_invariant, x_dtype, w_dtype, out_dty
     bias = torch.randn(E, device="cuda").to(w_dtype)
     out = gate_linear(x, weight, bias, out_dtype=out_dtype, batch_invariant=batch_invariant)
     exact = x.double() @ weight.double().T + bias.double()
-    tolerance = 2e-5 if out_dtype is FP32 else 2e-2
+    # Tensor cores add 7168 products in fp32, but not in exact order or with exact rounding.
+    tolerance = 5e-5 if out_dtype is FP32 else 2e-2
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
     assert torch.equal(
         out, gate_linear(x, weight, bias, out_dtype=out_dtype, batch_invariant=batch_invariant)
