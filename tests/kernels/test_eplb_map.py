@@ -97,6 +97,16 @@ def test_a_corrupt_map_reads_and_counts_nothing_else(run):
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS)
+def test_a_replica_count_beyond_the_map_stays_in_its_row(run):
+    table = torch.tensor([[0, 1], [2, 3]], device=DEVICE)
+    load = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    ids = torch.zeros(50, 1, dtype=torch.int32, device=DEVICE)
+    physical = run(ids, table, torch.tensor([50, 1], device=DEVICE), load)
+    assert physical.unique().tolist() == [0, 1]
+    assert load.sum() == 50
+
+
+@pytest.mark.parametrize("run", IMPLEMENTATIONS)
 def test_strided_ids_and_accumulating_load(run):
     ids = torch.randint(0, 4, (4, 10), device=DEVICE).t()[::2, 1:3]
     table, count = placement()

@@ -55,6 +55,16 @@ CASES = [
     rule("groups_of_one", 2, 6, "bias", num_expert_group=6, topk_group=3, **V3),
     rule("groups_too_small", 5, 12, "bias", num_expert_group=4, topk_group=1, **V3),
     rule("one_group", 3, 12, "bias", num_expert_group=1, topk_group=1, **V3),
+    rule(
+        "groups_of_three_all_negative",
+        3,
+        12,
+        "negative",
+        score_function="sigmoid",
+        num_expert_group=4,
+        topk_group=2,
+    ),
+    rule("infinite_biases", 4, 12, "infinite", num_expert_group=3, topk_group=2, **V3),
     rule("group_max_bias", 3, 12, "bias", num_expert_group=3, topk_group=2),
     rule("ernie", 3, 12, "bias", renormalize=True, renormalize_floor=0.5),
     rule("renormalize_epsilon", 3, 12, renormalize=True, renormalize_epsilon=0.25),
@@ -120,8 +130,13 @@ def make_tensors(case: Case, device: str = "cpu", seed: int = 0) -> RoutingTenso
     candidates = spec.num_experts + spec.num_zero_experts
     table = torch.randint(0, candidates, (VOCABULARY, spec.top_k), generator=gen)
     table[0, 0] = -1
+    bias = torch.randn(candidates, generator=gen) * 0.3
+    infinite = bias.clone()
+    infinite[::5], infinite[1::4], infinite[2::9] = float("inf"), float("-inf"), float("nan")
     made = {
-        "bias": ("correction_bias", torch.randn(candidates, generator=gen) * 0.3),
+        "bias": ("correction_bias", bias),
+        "negative": ("correction_bias", bias - 5),
+        "infinite": ("correction_bias", infinite),
         "scale": ("per_expert_scale", torch.rand(spec.num_experts, generator=gen) + 0.5),
         "vision": ("vision_bias", torch.randn(candidates, generator=gen)),
         "hash": ("hash_indices_table", table),
@@ -133,7 +148,8 @@ def make_tensors(case: Case, device: str = "cpu", seed: int = 0) -> RoutingTenso
 def make_rows(case: Case, num_tokens: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """input_ids and is_padding as the case wants them."""
     gen = torch.Generator().manual_seed(seed + 2)
-    input_ids = torch.randint(0, VOCABULARY, (num_tokens,), generator=gen)
+    ids = (VISION_LO - 1, VISION_LO, VISION_LO + 4, VISION_LO + 5, 0, VOCABULARY - 1, 3)
+    input_ids = torch.tensor(ids).repeat(num_tokens // len(ids) + 1)[:num_tokens]
     is_padding = torch.rand(num_tokens, generator=gen) < 0.3
     needs_ids = "hash" in case.tensors or "vision" in case.tensors
     return {

@@ -76,6 +76,32 @@ def test_several_tokens_per_program(name, block_t, monkeypatch, poisoned):
     compare(logits, case.spec, tensors, **rows)
 
 
+def test_signed_zeros_are_ties():
+    spec = RoutingSpec(top_k=3, num_experts=6, score_function="identity")
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0, -1.0]], device=DEVICE)
+    assert compare(logits, spec, RoutingTensors()).topk_ids.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_group_of_infinity_and_its_opposite_is_the_worst():
+    spec = RoutingSpec(
+        top_k=2, num_experts=4, num_expert_group=2, topk_group=1, group_score="top2_sum"
+    )
+    bias = torch.tensor([float("inf"), float("-inf"), 0.0, 0.0], device=DEVICE)
+    result = compare(torch.zeros(1, 4, device=DEVICE), spec, RoutingTensors(correction_bias=bias))
+    assert result.topk_ids.tolist() == [[2, 3]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_sqrtsoftplus_keeps_its_digits_everywhere():
+    """Far below zero, where 1 + exp(x) rounds to 1, and far above, where exp overflows."""
+    spec = RoutingSpec(top_k=48, num_experts=48, score_function="sqrtsoftplus")
+    logits = torch.linspace(-60, 120, 48, device=DEVICE)[None]
+    result = compare(logits, spec, RoutingTensors())
+    exact = torch.nn.functional.softplus(logits.double()).sqrt().flip(1)
+    torch.testing.assert_close(result.topk_weights.double(), exact, rtol=1e-5, atol=0)
+
+
 def test_empty_batch():
     spec = RoutingSpec(top_k=2, num_experts=4, num_zero_experts=1)
     result = routing_triton(torch.empty(0, 5, device=DEVICE), spec, RoutingTensors())
