@@ -33,7 +33,7 @@ class BlockRouter(SpecRouter):
     """Routes by the rule of a block's router, with the weights and biases that the block holds.
 
     A router that must decide by itself, and one that someone listens to, is called as the block
-    would call it (``ask``), and its choice is taken for the call under way.
+    would call it (``ask``); its choice is taken while it stands in ``answer``.
     """
 
     def __init__(self, row: Router, block: nn.Module) -> None:

@@ -40,12 +40,22 @@ class Replacement(ABC):
     someone listens to a module that we do not call (``listened``), after a submodule was replaced.
     """
 
-    def __init__(self, module: nn.Module, *, noisy: bool, listened: tuple[nn.Module, ...]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        noisy: bool = False,
+        listened: tuple[nn.Module, ...] = (),
+        experts: BorrowedExperts | None = None,
+    ) -> None:
         self.module = module
         self.original: Callable[..., Any] = module.forward
         self.noisy = noisy
         self.listened = listened
         self.parts = tuple(module.named_children())
+        self.load_hook = None
+        if experts is not None:
+            self.load_hook = module.register_load_state_dict_post_hook(experts.weights_loaded)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)
@@ -68,8 +78,10 @@ class Replacement(ABC):
         children = module._modules
         return any(children.get(name) is not child for name, child in self.parts)
 
-    def release(self) -> None:  # noqa: B027
-        """Undo what was done to the parameters."""
+    def release(self) -> None:
+        """Undo everything but the forward itself."""
+        if self.load_hook is not None:
+            self.load_hook.remove()
 
     @abstractmethod
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -91,6 +103,7 @@ class BlockForward(Replacement):
             block,
             noisy=family.noisy,
             listened=_owners(family, block) if experts is block else tuple(experts.modules()),
+            experts=runner.routed_experts,  # type: ignore[arg-type]
         )
         self.family = family
         self.runner = runner
@@ -107,6 +120,7 @@ class BlockForward(Replacement):
         return args if len(args) == 2 and not kwargs else None
 
     def release(self) -> None:
+        super().release()
         if self.stack is not None:
             self.stack.release()
 
@@ -115,11 +129,23 @@ class BlockForward(Replacement):
         if self.stack is not None and not torch.compiler.is_compiling():
             self.stack.refresh()
         x = hidden_states.reshape(-1, self.width)
-        router.answer = router.ask(x, input_ids) if router.must_be_called else None
-        logits = router.logits(x) if router.answer is None else router.answer.logits
-        output = self._after(self.runner(x, logits, input_ids))
-        router.answer = None
-        return self._as_returned(output, logits, hidden_states)
+        if router.must_be_called:
+            logits, output = self._run_asking(x, input_ids)
+        else:
+            logits = router.logits(x)
+            output = self.runner(x, logits, input_ids)
+        return self._as_returned(self._after(output), logits, hidden_states)
+
+    def _run_asking(
+        self, x: torch.Tensor, input_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, output) with the router module called, once, and its choice taken."""
+        router = self.router
+        router.answer = answer = router.ask(x, input_ids)
+        try:
+            return answer.logits, self.runner(x, answer.logits, input_ids)
+        finally:
+            router.answer = None
 
     def _after(self, output: torch.Tensor) -> torch.Tensor:
         """What the block does to the sum of routed and shared experts [T, H]."""
@@ -154,7 +180,7 @@ class ExpertsForward(Replacement):
     """The experts module alone, called with what the model's router chose."""
 
     def __init__(self, module: nn.Module, experts: BorrowedExperts) -> None:
-        super().__init__(module, noisy=False, listened=tuple(module.children()))
+        super().__init__(module, listened=tuple(module.children()), experts=experts)
         self.experts = experts
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -172,7 +198,7 @@ class RouterForward(Replacement):
     """The router module alone: x [T, H] -> (probabilities [T, E], weights, ids [T, K])."""
 
     def __init__(self, module: nn.Module, router: BlockRouter) -> None:
-        super().__init__(module, noisy=False, listened=())
+        super().__init__(module)
         self.router = router
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -146,6 +146,10 @@ class BorrowedExperts(RoutedExperts):
         self.__dict__["weights"] = weights
         super().__init__(moe_config, UnquantizedFusedMoEMethod(moe_config))
 
+    def weights_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """The hook for after ``load_state_dict``: what a kernel had prepacked is out of date."""
+        self.quant_method.weights_changed()
+
     def create_parameters(
         self,
         params_dtype: torch.dtype,

@@ -85,6 +85,7 @@ class TransformersFusedMoE(nn.Module):
             self.release()
             raise
         self.__dict__["routed_experts"] = routed_experts
+        self.register_load_state_dict_post_hook(routed_experts.weights_loaded)
 
     original: nn.Module
     gate: Gate
