@@ -86,9 +86,18 @@ def test_activation(activation, dtype):
     width = 385 if activation.is_gated else 770
     out = torch.full((300, width), NAN, dtype=dtype, device="cuda")
     moe_activation(activation, out, x.cuda(), config)
+    assert not out.isnan().any()
     expected = activation_reference(activation, x.double(), config)
     tolerance = 8e-3 if dtype == torch.bfloat16 else 3e-5
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("activation", [a for a in MoEActivation if a is not MoEActivation.RELU2])
+def test_clamps_let_nan_through(activation):
+    config = ApplyMoEActivationConfig(clamp_limit=3.0, situ_beta=2.0, situ_linear_beta=1.5)
+    x = torch.full((2, 64), NAN, device="cuda")
+    out = torch.zeros(2, 32 if activation.is_gated else 64, device="cuda")
+    assert moe_activation(activation, out, x, config).isnan().all()
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 
 ANY_EXPERT = 2**31 - 1
 
@@ -60,8 +61,11 @@ def mul_sum_kernel(
             if weights_ptr is not None:
                 weight = tl.load(weights_ptr + token * stride_wt + pick * stride_wk, live, 0.0)
                 row *= weight.to(tl.float32)
-            total += tl.where(live, row, 0.0)
+            total += row
     tl.store(out_ptr + token * stride_ot + column * stride_oh, total, inside)
+
+
+_launch = Launcher(mul_sum_kernel)
 
 
 def mul_sum(
@@ -79,29 +83,25 @@ def mul_sum(
     block_h, num_warps = _tile(T, H)
     weight_strides = (0, 0) if topk_weights is None else topk_weights.stride()
     id_strides = (0, 0) if topk_ids is None else topk_ids.stride()
-    mul_sum_kernel[(T, triton.cdiv(H, block_h))](
-        inputs,
-        topk_weights,
-        topk_ids,
-        expert_map,
-        num_valid_tokens,
-        outputs,
-        H,
-        0 if expert_map is None else expert_map.shape[0],
-        ANY_EXPERT if num_local_experts is None else num_local_experts,
-        *inputs.stride(),
-        *weight_strides,
-        *id_strides,
-        *outputs.stride(),
-        K=K,
-        UNROLL=min(triton.next_power_of_2(K), 8),
-        BLOCK_H=block_h,
-        num_warps=num_warps,
+    _launch(
+        (T, -(-H // block_h)),
+        (inputs, topk_weights, topk_ids, expert_map, num_valid_tokens, outputs),
+        (
+            H,
+            0 if expert_map is None else expert_map.shape[0],
+            ANY_EXPERT if num_local_experts is None else num_local_experts,
+            *inputs.stride(),
+            *weight_strides,
+            *id_strides,
+            *outputs.stride(),
+        ),
+        (K, min(power_of_2(K), 8), block_h),
+        num_warps,
     )
 
 
 def _tile(T: int, H: int) -> tuple[int, int]:
     """Narrow blocks while tokens are few, so that the sum spreads over the whole device."""
     widest = 2048 if T >= 512 else 512 if T >= 64 else 256
-    block_h = min(widest, max(triton.next_power_of_2(H), 32))
+    block_h = min(widest, max(power_of_2(H), 32))
     return block_h, max(1, min(8, block_h // 256))
