@@ -81,6 +81,8 @@ def test_inspect_reads_a_family_that_the_table_lacks(cli, mixtral: Path, tmp_pat
         ({"weight": {"F8_E4M3"}, "weight_scale": {"F32"}}, "compressed-tensors", "f8_e4m3, scales"),
         ({"blocks": {"U8"}, "scales": {"U8"}, "bias": {"BF16"}}, "mxfp4", "mxfp4"),
         ({"weight": {"U8"}, "weight_scale": {"F8_E4M3"}, "weight_scale_2": {"F32"}}, "x", "nvfp4"),
+        ({"weight_packed": {"U8"}, "weight_global_scale": {"F32"}}, "x", "nvfp4"),
+        ({"weight": {"I8"}, "scale": {"F32"}}, "deepseek", "i8, scales"),
         ({"qweight": {"I32"}, "scales": {"F16"}, "qzeros": {"I32"}}, "gptq", "gptq int32"),
         ({"weight_packed": {"I32"}, "weight_scale": {"BF16"}}, "x", "pack-quantized int32"),
     ],

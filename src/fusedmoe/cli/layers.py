@@ -60,7 +60,7 @@ def moe_layers(checkpoint: Checkpoint, facts: ModelFacts) -> list[LayerFacts]:
 def storage_format(leaves: dict[str, set[str]], quant_method: str | None) -> str:
     """A short name for how experts are stored, from the names and dtypes of their tensors."""
     dtypes = set().union(*leaves.values())
-    if "blocks" in leaves and "scales" in leaves:
+    if "blocks" in leaves:
         return "mxfp4"
     if "weight_scale_2" in leaves or "weight_global_scale" in leaves:
         return "nvfp4"
@@ -84,7 +84,7 @@ def check_counts(checkpoint: Checkpoint, facts: ModelFacts) -> None:
     """
     where = checkpoint.folder / CONFIG_NAME
     promised, found = facts.sizes.num_layers, facts.layers_in_files
-    if promised is not None and found and promised > found:
+    if promised is not None and promised > found:
         raise CheckpointError(f"{where}: promises {promised} layers, the files have {found}")
     promised = facts.sizes.num_experts
     for layer in moe_layers(checkpoint, facts):
