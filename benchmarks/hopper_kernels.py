@@ -20,12 +20,24 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+import triton
+import triton.language as tl
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
-from fusedmoe.tuning.hopper_tiles import DecodeGemmTile, DecodeTiles, decode_tiles
+from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.hopper_vector import hopper_vector
+from fusedmoe.tuning.hopper_tiles import (
+    DecodeGemmTile,
+    DecodeTiles,
+    PrefillTiles,
+    VectorTiles,
+    decode_tiles,
+    vector_tiles,
+)
 
+Tiles = DecodeTiles | PrefillTiles | VectorTiles
 DEVICE = torch.device("cuda")
 
 
@@ -89,13 +101,27 @@ def graph_time(calls: list[Callable[[], None]], replays: int = 20) -> tuple[floa
     return statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10]
 
 
+READ_BLOCK = 8192
+
+
+@triton.jit
+def read_kernel(words_ptr, found_ptr, BLOCK: tl.constexpr):
+    """The plainest read of memory: one maximum per block."""
+    block = tl.program_id(0)
+    words = tl.load(words_ptr + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(found_ptr + block, tl.max(words, 0))
+
+
 def ceilings() -> dict[str, float]:
     """Read and copy GB/s, bf16 TFLOP/s on random data."""
     big = randn(1 << 30)
     size = big.numel() * 2
     copy_to = torch.empty_like(big)
-    rows = big.view(torch.int32).view(-1, 1 << 14)
-    read = graph_time([lambda: torch.amax(rows, dim=1)], 10)[0]
+    found = torch.empty(size // 4 // READ_BLOCK, dtype=torch.int32, device=DEVICE)
+    words = big.view(torch.int32)
+    read = graph_time(
+        [lambda: read_kernel[(found.numel(),)](words, found, BLOCK=READ_BLOCK, num_warps=4)], 10
+    )[0]
     copy = graph_time([lambda: copy_to.copy_(big)], 10)[0]
     a, b = randn(8192, 8192), randn(8192, 8192)
     mm = graph_time([lambda: a @ b] * 4, 10)[0]
@@ -119,39 +145,48 @@ class Layer:
         self.b2 = randn(E, H, dtype=dtype) if shape.bias else None
 
     def scratch(self, T: int) -> dict[str, torch.Tensor]:
-        R, H, I = T * self.shape.k, self.shape.H, self.shape.I  # noqa: E741
-        like = self.w1
-        nan = float("nan")
+        """Input, output and scratch for every kind of kernel, poisoned."""
+        R, E, H, I = T * self.shape.k, self.shape.E, self.shape.H, self.shape.I  # noqa: E741
+        like, nan = self.w1, float("nan")
+        rows = prefill_rows(R, E)
         return {
             "x": randn(T, H, dtype=like.dtype),
             "topk_weights": torch.rand(T, self.shape.k, device=DEVICE),
             "out": like.new_full((T, H), nan),
-            "act": like.new_full((R, I), nan),
-            "y": like.new_full((R, H), nan),
+            "act": like.new_full((rows, I), nan),
+            "y": like.new_full((rows, H), nan),
         }
 
-    def decode(
+    def run(
         self,
         ids: torch.Tensor,
-        tiles: DecodeTiles | None,
+        tiles: Tiles,
         programs: int,
+        scratch: dict[str, torch.Tensor],
         expert_map: torch.Tensor | None = None,
-        config: ApplyMoEActivationConfig | None = None,
-        **scratch: torch.Tensor,
     ) -> None:
-        hopper_decode(
-            w1=self.w1,
-            w2=self.w2,
-            topk_ids=ids,
-            activation=self.shape.activation,
-            activation_config=config,
-            w1_bias=self.b1,
-            w2_bias=self.b2,
-            expert_map=expert_map,
-            tiles=tiles,
-            programs=programs,
-            **scratch,
-        )
+        """One layer by the kind of kernel that ``tiles`` belong to."""
+        R = ids.numel()
+        given = {
+            "x": scratch["x"],
+            "w1": self.w1,
+            "w2": self.w2,
+            "topk_weights": scratch["topk_weights"],
+            "topk_ids": ids,
+            "out": scratch["out"],
+            "activation": self.shape.activation,
+            "w1_bias": self.b1,
+            "w2_bias": self.b2,
+            "expert_map": expert_map,
+            "tiles": tiles,
+            "programs": programs,
+        }
+        if isinstance(tiles, PrefillTiles):
+            hopper_prefill(act=scratch["act"], y=scratch["y"], **given)
+        elif isinstance(tiles, VectorTiles):
+            hopper_vector(act=scratch["act"][:R], **given)
+        else:
+            hopper_decode(act=scratch["act"][:R], y=scratch["y"][:R], **given)
 
     def reference(
         self, ids: torch.Tensor, expert_map: torch.Tensor | None = None, **scratch: torch.Tensor
@@ -176,18 +211,33 @@ def error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return (out.double() - reference).norm().item() / (norm or 1.0)
 
 
-def decode_variants(R: int, shape: Shape) -> dict[str, DecodeTiles]:
-    """The chosen tiles first, then others worth comparing at R slots."""
-    auto = decode_tiles(R, shape.E, shape.H)
-    out = {"auto": auto}
+def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
+    """The kinds of kernel that can run R slots, with ``more`` in several tiles each."""
+    out: dict[str, Tiles] = {}
+    mean = R / shape.E
     tile = DecodeGemmTile
-    if auto.block <= 16:
-        out["bk256"] = replace(auto, up=tile(64, 256, 3), down=tile(64, 256, 6))
-        out["pairs"] = replace(auto, up=tile(64, 128, 3), down=tile(64, 128, 6))
-    else:
-        out["bk128"] = replace(auto, up=tile(128, 128, 2, 8), down=tile(256, 128, 2, 8))
-        out["w4bk128"] = replace(auto, up=tile(64, 128, 4), down=tile(128, 128, 4))
-        out["two"] = replace(auto, up=tile(64, 64, 4), down=tile(128, 64, 4))
+    vector = vector_tiles(R // shape.k, shape.k, shape.H, shape.I)
+    if vector is not None and (2 * shape.k >= R or (more and R <= 32)):
+        out["vector"] = vector
+        half = vector_tiles(R // shape.k, shape.k, shape.H, shape.I, 0.5)
+        if more and half is not None:
+            out["vectorhalf"] = half
+        if more:
+            out["vector8"] = replace(vector, warps=8)
+    if mean <= 96 or shape.name == "small":
+        auto = decode_tiles(R, shape.E, shape.H)
+        out["decode"] = auto
+        if more and auto.block <= 16:
+            out["pairs"] = replace(auto, up=tile(64, 128, 3), down=tile(64, 128, 6))
+        elif more:
+            out["bk128"] = replace(auto, up=tile(128, 128, 2, 8), down=tile(256, 128, 2, 8))
+            out["w4bk128"] = replace(auto, up=tile(64, 128, 4), down=tile(128, 128, 4))
+    if mean >= 16 or shape.name == "small":
+        out["prefill"] = PrefillTiles()
+        if more:
+            out["stages3"] = PrefillTiles(stages=3)
+            out["group8"] = PrefillTiles(group=8)
+            out["group32"] = PrefillTiles(group=32)
     return out
 
 
@@ -199,18 +249,20 @@ def small(activation: str = "silu", bias: bool = False, **sizes: int) -> Shape:
 def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[int, int]) -> None:
     """Compile one part of what ``time`` will run, on layers of two experts."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    todo = [(SHAPES[name], T) for name in shapes for T in tokens]
-    jobs = [
-        (shape, T, tiles)
-        for shape, T in todo
-        for name, tiles in decode_variants(T * shape.k, shape).items()
-        if all_variants or name == "auto"
-    ]
-    for shape, T, tiles in jobs[part[0] :: part[1]]:
+    jobs: dict[object, tuple[Shape, int, Tiles]] = {}
+    for name, T in itertools.product(shapes, sorted(tokens)):
+        shape = SHAPES[name]
+        for tiles in all_tiles(T * shape.k, shape, all_variants).values():
+            key = (name, tiles, T if isinstance(tiles, VectorTiles) else None)
+            jobs.setdefault(key, (shape, T, tiles))
+    for shape, T, tiles in list(jobs.values())[part[0] :: part[1]]:
         layer = Layer(replace(shape, E=2))
         ids = balanced_ids(T, 2, shape.k)
-        layer.decode(ids, tiles, sms, **layer.scratch(T))
+        layer.run(ids, tiles, sms, layer.scratch(T))
         torch.cuda.synchronize()
+
+
+CHECKED = ("vector", "vectorhalf", "decode", "bk128", "prefill", "stages3")
 
 
 def check(part: tuple[int, int]) -> int:
@@ -249,18 +301,20 @@ def check(part: tuple[int, int]) -> int:
             id_sets["map"] = (ids, torch.where(half % 2 == 0, half // 2, -1).to(torch.int32))
             id_sets["none"] = (torch.full_like(ids, -1), None)
         for (routing, (ids, expert_map)), (name, tiles) in itertools.product(
-            id_sets.items(), decode_variants(T * shape.k, shape).items()
+            id_sets.items(), all_tiles(T * shape.k, shape, True).items()
         ):
+            if name not in CHECKED:
+                continue
             label = f"{shape.name} {shape.activation.value} T={T} {dtype} {routing} {name}"
             for key in ("out", "act", "y"):
                 scratch[key].fill_(float("nan"))
             print(label, end=" ", flush=True)
-            layer.decode(ids, tiles, sms, expert_map, **scratch)
+            layer.run(ids, tiles, sms, scratch, expert_map)
             torch.cuda.synchronize()
             first = scratch["out"].clone()
             want = layer.reference(ids, expert_map, **scratch)
             value = error(first, want)
-            layer.decode(ids, tiles, sms, expert_map, **scratch)
+            layer.run(ids, tiles, sms, scratch, expert_map)
             torch.cuda.synchronize()
             same = torch.equal(first, scratch["out"])
             ok = value < (2e-3 if dtype is torch.float16 else 8e-3) and same
@@ -279,8 +333,10 @@ def profile(shapes: list[str], tokens: list[int]) -> None:
         for T in tokens:
             scratch = layer.scratch(T)
             for offset in (0, T * shape.k):
-                layer.decode(balanced_ids(T, shape.E, shape.k, offset), None, sms, **scratch)
-                torch.cuda.synchronize()
+                ids = balanced_ids(T, shape.E, shape.k, offset)
+                for tiles in all_tiles(T * shape.k, shape, False).values():
+                    layer.run(ids, tiles, sms, scratch)
+                    torch.cuda.synchronize()
 
 
 def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
@@ -306,21 +362,17 @@ def time_shape(
             break
         R = T * shape.k
         scratch = layers[0].scratch(T)
-        sets = 16 if T <= 16 else 2 * copies
+        sets = 16 if T <= 16 else 2 * copies if T <= 1024 else copies
         ids = [balanced_ids(T, shape.E, shape.k, i * R) for i in range(sets)]
         best = limit_us(shape, T, peak)
-        variants = decode_variants(R, shape)
-        if not all_variants:
-            variants = {"auto": variants["auto"]}
-        for name, tiles in variants.items():
+        for name, tiles in all_tiles(R, shape, all_variants).items():
             calls = [
-                partial(layers[i % copies].decode, ids[i], tiles, sms, **scratch)
-                for i in range(sets)
+                partial(layers[i % copies].run, ids[i], tiles, sms, scratch) for i in range(sets)
             ]
             us, p10, p90 = graph_time(calls)
             flops = 6 * R * shape.H * shape.I
             row = {
-                "impl": f"hopper_decode:{name}", "shape": shape.name, "T": T, "us": us,
+                "impl": f"hopper:{name}", "shape": shape.name, "T": T, "us": us,
                 "p10_us": p10, "p90_us": p90, "limit_us": best, "fraction_of_limit": best / us,
                 "tflops": flops / us / 1e6, "tiles": asdict(tiles),
             }  # fmt: skip

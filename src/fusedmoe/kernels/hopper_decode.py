@@ -42,7 +42,7 @@ def hopper_decode(
     [e, S * I] and [e, H]. ``programs``: how many run at once, the number of multiprocessors.
     Raises ValueError for sizes that are not multiples of 16 and for tensors that do not fit.
     """
-    _check(x, w1, w2, topk_ids, out, act, y)
+    check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, topk_ids.numel())
     if not x.is_cuda:
         hopper_decode_reference(
             x, w1, w2, topk_weights, topk_ids, out, activation=activation,
@@ -98,33 +98,45 @@ def hopper_decode_reference(
     out.copy_(result)
 
 
-def _check(
+def check_experts(
     x: torch.Tensor,
     w1: torch.Tensor,
     w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     out: torch.Tensor,
     act: torch.Tensor,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
+    rows: int,
 ) -> None:
+    """Raise ValueError where the tensors of a Hopper launch do not fit; ``rows`` of act and y."""
     (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     if H % ALIGNED_ELEMENTS or I % ALIGNED_ELEMENTS:
         raise ValueError(f"H {H} and I {I} must be multiples of {ALIGNED_ELEMENTS}")
     if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"hopper_decode computes in fp16 or bf16, got {x.dtype}")
+        raise ValueError(f"the Hopper kernels compute in fp16 or bf16, got {x.dtype}")
     for name, tensor, shape in (
         ("x", x, (T, H)),
         ("out", out, (T, H)),
-        ("act", act, (T * K, I)),
-        ("y", y, (T * K, H)),
+        ("act", act, (rows, I)),
+        ("y", y, (rows, H)),
     ):
-        if tensor.shape != shape or tensor.dtype != x.dtype:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {x.dtype}"
             )
-    for name, tensor in (("w1", w1), ("w2", w2), ("topk_ids", topk_ids), ("act", act), ("y", y)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {tensor.stride()}")
+    if topk_weights is not None and topk_weights.shape != (T, K):
+        raise ValueError(f"topk_weights is {tuple(topk_weights.shape)}, expected {(T, K)}")
+    for name, dense in (
+        ("w1", w1),
+        ("w2", w2),
+        ("topk_weights", topk_weights),
+        ("topk_ids", topk_ids),
+        ("act", act),
+        ("y", y),
+    ):
+        if dense is not None and not dense.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
     if x.stride(1) != 1 or x.stride(0) % ALIGNED_ELEMENTS or out.stride(1) != 1:
         raise ValueError(
             f"rows of x must start at multiples of {ALIGNED_ELEMENTS} elements and rows of x and "

@@ -22,12 +22,10 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
@@ -36,11 +34,14 @@ from fusedmoe.kernels.triton.activation import gated_activation, plain_activatio
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
     find_block,
+    gate_up_descriptors,
     issue_rows,
     issue_tiles,
     load_bias,
+    matrix_descriptor,
     next_stage,
     next_step,
+    open_barriers,
     rows_layout,
     store_columns,
 )
@@ -48,16 +49,6 @@ from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.tuning.hopper_tiles import DecodeTiles
 
 UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
-
-
-@gluon.jit
-def open_barriers(STAGES: gl.constexpr):
-    """STAGES barriers; each opens after one TMA arrival and a gather by every thread."""
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1 + 32 * gl.num_warps())
-    fence_async_shared()
-    return bars
 
 
 @gluon.jit
@@ -144,7 +135,7 @@ def up_kernel(
     gate_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], gate_desc.layout)
     up_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], up_desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], x_shared)
-    bars = open_barriers(STAGES)
+    bars = open_barriers(STAGES, 32 * WARPS)
 
     gdc_wait()
     gdc_launch_dependents()
@@ -253,7 +244,7 @@ def down_kernel(
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
     ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], x_shared)
-    bars = open_barriers(STAGES)
+    bars = open_barriers(STAGES, 32 * WARPS)
 
     # The tables were complete before up_kernel let this launch begin.
     tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
@@ -345,15 +336,6 @@ def sum_kernel(
     tl.store(out_ptr + token * stride_out + column, total, inside)
 
 
-def weight_descriptor(weights, first, row_stride, rows, tile):
-    """TMA view of [rows, K] whose first element lies ``first`` elements into ``weights``."""
-    width = weights.shape[-1]
-    dtype = gl.float16 if weights.dtype is torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([tile.rows, tile.depth], dtype)
-    base = weights.view(-1)[first:]
-    return TensorDescriptor(base, [rows, width], [row_stride, 1], [tile.rows, tile.depth], layout)
-
-
 def decode(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -377,17 +359,7 @@ def decode(
     R = T * K
     sorted_ids, expert_ids, num_post = tables
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
-    if not activation.gated:
-        gate = up = weight_descriptor(w1, 0, H, e * I, tiles.up)
-        desc_rows = I
-    elif activation.interleaved:
-        gate = weight_descriptor(w1, 0, 2 * H, e * I, tiles.up)
-        up = weight_descriptor(w1, H, 2 * H, e * I, tiles.up)
-        desc_rows = I
-    else:
-        gate = weight_descriptor(w1, 0, H, e * 2 * I, tiles.up)
-        up = weight_descriptor(w1, I * H, H, e * 2 * I - I, tiles.up)
-        desc_rows = 2 * I
+    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tiles.up.rows, tiles.up.depth)
     up_kernel[(programs,)](
         gate,
         up,
@@ -418,7 +390,7 @@ def decode(
         launch_pdl=True,
     )
     down_kernel[(programs,)](
-        weight_descriptor(w2, 0, I, e * H, tiles.down),
+        matrix_descriptor(w2.view(e * H, I), tiles.down.rows, tiles.down.depth),
         w2_bias,
         act,
         y,

@@ -1,0 +1,95 @@
+"""The experts of a large batch on Hopper: the whole layer but routing, bound by the products.
+
+Device code: ``kernels/triton/hopper_prefill.py`` (Gluon). The definition is ``experts_reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.hopper_decode import check_experts, hopper_decode_reference
+from fusedmoe.tuning.hopper_tiles import PrefillTiles
+
+PREFILL_BLOCK = 128
+
+
+def prefill_rows(R: int, num_local: int) -> int:
+    """How many rows the scratch of R slots over ``num_local`` experts has at most."""
+    return padded_slots(R, PREFILL_BLOCK, num_local, whole_blocks=True)
+
+
+def hopper_prefill(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: PrefillTiles | None = None,
+    programs: int,
+) -> None:
+    """As ``hopper_decode``, but for the scratch: act [P, I] and y [P, H], P = ``prefill_rows``.
+
+    The same errors.
+    """
+    P = prefill_rows(topk_ids.numel(), w2.shape[0])
+    check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, P)
+    if not x.is_cuda:
+        hopper_decode_reference(
+            x,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            out,
+            activation=activation,
+            activation_config=activation_config,
+            w1_bias=w1_bias,
+            w2_bias=w2_bias,
+            expert_map=expert_map,
+        )
+        return
+    from fusedmoe.kernels.triton.hopper_prefill import prefill
+
+    e, R = w2.shape[0], topk_ids.numel()
+    if R == 0:
+        return
+    tables = moe_align_block_size(
+        topk_ids,
+        PREFILL_BLOCK,
+        e if expert_map is None else expert_map.shape[0],
+        expert_map,
+        pad_sorted_ids=True,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    assert isinstance(tables, MoEAlignment)
+    prefill(
+        x,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        out,
+        act,
+        y,
+        torch.empty(R, dtype=torch.int32, device=x.device),
+        device_activation(activation, activation_config),
+        w1_bias,
+        w2_bias,
+        expert_map,
+        tables,
+        tiles or PrefillTiles(),
+        programs,
+    )
