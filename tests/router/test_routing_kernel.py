@@ -8,6 +8,7 @@ import pytest
 import torch
 from routing_cases import CASES, make_logits, make_rows, make_tensors
 
+import fusedmoe
 from fusedmoe.kernels.routing import routing_reference
 from fusedmoe.router.functional import _spec_arguments, _tensor_arguments, route
 from fusedmoe.router.spec import RoutingSpec, RoutingTensors
@@ -303,3 +304,19 @@ def test_compiled_and_checked_on_a_gpu():
             *_spec_arguments(case.spec),
         ),
     )
+
+
+@pytest.mark.multigpu
+def test_tensors_on_another_gpu_than_the_current_one():
+    """Routing, the gate and the replica mapping all run where their tensors are."""
+    router = fusedmoe.create_fused_moe_router(2, 8)
+    gate = fusedmoe.GateLinear(16, 8, out_dtype=torch.float32, device="cuda:1")
+    hidden = torch.randn(3, 16, device="cuda:1")
+    load = torch.zeros(8, dtype=torch.int32, device="cuda:1")
+    ones = torch.ones(8, dtype=torch.int64, device="cuda:1")
+    router.set_eplb_state(load, torch.arange(8, device="cuda:1")[:, None], ones)
+    with torch.cuda.device(0):
+        logits = gate(hidden)
+        result = router.select_experts(hidden, logits)
+    assert torch.equal(result.topk_ids.long(), logits.topk(2, dim=1).indices)
+    assert load.sum() == 6

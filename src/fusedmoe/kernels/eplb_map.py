@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.device import device_of
+
 HASH_MULTIPLIER = 2654435769
 
 
@@ -58,10 +60,18 @@ def _eplb_map(
     num_unpadded_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     if topk_ids.is_cuda:
-        from fusedmoe.kernels.triton.eplb_map import eplb_map_triton as implementation
-    else:
-        implementation = eplb_map_reference
-    return implementation(
+        from fusedmoe.kernels.triton.eplb_map import eplb_map_triton
+
+        with device_of(topk_ids):
+            return eplb_map_triton(
+                topk_ids,
+                logical_to_physical_map,
+                logical_replica_count,
+                expert_load_view,
+                should_record=should_record,
+                num_unpadded_tokens=num_unpadded_tokens,
+            )
+    return eplb_map_reference(
         topk_ids,
         logical_to_physical_map,
         logical_replica_count,

@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from fusedmoe.kernels.device import device_of
+
 GateTier = Literal["rows", "tiles", "mm_fp32", "linear"]
 
 MAX_ROWS_TOKENS = 16
@@ -78,11 +80,13 @@ def _gate_linear(
     if tier == "rows":
         from fusedmoe.kernels.triton.gate import gate_rows
 
-        logits = gate_rows(rows, weight, bias, out_dtype)
+        with device_of(rows):
+            logits = gate_rows(rows, weight, bias, out_dtype)
     elif tier == "tiles":
         from fusedmoe.kernels.triton.gate import gate_tiles
 
-        logits = gate_tiles(rows, weight, bias, out_dtype)
+        with device_of(rows):
+            logits = gate_tiles(rows, weight, bias, out_dtype)
     elif tier == "mm_fp32":
         logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
         if bias is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.device import device_of
 from fusedmoe.router.spec import (
     NUM_VISION_TOKEN_IDS,
     RoutingResult,
@@ -41,14 +42,15 @@ def routing(
     if logits.is_cuda and spec.num_experts + spec.num_zero_experts <= MAX_TRITON_CANDIDATES:
         from fusedmoe.kernels.triton.routing import routing_triton
 
-        return routing_triton(
-            logits,
-            spec,
-            tensors,
-            input_ids=input_ids,
-            is_padding=is_padding,
-            indices_dtype=indices_dtype,
-        )
+        with device_of(logits):
+            return routing_triton(
+                logits,
+                spec,
+                tensors,
+                input_ids=input_ids,
+                is_padding=is_padding,
+                indices_dtype=indices_dtype,
+            )
     return routing_reference(
         logits,
         spec,
