@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.cpu_core import cpu_fused_experts
+from fusedmoe.experts.cpu_core import cpu_fused_experts, scratch_rows
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -21,7 +21,7 @@ _CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}))
 
 
 class CpuExperts(FusedMoEExpertsModular):
-    """The default on a CPU. Scratch is bounded by construction, so workspaces are not used."""
+    """The default on a CPU. Its workspace holds the expert outputs in fp32, a few at a time."""
 
     name = "cpu"
 
@@ -40,7 +40,8 @@ class CpuExperts(FusedMoEExpertsModular):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> WorkspaceShapes:
-        return WorkspaceShapes((0,), (0,), (M, K))
+        per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
+        return WorkspaceShapes((scratch_rows(M, topk, K), K * per_float), (0,), (M, K))
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
@@ -78,6 +79,7 @@ class CpuExperts(FusedMoEExpertsModular):
                 expert_map=expert_map,
                 global_num_experts=global_num_experts,
                 batch_invariant=self.moe_config.options.batch_invariant,
+                scratch=None if workspace13 is None else workspace13.view(torch.float32),
             )
         )
 

@@ -1,8 +1,9 @@
 """The routed experts of one layer on a CPU, as one function of tensors.
 
-Slots (t, k) are sorted by expert once. Consecutive experts with few rows share a block of scratch
-rows, so that the activation runs over many rows at a time; an expert with many rows is a block of
-its own. Every weight is read once, scratch does not grow with T.
+Slots (t, k) are sorted by expert once (``cpu_plan.py``). The rows of a few consecutive experts make
+a block: gathered, multiplied expert by expert, activated together, multiplied again, written to
+fp32 scratch in sorted order. At the end every token gathers its K rows from there and sums them in
+the order of its picks. Weights are read once for as many tokens as scratch holds.
 
 T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K routed rows, S = 2 where the
 activation is gated.
@@ -10,44 +11,33 @@ activation is gated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.cpu_gemm import expert_linear
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
 
-BLOCK_ROWS = 128
+SCRATCH_BYTES = 256 << 20
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Linear = Callable[[torch.Tensor, int], torch.Tensor]
-"""Rows [M, in] and a local expert -> [M, out]."""
+Linear = Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+"""Rows [M, in], a local expert and where to write, if that matters -> [M, out]."""
 
 
-class ExpertLinears(NamedTuple):
-    """The two products of each expert, and their biases [e, S * I] and [e, H]."""
+class Layer(NamedTuple):
+    """What the experts compute. ``width`` is S * I; biases are [e, S * I] and [e, H]."""
 
     up: Linear
     down: Linear
-    up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-
-
-class SortedSlots(NamedTuple):
-    """slots int64 [<= R]: the routed slots t * K + k, by expert; ``counts``: rows per expert."""
-
-    slots: torch.Tensor
-    counts: list[int]
-
-
-class Block(NamedTuple):
-    """Rows [start, stop) of the sorted slots; ``experts``: (local expert, rows) in order."""
-
-    start: int
-    stop: int
-    experts: list[tuple[int, int]]
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activation: MoEActivation
+    config: ApplyMoEActivationConfig
+    width: int
 
 
 def cpu_fused_experts(
@@ -65,6 +55,7 @@ def cpu_fused_experts(
     global_num_experts: int = -1,
     apply_router_weight_on_input: bool = False,
     batch_invariant: bool = False,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I] -> [T, H]; no gradient flows.
 
@@ -73,6 +64,7 @@ def cpu_fused_experts(
     the length of ``expert_map`` (int32, global -> local id or -1), else e.
     ``apply_router_weight_on_input`` (K = 1) weights the rows that enter. ``batch_invariant``
     computes every token alone, which makes its bits independent of the others, and T > 1 slow.
+    ``scratch`` fp32 [rows, H], rows >= K, bounds the memory used; None allocates up to 256 MiB.
 
     Raises ValueError for shapes or dtypes that disagree and for ids out of range.
     """
@@ -82,8 +74,7 @@ def cpu_fused_experts(
             f"apply_router_weight_on_input needs top-1 routing, got K = {topk_ids.shape[1]}"
         )
     numbers = activation_config or ApplyMoEActivationConfig()
-    call = _op if torch.compiler.is_compiling() else _run
-    return call(
+    arguments = (
         hidden_states,
         w1,
         w2,
@@ -102,6 +93,9 @@ def cpu_fused_experts(
         apply_router_weight_on_input,
         batch_invariant,
     )
+    if torch.compiler.is_compiling():
+        return _op(*arguments)
+    return _run(*arguments, scratch)
 
 
 def _run(
@@ -122,139 +116,114 @@ def _run(
     global_num_experts: int,
     apply_router_weight_on_input: bool,
     batch_invariant: bool,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    config = ApplyMoEActivationConfig(
-        clamp_limit=clamp_limit,
-        alpha=alpha,
-        beta=beta,
-        situ_beta=situ_beta,
-        situ_linear_beta=situ_linear_beta,
-    )
-    linears = ExpertLinears(
-        lambda rows, expert: expert_linear(rows, w1[expert]),
-        lambda rows, expert: expert_linear(rows, w2[expert]),
-        w1_bias,
-        w2_bias,
-    )
-    ids = checked_local_ids(topk_ids, w1.shape[0], expert_map, global_num_experts)
     x, weights = hidden_states, topk_weights.float()
     if apply_router_weight_on_input:
         x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
-    return run_experts(
-        x, weights, ids, w1.shape[0], linears, MoEActivation(activation), config, batch_invariant
+    layer = Layer(
+        lambda rows, expert, out: expert_linear(rows, w1[expert], out),
+        lambda rows, expert, out: expert_linear(rows, w2[expert], out),
+        w1_bias,
+        w2_bias,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig(
+            clamp_limit=clamp_limit,
+            alpha=alpha,
+            beta=beta,
+            situ_beta=situ_beta,
+            situ_linear_beta=situ_linear_beta,
+        ),
+        w1.shape[1],
     )
+    route = Route(w1.shape[0], expert_map, global_num_experts)
+    return run_layer(layer, route, x, weights, topk_ids, batch_invariant, scratch)
 
 
-def run_experts(
+def run_layer(
+    layer: Layer,
+    route: Route,
     x: torch.Tensor,
     topk_weights: torch.Tensor,
-    local_topk_ids: torch.Tensor,
-    num_experts: int,
-    linears: ExpertLinears,
-    activation: MoEActivation,
-    config: ApplyMoEActivationConfig,
+    topk_ids: torch.Tensor,
     batch_invariant: bool = False,
+    scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, H], weights fp32 [T, K], ids int64 [T, K] in [-1, num_experts) -> [T, H] like x."""
-    T = x.shape[0]
-    if batch_invariant and T > 1:
-        alone = [
-            run_experts(
-                x[t : t + 1].clone(),
-                topk_weights[t : t + 1],
-                local_topk_ids[t : t + 1],
-                num_experts,
-                linears,
-                activation,
-                config,
-            )
-            for t in range(T)
-        ]
-        return torch.cat(alone)
-    slots, counts = sort_slots(local_topk_ids, num_experts)
-    token = slots // local_topk_ids.shape[1]
-    weights = topk_weights.flatten()[slots, None]
-    total = torch.zeros(x.shape, dtype=torch.float32)
-    for block in blocks_of(counts):
-        tokens = token[block.start : block.stop]
-        down = _run_block(x[tokens], block, linears, activation, config)
-        total.index_add_(0, tokens, down.mul_(weights[block.start : block.stop]))
+    """x [T, H], weights fp32 [T, K], ids int [T, K] -> [T, H] like x, some tokens at a time.
+
+    ``scratch`` fp32 [rows, H], rows >= K, is allocated where it is None.
+    """
+    T, K = topk_ids.shape
+    if scratch is None:
+        scratch = torch.empty(scratch_rows(T, K, x.shape[1]), x.shape[1])
+    step = 1 if batch_invariant else max(1, scratch.shape[0] // max(1, K))
+    if step >= T:
+        return _run_tokens(layer, route, x, topk_weights, topk_ids, scratch)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, T, step):
+        part = slice(start, start + step)
+        output[part] = _run_tokens(
+            layer, route, x[part], topk_weights[part], topk_ids[part], scratch
+        )
+    return output
+
+
+def scratch_rows(T: int, K: int, H: int) -> int:
+    """Rows of scratch for T tokens: all of their slots, within SCRATCH_BYTES."""
+    return max(K, min(T * K, SCRATCH_BYTES // (4 * H)))
+
+
+def _run_tokens(
+    layer: Layer,
+    route: Route,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
+    order = sort_slots(topk_ids.tolist(), route)
+    if not order.rows:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    tokens = torch.tensor(order.tokens)
+    for block in blocks_of(order.counts):
+        rows = x.index_select(0, tokens[block.start : block.stop])
+        _run_block(layer, rows, block, scratch[block.start : block.stop])
+    weights = topk_weights.flatten()
+    if len(order.slots) < weights.numel():
+        weights = weights[torch.tensor(order.slots)]
+    total = F.embedding_bag(
+        torch.tensor(order.rows),
+        scratch,
+        torch.tensor(order.offsets),
+        mode="sum",
+        per_sample_weights=weights,
+    )
     return total.to(x.dtype)
 
 
-def _run_block(
-    rows: torch.Tensor,
-    block: Block,
-    linears: ExpertLinears,
-    activation: MoEActivation,
-    config: ApplyMoEActivationConfig,
-) -> torch.Tensor:
-    """The unweighted expert outputs of a block's rows, fp32, contiguous, its own memory."""
-    up = _per_expert(rows, block, linears.up, linears.up_bias)
-    middle = activation_reference(activation, up, config).to(rows.dtype)
-    down = _per_expert(middle, block, linears.down, linears.down_bias)
-    return down.float().contiguous()
+def _run_block(layer: Layer, rows: torch.Tensor, block: Block, down: torch.Tensor) -> None:
+    """Write the unweighted expert outputs of a block's rows into ``down``, fp32 [rows, H]."""
+    up = _per_expert(rows, block, layer.up, layer.width, layer.up_bias)
+    middle = activation_reference(layer.activation, up, layer.config).to(rows.dtype)
+    down.copy_(_per_expert(middle, block, layer.down, down.shape[1], layer.down_bias))
 
 
 def _per_expert(
-    rows: torch.Tensor, block: Block, linear: Linear, bias: torch.Tensor | None
+    rows: torch.Tensor, block: Block, linear: Linear, width: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Every expert's rows through its own product, in order; with a bias the result is fp32."""
     if len(block.experts) == 1:
-        out = linear(rows, block.experts[0][0])
+        out = linear(rows, block.experts[0].expert, None)
     else:
-        parts = rows.split([count for _, count in block.experts])
-        out = torch.cat(
-            [linear(part, e) for part, (e, _) in zip(parts, block.experts, strict=True)]
-        )
+        out = rows.new_empty(rows.shape[0], width)
+        start = 0
+        for expert, count in block.experts:
+            linear(rows[start : start + count], expert, out[start : start + count])
+            start += count
     if bias is None:
         return out
-    experts = torch.tensor([e for e, _ in block.experts])
-    counts = torch.tensor([count for _, count in block.experts])
-    return out.float() + bias[experts].float().repeat_interleave(counts, dim=0)
-
-
-def blocks_of(counts: list[int], block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
-    """Cut the sorted rows into blocks of whole experts, of ``block_rows`` where experts allow."""
-    start = stop = 0
-    experts: list[tuple[int, int]] = []
-    for expert, count in enumerate(counts):
-        if count == 0:
-            continue
-        if experts and stop - start + count > block_rows:
-            yield Block(start, stop, experts)
-            start, experts = stop, []
-        experts.append((expert, count))
-        stop += count
-    if experts:
-        yield Block(start, stop, experts)
-
-
-def sort_slots(local_topk_ids: torch.Tensor, num_experts: int) -> SortedSlots:
-    """Slots by expert, those of one expert in token order; slots with id -1 are left out."""
-    flat = local_topk_ids.flatten()
-    counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
-    return SortedSlots(flat.argsort(stable=True)[counts[0] :], counts[1:])
-
-
-def checked_local_ids(
-    topk_ids: torch.Tensor,
-    num_local: int,
-    expert_map: torch.Tensor | None,
-    global_num_experts: int = -1,
-) -> torch.Tensor:
-    """Local ids int64 [T, K]; ValueError naming an id outside [-1, number of global experts)."""
-    limit = num_local if expert_map is None else expert_map.shape[0]
-    if global_num_experts >= 0:
-        limit = global_num_experts
-    if topk_ids.numel():
-        low, high = (int(bound) for bound in topk_ids.aminmax())
-        if low < -1 or high >= limit:
-            raise ValueError(
-                f"topk_ids contain {low if low < -1 else high}, which is neither -1 nor one of "
-                f"{limit} experts"
-            )
-    return local_ids(topk_ids, num_local, expert_map)
+    experts = torch.tensor([expert for expert, count in block.experts for _ in range(count)])
+    return out.float() + bias[experts].float()
 
 
 def _check(
@@ -295,7 +264,9 @@ def _check(
             raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")
 
 
-_op = torch.library.custom_op("fusedmoe::cpu_experts", _run, mutates_args=(), device_types="cpu")
+_op = torch.library.custom_op(
+    "fusedmoe::cpu_experts", _run, mutates_args=("scratch",), device_types="cpu"
+)
 
 
 @_op.register_fake

@@ -19,12 +19,12 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+TRANSPOSED_ROWS = 32
 _SLICES = (8, 4, 16, 2, 6, 3, 5, 7)
 _MIN_SLICE_ROWS = 32
 _FP32_SLICED_ROWS = 2
 _FP32_SLICED_ROWS_NARROW = 4
 _FP32_NARROW = 1024
-_BF16_TRANSPOSED_ROWS = 32
 _EMULATED_ROWS = 4
 
 
@@ -45,25 +45,25 @@ def has_native(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def expert_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, K] times weight [N, K] transposed: [M, N] of their dtype, in any layout.
+def expert_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed: [M, N] of their dtype, in ``out`` or in any layout.
 
     The sums are fp32. Which kernel runs depends on M, so the last bits of a row do too.
     """
     M, K = x.shape
     dtype = weight.dtype
-    if not has_native(dtype):
-        if M <= _EMULATED_ROWS:
-            return F.linear(x, weight)
-        return expert_linear(x.float(), weight.float()).to(dtype)
-    if dtype is torch.float32:
+    if not has_native(dtype) and M > _EMULATED_ROWS:
+        result = expert_linear(x.float(), weight.float())
+    elif dtype is torch.float32:
         most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
-        if most >= M:
-            return _sliced(x, weight)
-        return _onednn_linear(x, weight)
-    if M < _BF16_TRANSPOSED_ROWS:
-        return F.linear(x, weight)
-    return torch.mm(weight, x.t()).t()
+        result = _sliced(x, weight) if most >= M else _onednn_linear(x, weight)
+    elif has_native(dtype) and M >= TRANSPOSED_ROWS:
+        result = torch.mm(weight, x.t()).t()
+    else:
+        return torch.mm(x, weight.t(), out=out) if out is not None else torch.mm(x, weight.t())
+    return result.to(dtype) if out is None else out.copy_(result)
 
 
 def slices_of(num_rows: int) -> int:

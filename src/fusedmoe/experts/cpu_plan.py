@@ -1,0 +1,113 @@
+"""Which rows go to which expert, worked out on the host in plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.experts.cpu_gemm import TRANSPOSED_ROWS
+
+BLOCK_ROWS = 256
+MAX_BLOCK_ROWS = 2048
+
+
+class Route(NamedTuple):
+    """How an id becomes a local expert: 0 <= id < ``num_global``, through ``expert_map`` if given.
+
+    ``num_global`` -1: the length of the map, else the number of local experts.
+    """
+
+    num_local: int
+    expert_map: torch.Tensor | None = None
+    num_global: int = -1
+
+
+class SortedSlots(NamedTuple):
+    """The routed slots (t, k), sorted by expert into rows 0, 1, ...; those of id -1 are left out.
+
+    ``counts``: (expert, its rows), ascending; ``tokens``: the token of each row. In slot order:
+    ``slots`` t * K + k, ``rows`` the row of each, ``offsets`` [T]: where the slots of a token
+    start in these two.
+    """
+
+    counts: list[ExpertRows]
+    tokens: list[int]
+    slots: list[int]
+    rows: list[int]
+    offsets: list[int]
+
+
+class ExpertRows(NamedTuple):
+    expert: int
+    rows: int
+
+
+class Block(NamedTuple):
+    """Sorted rows [start, stop) and the experts they belong to, in order."""
+
+    start: int
+    stop: int
+    experts: list[ExpertRows]
+
+
+def sort_slots(topk_ids: list[list[int]], route: Route) -> SortedSlots:
+    """Sort the slots of [T, K] ids; ValueError for an id that is neither -1 nor an expert's."""
+    table = None if route.expert_map is None else route.expert_map.tolist()
+    limit = route.num_global
+    if limit < 0:
+        limit = route.num_local if table is None else len(table)
+    by_expert: dict[int, list[tuple[int, int]]] = {}
+    slots: list[int] = []
+    offsets: list[int] = []
+    for token, picks in enumerate(topk_ids):
+        offsets.append(len(slots))
+        for k, given in enumerate(picks):
+            if not -1 <= given < limit:
+                raise ValueError(
+                    f"topk_ids contain {given} (token {token}), which is neither -1 nor one of "
+                    f"{limit} experts"
+                )
+            expert = given if table is None or given < 0 else table[given]
+            if 0 <= expert < route.num_local:
+                by_expert.setdefault(expert, []).append((token, len(slots)))
+                slots.append(token * len(picks) + k)
+    counts: list[ExpertRows] = []
+    tokens: list[int] = []
+    rows = [0] * len(slots)
+    for expert in sorted(by_expert):
+        members = by_expert[expert]
+        counts.append(ExpertRows(expert, len(members)))
+        for token, position in members:
+            rows[position] = len(tokens)
+            tokens.append(token)
+    return SortedSlots(counts, tokens, slots, rows, offsets)
+
+
+def blocks_of(
+    counts: list[ExpertRows], block_rows: int = BLOCK_ROWS, max_rows: int = MAX_BLOCK_ROWS
+) -> Iterator[Block]:
+    """Cut the sorted rows into blocks.
+
+    Experts with few rows share one of up to ``block_rows``; one with many has its own, or several
+    of ``max_rows``.
+    """
+    start = stop = 0
+    shared: list[ExpertRows] = []
+    for expert, count in counts:
+        alone = count >= TRANSPOSED_ROWS
+        if shared and (alone or stop - start + count > block_rows):
+            yield Block(start, stop, shared)
+            start, shared = stop, []
+        if not alone:
+            shared.append(ExpertRows(expert, count))
+            stop += count
+            continue
+        while count:
+            part = min(count, max_rows)
+            stop = start + part
+            yield Block(start, stop, [ExpertRows(expert, part)])
+            start, count = stop, count - part
+    if shared:
+        yield Block(start, stop, shared)
