@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import pickle
 
 import pytest
 import tiny_models
@@ -234,6 +235,15 @@ def test_a_copy_has_weights_of_its_own(name):
             parameter.zero_()
     assert tiny_models.relative_error(tiny_models.logits(row, twin), wanted) <= 1e-4
     assert all(r.module in set(twin.modules()) for m in twin.modules() if (r := _replacement(m)))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx", "laguna"])
+def test_a_model_survives_pickling(name):
+    row = tiny_models.by_name(name)
+    twin = pickle.loads(pickle.dumps(fusedmoe.accelerate(tiny_models.build(row))))
+    forbid_originals(twin)
+    wanted, _ = tiny_models.eager_results(name)
+    assert tiny_models.relative_error(tiny_models.logits(row, twin), wanted) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusedmoe.integrations.transformers.families import (
@@ -11,6 +13,19 @@ from fusedmoe.integrations.transformers.families import (
     read,
     rule_of,
 )
+
+
+def _one_over_top_k(block: Any) -> float:
+    return 1 / block.router.top_k
+
+
+def _average_with_shared(block: Any) -> float:
+    return 0.5 if block.num_shared_experts > 0 else 1.0
+
+
+def _silu(experts: Any) -> Any:
+    return torch.nn.functional.silu
+
 
 _CHOSEN_SOFTMAX = rule_of("router", score_after_topk=True)
 
@@ -48,7 +63,7 @@ LOGITS_FIRST = (
             rule=rule_of(
                 "router",
                 score_after_topk=True,
-                routed_scaling_factor=lambda block: 1 / block.router.top_k,
+                routed_scaling_factor=_one_over_top_k,
             ),
             bias="bias",
             fp32_logits=True,
@@ -98,7 +113,7 @@ LOGITS_FIRST = (
             w13="fc1.weight",
             w2="fc2.weight",
             layout="transposed",
-            activation=lambda experts: torch.nn.functional.silu,
+            activation=_silu,
         ),
         shared="shared_experts",
     ),
@@ -147,7 +162,7 @@ LOGITS_FIRST = (
         )
         for combination, scale in (
             ("sum", 1.0),
-            ("average", lambda block: 0.5 if block.num_shared_experts > 0 else 1.0),
+            ("average", _average_with_shared),
         )
     ),
     Family(

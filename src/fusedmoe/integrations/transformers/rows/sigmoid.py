@@ -16,6 +16,10 @@ from fusedmoe.integrations.transformers.families import (
 )
 
 
+def _softcap(block: Any) -> float:
+    return max(block.gate.router_logit_softcapping, 0.0)
+
+
 def _deepseek_v3(
     module: str, prefix: str, block: str = "MoE", shared: str | None = "shared_experts", **more: Any
 ) -> Family:
@@ -191,7 +195,7 @@ SIGMOID = (
                 "gate",
                 0.0,
                 routed_scaling_factor=read("routed_scaling_factor"),
-                logit_softcap=lambda block: max(block.gate.router_logit_softcapping, 0.0),
+                logit_softcap=_softcap,
             ),
             correction_bias="gate.e_score_correction_bias",
         ),

@@ -19,6 +19,10 @@ from fusedmoe.integrations.transformers.families import (
 GATED_SHARED: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
 
 
+def _has_norm(block: Any) -> bool:
+    return block.moe_normalize_expert_weights is not None
+
+
 def _gemma_input(router: Any, x: torch.Tensor) -> torch.Tensor:
     return router.norm(x) * router.scale * router.scalar_root_size
 
@@ -87,7 +91,7 @@ SOFTMAX = (
             rule={
                 "top_k": read("top_k"),
                 "num_experts": read("experts.num_experts"),
-                "renormalize": lambda block: block.moe_normalize_expert_weights is not None,
+                "renormalize": _has_norm,
                 "renormalize_norm": read("moe_normalize_expert_weights"),
             },
             weight="layer.weight",
