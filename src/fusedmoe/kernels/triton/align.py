@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 
 ONE_LAUNCH_SLOTS = 4096
 CHUNK = 256
@@ -191,6 +192,9 @@ def place_kernel(
         tl.store(num_post_ptr, used)
 
 
+_launch_once = Launcher(align_once_kernel)
+
+
 def align(
     ids: torch.Tensor,
     block_size: int,
@@ -202,33 +206,22 @@ def align(
     out: MoEAlignment | None = None,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
     """As ``align_reference``, on the device; ``out`` are tensors to write into."""
-    R, B = ids.numel(), triton.cdiv(P, block_size)
+    R, B = ids.numel(), -(-P // block_size)
     sorted_ids, expert_ids, num_post = out or (
         torch.empty(size, dtype=torch.int32, device=ids.device) for size in (P, B, 1)
     )
     scatter = torch.empty(R, 1, dtype=torch.int32, device=ids.device) if with_scatter else None
     count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
-    block_g = triton.next_power_of_2(groups)
+    block_g = power_of_2(groups)
     if R <= ONE_LAUNCH_SLOTS:
-        block_r = min(1024, max(32, triton.next_power_of_2(R)))
-        align_once_kernel[(groups,)](
-            ids,
-            count_map,
-            label_map,
-            sorted_ids,
-            expert_ids,
-            num_post,
-            scatter,
-            R,
-            P,
-            B,
-            groups,
-            num_mapped,
-            block_size,
-            BLOCK_R=block_r,
-            BLOCK_G=block_g,
-            num_warps=max(1, min(8, block_r // 128)),
+        block_r = min(1024, max(32, power_of_2(R)))
+        _launch_once(
+            (groups, 1),
+            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter),
+            (R, P, B, groups, num_mapped, block_size),
+            (block_r, block_g),
+            max(1, min(8, block_r // 128)),
         )
         return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
 

@@ -11,6 +11,8 @@ per step (no activation, a plain one, or gate and up interleaved), and two tiles
 half). Rows are masked, columns of b wrap around, so nothing outside a tensor is touched.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher
 from fusedmoe.tuning.tiles import TileConfig
 
 
@@ -234,6 +237,8 @@ def grouped_gemm_halves_kernel(
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
+_launch_plain = Launcher(grouped_gemm_kernel)
+_launch_halves = Launcher(grouped_gemm_halves_kernel)
 
 
 def launch(
@@ -261,16 +266,7 @@ def launch(
     act = activation or NO_ACTIVATION
     halves = act.gated and not act.interleaved
     width = 2 if act.interleaved else 1
-    kernel = grouped_gemm_halves_kernel if halves else grouped_gemm_kernel
-    own = {"up_offset": N * b.stride(1)} if halves else {"INTERLEAVED": act.interleaved}
-    kernel[(num_blocks * triton.cdiv(N, tiles.block_n),)](
-        a,
-        b,
-        c,
-        bias,
-        row_weights,
-        *tables,
-        expert_map,
+    numbers = (
         0 if expert_map is None else expert_map.shape[0],
         R,
         b.shape[0],
@@ -283,15 +279,22 @@ def launch(
         act.limit,
         act.alpha,
         act.beta,
-        TOP_K=top_k,
-        FORMULA=act.formula or None,
-        EVEN_D=D % tiles.block_k == 0,
-        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n * width,
-        BLOCK_K=tiles.block_k,
-        GROUP_M=tiles.group_m,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **own,
+    )
+    even_d = D % tiles.block_k == 0
+    precision = "ieee" if a.dtype == torch.float32 else "tf32"
+    sizes = (tiles.block_m, tiles.block_n * width, tiles.block_k, tiles.group_m)
+    formula = act.formula or None
+    if halves:
+        numbers = (*numbers, N * b.stride(1))
+        constants: tuple[Any, ...] = (top_k, formula, even_d, precision, *sizes)
+    else:
+        constants = (top_k, formula, act.interleaved, even_d, precision, *sizes)
+    launcher = _launch_halves if halves else _launch_plain
+    launcher(
+        (num_blocks * -(-N // tiles.block_n), 1),
+        (a, b, c, bias, row_weights, *tables, expert_map),
+        numbers,
+        constants,
+        tiles.num_warps,
+        tiles.num_stages,
     )

@@ -14,12 +14,14 @@ outside [0, E + Z) is ever used as an address. ``route_rows`` is the whole rule 
 tokens, for kernels that go on with the ids.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 from fusedmoe.kernels.triton.routing_steps import (
     NO_ID,
     biased,
@@ -285,43 +287,62 @@ def routing_triton(
 
         launch_sparsemixer(logits, spec, tensors, is_padding, result)
         return result
-    groups = max(spec.num_expert_group, 1)
-    block_g = triton.next_power_of_2(groups)
-    block_s = triton.next_power_of_2(candidates // groups)
     table, vision_bias = tensors.hash_indices_table, flat(tensors.vision_bias)
-    routing_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
-        logits,
-        flat(tensors.correction_bias),
-        vision_bias,
-        table,
-        input_ids,
-        flat(tensors.per_expert_scale),
-        is_padding,
-        weights,
-        ids,
-        zero_weight,
-        num_tokens,
-        0 if table is None else table.shape[0],
-        *logits.stride(),
-        0 if input_ids is None else input_ids.stride(0),
-        0 if is_padding is None else is_padding.stride(0),
-        *((0, 0) if table is None else table.stride()),
-        SCORE=spec.score_function,
-        AFTER_TOPK=spec.score_after_topk,
-        SOFTCAP=float(spec.logit_softcap),
-        GROUPS=groups,
-        GROUP_SIZE=candidates // groups,
-        TOPK_GROUP=spec.topk_group,
-        TOP2=spec.group_score == "top2_sum",
-        PER_GROUP=spec.top_k // groups if spec.selection == "topk_per_group" else 0,
-        VISION_LO=0 if vision_bias is None else spec.image_sentinel_lo,
-        BLOCK_T=TOKENS_PER_PROGRAM,
-        BLOCK_G=block_g,
-        BLOCK_S=block_s,
-        num_warps=routing_warps(block_g * block_s),
-        **finish_constants(spec),
+    constants, num_warps = _constants(spec, candidates, vision_bias is not None, TOKENS_PER_PROGRAM)
+    _launch(
+        (-(-num_tokens // TOKENS_PER_PROGRAM), 1),
+        (
+            logits,
+            flat(tensors.correction_bias),
+            vision_bias,
+            table,
+            input_ids,
+            flat(tensors.per_expert_scale),
+            is_padding,
+            weights,
+            ids,
+            zero_weight,
+        ),
+        (
+            num_tokens,
+            0 if table is None else table.shape[0],
+            *logits.stride(),
+            0 if input_ids is None else input_ids.stride(0),
+            0 if is_padding is None else is_padding.stride(0),
+            *((0, 0) if table is None else table.stride()),
+        ),
+        constants,
+        num_warps,
     )
     return result
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    spec: RoutingSpec, candidates: int, vision: bool, block_t: int
+) -> tuple[tuple[Any, ...], int]:
+    """The kernel's compile-time arguments in its order, and its warps."""
+    groups = max(spec.num_expert_group, 1)
+    block_g, block_s = power_of_2(groups), power_of_2(candidates // groups)
+    by_name = finish_constants(spec) | {
+        "SCORE": spec.score_function,
+        "AFTER_TOPK": spec.score_after_topk,
+        "SOFTCAP": float(spec.logit_softcap),
+        "GROUPS": groups,
+        "GROUP_SIZE": candidates // groups,
+        "TOPK_GROUP": spec.topk_group,
+        "TOP2": spec.group_score == "top2_sum",
+        "PER_GROUP": spec.top_k // groups if spec.selection == "topk_per_group" else 0,
+        "VISION_LO": spec.image_sentinel_lo if vision else 0,
+        "BLOCK_T": block_t,
+        "BLOCK_G": block_g,
+        "BLOCK_S": block_s,
+    }
+    names = [name for name in routing_kernel.arg_names if name in by_name]
+    return tuple(by_name[name] for name in names), routing_warps(block_g * block_s)
+
+
+_launch = Launcher(routing_kernel)
 
 
 def finish_constants(spec: RoutingSpec) -> dict[str, Any]:
@@ -331,7 +352,7 @@ def finish_constants(spec: RoutingSpec) -> dict[str, Any]:
         "NUM_ZERO": spec.num_zero_experts,
         "NUM_SHARED": spec.num_fused_shared_experts,
         "K": spec.top_k,
-        "BLOCK_K": triton.next_power_of_2(spec.top_k + spec.num_fused_shared_experts),
+        "BLOCK_K": power_of_2(spec.top_k + spec.num_fused_shared_experts),
         "RENORMALIZE": spec.renormalize,
         "EPSILON": float(spec.renormalize_epsilon),
         "FLOOR": float(spec.renormalize_floor),

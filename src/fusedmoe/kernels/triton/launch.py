@@ -1,0 +1,104 @@
+"""Launching a Triton kernel again without asking Triton again which compiled variant it is.
+
+Triton binds, specialises and hashes every argument on every launch, which takes longer than a small
+layer's kernels run. A variant depends on the tensors' dtypes and alignment, on the numbers and on
+the constants alone, so those are looked up here and the compiled kernel is called directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+# The calling convention of a compiled kernel is private to Triton; other releases go its own way.
+_KNOWS_CALLING_CONVENTION = triton.__version__.startswith("3.6.")
+_MAX_VARIANTS = 4096
+_ALIGNMENT = 16
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1; Triton's own takes microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
+class Launcher:
+    """``kernel`` with its parameters in this order: tensors, numbers, constants (constexpr).
+
+    Tensors may be None. The first one says on which device to run. Unaligned tensors, kernels under
+    the interpreter and other devices than the current one take Triton's own way.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._direct = _KNOWS_CALLING_CONVENTION and isinstance(kernel, triton.runtime.JITFunction)
+        self._variants: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        tensors: tuple[torch.Tensor | None, ...],
+        numbers: tuple[int | float | None, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int = 3,
+    ) -> None:
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        if not self._direct or device < 0:
+            self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
+            return
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
+            return
+        bits = 0
+        dtypes: list[torch.dtype | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                dtypes.append(None)
+            else:
+                bits |= tensor.data_ptr()
+                dtypes.append(tensor.dtype)
+        if bits % _ALIGNMENT:
+            self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
+            return
+        key = (*dtypes, numbers, constants, num_warps, num_stages, device)
+        variant = self._variants.get(key)
+        if variant is None:
+            compiled = self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
+            if len(self._variants) >= _MAX_VARIANTS:
+                self._variants.clear()
+            self._variants[key] = compiled.run, compiled.function, compiled.packed_metadata
+            return
+        run, function, metadata = variant
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(
+            grid[0],
+            grid[1],
+            1,
+            stream,
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *tensors,
+            *numbers,
+            *constants,
+        )
+
+    def _launch(
+        self,
+        grid: tuple[int, int],
+        tensors: tuple[torch.Tensor | None, ...],
+        numbers: tuple[int | float | None, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int,
+    ) -> Any:
+        return self.kernel[grid](
+            *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages
+        )
