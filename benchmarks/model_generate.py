@@ -45,10 +45,11 @@ BASELINE = "grouped_mm"
 
 
 def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCausalLM:
-    """Every weight normal with std 0.02 (norms 1), routers ``router_gain`` times sharper.
+    """Weights normal with std 0.02, norms 1, routers ``router_gain`` times sharper, embeddings 1.
 
-    A trained router decides clearly; an untrained one ties at every layer, and the rounding of any
-    two implementations then sends tokens to different experts.
+    As in a trained model, routers then decide clearly and a layer adds little to the residual
+    stream. Otherwise every layer's rounding decides ties, and any two implementations drift apart
+    by several bf16 ulps of the logits, whatever their experts do.
     """
     config = Qwen3MoeConfig(**QWEN3_30B | {"num_hidden_layers": layers})
     torch.manual_seed(0)
@@ -61,6 +62,7 @@ def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCaus
                 parameter.fill_(1.0)
             else:
                 gain = router_gain if name.endswith("mlp.gate.weight") else 1.0
+                gain = 50.0 if name.endswith("embed_tokens.weight") else gain
                 parameter.normal_(std=0.02 * gain)
         rotary = type(model.model.rotary_emb)(config=config).to(device)
         model.model.rotary_emb = rotary
