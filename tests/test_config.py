@@ -83,8 +83,8 @@ def test_only_enable_expert_parallel_is_required_of_the_settings():
 
 
 def test_all_three_sizes_multiply_in_dp_pcp_tp_order():
-    config = FusedMoEParallelConfig.make(2, 3, 4, 1, settings(True, 1, 3, 2))
-    assert (config.ep_size, config.ep_rank) == (24, (3 * 3 + 2) * 2 + 1)
+    config = FusedMoEParallelConfig.make(2, 3, 4, 1, settings(True, 1, 1, 2))
+    assert (config.ep_size, config.ep_rank) == (24, (1 * 3 + 2) * 2 + 1)
 
 
 def test_sequence_parallel_ranks_exchange_tokens():

@@ -290,6 +290,23 @@ def test_router_leaves_the_scale_on_the_output_to_the_layer():
     close(scaled, 3.0 * plain)
 
 
+@pytest.mark.parametrize("scale_on_output", [False, True])
+def test_n_shared_experts_are_routed_to_with_weight_one(scale_on_output):
+    experts = Experts.random(E + 2, H, I)
+    runner = layer(
+        experts,
+        n_shared_experts=2,
+        routed_scaling_factor=3.0,
+        apply_routed_scale_to_output=scale_on_output,
+    )
+    x, logits = rows()
+    expected = routed_oracle(x, logits, experts, Rule(K, scale=3.0))
+    for t, row in enumerate(x.double()):
+        expected[t] += experts.run(E, row) + experts.run(E + 1, row)
+    close(runner(x, logits), expected)
+    assert runner.moe_config.experts_per_token == K + 2
+
+
 def test_custom_routing_function_gets_the_layers_input_and_replaces_the_rule():
     seen = []
 
@@ -477,6 +494,13 @@ def test_gate_computes_the_logits_where_none_are_given():
     close(runner(x, other), routed_oracle(x, other, experts, Rule(K)))
     with pytest.raises(ValueError, match="no gate"):
         layer(experts)(x)
+
+
+def test_a_gate_in_another_precision_reads_the_rows_in_its_own():
+    experts = Experts.random(E, H, I)
+    gate = nn.Linear(H, E, bias=False).double()
+    x, _ = rows()
+    close(layer(experts, gate=gate)(x), routed_oracle(x, gate(x.double()), experts, Rule(K)))
 
 
 def test_router_logits_dtype_is_asked_of_the_gate_and_given_to_the_router():

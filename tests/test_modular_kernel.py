@@ -208,6 +208,14 @@ def test_the_peak_is_reported_without_running():
     assert bounded.peak_workspace_bytes(2) == 2 * (PER_ROW + output)
     assert kernel(SumExperts).peak_workspace_bytes(7) == 7 * 4 * K * H  # output is the layer's own
     assert kernel().peak_workspace_bytes(0) == 0
+    assert kernel(WideExperts).peak_workspace_bytes(7) == 7 * 4 * (K * H + H + 2)
+
+
+class WideExperts(SumExperts):
+    """Reduces by itself, but into rows of its own width."""
+
+    def workspace_shapes(self, M, *sizes):
+        return super().workspace_shapes(M, *sizes)._replace(output=(M, H + 2))
 
 
 class Scaled(MoEPrepareAndFinalizeNoDPEPModular):

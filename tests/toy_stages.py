@@ -87,7 +87,7 @@ class BatchedExperts(FusedMoEExpertsModular):
         )
 
     def workspace_shapes(self, M, N, K, topk, global_E, local_E, meta, activation):
-        return WorkspaceShapes((0,), (0,), (local_E, M, K))
+        return WorkspaceShapes((local_E, M, N), (0,), (local_E, M, K))
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
         return TopKWeightAndReduceNaiveBatched(0)
