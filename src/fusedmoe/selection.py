@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.config import FusedMoEConfig, MoEOptions, ParallelGroups
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     FusedMoEActivationFormat,
@@ -174,6 +174,16 @@ def _candidate_classes(paths: tuple[str, ...], forced: str | type | None) -> lis
         known = ", ".join(dict.fromkeys(name_of(cls) for cls in classes))
         raise ValueError(f"no implementation is called {forced!r}; known: {known}")
     return named
+
+
+def check_forced_names(options: MoEOptions) -> None:
+    """Raise ValueError where ``options`` force an implementation that does not exist."""
+    for paths, forced in (
+        (EXPERTS, options.experts),
+        (PREPARE_FINALIZE, options.prepare_finalize),
+    ):
+        if isinstance(forced, str):
+            _candidate_classes(paths, forced)
 
 
 def _serves(

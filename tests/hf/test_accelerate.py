@@ -512,6 +512,32 @@ def test_options_reach_the_experts():
         )
 
 
+class OnlyOnTheMoon(TorchExperts):
+    @classmethod
+    def capabilities(cls):
+        return dataclasses.replace(super().capabilities(), devices=frozenset({"moon"}))
+
+
+def test_options_that_name_nothing_are_an_error():
+    model = tiny_models.build(tiny_models.by_name("mixtral"))
+    with pytest.raises(ValueError, match="no implementation is called 'tritn'"):
+        fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(experts="tritn"))
+    assert not accelerated_blocks(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx"])
+def test_options_that_nothing_satisfies_leave_the_model_as_it_was(name, caplog):
+    row = tiny_models.by_name(name)
+    model = tiny_models.build(row)
+    with caplog.at_level(logging.WARNING, logger="fusedmoe"):
+        fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(experts=OnlyOnTheMoon))
+    assert "runs on moon, not cpu" in caplog.text
+    assert not accelerated_blocks(model)
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert not any("_apply" in vars(m) for m in model.modules())
+    assert torch.equal(tiny_models.logits(row, model), tiny_models.eager_results(name)[0])
+
+
 def test_no_tokens_and_one_token():
     model = accelerated(tiny_models.by_name("qwen2_moe"))
     block = blocks_of(model)[0]

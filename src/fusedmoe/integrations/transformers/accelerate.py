@@ -25,6 +25,7 @@ from fusedmoe.integrations.transformers.generic import (
     put_back,
     recursive_replace,
 )
+from fusedmoe.selection import check_forced_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,14 @@ def accelerate(model: Model, *, options: MoEOptions | None = None) -> Model:
     experts on the model's own Parameters (nothing is copied), its shared experts. Where the family
     is unknown, modules called ``experts`` are (``recursive_replace``). What cannot be replaced
     without changing a result is left as it is, and the log says why. Names in the state_dict stay
-    Hugging Face's. Training with gradients runs the original forwards.
+    Hugging Face's.
+
+    Training with gradients runs the original forwards; in eval mode a backward pass through an
+    accelerated block raises. Calling it again adds what was not replaced yet.
+
+    Raises ValueError for ``options`` that force an implementation that does not exist.
     """
+    check_forced_names(options or MoEOptions())
     handled = []
     for block in plan(model):
         handled.append(block.path)

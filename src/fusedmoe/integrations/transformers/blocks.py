@@ -234,19 +234,24 @@ def make_replacements(
         for path in (family.input_projection, family.output_projection)
     ]
     weights = _weights(family, module)
-    experts = borrow_experts(
-        weights,
-        gate,
-        router.spec.top_k,
-        weights_on_input=family.weights_on_input,
-        num_zero_experts=router.spec.num_zero_experts,
-        hash_routing=family.router.hash_table is not None,
-        require_modular=router.keep_result
-        or family.router.decides
-        or router.spec.num_zero_experts > 0
-        or transforms[0] is not None,
-        options=options,
-    )
+    try:
+        experts = borrow_experts(
+            weights,
+            gate,
+            router.spec.top_k,
+            weights_on_input=family.weights_on_input,
+            num_zero_experts=router.spec.num_zero_experts,
+            hash_routing=family.router.hash_table is not None,
+            require_modular=router.keep_result
+            or family.router.decides
+            or router.spec.num_zero_experts > 0
+            or transforms[0] is not None,
+            options=options,
+        )
+    except ValueError:
+        if isinstance(weights, StackedWeights):
+            weights.stack.release()
+        raise
     runner = MoERunner(
         experts.moe_config,
         router,

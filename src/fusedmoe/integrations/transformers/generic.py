@@ -27,6 +27,7 @@ from fusedmoe.integrations.transformers.experts_function import (
 )
 from fusedmoe.integrations.transformers.gates import Gate
 from fusedmoe.integrations.transformers.stacked import StackedWeights
+from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.families import SIZE_KEYS, config_value, read_sizes
 from fusedmoe.weights.params_mapping import ExpertParamEntry, fused_moe_make_expert_params_mapping
 
@@ -231,8 +232,10 @@ def recursive_replace(
     """Replace every module called ``experts`` that we can run; returns the new ones by path.
 
     Sizes come from the model's text config, under whatever names it has. Modules at and below the
-    paths in ``leave`` are not touched. The log names each replacement and each refusal.
+    paths in ``leave`` are not touched. The log names each replacement and each refusal. Raises
+    ValueError for ``options`` that force an implementation that does not exist.
     """
+    check_forced_names(options or MoEOptions())
     config = getattr(model, "config", None)
     replaced: dict[str, TransformersFusedMoE] = {}
     for parent_path, parent in list(model.named_modules()):
