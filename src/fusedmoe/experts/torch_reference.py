@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
@@ -71,14 +73,18 @@ def _torch_experts(
     beta: float | None,
     situ_beta: float | None,
     situ_linear_beta: float | None,
+    batch_invariant: bool,
 ) -> torch.Tensor:
-    """``experts_reference`` with arguments that an op's schema can hold."""
-    return experts_reference(
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
+    """``experts_reference`` with arguments that an op's schema can hold.
+
+    A BLAS may sum in another order for another number of rows, so ``batch_invariant`` computes
+    every token alone.
+    """
+    step = 1 if batch_invariant else max(1, hidden_states.shape[0])
+    run = partial(
+        experts_reference,
+        w1=w1,
+        w2=w2,
         activation=MoEActivation(activation),
         activation_config=ApplyMoEActivationConfig(
             clamp_limit=clamp_limit,
@@ -92,6 +98,13 @@ def _torch_experts(
         expert_map=expert_map,
         compute_dtype=_wide(hidden_states.dtype),
     )
+    output = hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
+    for start in range(0, hidden_states.shape[0], step):
+        part = slice(start, start + step)
+        output[part] = run(
+            hidden_states[part], topk_weights=topk_weights[part], topk_ids=topk_ids[part]
+        )
+    return output
 
 
 # Which experts have rows is known only at run time, so a compiler must not look inside.
@@ -175,5 +188,6 @@ class TorchExperts(FusedMoEExpertsModular):
                 numbers.beta,
                 numbers.situ_beta,
                 numbers.situ_linear_beta,
+                self.moe_config.options.batch_invariant,
             )
         )

@@ -1,0 +1,41 @@
+"""What the library tests its implementations with, for those who write their own.
+
+Cases (layers as data), inputs, routing distributions, one table of tolerances, NaN in memory that
+nobody wrote, and ``check_experts``, which puts them together.
+"""
+
+from fusedmoe.testing.cases import (
+    ACTIVATION_CASES,
+    STANDARD_CASES,
+    Case,
+    Inputs,
+    make_inputs,
+)
+from fusedmoe.testing.check import CaseResult, check_experts
+from fusedmoe.testing.poison import nan_poison
+from fusedmoe.testing.routing import ROUTINGS, routing_logits
+from fusedmoe.testing.tolerances import (
+    TOLERANCES,
+    Tolerance,
+    assert_close,
+    format_name,
+    relative_error,
+)
+
+__all__ = [
+    "ACTIVATION_CASES",
+    "ROUTINGS",
+    "STANDARD_CASES",
+    "TOLERANCES",
+    "Case",
+    "CaseResult",
+    "Inputs",
+    "Tolerance",
+    "assert_close",
+    "check_experts",
+    "format_name",
+    "make_inputs",
+    "nan_poison",
+    "relative_error",
+    "routing_logits",
+]
