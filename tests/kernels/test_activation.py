@@ -128,6 +128,13 @@ def test_masks_that_do_not_fit_are_named(masks):
         apply_moe_activation(MoEActivation.SILU, torch.empty(4, 5), torch.empty(4, 10), **masks)
 
 
+def test_whole_numbers_are_floats_to_a_kernel():
+    act = device_activation(
+        MoEActivation.SWIGLUOAI, ApplyMoEActivationConfig(clamp_limit=7, beta=1)
+    )
+    assert [type(number) for number in (act.limit, act.alpha, act.beta)] == [float] * 3
+
+
 @pytest.mark.parametrize(
     ("activation", "message"),
     [

@@ -6,6 +6,7 @@ Triton bodies, which the GEMMs share: ``kernels/triton/activation.py``. The defi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,18 @@ class DeviceActivation(NamedTuple):
     beta: float = 0.0
 
 
+@lru_cache(maxsize=1024)
 def device_activation(
     activation: MoEActivation, config: ApplyMoEActivationConfig | None = None
 ) -> DeviceActivation:
     """Resolve defaults; raises ValueError where the activation lacks a number it needs."""
-    config = config or ApplyMoEActivationConfig()
+    act = _resolved(activation, config or ApplyMoEActivationConfig())
+    # An integer would be another type to a compiled kernel.
+    limit = None if act.limit is None else float(act.limit)
+    return act._replace(limit=limit, alpha=float(act.alpha), beta=float(act.beta))
+
+
+def _resolved(activation: MoEActivation, config: ApplyMoEActivationConfig) -> DeviceActivation:
     if activation is MoEActivation.RELU2:
         raise ValueError("relu2 has no gated form; use relu2_no_mul")
     if not activation.is_gated:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT
 
 
@@ -117,6 +118,9 @@ def activation_kernel(
     tl.store(out_ptr + column * stride_oi, result, inside)
 
 
+_launch = Launcher(activation_kernel)
+
+
 def activate(
     activation: DeviceActivation,
     output: torch.Tensor,
@@ -132,25 +136,23 @@ def activate(
     elif input.dim() != 3:
         input, output = input.reshape(1, -1, input.shape[-1]), output.view(1, -1, output.shape[-1])
     parts, M, width = output.shape
-    block = min(1024, triton.next_power_of_2(width))
-    activation_kernel[(parts * M, triton.cdiv(width, block))](
-        input,
-        output,
-        None if topk_ids is None else topk_ids.reshape(-1),
-        expert_map,
-        valid_token_counts,
-        M,
-        width,
-        0 if expert_map is None else expert_map.shape[0],
-        ANY_EXPERT,
-        activation.limit,
-        activation.alpha,
-        activation.beta,
-        *input.stride(),
-        *output.stride(),
-        FORMULA=activation.formula,
-        GATED=activation.gated,
-        INTERLEAVED=activation.interleaved,
-        BLOCK=block,
-        num_warps=max(1, block // 256),
+    block = min(1024, power_of_2(width))
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    ids = None if topk_ids is None else topk_ids.reshape(-1)
+    strides = (*input.stride(), *output.stride())
+    _launch(
+        (parts * M, -(-width // block)),
+        (input, output, ids, expert_map, valid_token_counts),
+        (
+            M,
+            width,
+            num_mapped,
+            ANY_EXPERT,
+            activation.limit,
+            activation.alpha,
+            activation.beta,
+            *strides,
+        ),
+        (activation.formula, activation.gated, activation.interleaved, block),
+        max(1, block // 256),
     )

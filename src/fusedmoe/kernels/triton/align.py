@@ -193,6 +193,9 @@ def place_kernel(
 
 
 _launch_once = Launcher(align_once_kernel)
+_launch_counts = Launcher(chunk_counts_kernel)
+_launch_prefix = Launcher(prefix_kernel)
+_launch_place = Launcher(place_kernel)
 
 
 def align(
@@ -225,43 +228,19 @@ def align(
         )
         return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
 
-    chunks = triton.cdiv(R, CHUNK)
-    counts = torch.empty(groups * (chunks + 1), dtype=torch.int32, device=ids.device)
-    totals = counts[groups * chunks :]
-    chunk_counts_kernel[(chunks,)](
-        ids,
-        count_map,
-        counts,
-        sorted_ids,
-        R,
-        P,
-        groups,
-        num_mapped,
-        CHUNK=CHUNK,
-        BLOCK_G=block_g,
-        num_warps=4,
+    chunks = -(-R // CHUNK)
+    totals = torch.empty(groups, dtype=torch.int32, device=ids.device)
+    counts = torch.empty(groups, chunks, dtype=torch.int32, device=ids.device)
+    sizes = (groups, num_mapped)
+    _launch_counts(
+        (chunks, 1), (ids, count_map, counts, sorted_ids), (R, P, *sizes), (CHUNK, block_g), 4
     )
-    prefix_kernel[(groups,)](
-        counts, totals, chunks, BLOCK=min(1024, triton.next_power_of_2(chunks)), num_warps=4
-    )
-    place_kernel[(chunks,)](
-        ids,
-        count_map,
-        label_map,
-        counts,
-        totals,
-        sorted_ids,
-        expert_ids,
-        num_post,
-        scatter,
-        R,
-        B,
-        groups,
-        num_mapped,
-        block_size,
-        CHUNK=CHUNK,
-        BLOCK_G=block_g,
-        BLOCK_B=8,
-        num_warps=8,
+    _launch_prefix((groups, 1), (counts, totals), (chunks,), (min(1024, power_of_2(chunks)),), 4)
+    _launch_place(
+        (chunks, 1),
+        (ids, count_map, label_map, counts, totals, sorted_ids, expert_ids, num_post, scatter),
+        (R, B, *sizes, block_size),
+        (CHUNK, block_g, 8),
+        8,
     )
     return MoEAlignment(sorted_ids, expert_ids, num_post), scatter

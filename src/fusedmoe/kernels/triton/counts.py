@@ -11,6 +11,7 @@ import triton.language as tl
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.align import fill_range
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT
 
 
@@ -66,20 +67,23 @@ def batched_align_kernel(
         fill_range(expert_ids_ptr, -1, used // block_size, P // block_size, 128)
 
 
+_launch_count = Launcher(count_kernel)
+_launch_remap = Launcher(remap_kernel)
+_launch_batched_align = Launcher(batched_align_kernel)
+
+
 def count(
     ids: torch.Tensor, num_local_experts: int, expert_map: torch.Tensor | None
 ) -> torch.Tensor:
     counts = torch.empty(num_local_experts, dtype=torch.int32, device=ids.device)
-    block = min(4096, max(32, triton.next_power_of_2(ids.numel())))
-    count_kernel[(num_local_experts,)](
-        ids,
-        expert_map,
-        counts,
-        ids.numel(),
-        0 if expert_map is None else expert_map.shape[0],
-        num_local_experts,
-        BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
+    block = min(4096, power_of_2(max(32, ids.numel())))
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    _launch_count(
+        (num_local_experts, 1),
+        (ids, expert_map, counts),
+        (ids.numel(), num_mapped, num_local_experts),
+        (block,),
+        max(1, min(8, block // 256)),
     )
     return counts
 
@@ -87,10 +91,10 @@ def count(
 def remap(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
     ids = topk_ids.contiguous()
     out = torch.empty_like(ids)
-    if ids.numel():
-        remap_kernel[(triton.cdiv(ids.numel(), 1024),)](
-            ids, expert_map, out, ids.numel(), expert_map.shape[0], ANY_EXPERT, BLOCK=1024
-        )
+    R = ids.numel()
+    if R:
+        sizes = (R, expert_map.shape[0], ANY_EXPERT)
+        _launch_remap((-(-R // 1024), 1), (ids, expert_map, out), sizes, (1024,), 4)
     return out
 
 
@@ -103,14 +107,11 @@ def batched_align(
         torch.empty(P // block_size, dtype=torch.int32, device=device),
         torch.empty(1, dtype=torch.int32, device=device),
     )
-    batched_align_kernel[(E,)](
-        expert_num_tokens,
-        *alignment,
-        max_tokens,
-        P,
-        block_size,
-        E,
-        BLOCK_E=triton.next_power_of_2(E),
-        num_warps=1,
+    _launch_batched_align(
+        (E, 1),
+        (expert_num_tokens, *alignment),
+        (max_tokens, P, block_size, E),
+        (power_of_2(E),),
+        1,
     )
     return alignment

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 
 
 @triton.jit(do_not_specialize=("R", "num_rows"))
@@ -97,6 +98,10 @@ def unpermute_kernel(
     tl.store(out_ptr + token * stride_ot + column * stride_oh, total, inside)
 
 
+_launch_gather = Launcher(gather_rows_kernel)
+_launch_unpermute = Launcher(unpermute_kernel)
+
+
 def gather_rows(
     hidden_states: torch.Tensor,
     permuted: torch.Tensor,
@@ -111,24 +116,15 @@ def gather_rows(
     if R == 0:
         offsets.zero_()
         return
-    block = min(2048, triton.next_power_of_2(H))
-    gather_rows_kernel[(R,)](
-        hidden_states,
-        permuted,
-        ids,
-        expert_map,
-        *tables,
-        inverse,
-        offsets,
-        R,
-        H,
-        R // T,
-        offsets.shape[0] - 1,
-        0 if expert_map is None else expert_map.shape[0],
-        *hidden_states.stride(),
-        *permuted.stride(),
-        BLOCK=block,
-        num_warps=max(1, block // 512),
+    block = min(2048, power_of_2(H))
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    strides = (*hidden_states.stride(), *permuted.stride())
+    _launch_gather(
+        (R, 1),
+        (hidden_states, permuted, ids, expert_map, *tables, inverse, offsets),
+        (R, H, R // T, offsets.shape[0] - 1, num_mapped, *strides),
+        (block,),
+        max(1, block // 512),
     )
 
 
@@ -143,20 +139,13 @@ def unpermute(
     (T, K), H = topk_weights.shape, out.shape[1]
     if T == 0 or H == 0:
         return
-    block = min(1024, max(32, triton.next_power_of_2(H)))
-    unpermute_kernel[(T, triton.cdiv(H, block))](
-        permuted,
-        topk_weights,
-        inverse,
-        offsets,
-        out,
-        permuted.shape[0],
-        0 if offsets is None else offsets.shape[0] - 1,
-        H,
-        K,
-        *permuted.stride(),
-        *topk_weights.stride(),
-        *out.stride(),
-        BLOCK_H=block,
-        num_warps=max(1, block // 256),
+    block = min(1024, power_of_2(max(32, H)))
+    e = 0 if offsets is None else offsets.shape[0] - 1
+    strides = (*permuted.stride(), *topk_weights.stride(), *out.stride())
+    _launch_unpermute(
+        (T, -(-H // block)),
+        (permuted, topk_weights, inverse, offsets, out),
+        (permuted.shape[0], e, H, K, *strides),
+        (block,),
+        max(1, block // 256),
     )
