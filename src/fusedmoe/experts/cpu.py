@@ -17,7 +17,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
-_CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}))
+_CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}), batch_invariant=True)
 
 
 class CpuExperts(FusedMoEExpertsModular):

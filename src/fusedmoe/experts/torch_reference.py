@@ -133,6 +133,7 @@ class TorchExperts(FusedMoEExpertsModular):
     def capabilities(cls) -> ExpertsCapabilities:
         return ExpertsCapabilities(
             dtypes=frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}),
+            batch_invariant=True,
         )
 
     def workspace_shapes(

@@ -131,7 +131,10 @@ class TritonExperts(FusedMoEExpertsModular):
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
         return ExpertsCapabilities(
-            devices=frozenset({"cuda"}), dtypes=TRITON_DTYPES, requires=("triton",)
+            devices=frozenset({"cuda"}),
+            dtypes=TRITON_DTYPES,
+            requires=("triton",),
+            batch_invariant=True,
         )
 
     def workspace_shapes(

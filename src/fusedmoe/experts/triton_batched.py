@@ -91,6 +91,7 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
             devices=frozenset({"cuda"}),
             dtypes=TRITON_DTYPES,
             requires=("triton",),
+            batch_invariant=True,
         )
 
     def workspace_shapes(

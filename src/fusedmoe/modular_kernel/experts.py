@@ -27,7 +27,8 @@ class ExpertsCapabilities:
 
     ``weight_formats`` lists (weight, activation) pairs of ``QuantKey``; (None, None) is
     unquantized. ``requires`` names modules that must be importable. ``min_capability`` is a CUDA
-    compute capability such as (9, 0).
+    compute capability such as (9, 0). ``batch_invariant`` is False unless
+    claimed, because nothing else would notice that it does not hold.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
@@ -40,7 +41,7 @@ class ExpertsCapabilities:
     bias: bool = True
     expert_map: bool = True
     apply_router_weight_on_input: bool = True
-    batch_invariant: bool = True
+    batch_invariant: bool = False
     hash_routing: bool = True
 
 
