@@ -232,6 +232,25 @@ def test_device_may_be_meta_and_becomes_real_later():
     close(runner(x, logits), routed_oracle(x, logits, experts, Rule(K)))
 
 
+def test_meta_as_the_default_device_keeps_the_expert_maps():
+    """As when a whole model is built without memory and filled afterwards."""
+    experts = Experts.random(E, H, I)
+    x, logits = rows()
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        with torch.device("meta"):
+            runner = layer(
+                tp_size=2,
+                tp_rank=rank,
+                parallel=ParallelGroups(enable_expert_parallel=True),
+            )
+        assert runner.routed_experts.w13_weight.is_meta
+        runner.to_empty(device="cpu").load_weights(experts.named())
+        assert runner.expert_local_to_global.tolist() == list(range(3 * rank, 3 * rank + 3))
+        total += runner(x, logits)
+    close(total, routed_oracle(x, logits, experts, Rule(K)))
+
+
 class FirstExperts(FusedMoERouter):
     """Everything to expert 0 and 1, half each."""
 

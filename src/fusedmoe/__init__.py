@@ -60,6 +60,8 @@ _HOME = {
     "UnquantizedFusedMoEMethod": "fusedmoe.quantization.unquantized",
     "fused_moe_make_expert_params_mapping": "fusedmoe.weights.params_mapping",
     "explain": "fusedmoe.selection",
+    "ExpertMapManager": "fusedmoe.weights.expert_map",
+    "determine_expert_map": "fusedmoe.weights.expert_map",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -69,7 +69,19 @@ def test_the_torch_experts_op_passes_opcheck():
     numbers = (None, None, None, None, None)
     torch.library.opcheck(
         torch.ops.fusedmoe.torch_experts,
-        (torch.randn(2, 4), w1, w2, torch.rand(2, 2), ids, None, None, None, "silu", *numbers),
+        (
+            torch.randn(2, 4),
+            w1,
+            w2,
+            torch.rand(2, 2),
+            ids,
+            None,
+            None,
+            None,
+            "silu",
+            *numbers,
+            False,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe import FusedMoE, MoEOptions, ParallelGroups, RoutedExperts
 
 E, H, I = 4, 6, 10  # noqa: E741
 GATE = torch.randn(E, I, H, generator=torch.Generator().manual_seed(0))
@@ -281,3 +281,41 @@ def test_rows_for_moving_experts_between_ranks_are_views():
     )
     with pytest.raises(ValueError, match="w2_weight with strides"):
         view.get_expert_weights()
+
+
+def test_a_subclass_may_keep_its_weights_elsewhere():
+    """Properties that return a fresh view at each read, and no Parameters of its own."""
+
+    class Borrowed(RoutedExperts):
+        def __init__(self, *arguments, owner, **keywords):
+            self.owner = (owner,)
+            super().__init__(*arguments, **keywords)
+
+        def create_parameters(self, params_dtype, device, tensors):
+            assert not tensors
+
+        @property
+        def w13_weight(self):
+            return self.owner[0].gate_up.mT
+
+        @property
+        def w2_weight(self):
+            return self.owner[0].down.mT
+
+    owner = nn.Module()
+    owner.gate_up = nn.Parameter(STACKED.mT.contiguous())
+    owner.down = nn.Parameter(DOWN.mT.contiguous())
+    layer = FusedMoE(
+        E, 2, H, I, torch.float32, routed_experts_cls=Borrowed, routed_experts_args={"owner": owner}
+    )
+    plain = FusedMoE(E, 2, H, I, torch.float32)
+    plain.load_weights(LAYOUTS["3-D"][0])
+    x, logits = torch.randn(3, H), torch.randn(3, E)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, logits), plain(x, logits))
+        owner.down.mul_(2.0)
+        layer.routed_experts.process_weights_after_loading()
+        torch.testing.assert_close(layer(x, logits), 2 * plain(x, logits))
+    assert not list(layer.state_dict())
+    layer.load_weights(LAYOUTS["3-D"][0])
+    torch.testing.assert_close(owner.down.data, DOWN.mT)

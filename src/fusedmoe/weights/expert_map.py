@@ -82,14 +82,19 @@ def determine_expert_map(
     local = experts_of_rank(ep_size, ep_rank, global_num_experts, strategy)
     if ep_size == 1:
         return ExpertMapResult(global_num_experts, None, None)
-    expert_map = torch.full((global_num_experts,), -1, dtype=torch.int32)
-    expert_map[torch.tensor(local, dtype=torch.int64)] = torch.arange(len(local), dtype=torch.int32)
+    row_of = {expert: row for row, expert in enumerate(local)}
+    rows = [row_of.get(expert, -1) for expert in range(global_num_experts)]
     mask = None
     if return_expert_mask:
-        shared = torch.arange(num_fused_shared_experts, dtype=torch.int32) + len(local)
-        expert_map = torch.cat((expert_map, shared))
-        mask = torch.cat(((expert_map >= 0).int(), torch.zeros(1, dtype=torch.int32)))
+        rows += range(len(local), len(local) + num_fused_shared_experts)
+        mask = _table([*(int(row >= 0) for row in rows), 0])
+    expert_map = _table(rows)
     return ExpertMapResult(len(local), expert_map, mask)
+
+
+def _table(values: list[int]) -> torch.Tensor:
+    """int32 on the CPU, whatever torch's default device is at the moment (it may be "meta")."""
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
 class RoutingTables(NamedTuple):
@@ -104,21 +109,16 @@ def make_routing_tables(
     ep_size: int, ep_rank: int, global_num_experts: int, strategy: Placement = "linear"
 ) -> RoutingTables:
     """Physical ids number the rows of rank 0, then those of rank 1, and so on."""
-    physical_to_global = torch.tensor(
-        [
-            expert
-            for rank in range(ep_size)
-            for expert in experts_of_rank(ep_size, rank, global_num_experts, strategy)
-        ],
-        dtype=torch.int32,
-    )
-    global_to_physical = torch.empty_like(physical_to_global)
-    global_to_physical[physical_to_global.long()] = torch.arange(
-        global_num_experts, dtype=torch.int32
-    )
-    local = experts_of_rank(ep_size, ep_rank, global_num_experts, strategy)
+    physical_to_global = [
+        expert
+        for rank in range(ep_size)
+        for expert in experts_of_rank(ep_size, rank, global_num_experts, strategy)
+    ]
+    physical_of = {expert: physical for physical, expert in enumerate(physical_to_global)}
     return RoutingTables(
-        global_to_physical, physical_to_global, torch.tensor(local, dtype=torch.int32)
+        _table([physical_of[expert] for expert in range(global_num_experts)]),
+        _table(physical_to_global),
+        _table(experts_of_rank(ep_size, ep_rank, global_num_experts, strategy)),
     )
 
 

@@ -119,17 +119,19 @@ class RoutedExperts(nn.Module):
             else:
                 self.register_buffer(name, tensor, persistent=False)
 
+    def _maps(self) -> dict[str, torch.Tensor | None]:
+        tables = self.expert_map_manager.routing_tables
+        return {
+            "expert_map": self.expert_map_manager.expert_map,
+            "expert_local_to_global": tables and tables.local_to_global,
+            "expert_physical_to_global": tables and tables.physical_to_global,
+        }
+
     def _register_maps(self, device: torch.device | str | None) -> None:
-        manager = self.expert_map_manager
-        tables = manager.routing_tables
-        # Maps must hold their values even where the weights are still on "meta".
-        where = None if device is None or torch.device(device).type == "meta" else device
-        for name, table in (
-            ("expert_map", manager.expert_map),
-            ("expert_local_to_global", tables and tables.local_to_global),
-            ("expert_physical_to_global", tables and tables.physical_to_global),
-        ):
-            self.register_buffer(name, None if table is None else table.to(where), persistent=False)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        for name, table in self._maps().items():
+            buffer = None if table is None else table.to(where)
+            self.register_buffer(name, buffer, persistent=False)
 
     @property
     def router(self) -> FusedMoERouter | None:
@@ -254,6 +256,10 @@ class RoutedExperts(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
+        # to_empty() leaves every tensor without its values; these are not in a checkpoint.
+        for name, table in self._maps().items():
+            if table is not None and not getattr(self, name).is_meta:
+                getattr(self, name).copy_(table)
         for name in self.param_specs:
             parameter = self._parameters.get(name)
             if parameter is not None:
