@@ -34,6 +34,7 @@ from fusedmoe.tuning.hopper_tiles import (
     PrefillTiles,
     VectorTiles,
     decode_tiles,
+    deepest_ring,
     vector_tiles,
 )
 
@@ -76,8 +77,8 @@ def balanced_ids(T: int, E: int, k: int, offset: int = 0) -> torch.Tensor:
     return flat.view(T, k).to(torch.int32).contiguous()
 
 
-def graph_time(calls: list[Callable[[], None]], replays: int = 20) -> tuple[float, float, float]:
-    """(median, p10, p90) microseconds per call of a graph that makes all ``calls`` in a row."""
+def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+    """A graph that makes all ``calls`` in a row."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -87,18 +88,34 @@ def graph_time(calls: list[Callable[[], None]], replays: int = 20) -> tuple[floa
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    times.sort()
-    return statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10]
+    return graph
+
+
+def graph_times(
+    variants: dict[str, list[Callable[[], None]]], rounds: int = 25, warm_ms: float = 60.0
+) -> dict[str, tuple[float, float, float]]:
+    """(median, p10, p90) microseconds per call, the variants replayed in turns."""
+    graphs = {name: graph_of(calls) for name, calls in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin = time.time()
+    while time.time() - begin < warm_ms / 1e3:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / len(variants[name]))
+    out = {}
+    for name, values in times.items():
+        values.sort()
+        tail = len(values) // 10
+        out[name] = (statistics.median(values), values[tail], values[-1 - tail])
+    return out
 
 
 READ_BLOCK = 8192
@@ -119,12 +136,17 @@ def ceilings() -> dict[str, float]:
     copy_to = torch.empty_like(big)
     found = torch.empty(size // 4 // READ_BLOCK, dtype=torch.int32, device=DEVICE)
     words = big.view(torch.int32)
-    read = graph_time(
-        [lambda: read_kernel[(found.numel(),)](words, found, BLOCK=READ_BLOCK, num_warps=4)], 10
-    )[0]
-    copy = graph_time([lambda: copy_to.copy_(big)], 10)[0]
     a, b = randn(8192, 8192), randn(8192, 8192)
-    mm = graph_time([lambda: a @ b] * 4, 10)[0]
+    grid = (found.numel(),)
+    times = graph_times(
+        {
+            "read": [lambda: read_kernel[grid](words, found, BLOCK=READ_BLOCK, num_warps=4)],
+            "copy": [lambda: copy_to.copy_(big)],
+            "mm": [lambda: a @ b] * 4,
+        },
+        10,
+    )
+    read, copy, mm = (times[name][0] for name in ("read", "copy", "mm"))
     return {
         "read_gbs": size / read / 1e3,
         "copy_gbs": 2 * size / copy / 1e3,
@@ -222,22 +244,29 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
         half = vector_tiles(R // shape.k, shape.k, shape.H, shape.I, 0.5)
         if more and half is not None:
             out["vectorhalf"] = half
-        if more:
-            out["vector8"] = replace(vector, warps=8)
+            out["vectorhalf8"] = replace(half, warps=8)
     if mean <= 96 or shape.name == "small":
         auto = decode_tiles(R, shape.E, shape.H)
         out["decode"] = auto
-        if more and auto.block <= 16:
-            out["pairs"] = replace(auto, up=tile(64, 128, 3), down=tile(64, 128, 6))
+        block = auto.block
+        if more and block <= 16:
+            out["wide"] = replace(
+                auto,
+                up=tile(128, 128, deepest_ring(128, 2, 128, block), 8),
+                down=tile(256, 128, deepest_ring(256, 1, 128, block), 8),
+            )
         elif more:
-            out["bk128"] = replace(auto, up=tile(128, 128, 2, 8), down=tile(256, 128, 2, 8))
-            out["w4bk128"] = replace(auto, up=tile(64, 128, 4), down=tile(128, 128, 4))
+            out["w4"] = replace(
+                auto,
+                up=tile(64, 128, deepest_ring(64, 2, 128, block)),
+                down=tile(128, 128, deepest_ring(128, 1, 128, block)),
+            )
     if mean >= 16 or shape.name == "small":
         out["prefill"] = PrefillTiles()
         if more:
             out["stages3"] = PrefillTiles(stages=3)
-            out["group8"] = PrefillTiles(group=8)
-            out["group32"] = PrefillTiles(group=32)
+            out["group12"] = PrefillTiles(group=12)
+            out["group24"] = PrefillTiles(group=24)
     return out
 
 
@@ -262,7 +291,7 @@ def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[i
         torch.cuda.synchronize()
 
 
-CHECKED = ("vector", "vectorhalf", "decode", "bk128", "prefill", "stages3")
+CHECKED = ("vector", "vectorhalf", "decode", "wide", "w4", "prefill", "stages3")
 
 
 def check(part: tuple[int, int]) -> int:
@@ -362,14 +391,18 @@ def time_shape(
             break
         R = T * shape.k
         scratch = layers[0].scratch(T)
-        sets = 16 if T <= 16 else 2 * copies if T <= 1024 else copies
+        sets = 16 if T <= 16 else 2 * copies if T <= 512 else copies
         ids = [balanced_ids(T, shape.E, shape.k, i * R) for i in range(sets)]
         best = limit_us(shape, T, peak)
-        for name, tiles in all_tiles(R, shape, all_variants).items():
-            calls = [
+        kinds = all_tiles(R, shape, all_variants)
+        variants = {
+            name: [
                 partial(layers[i % copies].run, ids[i], tiles, sms, scratch) for i in range(sets)
             ]
-            us, p10, p90 = graph_time(calls)
+            for name, tiles in kinds.items()
+        }
+        for name, (us, p10, p90) in graph_times(variants).items():
+            tiles = kinds[name]
             flops = 6 * R * shape.H * shape.I
             row = {
                 "impl": f"hopper:{name}", "shape": shape.name, "T": T, "us": us,

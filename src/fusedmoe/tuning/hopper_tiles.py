@@ -35,7 +35,11 @@ def decode_tiles(R: int, num_local: int, H: int) -> DecodeTiles:
     mean = R / num_local
     if mean > 16:
         block = 32 if mean <= 32 else 64
-        return DecodeTiles(block, DecodeGemmTile(128, 64, 3, 8), DecodeGemmTile(256, 64, 3, 8))
+        return DecodeTiles(
+            block,
+            DecodeGemmTile(128, 128, deepest_ring(128, 2, 128, block), 8),
+            DecodeGemmTile(256, 128, deepest_ring(256, 1, 128, block), 8),
+        )
     block = 8 if mean <= 8 else 16
     # Half tiles while there are fewer whole ones than multiprocessors.
     rows = 64 if R * -(-H // 128) < 128 else 128

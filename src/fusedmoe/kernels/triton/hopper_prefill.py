@@ -44,7 +44,8 @@ from fusedmoe.tuning.hopper_tiles import PrefillTiles
 BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
 TILE_N = gl.constexpr(128)
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
 
 
@@ -74,7 +75,7 @@ def up_producer(
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    a_ring, low_ring, high_ring = rings
+    a_ring, b_ring = rings
     full, empty = bars
     x_ptr, stride_x = x
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -104,10 +105,10 @@ def up_producer(
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
-            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low_ring.index(stage))
-            tma.async_copy_global_to_shared(
-                descs[1], [weight_row + BELOW, k], bar, high_ring.index(stage)
-            )
+            low = b_ring.index(stage).slice(0, TILE_N, 0)
+            high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
+            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
+            tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
             async_copy.async_copy_global_to_shared(
                 a_ring.index(stage), x_rows + (k + column), lives & (k + column < H)
             )
@@ -127,7 +128,7 @@ def down_producer(
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    a_ring, low_ring, high_ring = rings
+    a_ring, b_ring = rings
     full, empty = bars
     act_desc, w_desc = descs
     expert_ids_ptr, num_post_ptr = tables
@@ -148,39 +149,47 @@ def down_producer(
             tma.async_copy_global_to_shared(
                 act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
             )
-            tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, low_ring.index(stage))
-            tma.async_copy_global_to_shared(
-                w_desc, [weight_row + TILE_N, k], bar, high_ring.index(stage)
-            )
+            tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
 def multiply(rings, bars, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
-    """One tile's products: rows of this warpgroup times both weight tiles; frees what it read."""
-    a_ring, low_ring, high_ring = rings
+    """One tile's products, [HALF_M, 2 * TILE_N]: rows of this warpgroup times both weight tiles.
+
+    Each step is freed when the next one has been issued.
+    """
+    a_ring, b_ring = rings
     full, empty = bars
     STAGES: gl.constexpr = a_ring.shape[0]
-    low = gl.zeros([HALF_M, TILE_N], gl.float32, ACC)
-    high = gl.zeros([HALF_M, TILE_N], gl.float32, ACC)
+    acc = gl.zeros([HALF_M, 2 * TILE_N], gl.float32, ACC)
     if live:
         for k in range(KSTEPS):
             mbarrier.wait(full.index(stage), phase)
             a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-            low = warpgroup_mma(a, low_ring.index(stage).permute((1, 0)), low, is_async=True)
-            high = warpgroup_mma(a, high_ring.index(stage).permute((1, 0)), high, is_async=True)
-            low, high = warpgroup_mma_wait(2, deps=(low, high))
+            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
             before = (stage + STAGES - 1) % STAGES
             mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
             stage, phase = next_stage(stage, phase, STAGES)
-        low, high = warpgroup_mma_wait(0, deps=(low, high))
+        acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
     else:
         for _ in range(KSTEPS):
             mbarrier.wait(full.index(stage), phase)
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
-    return low, high, stage, phase
+    return acc, stage, phase
+
+
+@gluon.jit
+def halves(acc):
+    """The products with the first and with the second weight tile; moves no data."""
+    low, high = gl.split(gl.permute(gl.reshape(acc, [HALF_M, 2, TILE_N]), [0, 2, 1]))
+    return (
+        gl.convert_layout(low, HALF_ACC, assert_trivial=True),
+        gl.convert_layout(high, HALF_ACC, assert_trivial=True),
+    )
 
 
 @gluon.jit
@@ -204,7 +213,7 @@ def any_live(sorted_ptr, first, R):
 @gluon.jit
 def load_bias(bias_ptr, step, limit):
     """bias[step * n] as fp32 [1, TILE_N], 0 from n = limit on."""
-    n = gl.arange(0, TILE_N, gl.SliceLayout(0, ACC))
+    n = gl.arange(0, TILE_N, gl.SliceLayout(0, HALF_ACC))
     bias = gl.load(bias_ptr + step * n, mask=n < limit, other=0.0)
     return gl.expand_dims(bias.to(gl.float32), 0)
 
@@ -242,8 +251,9 @@ def up_consumer(
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = any_live(sorted_ptr, row, R)
-        gate, up, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
+            gate, up = halves(acc)
             column = tile * WIDE
             if bias_ptr is not None:
                 STEP: gl.constexpr = 2 if INTERLEAVED else 1
@@ -288,8 +298,9 @@ def down_consumer(
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = any_live(sorted_ptr, row, R)
-        low, high, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
+            low, high = halves(acc)
             column = tile * (2 * TILE_N)
             if bias_ptr is not None:
                 expert = gl.load(expert_ids_ptr + block)
@@ -310,8 +321,7 @@ def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constex
     out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, TILE_N], dtype)
     rings = (
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_N, BK], desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_N, BK], desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -533,7 +543,7 @@ def prefill(
     )
     down_kernel[(programs,)](
         matrix_descriptor(act, BLOCK_M.value, tiles.depth),
-        matrix_descriptor(w2.view(e * H, I), tile_n, tiles.depth),
+        matrix_descriptor(w2.view(e * H, I), 2 * tile_n, tiles.depth),
         matrix_descriptor(y, half_m, tile_n),
         w2_bias,
         expert_ids,

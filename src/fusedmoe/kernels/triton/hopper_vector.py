@@ -1,9 +1,9 @@
 """One or two tokens on Hopper: matrix times vector, weights streamed through a ring.
 
 Two persistent Gluon launches, no alignment and no separate sum: a program owns 16 columns of an
-output and multiplies on the ordinary units, in fp32. The ring is that of ``hopper_decode``; a step
-is a tile of 16 weight rows (up: 16 of gate and 16 of up). The vectors lie in shared memory whole: a
-cp.async on its way would stall the fence between reading a tile and refilling it.
+output and multiplies on the ordinary units, in fp32. A step is a tile of 16 weight rows x BK
+columns (up: 16 of gate and 16 of up), copied by cp.async STAGES steps ahead, whichever task it
+belongs to; every thread copies what it reads itself. The vectors lie in shared memory whole.
 
 up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. A task is (slot, 16 columns).
 down_kernel  grid (programs,): act, w2, weights -> out [T, H]. A task is (token, 16 columns); it
@@ -15,23 +15,16 @@ All ids are held in registers: R <= SLOTS, a power of two. Slots without an expe
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
-from fusedmoe.kernels.triton.hopper_common import (
-    gate_up_descriptors,
-    issue_tiles,
-    matrix_descriptor,
-    next_stage,
-    open_barriers,
-)
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.tuning.hopper_tiles import VectorTiles
 
 ROWS = gl.constexpr(16)
-UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
+UNSPECIALIZED = ("R", "num_mapped", "num_local")
 
 
 @gluon.constexpr_function
@@ -90,11 +83,37 @@ def fetch_vector(x_ptr, vectors, first, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def fetched():
-    """Wait until every thread's copies are there for all."""
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-    gl.thread_barrier()
+def fetch_tile(rows, inside, ring, stage, k, WIDTH: gl.constexpr):
+    """Start copying columns k : k + BK of ROWS weight rows; zero outside."""
+    BK: gl.constexpr = ring.shape[2]
+    layout: gl.constexpr = tile_layout(gl.num_warps())
+    column = gl.expand_dims(k + gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
+    mask = gl.expand_dims(inside, 1) & (column < WIDTH)
+    async_copy.async_copy_global_to_shared(
+        ring.index(stage), gl.expand_dims(rows, 1) + column, mask
+    )
+
+
+@gluon.jit
+def up_rows(
+    task, experts, w_ptr,
+    H: gl.constexpr, I: gl.constexpr,  # noqa: E741
+    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """(gate rows, up rows, which are inside, which up rows are inside) of a task of up_kernel."""
+    WIDE: gl.constexpr = ROWS if GATED else 2 * ROWS
+    layout: gl.constexpr = gl.SliceLayout(1, tile_layout(gl.num_warps()))
+    column = task % TILES * WIDE + gl.arange(0, ROWS, layout)
+    expert = pick_out(experts, task // TILES).to(gl.int64)
+    if INTERLEAVED:
+        gate = w_ptr + (expert * (2 * I) + 2 * column) * H
+        return gate, gate + H, column < I, column < I
+    elif GATED:
+        gate = w_ptr + (expert * (2 * I) + column) * H
+        return gate, gate + I * H, column < I, column < I
+    else:
+        gate = w_ptr + (expert * I + column) * H
+        return gate, gate + ROWS * H, column < I, column + ROWS < I
 
 
 @gluon.jit
@@ -112,8 +131,7 @@ def store_rows(out_ptr, values, column, WIDTH: gl.constexpr):
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def up_kernel(
-    gate_desc,
-    up_desc,
+    w_ptr,
     bias_ptr,
     x_ptr,
     out_ptr,
@@ -123,7 +141,6 @@ def up_kernel(
     R,
     num_mapped,
     num_local,
-    desc_rows,
     limit,
     alpha,
     beta,
@@ -138,8 +155,7 @@ def up_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_decode.up_kernel``."""
-    dtype: gl.constexpr = gate_desc.dtype
+    dtype: gl.constexpr = w_ptr.dtype.element_ty
     KSTEPS: gl.constexpr = (H + BK - 1) // BK
     WIDE: gl.constexpr = ROWS if GATED else 2 * ROWS
     BELOW: gl.constexpr = 0 if GATED else ROWS
@@ -147,38 +163,36 @@ def up_kernel(
     layout: gl.constexpr = tile_layout(gl.num_warps())
     across: gl.constexpr = gl.SliceLayout(0, layout)
     down: gl.constexpr = gl.SliceLayout(1, layout)
-    gate_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], gate_desc.layout)
-    up_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], up_desc.layout)
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    gate_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], shared)
+    up_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], shared)
     vectors = gl.allocate_shared_memory(
         dtype, [TOKENS * KSTEPS, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    bars = open_barriers(STAGES, 0)
-    rings = (gate_ring, up_ring)
-    descs = (gate_desc, up_desc)
     tasks = R * TILES
     programs = gl.num_programs(0)
 
     gdc_wait()
     gdc_launch_dependents()
     experts = load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS)
+    for token in range(R // PICKS):
+        fetch_vector(x_ptr + gl.cast(token, gl.int64) * stride_x, vectors, token * KSTEPS, H)
     first = live_task(gl.program_id(0), tasks, experts, programs, TILES)
     ahead = first
     ahead_k = 0
-    row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
+    state = up_rows(ahead, experts, w_ptr, H, I, GATED, INTERLEAVED, TILES)
     for stage in range(STAGES):
         if ahead < tasks:
-            issue_tiles(descs, rings, (row, row + BELOW), bars, stage, ahead_k * BK)
+            fetch_tile(state[0], state[2], gate_ring, stage, ahead_k * BK, H)
+            fetch_tile(state[1], state[3], up_ring, stage, ahead_k * BK, H)
+        async_copy.commit_group()
         ahead_k += 1
         if ahead_k == KSTEPS:
             ahead_k = 0
             ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
-            row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-    for token in range(R // PICKS):
-        fetch_vector(x_ptr + gl.cast(token, gl.int64) * stride_x, vectors, token * KSTEPS, H)
-    fetched()
+            state = up_rows(ahead, experts, w_ptr, H, I, GATED, INTERLEAVED, TILES)
 
     stage = 0
-    phase = 0
     task = first
     while task < tasks:
         slot = task // TILES
@@ -186,21 +200,25 @@ def up_kernel(
         gate2 = gl.zeros([ROWS, BK], gl.float32, layout)
         up2 = gl.zeros([ROWS, BK], gl.float32, layout)
         for k in range(KSTEPS):
+            async_copy.wait_group(STAGES - 1)
+            gl.thread_barrier()
             value = gl.expand_dims(vectors.index(at_x + k).load(across).to(gl.float32), 0)
-            mbarrier.wait(bars.index(stage), phase)
             gate_tile = gate_ring.index(stage).load(layout)
             up_tile = up_ring.index(stage).load(layout)
-            gl.thread_barrier()
             if ahead < tasks:
-                issue_tiles(descs, rings, (row, row + BELOW), bars, stage, ahead_k * BK)
+                fetch_tile(state[0], state[2], gate_ring, stage, ahead_k * BK, H)
+                fetch_tile(state[1], state[3], up_ring, stage, ahead_k * BK, H)
+            async_copy.commit_group()
             gate2 += gate_tile.to(gl.float32) * value
             up2 += up_tile.to(gl.float32) * value
             ahead_k += 1
             if ahead_k == KSTEPS:
                 ahead_k = 0
                 ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
-                row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-            stage, phase = next_stage(stage, phase, STAGES)
+                state = up_rows(ahead, experts, w_ptr, H, I, GATED, INTERLEAVED, TILES)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
 
         gate = gl.sum(gate2, 1)
         up = gl.sum(up2, 1)
@@ -222,19 +240,25 @@ def up_kernel(
 
 
 @gluon.jit
-def down_row(
-    task, pick, experts,
-    H: gl.constexpr, PICKS: gl.constexpr, TILES: gl.constexpr,
+def down_rows(
+    task, pick, experts, w_ptr,
+    H: gl.constexpr, I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    return pick_out(experts, task // TILES * PICKS + pick) * H + task % TILES * ROWS
+    """(weight rows, which are inside) of one pick of a task of down_kernel."""
+    layout: gl.constexpr = gl.SliceLayout(1, tile_layout(gl.num_warps()))
+    column = task % TILES * ROWS + gl.arange(0, ROWS, layout)
+    expert = pick_out(experts, task // TILES * PICKS + pick).to(gl.int64)
+    return w_ptr + (expert * H + column) * I, column < H
 
 
 @gluon.jit
 def next_chunk(
-    task, pick, k, row, tasks, experts, programs,
-    H: gl.constexpr, PICKS: gl.constexpr, TILES: gl.constexpr, KSTEPS: gl.constexpr,
+    task, pick, k, state, tasks, experts, programs, w_ptr,
+    H: gl.constexpr, I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr, TILES: gl.constexpr, KSTEPS: gl.constexpr,
 ):  # fmt: skip
-    """The step after (task, pick, k) and the weight row of its tile."""
+    """The step after (task, pick, k) and the weight rows of its tile."""
     k += 1
     if k == KSTEPS:
         k = 0
@@ -243,13 +267,13 @@ def next_chunk(
             pick = 0
             task += programs
         task, pick = live_pick(task, pick, tasks, experts, programs, PICKS, TILES)
-        row = down_row(task, pick, experts, H, PICKS, TILES)
-    return task, pick, k, row
+        state = down_rows(task, pick, experts, w_ptr, H, I, PICKS, TILES)
+    return task, pick, k, state
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def down_kernel(
-    desc,
+    w_ptr,
     bias_ptr,
     act_ptr,
     weights_ptr,
@@ -268,37 +292,39 @@ def down_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    dtype: gl.constexpr = desc.dtype
+    dtype: gl.constexpr = w_ptr.dtype.element_ty
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + ROWS - 1) // ROWS
     layout: gl.constexpr = tile_layout(gl.num_warps())
     across: gl.constexpr = gl.SliceLayout(0, layout)
     down: gl.constexpr = gl.SliceLayout(1, layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], desc.layout)
+    copies: gl.constexpr = everywhere(SLOTS, gl.num_warps())
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BK], shared)
     vectors = gl.allocate_shared_memory(
         dtype, [TOKENS * PICKS * KSTEPS, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    bars = open_barriers(STAGES, 0)
     tasks = R // PICKS * TILES
     programs = gl.num_programs(0)
 
     # Ids and weights were complete before up_kernel let this launch begin.
     experts = load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS)
     if weights_ptr is not None:
-        slots = gl.arange(0, SLOTS, everywhere(SLOTS, gl.num_warps()))
+        slots = gl.arange(0, SLOTS, copies)
         weights = gl.load(weights_ptr + slots, mask=slots < R, other=0.0, cache_modifier=".cg")
         weights = weights.to(gl.float32)
     else:
-        weights = gl.full([SLOTS], 1.0, gl.float32, everywhere(SLOTS, gl.num_warps()))
+        weights = gl.full([SLOTS], 1.0, gl.float32, copies)
     first = gl.program_id(0)
     ahead, pick = live_pick(first, gl.to_tensor(0), tasks, experts, programs, PICKS, TILES)
     k = 0
-    row = down_row(ahead, pick, experts, H, PICKS, TILES)
+    state = down_rows(ahead, pick, experts, w_ptr, H, I, PICKS, TILES)
     for stage in range(STAGES):
         if ahead < tasks:
-            issue_tiles((desc,), (ring,), (row,), bars, stage, k * BK)
-        ahead, pick, k, row = next_chunk(
-            ahead, pick, k, row, tasks, experts, programs, H, PICKS, TILES, KSTEPS
+            fetch_tile(state[0], state[1], ring, stage, k * BK, I)
+        async_copy.commit_group()
+        ahead, pick, k, state = next_chunk(
+            ahead, pick, k, state, tasks, experts, programs, w_ptr, H, I, PICKS, TILES, KSTEPS
         )
 
     gdc_wait()
@@ -306,10 +332,10 @@ def down_kernel(
     for slot in range(R):
         if pick_out(experts, slot) >= 0:
             fetch_vector(act_ptr + gl.cast(slot, gl.int64) * I, vectors, slot * KSTEPS, I)
-    fetched()
+    async_copy.commit_group()
+    async_copy.wait_group(0)
 
     stage = 0
-    phase = 0
     for task in range(first, tasks, programs):
         acc = gl.zeros([ROWS, BK], gl.float32, layout)
         token = task // TILES
@@ -324,18 +350,22 @@ def down_kernel(
                     at = bias_ptr + expert.to(gl.int64) * H + column
                     offset += weight * load_bias(at, 1, H - column, down)
                 for step in range(KSTEPS):
+                    async_copy.wait_group(STAGES - 1)
+                    gl.thread_barrier()
                     value = vectors.index(slot * KSTEPS + step).load(across)
                     value = value.to(gl.float32) * weight
-                    mbarrier.wait(bars.index(stage), phase)
                     tile = ring.index(stage).load(layout)
-                    gl.thread_barrier()
                     if ahead < tasks:
-                        issue_tiles((desc,), (ring,), (row,), bars, stage, k * BK)
+                        fetch_tile(state[0], state[1], ring, stage, k * BK, I)
+                    async_copy.commit_group()
                     acc += tile.to(gl.float32) * gl.expand_dims(value, 0)
-                    ahead, pick, k, row = next_chunk(
-                        ahead, pick, k, row, tasks, experts, programs, H, PICKS, TILES, KSTEPS
-                    )
-                    stage, phase = next_stage(stage, phase, STAGES)
+                    ahead, pick, k, state = next_chunk(
+                        ahead, pick, k, state, tasks, experts, programs, w_ptr,
+                        H, I, PICKS, TILES, KSTEPS,
+                    )  # fmt: skip
+                    stage += 1
+                    if stage == STAGES:
+                        stage = 0
         out = out_ptr + token.to(gl.int64) * stride_out
         store_rows(out, gl.sum(acc, 1) + offset, column, H)
 
@@ -359,13 +389,10 @@ def vector(
     e, H, I = w2.shape  # noqa: E741
     T, K = topk_ids.shape
     R = T * K
-    rows = ROWS.value
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
     slots = max(2, 1 << (R - 1).bit_length())
-    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, rows, tiles.up_depth)
     up_kernel[(programs,)](
-        gate,
-        up,
+        w1,
         w1_bias,
         x,
         act,
@@ -375,7 +402,6 @@ def vector(
         R,
         num_mapped,
         e,
-        desc_rows,
         activation.limit,
         activation.alpha,
         activation.beta,
@@ -393,7 +419,7 @@ def vector(
         launch_pdl=True,
     )
     down_kernel[(programs,)](
-        matrix_descriptor(w2.view(e * H, I), rows, tiles.down_depth),
+        w2,
         w2_bias,
         act,
         topk_weights,
