@@ -121,6 +121,10 @@ def test_explain_prints_what_was_chosen_and_why_the_rest_was_not(monkeypatch):
             "toy_stages:SlotExperts",
         ),
     )
+    monkeypatch.setattr(
+        "fusedmoe.selection.PREPARE_FINALIZE",
+        ("fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",),
+    )
     assert str(explain(config(require_modular=True))) == (
         "experts: torch\n"
         "  not logits: routes by itself, but this layer needs its routing before the experts\n"
