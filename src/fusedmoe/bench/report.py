@@ -1,0 +1,169 @@
+"""The schema of results: a header that says where and how, and one row per measurement."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedmoe.bench.shapes import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One implementation on one problem. Times are microseconds per call.
+
+    ``limit_us`` is what the measured ceilings allow: the larger of bytes over read bandwidth and
+    FLOPs over the format's matmul rate, bytes being the activated experts' weights plus the input
+    and the output once. ``error`` is relative (Frobenius), against fp64 on a few tokens.
+    ``workspace_bytes`` is the scratch memory that the layer plans (None where it is not ours).
+    """
+
+    impl: str
+    shape: str
+    E: int
+    k: int
+    H: int
+    I: int  # noqa: E741
+    T: int
+    format: str
+    routing: str
+    scope: str
+    us: float
+    p10_us: float
+    p90_us: float
+    limit_us: float
+    fraction_of_limit: float
+    tflops: float
+    error: float
+    runs: int
+    workspace_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    us: float
+    p10_us: float
+    p90_us: float
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float]) -> Percentiles:
+        ordered = sorted(samples_us)
+        last = len(ordered) - 1
+        return cls(
+            statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+        )
+
+
+@dataclass
+class BenchReport:
+    """``header``: device, versions, command, ceilings. ``notes``: what was left out, and why."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, row: BenchRow) -> None:
+        self.rows.append(asdict(row))
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole report as JSON takes it; ceilings and versions stand at the top level."""
+        return self.header | {"rows": self.rows, "notes": self.notes}
+
+    def write(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def ratios(self, ours: str = "fusedmoe", peers: str = "transformers") -> list[dict[str, Any]]:
+        """Per problem, the fastest peer's time over ours (above 1: ours is faster)."""
+        problems: dict[tuple[Any, ...], dict[str, float]] = {}
+        for row in self.rows:
+            key = tuple(row[name] for name in ("shape", "format", "routing", "T"))
+            problems.setdefault(key, {})[row["impl"]] = row["us"]
+        found = []
+        for (shape, format_, routing, T), times in problems.items():
+            others = {name: us for name, us in times.items() if name.startswith(peers)}
+            if ours in times and others:
+                best = min(others, key=lambda name: others[name])
+                found.append(
+                    {"shape": shape, "format": format_, "routing": routing, "T": T}
+                    | {"fastest_peer": best, "ratio": others[best] / times[ours]}
+                )
+        return found
+
+
+def limit_us(
+    shape: LayerShape,
+    tokens: int,
+    active_experts: float,
+    itemsize: int,
+    read_gbs: float,
+    matmul_tflops: float,
+) -> float:
+    """Microseconds that a layer cannot go below on a machine with these ceilings."""
+    weights = shape.weight_elements / shape.E * active_experts
+    moved = itemsize * (weights + 2 * tokens * shape.H)
+    return max(moved / read_gbs / 1e3, shape.flops(tokens) / matmul_tflops / 1e6)
+
+
+def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Where a report comes from, with the ceilings measured in the same run."""
+    packages = ("fusedmoe", "torch", "triton", "transformers")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "commit": source_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+    } | ceilings
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def source_commit() -> str | None:
+    """The commit of the source tree this package runs from; None where it is installed."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

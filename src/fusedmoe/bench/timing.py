@@ -1,0 +1,88 @@
+"""Interleaved timing: on a CPU by the clock, on a GPU by replaying CUDA graphs.
+
+A contestant is a list of calls, one per situation (a set of weights, or of logits, that no cache
+still holds); each sample uses the next one, and the contestants start at different ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], torch.Tensor]
+
+SLOW_FACTOR = 4.0
+SLOW_RUNS = 3
+_CALLS_PER_GRAPH = 10
+
+
+def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict[str, list[float]]:
+    """Microseconds of each call, ``repeats`` per contestant, taken in turns.
+
+    One that is more than ``SLOW_FACTOR`` times slower than the fastest is left after
+    ``SLOW_RUNS`` samples.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for calls in contestants.values():
+        calls[0]()
+    names = list(contestants)
+    for turn in range(repeats):
+        if turn == SLOW_RUNS:
+            best = min(min(taken) for taken in samples.values())
+            names = [name for name in names if min(samples[name]) <= SLOW_FACTOR * best]
+        for place in range(len(names)):
+            at = (turn + place) % len(names)
+            calls = contestants[names[at]]
+            call = calls[(turn + at) % len(calls)]
+            start = time.perf_counter()
+            call()
+            samples[names[at]].append((time.perf_counter() - start) * 1e6)
+    return samples
+
+
+def capture(calls: Sequence[Call]) -> Call:
+    """A CUDA graph that makes all calls a few times over; it returns the first call's output.
+
+    Raises RuntimeError where they cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for _ in range(rounds_of(calls)) for call in calls]
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return outputs[0]
+
+    return replay
+
+
+def rounds_of(calls: Sequence[Call]) -> int:
+    """How often one graph goes through all calls."""
+    return max(1, _CALLS_PER_GRAPH // len(calls))
+
+
+def time_graphs(
+    graphs: Mapping[str, Call], calls_per_graph: int, repeats: int
+) -> dict[str, list[float]]:
+    """Microseconds per call from CUDA events around each replay, taken in turns."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for replay in graphs.values():
+        replay()
+    torch.cuda.synchronize()
+    for _ in range(repeats):
+        for name, replay in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1e3 / calls_per_graph)
+    return samples
