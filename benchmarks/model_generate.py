@@ -45,11 +45,12 @@ BASELINE = "grouped_mm"
 
 
 def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCausalLM:
-    """Weights normal with std 0.02, norms 1, routers ``router_gain`` times sharper, embeddings 1.
+    """Weights normal with std 0.02, norms 1, and three things as in a trained model.
 
-    As in a trained model, routers then decide clearly and a layer adds little to the residual
-    stream. Otherwise every layer's rounding decides ties, and any two implementations drift apart
-    by several bf16 ulps of the logits, whatever their experts do.
+    Embeddings have std 1, the projections back into the residual stream are smaller by
+    sqrt(2 * layers), and routers are ``router_gain`` times sharper. Otherwise a layer's rounding
+    decides ties in the next one, and any two implementations drift several bf16 ulps apart,
+    whatever their experts do.
     """
     config = Qwen3MoeConfig(**QWEN3_30B | {"num_hidden_layers": layers})
     torch.manual_seed(0)
@@ -61,14 +62,22 @@ def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCaus
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                gain = router_gain if name.endswith("mlp.gate.weight") else 1.0
-                gain = 50.0 if name.endswith("embed_tokens.weight") else gain
-                parameter.normal_(std=0.02 * gain)
+                parameter.normal_(std=0.02 * gain_of(name, layers, router_gain))
         rotary = type(model.model.rotary_emb)(config=config).to(device)
         model.model.rotary_emb = rotary
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def gain_of(name: str, layers: int, router_gain: float) -> float:
+    """How many times 0.02 a parameter's standard deviation is."""
+    if name.endswith("mlp.gate.weight"):
+        return router_gain
+    if name.endswith("embed_tokens.weight"):
+        return 50.0
+    into_residual = ("o_proj.weight", "down_proj.weight", "down_proj")
+    return (2 * layers) ** -0.5 if name.endswith(into_residual) else 1.0
 
 
 def use(model: Any, implementation: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +19,15 @@ from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalizeMonolithic,
 )
 from fusedmoe.modular_kernel.records import (
+    ExpertTokensMetadata,
     Hook,
     PrepareResult,
     ProblemSize,
     Receiver,
 )
-from fusedmoe.modular_kernel.workspace import plan_workspaces
+from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
+
+_MAX_PLANS = 1024
 
 
 def finish(pending: Receiver | tuple[Hook, Receiver]) -> Any:
@@ -65,6 +68,7 @@ class FusedMoEKernel:
         _check_formats(prepare_finalize, experts)
         self.prepare_finalize = prepare_finalize
         self.experts = experts
+        self._plans: dict[tuple[Any, ...], WorkspacePlan] = {}
 
     @property
     def output_is_reduced(self) -> bool:
@@ -136,40 +140,58 @@ class FusedMoEKernel:
         final_output: torch.Tensor,
     ) -> torch.Tensor:
         experts, x = self.experts, prepared.hidden_states
-        weights, ids = prepared.topk_weights, prepared.topk_ids
-        assert weights is not None
+        ids = prepared.topk_ids
         assert ids is not None
         size = experts.moe_problem_size(x, w1, w2, ids)
-        plan = plan_workspaces(
-            experts, size, final_output.dtype, activation, global_num_experts, prepared
-        )
+        plan = self._plan(size, final_output.dtype, activation, global_num_experts, prepared)
         in_place = plan.in_place and final_output.shape == plan.shapes.output
         output = final_output if in_place else x.new_empty(plan.shapes.output, dtype=plan.dtype)
         if size.M == 0:
             return output
         workspace13 = x.new_empty(plan.shapes.workspace13, dtype=plan.dtype)
         workspace2 = x.new_empty(plan.shapes.workspace2, dtype=plan.dtype)
-        one_pass = plan.rows_per_pass >= size.M
-        for start in range(0, size.M, plan.rows_per_pass):
-            part = slice(None) if one_pass else slice(start, start + plan.rows_per_pass)
+        for rows in _passes(prepared, output, plan.rows_per_pass):
             experts.apply(
-                output[part],
-                x[part],
+                rows.output,
+                rows.hidden_states,
                 w1,
                 w2,
-                weights[part],
-                ids[part],
+                rows.topk_weights,
+                rows.topk_ids,
                 activation,
                 global_num_experts,
                 expert_map,
-                _rows_of_scale(prepared.scale, part, size.M),
+                rows.scale,
                 None,
                 workspace13,
                 workspace2,
-                prepared.expert_tokens_meta if one_pass else None,
+                rows.expert_tokens_meta,
                 apply_router_weight_on_input,
             )
         return output
+
+    def _plan(
+        self,
+        size: ProblemSize,
+        act_dtype: torch.dtype,
+        activation: MoEActivation,
+        global_num_experts: int,
+        prepared: PrepareResult,
+    ) -> WorkspacePlan:
+        """``plan_workspaces``, remembered where it depends on sizes alone."""
+        if prepared.expert_tokens_meta is not None or torch.compiler.is_compiling():
+            return plan_workspaces(
+                self.experts, size, act_dtype, activation, global_num_experts, prepared
+            )
+        key = (size, act_dtype, activation, global_num_experts)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = plan_workspaces(
+                self.experts, size, act_dtype, activation, global_num_experts
+            )
+        return plan
 
     def peak_workspace_bytes(self, num_tokens: int) -> int:
         """Scratch memory of a forward with ``num_tokens`` rows entering the experts."""
@@ -244,6 +266,32 @@ def _check_formats(prepare_finalize: FusedMoEPrepareAndFinalize, experts: FusedM
             f"{type(prepare_finalize).__name__} gives {prepare_finalize.activation_format.name} "
             f"rows, {type(experts).__name__} takes {experts.activation_format().name} rows"
         )
+
+
+class _Pass(NamedTuple):
+    """The rows that the experts run at once."""
+
+    output: torch.Tensor
+    hidden_states: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    scale: torch.Tensor | None
+    expert_tokens_meta: ExpertTokensMetadata | None
+
+
+def _passes(prepared: PrepareResult, output: torch.Tensor, rows_per_pass: int) -> Iterator[_Pass]:
+    """All rows at once where they fit, else ``rows_per_pass`` at a time."""
+    x, weights, ids = prepared.hidden_states, prepared.topk_weights, prepared.topk_ids
+    assert weights is not None
+    assert ids is not None
+    size = x.shape[-2]
+    if rows_per_pass >= size:
+        yield _Pass(output, x, weights, ids, prepared.scale, prepared.expert_tokens_meta)
+        return
+    for start in range(0, size, rows_per_pass):
+        part = slice(start, start + rows_per_pass)
+        scale = _rows_of_scale(prepared.scale, part, size)
+        yield _Pass(output[part], x[part], weights[part], ids[part], scale, None)
 
 
 def _rows_of_scale(scale: torch.Tensor | None, part: slice, rows: int) -> torch.Tensor | None:

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+
 TILE_T, TILE_E, TILE_H = 32, 32, 128
 
 
@@ -93,10 +95,14 @@ def gate_tiles_kernel(
     tl.store(out, total, mask=(token < T)[:, None] & (expert < E)[None, :])
 
 
+_launch_rows = Launcher(gate_rows_kernel)
+_launch_tiles = Launcher(gate_tiles_kernel)
+
+
 def gate_rows_tile(num_tokens: int, hidden: int) -> tuple[int, int, int]:
     """(BLOCK_T, BLOCK_H, warps): whole rows at once while the products fit the registers."""
-    block_t = triton.next_power_of_2(num_tokens)
-    block_h = min(triton.next_power_of_2(hidden), max(16384 // block_t, 64), 4096)
+    block_t = power_of_2(num_tokens)
+    block_h = min(power_of_2(hidden), max(16384 // block_t, 64), 4096)
     return block_t, block_h, 8 if block_t * block_h >= 8192 else 4
 
 
@@ -108,19 +114,12 @@ def gate_rows(
     if T == 0 or E == 0:
         return out
     block_t, block_h, num_warps = gate_rows_tile(T, H)
-    gate_rows_kernel[(E,)](
-        x,
-        weight,
-        None if bias is None else bias.contiguous(),
-        out,
-        T,
-        H,
-        E,
-        *x.stride(),
-        *weight.stride(),
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        num_warps=num_warps,
+    _launch_rows(
+        (E, 1),
+        (x, weight, None if bias is None else bias.contiguous(), out),
+        (T, H, E, *x.stride(), *weight.stride()),
+        (block_t, block_h),
+        num_warps,
     )
     return out
 
@@ -132,20 +131,12 @@ def gate_tiles(
     out = torch.empty((T, E), dtype=out_dtype, device=x.device)
     if T == 0 or E == 0:
         return out
-    gate_tiles_kernel[(triton.cdiv(T, TILE_T), triton.cdiv(E, TILE_E))](
-        x,
-        weight,
-        None if bias is None else bias.contiguous(),
-        out,
-        T,
-        H,
-        E,
-        *x.stride(),
-        *weight.stride(),
-        WIDEN=x.dtype is not weight.dtype or x.dtype is torch.float32,
-        BLOCK_T=TILE_T,
-        BLOCK_E=TILE_E,
-        BLOCK_H=TILE_H,
-        num_warps=4,
+    widen = x.dtype is not weight.dtype or x.dtype is torch.float32
+    _launch_tiles(
+        (-(-T // TILE_T), -(-E // TILE_E)),
+        (x, weight, None if bias is None else bias.contiguous(), out),
+        (T, H, E, *x.stride(), *weight.stride()),
+        (widen, TILE_T, TILE_E, TILE_H),
+        4,
     )
     return out
