@@ -171,7 +171,10 @@ def test_an_unknown_activation(cli, broken: Path, verb: str) -> None:
         (["generate", "--preset", "tiny-mixtral", "--max-new-tokens", "0"], "at least 1, got 0"),
         (["generate", "--preset", "tiny-mixtral", "--max-new-tokens", "x"], "invalid int value"),
         (["generate", "--preset", "tiny-mixtral", "--prompt", ""], "the prompt has no tokens"),
-        (["explain", "--top-k", "2"], "give --num-experts, --hidden-size, --intermediate-size"),
+        (
+            ["explain", "--top-k", "2"],
+            "not complete: give --num-experts, --hidden-size, --intermediate",
+        ),
         ([], "VERB"),
         (["fly"], "invalid choice: 'fly'"),
     ],

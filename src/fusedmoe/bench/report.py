@@ -26,6 +26,7 @@ class BenchRow:
     ``limit_us`` is what the measured ceilings allow: the larger of bytes over read bandwidth and
     FLOPs over the format's matmul rate, bytes being the activated experts' weights plus the input
     and the output once. ``error`` is relative (Frobenius), against fp64 on a few tokens.
+    ``active_experts`` counts the experts that some token picks, averaged over the runs' inputs.
     ``workspace_bytes`` is the scratch memory that the layer plans (None where it is not ours).
     """
 
@@ -38,6 +39,7 @@ class BenchRow:
     T: int
     format: str
     routing: str
+    active_experts: float
     scope: str
     us: float
     p10_us: float

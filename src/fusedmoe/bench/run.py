@@ -283,6 +283,7 @@ def _row(
         T=problem.T,
         format=key,
         routing=problem.routing,
+        active_experts=problem.active_experts,
         scope="layer",
         us=round(taken.us, 2),
         p10_us=round(taken.p10_us, 2),

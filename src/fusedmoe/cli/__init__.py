@@ -16,6 +16,7 @@ VERBS = {
     "generate": "generate text from a checkpoint folder or a preset",
     "inspect": "describe the MoE layers of a checkpoint, from its headers alone",
     "explain": "say which implementation runs a layer, and why not the others",
+    "bench": "measure a layer against Transformers' experts and the machine's limit",
     "env": "print versions, devices and what this machine can run",
 }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 
 _DTYPES = {
@@ -12,6 +16,34 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+
+SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
+
+
+class LayerSizes(NamedTuple):
+    """E experts, K of them per token, H hidden, I intermediate of one expert."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options for the sizes of a layer."""
+    parser.add_argument("--num-experts", type=int, metavar="E")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--hidden-size", type=int, metavar="H")
+    parser.add_argument("--intermediate-size", type=int, metavar="I", help="of one expert")
+
+
+def sizes_of(known: Mapping[str, int | None]) -> LayerSizes:
+    """The four sizes out of ``known``; ValueError names the options that are missing."""
+    missing = [name for name in SIZES if known.get(name) is None]
+    if missing:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"the layer's sizes are not complete: give {options}")
+    return LayerSizes(**{name: known[name] for name in SIZES})  # type: ignore[arg-type]
 
 
 def dtype_of(name: str) -> torch.dtype | None:

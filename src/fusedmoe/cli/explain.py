@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from fusedmoe.cli.arguments import device_of, dtype_of
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.cli.output import print_json
@@ -18,15 +18,11 @@ from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.weights.families import EXPERT_PARTS
 
 STORED_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint folder; or give the sizes")
-    parser.add_argument("--num-experts", type=int, metavar="E")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--hidden-size", type=int, metavar="H")
-    parser.add_argument("--intermediate-size", type=int, metavar="I", help="of one expert")
+    add_sizes(parser)
     parser.add_argument("--activation", metavar="NAME", help="silu where nothing else is known")
     parser.add_argument("--bias", action="store_true", help="the experts have biases")
     parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
@@ -62,20 +58,16 @@ def layer_config(args: argparse.Namespace) -> FusedMoEConfig:
     """The layer that the arguments describe, those of a checkpoint under what is given."""
     known = {} if args.checkpoint is None else _from_checkpoint(read_checkpoint(args.checkpoint))
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    sizes = known | given
-    missing = [name for name in SIZES if sizes.get(name) is None]
-    if missing:
-        options = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"give {options}" + ("" if known else ", or a checkpoint folder"))
+    sizes = sizes_of(known | given)
     activation = known.get("activation")
     if args.activation is not None or activation is None:
         activation = MoEActivation.from_str(args.activation or "silu")
     return FusedMoEConfig(
-        num_experts=sizes["num_experts"],
-        num_local_experts=sizes["num_experts"],
-        experts_per_token=sizes["top_k"],
-        hidden_dim=sizes["hidden_size"],
-        intermediate_size_per_partition=sizes["intermediate_size"],
+        num_experts=sizes.num_experts,
+        num_local_experts=sizes.num_experts,
+        experts_per_token=sizes.top_k,
+        hidden_dim=sizes.hidden_size,
+        intermediate_size_per_partition=sizes.intermediate_size,
         activation=activation,
         in_dtype=dtype_of(args.dtype) or known.get("dtype", torch.bfloat16),
         device=device_of(args.device),

@@ -12,27 +12,36 @@ SECONDS_BEFORE_PROGRESS = 2.0
 
 
 class Progress(Protocol):
-    """The part of a progress bar that the verbs use."""
+    """The part of a progress bar that the verbs use; ``n`` is how much is done."""
 
-    def update(self, n: int = 1) -> Any: ...
+    n: float
+
+    def update(self, n: float = 1) -> Any: ...
+
+    def set_description(self, desc: str) -> Any: ...
 
 
 class _Silent:
-    def update(self, n: int = 1) -> None:
+    n: float = 0
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def set_description(self, desc: str) -> None:
         pass
 
 
 @contextmanager
-def progress(total: int | None, what: str) -> Iterator[Progress]:
-    """A bar on stderr, shown once the work has taken two seconds; silent without tqdm."""
+def progress(
+    total: int | None, what: str, delay: float = SECONDS_BEFORE_PROGRESS
+) -> Iterator[Progress]:
+    """A bar on stderr once the work has taken ``delay`` seconds; silent without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
         yield _Silent()
         return
-    with tqdm(
-        total=total, desc=what, delay=SECONDS_BEFORE_PROGRESS, file=sys.stderr, leave=False
-    ) as bar:
+    with tqdm(total=total, desc=what, delay=delay, file=sys.stderr, leave=False) as bar:
         yield bar
 
 

@@ -1,0 +1,158 @@
+"""``fusedmoe bench``: a layer's speed, against Transformers' experts and the machine's limit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedmoe.checkpoint import read_checkpoint
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, sizes_of
+from fusedmoe.cli.facts import model_facts
+from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from fusedmoe.bench import LayerShape
+
+DEFAULT_SHAPE = "olmoe"
+MEMORY_SHARE = 0.9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", nargs="?", help="measure the layer of this checkpoint folder")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help=f"layers of known models ({DEFAULT_SHAPE})"
+    )
+    add_sizes(parser)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256], metavar="T")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], metavar="DTYPE")
+    parser.add_argument(
+        "--routings",
+        nargs="+",
+        default=["uniform"],
+        metavar="NAME",
+        help="how tokens spread over experts: balanced, uniform, power_law_1.2, one_expert",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+    parser.add_argument(
+        "--experts", nargs="+", default=[], metavar="NAME", help="also these implementations"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
+    parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
+    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw speed against batch and the roofline (PNG)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from fusedmoe.bench import count_measurements, run_layer_bench
+
+    if args.repeats is not None and args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    shapes, device = _shapes(args), device_of(args.device)
+    dtypes = [dtype_of(name) or torch.bfloat16 for name in args.dtypes]
+    _check_memory(shapes, dtypes, device)
+    total = count_measurements(shapes, args.tokens, dtypes, args.routings)
+    with progress(total, "measuring the machine", delay=0.0) as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            del total
+            bar.set_description(what)
+            bar.update(done - bar.n)
+
+        report = run_layer_bench(
+            shapes,
+            args.tokens,
+            dtypes,
+            args.routings,
+            device,
+            peers=not args.no_peers,
+            repeats=args.repeats,
+            progress=show,
+            experts=(None, *args.experts),
+        )
+    if not report.rows:
+        raise ValueError("nothing was measured: " + "; ".join(report.notes))
+    record = report.to_json()
+    if args.output:
+        report.write(args.output)
+    if args.plot:
+        from fusedmoe.cli.plot import write_plot
+
+        write_plot(record, args.plot)
+    if args.json:
+        print_json(record)
+    else:
+        _print(record)
+    return 0
+
+
+def _shapes(args: argparse.Namespace) -> list[LayerShape]:
+    """The layers asked for: by name, by sizes, or a checkpoint's."""
+    from fusedmoe.bench import SHAPES, LayerShape
+
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    if args.shapes and (given or args.checkpoint):
+        raise ValueError("give --shapes, or sizes, or a checkpoint folder")
+    if given or args.checkpoint:
+        known: dict[str, Any] = {}
+        if args.checkpoint:
+            known = model_facts(read_checkpoint(args.checkpoint)).sizes._asdict()
+        name = Path(args.checkpoint).resolve().name if args.checkpoint else "custom"
+        return [LayerShape(name, *sizes_of(known | given))]
+    names = args.shapes or [DEFAULT_SHAPE]
+    for name in names:
+        if name not in SHAPES:
+            raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+    return [SHAPES[name] for name in names]
+
+
+def _check_memory(
+    shapes: list[LayerShape], dtypes: list[torch.dtype], device: torch.device
+) -> None:
+    free = _free_bytes(device)
+    for shape in shapes:
+        needed = shape.weight_elements * max(dtype.itemsize for dtype in dtypes)
+        if free is not None and needed > free * MEMORY_SHARE:
+            raise ValueError(
+                f"{shape.name} has {format_bytes(needed)} of weights, "
+                f"{format_bytes(free)} are free on {device}"
+            )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), None)
+
+
+def _print(record: dict[str, Any]) -> None:
+    rates = [
+        f"{key} {value:.3g}" for key, value in record.items() if key.endswith(("gbs", "flops"))
+    ]
+    print(f"{record['device']}: {', '.join(rates)}\n")
+    columns = ["shape", "format", "routing", "T", "implementation", "us", "p10", "p90"]
+    columns += ["tokens/s", "of limit", "TFLOP/s", "error", "scratch"]
+    rows = []
+    for row in record["rows"]:
+        scratch = row["workspace_bytes"]
+        rows.append(
+            [
+                *(row[key] for key in ("shape", "format", "routing", "T", "impl", "us")),
+                *(row["p10_us"], row["p90_us"], 1e6 * row["T"] / row["us"]),
+                f"{row['fraction_of_limit']:.0%}",
+                *(row["tflops"], row["error"]),
+                "-" if scratch is None else format_bytes(scratch),
+            ]
+        )
+    print_table(columns, rows)
+    for note in record["notes"]:
+        print(f"note: {note}")

@@ -1,0 +1,95 @@
+"""The picture of a benchmark report: speed against batch, and the roofline. Needs matplotlib.
+
+It reads the report's JSON alone (a header with measured ceilings, and rows), so that a file of last
+month draws like one of today. Per shape, format and routing there are two axes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
+
+
+def write_plot(report: dict[str, Any], path: str | Path) -> None:
+    """Draw ``report`` into an image file; ValueError without matplotlib or without rows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install 'fusedmoe[bench]'") from None
+    groups = _groups(report["rows"])
+    if not groups:
+        raise ValueError("the report has no rows to draw")
+    figure = Figure(figsize=(WIDTH, HEIGHT_PER_GROUP * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 2, squeeze=False)
+    for (title, rows), (speed, roof) in zip(groups.items(), axes, strict=True):
+        _draw_speed(speed, title, rows)
+        _draw_roofline(roof, rows, report)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def _groups(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.get("us"):
+            found[f"{row['shape']}, {row['format']}, {row['routing']}"].append(row)
+    return dict(found)
+
+
+def _by_implementation(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["T"]):
+        found[row["impl"]].append(row)
+    return dict(found)
+
+
+def _draw_speed(axes: Any, title: str, rows: list[Row]) -> None:
+    limits: dict[int, float] = {}
+    for name, mine in _by_implementation(rows).items():
+        tokens = [row["T"] for row in mine]
+        axes.plot(tokens, [1e6 * row["T"] / row["us"] for row in mine], marker="o", label=name)
+        limits |= {row["T"]: 1e6 * row["T"] / row["limit_us"] for row in mine if row["limit_us"]}
+    if limits:
+        axes.plot(sorted(limits), [limits[T] for T in sorted(limits)], "k--", label="limit")
+    axes.set(title=title, xlabel="tokens per call", ylabel="tokens per second")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+
+
+def _draw_roofline(axes: Any, rows: list[Row], report: dict[str, Any]) -> None:
+    """FLOP per byte against FLOP rate; the roof is min(dense rate, bytes per second * x)."""
+    bandwidth, peak = report.get("read_gbs"), report.get(f"{rows[0]['format']}_tflops")
+    for name, mine in _by_implementation(rows).items():
+        rates = [flops(row) / row["us"] / 1e6 for row in mine]
+        axes.plot([intensity(row) for row in mine], rates, "o", label=name)
+    if bandwidth and peak:
+        ridge = peak * 1e3 / bandwidth
+        measured = [intensity(row) for row in rows]
+        xs = sorted({min(*measured, ridge) / 2, ridge, max(*measured, ridge) * 2})
+        axes.plot(xs, [min(peak, x * bandwidth / 1e3) for x in xs], "k--", label="limit")
+    axes.set(xlabel="FLOP per byte", ylabel="TFLOP/s", title="roofline")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def flops(row: Row) -> float:
+    """Multiplications and additions of the two gated GEMMs."""
+    return 6.0 * row["T"] * row["k"] * row["H"] * row["I"]
+
+
+def intensity(row: Row) -> float:
+    """FLOP per byte: the picked experts' weights, the input and the output, once each.
+
+    A file that does not say how many experts were picked is read as if all were that could be.
+    """
+    picked = row.get("active_experts") or min(row["E"], row["T"] * row["k"])
+    elements = picked * 3 * row["H"] * row["I"] + 2 * row["T"] * row["H"]
+    return flops(row) / (elements * ITEMSIZES.get(row["format"], 2))

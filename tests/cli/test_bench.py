@@ -1,0 +1,103 @@
+"""bench measures, writes what it measured, and draws it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusedmoe.cli.plot import intensity, write_plot
+
+SIZES = ("--num-experts", "4", "--top-k", "2", "--hidden-size", "32", "--intermediate-size", "16")
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes seconds, and here nobody wants to know."""
+    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", {"cpu": 1 << 12})
+    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", {"cpu": 64})
+
+
+def test_a_report_as_table_file_and_picture(cli, tmp_path: Path) -> None:
+    out_file, plot_file = tmp_path / "results" / "layer.json", tmp_path / "layer.png"
+    code, out, err = cli(
+        *("bench", *SIZES, "--tokens", "1", "5", "--dtypes", "fp32", "bf16", "--repeats", "3"),
+        *("--routings", "uniform", "one_expert", "--experts", "torch", "--device", "cpu"),
+        *("--output", out_file, "--plot", plot_file),
+    )
+    assert code == 0, err
+    report = json.loads(out_file.read_text())
+    names = {row["impl"] for row in report["rows"]}
+    assert names == {
+        "fusedmoe",
+        "fusedmoe:torch",
+        "transformers_eager",
+        "transformers_batched_mm",
+        "transformers_grouped_mm",
+    }
+    assert len(report["rows"]) == len(names) * 2 * 2 * 2
+    for row in report["rows"]:
+        assert row["error"] < 0.02
+        assert 2 <= row["active_experts"] <= 4
+        assert row["us"] > 0
+    assert plot_file.read_bytes().startswith(b"\x89PNG")
+    body = [line for line in out.splitlines() if line.startswith("custom")]
+    assert len(body) == len(report["rows"])
+    assert all(report[key] > 0 for key in ("read_gbs", "fp32_tflops", "bf16_tflops"))
+
+
+def test_json_without_peers_on_a_checkpoints_own_layer(cli, mixtral: Path) -> None:
+    code, out, err = cli(
+        *("bench", mixtral, "--tokens", "3", "--dtypes", "fp32", "--repeats", "2"),
+        *("--no-peers", "--device", "cpu", "--json"),
+    )
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert (row["shape"], row["E"], row["k"], row["H"], row["I"]) == ("mixtral", 8, 2, 64, 128)
+    assert row["impl"] == "fusedmoe"
+
+
+def test_what_could_not_be_measured_is_a_note(cli) -> None:
+    code, out, _ = cli(
+        *("bench", *SIZES, "--tokens", "1", "--dtypes", "fp32", "--repeats", "2"),
+        *("--no-peers", "--device", "cpu", "--experts", "triton"),
+    )
+    assert code == 0
+    assert "note: custom: triton left out" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "gpt-7"], "unknown shape 'gpt-7'; known: qwen3-30b"),
+        (["--shapes", "olmoe", "--top-k", "2"], "give --shapes, or sizes, or a checkpoint"),
+        (["--top-k", "2"], "not complete: give --num-experts"),
+        ([*SIZES, "--top-k", "9"], "custom: E4 k9 H32 I16 is no layer"),
+        ([*SIZES, "--tokens", "0"], "at least 1, got 0"),
+        ([*SIZES, "--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ([*SIZES, "--dtypes", "int4"], "unsupported dtype 'int4'"),
+        ([*SIZES, "--routings", "chaos"], "chaos"),
+        ([*SIZES, "--hidden-size", "1000000000000"], "of weights"),
+        (["/nowhere/at/all"], "no such folder"),
+    ],
+)
+def test_bad_words(cli, words: list[str], message: str) -> None:
+    code, out, err = cli("bench", "--device", "cpu", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_intensity_counts_the_experts_that_were_picked() -> None:
+    row = {"T": 8, "k": 2, "E": 4, "H": 32, "I": 16, "format": "fp32", "active_experts": 3.0}
+    moved = 4 * (3 * 3 * 32 * 16 + 2 * 8 * 32)
+    assert intensity(row) == 6 * 8 * 2 * 32 * 16 / moved
+    assert intensity(row | {"active_experts": None}) < intensity(row)
+    assert intensity(row | {"format": "bf16"}) == 2 * intensity(row)
+
+
+def test_an_empty_report_is_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no rows to draw"):
+        write_plot({"rows": []}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
