@@ -58,13 +58,45 @@ def test_json_without_peers_on_a_checkpoints_own_layer(cli, mixtral: Path) -> No
     assert row["impl"] == "fusedmoe"
 
 
+OWN = """
+from fusedmoe.experts.torch_reference import TorchExperts
+
+class Mine(TorchExperts):
+    name = "mine"
+
+class NotOne:
+    pass
+"""
+
+
+def test_an_implementation_of_ones_own(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``module:Class`` from the current folder is measured beside the library's."""
+    (tmp_path / "own_experts.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    common = (*SIZES, "--device", "cpu", "--json")
+    code, out, err = cli(
+        *("bench", *common, "--tokens", "2", "--dtypes", "fp32", "--repeats", "2", "--no-peers"),
+        *("--experts", "own_experts:Mine"),
+    )
+    assert code == 0, err
+    assert [row["impl"] for row in json.loads(out)["rows"]] == ["fusedmoe", "fusedmoe:mine"]
+    code, out, err = cli("explain", *common, "--experts", "own_experts:Mine")
+    assert json.loads(out)["experts"] == "mine"
+    for wrong in ("own_experts:NotOne", "own_experts:Missing", "no_such_module:Mine"):
+        code, _, err = cli("explain", *common, "--experts", wrong)
+        assert code == 2
+        assert err.count("\n") == 1
+
+
 def test_what_could_not_be_measured_is_a_note(cli) -> None:
     code, out, _ = cli(
         *("bench", *SIZES, "--tokens", "1", "--dtypes", "fp32", "--repeats", "2"),
         *("--no-peers", "--device", "cpu", "--experts", "triton"),
     )
     assert code == 0
-    assert "note: custom: triton left out" in out
+    assert "note: custom: fusedmoe:triton left out" in out
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.selection import name_of
 
 TRANSFORMERS_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,8 +59,10 @@ def random_weights(
     ]
 
 
-def our_layer(shape: LayerShape, weights: list[Weights], experts: str | None = None) -> Contestant:
-    """The layer with the implementation called ``experts``, or the one that selection chooses.
+def our_layer(
+    shape: LayerShape, weights: list[Weights], experts: str | type | None = None
+) -> Contestant:
+    """The layer with the implementation ``experts`` (None: the one that selection chooses).
 
     Raises ValueError where that one cannot run this layer.
     """
@@ -70,11 +73,17 @@ def our_layer(shape: LayerShape, weights: list[Weights], experts: str | None = N
         kernel = routed.quant_method.kernel(routed)
         return kernel.peak_workspace_bytes(tokens) if isinstance(kernel, FusedMoEKernel) else None
 
-    name = "fusedmoe" if experts is None else f"fusedmoe:{experts}"
-    return Contestant(name, list(layers), scratch_bytes, is_peer=False)
+    return Contestant(contestant_name(experts), list(layers), scratch_bytes, is_peer=False)
 
 
-def _build_layer(shape: LayerShape, weights: Weights, experts: str | None) -> MoERunner:
+def contestant_name(experts: str | type | None) -> str:
+    """What reports call this library's layer with a forced implementation, or without (None)."""
+    if experts is None:
+        return "fusedmoe"
+    return f"fusedmoe:{name_of(experts) if isinstance(experts, type) else experts}"
+
+
+def _build_layer(shape: LayerShape, weights: Weights, experts: str | type | None) -> MoERunner:
     layer = FusedMoE(
         shape.E,
         shape.k,

@@ -15,6 +15,7 @@ from fusedmoe.bench.contestants import (
     TRANSFORMERS_EXPERTS,
     Contestant,
     Weights,
+    contestant_name,
     our_layer,
     random_weights,
     transformers_experts,
@@ -77,11 +78,11 @@ def run_layer_bench(
     repeats: int | None = None,
     progress: Progress | None = None,
     *,
-    experts: Sequence[str | None] = (None,),
+    experts: Sequence[str | type | None] = (None,),
 ) -> BenchReport:
     """Time the layer from router logits to output on random data.
 
-    ``experts``: which of our implementations (None is what selection chooses); ``peers`` adds
+    ``experts``: implementations by name or class (None is what selection chooses); ``peers`` adds
     Transformers' eager, batched_mm and grouped_mm. ``repeats``: samples per implementation
     (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph over several
     sets of weights; what cannot be captured, or does not fit in memory, becomes a note.
@@ -142,10 +143,10 @@ def _contestants(
     shape: LayerShape,
     weights: list[Weights],
     peers: bool,
-    experts: Sequence[str | None],
+    experts: Sequence[str | type | None],
     report: BenchReport,
 ) -> list[Contestant]:
-    builders = {name or "fusedmoe": partial(our_layer, experts=name) for name in experts}
+    builders = {contestant_name(one): partial(our_layer, experts=one) for one in experts}
     if peers:
         builders |= {
             f"transformers_{name}": partial(transformers_experts, name=name)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+
+from fusedmoe.modular_kernel import FusedMoEExperts
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -70,3 +74,17 @@ def device_of(name: str | None) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device {name!r} is not there: torch sees {count} CUDA devices")
     return device
+
+
+def experts_of(name: str | None) -> str | type | None:
+    """An implementation by name, or by ``module:Class`` from anywhere Python finds it."""
+    if name is None or ":" not in name:
+        return name
+    module_name, _, class_name = name.partition(":")
+    # The ``fusedmoe`` script, unlike ``python -m``, does not look in the current folder.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    found = getattr(importlib.import_module(module_name), class_name, None)
+    if not isinstance(found, type) or not issubclass(found, FusedMoEExperts):
+        raise ValueError(f"{name!r} is not an experts class (a FusedMoEExpertsModular, say)")
+    return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedmoe.checkpoint import read_checkpoint
-from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, sizes_of
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
 
@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
     parser.add_argument(
-        "--experts", nargs="+", default=[], metavar="NAME", help="also these implementations"
+        "--experts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also these implementations, by name or module:Class",
     )
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
     parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             peers=not args.no_peers,
             repeats=args.repeats,
             progress=show,
-            experts=(None, *args.experts),
+            experts=(None, *map(experts_of, args.experts)),
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))

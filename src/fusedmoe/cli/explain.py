@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, sizes_of
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.cli.output import print_json
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bias", action="store_true", help="the experts have biases")
     parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
-    parser.add_argument("--experts", metavar="NAME", help="force an implementation by name")
+    parser.add_argument(
+        "--experts", metavar="NAME", help="force an implementation, by name or module:Class"
+    )
     parser.add_argument("--batch-invariant", action="store_true")
 
 
@@ -72,7 +74,7 @@ def layer_config(args: argparse.Namespace) -> FusedMoEConfig:
         in_dtype=dtype_of(args.dtype) or known.get("dtype", torch.bfloat16),
         device=device_of(args.device),
         has_bias=args.bias or known.get("bias", False),
-        options=MoEOptions(experts=args.experts, batch_invariant=args.batch_invariant),
+        options=MoEOptions(experts=experts_of(args.experts), batch_invariant=args.batch_invariant),
     )
 
 
