@@ -24,6 +24,9 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of one page, in order, in one namespace, from an empty folder."""
     monkeypatch.chdir(tmp_path)
+    # What a page measures here need not be the machine's real ceilings.
+    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", {"cpu": 1 << 12})
+    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", {"cpu": 64})
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text()
@@ -86,6 +89,18 @@ def test_no_speed_is_claimed_without_a_results_file(page: Path) -> None:
             files = re.findall(r"benchmarks/results/[\w./-]+\.json", section)
             assert files, f"{page.name}: {section.splitlines()[0]}"
             assert all((ROOT / name).exists() for name in files)
+
+
+def test_the_readme_names_every_experts_implementation() -> None:
+    """By the names that selection and ``fusedmoe env`` use."""
+    from fusedmoe.selection import EXPERTS, _load, name_of
+
+    table = (
+        (ROOT / "README.md").read_text().partition("## What runs where")[2].partition("\n## ")[0]
+    )
+    for path in EXPERTS:
+        name = name_of(_load(path))
+        assert f"`{name}`" in table, f"{name} is missing in the README's table of what runs where"
 
 
 def test_the_glossary_defines_the_terms_of_the_public_names() -> None:
