@@ -26,19 +26,19 @@ import triton.language as tl
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
+from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
-from fusedmoe.kernels.hopper_vector import hopper_vector
 from fusedmoe.tuning.hopper_tiles import (
-    DecodeGemmTile,
     DecodeTiles,
+    DirectTiles,
     PrefillTiles,
-    VectorTiles,
     decode_tiles,
-    deepest_ring,
-    vector_tiles,
+    direct_tiles,
+    narrow_tiles,
+    wide_tiles,
 )
 
-Tiles = DecodeTiles | PrefillTiles | VectorTiles
+Tiles = DecodeTiles | PrefillTiles | DirectTiles
 DEVICE = torch.device("cuda")
 
 
@@ -159,11 +159,11 @@ class Layer:
 
     def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape = shape
-        halves = 2 if shape.activation.is_gated else 1
+        ups = halves(shape) - 1
         E, H, I = shape.E, shape.H, shape.I  # noqa: E741
-        self.w1 = randn(E, halves * I, H, scale=H**-0.5, dtype=dtype)
+        self.w1 = randn(E, ups * I, H, scale=H**-0.5, dtype=dtype)
         self.w2 = randn(E, H, I, scale=I**-0.5, dtype=dtype)
-        self.b1 = randn(E, halves * I, dtype=dtype) if shape.bias else None
+        self.b1 = randn(E, ups * I, dtype=dtype) if shape.bias else None
         self.b2 = randn(E, H, dtype=dtype) if shape.bias else None
 
     def scratch(self, T: int) -> dict[str, torch.Tensor]:
@@ -205,8 +205,8 @@ class Layer:
         }
         if isinstance(tiles, PrefillTiles):
             hopper_prefill(act=scratch["act"], y=scratch["y"], **given)
-        elif isinstance(tiles, VectorTiles):
-            hopper_vector(act=scratch["act"][:R], **given)
+        elif isinstance(tiles, DirectTiles):
+            hopper_direct(act=scratch["act"][:R], **given)
         else:
             hopper_decode(act=scratch["act"][:R], y=scratch["y"][:R], **given)
 
@@ -237,30 +237,22 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
     """The kinds of kernel that can run R slots, with ``more`` in several tiles each."""
     out: dict[str, Tiles] = {}
     mean = R / shape.E
-    tile = DecodeGemmTile
-    vector = vector_tiles(R // shape.k, shape.k, shape.H, shape.I)
-    if vector is not None and (2 * shape.k >= R or (more and R <= 32)):
-        out["vector"] = vector
-        half = vector_tiles(R // shape.k, shape.k, shape.H, shape.I, 0.5)
-        if more and half is not None:
-            out["vectorhalf"] = half
-            out["vectorhalf8"] = replace(half, warps=8)
+    T = R // shape.k
+    if (T <= 2 or (more and T <= 8)) and R <= 32 and shape.k <= 16:
+        out["direct"] = direct_tiles(T, shape.k, shape.H)
+        if more:
+            half = direct_tiles(T, shape.k, shape.H, 0.5)
+            out["directhalf"] = half
+            out["direct32"] = replace(half, up_rows=32, up_stages=2 * half.up_stages - 1)
     if mean <= 96 or shape.name == "small":
-        auto = decode_tiles(R, shape.E, shape.H)
+        auto = decode_tiles(R, shape.E, shape.H, shape.I)
         out["decode"] = auto
-        block = auto.block
-        if more and block <= 16:
-            out["wide"] = replace(
-                auto,
-                up=tile(128, 128, deepest_ring(128, 2, 128, block), 8),
-                down=tile(256, 128, deepest_ring(256, 1, 128, block), 8),
-            )
+        if more and auto.up.warps == 8:
+            out["narrow"] = narrow_tiles(auto.block)
         elif more:
-            out["w4"] = replace(
-                auto,
-                up=tile(64, 128, deepest_ring(64, 2, 128, block)),
-                down=tile(128, 128, deepest_ring(128, 1, 128, block)),
-            )
+            out["wide"] = wide_tiles(auto.block)
+        if more and auto.block <= 16:
+            out["shared"] = narrow_tiles(auto.block, auto.down.rows, 0.5)
     if mean >= 16 or shape.name == "small":
         out["prefill"] = PrefillTiles()
         if more:
@@ -282,7 +274,7 @@ def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[i
     for name, T in itertools.product(shapes, sorted(tokens)):
         shape = SHAPES[name]
         for tiles in all_tiles(T * shape.k, shape, all_variants).values():
-            key = (name, tiles, T if isinstance(tiles, VectorTiles) else None)
+            key = (name, tiles, T if isinstance(tiles, DirectTiles) else None)
             jobs.setdefault(key, (shape, T, tiles))
     for shape, T, tiles in list(jobs.values())[part[0] :: part[1]]:
         layer = Layer(replace(shape, E=2))
@@ -291,7 +283,17 @@ def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[i
         torch.cuda.synchronize()
 
 
-CHECKED = ("vector", "vectorhalf", "decode", "wide", "w4", "prefill", "stages3")
+CHECKED = (
+    "direct",
+    "directhalf",
+    "direct32",
+    "decode",
+    "wide",
+    "narrow",
+    "shared",
+    "prefill",
+    "stages3",
+)
 
 
 def check(part: tuple[int, int]) -> int:
@@ -329,6 +331,7 @@ def check(part: tuple[int, int]) -> int:
             half = torch.arange(shape.E, device=DEVICE, dtype=torch.int32)
             id_sets["map"] = (ids, torch.where(half % 2 == 0, half // 2, -1).to(torch.int32))
             id_sets["none"] = (torch.full_like(ids, -1), None)
+        bits: dict[str, torch.Tensor] = {}
         for (routing, (ids, expert_map)), (name, tiles) in itertools.product(
             id_sets.items(), all_tiles(T * shape.k, shape, True).items()
         ):
@@ -348,7 +351,11 @@ def check(part: tuple[int, int]) -> int:
             same = torch.equal(first, scratch["out"])
             ok = value < (2e-3 if dtype is torch.float16 else 8e-3) and same
             failures += not ok
-            print(f"{value:.2e} {'same' if same else 'DIFFERS'} {'ok' if ok else 'FAIL'}")
+            alike = torch.equal(bits.setdefault(routing, first), first)
+            print(
+                f"{value:.2e} {'same' if same else 'DIFFERS'} {'ok' if ok else 'FAIL'} "
+                f"{'bits of the first' if alike else 'other bits'}"
+            )
     print(f"{failures} failures")
     return failures
 
@@ -368,12 +375,19 @@ def profile(shapes: list[str], tokens: list[int]) -> None:
                     torch.cuda.synchronize()
 
 
+DENSE_FLOPS = 2 * 8192**3
+
+
+def halves(shape: Shape) -> int:
+    """Weight matrices of I x H per expert."""
+    return 3 if shape.activation.is_gated else 2
+
+
 def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
     active = min(shape.E, T * shape.k)
-    halves = 3 if shape.activation.is_gated else 2
-    weights = active * halves * shape.H * shape.I * 2
+    weights = active * halves(shape) * shape.H * shape.I * 2
     moved = weights + 2 * T * shape.H * 2
-    flops = 2 * T * shape.k * halves * shape.H * shape.I
+    flops = halves(shape) * 2 * T * shape.k * shape.H * shape.I
     return max(moved / peak["read_gbs"] / 1e3, flops / peak["bf16_tflops"] / 1e6)
 
 
@@ -401,9 +415,17 @@ def time_shape(
             ]
             for name, tiles in kinds.items()
         }
+        flops = halves(shape) * 2 * R * shape.H * shape.I
+        if T >= 2048:
+            a, b = randn(8192, 8192), randn(8192, 8192)
+            variants["dense"] = [lambda a=a, b=b: a @ b] * max(1, round(flops * sets / DENSE_FLOPS))
         for name, (us, p10, p90) in graph_times(variants).items():
+            if name == "dense":
+                print(
+                    f"{'dense':14} {DENSE_FLOPS / us / 1e6:6.1f} TF in the same turns", flush=True
+                )
+                continue
             tiles = kinds[name]
-            flops = 6 * R * shape.H * shape.I
             row = {
                 "impl": f"hopper:{name}", "shape": shape.name, "T": T, "us": us,
                 "p10_us": p10, "p90_us": p90, "limit_us": best, "fraction_of_limit": best / us,
@@ -411,7 +433,7 @@ def time_shape(
             }  # fmt: skip
             rows.append(row)
             print(
-                f"{shape.name:8} T={T:5} {name:8} {us:8.1f} us  limit {best:7.1f} "
+                f"{shape.name:8} T={T:5} {name:11} {us:8.1f} us  limit {best:7.1f} "
                 f"{100 * best / us:5.1f} %  {row['tflops']:6.1f} TF",
                 flush=True,
             )

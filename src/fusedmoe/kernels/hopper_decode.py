@@ -52,10 +52,10 @@ def hopper_decode(
         return
     from fusedmoe.kernels.triton.hopper_decode import decode
 
-    (e, H, _), R = w2.shape, topk_ids.numel()
+    (e, H, I), R = w2.shape, topk_ids.numel()  # noqa: E741
     if R == 0:
         return
-    tiles = tiles or decode_tiles(R, e, H)
+    tiles = tiles or decode_tiles(R, e, H, I)
     experts = e if expert_map is None else expert_map.shape[0]
     tables = moe_align_block_size(
         topk_ids,

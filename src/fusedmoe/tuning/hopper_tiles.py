@@ -1,4 +1,7 @@
-"""Tile choice of the Hopper kernels: pure functions of the sizes, never of a device or of ids."""
+"""Which Hopper kernel, and its tiles: pure functions of the sizes, never of a device or of ids.
+
+T tokens, K picks, R = T * K slots, H hidden, I intermediate.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 
 SHARED_BYTES = 227 * 1024  # what one program may have on compute capability 9.0
 ELEMENT_BYTES = 2
+TYPICAL_PROGRAMS = 128  # about one per multiprocessor
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,39 @@ class DecodeTiles:
     down: DecodeGemmTile
 
 
-def decode_tiles(R: int, num_local: int, H: int) -> DecodeTiles:
+def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
     """Tiles for R routed slots over ``num_local`` experts."""
     mean = R / num_local
-    if mean > 16:
-        block = 32 if mean <= 32 else 64
-        return DecodeTiles(
-            block,
-            DecodeGemmTile(128, 128, deepest_ring(128, 2, 128, block), 8),
-            DecodeGemmTile(256, 128, deepest_ring(256, 1, 128, block), 8),
-        )
-    block = 8 if mean <= 8 else 16
-    # Half tiles while there are fewer whole ones than multiprocessors.
-    rows = 64 if R * -(-H // 128) < 128 else 128
+    block = 8 if mean <= 8 else 16 if mean <= 16 else 32 if mean <= 32 else 64
+    active = min(R, num_local)
+    # Wide tiles read the token rows half as often; they need tasks enough for a few rounds.
+    if active * -(-I // 128) >= 3 * TYPICAL_PROGRAMS:
+        return wide_tiles(block)
+    half = active * -(-H // 128) < TYPICAL_PROGRAMS
+    return narrow_tiles(block, 64 if half else 128)
+
+
+def wide_tiles(block: int) -> DecodeTiles:
     return DecodeTiles(
         block,
-        DecodeGemmTile(64, 128, deepest_ring(64, 2, 128, block)),
-        DecodeGemmTile(rows, 128, deepest_ring(rows, 1, 128, block)),
+        DecodeGemmTile(128, 128, deepest_ring(128, 2, 128, block), 8),
+        DecodeGemmTile(256, 128, deepest_ring(256, 1, 128, block), 8),
     )
 
 
-def deepest_ring(rows: int, tiles: int, depth: int, block: int) -> int:
-    """How many stages fit a multiprocessor beside the buffer of the transposed store."""
+def narrow_tiles(block: int, down_rows: int = 128, share: float = 1.0) -> DecodeTiles:
+    return DecodeTiles(
+        block,
+        DecodeGemmTile(64, 128, deepest_ring(64, 2, 128, block, share)),
+        DecodeGemmTile(down_rows, 128, deepest_ring(down_rows, 1, 128, block, share)),
+    )
+
+
+def deepest_ring(rows: int, tiles: int, depth: int, block: int, share: float = 1.0) -> int:
+    """How many stages fit, beside the buffer of the transposed store, in ``share`` of a
+    multiprocessor's shared memory."""
     stage = (tiles * rows + block) * depth * ELEMENT_BYTES
-    return (SHARED_BYTES - rows * block * ELEMENT_BYTES - 512) // stage
+    return (int(SHARED_BYTES * share) - rows * block * ELEMENT_BYTES - 512) // stage
 
 
 @dataclass(frozen=True)
@@ -67,26 +80,57 @@ class PrefillTiles:
 
 
 @dataclass(frozen=True)
-class VectorTiles:
-    """Steps of 16 weight rows x ``depth`` columns (up: twice that), ``stages`` in flight."""
+class DirectTiles:
+    """Steps of ``depth`` columns, ``stages`` in flight: ``up_rows`` of gate and of up, and
+    ``down_rows`` shared out among the picks of a token."""
 
-    up_depth: int
+    up_rows: int
     up_stages: int
-    down_depth: int
+    down_rows: int
     down_stages: int
-    warps: int = 4
+    depth: int = 128
 
 
-def vector_tiles(T: int, K: int, H: int, I: int, share: float = 1.0) -> VectorTiles | None:  # noqa: E741
-    """Rings that leave room for the vectors, in ``share`` of a multiprocessor's shared memory.
+MAX_DIRECT_SLOTS = 32
+MAX_DIRECT_TOKENS = 8
+MAX_DIRECT_PICKS = 16
 
-    None where fewer than 4 stages fit.
+
+def direct_tiles(T: int, K: int, H: int, share: float = 1.0) -> DirectTiles:
+    """Tiles for T tokens of K picks, in ``share`` of a multiprocessor's shared memory."""
+    depth = 128
+    room = int(SHARED_BYTES * share) - 2048
+    picks = 1 << (K - 1).bit_length()
+    # Whole tiles where they are enough to keep every multiprocessor busy.
+    down = 128 if T * -(-H // (128 // picks)) >= 120 else max(64, 8 * picks)
+    row = depth * ELEMENT_BYTES
+    return DirectTiles(64, room // ((128 + 8) * row), down, room // ((down + max(8, picks)) * row))
+
+
+HopperTiles = DirectTiles | DecodeTiles | PrefillTiles
+
+# Beyond so many slots per expert the products take longer than reading the weights.
+MAX_DECODE_MEAN = 64
+
+
+def hopper_tiles(
+    T: int,
+    K: int,
+    num_experts: int,
+    num_local: int,
+    H: int,
+    I: int,  # noqa: E741
+) -> HopperTiles:
+    """The kernel for T tokens routed over ``num_experts``, ``num_local`` of them stored here.
+
+    Ids fill the tables of no launch for one token, nor for two that rarely share an expert; few
+    slots per expert stream weights; many are bound by the products.
     """
-    room = int(SHARED_BYTES * share) - 1024
-    up, down = 256, 512
-    stage = 16 * 512 * ELEMENT_BYTES
-    up_stages = (room - T * -(-H // up) * up * ELEMENT_BYTES) // stage
-    down_stages = (room - T * K * -(-I // down) * down * ELEMENT_BYTES) // stage
-    if min(up_stages, down_stages) < 4:
-        return None
-    return VectorTiles(up, up_stages, down, down_stages)
+    R = T * K
+    alone = T == 1 or (T == 2 and num_experts >= 8 * K)
+    if alone and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
+        return direct_tiles(T, K, H)
+    mean = R / num_experts
+    if mean > MAX_DECODE_MEAN:
+        return PrefillTiles()
+    return decode_tiles(max(1, round(mean * num_local)), num_local, H, I)

@@ -1,6 +1,6 @@
 """The experts of one or two tokens on Hopper: two launches, no tables, no scratch but ``act``.
 
-Device code: ``kernels/triton/hopper_vector.py`` (Gluon). The definition is ``experts_reference``.
+Device code: ``kernels/triton/hopper_direct.py`` (Gluon). The definition is ``experts_reference``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.hopper_decode import check_experts, hopper_decode_reference
-from fusedmoe.tuning.hopper_tiles import VectorTiles, vector_tiles
+from fusedmoe.tuning.hopper_tiles import (
+    MAX_DIRECT_PICKS,
+    MAX_DIRECT_SLOTS,
+    MAX_DIRECT_TOKENS,
+    DirectTiles,
+    direct_tiles,
+)
 
-MAX_VECTOR_SLOTS = 32
 
-
-def hopper_vector(
+def hopper_direct(
     x: torch.Tensor,
     w1: torch.Tensor,
     w2: torch.Tensor,
@@ -29,20 +33,18 @@ def hopper_vector(
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
-    tiles: VectorTiles | None = None,
+    tiles: DirectTiles | None = None,
     programs: int,
 ) -> None:
     """As ``hopper_decode``, for at most 32 slots, with the scratch act [R, I] alone.
 
     An expert chosen by two tokens is read twice. The same errors, and for too many slots.
     """
-    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
-    R = T * K
-    tiles = tiles or vector_tiles(T, K, H, I)
-    if R > MAX_VECTOR_SLOTS or tiles is None:
+    (T, K), R = topk_ids.shape, topk_ids.numel()
+    if R > MAX_DIRECT_SLOTS or T > MAX_DIRECT_TOKENS or K > MAX_DIRECT_PICKS:
         raise ValueError(
-            f"hopper_vector takes at most {MAX_VECTOR_SLOTS} slots whose activations fit shared "
-            f"memory, got T {T}, K {K}, I {I}"
+            f"hopper_direct takes at most {MAX_DIRECT_SLOTS} slots of {MAX_DIRECT_TOKENS} tokens "
+            f"with {MAX_DIRECT_PICKS} picks each, got T {T} and K {K}"
         )
     check_experts(x, w1, w2, topk_weights, topk_ids, out, act, None, R)
     if not x.is_cuda:
@@ -60,11 +62,11 @@ def hopper_vector(
             expert_map=expert_map,
         )
         return
-    from fusedmoe.kernels.triton.hopper_vector import vector
+    from fusedmoe.kernels.triton.hopper_direct import direct
 
     if R == 0:
         return
-    vector(
+    direct(
         x,
         w1,
         w2,
@@ -76,6 +78,6 @@ def hopper_vector(
         w1_bias,
         w2_bias,
         expert_map,
-        tiles,
+        tiles or direct_tiles(T, K, w2.shape[1]),
         programs,
     )

@@ -1,0 +1,157 @@
+"""The Hopper experts where there is no Hopper GPU: refusals, launchers, compilation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe.experts.hopper import HopperExperts
+from fusedmoe.kernels.hopper_decode import hopper_decode
+from fusedmoe.kernels.hopper_direct import hopper_direct
+from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.modular_kernel import FusedMoEActivationFormat
+
+LAYER = Layer(T=3, K=2, E=4, H=48, I=32, dtype=torch.bfloat16)
+
+
+def arguments(layer):
+    tensors = layer.tensors()
+    R = layer.T * layer.K
+    x = tensors["hidden_states"]
+    return {
+        "x": x,
+        "w1": tensors["w1"],
+        "w2": tensors["w2"],
+        "topk_weights": tensors["topk_weights"],
+        "topk_ids": tensors["topk_ids"],
+        "out": torch.full_like(x, float("nan")),
+        "act": x.new_empty(R, layer.I),
+        "y": x.new_empty(R, layer.H),
+        "programs": 132,
+    }, tensors
+
+
+def test_a_cpu_is_refused():
+    supported, reason = HopperExperts.is_supported_config(
+        LAYER.config(), None, None, FusedMoEActivationFormat.Standard
+    )
+    assert not supported
+    assert "cpu" in reason
+
+
+@pytest.mark.parametrize("launch", [hopper_decode, hopper_direct, hopper_prefill])
+def test_on_a_cpu_the_launchers_are_the_definition(launch):
+    given, tensors = arguments(LAYER)
+    if launch is hopper_direct:
+        del given["y"]
+    if launch is hopper_prefill:
+        rows = prefill_rows(LAYER.T * LAYER.K, LAYER.E)
+        given |= {"act": given["x"].new_empty(rows, 32), "y": given["x"].new_empty(rows, 48)}
+    launch(**given)
+    expected = LAYER.expected(tensors)
+    torch.testing.assert_close(given["out"].double(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"act": torch.empty(5, 32, dtype=torch.bfloat16)}, r"act is \(5, 32\)"),
+        ({"y": torch.empty(6, 48)}, "y is .*float32"),
+        ({"out": torch.empty(3, 47, dtype=torch.bfloat16)}, r"out is \(3, 47\)"),
+        ({"topk_weights": torch.ones(3, 1)}, r"topk_weights is \(3, 1\)"),
+        ({"topk_ids": torch.zeros(2, 3, dtype=torch.int32).T}, "topk_ids must be contiguous"),
+        ({"w1": torch.empty(4, 48, 64, dtype=torch.bfloat16).mT}, "w1 must be contiguous"),
+        ({"x": torch.empty(3, 50, dtype=torch.bfloat16)[:, :48]}, "multiples of 16"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(changes, match):
+    given, _ = arguments(LAYER)
+    with pytest.raises(ValueError, match=match):
+        hopper_decode(**(given | changes))
+
+
+@pytest.mark.parametrize("sizes", [{"H": 40}, {"I": 24}, {"dtype": torch.float32}])
+def test_sizes_that_the_kernels_cannot_tile_are_refused(sizes):
+    given, _ = arguments(replace(LAYER, **sizes))
+    with pytest.raises(ValueError, match=r"multiples of 16|float32"):
+        hopper_decode(**given)
+
+
+def test_direct_takes_few_slots():
+    given, _ = arguments(replace(LAYER, T=17))
+    del given["y"]
+    with pytest.raises(ValueError, match="17"):
+        hopper_direct(**given)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from fusedmoe.kernels.triton import hopper_decode, hopper_direct, hopper_prefill
+from fusedmoe.tuning.hopper_tiles import SHARED_BYTES, direct_tiles, narrow_tiles, PrefillTiles
+
+def desc(rows, columns):
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+
+def build(kernel, types, constants, **options):
+    names = kernel.arg_names
+    ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows"}
+    known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
+    pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr"}
+    known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}
+    known |= types
+    signature = {
+        n: "constexpr" if n in constants else known.get(n, "*i32") for n in names
+    }
+    at = {(names.index(n),): value for n, value in constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]]
+               for n in names if signature[n].startswith("*") or n.startswith("stride")}
+    source = GluonASTSource(kernel, signature, at, aligned)
+    options = {"num_warps": 4, "launch_pdl": True} | options
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert built.metadata.shared <= SHARED_BYTES
+    assert "wgmma" in built.asm["ptx"]
+
+sizes = {"H": 272, "I": 208}
+formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
+tiles = narrow_tiles(8)
+weights = desc(tiles.up.rows, tiles.up.depth)
+build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
+      sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
+build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
+      sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages})
+tiles = direct_tiles(1, 4, 272)
+weights = desc(tiles.up_rows, tiles.depth)
+build(hopper_direct.up_kernel,
+      {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
+      sizes | formula | {"SLOTS": 4, "TILE": 64, "BK": 128, "STAGES": tiles.up_stages})
+build(hopper_direct.down_kernel,
+      {"desc": desc(tiles.down_rows // 4, tiles.depth), "act_desc": desc(8, tiles.depth)},
+      sizes | {"PICKS": 4, "PADDED_PICKS": 4, "SLOTS": 4, "BK": 128, "STAGES": tiles.down_stages})
+tiles = PrefillTiles()
+step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
+weights = desc(128, tiles.depth)
+build(hopper_prefill.up_kernel,
+      {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 128)},
+      sizes | formula | step, maxnreg=168)
+build(hopper_prefill.down_kernel,
+      {"act_desc": weights, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 128)},
+      sizes | step, maxnreg=168)
+"""
+
+
+def test_the_kernels_compile_for_hopper():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    built = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+    )
+    assert built.returncode == 0, built.stderr[-2000:]

@@ -1,0 +1,319 @@
+"""The Hopper experts on their GPU: every kernel and feature, graphs, compilation, 2^31."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.config import MoEOptions
+from fusedmoe.experts.hopper import HopperExperts, hopper_experts, missing_gluon, scratch_rows
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
+from fusedmoe.tuning.hopper_tiles import (
+    DirectTiles,
+    PrefillTiles,
+    direct_tiles,
+    hopper_tiles,
+    narrow_tiles,
+    wide_tiles,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="written for compute capability 9",
+    ),
+]
+NAN = float("nan")
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+GPU = Layer(device="cuda", dtype=torch.bfloat16, T=33, K=4, E=16, H=256, I=192)
+LAYERS = {
+    "one_token": replace(GPU, T=1),
+    "one_token_of_few_experts_here": replace(GPU, T=1, K=8, E=64, local=20, bias=True),
+    "two_tokens": replace(GPU, T=2, K=8, E=64),
+    "one_pick": replace(GPU, T=1, K=1, bias=True),
+    "three_picks": replace(GPU, T=1, K=3),
+    "few": replace(GPU, T=8, K=8, E=64),
+    "a_block_each": replace(GPU, T=64),
+    "half_blocks": replace(GPU, T=512, K=2, E=8),
+    "whole_blocks": replace(GPU, T=2048, K=2, E=4),
+    "odd_sizes": replace(GPU, H=272, I=208, T=77),
+    "odd_sizes_many": replace(GPU, H=272, I=208, T=1777),
+    "every_expert": replace(GPU, K=16, T=9),
+    "bias": replace(GPU, bias=True),
+    "expert_map": replace(GPU, E=32, local=5, T=300),
+    "no_gate": replace(GPU, activation=MoEActivation.RELU2_NO_MUL, T=600, bias=True),
+    "no_gate_one_token": replace(GPU, activation=MoEActivation.SILU_NO_MUL, T=1, bias=True),
+    "interleaved": replace(GPU, activation=MoEActivation.SWIGLUOAI, bias=True, T=1500),
+    "interleaved_few": replace(GPU, activation=MoEActivation.SWIGLUOAI, bias=True, T=5),
+    "interleaved_one_token": replace(GPU, activation=MoEActivation.SWIGLUOAI, bias=True, T=1),
+    "gelu": replace(GPU, activation=MoEActivation.GELU),
+    "gelu_tanh": replace(GPU, activation=MoEActivation.GELU_TANH, T=2000),
+    "clamped": replace(GPU, numbers=ApplyMoEActivationConfig(clamp_limit=0.5)),
+    "weight_on_input": replace(GPU, K=1, weight_on_input=True),
+    "passes": replace(GPU, T=200, options=MoEOptions(max_workspace_bytes=100_000)),
+}
+KINDS = {
+    "narrow8": narrow_tiles(8),
+    "narrow16_shared": narrow_tiles(16, 64, 0.5),
+    "wide8": wide_tiles(8),
+    "wide32": wide_tiles(32),
+    "wide64": wide_tiles(64),
+    "prefill": PrefillTiles(),
+    "prefill_shallow": PrefillTiles(stages=3, group=2),
+}
+
+
+def run(layer, tensors, tiles=None):
+    """``hopper_experts`` with poisoned scratch and output."""
+    e = tensors["w1"].shape[0]
+    chosen = tiles or hopper_tiles(layer.T, layer.K, layer.E, e, layer.H, layer.I)
+    x = tensors["hidden_states"]
+    rows = scratch_rows(chosen, layer.T * layer.K, e)
+    weights = tensors["topk_weights"]
+    if layer.weight_on_input:
+        x, weights = x * weights.to(x.dtype), None
+    out = torch.full_like(x, NAN)
+    hopper_experts(
+        out,
+        x,
+        tensors["w1"],
+        tensors["w2"],
+        weights,
+        tensors["topk_ids"],
+        layer.activation,
+        layer.numbers,
+        layer.E,
+        tensors["expert_map"],
+        tensors["w1_bias"],
+        tensors["w2_bias"],
+        x.new_full((rows, layer.I), NAN),
+        x.new_full((rows, layer.H), NAN),
+        tiles=tiles,
+    )
+    return out
+
+
+def assert_right(out, layer, tensors):
+    expected = layer.expected(tensors)
+    scale = expected.abs().max().clamp(min=1e-6)
+    error = (out.double() - expected).abs().max() / scale
+    assert error < TOLERANCE[layer.dtype], float(error)
+
+
+def test_gluon_is_there():
+    assert missing_gluon() is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, dtype):
+    layer = replace(LAYERS[name], dtype=dtype)
+    tensors = layer.tensors()
+    whole = run(layer, tensors)
+    assert_right(whole, layer, tensors)
+    mover = MoEPrepareAndFinalizeNoDPEPModular()
+    assert_right(layer.run(HopperExperts, mover, tensors), layer, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["one_token", "few", "odd_sizes", "bias", "expert_map", "no_gate", "interleaved"]
+)
+def test_every_kernel_runs_every_size(name, kind):
+    layer = LAYERS[name]
+    tensors = layer.tensors()
+    assert_right(run(layer, tensors, KINDS[kind]), layer, tensors)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("T", [1, 2, 3, 8])
+def test_direct_tokens(T, share):
+    layer = replace(GPU, T=T, E=8, K=4, local=5)
+    tensors = layer.tensors()
+    tiles = direct_tiles(T, 4, 256, share)
+    assert_right(run(layer, tensors, tiles), layer, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 2, 8, 100, 2000])
+def test_dead_ids_and_nan_rows(T):
+    layer = replace(GPU, T=T, E=64)
+    tensors = layer.tensors()
+    ids = tensors["topk_ids"]
+    ids[T // 2, 0], ids[T // 2, 1], ids[-1, 2], ids[-1, 3] = 64, 2**31 - 1, -5, -1
+    out = run(layer, tensors)
+    assert_right(out, layer, tensors)
+    tensors["hidden_states"][T // 2] = NAN
+    again = run(layer, tensors)
+    assert again[T // 2].isnan().all()
+    others = torch.arange(T, device="cuda") != T // 2
+    assert again[others].equal(out[others])
+    ids.fill_(-1)
+    assert (run(layer, tensors) == 0).all()
+
+
+@pytest.mark.parametrize("T", [8, 64, 3000])
+def test_all_slots_to_one_expert(T):
+    layer = replace(GPU, T=T)
+    tensors = layer.tensors()
+    tensors["topk_ids"].fill_(5)
+    assert_right(run(layer, tensors), layer, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 100, 2000])
+def test_strided_inputs_and_int64_ids(T):
+    layer = replace(GPU, T=T)
+    tensors = layer.tensors()
+    expected = run(layer, tensors)
+    x = torch.full((T, 300), NAN, device="cuda", dtype=layer.dtype)
+    x[:, 3:259] = tensors["hidden_states"]
+    tensors["hidden_states"] = x[:, 3:259]
+    ids = torch.full((4, T), -1, device="cuda")
+    ids[:] = tensors["topk_ids"].T
+    tensors["topk_ids"] = ids.T
+    assert run(layer, tensors).equal(expected)
+    for name in ("w1", "w2"):
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_right(run(layer, tensors), layer, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 64, 1500])
+def test_graph_replay_follows_new_routing_without_synchronising(T):
+    layer = replace(GPU, T=T, E=32, local=20)
+    tensors = layer.tensors()
+    run(layer, tensors)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(layer, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(layer, tensors)
+    for seed in (1, 2):
+        other = replace(layer, seed=seed).tensors()
+        for name in ("hidden_states", "topk_weights", "topk_ids"):
+            tensors[name].copy_(other[name])
+        out.fill_(NAN)
+        graph.replay()
+        assert out.equal(run(layer, tensors))
+        assert_right(out, layer, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 2, 16, 300, 3000])
+def test_every_run_gives_the_same_bits(T):
+    layer = replace(GPU, T=T, K=8, E=64)
+    tensors = layer.tensors()
+    first = run(layer, tensors)
+    assert all(run(layer, tensors).equal(first) for _ in range(5))
+
+
+@pytest.mark.parametrize("T", [1, 200])
+def test_compiled_without_graph_breaks(T):
+    layer = replace(GPU, T=T, bias=True)
+    tensors = layer.tensors()
+    expected = run(layer, tensors)
+    experts = HopperExperts(layer.config(), layer_quant(tensors))
+    shapes = experts.workspace_shapes(T, 384, 256, 4, 16, 16, None, layer.activation)
+
+    def apply(x, w1, w2, weights, ids):
+        first, second, out = (x.new_empty(shape) for shape in shapes)
+        act = layer.activation
+        experts.apply(
+            out, x, w1, w2, weights, ids, act, 16, None, None, None, first, second, None, False
+        )
+        return out
+
+    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
+    compiled = torch.compile(apply, fullgraph=True)
+    assert compiled(*(tensors[n] for n in names)).equal(expected)
+
+
+def layer_quant(tensors):
+    from fusedmoe.quantization.config import biased_moe_quant_config
+
+    return biased_moe_quant_config(tensors["w1_bias"], tensors["w2_bias"])
+
+
+@pytest.mark.parametrize("name", ["one_token", "bias", "expert_map"])
+def test_the_op_keeps_its_promises(name):
+    layer = LAYERS[name]
+    t = layer.tensors()
+    given = [t[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")]
+    scratch = [
+        torch.zeros(layer.T * layer.K, width, device="cuda", dtype=layer.dtype)
+        for width in (layer.I, layer.H)
+    ]
+    torch.library.opcheck(
+        torch.ops.fusedmoe.hopper_experts.default,
+        (
+            torch.zeros_like(given[0]),
+            *given,
+            layer.activation.value,
+            *layer.numbers.numbers(),
+            layer.E,
+            t["expert_map"],
+            t["w1_bias"],
+            t["w2_bias"],
+            *scratch,
+        ),
+    )
+
+
+def test_rows_past_two_to_the_31_elements():
+    """R * H is 2^31 + 2^22: slots at the end have addresses that 32 bits do not hold."""
+    layer = replace(GPU, T=1, K=2, E=2, H=2048, I=32)
+    T = (2**31 + 2**22) // (2 * 2048)
+    tensors = layer.tensors()
+    sample = torch.tensor([0, 1, T // 2, T - 2, T - 1], device="cuda")
+    tensors["hidden_states"] = torch.randn(T, 2048, device="cuda", dtype=torch.bfloat16)
+    tensors["topk_ids"] = torch.randint(0, 2, (T, 2), device="cuda", dtype=torch.int32)
+    tensors["topk_weights"] = torch.rand(T, 2, device="cuda")
+    part = {n: tensors[n][sample] for n in ("hidden_states", "topk_weights", "topk_ids")}
+    for tiles in (None, wide_tiles(64)):
+        out = run(replace(layer, T=T), tensors, tiles)
+        assert not out.isnan().any()
+        assert_right(out[sample], layer, tensors | part)
+
+
+@pytest.mark.parametrize("tiles", [None, *KINDS.values()])
+def test_weights_past_two_to_the_31_elements(tiles):
+    layer = replace(GPU, T=2, K=1, E=9, H=16384, I=8192)
+    e, H = 9, 16384
+    w1 = torch.zeros(e, H, H, device="cuda", dtype=torch.bfloat16)
+    w2 = torch.zeros(e, H, H // 2, device="cuda", dtype=torch.bfloat16)
+    w1[8].normal_(std=H**-0.5)
+    w2[8].normal_(std=H**-0.5)
+    tensors = {
+        "hidden_states": torch.randn(2, H, device="cuda", dtype=torch.bfloat16),
+        "w1": w1,
+        "w2": w2,
+        "topk_weights": torch.ones(2, 1, device="cuda"),
+        "topk_ids": torch.tensor([[8], [0]], device="cuda"),
+        "w1_bias": None,
+        "w2_bias": None,
+        "expert_map": None,
+    }
+    out = run(layer, tensors, tiles)
+    assert (out[1] == 0).all()
+    assert_right(out, layer, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 64, 4000])
+def test_kernels_agree_to_rounding(T):
+    """The kernels accumulate in fp32 and round at the same places."""
+    layer = replace(GPU, T=T, K=4, E=16, H=1024, I=512)
+    tensors = layer.tensors()
+    outputs = [run(layer, tensors, tiles) for tiles in KINDS.values()]
+    if T == 1:
+        outputs.append(run(layer, tensors, direct_tiles(1, 4, 1024)))
+        assert isinstance(hopper_tiles(1, 4, 16, 16, 1024, 512), DirectTiles)
+    for out in outputs[1:]:
+        error = (out - outputs[0]).abs().max() / outputs[0].abs().max()
+        assert error < 1e-2

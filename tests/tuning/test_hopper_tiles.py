@@ -1,0 +1,96 @@
+"""The choice of Hopper kernel and tiles: a function of sizes that always fits the hardware."""
+
+import itertools
+
+import pytest
+
+from fusedmoe.tuning.hopper_tiles import (
+    ELEMENT_BYTES,
+    MAX_DIRECT_SLOTS,
+    SHARED_BYTES,
+    DecodeTiles,
+    DirectTiles,
+    PrefillTiles,
+    hopper_tiles,
+)
+
+# name: experts, picks, hidden and intermediate size
+SHAPES = {
+    "qwen3_30b": (128, 8, 2048, 768),
+    "qwen3.6_35b": (256, 8, 2048, 512),
+    "mixtral": (8, 2, 4096, 14336),
+    "gpt_oss_120b": (128, 4, 2880, 2880),
+    "olmoe": (64, 8, 2048, 1024),
+    "scout": (16, 1, 5120, 8192),
+    "deepseek_v3": (256, 8, 7168, 2048),
+    "tiny": (4, 2, 16, 16),
+    "many_picks": (64, 22, 4096, 1024),
+}
+
+
+def shared_bytes(tiles):
+    """(up, down) shared memory that the rings and the transposed store take at least."""
+    if isinstance(tiles, PrefillTiles):
+        stage = (128 + 256) * tiles.depth * ELEMENT_BYTES
+        whole = tiles.stages * stage + 2 * 64 * 128 * ELEMENT_BYTES
+        return whole, whole
+    if isinstance(tiles, DirectTiles):
+        row = tiles.depth * ELEMENT_BYTES
+        return (
+            tiles.up_stages * (2 * tiles.up_rows + 8) * row,
+            tiles.down_stages * (tiles.down_rows + 8) * row,
+        )
+    sizes = []
+    for tile, weights in ((tiles.up, 2), (tiles.down, 1)):
+        stage = (weights * tile.rows + tiles.block) * tile.depth * ELEMENT_BYTES
+        sizes.append(tile.stages * stage + tile.rows * tiles.block * ELEMENT_BYTES)
+    return tuple(sizes)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("share", [1, 8])
+def test_tiles_fit_and_tokens_only_make_them_larger(name, share):
+    E, K, H, I = SHAPES[name]  # noqa: E741
+    order = (DirectTiles, DecodeTiles, PrefillTiles)
+    kinds, blocks = [], []
+    for T in itertools.chain(range(1, 70), (100, 128, 500, 1024, 2048, 8192, 100_000)):
+        tiles = hopper_tiles(T, K, E, max(1, E // share), H, I)
+        assert max(shared_bytes(tiles)) < SHARED_BYTES
+        kinds.append(order.index(type(tiles)))
+        if isinstance(tiles, DecodeTiles):
+            assert min(tiles.up.stages, tiles.down.stages) >= 2
+            assert tiles.up.rows == 16 * tiles.up.warps
+            blocks.append(tiles.block)
+        if isinstance(tiles, DirectTiles):
+            assert T * K <= MAX_DIRECT_SLOTS
+            assert tiles.down_rows % max(1, 1 << (K - 1).bit_length()) == 0
+    assert kinds == sorted(kinds)
+    assert blocks == sorted(blocks)
+
+
+def test_the_kernel_of_each_size():
+    E, K, H, I = SHAPES["qwen3_30b"]  # noqa: E741
+    kinds = {T: type(hopper_tiles(T, K, E, E, H, I)) for T in (1, 2, 4, 1024, 1025, 8192)}
+    assert kinds == {
+        1: DirectTiles,
+        2: DirectTiles,
+        4: DecodeTiles,
+        1024: DecodeTiles,
+        1025: PrefillTiles,
+        8192: PrefillTiles,
+    }
+
+
+def test_two_tokens_of_few_experts_share_weights():
+    E, K, H, I = SHAPES["mixtral"]  # noqa: E741
+    assert isinstance(hopper_tiles(1, K, E, E, H, I), DirectTiles)
+    assert isinstance(hopper_tiles(2, K, E, E, H, I), DecodeTiles)
+
+
+def test_remote_experts_count_where_they_are():
+    """Per expert, a rank that stores an eighth of the experts sees as many slots as before."""
+    E, K, H, I = SHAPES["qwen3_30b"]  # noqa: E741
+    whole, part = (hopper_tiles(512, K, E, n, H, I) for n in (E, E // 8))
+    assert isinstance(whole, DecodeTiles)
+    assert isinstance(part, DecodeTiles)
+    assert whole.block == part.block
