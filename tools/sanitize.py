@@ -1,0 +1,100 @@
+"""Run every GPU kernel once or twice on small, odd problems: a program for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
+        --error-exitcode 1 python tools/sanitize.py
+
+Without caching every tensor is its own allocation, so that a stray access leaves it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fusedmoe.experts.grouped_mm import GroupedMMExperts
+from fusedmoe.experts.triton import TritonExperts
+from fusedmoe.kernels.activation import moe_activation
+from fusedmoe.kernels.align import moe_align_block_size
+from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
+from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
+from fusedmoe.kernels.gate import gate_linear
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
+from fusedmoe.kernels.permute import moe_permute, moe_unpermute
+from fusedmoe.router import rules
+from fusedmoe.router.functional import route
+from fusedmoe.router.spec import RoutingTensors
+from fusedmoe.testing import check_experts
+from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
+
+E, K = 24, 4
+
+
+def routing() -> None:
+    for T in (1, 7):
+        bias = torch.randn(E, device="cuda")
+        logits = torch.randn(T, 2 * E, device="cuda", dtype=torch.bfloat16)[:, ::2]
+        padding = torch.arange(T, device="cuda") % 3 == 2
+        for spec, tensors in (
+            (rules.gpt_oss_spec(K, E), RoutingTensors()),
+            (rules.dbrx_spec(K, E), RoutingTensors()),
+            (rules.deepseek_v3_spec(K, E, 2.5, 4, 2), RoutingTensors(correction_bias=bias)),
+            (rules.phimoe_spec(E), RoutingTensors()),
+        ):
+            result = route(logits, spec, tensors, is_padding=padding)
+            mapped = eplb_map_to_physical_and_record(
+                result.topk_ids,
+                torch.randint(0, 2 * E, (E, 3), device="cuda"),
+                torch.randint(1, 4, (E,), device="cuda"),
+                torch.zeros(2 * E, dtype=torch.int32, device="cuda"),
+            )
+            assert mapped.shape == result.topk_ids.shape
+        for batch_invariant in (False, True):
+            x = torch.randn(T, 72, device="cuda", dtype=torch.bfloat16)
+            weight = torch.randn(E, 72, device="cuda", dtype=torch.bfloat16)
+            gate_linear(x, weight, bias, out_dtype=torch.float32, batch_invariant=batch_invariant)
+
+
+def slots() -> None:
+    for T in (1, 5, 300):
+        ids = torch.randint(-1, E + 2, (T, K), device="cuda", dtype=torch.int32)
+        expert_map = torch.full((E,), -1, dtype=torch.int32, device="cuda")
+        expert_map[3:9] = torch.arange(6, dtype=torch.int32, device="cuda")
+        for one in (None, expert_map):
+            for ignore in (False, True):
+                moe_align_block_size(ids, 16, E, one, ignore_invalid_experts=ignore)
+        count_expert_num_tokens(ids, 6, expert_map)
+        remap_topk_to_local(ids, expert_map)
+        x = torch.randn(T, 40, device="cuda", dtype=torch.float16)
+        permuted = moe_permute(x, None, ids, E, 6, expert_map)
+        weights = torch.rand(T, K, device="cuda")
+        moe_unpermute(torch.empty_like(x), permuted[0], weights, permuted.inv_permuted_idx)
+        moe_fused_mul_sum(torch.randn(T, K, 40, device="cuda"), weights, None, ids, expert_map)
+
+
+def experts(quick: bool) -> None:
+    cases = (*STANDARD_CASES[::3], *ACTIVATION_CASES[::4]) if quick else STANDARD_CASES
+    for cls in (TritonExperts, GroupedMMExperts):
+        for result in check_experts(cls, cases, device="cuda", dtypes=(torch.bfloat16,)):
+            print(cls.name, result, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    routing()
+    slots()
+    for case in ACTIVATION_CASES:
+        x = torch.randn(5, 48, device="cuda", dtype=torch.bfloat16)
+        width = 24 if case.activation.is_gated else 48
+        out = torch.empty(5, width, device="cuda", dtype=torch.bfloat16)
+        moe_activation(case.activation, out, x, case.numbers)
+    experts(args.quick)
+    torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
