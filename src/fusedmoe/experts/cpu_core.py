@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.cpu_gemm import expert_linear
-from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
+from fusedmoe.experts.cpu_plan import Block, ExpertRows, Route, blocks_of, sort_slots
 
 SCRATCH_BYTES = 256 << 20
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,7 +136,7 @@ def _run(
         ),
         w1.shape[1],
     )
-    route = Route(w1.shape[0], expert_map, global_num_experts)
+    route = Route.make(w1.shape[0], expert_map, global_num_experts)
     return run_layer(layer, route, x, weights, topk_ids, batch_invariant, scratch)
 
 
@@ -157,14 +157,15 @@ def run_layer(
     if scratch is None:
         scratch = torch.empty(scratch_rows(T, K, x.shape[1]), x.shape[1])
     step = 1 if batch_invariant else max(1, scratch.shape[0] // max(1, K))
+    if T == 1:
+        return _run_one_token(layer, route, x, topk_weights, topk_ids, scratch)
     if step >= T:
         return _run_tokens(layer, route, x, topk_weights, topk_ids, scratch)
+    run = _run_one_token if step == 1 else _run_tokens
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start in range(0, T, step):
         part = slice(start, start + step)
-        output[part] = _run_tokens(
-            layer, route, x[part], topk_weights[part], topk_ids[part], scratch
-        )
+        output[part] = run(layer, route, x[part], topk_weights[part], topk_ids[part], scratch)
     return output
 
 
@@ -199,6 +200,26 @@ def _run_tokens(
         per_sample_weights=weights,
     )
     return total.to(x.dtype)
+
+
+def _run_one_token(
+    layer: Layer,
+    route: Route,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
+    """As ``_run_tokens``; one token needs no sorting, and its sum is one small product."""
+    experts = [route.local(expert) for expert in topk_ids[0].tolist()]
+    here = [k for k, expert in enumerate(experts) if expert >= 0]
+    if not here:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    block = Block(0, len(here), [ExpertRows(experts[k], 1) for k in here])
+    down = scratch[: len(here)]
+    _run_block(layer, x.expand(len(here), -1), block, down)
+    weights = topk_weights if len(here) == len(experts) else topk_weights[:, here]
+    return torch.mm(weights, down).to(x.dtype)
 
 
 def _run_block(layer: Layer, rows: torch.Tensor, block: Block, down: torch.Tensor) -> None:

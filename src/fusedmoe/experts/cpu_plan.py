@@ -14,14 +14,31 @@ MAX_BLOCK_ROWS = 2048
 
 
 class Route(NamedTuple):
-    """How an id becomes a local expert: 0 <= id < ``num_global``, through ``expert_map`` if given.
-
-    ``num_global`` -1: the length of the map, else the number of local experts.
-    """
+    """How an id becomes a local expert: ``limit`` global ids, through ``table`` if there is one."""
 
     num_local: int
-    expert_map: torch.Tensor | None = None
-    num_global: int = -1
+    limit: int
+    table: list[int] | None = None
+
+    @classmethod
+    def make(
+        cls, num_local: int, expert_map: torch.Tensor | None = None, num_global: int = -1
+    ) -> Route:
+        """``num_global`` -1: the length of the map, else the number of local experts."""
+        table = None if expert_map is None else expert_map.tolist()
+        if num_global < 0:
+            num_global = num_local if table is None else len(table)
+        return cls(num_local, num_global, table)
+
+    def local(self, expert: int) -> int:
+        """The local expert of a global id, -1 where it is not here; ValueError out of range."""
+        if not -1 <= expert < self.limit:
+            raise ValueError(
+                f"topk_ids contain {expert}, which is neither -1 nor one of {self.limit} experts"
+            )
+        if expert >= 0 and self.table is not None:
+            expert = self.table[expert]
+        return expert if expert < self.num_local else -1
 
 
 class SortedSlots(NamedTuple):
@@ -54,23 +71,14 @@ class Block(NamedTuple):
 
 def sort_slots(topk_ids: list[list[int]], route: Route) -> SortedSlots:
     """Sort the slots of [T, K] ids; ValueError for an id that is neither -1 nor an expert's."""
-    table = None if route.expert_map is None else route.expert_map.tolist()
-    limit = route.num_global
-    if limit < 0:
-        limit = route.num_local if table is None else len(table)
     by_expert: dict[int, list[tuple[int, int]]] = {}
     slots: list[int] = []
     offsets: list[int] = []
     for token, picks in enumerate(topk_ids):
         offsets.append(len(slots))
         for k, given in enumerate(picks):
-            if not -1 <= given < limit:
-                raise ValueError(
-                    f"topk_ids contain {given} (token {token}), which is neither -1 nor one of "
-                    f"{limit} experts"
-                )
-            expert = given if table is None or given < 0 else table[given]
-            if 0 <= expert < route.num_local:
+            expert = route.local(given)
+            if expert >= 0:
                 by_expert.setdefault(expert, []).append((token, len(slots)))
                 slots.append(token * len(picks) + k)
     counts: list[ExpertRows] = []

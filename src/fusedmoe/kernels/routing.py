@@ -1,7 +1,8 @@
 """Routing: logits [T, E + Z] -> weights and ids [T, K], every step of a ``RoutingSpec`` at once.
 
-On CUDA one Triton launch (``kernels/triton/routing.py``), elsewhere ``routing_reference``. The
-callers have checked shapes and dtypes (``fusedmoe.router.route``).
+On CUDA one Triton launch (``kernels/triton/routing.py``), elsewhere ``routing_reference``, with a
+short cut for the commonest rule on the host (``kernels/routing_plain.py``). The callers
+have checked shapes and dtypes (``fusedmoe.router.route``).
 
 Invariants: all arithmetic is fp32; equal scores go to the lower id; a slot without a selectable
 expert, a padding row and a zero expert have id -1 and weight 0.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.routing_plain import plain_routing
 from fusedmoe.router.spec import (
     NUM_VISION_TOKEN_IDS,
     RoutingResult,
@@ -51,6 +53,10 @@ def routing(
                 is_padding=is_padding,
                 indices_dtype=indices_dtype,
             )
+    if logits.device.type == "cpu":
+        plain = plain_routing(logits, spec, tensors, is_padding, indices_dtype)
+        if plain is not None:
+            return plain
     return routing_reference(
         logits,
         spec,
