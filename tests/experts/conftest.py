@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from expert_layers import use_triton_bodies
 
 
