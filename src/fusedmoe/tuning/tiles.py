@@ -91,9 +91,13 @@ def expected_blocks(R: int, E: int, block_m: int) -> float:
 
 
 def rows_block(R: int, E: int) -> int:
-    """block_m: about the rows that one expert gets, so that few of a block's rows are padding."""
+    """block_m: what nearly every expert's rows fit in when tokens choose at random.
+
+    A second block reads the expert's weights again, which costs more than padding does while
+    memory is what binds.
+    """
     rows = R / E
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 96 else 128
+    return 16 if rows <= 10 else 32 if rows <= 22 else 64 if rows <= 72 else 128
 
 
 def _deepest_even(D: int, block_k: int) -> int:
@@ -104,8 +108,14 @@ def _deepest_even(D: int, block_k: int) -> int:
     return step if D % step == 0 else min(block_k, max(32, 1 << (D - 1).bit_length()))
 
 
-def _blocks_in_l2(block_bytes: int) -> int:
-    """How many blocks of rows to finish before the next weights: a power of two in [8, 32]."""
+def _group_m(blocks_per_expert: float, block_bytes: int) -> int:
+    """How many blocks of rows to finish before the next tile of weights.
+
+    One where an expert has one block; a few, so that its blocks share a tile of weights in L2; then
+    as many as keep their own rows in L2.
+    """
+    if blocks_per_expert < 3.0:
+        return 1 if blocks_per_expert < 0.6 else 4
     group = _MAX_GROUP_M
     while group > 8 and group * block_bytes > _GROUP_BYTES:
         group //= 2
@@ -140,7 +150,7 @@ def _tile(
     stage = (block_m + weight_tiles * block_n) * block_k * itemsize
     share = (shared_memory + 1024) // per_multiprocessor - 2048
     num_stages = max(2, min(_MAX_STAGES, share // stage + (block_m < 64)))
-    group_m = 1 if fixed or block_m < 128 else _blocks_in_l2(block_m * D * itemsize)
+    group_m = 1 if fixed else _group_m(R / E / block_m, block_m * D * itemsize)
     return TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages)
 
 
