@@ -24,8 +24,11 @@ from fusedmoe.experts.cpu_plan import Block, ExpertRows, Route, blocks_of, sort_
 SCRATCH_BYTES = 256 << 20
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Linear = Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]
-"""Rows [M, in], a local expert and where to write, if that matters -> [M, out]."""
+# fp32 temporaries of the activation stay in L2, and small enough for malloc to keep their pages.
+_ACTIVATION_ELEMENTS = 1 << 17
+
+Linear = Callable[[torch.Tensor, int, torch.Tensor], object]
+"""Rows [M, in], a local expert and where to write [M, out]."""
 
 
 class Layer(NamedTuple):
@@ -38,6 +41,20 @@ class Layer(NamedTuple):
     activation: MoEActivation
     config: ApplyMoEActivationConfig
     width: int
+
+
+class Buffers(NamedTuple):
+    """Scratch for the rows of one block, reused by all: [rows, S * I], [rows, I], [rows, H]."""
+
+    up: torch.Tensor
+    middle: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def like(cls, x: torch.Tensor, rows: int, layer: Layer) -> Buffers:
+        width = layer.width // 2 if layer.activation.is_gated else layer.width
+        sizes = (layer.width, width, x.shape[1])
+        return cls(*(x.new_empty(rows, size) for size in sizes))
 
 
 def cpu_fused_experts(
@@ -186,9 +203,11 @@ def _run_tokens(
     if not order.rows:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     tokens = torch.tensor(order.tokens)
-    for block in blocks_of(order.counts):
+    blocks = list(blocks_of(order.counts))
+    buffers = Buffers.like(x, max(block.stop - block.start for block in blocks), layer)
+    for block in blocks:
         rows = x.index_select(0, tokens[block.start : block.stop])
-        _run_block(layer, rows, block, scratch[block.start : block.stop])
+        _run_block(layer, rows, block, buffers, scratch[block.start : block.stop])
     weights = topk_weights.flatten()
     if len(order.slots) < weights.numel():
         weights = weights[torch.tensor(order.slots)]
@@ -217,30 +236,43 @@ def _run_one_token(
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     block = Block(0, len(here), [ExpertRows(experts[k], 1) for k in here])
     down = scratch[: len(here)]
-    _run_block(layer, x.expand(len(here), -1), block, down)
+    _run_block(layer, x.expand(len(here), -1), block, Buffers.like(x, len(here), layer), down)
     weights = topk_weights if len(here) == len(experts) else topk_weights[:, here]
     return torch.mm(weights, down).to(x.dtype)
 
 
-def _run_block(layer: Layer, rows: torch.Tensor, block: Block, down: torch.Tensor) -> None:
-    """Write the unweighted expert outputs of a block's rows into ``down``, fp32 [rows, H]."""
-    up = _per_expert(rows, block, layer.up, layer.width, layer.up_bias)
-    middle = activation_reference(layer.activation, up, layer.config).to(rows.dtype)
-    down.copy_(_per_expert(middle, block, layer.down, down.shape[1], layer.down_bias))
+def _run_block(
+    layer: Layer, rows: torch.Tensor, block: Block, buffers: Buffers, result: torch.Tensor
+) -> None:
+    """Write the unweighted expert outputs of a block's rows into ``result``, fp32 [rows, H]."""
+    count = rows.shape[0]
+    up = _per_expert(rows, block, layer.up, layer.up_bias, buffers.up[:count])
+    middle = buffers.middle[:count]
+    step = max(1, _ACTIVATION_ELEMENTS // up.shape[1])
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        middle[part] = activation_reference(layer.activation, up[part], layer.config)
+    out = result if result.dtype is rows.dtype else buffers.down[:count]
+    down = _per_expert(middle, block, layer.down, layer.down_bias, out)
+    if down is not result:
+        result.copy_(down)
 
 
 def _per_expert(
-    rows: torch.Tensor, block: Block, linear: Linear, width: int, bias: torch.Tensor | None
+    rows: torch.Tensor,
+    block: Block,
+    linear: Linear,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """Every expert's rows through its own product, in order; with a bias the result is fp32."""
-    if len(block.experts) == 1:
-        out = linear(rows, block.experts[0].expert, None)
-    else:
-        out = rows.new_empty(rows.shape[0], width)
-        start = 0
-        for expert, count in block.experts:
-            linear(rows[start : start + count], expert, out[start : start + count])
-            start += count
+    """Every expert's rows through its own product, in order, into ``out``.
+
+    With a bias the result is another tensor, in fp32.
+    """
+    start = 0
+    for expert, count in block.experts:
+        linear(rows[start : start + count], expert, out[start : start + count])
+        start += count
     if bias is None:
         return out
     experts = torch.tensor([expert for expert, count in block.experts for _ in range(count)])

@@ -45,25 +45,22 @@ def has_native(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def expert_linear(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x [M, K] times weight [N, K] transposed: [M, N] of their dtype, in ``out`` or in any layout.
+def expert_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write x [M, K] times weight [N, K] transposed into ``out`` [M, N]; all of one dtype.
 
     The sums are fp32. Which kernel runs depends on M, so the last bits of a row do too.
     """
     M, K = x.shape
     dtype = weight.dtype
     if not has_native(dtype) and M > _EMULATED_ROWS:
-        result = expert_linear(x.float(), weight.float())
-    elif dtype is torch.float32:
+        wide = x.new_empty(out.shape, dtype=torch.float32)
+        return out.copy_(expert_linear(x.float(), weight.float(), wide))
+    if dtype is torch.float32:
         most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
-        result = _sliced(x, weight) if most >= M else _onednn_linear(x, weight)
-    elif has_native(dtype) and M >= TRANSPOSED_ROWS:
-        result = torch.mm(weight, x.t()).t()
-    else:
-        return torch.mm(x, weight.t(), out=out) if out is not None else torch.mm(x, weight.t())
-    return result.to(dtype) if out is None else out.copy_(result)
+        return out.copy_(_sliced(x, weight) if most >= M else _onednn_linear(x, weight))
+    if has_native(dtype) and M >= TRANSPOSED_ROWS:
+        return out.copy_(torch.mm(weight, x.t()).t())
+    return torch.mm(x, weight.t(), out=out)
 
 
 def slices_of(num_rows: int) -> int:
