@@ -25,8 +25,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """The blocks of one page, in order, in one namespace, from an empty folder."""
     monkeypatch.chdir(tmp_path)
     # What a page measures here need not be the machine's real ceilings.
-    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", {"cpu": 1 << 12})
-    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", {"cpu": 64})
+    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", {"cpu": 1 << 12, "cuda": 1 << 12})
+    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", {"cpu": 64, "cuda": 64})
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text()

@@ -73,7 +73,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (lambda f: first_shard(f).unlink(), "which the index names"),
     "index points outside": (point_outside, "inside the folder"),
     "pickles": (only_pickles, "never read"),
-    "no experts": (without_experts, "has no experts"),
+    "no experts": (without_experts, "no experts in this 'llama' model"),
     "top-k beyond the experts": (
         lambda f: change_config(f, num_experts_per_tok=9),
         "chooses 9 of 8 experts",

@@ -9,14 +9,15 @@ import pytest
 
 from fusedmoe.cli.plot import intensity, write_plot
 
+DEVICES = ("cpu", "cuda")
 SIZES = ("--num-experts", "4", "--top-k", "2", "--hidden-size", "32", "--intermediate-size", "16")
 
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes seconds, and here nobody wants to know."""
-    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", {"cpu": 1 << 12})
-    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", {"cpu": 64})
+    monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", dict.fromkeys(DEVICES, 1 << 12))
+    monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", dict.fromkeys(DEVICES, 64))
 
 
 def test_a_report_as_table_file_and_picture(cli, tmp_path: Path) -> None:
@@ -56,6 +57,20 @@ def test_json_without_peers_on_a_checkpoints_own_layer(cli, mixtral: Path) -> No
     (row,) = json.loads(out)["rows"]
     assert (row["shape"], row["E"], row["k"], row["H"], row["I"]) == ("mixtral", 8, 2, 64, 128)
     assert row["impl"] == "fusedmoe"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(cli, tmp_path: Path) -> None:
+    code, out, err = cli(
+        *("bench", "--num-experts", "8", "--top-k", "2", "--hidden-size", "256"),
+        *("--intermediate-size", "128", "--tokens", "1", "7", "--dtypes", "bf16", "fp32"),
+        *("--repeats", "3", "--device", "cuda", "--experts", "triton", "torch", "--json"),
+        *("--plot", tmp_path / "layer.png"),
+    )
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert {"fusedmoe", "fusedmoe:triton"} <= {row["impl"] for row in rows}
+    assert all(row["error"] < 0.02 for row in rows)
 
 
 OWN = """

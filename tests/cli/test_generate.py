@@ -31,6 +31,19 @@ def test_presets_generate_the_same_tokens_as_eager(cli, preset: str, route: str)
     assert all(run["tokens_per_s"] > 0 for run in record["runs"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", ["experts", "accelerate"])
+@pytest.mark.parametrize("preset", TINY)
+def test_presets_on_a_gpu(cli, preset: str, route: str) -> None:
+    common = ("generate", "--preset", preset, "--route", route, "--device", "cuda", "--json")
+    code, out, err = cli(*common, "--compare")
+    assert code == 0, err
+    assert json.loads(out)["tokens_agree"] is True
+    code, out, err = cli(*common, "--dtype", "bf16")
+    assert code == 0, err
+    assert len(json.loads(out)["runs"][0]["tokens"]) == 32
+
+
 def test_text_and_table_without_json(cli, mixtral: Path) -> None:
     code, out, err = cli(
         "generate", mixtral, "--prompt", "Grüße, 世界", "--max-new-tokens", "5", "--compare"

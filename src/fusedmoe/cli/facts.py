@@ -11,7 +11,6 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError
 from fusedmoe.weights.families import (
     EXPERT_PARTS,
-    SIZE_KEYS,
     CheckpointFamily,
     MoESizes,
     TensorRole,
@@ -21,6 +20,31 @@ from fusedmoe.weights.families import (
 )
 
 _LAYER_NUMBER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
+# Where experts are likely to be in the files of a family that the table lacks.
+_UNKNOWN = CheckpointFamily(
+    name="unknown",
+    model_types=(),
+    names={
+        "up": tuple(
+            f"{block}.experts.{leaf}"
+            for block in ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
+            for leaf in (
+                *(
+                    f"{{e}}.{name}"
+                    for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+                ),
+                *("expert_{e}.fc1", "expert_{e}.fc2", "gate_up_proj", "down_proj"),
+            )
+        ),
+        "router": (
+            "mlp.gate",
+            "block_sparse_moe.gate",
+            "feed_forward.router",
+            "ffn.gate",
+            "ffn.router",
+        ),
+    },
+)
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 
 
@@ -28,7 +52,7 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activat
 class ModelFacts:
     """Model type, family (None: not one of the table) and sizes (None: config.json omits it).
 
-    ``same_experts_everywhere``: config.json gives one number of experts, not one per layer.
+    ``layers_in_files`` is one more than the highest layer number in a tensor's name.
     """
 
     model_type: str
@@ -37,7 +61,6 @@ class ModelFacts:
     activation: str | None
     quant_method: str | None
     layers_in_files: int
-    same_experts_everywhere: bool
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -49,8 +72,8 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
     family, sizes = family_of(config), read_sizes(config)
     if not any(_is_expert(name, family) for name in checkpoint.tensors):
         raise CheckpointError(
-            f"{checkpoint.folder}: the {model_type!r} model has no experts: {CONFIG_NAME} counts "
-            f"{sizes.num_experts or 'none'}, and no tensor belongs to one"
+            f"{checkpoint.folder}: no experts in this {model_type!r} model: {CONFIG_NAME} counts "
+            f"{sizes.num_experts or 'none'}, and no tensor has the name of one"
         )
     top_k, num_experts = sizes.top_k, sizes.num_experts
     if top_k is not None and num_experts is not None and not 1 <= top_k <= num_experts:
@@ -62,14 +85,10 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         activation=_activation(config),
         quant_method=_quant_method(config),
         layers_in_files=_layers_in_files(checkpoint),
-        same_experts_everywhere=not isinstance(
-            config_value(config, SIZE_KEYS["num_experts"]), list
-        ),
     )
 
 
 def _layers_in_files(checkpoint: Checkpoint) -> int:
-    """One more than the highest layer number in a tensor's name; 0 where none has one."""
     numbers = (_LAYER_NUMBER.search(name) for name in checkpoint.tensors)
     return max((int(match[1]) + 1 for match in numbers if match), default=0)
 
@@ -79,20 +98,6 @@ def role_of(name: str, family: CheckpointFamily | None) -> TensorRole | None:
     if family is not None:
         return family.classify(name)
     return _UNKNOWN.classify(name)
-
-
-_UNKNOWN = CheckpointFamily(
-    name="unknown",
-    model_types=(),
-    names={
-        "up": tuple(
-            f"{block}.experts.{{e}}.{leaf}"
-            for block in ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
-            for leaf in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-        ),
-        "router": ("mlp.gate", "block_sparse_moe.gate", "feed_forward.router", "ffn.gate"),
-    },
-)
 
 
 def _is_expert(name: str, family: CheckpointFamily | None) -> bool:
