@@ -6,8 +6,8 @@ was measured (two Zen 5 cores with AVX-512 BF16, torch 2.13; ``benchmarks/cpu_la
 - fp32, M = 1: MKL runs a matrix-vector product on one core. A batched product over slices of the
   weights runs on all of them: 2 to 3 times faster.
 - fp32, M > 2: oneDNN has AVX-512 kernels on every x86, MKL only on some: 2 to 2.5 times faster.
-- bf16: oneDNN repacks the right factor. From M = 32 the transposed product, which repacks the rows
-  instead of the weights, is 1.1 to 1.5 times faster.
+- bf16: oneDNN repacks the weights in each call, which takes longer than reading them up to M = 32.
+  No other product avoids it; weights packed beforehand do (``cpu_packed.py``).
 - 16-bit floats that the CPU has no instructions for: converting the weights and multiplying in fp32
   wins from M = 5 on.
 """
@@ -19,7 +19,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-TRANSPOSED_ROWS = 32
 _SLICES = (8, 4, 16, 2, 6, 3, 5, 7)
 _MIN_SLICE_ROWS = 32
 _FP32_SLICED_ROWS = 2
@@ -58,8 +57,6 @@ def expert_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
     if dtype is torch.float32:
         most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
         return out.copy_(_sliced(x, weight) if most >= M else _onednn_linear(x, weight))
-    if has_native(dtype) and M >= TRANSPOSED_ROWS:
-        return out.copy_(torch.mm(weight, x.t()).t())
     return torch.mm(x, weight.t(), out=out)
 
 

@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.experts.cpu_gemm import TRANSPOSED_ROWS
-
 BLOCK_ROWS = 256
-MAX_BLOCK_ROWS = 2048
+MAX_ROWS = 2048
 
 
 class Route(NamedTuple):
@@ -93,29 +91,22 @@ def sort_slots(topk_ids: list[list[int]], route: Route) -> SortedSlots:
     return SortedSlots(counts, tokens, slots, rows, offsets)
 
 
-def blocks_of(
-    counts: list[ExpertRows], block_rows: int = BLOCK_ROWS, max_rows: int = MAX_BLOCK_ROWS
-) -> Iterator[Block]:
-    """Cut the sorted rows into blocks.
+def blocks_of(counts: list[ExpertRows], block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
+    """Cut the sorted rows into blocks of whole experts, up to ``block_rows`` where those allow.
 
-    Experts with few rows share one of up to ``block_rows``; one with many has its own, or several
-    of ``max_rows``.
+    An expert with more than ``MAX_ROWS`` is cut.
     """
     start = stop = 0
     shared: list[ExpertRows] = []
     for expert, count in counts:
-        alone = count >= TRANSPOSED_ROWS
-        if shared and (alone or stop - start + count > block_rows):
+        if shared and stop - start + count > block_rows:
             yield Block(start, stop, shared)
             start, shared = stop, []
-        if not alone:
-            shared.append(ExpertRows(expert, count))
-            stop += count
-            continue
-        while count:
-            part = min(count, max_rows)
-            stop = start + part
-            yield Block(start, stop, [ExpertRows(expert, part)])
-            start, count = stop, count - part
+        while count > MAX_ROWS:
+            yield Block(start, start + MAX_ROWS, [ExpertRows(expert, MAX_ROWS)])
+            start = stop = start + MAX_ROWS
+            count -= MAX_ROWS
+        shared.append(ExpertRows(expert, count))
+        stop += count
     if shared:
         yield Block(start, stop, shared)
