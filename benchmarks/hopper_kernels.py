@@ -28,6 +28,8 @@ from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.routing import routing
+from fusedmoe.router.spec import RoutingSpec, RoutingTensors
 from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
     DirectTiles,
@@ -210,6 +212,19 @@ class Layer:
         else:
             hopper_decode(act=scratch["act"][:R], y=scratch["y"][:R], **given)
 
+    def run_from_logits(
+        self,
+        logits: torch.Tensor,
+        tiles: Tiles,
+        programs: int,
+        scratch: dict[str, torch.Tensor],
+    ) -> None:
+        """Routing (softmax, renormalised) and the layer."""
+        spec = RoutingSpec(top_k=self.shape.k, num_experts=self.shape.E, renormalize=True)
+        result = routing(logits, spec, RoutingTensors())
+        weights = scratch | {"topk_weights": result.topk_weights}
+        self.run(result.topk_ids, tiles, programs, weights)
+
     def reference(
         self, ids: torch.Tensor, expert_map: torch.Tensor | None = None, **scratch: torch.Tensor
     ) -> torch.Tensor:
@@ -332,12 +347,12 @@ def check(part: tuple[int, int]) -> int:
             id_sets["map"] = (ids, torch.where(half % 2 == 0, half // 2, -1).to(torch.int32))
             id_sets["none"] = (torch.full_like(ids, -1), None)
         bits: dict[str, torch.Tensor] = {}
-        for (routing, (ids, expert_map)), (name, tiles) in itertools.product(
+        for (case, (ids, expert_map)), (name, tiles) in itertools.product(
             id_sets.items(), all_tiles(T * shape.k, shape, True).items()
         ):
             if name not in CHECKED:
                 continue
-            label = f"{shape.name} {shape.activation.value} T={T} {dtype} {routing} {name}"
+            label = f"{shape.name} {shape.activation.value} T={T} {dtype} {case} {name}"
             for key in ("out", "act", "y"):
                 scratch[key].fill_(float("nan"))
             print(label, end=" ", flush=True)
@@ -351,7 +366,7 @@ def check(part: tuple[int, int]) -> int:
             same = torch.equal(first, scratch["out"])
             ok = value < (2e-3 if dtype is torch.float16 else 8e-3) and same
             failures += not ok
-            alike = torch.equal(bits.setdefault(routing, first), first)
+            alike = torch.equal(bits.setdefault(case, first), first)
             print(
                 f"{value:.2e} {'same' if same else 'DIFFERS'} {'ok' if ok else 'FAIL'} "
                 f"{'bits of the first' if alike else 'other bits'}"
@@ -375,6 +390,12 @@ def profile(shapes: list[str], tokens: list[int]) -> None:
                     torch.cuda.synchronize()
 
 
+def logits_for(ids: torch.Tensor, E: int) -> torch.Tensor:
+    """Router logits [T, E] in bf16 whose best picks are ``ids``."""
+    logits = torch.randn(ids.shape[0], E, device=DEVICE)
+    return logits.scatter_add_(1, ids.long(), torch.full(ids.shape, 20.0, device=DEVICE)).bfloat16()
+
+
 DENSE_FLOPS = 2 * 8192**3
 
 
@@ -392,7 +413,12 @@ def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
 
 
 def time_shape(
-    shape: Shape, tokens: list[int], peak: dict[str, float], seconds: float, all_variants: bool
+    shape: Shape,
+    tokens: list[int],
+    peak: dict[str, float],
+    seconds: float,
+    all_variants: bool,
+    from_logits: bool,
 ) -> list[dict]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     copies = 3 if shape.E * shape.H * shape.I * 6 < 8 << 30 else 2
@@ -415,6 +441,15 @@ def time_shape(
             ]
             for name, tiles in kinds.items()
         }
+        if from_logits:
+            logits = [logits_for(chosen, shape.E) for chosen in ids]
+            variants = {
+                name: [
+                    partial(layers[i % copies].run_from_logits, logits[i], tiles, sms, scratch)
+                    for i in range(sets)
+                ]
+                for name, tiles in kinds.items()
+            }
         flops = halves(shape) * 2 * R * shape.H * shape.I
         if T >= 2048:
             a, b = randn(8192, 8192), randn(8192, 8192)
@@ -447,6 +482,7 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128])
     parser.add_argument("--seconds", type=float, default=60.0, help="per shape")
     parser.add_argument("--all-variants", action="store_true")
+    parser.add_argument("--logits", action="store_true", help="time routing too")
     parser.add_argument("--part", default="0/1", help="i/n: this share of the cases alone")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -463,7 +499,9 @@ def main() -> int:
     print({name: round(value) for name, value in peak.items()}, flush=True)
     rows = []
     for name in args.shapes:
-        rows += time_shape(SHAPES[name], args.tokens, peak, args.seconds, args.all_variants)
+        rows += time_shape(
+            SHAPES[name], args.tokens, peak, args.seconds, args.all_variants, args.logits
+        )
         torch.cuda.empty_cache()
     if args.out:
         with open(args.out, "w") as file:

@@ -141,10 +141,10 @@ tiles = PrefillTiles()
 step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
 weights = desc(128, tiles.depth)
 build(hopper_prefill.up_kernel,
-      {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 128)},
+      {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
       sizes | formula | step, maxnreg=168)
 build(hopper_prefill.down_kernel,
-      {"act_desc": weights, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 128)},
+      {"act_desc": weights, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
       sizes | step, maxnreg=168)
 """
 

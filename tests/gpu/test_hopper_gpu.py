@@ -68,12 +68,13 @@ KINDS = {
 }
 
 
-def run(layer, tensors, tiles=None):
+def run(layer, tensors, tiles=None, batch_invariant=False):
     """``hopper_experts`` with poisoned scratch and output."""
-    e = tensors["w1"].shape[0]
-    chosen = tiles or hopper_tiles(layer.T, layer.K, layer.E, e, layer.H, layer.I)
+    e, T = tensors["w1"].shape[0], tensors["topk_ids"].shape[0]
+    sizes = (T, layer.K, layer.E, e, layer.H, layer.I)
+    chosen = tiles or hopper_tiles(*sizes, batch_invariant=batch_invariant)
     x = tensors["hidden_states"]
-    rows = scratch_rows(chosen, layer.T * layer.K, e)
+    rows = scratch_rows(chosen, T * layer.K, e)
     weights = tensors["topk_weights"]
     if layer.weight_on_input:
         x, weights = x * weights.to(x.dtype), None
@@ -93,6 +94,7 @@ def run(layer, tensors, tiles=None):
         tensors["w2_bias"],
         x.new_full((rows, layer.I), NAN),
         x.new_full((rows, layer.H), NAN),
+        batch_invariant=batch_invariant,
         tiles=tiles,
     )
     return out
@@ -141,7 +143,7 @@ def test_direct_tokens(T, share):
 
 @pytest.mark.parametrize("T", [1, 2, 8, 100, 2000])
 def test_dead_ids_and_nan_rows(T):
-    layer = replace(GPU, T=T, E=64)
+    layer = replace(GPU, T=T, K=6, E=64)
     tensors = layer.tensors()
     ids = tensors["topk_ids"]
     ids[T // 2, 0], ids[T // 2, 1], ids[-1, 2], ids[-1, 3] = 64, 2**31 - 1, -5, -1
@@ -214,6 +216,17 @@ def test_every_run_gives_the_same_bits(T):
     assert all(run(layer, tensors).equal(first) for _ in range(5))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_invariance_is_bitwise(bias):
+    layer = replace(GPU, T=4096, K=4, E=16, bias=bias, local=12)
+    tensors = layer.tensors()
+    whole = run(layer, tensors, batch_invariant=True)
+    assert_right(whole, layer, tensors)
+    for rows in (slice(7, 8), slice(5, 7), slice(100, 107), slice(64), slice(300, 633)):
+        part = {n: tensors[n][rows] for n in ("hidden_states", "topk_weights", "topk_ids")}
+        assert run(layer, tensors | part, batch_invariant=True).equal(whole[rows])
+
+
 @pytest.mark.parametrize("T", [1, 200])
 def test_compiled_without_graph_breaks(T):
     layer = replace(GPU, T=T, bias=True)
@@ -262,6 +275,7 @@ def test_the_op_keeps_its_promises(name):
             t["w1_bias"],
             t["w2_bias"],
             *scratch,
+            False,
         ),
     )
 
@@ -306,14 +320,15 @@ def test_weights_past_two_to_the_31_elements(tiles):
 
 
 @pytest.mark.parametrize("T", [1, 64, 4000])
-def test_kernels_agree_to_rounding(T):
-    """The kernels accumulate in fp32 and round at the same places."""
+def test_kernels_agree(T):
+    """To the bit, but for the one that keeps the second GEMM's rows in fp32."""
     layer = replace(GPU, T=T, K=4, E=16, H=1024, I=512)
     tensors = layer.tensors()
     outputs = [run(layer, tensors, tiles) for tiles in KINDS.values()]
     if T == 1:
         outputs.append(run(layer, tensors, direct_tiles(1, 4, 1024)))
         assert isinstance(hopper_tiles(1, 4, 16, 16, 1024, 512), DirectTiles)
+    assert all(out.equal(outputs[0]) for out in outputs[1 : len(KINDS)])
     for out in outputs[1:]:
         error = (out - outputs[0]).abs().max() / outputs[0].abs().max()
         assert error < 1e-2

@@ -77,6 +77,7 @@ def hopper_experts(
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
     *,
+    batch_invariant: bool = False,
     tiles: HopperTiles | None = None,
 ) -> None:
     """Write the weighted sum over K [T, H] into ``output``.
@@ -102,12 +103,13 @@ def hopper_experts(
             w2_bias,
             workspace13,
             workspace2,
+            batch_invariant=batch_invariant,
         )
         return
     if not _readable(hidden_states):
-        hidden_states = hidden_states.contiguous()
+        hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
     if tiles is None:
-        tiles = hopper_tiles(T, K, num_experts, e, H, I)
+        tiles = hopper_tiles(T, K, num_experts, e, H, I, batch_invariant=batch_invariant)
     rows = scratch_rows(tiles, T * K, e)
     act = workspace13.flatten()[: rows * I].view(rows, I)
     y = workspace2.flatten()[: rows * H].view(rows, H)
@@ -165,7 +167,7 @@ class HopperExperts(FusedMoEExpertsModular):
             dtypes=frozenset({torch.float16, torch.bfloat16}),
             min_capability=(9, 0),
             requires=("triton",),
-            batch_invariant=False,
+            batch_invariant=True,
         )
 
     @classmethod
@@ -206,7 +208,15 @@ class HopperExperts(FusedMoEExpertsModular):
         I = self.adjust_N_for_activation(N, activation)  # noqa: E741
         tiles = self.tiles
         if tiles is None:
-            tiles = hopper_tiles(M, topk, global_num_experts, local_num_experts, K, I)
+            tiles = hopper_tiles(
+                M,
+                topk,
+                global_num_experts,
+                local_num_experts,
+                K,
+                I,
+                batch_invariant=self.moe_config.options.batch_invariant,
+            )
         rows = scratch_rows(tiles, M * topk, local_num_experts)
         return WorkspaceShapes((rows, I), (rows, K), (M, K))
 
@@ -235,6 +245,7 @@ class HopperExperts(FusedMoEExpertsModular):
         assert workspace2 is not None
         weights = None if apply_router_weight_on_input else topk_weights
         config = self.activation_config
+        batch_invariant = self.moe_config.options.batch_invariant
         biases = self.quant_config.w1_bias, self.quant_config.w2_bias
         if torch.compiler.is_compiling():
             _hopper_experts_op(
@@ -251,6 +262,7 @@ class HopperExperts(FusedMoEExpertsModular):
                 *biases,
                 workspace13,
                 workspace2,
+                batch_invariant,
             )
             return
         hopper_experts(
@@ -267,6 +279,7 @@ class HopperExperts(FusedMoEExpertsModular):
             *biases,
             workspace13,
             workspace2,
+            batch_invariant=batch_invariant,
             tiles=self.tiles,
         )
 
@@ -293,6 +306,7 @@ def _hopper_experts_op(
     w2_bias: torch.Tensor | None,
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
+    batch_invariant: bool,
 ) -> None:
     """``hopper_experts`` as torch.compile sees it: opaque."""
     hopper_experts(
@@ -312,6 +326,7 @@ def _hopper_experts_op(
         w2_bias,
         workspace13,
         workspace2,
+        batch_invariant=batch_invariant,
     )
 
 

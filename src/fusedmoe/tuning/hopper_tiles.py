@@ -120,15 +120,18 @@ def hopper_tiles(
     num_local: int,
     H: int,
     I: int,  # noqa: E741
+    *,
+    batch_invariant: bool = False,
 ) -> HopperTiles:
     """The kernel for T tokens routed over ``num_experts``, ``num_local`` of them stored here.
 
-    Ids fill the tables of no launch for one token, nor for two that rarely share an expert; few
-    slots per expert stream weights; many are bound by the products.
+    One token needs no tables, nor do two that rarely share an expert; few slots per expert stream
+    weights; many are bound by the products. ``batch_invariant`` leaves out the first, which rounds
+    less often than the other two; those agree to the bit.
     """
     R = T * K
     alone = T == 1 or (T == 2 and num_experts >= 8 * K)
-    if alone and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
+    if alone and not batch_invariant and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
         return direct_tiles(T, K, H)
     mean = R / num_experts
     if mean > MAX_DECODE_MEAN:

@@ -31,11 +31,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
     find_block,
     gate_up_descriptors,
+    hopper_activation,
     issue_rows,
     issue_tiles,
     load_bias,
@@ -190,7 +191,7 @@ def up_kernel(
             gate += load_bias(at, STEP, I - column, TILE, acc_layout)
             up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, acc_layout)
         if GATED:
-            act = gated_activation(FORMULA, gate, up, limit, alpha, beta)
+            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
             store_columns(out_ptr, act, slots, R, column, I, stored)
         else:
             act = plain_activation(FORMULA, gate)

@@ -26,9 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
     gate_up_descriptors,
+    hopper_activation,
     load_bias,
     matrix_descriptor,
     next_stage,
@@ -196,7 +197,7 @@ def up_kernel(
             gate += load_bias(at, STEP, I - column, TILE, layout)
             up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
         if GATED:
-            act = gated_activation(FORMULA, gate, up, limit, alpha, beta)
+            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
             store_columns(out_ptr, act, slots, R, column, I, layout)
         else:
             store_columns(out_ptr, plain_activation(FORMULA, gate), slots, R, column, I, layout)

@@ -31,9 +31,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
     gate_up_descriptors,
+    hopper_activation,
     matrix_descriptor,
     next_stage,
     rows_layout,
@@ -45,6 +46,7 @@ BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
 TILE_N = gl.constexpr(128)
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+PART_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
 
@@ -193,21 +195,38 @@ def halves(acc):
 
 
 @gluon.jit
-def store_tile(desc, out_smem, value, row, column):
-    """TMA store of [HALF_M, TILE_N] by way of this warpgroup's buffer."""
-    tma.store_wait(0)
-    gl.thread_barrier()
-    out_smem.store(value.to(out_smem.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], out_smem)
+def store_tile(desc, buffers, value, row, column):
+    """TMA store of [HALF_M, TILE_N] in two parts, by way of this warpgroup's two buffers in turn:
+    the part before the last has left its buffer when a part is written."""
+    PART: gl.constexpr = buffers.shape[2]
+    parts = gl.permute(gl.reshape(value.to(buffers.dtype), [HALF_M, 2, PART]), [0, 2, 1])
+    left, right = gl.split(parts)
+    store_part(desc, buffers.index(0), gl.convert_layout(left, PART_ACC), row, column)
+    store_part(desc, buffers.index(1), gl.convert_layout(right, PART_ACC), row, column + PART)
 
 
 @gluon.jit
-def any_live(sorted_ptr, first, R):
-    """Whether a half block holds a slot: places fill from the front."""
-    slot = gl.load(sorted_ptr + first)
-    return (slot >= 0) & (slot < R)
+def store_part(desc, buffer, value, row, column):
+    tma.store_wait(1)
+    gl.thread_barrier()
+    buffer.store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+
+
+@gluon.jit
+def half_is_live(
+    task, blocks, sorted_ptr, R,
+    TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Whether this warpgroup's half of a task's block holds a slot: places fill from the front."""
+    live = False
+    if task < blocks * TILES:
+        block, _ = tile_of(task, blocks, TILES, GROUP)
+        slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
+        live = (slot >= 0) & (slot < R)
+    return live
 
 
 @gluon.jit
@@ -221,7 +240,7 @@ def load_bias(bias_ptr, step, limit):
 @gluon.jit
 def up_consumer(
     out_desc,
-    out_smem,
+    buffers,
     bias_ptr,
     rings,
     bars,
@@ -247,10 +266,14 @@ def up_consumer(
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
-        live = any_live(sorted_ptr, row, R)
+        live = coming & True
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             gate, up = halves(acc)
@@ -264,18 +287,18 @@ def up_consumer(
                 gate += load_bias(at, STEP, I - column)
                 up += load_bias(at + TO_UP, STEP, I - column - BELOW)
             if GATED:
-                act = gated_activation(FORMULA, gate, up, limit, alpha, beta)
-                store_tile(out_desc, out_smem, act, row, column)
+                act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
+                store_tile(out_desc, buffers, act, row, column)
             else:
-                store_tile(out_desc, out_smem, plain_activation(FORMULA, gate), row, column)
-                store_tile(out_desc, out_smem, plain_activation(FORMULA, up), row, column + TILE_N)
+                store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
+                store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
     tma.store_wait(0)
 
 
 @gluon.jit
 def down_consumer(
     out_desc,
-    out_smem,
+    buffers,
     bias_ptr,
     rings,
     bars,
@@ -294,10 +317,14 @@ def down_consumer(
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
-        live = any_live(sorted_ptr, row, R)
+        live = coming & True
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             low, high = halves(acc)
@@ -308,25 +335,27 @@ def down_consumer(
                 at = bias_ptr + expert * H + column
                 low += load_bias(at, 1, H - column)
                 high += load_bias(at + TILE_N, 1, H - column - TILE_N)
-            store_tile(out_desc, out_smem, low, row, column)
-            store_tile(out_desc, out_smem, high, row, column + TILE_N)
+            store_tile(out_desc, buffers, low, row, column)
+            store_tile(out_desc, buffers, high, row, column + TILE_N)
     tma.store_wait(0)
 
 
 @gluon.jit
 def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
-    """(rings, barriers, two output buffers); FILLERS threads gather beside the TMA arrival."""
+    """(rings, barriers, the output buffers of both warpgroups); FILLERS threads gather beside the
+    TMA arrival."""
     dtype: gl.constexpr = desc.dtype
     a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BK], dtype)
-    out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, TILE_N], dtype)
+    PART: gl.constexpr = TILE_N // 2
+    out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, PART], dtype)
     rings = (
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared),
         gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    out0 = gl.allocate_shared_memory(dtype, [HALF_M, TILE_N], out_shared)
-    out1 = gl.allocate_shared_memory(dtype, [HALF_M, TILE_N], out_shared)
+    out0 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
+    out1 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + FILLERS)
         mbarrier.init(empty.index(i), count=2)
@@ -483,7 +512,9 @@ def sum_kernel(
     rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
     if weights_ptr is not None:
         rows *= tl.load(weights_ptr + slot, live, 0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + token * stride_out + column, tl.sum(rows, 0), column < H)
+    # As hopper_decode's sum, to the bit: the choice keeps product and sum from being contracted.
+    total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
+    tl.store(out_ptr + token * stride_out + column, total, column < H)
 
 
 def prefill(
@@ -514,7 +545,7 @@ def prefill(
     up_kernel[(programs,)](
         low,
         high,
-        matrix_descriptor(act, half_m, tile_n),
+        matrix_descriptor(act, half_m, tile_n // 2),
         w1_bias,
         x,
         position,
@@ -544,7 +575,7 @@ def prefill(
     down_kernel[(programs,)](
         matrix_descriptor(act, BLOCK_M.value, tiles.depth),
         matrix_descriptor(w2.view(e * H, I), 2 * tile_n, tiles.depth),
-        matrix_descriptor(y, half_m, tile_n),
+        matrix_descriptor(y, half_m, tile_n // 2),
         w2_bias,
         expert_ids,
         sorted_ids,
