@@ -49,10 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0, 1 for a failed comparison, 2 for bad input)."""
+    """Run one verb; returns the exit code.
+
+    0, 1 where a comparison failed, 2 for bad input, 130 when interrupted.
+    """
     args = make_parser().parse_args(argv)
     try:
         return int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             traceback.print_exc()
