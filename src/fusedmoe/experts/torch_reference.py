@@ -134,6 +134,7 @@ class TorchExperts(FusedMoEExpertsModular):
         return ExpertsCapabilities(
             dtypes=frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}),
             batch_invariant=True,
+            graph_capture=False,
         )
 
     def workspace_shapes(

@@ -27,8 +27,8 @@ class ExpertsCapabilities:
 
     ``weight_formats`` lists (weight, activation) pairs of ``QuantKey``; (None, None) is
     unquantized. ``requires`` names modules that must be importable. ``min_capability`` is a CUDA
-    compute capability such as (9, 0). ``batch_invariant`` is False unless
-    claimed, because nothing else would notice that it does not hold.
+    compute capability such as (9, 0). ``batch_invariant`` is False unless claimed, because nothing
+    else would notice that it does not hold. ``graph_capture`` False: it waits for the device.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
@@ -43,6 +43,7 @@ class ExpertsCapabilities:
     apply_router_weight_on_input: bool = True
     batch_invariant: bool = False
     hash_routing: bool = True
+    graph_capture: bool = True
 
 
 def merged_activation_config(

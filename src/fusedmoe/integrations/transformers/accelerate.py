@@ -16,7 +16,6 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.blocks import (
     BlockForward,
     ExpertsForward,
-    Replacement,
     make_replacements,
 )
 from fusedmoe.integrations.transformers.families import Family, find_family
@@ -25,6 +24,7 @@ from fusedmoe.integrations.transformers.generic import (
     put_back,
     recursive_replace,
 )
+from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.selection import check_forced_names
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def plan(model: nn.Module) -> list[PlannedBlock]:
     return blocks
 
 
-def accelerate(model: Model, *, options: MoEOptions | None = None) -> Model:
+def accelerate(model: Model, *, options: MoEOptions | None = None, replay_rows: int = 64) -> Model:
     """Run the MoE blocks of a Transformers model through fusedmoe; returns the same model.
 
     A block of a known family is replaced as a whole: our router with the model's own gate, our
@@ -66,6 +66,9 @@ def accelerate(model: Model, *, options: MoEOptions | None = None) -> Model:
     is unknown, modules called ``experts`` are (``recursive_replace``). What cannot be replaced
     without changing a result is left as it is, and the log says why. Names in the state_dict stay
     Hugging Face's.
+
+    On a GPU, whole blocks called with up to ``replay_rows`` tokens are replayed as CUDA graphs from
+    the third such call on (0: never), which spares a decode step most of its time on the host.
 
     Training with gradients runs the original forwards; in eval mode a backward pass through an
     accelerated block raises. Calling it again adds what was not replaced yet.
@@ -80,7 +83,7 @@ def accelerate(model: Model, *, options: MoEOptions | None = None) -> Model:
             logger.warning("%s is left as it is: %s", block.path, block.reason)
             continue
         try:
-            replacements = make_replacements(block.module, block.family, options)
+            replacements = make_replacements(block.module, block.family, options, replay_rows)
         except ValueError as error:
             logger.warning("%s is left as it is: %s", block.path, error)
             continue

@@ -6,8 +6,6 @@ its submodules and their names. T tokens, K picks, E experts, H hidden.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +20,8 @@ from fusedmoe.integrations.transformers.borrowed import (
     gate_of_experts,
     module_weights,
 )
-from fusedmoe.integrations.transformers.experts_function import _NoBackward
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
+from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import (
     StackedWeights,
     gate_of_list,
@@ -31,72 +29,28 @@ from fusedmoe.integrations.transformers.stacked import (
     stack_rows,
 )
 from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.runner.replay import GraphReplay
+
+# Looking at more addresses than this on each call costs more than replaying saves.
+_MAX_REPLAYED_TENSORS = 32
 
 
-class Replacement(ABC):
-    """A forward in the place of ``module``'s own, which is kept as ``original``.
-
-    The original still runs where ours would not do the same: in training, under autocast, while
-    someone listens to a module that we do not call (``listened``), after a submodule was replaced.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        noisy: bool = False,
-        listened: tuple[nn.Module, ...] = (),
-        experts: BorrowedExperts | None = None,
-    ) -> None:
-        self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self.noisy = noisy
-        self.listened = listened
-        self.parts = tuple(module.named_children())
-        self.load_hook = None
-        if experts is not None:
-            self.load_hook = module.register_load_state_dict_post_hook(experts.weights_loaded)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.arguments(args, kwargs)
-        if arguments is None or self._is_out_of_place(arguments[0]):
-            return self.original(*args, **kwargs)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.run(*arguments)
-        with torch.no_grad():
-            result = self.run(*arguments)
-        if isinstance(result, tuple):
-            return tuple(_NoBackward.apply(tensor, arguments[0]) for tensor in result)
-        return _NoBackward.apply(result, arguments[0])
-
-    def _is_out_of_place(self, x: torch.Tensor) -> bool:
-        module = self.module
-        if module.training and (self.noisy or torch.is_grad_enabled()):
-            return True
-        if torch.is_autocast_enabled(x.device.type) or is_hooked(self.listened):
-            return True
-        children = module._modules
-        return any(children.get(name) is not child for name, child in self.parts)
-
-    def release(self) -> None:
-        """Undo everything but the forward itself."""
-        if self.load_hook is not None:
-            self.load_hook.remove()
-
-    @abstractmethod
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """What ``run`` takes, a tensor first; None for a call that is not the usual one."""
-
-    @abstractmethod
-    def run(self, *arguments: Any) -> Any:
-        """What the original returns."""
+def _tensor_of(owner: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer, without the cost of a module's own attribute look-up."""
+    parameters = owner._parameters
+    return parameters[name] if name in parameters else owner._buffers.get(name)
 
 
 class BlockForward(Replacement):
     """One whole block: router, experts, shared experts and what stands around them."""
 
     def __init__(
-        self, block: nn.Module, family: Family, weights: ExpertWeights, runner: MoERunner
+        self,
+        block: nn.Module,
+        family: Family,
+        weights: ExpertWeights,
+        runner: MoERunner,
+        replay_rows: int,
     ) -> None:
         experts = at(block, family.experts.at)
         super().__init__(
@@ -111,6 +65,13 @@ class BlockForward(Replacement):
         self.stack = weights.stack if isinstance(weights, StackedWeights) else None
         self.width: int = at(self.router.module, family.router.weight).shape[1]
         self.output_scale: float = resolve(family.output_scale, block)
+        self.replay = GraphReplay(self._compute, self._can_be_captured, max_rows=replay_rows)
+        self.inner_modules = tuple(block.modules())[1:]
+        self.owners = tuple(
+            (owner, name)
+            for owner in block.modules()
+            for name in (*owner._parameters, *owner._buffers)
+        )
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         if not self.family.takes_input_ids:
@@ -130,20 +91,56 @@ class BlockForward(Replacement):
             self.stack.refresh()
         x = hidden_states.reshape(-1, self.width)
         if router.must_be_called:
-            logits, output = self._run_asking(x, input_ids)
+            output, beside = self._run_asking(x, input_ids)
+        elif self._replays(input_ids):
+            output, beside = self.replay(x, [_tensor_of(*pair) for pair in self.owners])
         else:
-            logits = router.logits(x)
-            output = self.runner(x, logits, input_ids)
-        return self._as_returned(self._after(output), logits, hidden_states)
+            output, beside = self._compute(x, input_ids)
+        return self._as_returned(output, beside, hidden_states)
+
+    def _compute(
+        self, x: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and what the family returns beside it, by our router and experts."""
+        logits = self.router.logits(x)
+        output = self._after(self.runner(x, logits, input_ids))
+        return output, self._beside(logits)
+
+    def _beside(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [T, E], or the chosen experts' weights [T, K] where the family asks."""
+        if not self.router.keep_result:
+            return logits
+        result, self.router.result = self.router.result, None
+        assert result is not None
+        return result.topk_weights.to(logits.dtype)
+
+    def _can_be_captured(self) -> bool:
+        experts = self.runner.routed_experts
+        implementation = experts.quant_method.kernel(experts).experts
+        checks = implementation.moe_config.options.debug_checks
+        return implementation.capabilities().graph_capture and not checks
+
+    def _replays(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether a call depends on nothing but x and the block's own tensors."""
+        router = self.router
+        watched = router.capture_fn is not None or router.eplb_state is not None
+        return (
+            input_ids is None
+            and not watched
+            and self.stack is None
+            and len(self.owners) <= _MAX_REPLAYED_TENSORS
+            and not is_hooked(self.inner_modules)
+        )
 
     def _run_asking(
         self, x: torch.Tensor, input_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits, output) with the router module called, once, and its choice taken."""
+        """As ``_compute``, with the router module called, once, and its choice taken."""
         router = self.router
         router.answer = answer = router.ask(x, input_ids)
         try:
-            return answer.logits, self.runner(x, answer.logits, input_ids)
+            output = self._after(self.runner(x, answer.logits, input_ids))
+            return output, self._beside(answer.logits)
         finally:
             router.answer = None
 
@@ -159,20 +156,16 @@ class BlockForward(Replacement):
         return output
 
     def _as_returned(
-        self, output: torch.Tensor, logits: torch.Tensor, hidden_states: torch.Tensor
+        self, output: torch.Tensor, beside: torch.Tensor, hidden_states: torch.Tensor
     ) -> Any:
         returns = self.family.returns
         if returns == "flat_and_logits":
-            return output, logits
+            return output, beside
         if returns == "flattened_and_logits":
-            return output.flatten(), logits.flatten()
+            return output.flatten(), beside.flatten()
         output = output.view(hidden_states.shape)
-        if returns == "hidden_and_logits":
-            return output, logits
-        if returns == "hidden_and_weights":
-            result, self.router.result = self.router.result, None
-            assert result is not None
-            return output, result.topk_weights.to(logits.dtype)
+        if returns in ("hidden_and_logits", "hidden_and_weights"):
+            return output, beside
         return output
 
 
@@ -217,7 +210,7 @@ def _owners(family: Family, block: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def make_replacements(
-    block: nn.Module, family: Family, options: MoEOptions | None = None
+    block: nn.Module, family: Family, options: MoEOptions | None = None, replay_rows: int = 0
 ) -> list[Replacement]:
     """The forwards that a row asks for, not yet in place. Raises ValueError with what prevents it.
 
@@ -261,7 +254,7 @@ def make_replacements(
         routed_input_transform=transforms[0],
         routed_output_transform=transforms[1],
     )
-    return [BlockForward(block, family, weights, runner)]
+    return [BlockForward(block, family, weights, runner, replay_rows)]
 
 
 def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) -> list[Replacement]:

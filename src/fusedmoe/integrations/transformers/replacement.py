@@ -1,0 +1,73 @@
+"""Replacement: a forward in the place of a module's own, and when it steps aside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedmoe.integrations.transformers.block_router import is_hooked
+from fusedmoe.integrations.transformers.borrowed import BorrowedExperts
+from fusedmoe.integrations.transformers.experts_function import _NoBackward
+
+
+class Replacement(ABC):
+    """A forward in the place of ``module``'s own, which is kept as ``original``.
+
+    The original still runs where ours would not do the same: in training, under autocast, while
+    someone listens to a module that we do not call (``listened``), after a submodule was replaced.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        noisy: bool = False,
+        listened: tuple[nn.Module, ...] = (),
+        experts: BorrowedExperts | None = None,
+    ) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.noisy = noisy
+        self.listened = listened
+        self.parts = tuple(module.named_children())
+        self.load_hook = None
+        if experts is not None:
+            self.load_hook = module.register_load_state_dict_post_hook(experts.weights_loaded)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.arguments(args, kwargs)
+        if arguments is None or self._is_out_of_place(arguments[0]):
+            return self.original(*args, **kwargs)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.run(*arguments)
+        with torch.no_grad():
+            result = self.run(*arguments)
+        if isinstance(result, tuple):
+            return tuple(_NoBackward.apply(tensor, arguments[0]) for tensor in result)
+        return _NoBackward.apply(result, arguments[0])
+
+    def _is_out_of_place(self, x: torch.Tensor) -> bool:
+        module = self.module
+        if module.training and (self.noisy or torch.is_grad_enabled()):
+            return True
+        if torch.is_autocast_enabled(x.device.type) or is_hooked(self.listened):
+            return True
+        children = module._modules
+        return any(children.get(name) is not child for name, child in self.parts)
+
+    def release(self) -> None:
+        """Undo everything but the forward itself."""
+        if self.load_hook is not None:
+            self.load_hook.remove()
+
+    @abstractmethod
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What ``run`` takes, a tensor first; None for a call that is not the usual one."""
+
+    @abstractmethod
+    def run(self, *arguments: Any) -> Any:
+        """What the original returns."""

@@ -1,0 +1,136 @@
+"""Small batches replayed as CUDA graphs: the same bits, whatever happens between two calls."""
+
+import copy
+
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe.integrations.transformers.accelerate import _replacement
+from fusedmoe.integrations.transformers.blocks import BlockForward
+from fusedmoe.runner.replay import GraphReplay
+
+pytest.importorskip("transformers")
+from hf import tiny_models
+
+pytestmark = pytest.mark.gpu
+
+
+def accelerated(name, replay_rows=64):
+    model = tiny_models.build(tiny_models.by_name(name)).to("cuda", torch.bfloat16)
+    fusedmoe.accelerate(model, replay_rows=replay_rows)
+    blocks = (m for m in model.modules() if isinstance(_replacement(m), BlockForward))
+    return model, next(blocks)
+
+
+def captured(block):
+    return [one for one in _replacement(block).replay._captured.values() if one is not None]
+
+
+def width(block):
+    return _replacement(block).width
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4"])
+def test_replayed_blocks_give_the_bits_of_launched_ones(name, mode):
+    _, block = accelerated(name)
+    _, launched = accelerated(name, replay_rows=0)
+    with mode():
+        for T in (1, 3, 1, 3, 1, 3, 70, 70, 70):
+            x = torch.randn(1, T, width(block), device="cuda", dtype=torch.bfloat16)
+            assert torch.equal(first(block(x)), first(launched(x)))
+    assert len(captured(block)) == 2
+    assert not captured(launched)
+
+
+@torch.no_grad()
+def test_outputs_outlive_later_calls_and_modes_may_change():
+    _, block = accelerated("mixtral")
+    x = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        wanted = [first(block(x * scale)).clone() for scale in (1, 2, 3)]
+    kept = [first(block(x * scale)) for scale in (1, 2, 3)]
+    for one, other in zip(kept, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_weights_may_change_in_place_and_move():
+    model, block = accelerated("mixtral")
+    x = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        before = first(block(x))
+    state = {name: value * 0.5 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    halved = first(block(x))
+    assert not torch.equal(halved, before)
+    assert torch.equal(halved, first(_replacement(block).original(x))) or torch.allclose(
+        halved.float(), first(_replacement(block).original(x)).float(), rtol=5e-2, atol=5e-2
+    )
+    model.to("cpu").to("cuda")
+    assert torch.equal(first(block(x)), halved)
+
+
+@torch.no_grad()
+def test_a_listener_inside_hears_every_call():
+    _, block = accelerated("qwen2_moe")
+    x = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        block(x)
+    heard = []
+    shared = block.shared_expert
+    handle = shared.register_forward_hook(lambda *_: heard.append(1))
+    for _ in range(3):
+        block(x)
+    handle.remove()
+    block(x)
+    assert len(heard) == 3
+
+
+@torch.no_grad()
+def test_inside_a_capture_and_after_a_copy():
+    _, block = accelerated("mixtral")
+    x = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        wanted = first(block(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = first(block(x))
+    graph.replay()
+    assert torch.equal(out, wanted)
+    twin = copy.deepcopy(block)
+    assert torch.equal(first(twin(x)), wanted)
+    assert not captured(twin)
+
+
+@torch.no_grad()
+def test_what_cannot_be_captured_is_launched_for_good():
+    replay = GraphReplay(lambda x: (x * float(x.sum()),), lambda: False)
+    x = torch.ones(2, 3, device="cuda")
+    for _ in range(4):
+        assert torch.equal(replay(x, [])[0], x * 6)
+    assert not any(replay._captured.values())
+
+
+@torch.no_grad()
+def test_the_torch_experts_are_never_captured():
+    model = tiny_models.build(tiny_models.by_name("mixtral")).to("cuda", torch.bfloat16)
+    fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(experts="torch"))
+    block = next(m for m in model.modules() if isinstance(_replacement(m), BlockForward))
+    x = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    results = [first(block(x)) for _ in range(4)]
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert not captured(block)
+
+
+def test_gradients_switch_it_off():
+    replay = GraphReplay(lambda x: (x * 2,), lambda: True)
+    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    for _ in range(3):
+        replay(x, [])[0].sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 6.0))
