@@ -113,7 +113,7 @@ def test_what_cannot_be_captured_is_launched_for_good():
     replay = GraphReplay(lambda x: (x * float(x.sum()),), lambda: False)
     x = torch.ones(2, 3, device="cuda")
     for _ in range(4):
-        assert torch.equal(replay(x, [])[0], x * 6)
+        assert torch.equal(replay((x,), [])[0], x * 6)
     assert not any(replay._captured.values())
 
 
@@ -132,5 +132,22 @@ def test_gradients_switch_it_off():
     replay = GraphReplay(lambda x: (x * 2,), lambda: True)
     x = torch.ones(2, 3, device="cuda", requires_grad=True)
     for _ in range(3):
-        replay(x, [])[0].sum().backward()
+        replay((x,), [])[0].sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 6.0))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+@torch.inference_mode()
+def test_the_experts_function_replays_too(name):
+    model = tiny_models.build(tiny_models.by_name(name), experts_implementation="fusedmoe")
+    model.to("cuda", torch.bfloat16)
+    experts = next(m for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "has_gate"))
+    eager = copy.deepcopy(experts)
+    H, E = experts.down_proj.shape[-1 if experts.is_transposed else 1], experts.down_proj.shape[0]
+    for step in range(4):
+        x = torch.randn(3, H, device="cuda", dtype=torch.bfloat16)
+        ids = torch.rand(3, E, device="cuda").topk(2).indices
+        weights = torch.rand(3, 2, device="cuda")
+        eager.__dict__.pop("_fusedmoe_replay", None)
+        assert torch.equal(experts(x, ids, weights), eager(x, ids, weights)), step
+    assert any(experts.__dict__["_fusedmoe_replay"]._captured.values())

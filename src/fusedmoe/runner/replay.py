@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-Function = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @functools.cache
@@ -32,23 +32,23 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _Captured(NamedTuple):
-    """A graph, the tensor it reads and those it writes."""
+    """A graph, the tensors it reads and those it writes."""
 
     graph: Any
-    x: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
 
 
 class GraphReplay:
-    """``function`` of rows x [T, H], replayed where that changes nothing but its launch time.
+    """``function`` of tensors of T rows, replayed where that changes nothing but its launch time.
 
     A call goes straight to ``function`` for more than ``max_rows`` rows, off CUDA, with gradients,
     inside a capture or a compilation, on the first call with its key, and for good where
     ``can_be_captured`` says no (asked once, when it matters) or a capture failed.
 
-    The key holds the rows, the dtype, the stream and the addresses of ``depends_on``, the tensors
-    besides x that ``function`` reads: their values may change, a move is a new key. Outputs are
-    copies, so that a later call leaves them alone.
+    The key holds the inputs' shapes and dtypes, the stream and the addresses of ``depends_on``, the
+    tensors besides the inputs that ``function`` reads: their values may change, a move is a new
+    key. Outputs are copies, so that a later call leaves them alone.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class GraphReplay:
         self._reset()
 
     def __call__(
-        self, x: torch.Tensor, depends_on: Sequence[torch.Tensor | None]
+        self, inputs: tuple[torch.Tensor, ...], depends_on: Sequence[torch.Tensor | None]
     ) -> tuple[torch.Tensor, ...]:
+        x = inputs[0]
         if (
             torch.compiler.is_compiling()
             or not x.is_cuda
@@ -88,37 +89,45 @@ class GraphReplay:
             or torch.is_grad_enabled()
             or torch.cuda.is_current_stream_capturing()
         ):
-            return self.function(x)
+            return self.function(*inputs)
         device = x.get_device()
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in depends_on]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        key = (x.shape, x.dtype, device, stream, *addresses)
+        key = (
+            device,
+            stream,
+            *[(tensor.shape, tensor.dtype) for tensor in inputs],
+            *[0 if tensor is None else tensor.data_ptr() for tensor in depends_on],
+        )
         with self._lock:
             captured = self._captured.get(key)
             if captured is not None:
-                captured.x.copy_(x)
+                for own, given in zip(captured.inputs, inputs, strict=True):
+                    own.copy_(given)
                 captured.graph.replay()
                 return tuple(output.clone() for output in captured.outputs)
             if key in self._captured:
-                self._captured[key] = self._capture(x, _graph_pool(device, stream))
+                self._captured[key] = self._capture(inputs, _graph_pool(device, stream))
             elif len(self._captured) < self.max_graphs:
                 self._captured[key] = None
-            return self.function(x)
+            return self.function(*inputs)
 
-    def _capture(self, x: torch.Tensor, pool: Any) -> _Captured | None:
+    def _capture(self, inputs: tuple[torch.Tensor, ...], pool: Any) -> _Captured | None:
         if not self.can_be_captured():
             self._given_up = True
             return None
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            rows = torch.empty_like(x, memory_format=torch.contiguous_format)
+            own = tuple(
+                torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
+            )
             graph = torch.cuda.CUDAGraph()
-            stream = _capture_stream(x.device)
-            stream.wait_stream(torch.cuda.current_stream(x.device))
+            device = inputs[0].device
+            stream = _capture_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    outputs = self.function(rows)
+                    outputs = self.function(*own)
                 except RuntimeError as error:
                     self._given_up = True
                     logger.warning("not replayed as a CUDA graph: %s", str(error).splitlines()[0])
@@ -126,5 +135,5 @@ class GraphReplay:
                         graph.capture_end()
                     return None
                 graph.capture_end()
-            torch.cuda.current_stream(x.device).wait_stream(stream)
-        return _Captured(graph, rows, outputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+        return _Captured(graph, own, outputs)

@@ -93,7 +93,7 @@ class BlockForward(Replacement):
         if router.must_be_called:
             output, beside = self._run_asking(x, input_ids)
         elif self._replays(input_ids):
-            output, beside = self.replay(x, [_tensor_of(*pair) for pair in self.owners])
+            output, beside = self.replay((x,), [_tensor_of(*pair) for pair in self.owners])
         else:
             output, beside = self._compute(x, input_ids)
         return self._as_returned(output, beside, hidden_states)

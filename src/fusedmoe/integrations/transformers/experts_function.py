@@ -14,6 +14,11 @@ import torch
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.integrations.transformers.gates import Gate, gate_of
 from fusedmoe.quantization.config import FusedMoEQuantConfig, biased_moe_quant_config
+from fusedmoe.runner.replay import GraphReplay
+
+_REPLAY = "_fusedmoe_replay"
+# What the Triton experts take; float64 runs on the torch experts, which wait for the device.
+_CAPTURED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ExpertTensors(NamedTuple):
@@ -60,8 +65,11 @@ def experts_forward(
     ids = top_k_index
     if not ids.is_cuda:  # there, ids that name no expert count as nothing anyway
         ids = ids.masked_fill(ids == tensors.w13.shape[0], -1)
-    if not needs_grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return run_experts(hidden_states, tensors, top_k_weights, ids, gate)
+    if not needs_grad:
+        replay = _replay_of(self, gate)
+        return replay((hidden_states, top_k_weights, ids), tensors)[0]
     with torch.no_grad():
         output = run_experts(hidden_states, tensors, top_k_weights, ids, gate)
     return _NoBackward.apply(output, hidden_states)
@@ -90,6 +98,33 @@ def run_experts(
         quant_config=quant_config,
         activation_config=gate.config,
     )
+
+
+class _ExpertsCall:
+    """``run_experts`` on the tensors that a module has now; copies and pickles with the module."""
+
+    def __init__(self, experts: Any, gate: Gate) -> None:
+        self.experts = experts
+        self.gate = gate
+
+    def __call__(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        tensors = expert_tensors(self.experts)
+        return (run_experts(hidden_states, tensors, topk_weights, topk_ids, self.gate),)
+
+    def can_be_captured(self) -> bool:
+        return self.experts.down_proj.dtype in _CAPTURED_DTYPES
+
+
+def _replay_of(experts: Any, gate: Gate) -> GraphReplay:
+    """The module's own replay of small batches, new where its gate is."""
+    replay: GraphReplay | None = experts.__dict__.get(_REPLAY)
+    if replay is None or replay.function.gate is not gate:  # type: ignore[attr-defined]
+        call = _ExpertsCall(experts, gate)
+        replay = GraphReplay(call, call.can_be_captured)
+        experts.__dict__[_REPLAY] = replay
+    return replay
 
 
 def _transformers_grouped_mm(
