@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
@@ -24,6 +23,7 @@ import transformers
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fusedmoe
+from fusedmoe.bench.report import source_commit
 
 # The published sizes of Qwen3-30B-A3B.
 QWEN3_30B = {
@@ -164,7 +164,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "fusedmoe": fusedmoe.__version__,
         },
-        "commit": commit(),
+        "commit": source_commit(),
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "model": f"Qwen3-30B-A3B sizes, {args.layers} layers, random bf16 weights",
@@ -211,13 +211,6 @@ def measure(
         rows.append(row)
     use(model, BASELINE)
     return rows
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

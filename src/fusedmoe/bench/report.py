@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+import fusedmoe
 from fusedmoe.bench.shapes import LayerShape
 
 
@@ -121,19 +123,26 @@ def limit_us(
 
 def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
     """Where a report comes from, with the ceilings measured in the same run."""
-    packages = ("fusedmoe", "torch", "triton", "transformers")
+    packages = ("torch", "triton", "transformers")
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {
             "python": platform.python_version(),
+            "fusedmoe": fusedmoe.__version__,
             **{name: _version(name) for name in packages},
         },
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "commit": source_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "date": date.today().isoformat(),
     } | ceilings
+
+
+def _program() -> str:
+    """How this process was started, without where its files lie."""
+    name = Path(sys.argv[0]).name
+    return "python -m fusedmoe.cli" if name == "__main__.py" else name
 
 
 def _version(package: str) -> str | None:
@@ -144,7 +153,12 @@ def _version(package: str) -> str | None:
 
 
 def source_commit() -> str | None:
-    """The commit of the source tree this package runs from; None where it is installed."""
+    """The commit of the source tree this package runs from; None where it is installed.
+
+    A copy of the tree without its history may be told by the variable FUSEDMOE_COMMIT.
+    """
+    if told := os.environ.get("FUSEDMOE_COMMIT"):
+        return told
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
