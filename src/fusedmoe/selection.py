@@ -35,6 +35,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton:TritonExperts",
     "fusedmoe.experts.cpu:CpuExperts",
     "fusedmoe.experts.cpu:CpuMonolithicExperts",
+    "fusedmoe.experts.cpu_packed:CpuPackedExperts",
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.cpu_core import cpu_fused_experts, scratch_rows
+from fusedmoe.experts.cpu_core import cpu_fused_experts
+from fusedmoe.experts.cpu_run import Products, scratch_rows
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -24,6 +25,7 @@ class CpuExperts(FusedMoEExpertsModular):
     """The default on a CPU. Its workspace holds the expert outputs in fp32, a few at a time."""
 
     name = "cpu"
+    products: Products | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -80,6 +82,7 @@ class CpuExperts(FusedMoEExpertsModular):
                 global_num_experts=global_num_experts,
                 batch_invariant=self.moe_config.options.batch_invariant,
                 scratch=None if workspace13 is None else workspace13.view(torch.float32),
+                products=self.products,
             )
         )
 
@@ -112,6 +115,9 @@ class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         routing = router.select_experts(hidden_states, router_logits, input_ids=input_ids)
+        (T, H), K = hidden_states.shape, routing.topk_ids.shape[1]
+        options = self.moe_config.options
+        rows = scratch_rows(T, K, H, options.max_workspace_bytes)
         return cpu_fused_experts(
             hidden_states,
             w1,
@@ -125,5 +131,6 @@ class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
             expert_map=expert_map,
             global_num_experts=global_num_experts,
             apply_router_weight_on_input=apply_router_weight_on_input,
-            batch_invariant=self.moe_config.options.batch_invariant,
+            batch_invariant=options.batch_invariant,
+            scratch=hidden_states.new_empty(rows, H, dtype=torch.float32),
         )

@@ -56,7 +56,7 @@ def expert_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
         return out.copy_(expert_linear(x.float(), weight.float(), wide))
     if dtype is torch.float32:
         most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
-        return out.copy_(_sliced(x, weight) if most >= M else _onednn_linear(x, weight))
+        return out.copy_(_sliced(x, weight) if most >= M else onednn_linear(x, weight))
     return torch.mm(x, weight.t(), out=out)
 
 
@@ -72,12 +72,13 @@ def _sliced(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One product per slice of the weight's rows, as a batch: [s, N / s, M]."""
     slices = slices_of(weight.shape[0])
     if slices == 1:
-        return _onednn_linear(x, weight)
+        return onednn_linear(x, weight)
     columns = x.t().expand(slices, x.shape[1], x.shape[0])
     return torch.bmm(weight.unflatten(0, (slices, -1)), columns).flatten(0, 1).t()
 
 
-def _onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed; the weight may be one that oneDNN packed."""
     if not _has_onednn():
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

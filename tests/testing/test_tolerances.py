@@ -1,0 +1,85 @@
+"""The comparison and the poison: they must fail when they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedmoe.testing import TOLERANCES, assert_close, format_name, nan_poison, relative_error
+
+
+def test_what_is_close_returns_its_error():
+    ref = torch.randn(40, 8, dtype=torch.float64)
+    error = assert_close("x", ref.float(), ref)
+    assert 0 < error.frobenius < 1e-7
+    assert relative_error(ref, ref) == (0.0, 0.0)
+
+
+def test_a_small_error_everywhere_and_a_large_one_somewhere_both_fail():
+    ref = torch.randn(1000, 10)
+    with pytest.raises(AssertionError, match=r"layer: relative error 1\.00e-04 \(Frobenius\)"):
+        assert_close("layer", ref * 1.0001, ref)
+    spike = ref.clone()
+    spike[3, 4] += 5e-5 * ref.abs().max()
+    assert relative_error(spike, ref).frobenius < TOLERANCES["fp32"].frobenius
+    with pytest.raises(AssertionError, match="maximum"):
+        assert_close("layer", spike, ref)
+    assert_close("layer", ref * 1.0001, ref, "bf16")
+    assert_close("layer", ref * 1.0001, ref, factor=100)
+
+
+def test_bounds_follow_the_dtype_or_the_name():
+    ref = torch.ones(4)
+    assert_close("x", torch.full((4,), 1.004).bfloat16(), ref)
+    with pytest.raises(AssertionError):
+        assert_close("x", torch.full((4,), 1.004).bfloat16(), ref, torch.float16)
+    with pytest.raises(KeyError):
+        assert_close("x", ref, ref, "int3")
+    assert format_name(torch.bfloat16) == "bf16"
+    with pytest.raises(ValueError, match="int8"):
+        format_name(torch.int8)
+
+
+def test_shapes_and_values_that_are_not_finite_must_agree():
+    ref = torch.tensor([1.0, float("nan"), float("inf")])
+    assert_close("x", ref.clone(), ref)
+    for wrong, message in (
+        (torch.tensor([float("nan"), 1.0, float("inf")]), r"first is at \[0\]"),
+        (torch.tensor([1.0, 2.0, float("inf")]), r"1 of 3.*\[1\]"),
+        (torch.tensor([1.0, float("nan"), -float("inf")]), "infinities"),
+        (torch.tensor([1.0, float("inf"), float("nan")]), "NaN"),
+        (torch.ones(2), r"\(2,\), expected \(3,\)"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            assert_close("x", wrong, ref)
+
+
+def test_nothing_is_close_to_nothing_and_zero_to_zero():
+    assert_close("none", torch.empty(0, 4), torch.empty(0, 4))
+    assert_close("zero", torch.zeros(3), torch.zeros(3))
+    with pytest.raises(AssertionError, match="inf"):
+        assert_close("not zero", torch.full((3,), 1e-30), torch.zeros(3))
+
+
+def test_poison_is_in_every_new_tensor_and_gone_afterwards():
+    like, empty = torch.ones(2), torch.empty
+    with nan_poison():
+        fresh = [
+            torch.empty(3, 2),
+            torch.empty(3, dtype=torch.bfloat16),
+            torch.empty_like(like),
+            torch.empty_strided((2, 2), (1, 2)),
+            like.new_empty(4),
+            like.new_empty_strided((2,), (1,)),
+        ]
+        ints = torch.empty(3, dtype=torch.int64)
+    assert all(bool(tensor.isnan().all()) for tensor in fresh)
+    assert ints.dtype is torch.int64
+    assert torch.empty is empty
+
+
+def test_poison_is_gone_after_an_error_too():
+    empty = torch.empty
+    with pytest.raises(RuntimeError), nan_poison():
+        raise RuntimeError
+    assert torch.empty is empty
