@@ -83,8 +83,8 @@ def run_layer_bench(
     """Time the layer from router logits to output on random data.
 
     ``experts``: implementations by name or class (None is what selection chooses); ``peers`` adds
-    Transformers' eager (CPU alone), batched_mm and grouped_mm. ``repeats``: samples per implementation
-    (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph over several
+    Transformers' batched_mm, grouped_mm and (on a CPU) eager. ``repeats``: samples per
+    implementation (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph over several
     sets of weights; what cannot be captured, or does not fit in memory, becomes a note.
 
     Raises ValueError for an empty list, unknown routing, device or dtype.
