@@ -84,8 +84,8 @@ def run_layer_bench(
 
     ``experts``: implementations by name or class (None is what selection chooses); ``peers`` adds
     Transformers' batched_mm, grouped_mm and (on a CPU) eager. ``repeats``: samples per
-    implementation (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph over several
-    sets of weights; what cannot be captured, or does not fit in memory, becomes a note.
+    implementation (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph
+    over several sets of weights; what cannot be captured or does not fit becomes a note.
 
     Raises ValueError for an empty list, unknown routing, device or dtype.
     """
