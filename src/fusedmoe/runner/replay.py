@@ -125,6 +125,11 @@ class GraphReplay:
             stream = _capture_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
+                # The copies may have other strides than the inputs: a kernel that is loaded for
+                # them during the capture would end it.
+                for copy, given in zip(own, inputs, strict=True):
+                    copy.copy_(given)
+                self.function(*own)
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     outputs = self.function(*own)
