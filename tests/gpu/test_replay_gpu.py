@@ -118,6 +118,21 @@ def test_what_cannot_be_captured_is_launched_for_good():
 
 
 @torch.no_grad()
+def test_a_failed_capture_leaves_nothing_behind():
+    replay = GraphReplay(lambda x: (x * float(x.sum()),), lambda: True)
+    x = torch.ones(2, 3, device="cuda")
+    for _ in range(4):
+        assert torch.equal(replay((x,), [])[0], x * 6)
+    assert not any(replay._captured.values())
+    assert torch.randn(4, device="cuda").isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = torch.randn(4, device="cuda")
+    graph.replay()
+    assert drawn.isfinite().all()
+
+
+@torch.no_grad()
 def test_the_torch_experts_are_never_captured():
     model = tiny_models.build(tiny_models.by_name("mixtral")).to("cuda", torch.bfloat16)
     fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(experts="torch"))

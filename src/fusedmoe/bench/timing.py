@@ -6,10 +6,13 @@ still holds); each sample uses the next one, and the contestants start at differ
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from fusedmoe.runner.capture import recover_from_failed_capture
 
 Call = Callable[[], torch.Tensor]
 
@@ -54,8 +57,18 @@ def capture(calls: Sequence[Call]) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call() for _ in range(rounds_of(calls)) for call in calls]
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            outputs = [call() for _ in range(rounds_of(calls)) for call in calls]
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            recover_from_failed_capture(device)
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
 
     def replay() -> torch.Tensor:
         graph.replay()

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedmoe.runner.capture import recover_from_failed_capture
+
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
@@ -138,6 +140,7 @@ class GraphReplay:
                     logger.warning("not replayed as a CUDA graph: %s", str(error).splitlines()[0])
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
+                    recover_from_failed_capture(device)
                     return None
                 graph.capture_end()
             torch.cuda.current_stream(device).wait_stream(stream)
