@@ -1,6 +1,7 @@
 """Correctness and speed of the Hopper kernels on one GPU, with the ceilings of the same run.
 
     python benchmarks/hopper_kernels.py check
+    compute-sanitizer --tool racecheck python benchmarks/hopper_kernels.py small
     python benchmarks/hopper_kernels.py time [--shapes qwen3 mixtral] [--tokens 1 8 64] [--out F]
 
 Timing: CUDA-graph replay, experts scope (ids given), balanced routing; every call of a graph uses
@@ -254,11 +255,10 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
     mean = R / shape.E
     T = R // shape.k
     if (T <= 2 or (more and T <= 8)) and R <= 32 and shape.k <= 16:
-        out["direct"] = direct_tiles(T, shape.k, shape.H)
+        out["direct"] = direct_tiles(T, shape.k, shape.H, shape.I)
         if more:
-            half = direct_tiles(T, shape.k, shape.H, 0.5)
-            out["directhalf"] = half
-            out["direct32"] = replace(half, up_rows=32, up_stages=2 * half.up_stages - 1)
+            out["shared"] = direct_tiles(T, shape.k, shape.H, shape.I, shared=True)
+            out["alone"] = direct_tiles(T, shape.k, shape.H, shape.I, shared=False)
     if mean <= 96 or shape.name == "small":
         auto = decode_tiles(R, shape.E, shape.H, shape.I)
         out["decode"] = auto
@@ -267,7 +267,7 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
         elif more:
             out["wide"] = wide_tiles(auto.block)
         if more and auto.block <= 16:
-            out["shared"] = narrow_tiles(auto.block, auto.down.rows, 0.5)
+            out["halves"] = narrow_tiles(auto.block, auto.down.rows, 0.5)
     if mean >= 16 or shape.name == "small":
         out["prefill"] = PrefillTiles()
         if more:
@@ -300,8 +300,8 @@ def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[i
 
 CHECKED = (
     "direct",
-    "directhalf",
-    "direct32",
+    "alone",
+    "halves",
     "decode",
     "wide",
     "narrow",
@@ -404,6 +404,20 @@ def halves(shape: Shape) -> int:
     return 3 if shape.activation.is_gated else 2
 
 
+def small_runs() -> None:
+    """Each kind of kernel once on small layers, for a memory checker to watch."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for T in (1, 3, 70):
+        shape = small("swigluoai", True, H=272, I=208)
+        layer = Layer(shape)
+        scratch = layer.scratch(T)
+        ids = torch.randint(-1, shape.E + 1, (T, shape.k), device=DEVICE, dtype=torch.int32)
+        for name, tiles in all_tiles(T * shape.k, shape, True).items():
+            layer.run(ids, tiles, sms, scratch)
+            torch.cuda.synchronize()
+            print(T, name, flush=True)
+
+
 def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
     active = min(shape.E, T * shape.k)
     weights = active * halves(shape) * shape.H * shape.I * 2
@@ -477,7 +491,7 @@ def time_shape(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mode", choices=("check", "warm", "time", "profile"))
+    parser.add_argument("mode", choices=("check", "warm", "time", "profile", "small"))
     parser.add_argument("--shapes", nargs="+", default=["qwen3", "mixtral"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128])
     parser.add_argument("--seconds", type=float, default=60.0, help="per shape")
@@ -494,6 +508,9 @@ def main() -> int:
         return 0
     if args.mode == "profile":
         profile(args.shapes, args.tokens)
+        return 0
+    if args.mode == "small":
+        small_runs()
         return 0
     peak = ceilings()
     print({name: round(value) for name, value in peak.items()}, flush=True)

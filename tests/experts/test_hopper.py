@@ -129,11 +129,12 @@ build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
       sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
 build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
       sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages})
-tiles = direct_tiles(1, 4, 272)
+tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_rows, tiles.depth)
 build(hopper_direct.up_kernel,
       {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
-      sizes | formula | {"SLOTS": 4, "TILE": 64, "BK": 128, "STAGES": tiles.up_stages})
+      sizes | formula | {"SLOTS": 4, "TILE": tiles.up_rows, "BK": 128, "STAGES": tiles.up_stages,
+                         "SHARED": tiles.shared})
 build(hopper_direct.down_kernel,
       {"desc": desc(tiles.down_rows // 4, tiles.depth), "act_desc": desc(8, tiles.depth)},
       sizes | {"PICKS": 4, "PADDED_PICKS": 4, "SLOTS": 4, "BK": 128, "STAGES": tiles.down_stages})

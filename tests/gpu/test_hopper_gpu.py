@@ -132,12 +132,13 @@ def test_every_kernel_runs_every_size(name, kind):
     assert_right(run(layer, tensors, KINDS[kind]), layer, tensors)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rows", [32, 64])
 @pytest.mark.parametrize("T", [1, 2, 3, 8])
-def test_direct_tokens(T, share):
+def test_direct_tokens(T, rows, shared):
     layer = replace(GPU, T=T, E=8, K=4, local=5)
     tensors = layer.tensors()
-    tiles = direct_tiles(T, 4, 256, share)
+    tiles = replace(direct_tiles(T, 4, 256, 192, shared=shared), up_rows=rows, up_stages=3)
     assert_right(run(layer, tensors, tiles), layer, tensors)
 
 
@@ -326,7 +327,7 @@ def test_kernels_agree(T):
     tensors = layer.tensors()
     outputs = [run(layer, tensors, tiles) for tiles in KINDS.values()]
     if T == 1:
-        outputs.append(run(layer, tensors, direct_tiles(1, 4, 1024)))
+        outputs.append(run(layer, tensors, direct_tiles(1, 4, 1024, 512)))
         assert isinstance(hopper_tiles(1, 4, 16, 16, 1024, 512), DirectTiles)
     assert all(out.equal(outputs[0]) for out in outputs[1 : len(KINDS)])
     for out in outputs[1:]:

@@ -63,7 +63,9 @@ def test_tiles_fit_and_tokens_only_make_them_larger(name, share):
             blocks.append(tiles.block)
         if isinstance(tiles, DirectTiles):
             assert T * K <= MAX_DIRECT_SLOTS
-            assert tiles.down_rows % max(1, 1 << (K - 1).bit_length()) == 0
+            assert tiles.down_rows % (1 << (K - 1).bit_length()) == 0
+            assert min(tiles.up_stages, tiles.down_stages) >= 3
+            assert not tiles.shared or sum(shared_bytes(tiles)) < SHARED_BYTES
     assert kinds == sorted(kinds)
     assert blocks == sorted(blocks)
 
@@ -79,6 +81,22 @@ def test_the_kernel_of_each_size():
         1025: PrefillTiles,
         8192: PrefillTiles,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "rows"),
+    [
+        ("qwen3_30b", 1, 64),
+        ("qwen3_30b", 2, 32),
+        ("mixtral", 1, 32),
+        ("gpt_oss_120b", 1, 32),
+        ("olmoe", 1, 64),
+        ("scout", 1, 64),
+    ],
+)
+def test_low_tiles_where_they_come_out_even(name, T, rows):
+    E, K, H, I = SHAPES[name]  # noqa: E741
+    assert hopper_tiles(T, K, E, E, H, I).up_rows == rows
 
 
 def test_two_tokens_of_few_experts_share_weights():

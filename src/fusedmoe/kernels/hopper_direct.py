@@ -78,6 +78,6 @@ def hopper_direct(
         w1_bias,
         w2_bias,
         expert_map,
-        tiles or direct_tiles(T, K, w2.shape[1]),
+        tiles or direct_tiles(T, K, *w2.shape[1:]),
         programs,
     )

@@ -82,29 +82,50 @@ class PrefillTiles:
 @dataclass(frozen=True)
 class DirectTiles:
     """Steps of ``depth`` columns, ``stages`` in flight: ``up_rows`` of gate and of up, and
-    ``down_rows`` shared out among the picks of a token."""
+    ``down_rows`` shared out among the picks of a token. ``shared``: the rings of both launches fit
+    one multiprocessor together."""
 
     up_rows: int
     up_stages: int
     down_rows: int
     down_stages: int
+    shared: bool
     depth: int = 128
 
 
 MAX_DIRECT_SLOTS = 32
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_PICKS = 16
+HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 
 
-def direct_tiles(T: int, K: int, H: int, share: float = 1.0) -> DirectTiles:
-    """Tiles for T tokens of K picks, in ``share`` of a multiprocessor's shared memory."""
-    depth = 128
-    room = int(SHARED_BYTES * share) - 2048
-    picks = 1 << (K - 1).bit_length()
+def direct_tiles(
+    T: int,
+    K: int,
+    H: int,
+    I: int,  # noqa: E741
+    *,
+    shared: bool | None = None,
+) -> DirectTiles:
+    """Tiles for T tokens of K picks. Low tiles, in rings that share a multiprocessor, where whole
+    ones would leave the last round of programs emptier; ``shared`` forces the latter."""
+    low, whole = (-(-T * K * -(-I // rows) // HOPPER_PROGRAMS) * rows for rows in (32, 64))
+    up_rows = 32 if low < whole else 64
+    if shared is None:
+        shared = low < whole
+    depth, picks = 128, 1 << (K - 1).bit_length()
+    room = SHARED_BYTES // (2 if shared else 1) - 2048
     # Whole tiles where they are enough to keep every multiprocessor busy.
     down = 128 if T * -(-H // (128 // picks)) >= 120 else max(64, 8 * picks)
     row = depth * ELEMENT_BYTES
-    return DirectTiles(64, room // ((128 + 8) * row), down, room // ((down + max(8, picks)) * row))
+    return DirectTiles(
+        up_rows,
+        room // ((2 * up_rows + 8) * row),
+        down,
+        room // ((down + max(8, picks)) * row),
+        shared,
+        depth,
+    )
 
 
 HopperTiles = DirectTiles | DecodeTiles | PrefillTiles
@@ -132,7 +153,7 @@ def hopper_tiles(
     R = T * K
     alone = T == 1 or (T == 2 and num_experts >= 8 * K)
     if alone and not batch_invariant and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
-        return direct_tiles(T, K, H)
+        return direct_tiles(T, K, H, I)
     mean = R / num_experts
     if mean > MAX_DECODE_MEAN:
         return PrefillTiles()

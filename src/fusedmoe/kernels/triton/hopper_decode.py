@@ -8,9 +8,9 @@ barrier.
 
 up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. Two weight tiles per step:
              gate and up (or, without a gate, two neighbouring tiles).
-down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It may begin once up_kernel
-             has issued its last load (programmatic dependent launch), and fills its ring before
-             it waits for up_kernel to end: weights depend on nothing.
+down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins wherever a program
+             of up_kernel has ended (programmatic dependent launch), and fills its ring before it
+             waits for the rest of them: weights depend on nothing.
 sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order.
 
 A task is (block, tile of weight rows); tasks go round robin over the programs. Slots without an
@@ -140,6 +140,7 @@ def up_kernel(
     bars = open_barriers(STAGES, 32 * WARPS)
 
     gdc_wait()
+    gdc_launch_dependents()
     tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
     first = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -158,8 +159,6 @@ def up_kernel(
             H, PICKS, TILES, WIDE, BELOW,
         )  # fmt: skip
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
-    if ahead >= tasks:
-        gdc_launch_dependents()
 
     stage = 0
     phase = 0
@@ -178,8 +177,6 @@ def up_kernel(
                 H, PICKS, TILES, WIDE, BELOW,
             )  # fmt: skip
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
-            if ahead >= tasks:
-                gdc_launch_dependents()
             stage, phase = next_stage(stage, phase, STAGES)
 
         column = task % TILES * WIDE

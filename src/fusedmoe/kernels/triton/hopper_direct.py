@@ -11,7 +11,7 @@ down_kernel  grid (programs,): act, w2, weights -> out [T, H]. A task is (token,
              and added in registers, in one fixed order.
 
 All ids are held in registers: R <= SLOTS, a power of two. Slots without an expert are skipped. The
-second launch may begin once the first has issued its last load; its ring fills before it waits.
+second launch fills its ring before it waits for the first.
 """
 
 import torch
@@ -129,8 +129,13 @@ def up_kernel(
     TILE: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    SHARED: gl.constexpr,
 ):
-    """Descriptors of w1 as in ``hopper_decode.up_kernel``."""
+    """Descriptors of w1 as in ``hopper_decode.up_kernel``.
+
+    SHARED: a multiprocessor holds a program of either launch, so the second one begins late, or its
+    loads would hold up the first's; otherwise as soon as a program of the first has ended.
+    """
     dtype: gl.constexpr = low_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     TOKENS: gl.constexpr = x_desc.block_shape[0]
@@ -148,6 +153,8 @@ def up_kernel(
     programs = gl.num_programs(0)
 
     gdc_wait()
+    if not SHARED:
+        gdc_launch_dependents()
     experts = load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS)
     task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
     ahead = task + 0
@@ -160,7 +167,7 @@ def up_kernel(
             ahead_k = 0
             ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
             row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-    if ahead >= tasks:
+    if SHARED and ahead >= tasks:
         gdc_launch_dependents()
 
     stage = 0
@@ -179,7 +186,7 @@ def up_kernel(
                 ahead_k = 0
                 ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
                 row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-                if ahead >= tasks:
+                if SHARED and ahead >= tasks:
                     gdc_launch_dependents()
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -380,6 +387,7 @@ def direct(
         TILE=tiles.up_rows,
         BK=tiles.depth,
         STAGES=tiles.up_stages,
+        SHARED=tiles.shared,
         num_warps=4,
         launch_pdl=True,
     )
