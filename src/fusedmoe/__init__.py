@@ -51,6 +51,7 @@ _HOME = {
     "recursive_replace": "fusedmoe.integrations.transformers.generic",
     "BatchedTritonExperts": "fusedmoe.experts.triton_batched",
     "TritonExperts": "fusedmoe.experts.triton",
+    "HopperExperts": "fusedmoe.experts.hopper",
     "fused_experts": "fusedmoe.experts.functional",
     "FusedMoE": "fusedmoe.layer",
     "MoERunner": "fusedmoe.runner.moe_runner",
