@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 # In order of preference; "module:class", so that no candidate is imported before it is asked for.
 EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton:TritonExperts",
+    "fusedmoe.experts.cpu_packed:CpuPackedExperts",
     "fusedmoe.experts.cpu:CpuExperts",
     "fusedmoe.experts.cpu:CpuMonolithicExperts",
-    "fusedmoe.experts.cpu_packed:CpuPackedExperts",
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",

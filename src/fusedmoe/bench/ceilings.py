@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from fusedmoe.experts.cpu_gemm import expert_linear
+from fusedmoe.experts.cpu_gemm import linear_for
 from fusedmoe.testing.tolerances import format_name
 
 _ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}  # fp32: 512 MiB, 4 GiB
@@ -29,7 +29,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> d
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         products: list[Callable[[], object]] = [partial(torch.mm, a, b)]
         if device.type == "cpu":
-            products.append(partial(expert_linear, a, b, torch.empty_like(a)))
+            products.append(partial(linear_for(dtype), a, b, torch.empty_like(a)))
         seconds = min(_seconds(product, device) for product in products)
         found[f"{format_name(dtype)}_tflops"] = 2 * n**3 / seconds / 1e12
     return found

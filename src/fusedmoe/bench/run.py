@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,7 @@ from fusedmoe.bench.contestants import (
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, limit_us, make_header
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.bench.timing import Call, capture, rounds_of, time_graphs, time_on_cpu
+from fusedmoe.experts.cpu_memory import host_memory
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import format_name, relative_error
@@ -236,11 +236,8 @@ def _does_not_fit(contestant: Contestant, problem: Problem) -> str | None:
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), None)
+    memory = host_memory()
+    return None if memory is None else memory.available
 
 
 def _error(problem: Problem, weights: Weights, out: torch.Tensor) -> float:

@@ -24,8 +24,9 @@ _CALLS_PER_GRAPH = 10
 def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict[str, list[float]]:
     """Microseconds of each call, ``repeats`` per contestant, taken in turns.
 
-    One that is more than ``SLOW_FACTOR`` times slower than the fastest is left after
-    ``SLOW_RUNS`` samples.
+    An untimed call in another situation comes before each sample: in a model, too, the layer
+    before ran the same code on other weights. A contestant more than ``SLOW_FACTOR`` times slower
+    than the fastest is left after ``SLOW_RUNS`` samples.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for calls in contestants.values():
@@ -38,7 +39,8 @@ def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict
         for place in range(len(names)):
             at = (turn + place) % len(names)
             calls = contestants[names[at]]
-            call = calls[(turn + at) % len(calls)]
+            before, call = (calls[(turn + at + step) % len(calls)] for step in (-1, 0))
+            before()
             start = time.perf_counter()
             call()
             samples[names[at]].append((time.perf_counter() - start) * 1e6)

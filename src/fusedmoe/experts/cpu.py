@@ -22,10 +22,13 @@ _CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}), batch_invariant=
 
 
 class CpuExperts(FusedMoEExpertsModular):
-    """The default on a CPU. Its workspace holds the expert outputs in fp32, a few at a time."""
+    """The default on a CPU, bf16 apart. Its workspace holds the expert outputs in fp32."""
 
     name = "cpu"
-    products: Products | None = None
+
+    def products(self, w1: torch.Tensor, w2: torch.Tensor) -> Products | None:
+        """What multiplies by these weights, if it is not a plain product."""
+        return None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -82,7 +85,7 @@ class CpuExperts(FusedMoEExpertsModular):
                 global_num_experts=global_num_experts,
                 batch_invariant=self.moe_config.options.batch_invariant,
                 scratch=None if workspace13 is None else workspace13.view(torch.float32),
-                products=self.products,
+                products=None if torch.compiler.is_compiling() else self.products(w1, w2),
             )
         )
 

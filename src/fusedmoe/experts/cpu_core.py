@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.cpu_gemm import linear_for
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer
 
@@ -46,70 +47,32 @@ def cpu_fused_experts(
         raise ValueError(
             f"apply_router_weight_on_input needs top-1 routing, got K = {topk_ids.shape[1]}"
         )
-    numbers = activation_config or ApplyMoEActivationConfig()
-    arguments = (
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation.value,
-        numbers.clamp_limit,
-        numbers.alpha,
-        numbers.beta,
-        numbers.situ_beta,
-        numbers.situ_linear_beta,
-        w1_bias,
-        w2_bias,
-        expert_map,
-        global_num_experts,
-        apply_router_weight_on_input,
-        batch_invariant,
-    )
+    config = activation_config or ApplyMoEActivationConfig()
     if torch.compiler.is_compiling():
-        return _op(*arguments)
-    return _run(*arguments, scratch, products)
-
-
-@torch.no_grad()
-def _run(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    global_num_experts: int,
-    apply_router_weight_on_input: bool,
-    batch_invariant: bool,
-    scratch: torch.Tensor | None = None,
-    products: Products | None = None,
-) -> torch.Tensor:
+        return _op(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation.value,
+            config.clamp_limit,
+            config.alpha,
+            config.beta,
+            config.situ_beta,
+            config.situ_linear_beta,
+            w1_bias,
+            w2_bias,
+            expert_map,
+            global_num_experts,
+            apply_router_weight_on_input,
+            batch_invariant,
+        )
     x, weights = hidden_states, topk_weights.float()
     if apply_router_weight_on_input:
         x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
-    layer = Layer(
-        products or Products.plain(w1, w2),
-        w1_bias,
-        w2_bias,
-        MoEActivation(activation),
-        ApplyMoEActivationConfig(
-            clamp_limit=clamp_limit,
-            alpha=alpha,
-            beta=beta,
-            situ_beta=situ_beta,
-            situ_linear_beta=situ_linear_beta,
-        ),
-        w1.shape[1],
-    )
+    products = products or Products(linear_for(w1.dtype), w1, w2)
+    layer = Layer(products, w1_bias, w2_bias, activation, config, w1.shape[1])
     route = Route.make(w1.shape[0], expert_map, global_num_experts)
     return run_layer(layer, route, x, weights, topk_ids, batch_invariant, scratch)
 
@@ -172,24 +135,26 @@ def _op(
     apply_router_weight_on_input: bool,
     batch_invariant: bool,
 ) -> torch.Tensor:
-    return _run(
+    return cpu_fused_experts(
         hidden_states,
         w1,
         w2,
         topk_weights,
         topk_ids,
-        activation,
-        clamp_limit,
-        alpha,
-        beta,
-        situ_beta,
-        situ_linear_beta,
-        w1_bias,
-        w2_bias,
-        expert_map,
-        global_num_experts,
-        apply_router_weight_on_input,
-        batch_invariant,
+        activation=MoEActivation(activation),
+        activation_config=ApplyMoEActivationConfig(
+            clamp_limit=clamp_limit,
+            alpha=alpha,
+            beta=beta,
+            situ_beta=situ_beta,
+            situ_linear_beta=situ_linear_beta,
+        ),
+        w1_bias=w1_bias,
+        w2_bias=w2_bias,
+        expert_map=expert_map,
+        global_num_experts=global_num_experts,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -14,10 +14,14 @@ was measured (two Zen 5 cores with AVX-512 BF16, torch 2.13; ``benchmarks/cpu_la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""x [M, K], weight [N, K], out [M, N]: writes x times the transposed weight into ``out``."""
 
 _SLICES = (8, 4, 16, 2, 6, 3, 5, 7)
 _MIN_SLICE_ROWS = 32
@@ -44,20 +48,33 @@ def has_native(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def expert_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write x [M, K] times weight [N, K] transposed into ``out`` [M, N]; all of one dtype.
+def linear_for(dtype: torch.dtype) -> Linear:
+    """The product for one expert's rows and weight, both of ``dtype``.
 
-    The sums are fp32. Which kernel runs depends on M, so the last bits of a row do too.
+    Its sums are fp32. Which kernel runs depends on M, so the last bits of a row do too.
     """
-    M, K = x.shape
-    dtype = weight.dtype
-    if not has_native(dtype) and M > _EMULATED_ROWS:
-        wide = x.new_empty(out.shape, dtype=torch.float32)
-        return out.copy_(expert_linear(x.float(), weight.float(), wide))
     if dtype is torch.float32:
-        most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
-        return out.copy_(_sliced(x, weight) if most >= M else onednn_linear(x, weight))
-    return torch.mm(x, weight.t(), out=out)
+        return _fp32_linear
+    return _native_linear if has_native(dtype) else _emulated_linear
+
+
+def _native_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(x, weight.t(), out=out)
+
+
+def _fp32_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    M, K = x.shape
+    most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
+    out.copy_(_sliced(x, weight) if most >= M else onednn_linear(x, weight))
+
+
+def _emulated_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    if x.shape[0] <= _EMULATED_ROWS:
+        torch.mm(x, weight.t(), out=out)
+        return
+    wide = x.new_empty(out.shape, dtype=torch.float32)
+    _fp32_linear(x.float(), weight.float(), wide)
+    out.copy_(wide)
 
 
 def slices_of(num_rows: int) -> int:

@@ -1,43 +1,61 @@
 """bf16 experts on a CPU with weights packed once, for oneDNN to read as they lie.
 
 Without it every product starts by repacking its weights, which for the few rows of decoding takes
-longer than reading them. The price is a second copy of the expert weights, so nobody gets it
-unasked: ``MoEOptions(experts="cpu_packed")``.
+longer than reading them. The price is a second copy of the expert weights: it is made only while a
+quarter of the memory stays free, layer by layer, and changes no bit of the result.
+``MoEOptions(experts="cpu")`` never makes it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_gemm import has_native, onednn_linear
+from fusedmoe.experts.cpu_memory import host_memory
 from fusedmoe.experts.cpu_run import Products
-from fusedmoe.modular_kernel import (
-    ExpertsCapabilities,
-    FusedMoEActivationFormat,
-)
+from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
 from fusedmoe.quantization.keys import QuantKey
 
+_RESERVED_SHARE = 0.25
+_log = logging.getLogger(__name__)
 
-class PackedWeights:
-    """One weight [e, N, K] as e tensors in oneDNN's own layout."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.experts = [
-            torch.ops.mkldnn._reorder_linear_weight(one.detach().contiguous()) for one in weight
-        ]
+def packed(weight: torch.Tensor) -> list[torch.Tensor]:
+    """weight [e, N, K] as e opaque tensors in oneDNN's own layout."""
+    return [torch.ops.mkldnn._reorder_linear_weight(one.detach().contiguous()) for one in weight]
 
-    def linear(self, rows: torch.Tensor, expert: int, out: torch.Tensor) -> object:
-        return out.copy_(onednn_linear(rows.contiguous(), self.experts[expert]))
+
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Write x [M, K] times one of ``packed``, transposed, into ``out`` [M, N]."""
+    out.copy_(onednn_linear(x, weight))
+
+
+class _Source(NamedTuple):
+    """Which values were packed: where they lie, and how often they had been written to."""
+
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Source:
+        return cls(weight.data_ptr(), -1 if weight.is_inference() else weight._version)
 
 
 class CpuPackedExperts(CpuExperts):
-    """As ``CpuExperts``, from its own packed copy of the layer's weights."""
+    """The default for bf16 on a CPU that has it: as ``CpuExperts``, from a packed copy.
+
+    Weights written to since, other than through ``.data``, are noticed and read as they are. So
+    they are in compiled code.
+    """
 
     name = "cpu_packed"
+    _packed: Products | None = None
+    _sources: tuple[_Source, _Source] | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -62,7 +80,17 @@ class CpuPackedExperts(CpuExperts):
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            return
         weights: Any = layer
-        self.products = Products(
-            PackedWeights(weights.w13_weight).linear, PackedWeights(weights.w2_weight).linear
-        )
+        w13, w2 = weights.w13_weight, weights.w2_weight
+        self._packed = self._sources = None
+        size, memory = w13.nbytes + w2.nbytes, host_memory()
+        if memory is None or memory.available - size < _RESERVED_SHARE * memory.total:
+            _log.info("no memory to spare for %d bytes of packed expert weights", size)
+            return
+        self._packed = Products(packed_linear, packed(w13), packed(w2))
+        self._sources = _Source.of(w13), _Source.of(w2)
+
+    def products(self, w1: torch.Tensor, w2: torch.Tensor) -> Products | None:
+        return self._packed if (_Source.of(w1), _Source.of(w2)) == self._sources else None

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK_ROWS = 256
 MAX_ROWS = 2048
 
 
@@ -91,7 +90,7 @@ def sort_slots(topk_ids: list[list[int]], route: Route) -> SortedSlots:
     return SortedSlots(counts, tokens, slots, rows, offsets)
 
 
-def blocks_of(counts: list[ExpertRows], block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
+def blocks_of(counts: list[ExpertRows], block_rows: int) -> Iterator[Block]:
     """Cut the sorted rows into blocks of whole experts, up to ``block_rows`` where those allow.
 
     An expert with more than ``MAX_ROWS`` is cut.

@@ -11,37 +11,32 @@ activation is gated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.experts.cpu_gemm import expert_linear
-from fusedmoe.experts.cpu_plan import Block, ExpertRows, Route, blocks_of, sort_slots
+from fusedmoe.experts.cpu_gemm import Linear
+from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
 
 SCRATCH_BYTES = 256 << 20
 
-# fp32 temporaries of the activation stay in L2, and small enough for malloc to keep their pages.
+# What is used again at once should still be in L2, and small enough for malloc to keep its pages.
+_BLOCK_ELEMENTS = 1 << 19
 _ACTIVATION_ELEMENTS = 1 << 17
-
-Linear = Callable[[torch.Tensor, int, torch.Tensor], object]
-"""Rows [M, in], a local expert and where to write [M, out]."""
 
 
 class Products(NamedTuple):
-    """Both products of every expert."""
+    """What multiplies rows by an expert's weight; ``up`` and ``down`` hold e weights each.
 
-    up: Linear
-    down: Linear
+    A weight is whatever ``linear`` takes as one: usually [S * I, H] and [H, I].
+    """
 
-    @classmethod
-    def plain(cls, w1: torch.Tensor, w2: torch.Tensor) -> Products:
-        return cls(
-            lambda rows, expert, out: expert_linear(rows, w1[expert], out),
-            lambda rows, expert, out: expert_linear(rows, w2[expert], out),
-        )
+    linear: Linear
+    up: Sequence[torch.Tensor] | torch.Tensor
+    down: Sequence[torch.Tensor] | torch.Tensor
 
 
 class Layer(NamedTuple):
@@ -56,8 +51,9 @@ class Layer(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Scratch for the rows of one block, reused by all: [rows, S * I], [rows, I], [rows, H]."""
+    """Memory for one block, reused by all: [rows, H], [rows, S * I], [rows, I], [rows, H]."""
 
+    rows: torch.Tensor
     up: torch.Tensor
     middle: torch.Tensor
     down: torch.Tensor
@@ -65,10 +61,11 @@ class Buffers(NamedTuple):
     @classmethod
     def like(cls, x: torch.Tensor, rows: int, layer: Layer) -> Buffers:
         width = layer.width // 2 if layer.activation.is_gated else layer.width
-        sizes = (layer.width, width, x.shape[1])
+        sizes = (x.shape[1], layer.width, width, x.shape[1])
         return cls(*(x.new_empty(rows, size) for size in sizes))
 
 
+@torch.no_grad()
 def run_layer(
     layer: Layer,
     route: Route,
@@ -83,18 +80,23 @@ def run_layer(
     ``scratch`` fp32 [rows, H], rows >= K, is allocated where it is None.
     """
     T, K = topk_ids.shape
+    if T == 1:
+        return _run_one_token(layer, route, x, topk_weights, topk_ids)
+    if batch_invariant:
+        tokens = (t.split(1) for t in (x, topk_weights, topk_ids))
+        alone = [_run_one_token(layer, route, *one) for one in zip(*tokens, strict=True)]
+        return torch.cat(alone) if alone else torch.empty_like(x)
     if scratch is None:
         scratch = torch.empty(scratch_rows(T, K, x.shape[1]), x.shape[1])
-    step = 1 if batch_invariant else max(1, scratch.shape[0] // max(1, K))
-    if T == 1:
-        return _run_one_token(layer, route, x, topk_weights, topk_ids, scratch)
+    step = max(1, scratch.shape[0] // max(1, K))
     if step >= T:
         return _run_tokens(layer, route, x, topk_weights, topk_ids, scratch)
-    run = _run_one_token if step == 1 else _run_tokens
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start in range(0, T, step):
         part = slice(start, start + step)
-        output[part] = run(layer, route, x[part], topk_weights[part], topk_ids[part], scratch)
+        output[part] = _run_tokens(
+            layer, route, x[part], topk_weights[part], topk_ids[part], scratch
+        )
     return output
 
 
@@ -119,10 +121,11 @@ def _run_tokens(
     if not order.rows:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     tokens = torch.tensor(order.tokens)
-    blocks = list(blocks_of(order.counts))
+    blocks = list(blocks_of(order.counts, max(1, _BLOCK_ELEMENTS // layer.width)))
     buffers = Buffers.like(x, max(block.stop - block.start for block in blocks), layer)
     for block in blocks:
-        rows = x.index_select(0, tokens[block.start : block.stop])
+        mine = tokens[block.start : block.stop]
+        rows = torch.index_select(x, 0, mine, out=buffers.rows[: mine.numel()])
         _run_block(layer, rows, block, buffers, scratch[block.start : block.stop])
     weights = topk_weights.flatten()
     if len(order.slots) < weights.numel():
@@ -143,18 +146,26 @@ def _run_one_token(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    scratch: torch.Tensor,
 ) -> torch.Tensor:
     """As ``_run_tokens``; one token needs no sorting, and its sum is one small product."""
     experts = [route.local(expert) for expert in topk_ids[0].tolist()]
-    here = [k for k, expert in enumerate(experts) if expert >= 0]
-    if not here:
+    weights = topk_weights
+    if min(experts, default=-1) < 0:
+        weights = weights[:, [k for k, expert in enumerate(experts) if expert >= 0]]
+        experts = [expert for expert in experts if expert >= 0]
+    if not experts:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    block = Block(0, len(here), [ExpertRows(experts[k], 1) for k in here])
-    down = scratch[: len(here)]
-    _run_block(layer, x.expand(len(here), -1), block, Buffers.like(x, len(here), layer), down)
-    weights = topk_weights if len(here) == len(experts) else topk_weights[:, here]
-    return torch.mm(weights, down).to(x.dtype)
+    linear, up_weights, down_weights = layer.products
+    # A row of its own, so that its address, on which a BLAS may depend, is aligned in any company.
+    x = x.clone(memory_format=torch.contiguous_format)
+    up, down = x.new_empty(len(experts), layer.width), x.new_empty(len(experts), x.shape[1])
+    for expert, target in zip(experts, up.split(1), strict=True):
+        linear(x, up_weights[expert], target)
+    up = _biased(up, layer.up_bias, experts)
+    middle = activation_reference(layer.activation, up, layer.config).to(x.dtype)
+    for expert, row, target in zip(experts, middle.split(1), down.split(1), strict=True):
+        linear(row, down_weights[expert], target)
+    return torch.mm(weights, _biased(down, layer.down_bias, experts).float()).to(x.dtype)
 
 
 def _run_block(
@@ -162,14 +173,15 @@ def _run_block(
 ) -> None:
     """Write the unweighted expert outputs of a block's rows into ``result``, fp32 [rows, H]."""
     count = rows.shape[0]
-    up = _per_expert(rows, block, layer.products.up, layer.up_bias, buffers.up[:count])
+    linear, up_weights, down_weights = layer.products
+    up = _per_expert(rows, block, linear, up_weights, layer.up_bias, buffers.up[:count])
     middle = buffers.middle[:count]
     step = max(1, _ACTIVATION_ELEMENTS // up.shape[1])
     for start in range(0, count, step):
         part = slice(start, start + step)
         middle[part] = activation_reference(layer.activation, up[part], layer.config)
     out = result if result.dtype is rows.dtype else buffers.down[:count]
-    down = _per_expert(middle, block, layer.products.down, layer.down_bias, out)
+    down = _per_expert(middle, block, linear, down_weights, layer.down_bias, out)
     if down is not result:
         result.copy_(down)
 
@@ -178,6 +190,7 @@ def _per_expert(
     rows: torch.Tensor,
     block: Block,
     linear: Linear,
+    weights: Sequence[torch.Tensor] | torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -185,11 +198,14 @@ def _per_expert(
 
     With a bias the result is another tensor, in fp32.
     """
-    start = 0
-    for expert, count in block.experts:
-        linear(rows[start : start + count], expert, out[start : start + count])
-        start += count
-    if bias is None:
-        return out
-    experts = torch.tensor([expert for expert, count in block.experts for _ in range(count)])
-    return out.float() + bias[experts].float()
+    counts = [count for _, count in block.experts]
+    for (expert, _), mine, target in zip(
+        block.experts, rows.split(counts), out.split(counts), strict=True
+    ):
+        linear(mine, weights[expert], target)
+    return _biased(out, bias, [expert for expert, count in block.experts for _ in range(count)])
+
+
+def _biased(rows: torch.Tensor, bias: torch.Tensor | None, experts: list[int]) -> torch.Tensor:
+    """rows + bias of each row's expert, in fp32; the rows themselves where there is no bias."""
+    return rows if bias is None else rows.float() + bias[torch.tensor(experts)].float()
