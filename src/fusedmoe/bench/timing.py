@@ -18,19 +18,19 @@ Call = Callable[[], torch.Tensor]
 
 SLOW_FACTOR = 4.0
 SLOW_RUNS = 3
+_SHORT_SECONDS = 0.5
 _CALLS_PER_GRAPH = 10
 
 
 def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict[str, list[float]]:
     """Microseconds of each call, ``repeats`` per contestant, taken in turns.
 
-    An untimed call in another situation comes before each sample: in a model, too, the layer
-    before ran the same code on other weights. A contestant more than ``SLOW_FACTOR`` times slower
-    than the fastest is left after ``SLOW_RUNS`` samples.
+    An untimed call in another situation comes before each short sample: in a model, too, the
+    layer before ran the same code on other weights. A contestant more than ``SLOW_FACTOR`` times
+    slower than the fastest is left after ``SLOW_RUNS`` samples.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for calls in contestants.values():
-        calls[0]()
+    short = {name: _seconds(calls[0]) < _SHORT_SECONDS for name, calls in contestants.items()}
     names = list(contestants)
     for turn in range(repeats):
         if turn == SLOW_RUNS:
@@ -40,11 +40,16 @@ def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict
             at = (turn + place) % len(names)
             calls = contestants[names[at]]
             before, call = (calls[(turn + at + step) % len(calls)] for step in (-1, 0))
-            before()
-            start = time.perf_counter()
-            call()
-            samples[names[at]].append((time.perf_counter() - start) * 1e6)
+            if short[names[at]]:
+                before()
+            samples[names[at]].append(_seconds(call) * 1e6)
     return samples
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def capture(calls: Sequence[Call]) -> Call:

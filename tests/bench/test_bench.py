@@ -1,0 +1,187 @@
+"""The measuring core: one schema, fair turns, clear notes for what was left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fusedmoe.bench import (
+    SHAPES,
+    BenchReport,
+    BenchRow,
+    LayerShape,
+    ceilings,
+    contestants,
+    count_measurements,
+    run,
+    run_layer_bench,
+)
+from fusedmoe.bench.report import Percentiles, limit_us
+from fusedmoe.bench.timing import SLOW_RUNS, time_on_cpu
+
+TINY = LayerShape("tiny", 8, 2, 64, 48)
+CEILINGS = {"read_gbs": 40.0, "copy_gbs": 40.0, "fp32_tflops": 0.5, "bf16_tflops": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real ones need half a gigabyte."""
+    monkeypatch.setattr(ceilings, "_ELEMENTS", {"cpu": 1 << 16, "cuda": 1 << 20})
+    monkeypatch.setattr(ceilings, "_MATMUL", {"cpu": 64, "cuda": 256})
+
+
+def row(impl: str, us: float, **changes: object) -> BenchRow:
+    values = {
+        "impl": impl, "shape": "tiny", "E": 8, "k": 2, "H": 64, "I": 48, "T": 1, "format": "fp32",
+        "routing": "uniform", "active_experts": 2.0, "scope": "layer",
+        "us": us, "p10_us": us, "p90_us": us, "limit_us": 1.0, "fraction_of_limit": 1 / us, "tflops": 0.1, "error": 1e-7, "runs": 3,
+        "workspace_bytes": None,
+    }  # fmt: skip
+    return BenchRow(**(values | changes))
+
+
+def test_a_run_on_a_cpu_fills_the_schema(tmp_path):
+    seen = []
+    report = run_layer_bench(
+        [TINY], [1, 5], [torch.float32, torch.bfloat16], ["uniform", "one_expert"],
+        repeats=4, progress=lambda done, total, what: seen.append((done, total, what)),
+        experts=(None, "torch"),
+    )  # fmt: skip
+    assert seen[0] == (0, 8, "tiny fp32 uniform T=1")
+    assert [done for done, _, _ in seen] == list(range(8))
+    names = {"fusedmoe", "fusedmoe:torch"} | {
+        f"transformers_{name}" for name in ("eager", "batched_mm", "grouped_mm")
+    }
+    assert {r["impl"] for r in report.rows} == names
+    assert len(report.rows) == 8 * len(names)
+    for r in report.rows:
+        assert r["p10_us"] <= r["us"] <= r["p90_us"]
+        assert r["error"] < (1e-5 if r["format"] == "fp32" else 1e-2)
+        assert r["runs"] >= SLOW_RUNS
+        assert r["scope"] == "layer"
+    path = tmp_path / "a" / "report.json"
+    report.write(path)
+    stored = json.loads(path.read_text())
+    assert stored == report.to_json()
+    for key in ("device", "versions", "commit", "command", "date", "read_gbs", "fp32_tflops"):
+        assert stored[key] is not None
+    assert stored["rows"][0].keys() == BenchRow.__dataclass_fields__.keys()
+
+
+def test_every_contestant_computes_the_same_layer():
+    """Wrong weights, a forgotten renormalisation or other ids would show here."""
+    weights = contestants.random_weights(TINY, torch.float32, torch.device("cpu"), 2)
+    x, logits = torch.randn(5, TINY.H), torch.randn(5, TINY.E)
+    everyone = [contestants.our_layer(TINY, weights, name) for name in (None, "torch")] + [
+        contestants.transformers_experts(TINY, weights, name)
+        for name in contestants.TRANSFORMERS_EXPERTS
+    ]
+    for copy in range(2):
+        outputs = [one.forwards[copy](x, logits) for one in everyone]
+        for output in outputs[1:]:
+            torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(everyone[0].forwards[0](x, logits), everyone[0].forwards[1](x, logits))
+
+
+def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
+    monkeypatch.setattr(run, "_free_memory", lambda device: 100_000)
+    report = run_layer_bench([TINY], [3], [torch.float32], repeats=1, experts=(None, "triton"))
+    assert {r["impl"] for r in report.rows} == {
+        "fusedmoe", "transformers_eager", "transformers_grouped_mm",
+    }  # fmt: skip
+    first, second = report.notes
+    assert "tiny: fusedmoe:triton left out" in first
+    assert "triton: runs on cuda, not cpu" in first
+    assert "tiny fp32 uniform T=3: transformers_batched_mm left out: needs" in second
+
+
+def test_without_peers_there_are_none():
+    report = run_layer_bench([TINY], [1], [torch.float32], peers=False, repeats=1)
+    assert [r["impl"] for r in report.rows] == ["fusedmoe"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shapes": []}, "needs a shape"),
+        ({"tokens": [4, 0]}, "at least 1, got 0"),
+        ({"dtypes": [torch.int8]}, "int8"),
+        ({"routings": ["zipf"]}, "zipf"),
+        ({"device": "meta"}, "meta"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(changes, message):
+    arguments = {"shapes": [TINY], "tokens": [1], "dtypes": [torch.float32]} | changes
+    with pytest.raises(ValueError, match=message):
+        run_layer_bench(**arguments)
+
+
+def test_shapes_have_sizes_that_make_sense():
+    assert SHAPES["mixtral-quarter"] == LayerShape("mixtral-quarter", 8, 2, 1024, 3584)
+    assert all(name == shape.name for name, shape in SHAPES.items())
+    with pytest.raises(ValueError, match="E4 k5"):
+        LayerShape("x", 4, 5, 8, 8)
+    assert TINY.flops(3) == 2 * 3 * 2 * 3 * 64 * 48
+    assert count_measurements([TINY] * 2, [1, 2, 3], [torch.float32], ["uniform"]) == 6
+
+
+def test_the_limit_is_the_larger_of_bytes_and_flops():
+    """10 GB/s and 1 TFLOP/s, all 8 experts, fp32."""
+    few = 4 * (3 * 8 * 64 * 48 + 2 * 1 * 64) / 10e9 * 1e6
+    assert limit_us(TINY, 1, 8, 4, 10.0, 1.0) == pytest.approx(few)
+    many = TINY.flops(10**6) / 1e12 * 1e6
+    assert limit_us(TINY, 10**6, 8, 4, 10.0, 1e-3) == pytest.approx(many * 1e3)
+
+
+def test_percentiles():
+    found = Percentiles.of([float(v) for v in range(11, 0, -1)])
+    assert (found.p10_us, found.us, found.p90_us) == (2.0, 6.0, 10.0)
+    assert Percentiles.of([3.0]) == Percentiles(3.0, 3.0, 3.0)
+
+
+def test_ratios_compare_with_the_fastest_peer():
+    report = BenchReport({})
+    for name, us in (("fusedmoe", 10.0), ("transformers_eager", 30.0), ("transformers_x", 20.0)):
+        report.add(row(name, us))
+    report.add(row("fusedmoe", 10.0, T=2))
+    assert report.ratios() == [
+        {"shape": "tiny", "format": "fp32", "routing": "uniform", "T": 1}
+        | {"fastest_peer": "transformers_x", "ratio": 2.0}
+    ]
+
+
+def test_turns_are_shared_fairly_and_the_slow_leave_early():
+    order: list[str] = []
+
+    def call(name: str, seconds: float, situation: int):
+        def run_it() -> torch.Tensor:
+            order.append(f"{name}{situation}")
+            torch.sum(torch.ones(int(seconds * 1e9)))
+            return torch.zeros(())
+
+        return run_it
+
+    callers = {
+        name: [call(name, seconds, i) for i in range(2)]
+        for name, seconds in (("a", 1e-6), ("b", 1e-6), ("z", 3e-2))
+    }
+    samples = time_on_cpu(callers, 8)
+    assert len(samples["a"]) == len(samples["b"]) == 8
+    assert len(samples["z"]) == SLOW_RUNS
+    assert order[:3] == ["a0", "b0", "z0"]  # warm up
+    # A timed call follows an untimed one of the same contestant in another situation.
+    assert order[3:9] == ["a1", "a0", "b0", "b1", "z1", "z0"]
+    assert order[9][0] == "b"
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu():
+    report = run_layer_bench(
+        [LayerShape("small", 16, 2, 256, 128)], [1, 64], [torch.bfloat16], device="cuda", repeats=5
+    )
+    measured = {r["impl"] for r in report.rows}
+    assert {"fusedmoe", "transformers_grouped_mm"} <= measured
+    assert all(r["error"] < 1e-2 for r in report.rows)
+    assert any("eager" in note for note in report.notes)
