@@ -36,7 +36,8 @@ def row(impl: str, us: float, **changes: object) -> BenchRow:
     values = {
         "impl": impl, "shape": "tiny", "E": 8, "k": 2, "H": 64, "I": 48, "T": 1, "format": "fp32",
         "routing": "uniform", "active_experts": 2.0, "scope": "layer",
-        "us": us, "p10_us": us, "p90_us": us, "limit_us": 1.0, "fraction_of_limit": 1 / us, "tflops": 0.1, "error": 1e-7, "runs": 3,
+        "us": us, "p10_us": us, "p90_us": us, "limit_us": 1.0, "fraction_of_limit": 1 / us,
+        "tflops": 0.1, "error": 1e-7, "runs": 3,
         "workspace_bytes": None,
     }  # fmt: skip
     return BenchRow(**(values | changes))
