@@ -25,7 +25,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalizeMonolithic,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.keys import QuantKey, accepts
 
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
@@ -139,8 +139,12 @@ def unmet_requirement(
             return f"needs compute capability {can.min_capability}, this GPU has {capability}"
     if moe.in_dtype not in can.dtypes:
         return f"does not compute in {moe.in_dtype}"
-    if (weight_key, activation_key) not in can.weight_formats:
-        return f"does not run weights {weight_key} with activations {activation_key}"
+    if not any(
+        accepts(weight, weight_key) and accepts(activation, activation_key)
+        for weight, activation in can.weight_formats
+    ):
+        weights, activations = (key or "unquantized" for key in (weight_key, activation_key))
+        return f"does not run weights ({weights}) with activations ({activations})"
     if moe.activation not in can.activations:
         return f"lacks the activation {moe.activation.value}"
     wants = (

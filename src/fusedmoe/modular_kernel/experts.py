@@ -26,9 +26,10 @@ class ExpertsCapabilities:
     """What an experts implementation can do, as data that selection reads and explains.
 
     ``weight_formats`` lists (weight, activation) pairs of ``QuantKey``; (None, None) is
-    unquantized. ``requires`` names modules that must be importable. ``min_capability`` is a CUDA
-    compute capability such as (9, 0). ``batch_invariant`` is False unless claimed, because nothing
-    else would notice that it does not hold. ``graph_capture`` False: it waits for the device.
+    unquantized, and ``keys.ANY`` in a group shape stands for every number. ``requires`` names
+    modules that must be importable. ``min_capability`` is a CUDA compute capability such as (9, 0).
+    ``batch_invariant`` is False unless claimed, because nothing else would notice that it does not
+    hold. ``graph_capture`` False: it waits for the device.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard

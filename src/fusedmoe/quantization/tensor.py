@@ -1,0 +1,257 @@
+"""QuantizedTensor: the one in-memory form of quantized expert weights, and QuantFormat, its type.
+
+Rows are output features N, columns input features K; the packed axis is K, and last. Leading
+dimensions (the local experts e) are the same in every part. With S shards stacked along N (gate and
+up, S = 2; else 1), g columns to a group and blocks of (bn, bk):
+
+    data         [e, N, K] in elements: see ELEMENTS for how many stored numbers that is
+    scale        per tensor [e, S]; per row [e, N, 1]; groups [e, N, K / g];
+                 blocks [e, S * ceil(N / S / bn), ceil(K / bk)]
+    scale2       [e, S] fp32, where the format has a second scale
+    zero_point   as scale's groups, in the element's own range, where the format is not symmetric
+    group_index  int32 [e, S, K]: the group of each column, where the format is act-order
+
+    value = (element - zero_point) * scale * scale2
+
+All scales multiply. A format whose elements carry their own scales (nf4 and GGUF superblocks do
+not separate) has scale None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmoe.quantization.keys import PER_ROW, PER_TENSOR, GroupShape, QuantKey, ScaleKind
+
+
+class ElementType(NamedTuple):
+    """How numbers of a kind are stored: ``values`` consecutive columns in ``stored`` numbers.
+
+    ``zero`` is what a symmetric format subtracts.
+    """
+
+    dtype: torch.dtype
+    values: int = 1
+    stored: int = 1
+    zero: int = 0
+
+
+ELEMENTS: dict[str, ElementType] = {
+    "e4m3": ElementType(torch.float8_e4m3fn),
+    "int8": ElementType(torch.int8),
+    # One byte holds columns 2c (low nibble) and 2c + 1 (high nibble), unsigned.
+    "int4": ElementType(torch.uint8, 2, 1, zero=8),
+    "e2m1": ElementType(torch.uint8, 2, 1),
+    # Three bytes, little-endian, hold columns 4c to 4c + 3 from the lowest bits on.
+    "e3m2": ElementType(torch.uint8, 4, 3),
+    "e2m3": ElementType(torch.uint8, 4, 3),
+}
+"""By name. All floats are OCP's: sign, exponent, mantissa."""
+
+_MX_NAMES = {"e2m1": "mxfp4", "e4m3": "mxfp8", "e3m2": "mxfp6_e3m2", "e2m3": "mxfp6_e2m3"}
+_SCALE_KINDS: dict[torch.dtype | None, ScaleKind] = {
+    torch.uint8: "e8m0",
+    torch.float8_e4m3fn: "e4m3",
+}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantFormat:
+    """What the numbers of a ``QuantizedTensor`` mean.
+
+    ``element`` is a key of ``ELEMENTS``. ``group`` counts the (rows, columns) of one shard that
+    share a scale. ``scale_dtype``: fp32, bf16 or fp16; ``torch.uint8`` for e8m0 exponents
+    (2^(s - 127)); ``torch.float8_e4m3fn``; None for elements that carry their scales.
+    """
+
+    element: str
+    group: GroupShape
+    scale_dtype: torch.dtype | None = torch.float32
+    symmetric: bool = True
+    second_scale: bool = False
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.element not in ELEMENTS:
+            raise ValueError(f"unknown element type {self.element!r}; known: {', '.join(ELEMENTS)}")
+        row, col = self.group
+        if row == 0 or col == 0 or min(row, col) < -1 or (row == -1 and col != -1):
+            raise ValueError(f"a group of {row} rows and {col} columns is not one we know")
+        if col > 0 and col % self.values and row == 1:
+            raise ValueError(
+                f"groups of {col} columns cut the {self.values} columns that {self.element} packs"
+            )
+        if self.act_order and (row != 1 or col < 1):
+            raise ValueError(f"act-order needs groups of columns, not {row} x {col}")
+
+    @property
+    def type(self) -> ElementType:
+        return ELEMENTS[self.element]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ``data``."""
+        return self.type.dtype
+
+    @property
+    def values(self) -> int:
+        """Columns that are stored together."""
+        return self.type.values
+
+    @property
+    def bits(self) -> float:
+        """Of one element, scales left out."""
+        return 8 * self.type.dtype.itemsize * self.type.stored / self.type.values
+
+    @property
+    def scale_kind(self) -> ScaleKind:
+        return _SCALE_KINDS.get(self.scale_dtype, "float")
+
+    @property
+    def key_dtype(self) -> torch.dtype | str:
+        """What ``QuantKey`` calls the elements together with their scales."""
+        if self.scale_kind == "e8m0" and self.group == (1, 32):
+            return _MX_NAMES.get(self.element, self.element)
+        if self.element == "e2m1" and self.scale_kind == "e4m3":
+            return "nvfp4"
+        return self.dtype if self.element in ("e4m3", "int8") else self.element
+
+    @property
+    def key(self) -> QuantKey:
+        """What selection looks for."""
+        return QuantKey(
+            self.key_dtype,
+            True,
+            self.group,
+            self.symmetric,
+            self.scale_kind,
+            self.second_scale,
+            self.act_order,
+        )
+
+    @property
+    def name(self) -> str:
+        """A short name: fp8_tensor, fp8_block, int8_channel, int4_g128, mxfp4, nvfp4, ..."""
+        dtype = self.key_dtype
+        if isinstance(dtype, str) and dtype != "int4":
+            return dtype
+        base = "fp8" if self.element == "e4m3" else self.element
+        row, col = self.group
+        shared = {PER_TENSOR: "tensor", PER_ROW: "channel", (128, 128): "block"}.get(
+            self.group, f"g{col}" if row == 1 else f"block_{row}x{col}"
+        )
+        words = [base, shared, *["zp"] * (not self.symmetric), *["act_order"] * self.act_order]
+        return "_".join(words)
+
+    def data_columns(self, K: int) -> int:
+        """Stored numbers of a row of K elements; ValueError where K cuts a packed unit."""
+        if K % self.values:
+            raise ValueError(
+                f"{K} columns are no multiple of the {self.values} that {self.element} packs"
+            )
+        return K // self.type.values * self.type.stored
+
+    def scale_shape(self, N: int, K: int, shards: int = 1) -> tuple[int, ...] | None:
+        """Of ``scale`` (and ``zero_point``) of one expert's [N, K], None where there is none."""
+        if self.scale_dtype is None:
+            return None
+        row, col = self.group
+        if row == -1:
+            return (shards,)
+        if row == 1 and col > 0 and K % col:
+            raise ValueError(f"groups of {col} columns do not divide {K} columns")
+        if N % shards:
+            raise ValueError(f"{N} rows are not {shards} equal shards")
+        rows = shards * -(-(N // shards) // row)
+        return rows, 1 if col == -1 else -(-K // col)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """Quantized weights in the canonical layout that the module docstring defines.
+
+    ``shape`` is logical (..., N, K), ``dtype`` what it dequantizes to. ``shards`` equal matrices
+    are stacked along N: one after the other, or, ``interleaved``, row by row (row r is of shard
+    r % shards, and so are the rows of a scale per row or block).
+
+    Raises ValueError, naming the part, where shapes or dtypes disagree; no values are read.
+    """
+
+    format: QuantFormat
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    scale2: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    group_index: torch.Tensor | None = None
+    shards: int = 1
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (dtypes, shape) in self._expected().items():
+            part = getattr(self, name)
+            if shape is None and part is None:
+                continue
+            what = f"{name} of {self.format.name} {list(self.shape)}"
+            if part is None or shape is None:
+                found = "none" if part is None else f"{list(part.shape)}"
+                wanted = "none" if shape is None else f"{list(shape)}"
+                raise ValueError(f"{what}: expected {wanted}, found {found}")
+            if tuple(part.shape) != shape:
+                raise ValueError(f"{what}: expected shape {list(shape)}, found {list(part.shape)}")
+            if part.dtype not in dtypes:
+                expected = " or ".join(str(dtype) for dtype in dtypes)
+                raise ValueError(f"{what}: expected {expected}, found {part.dtype}")
+
+    def _expected(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...] | None]]:
+        """(dtypes, shape) of every part; shape None: there must be none."""
+        fmt, (*lead, N, K) = self.format, self.shape
+        of_scale = fmt.scale_shape(N, K, self.shards)
+        scale = None if of_scale is None else (*lead, *of_scale)
+        floats = _FLOATS if fmt.scale_kind == "float" else (fmt.scale_dtype or torch.uint8,)
+        return {
+            "data": ((fmt.dtype,), (*lead, N, fmt.data_columns(K))),
+            "scale": (floats, scale),
+            "scale2": ((torch.float32,), (*lead, self.shards) if fmt.second_scale else None),
+            "zero_point": ((fmt.dtype,), None if fmt.symmetric else scale),
+            "group_index": ((torch.int32,), (*lead, self.shards, K) if fmt.act_order else None),
+        }
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values, ``shape`` in ``dtype`` (None: ``self.dtype``), computed in fp32."""
+        from fusedmoe.quantization.formats import dequantize
+
+        return dequantize(self).to(dtype or self.dtype)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
+        """``function`` applied to every tensor; it must keep the logical shape."""
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                parts[field.name] = function(value)
+        return replace(self, **parts)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        return self.map(lambda part: part.to(device))
+
+    def __getitem__(self, expert: int) -> QuantizedTensor:
+        """One expert, as views."""
+        parts = {
+            field.name: value[expert]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, shape=self.shape[1:], **parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored, all parts together."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
