@@ -69,7 +69,9 @@ def test_on_a_gpu(cli, tmp_path: Path) -> None:
     )
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    assert {"fusedmoe", "fusedmoe:triton"} <= {row["impl"] for row in rows}
+    assert {"fusedmoe", "fusedmoe:triton"} <= {row["impl"] for row in rows}, json.loads(out)[
+        "notes"
+    ]
     assert all(row["error"] < 0.02 for row in rows)
 
 

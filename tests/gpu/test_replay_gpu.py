@@ -133,6 +133,32 @@ def test_a_failed_capture_leaves_nothing_behind():
 
 
 @torch.no_grad()
+def test_a_failed_capture_does_not_spoil_the_next_one():
+    """Both use the same memory pool."""
+    failing = GraphReplay(lambda x: (x * float(x.sum()),), lambda: True)
+    replay = GraphReplay(lambda x: (x * 2 + 1,), lambda: True)
+    x = torch.ones(2, 3, device="cuda")
+    for _ in range(3):
+        failing((x,), [])
+    for step in range(4):
+        assert torch.equal(replay((x * step,), [])[0], x * step * 2 + 1)
+    assert any(replay._captured.values())
+
+
+@torch.no_grad()
+def test_models_come_and_go():
+    x = torch.ones(2, 3, device="cuda")
+    for factor in range(3):
+        replay = GraphReplay(lambda x, factor=factor: (x * factor,), lambda: True)
+        for _ in range(4):
+            assert torch.equal(replay((x,), [])[0], x * factor)
+        assert any(replay._captured.values())
+        del replay
+        if factor == 1:
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
 def test_the_torch_experts_are_never_captured():
     model = tiny_models.build(tiny_models.by_name("mixtral")).to("cuda", torch.bfloat16)
     fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(experts="torch"))
@@ -154,6 +180,7 @@ def test_gradients_switch_it_off():
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
 @torch.inference_mode()
 def test_the_experts_function_replays_too(name):
+    fusedmoe.register()
     model = tiny_models.build(tiny_models.by_name(name), experts_implementation="fusedmoe")
     model.to("cuda", torch.bfloat16)
     experts = next(m for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "has_gate"))

@@ -1,79 +1,65 @@
-"""The implementations that are compared: this library's layer, and Transformers' experts.
+"""The implementations that are compared: this library's layer, and what else there is.
 
-All of them go from router logits [T, E] to the layer's output [T, H], with the same weights and the
-same rule: softmax, the k largest, renormalised.
+All of them compute one layer from router logits [T, E], or from given picks, to its output [T, H],
+with the same weights and the same rule: softmax, the k largest, renormalised. Two yardsticks beside
+them do less: ``torch_grouped_mm_alone`` and ``torch_mm``.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from fusedmoe.bench.shapes import LayerShape
-from fusedmoe.config import MoEOptions
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from fusedmoe.bench.problems import Scope, Situation, Weights
+from fusedmoe.bench.shapes import SWIGLUOAI_LIMIT, LayerShape
+from fusedmoe.bench.timing import Call
+from fusedmoe.config import MoEOptions, ParallelGroups
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.selection import name_of
 
 TRANSFORMERS_EXPERTS = ("eager", "batched_mm", "grouped_mm")
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+DENSE_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
-@dataclass(frozen=True)
-class Weights:
-    """w1 [E, 2I, H] and w2 [E, H, I] of one layer."""
+def _same(output: torch.Tensor) -> torch.Tensor:
+    return output
 
-    w1: torch.Tensor
-    w2: torch.Tensor
+
+class Prepared(NamedTuple):
+    """What is timed, and what makes its result the layer's output afterwards."""
+
+    call: Call
+    finish: Callable[[torch.Tensor], torch.Tensor] = _same
+
+
+Prepare = Callable[[int, torch.Tensor, Situation], Prepared]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """``forwards``: one per set of weights, (x [T, H], logits [T, E]) -> [T, H].
+    """``prepare``: (number of a set of weights, x [T, H], situation) -> what to call.
 
-    ``scratch_bytes(T)``: what it needs beside weights, input and output, where that is known.
+    ``scope`` is what one call covers: ``layer``, ``experts``, ``gemms`` (rows sorted already, no
+    sum) or ``dense`` (another product, of ``flops``). ``scratch_bytes(T)``: what it needs beside
+    weights, input and output, where that is known. ``in_graph``: whether a CUDA graph can hold it.
     """
 
     name: str
-    forwards: list[Forward]
-    scratch_bytes: Callable[[int], int | None]
+    prepare: Prepare
+    scope: str
     is_peer: bool
-
-
-def random_weights(
-    shape: LayerShape, dtype: torch.dtype, device: torch.device, copies: int
-) -> list[Weights]:
-    """Independent sets of normal weights that keep the size of what goes through them."""
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(0, size[-1] ** -0.5)
-
-    return [
-        Weights(normal(shape.E, 2 * shape.I, shape.H), normal(shape.E, shape.H, shape.I))
-        for _ in range(copies)
-    ]
-
-
-def our_layer(
-    shape: LayerShape, weights: list[Weights], experts: str | type | None = None
-) -> Contestant:
-    """The layer with the implementation ``experts`` (None: the one that selection chooses).
-
-    Raises ValueError where that one cannot run this layer.
-    """
-    layers = [_build_layer(shape, one, experts) for one in weights]
-
-    def scratch_bytes(tokens: int) -> int | None:
-        routed = layers[0].routed_experts
-        kernel = routed.quant_method.kernel(routed)
-        return kernel.peak_workspace_bytes(tokens) if isinstance(kernel, FusedMoEKernel) else None
-
-    return Contestant(contestant_name(experts), list(layers), scratch_bytes, is_peer=False)
+    scratch_bytes: Callable[[int], int | None] = lambda tokens: None
+    in_graph: bool = True
+    flops: float | None = None
 
 
 def contestant_name(experts: str | type | None) -> str:
@@ -83,55 +69,210 @@ def contestant_name(experts: str | type | None) -> str:
     return f"fusedmoe:{name_of(experts) if isinstance(experts, type) else experts}"
 
 
-def _build_layer(shape: LayerShape, weights: Weights, experts: str | type | None) -> MoERunner:
-    layer = FusedMoE(
-        shape.E,
-        shape.k,
-        shape.H,
-        shape.I,
-        params_dtype=weights.w1.dtype,
-        options=MoEOptions(experts=experts),
-    )
+def our_layer(
+    shape: LayerShape,
+    weights: list[Weights],
+    experts: str | type | None = None,
+    scope: Scope = "layer",
+    options: MoEOptions | None = None,
+) -> Contestant:
+    """The layer with the implementation ``experts`` (None: the one that selection chooses).
+
+    ``options`` replace that choice altogether. Raises ValueError where it cannot run this layer.
+    """
+    options = options or MoEOptions(experts=experts)
+    layers = [build_layer(shape, one, options) for one in weights]
+
+    def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
+        layer = layers[index]
+        if scope == "layer":
+            return Prepared(partial(layer, x, situation.logits))
+        run, picks = layer.routed_experts.forward_modular, situation[1:]
+        return Prepared(partial(run, x, *picks, None, x))
+
+    def scratch_bytes(tokens: int) -> int | None:
+        routed = layers[0].routed_experts
+        kernel = routed.quant_method.kernel(routed)
+        return kernel.peak_workspace_bytes(tokens) if isinstance(kernel, FusedMoEKernel) else None
+
+    return Contestant(contestant_name(experts), prepare, scope, False, scratch_bytes)
+
+
+def build_layer(
+    shape: LayerShape, weights: Weights, options: MoEOptions, **arguments: Any
+) -> MoERunner:
+    """One rank's layer of ``shape`` around ``weights``, which are not copied."""
+    limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
+    if shape.ranks > 1:
+        arguments |= {
+            "tp_size": shape.ranks,
+            "tp_rank": 0,
+            "parallel": ParallelGroups(enable_expert_parallel=True),
+        }
+    with weights.w1.device:
+        layer = FusedMoE(
+            shape.num_experts,
+            shape.k,
+            shape.H,
+            shape.I,
+            params_dtype=weights.w1.dtype,
+            activation=shape.activation,
+            swiglu_limit=limit,
+            has_bias=shape.bias,
+            options=options,
+            **arguments,
+        )
     routed = layer.routed_experts
-    for name, value in (("w13_weight", weights.w1), ("w2_weight", weights.w2)):
-        setattr(routed, name, torch.nn.Parameter(value, requires_grad=False))
+    held = (
+        ("w13_weight", weights.w1),
+        ("w2_weight", weights.w2),
+        ("w13_bias", weights.b1),
+        ("w2_bias", weights.b2),
+    )
+    for name, value in held:
+        if value is not None:
+            setattr(routed, name, torch.nn.Parameter(value, requires_grad=False))
     routed.quant_method.process_weights_after_loading(routed)
     return layer
 
 
-def transformers_experts(shape: LayerShape, weights: list[Weights], name: str) -> Contestant:
+def transformers_experts(
+    shape: LayerShape, weights: list[Weights], name: str, scope: Scope = "layer"
+) -> Contestant:
     """Transformers' own experts module, forced to one of ``TRANSFORMERS_EXPERTS``."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("needs the module transformers, which is not installed")
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    modules = [_transformers_module(shape, one, name) for one in weights]
 
-    config = MixtralConfig(
-        num_local_experts=shape.E,
-        num_experts_per_tok=shape.k,
-        hidden_size=shape.H,
-        intermediate_size=shape.I,
-    )
-    config._experts_implementation = name
+    def forward(module: Any, x: torch.Tensor, picked: torch.Tensor, ids: torch.Tensor) -> Any:
+        if shape.ranks > 1:  # its own sign for an expert of another rank
+            ids = ids.clamp(max=shape.E)
+            picked = picked.masked_fill(ids == shape.E, 0.0)
+        return module(x, ids, picked.to(x.dtype))
 
-    def forward_with(one: Weights) -> Forward:
-        with torch.device("meta"):
-            module: Any = MixtralExperts(config)
-        module.gate_up_proj = torch.nn.Parameter(one.w1, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(one.w2, requires_grad=False)
+    def from_logits(module: Any, x: torch.Tensor, logits: torch.Tensor) -> Any:
+        picked, ids = torch.softmax(logits.float(), dim=-1).topk(shape.k, dim=-1)
+        return forward(module, x, picked / picked.sum(dim=-1, keepdim=True), ids)
 
-        def forward(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            scores = torch.softmax(logits.float(), dim=-1)
-            picked, ids = scores.topk(shape.k, dim=-1)
-            picked = picked / picked.sum(dim=-1, keepdim=True)
-            return module(x, ids, picked.to(x.dtype))
-
-        return forward
+    def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
+        if scope == "layer":
+            return Prepared(partial(from_logits, modules[index], x, situation.logits))
+        ids = situation.topk_ids.long()
+        return Prepared(partial(forward, modules[index], x, situation.topk_weights, ids))
 
     def scratch_bytes(tokens: int) -> int | None:
         # batched_mm gathers the weights of every slot, for both products one after the other.
         per_slot = 2 * shape.H * shape.I * weights[0].w1.element_size()
         return tokens * shape.k * per_slot if name == "batched_mm" else None
 
-    forwards = [forward_with(one) for one in weights]
-    return Contestant(f"transformers_{name}", forwards, scratch_bytes, is_peer=True)
+    # The eager loop reads ids on the host.
+    return Contestant(
+        f"transformers_{name}", prepare, scope, True, scratch_bytes, in_graph=name != "eager"
+    )
+
+
+def _transformers_module(shape: LayerShape, weights: Weights, name: str) -> Any:
+    from transformers import GptOssConfig, MixtralConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    is_gpt_oss = shape.activation == "swigluoai"
+    if shape.activation not in ("silu", "swigluoai") or is_gpt_oss != shape.bias:
+        raise ValueError(f"no family has experts with {shape.activation} and bias={shape.bias}")
+    config_cls, module_cls = (
+        (GptOssConfig, GptOssExperts) if is_gpt_oss else (MixtralConfig, MixtralExperts)
+    )
+    config: Any = config_cls(
+        num_local_experts=shape.E,
+        num_experts_per_tok=shape.k,
+        hidden_size=shape.H,
+        intermediate_size=shape.I,
+    )
+    config._experts_implementation = name
+    with torch.device("meta"):
+        module: Any = module_cls(config)
+    w1, w2 = weights.w1, weights.w2
+    held = {"gate_up_proj": w1, "down_proj": w2}
+    if is_gpt_oss:
+        held = {"gate_up_proj": w1.transpose(1, 2), "down_proj": w2.transpose(1, 2)}
+        assert weights.b1 is not None
+        assert weights.b2 is not None
+        held |= {"gate_up_proj_bias": weights.b1, "down_proj_bias": weights.b2}
+    for key, value in held.items():
+        setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+    return module
+
+
+def torch_reference(
+    shape: LayerShape, weights: list[Weights], scope: Scope = "layer"
+) -> Contestant:
+    """The definition that this library's kernels are compared with, in plain torch."""
+    ours = our_layer(shape, weights, "torch", scope)
+    return Contestant("torch_reference", ours.prepare, scope, True, in_graph=False)
+
+
+def grouped_mm_alone(shape: LayerShape, weights: list[Weights]) -> Contestant:
+    """``torch.nn.functional.grouped_mm`` twice and the activation between, on rows sorted before.
+
+    What the two products cost in torch without routing, gathering, biases or sum.
+    """
+    if not hasattr(F, "grouped_mm"):
+        raise ValueError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
+    activation = MoEActivation.from_str(shape.activation)
+    limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
+
+    def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
+        one, ids = weights[index], situation.topk_ids.flatten().long()
+        order = ids.argsort(stable=True)[: int((ids < shape.E).sum())]
+        counts = torch.bincount(ids[order], minlength=shape.E)
+        offsets = counts.cumsum(0).to(torch.int32)
+        rows = x[order // shape.k].contiguous()
+        act = x.new_empty(rows.shape[0], shape.I)
+        config = ApplyMoEActivationConfig(clamp_limit=limit)
+
+        def call() -> torch.Tensor:
+            up = F.grouped_mm(rows, one.w1.transpose(1, 2), offs=offsets)
+            apply_moe_activation(activation, act, up, config)
+            return F.grouped_mm(act, one.w2.transpose(1, 2), offs=offsets)
+
+        def finish(down: torch.Tensor) -> torch.Tensor:
+            share = situation.topk_weights.flatten()[order, None]
+            summed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            return summed.index_add_(0, order // shape.k, down.float() * share).to(x.dtype)
+
+        return Prepared(call, finish)
+
+    return Contestant("torch_grouped_mm_alone", prepare, "gemms", True)
+
+
+def dense_product(weights: list[Weights]) -> Contestant:
+    """A large square ``torch.mm`` of normal numbers: the rate a GPU holds while taking turns."""
+    like = weights[0].w1
+    n = DENSE_SIZE[like.device.type]
+    a, b = (torch.empty(n, n, dtype=like.dtype, device=like.device).normal_() for _ in range(2))
+
+    def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
+        return Prepared(partial(torch.mm, a, b))
+
+    return Contestant("torch_mm", prepare, "dense", True, flops=2.0 * n**3)
+
+
+def peer(
+    name: str, shape: LayerShape, weights: list[Weights], scope: Scope = "layer"
+) -> Contestant:
+    """One of ``PEERS``; ValueError where it cannot run this layer here."""
+    if name.startswith("transformers_"):
+        return transformers_experts(shape, weights, name.removeprefix("transformers_"), scope)
+    if name == "torch_reference":
+        return torch_reference(shape, weights, scope)
+    if name == "torch_grouped_mm_alone":
+        if shape.bias:
+            raise ValueError("leaves out the biases that this layer has")
+        return grouped_mm_alone(shape, weights)
+    if name == "torch_mm":
+        return dense_product(weights)
+    raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
+
+
+DEFAULT_PEERS: Sequence[str] = tuple(f"transformers_{name}" for name in TRANSFORMERS_EXPERTS)
+PEERS: Sequence[str] = (*DEFAULT_PEERS, "torch_reference", "torch_grouped_mm_alone", "torch_mm")

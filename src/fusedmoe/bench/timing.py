@@ -6,13 +6,12 @@ still holds); each sample uses the next one, and the contestants start at differ
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fusedmoe.runner.capture import recover_from_failed_capture
+from fusedmoe.runner.capture import record_graph
 
 Call = Callable[[], torch.Tensor]
 
@@ -63,18 +62,8 @@ def capture(calls: Sequence[Call]) -> Call:
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    device = torch.device("cuda", torch.cuda.current_device())
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        try:
-            outputs = [call() for _ in range(rounds_of(calls)) for call in calls]
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError):
-                graph.capture_end()
-            recover_from_failed_capture(device)
-            raise
-        graph.capture_end()
+    rounds = rounds_of(calls)
+    graph, outputs = record_graph(lambda: [call() for _ in range(rounds) for call in calls], stream)
     torch.cuda.current_stream().wait_stream(stream)
 
     def replay() -> torch.Tensor:

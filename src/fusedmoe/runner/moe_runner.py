@@ -8,7 +8,7 @@ x ─┬─ shared experts ─────────────────�
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -114,12 +114,17 @@ class MoERunner(nn.Module):
         input_ids: torch.Tensor | None = None,
         *,
         is_padding: torch.Tensor | None = None,
+        tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """hidden_states [..., H] -> [..., H] (the output transform's width, where there is one).
 
         router_logits [..., E] (+ zero experts), or None to let the layer's gate compute them from
         hidden_states; input_ids [...] for rules that route by token; is_padding bool [...] marks
         rows that are routed nowhere.
+
+        Where ranks hold different tokens, ``tokens_per_rank`` says how many each brings (dp, pcp
+        and, if sequence-parallel, tp ranks, the last varying fastest), this one's T included. Left
+        out, the ranks tell each other, which waits for the device: CUDA graphs need it given.
         """
         if (is_padding is not None) != self.skip_padding:
             raise ValueError(
@@ -131,7 +136,7 @@ class MoERunner(nn.Module):
         )
         routed_input, shared_input = self.apply_routed_input_transform(batch.x)
         shared = self._start_shared(shared_input)
-        routed, zero_expert_weight = self._run_routed(batch, routed_input, shared)
+        routed, zero_expert_weight = self._run_routed(batch, routed_input, shared, tokens_per_rank)
         output = self._combine(routed, None if shared is None else shared.output())
         if zero_expert_weight is not None:
             output = self._add_zero_experts(output, batch.x, zero_expert_weight)
@@ -181,7 +186,11 @@ class MoERunner(nn.Module):
         return run
 
     def _run_routed(
-        self, batch: TokenBatch, x: torch.Tensor, shared: SharedExpertsRun | None
+        self,
+        batch: TokenBatch,
+        x: torch.Tensor,
+        shared: SharedExpertsRun | None,
+        tokens_per_rank: Sequence[int] | None,
     ) -> tuple[Summand, torch.Tensor | None]:
         """The routed output in the checkpoint's hidden size, and the zero experts' weights [T]."""
         experts, moe = self.routed_experts, self.moe_config
@@ -198,8 +207,11 @@ class MoERunner(nn.Module):
             x = F.pad(x, (0, moe.hidden_dim - moe.hidden_dim_unpadded))
         kernel = method.kernel(experts)
         zero_expert_weight = None
+        ranks: dict[str, Any] = (
+            {} if tokens_per_rank is None else {"tokens_per_rank": tokens_per_rank}
+        )
         if method.is_monolithic:
-            output = experts.forward_monolithic(x, logits, batch.input_ids)
+            output = experts.forward_monolithic(x, logits, batch.input_ids, **ranks)
         else:
             masks: dict[str, Any] = {}
             if batch.is_padding is not None:
@@ -207,7 +219,7 @@ class MoERunner(nn.Module):
             weights, ids, zero_expert_weight = self.router.select_experts(
                 batch.x, logits, method.topk_indices_dtype, input_ids=batch.input_ids, **masks
             )
-            output = experts.forward_modular(x, weights, ids, shared, batch.x)
+            output = experts.forward_modular(x, weights, ids, shared, batch.x, **ranks)
         if not method.has_unpadded_output:
             output = output[:, : moe.hidden_dim_unpadded]
         if kernel.output_is_reduced:

@@ -6,7 +6,6 @@ with as many rows, the launches are captured; from then on they are one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import threading
@@ -15,17 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedmoe.runner.capture import recover_from_failed_capture
+from fusedmoe.runner.capture import PoolId, held_pool, record_graph
 
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
-
-@functools.cache
-def _graph_pool(device: int, stream: int) -> Any:
-    """One memory pool for all graphs of a stream: they run one after the other anyway."""
-    return torch.cuda.graph_pool_handle()
+# All captures of a device share a stream; all graphs replayed on a stream share memory, as they run
+# one after the other. Keys: device and stream; values: a pool and the graph that keeps it.
+_one_capture_at_a_time = threading.Lock()
+_pools: dict[tuple[torch.device, int], tuple[PoolId, Any]] = {}
 
 
 @functools.cache
@@ -108,21 +106,20 @@ class GraphReplay:
                 captured.graph.replay()
                 return tuple(output.clone() for output in captured.outputs)
             if key in self._captured:
-                self._captured[key] = self._capture(inputs, _graph_pool(device, stream))
+                self._captured[key] = self._capture(inputs, stream)
             elif len(self._captured) < self.max_graphs:
                 self._captured[key] = None
             return self.function(*inputs)
 
-    def _capture(self, inputs: tuple[torch.Tensor, ...], pool: Any) -> _Captured | None:
+    def _capture(self, inputs: tuple[torch.Tensor, ...], replay_stream: int) -> _Captured | None:
         if not self.can_be_captured():
             self._given_up = True
             return None
         # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with _one_capture_at_a_time, torch.inference_mode(False), torch.no_grad():
             own = tuple(
                 torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
             )
-            graph = torch.cuda.CUDAGraph()
             device = inputs[0].device
             stream = _capture_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -132,16 +129,15 @@ class GraphReplay:
                 for copy, given in zip(own, inputs, strict=True):
                     copy.copy_(given)
                 self.function(*own)
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    outputs = self.function(*own)
-                except RuntimeError as error:
-                    self._given_up = True
-                    logger.warning("not replayed as a CUDA graph: %s", str(error).splitlines()[0])
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    recover_from_failed_capture(device)
-                    return None
-                graph.capture_end()
+            place = device, replay_stream
+            if place not in _pools:
+                _pools[place] = held_pool(stream)
+            try:
+                graph, outputs = record_graph(lambda: self.function(*own), stream, _pools[place][0])
+            except RuntimeError as error:
+                del _pools[place]
+                self._given_up = True
+                logger.warning("not replayed as a CUDA graph: %s", str(error).splitlines()[0])
+                return None
             torch.cuda.current_stream(device).wait_stream(stream)
         return _Captured(graph, own, outputs)
