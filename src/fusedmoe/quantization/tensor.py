@@ -224,34 +224,60 @@ class QuantizedTensor:
         }
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values, ``shape`` in ``dtype`` (None: ``self.dtype``), computed in fp32."""
+        """The values, ``shape`` in ``dtype`` (None: ``self.dtype``).
+
+        Computed in fp32, or in fp64 where that is asked for (and then exactly).
+        """
         from fusedmoe.quantization.formats import dequantize
 
-        return dequantize(self).to(dtype or self.dtype)
+        dtype = dtype or self.dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return dequantize(self, compute).to(dtype)
+
+    def check_values(self, name: str = "weights") -> None:
+        """Raise ValueError, naming ``name`` and the part, for a scale of inf or NaN, or a group
+        index out of range. Reads the values: on a GPU it waits for them.
+        """
+        scales = {"scale": self.scale, "scale2": self.scale2}
+        for part, scale in scales.items():
+            if scale is None:
+                continue
+            bad = scale == 255 if scale.dtype == torch.uint8 else ~scale.float().isfinite()
+            if bad.any():
+                at = bad.nonzero()[0].tolist()
+                found = "NaN" if scale.dtype == torch.uint8 else float(scale.float()[tuple(at)])
+                raise ValueError(
+                    f"{name}: {int(bad.sum())} of {bad.numel()} numbers of its {part} are not "
+                    f"finite; the first is {found} at {at}"
+                )
+        if self.group_index is not None and self.group_index.numel():
+            assert self.scale is not None
+            low, high = (int(bound) for bound in self.group_index.aminmax())
+            if low < 0 or high >= self.scale.shape[-1]:
+                raise ValueError(
+                    f"{name}: group_index lies in [{low}, {high}], not in "
+                    f"[0, {self.scale.shape[-1]})"
+                )
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
         """``function`` applied to every tensor; it must keep the logical shape."""
-        parts: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                parts[field.name] = function(value)
+        parts: dict[str, Any] = {name: function(part) for name, part in self.parts().items()}
         return replace(self, **parts)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by field name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         return self.map(lambda part: part.to(device))
 
     def __getitem__(self, expert: int) -> QuantizedTensor:
         """One expert, as views."""
-        parts = {
-            field.name: value[expert]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
+        parts: dict[str, Any] = {name: part[expert] for name, part in self.parts().items()}
         return replace(self, shape=self.shape[1:], **parts)
 
     @property
     def nbytes(self) -> int:
         """Stored, all parts together."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+        return sum(part.nbytes for part in self.parts().values())
