@@ -215,6 +215,11 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         *("modular_kernel", "weights", "integrations", "cli"),
     ),
     "router": ("experts", "prepare_finalize", "runner", "layer", "integrations", "cli"),
+    "distributed": (
+        *("experts", "prepare_finalize", "router", "runner", "layer", "selection"),
+        *("modular_kernel", "weights", "integrations", "cli"),
+    ),
+    "eplb": ("experts", "prepare_finalize", "router", "runner", "layer", "integrations", "cli"),
     "prepare_finalize": ("experts", "router", "runner", "layer", "integrations", "cli"),
     "experts": ("prepare_finalize", "runner", "layer", "integrations", "cli"),
     "quantization": ("runner", "layer", "integrations", "cli"),

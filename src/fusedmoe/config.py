@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -16,6 +17,8 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from fusedmoe.tuning.tuned_table import TunedTable
 
 
 class RoutingMethodType(IntEnum):
@@ -41,7 +44,9 @@ class MoEOptions:
     """How a layer may run, never what it computes (rounding order aside).
 
     ``experts`` and ``prepare_finalize`` force an implementation: a name that
-    ``fusedmoe.explain`` prints, or a class of your own.
+    ``fusedmoe.explain`` prints, or a class of your own. ``tuned_table`` are measured tiles for this
+    layer in place of the packaged ones: a file that ``fusedmoe tune`` wrote, or another engine's;
+    it is read here, once, and implementations of other kernels than the table's do not look at it.
     """
 
     batch_invariant: bool = False
@@ -50,12 +55,22 @@ class MoEOptions:
     experts: str | type | None = None
     prepare_finalize: str | type | None = None
     debug_checks: bool = False
+    tuned_table: TunedTable | str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tuned_table, (str, PathLike)):
+            from fusedmoe.tuning.foreign import read_table
+
+            object.__setattr__(self, "tuned_table", read_table(self.tuned_table))
         if self.max_workspace_bytes is not None and self.max_workspace_bytes <= 0:
             raise ValueError(
                 f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"
             )
+
+    @property
+    def table(self) -> TunedTable | None:
+        """``tuned_table``: whatever it was given as, it is a record by now."""
+        return cast("TunedTable | None", self.tuned_table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +214,16 @@ class ParallelPlace:
     @property
     def data_parallel_rank(self) -> int:
         return self.dp_rank
+
+    @property
+    def size(self) -> int:
+        """All ranks around this process."""
+        return self.dp_size * self.pcp_size * self.tp_size
+
+    @property
+    def rank(self) -> int:
+        """This process among them: dp outermost, tp innermost."""
+        return (self.dp_rank * self.pcp_size + self.pcp_rank) * self.tp_size + self.tp_rank
 
     @classmethod
     def of(

@@ -244,18 +244,25 @@ def FusedMoE(
         routed_scaling_factor=routed_scaling_factor if apply_routed_scale_to_output else 1.0,
         router_logits_dtype=router_logits_dtype,
         num_router_logits=None if router is not None else routing.num_logits,
-        rank_sum=RankSum(
-            size=1 if is_sequence_parallel else place.tp_size,
-            rank=0 if is_sequence_parallel else place.tp_rank,
-            group=ParallelGroups.process_group(groups.tp),
-            enabled=reduce_results,
-        ),
+        rank_sum=_rank_sum(place, is_sequence_parallel, groups, reduce_results),
         shared_experts_sharded=shared_experts_sharded,
         skip_padding=skip_padding,
         enable_eplb=enable_eplb,
         prefix=prefix,
         **(runner_args or {}),
     )
+
+
+def _rank_sum(
+    place: ParallelPlace, is_sequence_parallel: bool, groups: ParallelGroups, enabled: bool
+) -> RankSum:
+    """The ranks that hold the same tokens: what those with other tokens had has come back."""
+    if not groups.connected:
+        return RankSum(size=place.size, rank=place.rank, enabled=enabled)
+    if is_sequence_parallel:
+        return RankSum(enabled=enabled)
+    group = ParallelGroups.process_group(groups.tp)
+    return RankSum(size=place.tp_size, rank=place.tp_rank, group=group, enabled=enabled)
 
 
 def _parallel_config(
@@ -278,7 +285,8 @@ def _parallel_config(
         raise ValueError(
             f"the ep group has size {ep[0]} and rank {ep[1]}, but the dp, pcp and tp ranks make "
             f"expert parallelism of size {config.ep_size} and rank {config.ep_rank} (with "
-            f"enable_expert_parallel={place.enable_expert_parallel})"
+            f"enable_expert_parallel={place.enable_expert_parallel}); give its ranks also as dp "
+            "(they hold different tokens) or tp (the same ones)"
         )
     return config
 

@@ -90,12 +90,14 @@ def check_refusals(mesh) -> None:
     refused("tp_size 3 .* contradict", parallel=ParallelGroups(tp=tp), tp_size=3)
     refused("ep group has size 2", parallel=ParallelGroups(ep=tp, enable_expert_parallel=True))
     refused("ep group has size 2", parallel=ParallelGroups(tp=tp, ep=tp))
-    refused("moves no tokens.*dp_size 2", parallel=ParallelGroups(dp=tp))
-    refused(
-        "moves no tokens.*sp_size 2",
-        parallel=ParallelGroups(tp=tp, enable_expert_parallel=True),
-        is_sequence_parallel=True,
-    )
+    refused("dp_size 2 has no process group", parallel=ParallelGroups(tp=tp), dp_size=2)
+    for way, groups in (
+        ("no_ep", {"dp": tp}),
+        ("all_to_all", {"dp": tp}),
+        ("batched", {"pcp": tp}),
+    ):
+        options = MoEOptions(prepare_finalize=way)
+        refused("nothing moves the tokens", parallel=ParallelGroups(**groups), options=options)
 
 
 def _process(rank: int, folder: str) -> None:

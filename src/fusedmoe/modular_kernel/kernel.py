@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,12 +87,17 @@ class FusedMoEKernel:
         expert_map: torch.Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         while_combining: Callable[[], None] | None = None,
+        tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """The routed output [T, H]. ``while_combining`` runs while the combine is in flight."""
+        """The routed output [T, H]. ``while_combining`` runs while the combine is in flight.
+
+        ``tokens_per_rank``: as ``FusedMoEPrepareAndFinalize.begin`` takes it.
+        """
         check_ids(topk_ids, global_num_experts, self.experts.moe_config.options.debug_checks)
         output = hidden_states.new_empty(hidden_states.shape)
+        mover = self.prepare_finalize.begin(tokens_per_rank)
         prepared: PrepareResult = finish(
-            self.prepare_finalize.prepare_async(
+            mover.prepare_async(
                 hidden_states,
                 topk_weights,
                 topk_ids,
@@ -115,7 +120,7 @@ class FusedMoEKernel:
             apply_router_weight_on_input,
             output,
         )
-        pending = self.prepare_finalize.finalize_async(
+        pending = mover.finalize_async(
             output,
             routed,
             weights,
@@ -237,8 +242,12 @@ class FusedMoEMonolithicKernel:
         expert_map: torch.Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         input_ids: torch.Tensor | None = None,
+        tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        x, scale, logits = self.prepare_finalize.prepare(
+        mover = self.prepare_finalize.begin(tokens_per_rank)
+        if input_ids is not None and mover.num_dispatchers() > 1:
+            raise ValueError("input_ids stay on their rank, where experts route for all ranks")
+        x, scale, logits = mover.prepare(
             hidden_states,
             router_logits,
             self.experts.quant_config,
@@ -257,7 +266,7 @@ class FusedMoEMonolithicKernel:
             router=router,
             input_ids=input_ids,
         )
-        return self.prepare_finalize.finalize(routed)
+        return mover.finalize(routed)
 
 
 def _check_formats(prepare_finalize: FusedMoEPrepareAndFinalize, experts: FusedMoEExperts) -> None:

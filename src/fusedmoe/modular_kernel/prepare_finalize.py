@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 
@@ -38,6 +39,20 @@ class FusedMoEPrepareAndFinalize(ABC):
     def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> FusedMoEPrepareAndFinalize:
         """Build it for one layer."""
         return cls()
+
+    def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
+        """The object that serves one forward, from its prepare to its finalize.
+
+        What has to be remembered between the two is kept there, so that several forwards may be
+        on their way at once. ``tokens_per_rank``: how many tokens each dispatcher brings, where
+        the caller knows. Implementations that remember nothing return themselves.
+        """
+        if tokens_per_rank is not None and len(tokens_per_rank) != self.num_dispatchers():
+            raise ValueError(
+                f"tokens_per_rank has {len(tokens_per_rank)} counts for {self.num_dispatchers()} "
+                "ranks that bring tokens"
+            )
+        return self
 
     @property
     def activation_format(self) -> FusedMoEActivationFormat:

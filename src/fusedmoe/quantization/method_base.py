@@ -8,7 +8,7 @@ parameters, choosing the kernel and calling it are the same for every format.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -163,6 +163,8 @@ class FusedMoEMethodBase(ABC):
         topk_ids: torch.Tensor,
         shared_experts: SharedExpertsCallback | None = None,
         shared_experts_input: torch.Tensor | None = None,
+        *,
+        tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Routed output [T, H] from x [T, H], weights fp32 [T, K] and global ids [T, K].
 
@@ -188,6 +190,7 @@ class FusedMoEMethodBase(ABC):
             expert_map=layer.expert_map,
             apply_router_weight_on_input=self.moe_config.apply_router_weight_on_input,
             while_combining=None if shared_experts is None else run_shared,
+            tokens_per_rank=tokens_per_rank,
         )
 
     def apply_monolithic(
@@ -196,6 +199,8 @@ class FusedMoEMethodBase(ABC):
         x: torch.Tensor,
         router_logits: torch.Tensor,
         input_ids: torch.Tensor | None = None,
+        *,
+        tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """As ``apply``, from router logits [T, E]; the layer's router is asked inside."""
         kernel = self.kernel(layer)
@@ -214,6 +219,7 @@ class FusedMoEMethodBase(ABC):
             expert_map=layer.expert_map,
             apply_router_weight_on_input=self.moe_config.apply_router_weight_on_input,
             input_ids=input_ids,
+            tokens_per_rank=tokens_per_rank,
         )
 
     def maybe_roundup_sizes(

@@ -152,10 +152,14 @@ class RoutedExperts(nn.Module):
         topk_ids: torch.Tensor,
         shared_experts: SharedExpertsCallback | None = None,
         shared_experts_input: torch.Tensor | None = None,
+        **ranks: Any,
     ) -> torch.Tensor:
-        """Routed output [T, H] of x [T, H] for weights fp32 [T, K] and global ids [T, K]."""
+        """Routed output [T, H] of x [T, H] for weights fp32 [T, K] and global ids [T, K].
+
+        ``tokens_per_rank=`` says how many tokens the other ranks bring, where that is known.
+        """
         return self.quant_method.apply(
-            self, x, topk_weights, topk_ids, shared_experts, shared_experts_input
+            self, x, topk_weights, topk_ids, shared_experts, shared_experts_input, **ranks
         )
 
     def forward_monolithic(
@@ -163,11 +167,12 @@ class RoutedExperts(nn.Module):
         x: torch.Tensor,
         router_logits: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        **ranks: Any,
     ) -> torch.Tensor:
         """Routed output [T, H] of x [T, H]; the experts route by the logits [T, E]."""
         if router_logits is None:
             raise ValueError("experts that route by themselves need router_logits, got None")
-        return self.quant_method.apply_monolithic(self, x, router_logits, input_ids)
+        return self.quant_method.apply_monolithic(self, x, router_logits, input_ids, **ranks)
 
     def process_weights_after_loading(self) -> None:
         """Prepack for the kernel; call it after writing weights by hand."""

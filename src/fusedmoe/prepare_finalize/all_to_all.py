@@ -1,0 +1,174 @@
+"""Each token goes once to each rank that holds one of its experts, and comes back as one sum.
+
+The ranks that host experts of a token add up their part before they send it, so that at most
+min(K, ranks) copies of a row cross the wire in either direction. How many rows go where is decided
+by the routing, so the host waits for it: not for CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.distributed.collectives import all_gather_rows, exchange_rows, gather_vectors
+from fusedmoe.distributed.groups import check_sizes, token_ranks
+from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
+from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceContiguous,
+    TopKWeightAndReduceDelegate,
+)
+
+
+@dataclass
+class _Hosts:
+    """bool [ranks, num_experts]: who has which expert; learnt once per expert map."""
+
+    expert_map: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+
+
+@dataclass
+class _Journey:
+    """Rows sent to each rank and received from each, and the token of each row sent."""
+
+    num_tokens: int
+    sent: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    token: torch.Tensor | None = None
+
+
+class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
+    """[T of this rank, H] -> the rows that need an expert of this rank, and back."""
+
+    name = "all_to_all"
+    _journey: _Journey
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._hosts = _Hosts()
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        reason = super().unmet_requirement(moe, groups)
+        if reason is not None:
+            return reason
+        if not moe.moe_parallel_config.use_ep:
+            return "sends tokens to whole experts, but each expert is cut over all ranks"
+        assert groups is not None
+        if len(token_ranks(moe.moe_parallel_config, groups).axes) > 1:
+            return "needs one process group of all ranks whose tokens differ"
+        return None
+
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> PrepareResult:
+        """The rows with work for this rank, by rank of origin and then by token."""
+        hosts = self._hosts_of(num_experts, expert_map)
+        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        rows, scale = self.quantized(a1, quant_config, defer_input_quant)
+        luggage = self.luggage([topk_weights, topk_ids], scale)
+        known = (topk_ids >= 0) & (topk_ids < num_experts)
+        hosted = hosts[:, topk_ids.long().clamp(0, num_experts - 1)] & known  # [ranks, T, K]
+        goes = hosted.any(dim=-1)
+        journey = self._plan(goes)
+        token, group = journey.token, self.ranks.axes[0]
+        arriving = exchange_rows(rows[token], journey.sent, journey.received, group)
+        beside = exchange_rows(luggage.packed()[token], journey.sent, journey.received, group)
+        (weights, ids), scales = self.unpacked(luggage, beside())
+        self._journey = journey
+        return PrepareResult(arriving(), scales, None, ids, weights)
+
+    def _hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+        """Asks the other ranks the first time, and again where the map is another tensor."""
+        if expert_map is None or expert_map.shape[0] != num_experts:
+            raise ValueError(
+                f"all_to_all needs the expert map of {num_experts} experts, got "
+                f"{None if expert_map is None else tuple(expert_map.shape)}"
+            )
+        hosts = self._hosts
+        if hosts.table is None or hosts.expert_map is not expert_map:
+            mine = (expert_map >= 0)[None]
+            hosts.table = all_gather_rows(mine, [1] * self.ranks.size, self.ranks)()
+            hosts.expert_map = expert_map
+        return hosts.table
+
+    def _plan(self, goes: torch.Tensor) -> _Journey:
+        """goes bool [ranks, T] -> who sends how many rows to whom, agreed by all."""
+        T, rank = goes.shape[1], self.ranks.rank
+        if self._given_sizes is not None:
+            check_sizes(self._given_sizes, self.ranks, T)
+        told = gather_vectors([T, *goes.sum(dim=1).tolist()], self.ranks)
+        tokens = [counts[0] for counts in told]
+        self.check_room(tokens)
+        return _Journey(
+            T,
+            sent=told[rank][1:],
+            received=[counts[1 + rank] for counts in told],
+            token=goes.nonzero()[:, 1],
+        )
+
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        self.finalize_async(
+            output,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )()
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> Callable[[], None]:
+        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
+            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
+        partial = weight_and_reduce_impl.apply(
+            None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        )
+        self.restore_lora_ids()
+        journey = self._journey
+        back = exchange_rows(partial, journey.received, journey.sent, self.ranks.axes[0])
+
+        def receive() -> None:
+            output.copy_(_sum_copies(back(), journey))
+
+        return receive
+
+
+def _sum_copies(rows: torch.Tensor, journey: _Journey) -> torch.Tensor:
+    """Each token's copies [sum(sent), H] added up in the order of the ranks, fp32: [T, H]."""
+    wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    total = rows.new_zeros(journey.num_tokens, *rows.shape[1:], dtype=wide)
+    assert journey.token is not None
+    tokens = journey.token.split(journey.sent)
+    for token, part in zip(tokens, rows.split(journey.sent), strict=True):
+        total.index_add_(0, token, part.to(wide))  # a rank sends a token back once: no race
+    return total

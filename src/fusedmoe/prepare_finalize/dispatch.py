@@ -1,0 +1,215 @@
+"""What every prepare/finalize that sends tokens to other ranks shares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, Self
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.distributed.collectives import gather_counts, pack_rows, unpack_rows
+from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
+from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalize
+from fusedmoe.prepare_finalize.no_ep import weight_input
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+
+QuantizeInput = Callable[
+    [torch.Tensor, FusedMoEQuantConfig], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""Rows [T, H] as the experts take them, and their scales: [T, n], or one number for all rows."""
+
+
+class LoRAContext(Protocol):
+    """Which adapter each token uses: int32 [T or more], -1 for none.
+
+    Between prepare and finalize it holds the ids of the rows that the experts get; before and
+    after, those of this rank's tokens.
+    """
+
+    token_lora_mapping: torch.Tensor
+
+
+def refuse_to_quantize(
+    a1: torch.Tensor, quant_config: FusedMoEQuantConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For layers whose activations stay as they are."""
+    if quant_config.a1.dtype is not None:
+        raise ValueError(
+            f"activations in {quant_config.a1.dtype} need a function that quantizes them before "
+            "they are sent"
+        )
+    return a1, None
+
+
+class Luggage(NamedTuple):
+    """Tensors [T, ...] that travel beside the activations; ``scale`` is among them if per row."""
+
+    tensors: list[torch.Tensor]
+    scale: torch.Tensor | None
+    has_lora_ids: bool
+
+    def packed(self) -> torch.Tensor:
+        return pack_rows(self.tensors)
+
+
+class Dispatching(FusedMoEPrepareAndFinalize):
+    """Tokens of ``ranks`` meet; ``begin`` gives the object of one forward.
+
+    ``max_num_tokens``: no rank brings more. ``quantize`` is applied to rows before they are sent.
+    """
+
+    def __init__(
+        self,
+        is_sequence_parallel: bool = False,
+        num_dispatchers: int = 1,
+        *,
+        ranks: TokenRanks | None = None,
+        max_num_tokens: int | None = None,
+        quantize: QuantizeInput = refuse_to_quantize,
+    ) -> None:
+        self.is_sequence_parallel = is_sequence_parallel
+        self.ranks = TokenRanks(()) if ranks is None else ranks
+        if ranks is not None and num_dispatchers not in (1, ranks.size):
+            raise ValueError(f"num_dispatchers {num_dispatchers}, but {ranks.size} ranks are given")
+        self._num_dispatchers = num_dispatchers if ranks is None else ranks.size
+        self.max_num_tokens = max_num_tokens
+        self.quantize = quantize
+        self.lora_context: LoRAContext | None = None
+        self._given_sizes: Sequence[int] | None = None
+        self._lora_ids_before: torch.Tensor | None = None
+
+    @classmethod
+    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
+        parallel = moe.moe_parallel_config
+        if groups is None:
+            return "moves tokens, but no process groups are given"
+        if parallel.dp_size * parallel.pcp_size * parallel.sp_size == 1:
+            return "moves tokens, but all ranks hold the same ones"
+        return missing_groups(parallel, groups)
+
+    @classmethod
+    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> Self:
+        parallel = moe.moe_parallel_config
+        ranks = token_ranks(parallel, groups or ParallelGroups())
+        return cls(parallel.is_sequence_parallel, ranks=ranks, max_num_tokens=moe.max_num_tokens)
+
+    def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
+        one = copy.copy(self)
+        one._given_sizes = tokens_per_rank
+        return one
+
+    def set_lora_context(self, context: LoRAContext | None) -> None:
+        """Send the adapter ids of ``context`` along with the tokens; None stops it."""
+        self.lora_context = context
+
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return None
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        return None
+
+    def num_dispatchers(self) -> int:
+        return self._num_dispatchers
+
+    def output_is_reduced(self) -> bool:
+        """False: ranks that share these tokens (tensor parallel) still hold parts of the sum."""
+        return False
+
+    def supports_async(self) -> bool:
+        return True
+
+    def sizes_for(self, num_tokens: int) -> list[int]:
+        """Tokens of every rank: those given to ``begin``, else agreed with the other ranks.
+
+        Raises ValueError where one has more than there is room for, on every rank and before
+        anything is sent.
+        """
+        if self._given_sizes is not None:
+            sizes = check_sizes(self._given_sizes, self.ranks, num_tokens)
+        elif self.ranks.size == 1:
+            sizes = [num_tokens]
+        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError("a CUDA graph cannot ask other ranks: give tokens_per_rank")
+        else:
+            sizes = gather_counts(num_tokens, self.ranks)
+        self.check_room(sizes)
+        return sizes
+
+    def check_room(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError, on every rank alike, where one has more tokens than there is room."""
+        if self.max_num_tokens is not None and max(sizes) > self.max_num_tokens:
+            raise ValueError(
+                f"ranks bring {list(sizes)} tokens, but max_num_tokens is {self.max_num_tokens}"
+            )
+
+    def quantized(
+        self, a1: torch.Tensor, quant_config: FusedMoEQuantConfig, deferred: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return (a1, None) if deferred else self.quantize(a1, quant_config)
+
+    def luggage(self, tensors: Sequence[torch.Tensor], scale: torch.Tensor | None) -> Luggage:
+        """What travels beside the activations: ``tensors`` [T, n], scales, and adapter ids last."""
+        beside = list(tensors)
+        if is_per_row(scale):
+            assert scale is not None
+            beside.append(scale)
+        lora_ids = self._local_lora_ids(tensors[0].shape[0])
+        if lora_ids is not None:
+            beside.append(lora_ids)
+        return Luggage(beside, scale, lora_ids is not None)
+
+    def unpacked(
+        self, luggage: Luggage, packed: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The tensors and the scale of the rows that arrived; tells the LoRA context theirs."""
+        found = unpack_rows(packed, luggage.tensors)
+        if luggage.has_lora_ids:
+            assert self.lora_context is not None
+            self._lora_ids_before = self.lora_context.token_lora_mapping
+            self.lora_context.token_lora_mapping = found.pop()
+        scale = found.pop() if is_per_row(luggage.scale) else luggage.scale
+        return found, scale
+
+    def restore_lora_ids(self) -> None:
+        """This rank's own adapter ids again, once the experts have run."""
+        if self.lora_context is not None and self._lora_ids_before is not None:
+            self.lora_context.token_lora_mapping = self._lora_ids_before
+            self._lora_ids_before = None
+
+    def _local_lora_ids(self, num_tokens: int) -> torch.Tensor | None:
+        if self.lora_context is None:
+            return None
+        ids = self.lora_context.token_lora_mapping
+        if ids.dim() != 1 or ids.shape[0] < num_tokens or ids.dtype is not torch.int32:
+            raise ValueError(
+                f"token_lora_mapping must be int32 [{num_tokens} or more], got {ids.dtype} "
+                f"{tuple(ids.shape)}"
+            )
+        return ids[:num_tokens]
+
+
+def is_per_row(scale: torch.Tensor | None) -> bool:
+    """Whether a scale travels with its rows ([T, n]); one number for all rows does not.
+
+    Decided by dimensions alone, so that ranks with one row or none decide alike.
+    """
+    return scale is not None and scale.dim() >= 2
+
+
+def weighted_input(
+    a1: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, apply: bool
+) -> torch.Tensor:
+    """``weight_input`` where asked, else a1 itself."""
+    return weight_input(a1, topk_weights, topk_ids) if apply else a1
+
+
+def sequence_parallel_sizes(tokens: Sequence[int], sp_size: int) -> list[int]:
+    """Tokens of each of ``sp_size`` ranks under each entry of ``tokens``: ceil(tokens / sp_size).
+
+    What ``tokens_per_rank`` is where a batch is cut (and padded) over sequence-parallel ranks.
+    """
+    if sp_size < 1:
+        raise ValueError(f"sp_size must be at least 1, got {sp_size}")
+    return [-(-count // sp_size) for count in tokens for _ in range(sp_size)]

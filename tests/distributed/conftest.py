@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four processes over gloo, for all tests here; groups of two are halves of them."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    pool = RankPool(4, str(tmp_path_factory.mktemp("ranks")))
+    yield pool
+    pool.close()

@@ -1,0 +1,149 @@
+"""Layers over several ranks, compared with the one-rank layer; runs inside a RankPool."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from layer_oracle import Experts
+
+E, K, H, I = 6, 3, 8, 14  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks along each dimension; ``sp``: the tp ranks hold different tokens."""
+
+    dp: int = 1
+    pcp: int = 1
+    tp: int = 1
+    ep: bool = False
+    sp: bool = False
+    spanning: bool = False  # whether the ep group itself is given, beside the others
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.pcp * self.tp
+
+    @property
+    def token_ranks(self) -> int:
+        return self.size if self.sp else self.dp * self.pcp
+
+    def __str__(self) -> str:
+        sizes = [f"{n}{getattr(self, n)}" for n in ("dp", "pcp", "tp") if getattr(self, n) > 1]
+        flags = [name for name in ("ep", "sp", "spanning") if getattr(self, name)]
+        return "-".join(sizes + flags)
+
+
+@functools.cache
+def make_groups(layout: Layout) -> tuple[ParallelGroups, int]:
+    """The groups of this process, and its rank among the token ranks of its replica."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    found: dict[str, Any] = {}
+    for replica in range(world // layout.size):
+        first = replica * layout.size
+        grid = torch.arange(first, first + layout.size).view(layout.dp, layout.pcp, layout.tp)
+        for axis, name in enumerate(("dp", "pcp", "tp")):
+            if grid.shape[axis] == 1:
+                continue
+            for members in grid.movedim(axis, -1).reshape(-1, grid.shape[axis]).tolist():
+                group = dist.new_group(members)
+                if me in members:
+                    found[name] = group
+        if layout.spanning:
+            members = grid.flatten().tolist()
+            group = dist.new_group(members)
+            if me in members:
+                found["ep"] = group
+    flat = me % layout.size
+    token_rank = flat if layout.sp else flat // layout.tp
+    return ParallelGroups(enable_expert_parallel=layout.ep, **found), token_rank
+
+
+def token_counts(spread: str, ranks: int) -> list[int]:
+    return {
+        "even": [4] * ranks,
+        "uneven": [1 + 3 * rank % 7 for rank in range(ranks)],
+        "one_empty": [0 if rank == ranks - 1 else 3 for rank in range(ranks)],
+        "all_on_one": [9 if rank == 0 else 0 for rank in range(ranks)],
+        "none": [0] * ranks,
+    }[spread]
+
+
+SPREADS = ("even", "uneven", "one_empty", "all_on_one", "none")
+
+
+def rows(
+    T: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, H, generator=generator).to(dtype)
+    return x.to(device), torch.randn(T, E, generator=generator).to(device)
+
+
+def linear(seed: int, bias: bool = True) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    made = nn.Linear(H, H, bias=bias)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return made
+
+
+def build(dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments: Any) -> nn.Module:
+    options = arguments.pop("options", MoEOptions())
+    layer = FusedMoE(E, K, H, I, dtype, options=options, device=device, **arguments)
+    experts = Experts.random(E, H, I, bias=bool(arguments.get("has_bias")))
+    layer.load_weights(experts.named())
+    layer.routed_experts.check_loaded()
+    return layer
+
+
+def check_layout(
+    layout: Layout,
+    mover: str,
+    spreads: Sequence[str] = SPREADS,
+    given: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+    **arguments: Any,
+) -> None:
+    """Equal to the one-rank layer on this rank's tokens, and bit-equal run to run.
+
+    Everything is built with biases and replicated shared experts, which must be added once.
+    """
+    groups, token_rank = make_groups(layout)
+    common: dict[str, Any] = {"has_bias": True} | arguments
+    if common.pop("shared", True):
+        common["shared_experts"] = linear(1).to(device, dtype)
+    alone = build(dtype, device, **common)
+    options = MoEOptions(prepare_finalize=mover or None)
+    layer = build(
+        dtype,
+        device,
+        parallel=groups,
+        is_sequence_parallel=layout.sp,
+        options=options,
+        **common,
+    )
+    for spread in spreads:
+        counts = token_counts(spread, layout.token_ranks)
+        x, logits = rows(counts[token_rank], 10 + token_rank, dtype, device)
+        known = {"tokens_per_rank": counts} if given else {}
+        found = layer(x, logits, **known)
+        again = layer(x, logits, **known)
+        expected = alone(x, logits)
+        what = f"{layout} {mover} {spread}"
+        assert found.isfinite().all(), what
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
+        )
+        assert torch.equal(found, again), what

@@ -1,0 +1,50 @@
+"""A layer over several ranks computes what one rank does, for every way to place tokens."""
+
+from __future__ import annotations
+
+import pytest
+from rank_layers import Layout, check_layout
+
+EVERYWHERE = {
+    "tp": Layout(tp=2),
+    "tp4": Layout(tp=4),
+    "ep": Layout(tp=2, ep=True),
+    "ep4": Layout(tp=4, ep=True),
+    "dp": Layout(dp=2),
+    "dp4": Layout(dp=4),
+    "dp_ep": Layout(dp=2, ep=True),
+    "dp4_ep": Layout(dp=4, ep=True),
+    "dp4_ep_given": Layout(dp=4, ep=True, spanning=True),
+    "pcp_ep": Layout(pcp=2, ep=True),
+    "pcp4_ep": Layout(pcp=4, ep=True),
+    "dp_pcp_ep": Layout(dp=2, pcp=2, ep=True),
+    "dp_pcp_ep_given": Layout(dp=2, pcp=2, ep=True, spanning=True),
+    "sp_ep": Layout(tp=2, ep=True, sp=True),
+    "sp4_ep": Layout(tp=4, ep=True, sp=True),
+    "dp_sp_ep": Layout(dp=2, tp=2, ep=True, sp=True),
+    "dp_sp_ep_given": Layout(dp=2, tp=2, ep=True, sp=True, spanning=True),
+    "dp_tp": Layout(dp=2, tp=2),
+    "dp_tp_ep": Layout(dp=2, tp=2, ep=True),
+    "pcp_tp_ep_given": Layout(pcp=2, tp=2, ep=True, spanning=True),
+}
+MOVING = {name: layout for name, layout in EVERYWHERE.items() if layout.token_ranks > 1}
+EXCHANGING = {
+    name: layout
+    for name, layout in MOVING.items()
+    if layout.ep and name not in ("dp_pcp_ep", "dp_sp_ep")
+}
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_the_chosen_way(ranks, name):
+    ranks.run(check_layout, EVERYWHERE[name], "")
+
+
+@pytest.mark.parametrize("name", EXCHANGING)
+def test_all_to_all(ranks, name):
+    ranks.run(check_layout, EXCHANGING[name], "all_to_all")
+
+
+@pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
+def test_counts_may_be_given(ranks, name):
+    ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
