@@ -15,9 +15,11 @@ from fusedmoe.bench import (
     ceilings,
     contestants,
     count_measurements,
+    problems,
     run,
     run_layer_bench,
 )
+from fusedmoe.bench.replays import calls_per_graph
 from fusedmoe.bench.report import Percentiles, limit_us
 from fusedmoe.bench.timing import SLOW_RUNS, time_on_cpu
 
@@ -34,8 +36,9 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row(impl: str, us: float, **changes: object) -> BenchRow:
     values = {
-        "impl": impl, "shape": "tiny", "E": 8, "k": 2, "H": 64, "I": 48, "T": 1, "format": "fp32",
-        "routing": "uniform", "active_experts": 2.0, "scope": "layer",
+        "impl": impl, "shape": "tiny", "E": 8, "num_experts": 8, "k": 2, "H": 64, "I": 48, "T": 1,
+        "format": "fp32", "routing": "uniform", "active_experts": 2.0, "pairs": 2.0,
+        "scope": "layer", "timed": "launches",
         "us": us, "p10_us": us, "p90_us": us, "limit_us": 1.0, "fraction_of_limit": 1 / us,
         "tflops": 0.1, "error": 1e-7, "runs": 3,
         "workspace_bytes": None,
@@ -71,19 +74,75 @@ def test_a_run_on_a_cpu_fills_the_schema(tmp_path):
     assert stored["rows"][0].keys() == BenchRow.__dataclass_fields__.keys()
 
 
-def test_every_contestant_computes_the_same_layer():
+RANK = LayerShape("rank", 4, 2, 64, 48, all_experts=8)
+OSS = LayerShape("oss", 8, 2, 64, 48, activation="swigluoai", bias=True)
+
+
+@pytest.mark.parametrize("scope", ["layer", "experts"])
+@pytest.mark.parametrize("shape", [TINY, RANK, OSS], ids=lambda shape: shape.name)
+def test_every_contestant_computes_the_same_layer(shape, scope):
     """Wrong weights, a forgotten renormalisation or other ids would show here."""
-    weights = contestants.random_weights(TINY, torch.float32, torch.device("cpu"), 2)
-    x, logits = torch.randn(5, TINY.H), torch.randn(5, TINY.E)
-    everyone = [contestants.our_layer(TINY, weights, name) for name in (None, "torch")] + [
-        contestants.transformers_experts(TINY, weights, name)
-        for name in contestants.TRANSFORMERS_EXPERTS
+    weights = problems.random_weights(shape, torch.float32, torch.device("cpu"), 2)
+    situation = problems.pick(torch.randn(5, shape.num_experts), shape.k)
+    x = torch.randn(5, shape.H)
+    everyone = [
+        contestants.our_layer(shape, weights, None, scope),
+        *(
+            contestants.peer(name, shape, weights, scope)
+            for name in contestants.PEERS
+            if name != "torch_mm"
+            and not (shape.bias and "alone" in name)
+            # The eager loop of this family does not know ids of other ranks.
+            and not (shape.ranks > 1 and name == "transformers_eager")
+        ),
     ]
+    outputs = []
     for copy in range(2):
-        outputs = [one.forwards[copy](x, logits) for one in everyone]
-        for output in outputs[1:]:
-            torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(everyone[0].forwards[0](x, logits), everyone[0].forwards[1](x, logits))
+        prepared = [one.prepare(copy, x, situation) for one in everyone]
+        outputs = [one.finish(one.call()) for one in prepared]
+        for one, output in zip(everyone[1:], outputs[1:], strict=True):
+            torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5, msg=one.name)
+    first = everyone[0].prepare(0, x, situation).call()
+    assert not torch.equal(first, outputs[0])
+
+
+@pytest.mark.parametrize("shape", [TINY, RANK, OSS], ids=lambda shape: shape.name)
+def test_the_error_is_taken_against_the_layer_itself(shape):
+    weights = problems.random_weights(shape, torch.float32, torch.device("cpu"), 1)
+    cell = problems.Cell(shape, torch.float32, "uniform", 40)
+    problem = problems.Problem.of(cell, 2, torch.device("cpu"))
+    layer = contestants.our_layer(shape, weights)
+    output = layer.prepare(0, problem.x, problem.situations[0]).call()
+    assert problem.error(weights[0], output) < 1e-5
+    assert problem.error(weights[0], output * 1.01) > 5e-3
+
+
+def test_a_rank_counts_its_own_experts_alone():
+    cell = problems.Cell(RANK, torch.float32, "balanced", 16)
+    problem = problems.Problem.of(cell, 3, torch.device("cpu"))
+    assert problem.active_experts == RANK.E
+    assert problem.pairs == 16 * RANK.k / 2
+    assert problem.flops == RANK.flops(16)
+    assert str(cell) == "rank fp32 balanced T=16"
+
+
+def test_yardsticks_and_the_experts_scope_have_rows_of_their_own():
+    report = run_layer_bench(
+        [TINY], [4], [torch.float32], scope="experts", repeats=2,
+        peers=["torch_reference", "torch_grouped_mm_alone", "torch_mm"],
+    )  # fmt: skip
+    scopes = {r["impl"]: r["scope"] for r in report.rows}
+    assert scopes == {
+        "fusedmoe": "experts",
+        "torch_reference": "experts",
+        "torch_grouped_mm_alone": "gemms",
+        "torch_mm": "dense",
+    }
+    by_name = {r["impl"]: r for r in report.rows}
+    assert by_name["torch_mm"]["error"] is None
+    assert by_name["torch_grouped_mm_alone"]["error"] < 1e-5
+    with pytest.raises(ValueError, match="unknown peer 'nobody'"):
+        contestants.peer("nobody", TINY, [])
 
 
 def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
@@ -98,6 +157,17 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
     assert "tiny fp32 uniform T=3: transformers_batched_mm left out: needs" in second
 
 
+def test_a_peer_that_would_take_seconds_is_left_out():
+    report = BenchReport(dict(CEILINGS))
+    cells = [problems.Cell(TINY, torch.float32, "uniform", 9)]
+    effort = run.Effort(repeats=1, peer_bytes=1000)
+    device = torch.device("cpu")
+    peers = ["transformers_batched_mm"]
+    assert list(run.run_cells(cells, report, device, peers=peers, effort=effort)) == cells
+    assert [r["impl"] for r in report.rows] == ["fusedmoe"]
+    assert "more than the" in report.notes[0]
+
+
 def test_without_peers_there_are_none():
     report = run_layer_bench([TINY], [1], [torch.float32], peers=False, repeats=1)
     assert [r["impl"] for r in report.rows] == ["fusedmoe"]
@@ -110,6 +180,7 @@ def test_without_peers_there_are_none():
         ({"tokens": [4, 0]}, "at least 1, got 0"),
         ({"dtypes": [torch.int8]}, "int8"),
         ({"routings": ["zipf"]}, "zipf"),
+        ({"scope": "model"}, "model"),
         ({"device": "meta"}, "meta"),
     ],
 )
@@ -130,10 +201,31 @@ def test_shapes_have_sizes_that_make_sense():
 
 def test_the_limit_is_the_larger_of_bytes_and_flops():
     """10 GB/s and 1 TFLOP/s, all 8 experts, fp32."""
-    few = 4 * (3 * 8 * 64 * 48 + 2 * 1 * 64) / 10e9 * 1e6
-    assert limit_us(TINY, 1, 8, 4, 10.0, 1.0) == pytest.approx(few)
-    many = TINY.flops(10**6) / 1e12 * 1e6
-    assert limit_us(TINY, 10**6, 8, 4, 10.0, 1e-3) == pytest.approx(many * 1e3)
+    cell = problems.Cell(TINY, torch.float32, "balanced", 16)
+    problem = problems.Problem.of(cell, 1, torch.device("cpu"))
+    few = 4 * (3 * 8 * 64 * 48 + 2 * 16 * 64) / 10e9 * 1e6
+    assert limit_us(problem, 10.0, 1.0) == pytest.approx(few)
+    assert limit_us(problem, 10.0, 1e-6) == pytest.approx(TINY.flops(16) / 1e6 * 1e6)
+
+
+@pytest.mark.parametrize(("situations", "us"), [(4, 1.0), (4, 20.0), (3, 700.0), (5, 1e6)])
+def test_a_graph_goes_through_whole_rounds(situations, us):
+    calls = calls_per_graph(situations, us)
+    assert calls % situations == 0
+    assert situations <= calls <= 80
+    assert calls * us >= 2000 or calls + situations > 80
+
+
+def test_rows_as_a_table_of_text(tmp_path):
+    report = BenchReport({})
+    report.add(row("a", 1.0))
+    report.add(row("b", 2.0, error=None))
+    report.write_csv(tmp_path / "rows.csv")
+    head, first, second = (tmp_path / "rows.csv").read_text().splitlines()
+    assert head.split(",")[:3] == ["impl", "shape", "E"]
+    assert first.startswith("a,tiny,8,8,2")
+    assert ",2.0," in second
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
 def test_percentiles():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from fusedmoe.activation import MoEActivation, apply_moe_activation
 from fusedmoe.bench.problems import Scope, Situation, Weights
 from fusedmoe.bench.shapes import SWIGLUOAI_LIMIT, LayerShape
 from fusedmoe.bench.timing import Call
@@ -218,8 +218,9 @@ def grouped_mm_alone(shape: LayerShape, weights: list[Weights]) -> Contestant:
     """
     if not hasattr(F, "grouped_mm"):
         raise ValueError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
+    if shape.bias:
+        raise ValueError("leaves out the biases that this layer has")
     activation = MoEActivation.from_str(shape.activation)
-    limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
 
     def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
         one, ids = weights[index], situation.topk_ids.flatten().long()
@@ -228,11 +229,10 @@ def grouped_mm_alone(shape: LayerShape, weights: list[Weights]) -> Contestant:
         offsets = counts.cumsum(0).to(torch.int32)
         rows = x[order // shape.k].contiguous()
         act = x.new_empty(rows.shape[0], shape.I)
-        config = ApplyMoEActivationConfig(clamp_limit=limit)
 
         def call() -> torch.Tensor:
             up = F.grouped_mm(rows, one.w1.transpose(1, 2), offs=offsets)
-            apply_moe_activation(activation, act, up, config)
+            apply_moe_activation(activation, act, up)
             return F.grouped_mm(act, one.w2.transpose(1, 2), offs=offsets)
 
         def finish(down: torch.Tensor) -> torch.Tensor:
@@ -266,8 +266,6 @@ def peer(
     if name == "torch_reference":
         return torch_reference(shape, weights, scope)
     if name == "torch_grouped_mm_alone":
-        if shape.bias:
-            raise ValueError("leaves out the biases that this layer has")
         return grouped_mm_alone(shape, weights)
     if name == "torch_mm":
         return dense_product(weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
@@ -18,23 +20,29 @@ from typing import Any
 import torch
 
 import fusedmoe
-from fusedmoe.bench.shapes import LayerShape
+from fusedmoe.bench.problems import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """One implementation on one problem. Times are microseconds per call.
 
+    ``E`` experts are on this rank, of ``num_experts`` on all. ``scope``: ``layer`` from router
+    logits, ``experts`` from given picks, ``gemms`` sorted rows and no sum, ``dense`` another
+    product. ``timed``: ``graph`` replays a CUDA graph, ``launches`` launches anew.
+
     ``limit_us`` is what the measured ceilings allow: the larger of bytes over read bandwidth and
     FLOPs over the format's matmul rate, bytes being the activated experts' weights plus the input
     and the output once. ``error`` is relative (Frobenius), against fp64 on a few tokens.
-    ``active_experts`` counts the experts that some token picks, averaged over the runs' inputs.
-    ``workspace_bytes`` is the scratch memory that the layer plans (None where it is not ours).
+    ``active_experts`` counts this rank's experts that some token picks, and ``pairs`` the picks of
+    its experts, both averaged over the runs' inputs. ``workspace_bytes`` is the scratch memory
+    that the layer plans (None where it is not ours).
     """
 
     impl: str
     shape: str
     E: int
+    num_experts: int
     k: int
     H: int
     I: int  # noqa: E741
@@ -42,14 +50,16 @@ class BenchRow:
     format: str
     routing: str
     active_experts: float
+    pairs: float
     scope: str
+    timed: str
     us: float
     p10_us: float
     p90_us: float
     limit_us: float
     fraction_of_limit: float
     tflops: float
-    error: float
+    error: float | None
     runs: int
     workspace_bytes: int | None
 
@@ -85,16 +95,25 @@ class BenchReport:
         return self.header | {"rows": self.rows, "notes": self.notes}
 
     def write(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        """As JSON, and never half a file."""
+        _write_whole(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+
+    def write_csv(self, path: str | Path) -> None:
+        """The rows alone, one line each under a line of names."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        _write_whole(Path(path), text.getvalue())
 
     def ratios(self, ours: str = "fusedmoe", peers: str = "transformers") -> list[dict[str, Any]]:
         """Per problem, the fastest peer's time over ours (above 1: ours is faster)."""
         problems: dict[tuple[Any, ...], dict[str, float]] = {}
         for row in self.rows:
-            key = tuple(row[name] for name in ("shape", "format", "routing", "T"))
-            problems.setdefault(key, {})[row["impl"]] = row["us"]
+            if row["scope"] == "layer":
+                key = tuple(row[name] for name in ("shape", "format", "routing", "T"))
+                problems.setdefault(key, {})[row["impl"]] = row["us"]
         found = []
         for (shape, format_, routing, T), times in problems.items():
             others = {name: us for name, us in times.items() if name.startswith(peers)}
@@ -107,18 +126,19 @@ class BenchReport:
         return found
 
 
-def limit_us(
-    shape: LayerShape,
-    tokens: int,
-    active_experts: float,
-    itemsize: int,
-    read_gbs: float,
-    matmul_tflops: float,
-) -> float:
+def limit_us(problem: Problem, read_gbs: float, matmul_tflops: float) -> float:
     """Microseconds that a layer cannot go below on a machine with these ceilings."""
-    weights = shape.weight_elements / shape.E * active_experts
-    moved = itemsize * (weights + 2 * tokens * shape.H)
-    return max(moved / read_gbs / 1e3, shape.flops(tokens) / matmul_tflops / 1e6)
+    shape = problem.cell.shape
+    weights = shape.weight_elements / shape.E * problem.active_experts
+    moved = problem.cell.dtype.itemsize * (weights + 2 * problem.cell.T * shape.H)
+    return max(moved / read_gbs / 1e3, problem.flops / matmul_tflops / 1e6)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -1,31 +1,32 @@
-"""``run_layer_bench``: shapes x dtypes x token counts x routings, one table out."""
+"""Measuring cells: a table of shapes x dtypes x token counts x routings, or any list of cells."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 
 from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.contestants import (
-    TRANSFORMERS_EXPERTS,
+    DEFAULT_PEERS,
     Contestant,
-    Weights,
+    Prepared,
     contestant_name,
     our_layer,
-    random_weights,
-    transformers_experts,
+    peer,
 )
+from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, random_weights
+from fusedmoe.bench.replays import Replays, launched, record, time_in_turns
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, limit_us, make_header
 from fusedmoe.bench.shapes import LayerShape
-from fusedmoe.bench.timing import Call, capture, rounds_of, time_graphs, time_on_cpu
+from fusedmoe.bench.timing import time_on_cpu
 from fusedmoe.experts.cpu_memory import host_memory
-from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.testing.routing import routing_logits
-from fusedmoe.testing.tolerances import format_name, relative_error
+from fusedmoe.testing.tolerances import format_name
 
 Progress = Callable[[int, int, str], None]
 """Called before each problem: how many are done, of how many, and what comes next."""
@@ -33,28 +34,19 @@ Progress = Callable[[int, int, str], None]
 _SITUATIONS_ON_CPU = 5
 _COPIES_ON_CUDA = 4
 _MEMORY_SHARE = 0.6
-_CHECKED_TOKENS = 3
+_LAUNCHED_REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One cell of the table. ``logits``: one per situation."""
+class Effort:
+    """How much to measure.
 
-    shape: LayerShape
-    dtype: torch.dtype
-    routing: str
-    T: int
-    x: torch.Tensor
-    logits: list[torch.Tensor]
+    ``repeats``: samples per implementation (None: 20 on a CPU, 50 on a GPU). A peer that needs more
+    than ``peer_bytes`` of scratch memory is left out: it would take seconds per call.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.shape.name} {format_name(self.dtype)} {self.routing} T={self.T}"
-
-    @property
-    def active_experts(self) -> float:
-        """Experts that some token picks, averaged over the situations."""
-        counts = [one.topk(self.shape.k).indices.unique().numel() for one in self.logits]
-        return sum(counts) / len(counts)
+    repeats: int | None = None
+    peer_bytes: int | None = None
 
 
 def count_measurements(
@@ -67,47 +59,46 @@ def count_measurements(
     return len(shapes) * len(tokens) * len(dtypes) * len(routings)
 
 
-@torch.inference_mode()
 def run_layer_bench(
     shapes: Sequence[LayerShape],
     tokens: Sequence[int],
     dtypes: Sequence[torch.dtype],
     routings: Sequence[str] = ("uniform",),
     device: torch.device | str = "cpu",
-    peers: bool = True,
+    peers: bool | Sequence[str] = True,
     repeats: int | None = None,
     progress: Progress | None = None,
     *,
     experts: Sequence[str | type | None] = (None,),
+    scope: Scope = "layer",
 ) -> BenchReport:
     """Time the layer from router logits to output on random data.
 
-    ``experts``: implementations by name or class (None is what selection chooses); ``peers`` adds
-    Transformers' batched_mm, grouped_mm and (on a CPU) eager. ``repeats``: samples per
-    implementation (default 20 on a CPU, 50 on a GPU). On a GPU every sample replays a CUDA graph
-    over several sets of weights; what cannot be captured or does not fit becomes a note.
+    ``experts``: implementations by name or class (None is what selection chooses); ``peers``:
+    names of ``contestants.PEERS``, or True for Transformers' batched_mm, grouped_mm and (on a CPU)
+    eager. ``repeats``: samples per implementation (default 20 on a CPU, 50 on a GPU). ``scope``
+    "experts" begins at given picks. On a GPU every sample replays a CUDA graph over several sets of
+    weights; what cannot be captured or does not fit becomes a note.
 
-    Raises ValueError for an empty list, unknown routing, device or dtype.
+    Raises ValueError for an empty list, unknown routing, scope, device or dtype.
     """
     device = torch.device(device)
-    _check(shapes, tokens, dtypes, routings, device)
-    ceilings = measure_ceilings(device, tuple(dtypes))
-    report = BenchReport(make_header(device, ceilings))
-    total, done = count_measurements(shapes, tokens, dtypes, routings), 0
-    for shape in shapes:
-        for dtype in dtypes:
-            torch.manual_seed(0)
-            weights = random_weights(shape, dtype, device, _copies(shape, dtype, device))
-            contestants = _contestants(shape, weights, peers, experts, report)
-            for problem in _problems(shape, dtype, routings, tokens, len(weights), device):
-                if progress is not None:
-                    progress(done, total, str(problem))
-                _measure(problem, weights, contestants, repeats, report)
-                done += 1
-            del weights, contestants
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    _check(shapes, tokens, dtypes, routings, device, scope)
+    cells = [
+        Cell(shape, dtype, routing, T, scope)
+        for shape in shapes
+        for dtype in dtypes
+        for routing in routings
+        for T in tokens
+    ]
+    if peers is True:
+        peers = [name for name in DEFAULT_PEERS if device.type == "cpu" or "eager" not in name]
+    report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
+    for done, cell in enumerate(
+        run_cells(cells, report, device, experts, peers or (), Effort(repeats))
+    ):
+        if progress is not None:
+            progress(done, len(cells), str(cell))
     return report
 
 
@@ -117,6 +108,7 @@ def _check(
     dtypes: Sequence[torch.dtype],
     routings: Sequence[str],
     device: torch.device,
+    scope: str,
 ) -> None:
     if not (shapes and tokens and dtypes and routings):
         raise ValueError("a benchmark needs a shape, a token count, a dtype and a routing")
@@ -124,10 +116,42 @@ def _check(
         raise ValueError(f"token counts must be at least 1, got {min(tokens)}")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure on {device}; choose cpu or cuda")
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
     for dtype in dtypes:
         format_name(dtype)
     for routing in routings:
         routing_logits(routing, 0, 1, 1)
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    report: BenchReport,
+    device: torch.device,
+    experts: Sequence[str | type | None] = (None,),
+    peers: Sequence[str] = (),
+    effort: Effort = Effort(),
+) -> Iterator[Cell]:
+    """Measure cells into ``report``, yielding each one before it begins.
+
+    Neighbours of the same shape and dtype share weights. ``report``'s header has the ceilings.
+    """
+    for (shape, dtype), group in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
+        torch.manual_seed(0)
+        weights = random_weights(shape, dtype, device, _copies(shape, dtype, device))
+        built: dict[Scope, list[Contestant]] = {}
+        for cell in group:
+            yield cell
+            with torch.inference_mode():
+                if cell.scope not in built:
+                    built[cell.scope] = _contestants(cell, weights, experts, peers, report)
+                situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
+                problem = Problem.of(cell, situations, device)
+                _measure(problem, weights, built[cell.scope], effort, report)
+        del weights, built
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
@@ -140,95 +164,116 @@ def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _contestants(
-    shape: LayerShape,
+    cell: Cell,
     weights: list[Weights],
-    peers: bool,
     experts: Sequence[str | type | None],
+    peers: Sequence[str],
     report: BenchReport,
 ) -> list[Contestant]:
-    builders = {contestant_name(one): partial(our_layer, experts=one) for one in experts}
-    if peers:
-        # Its eager loop reads ids on the host, so that no CUDA graph can hold it.
-        left_out = ("eager",) if weights[0].w1.is_cuda else ()
-        builders |= {
-            f"transformers_{name}": partial(transformers_experts, name=name)
-            for name in TRANSFORMERS_EXPERTS
-            if name not in left_out
-        }
+    builders: dict[str, Callable[..., Contestant]] = {
+        contestant_name(one): partial(our_layer, experts=one) for one in experts
+    }
+    builders |= {name: partial(peer, name) for name in peers}
     found = []
     for name, build in builders.items():
         try:
-            found.append(build(shape, weights))
+            found.append(build(cell.shape, weights, scope=cell.scope))
         except ValueError as error:
-            report.notes.append(f"{shape.name}: {name} left out: {error}")
+            report.notes.append(f"{cell.shape.name}: {name} left out: {error}")
     return found
-
-
-def _problems(
-    shape: LayerShape,
-    dtype: torch.dtype,
-    routings: Sequence[str],
-    tokens: Sequence[int],
-    copies: int,
-    device: torch.device,
-) -> Iterator[Problem]:
-    situations = copies if device.type == "cuda" else _SITUATIONS_ON_CPU
-    for routing in routings:
-        for T in tokens:
-            logits = [
-                routing_logits(routing, T, shape.E, shape.k, seed, device)
-                for seed in range(situations)
-            ]
-            x = torch.randn(T, shape.H, device=device).to(dtype)
-            yield Problem(shape, dtype, routing, T, x, logits)
 
 
 def _measure(
     problem: Problem,
     weights: list[Weights],
     contestants: list[Contestant],
-    repeats: int | None,
+    effort: Effort,
     report: BenchReport,
 ) -> None:
-    running: dict[str, list[Call]] = {}
+    running: dict[str, tuple[Contestant, list[Prepared]]] = {}
     for one in contestants:
-        if (reason := _does_not_fit(one, problem)) is not None:
-            report.notes.append(f"{problem}: {one.name} left out: {reason}")
+        if (reason := _does_not_fit(one, problem, effort)) is not None:
+            report.notes.append(f"{problem.cell}: {one.name} left out: {reason}")
             continue
-        running[one.name] = [
-            partial(one.forwards[i % len(weights)], problem.x, logits)
-            for i, logits in enumerate(problem.logits)
-        ]
-    if problem.x.is_cuda:
-        samples, outputs = _run_on_cuda(problem, running, repeats or 50, report)
-    else:
-        samples = time_on_cpu(running, repeats or 20)
-        outputs = {name: running[name][0]() for name in samples}
-    scratch = {one.name: one.scratch_bytes(problem.T) for one in contestants if not one.is_peer}
-    for name, taken in samples.items():
-        error = _error(problem, weights[0], outputs[name])
-        report.add(_row(problem, name, taken, error, scratch.get(name), report))
+        try:
+            prepared = [
+                one.prepare(i % len(weights), problem.x, situation)
+                for i, situation in enumerate(problem.situations)
+            ]
+        except RuntimeError as error:
+            report.notes.append(f"{problem.cell}: {one.name} left out: {_first_line(error)}")
+            continue
+        running[one.name] = one, prepared
+    run = _run_on_cuda if problem.x.is_cuda else _run_on_cpu
+    for name, (samples, output, timed) in run(problem, running, effort, report).items():
+        one, prepared = running[name]
+        deviation = None
+        if one.scope != "dense":
+            deviation = problem.error(weights[0], prepared[0].finish(output))
+        report.add(_row(problem, one, samples, timed, deviation, report))
+
+
+Measured = dict[str, tuple[list[float], torch.Tensor, str]]
+"""By name: samples in microseconds, the first situation's result, and how it was timed."""
+
+
+def _run_on_cpu(
+    problem: Problem,
+    running: dict[str, tuple[Contestant, list[Prepared]]],
+    effort: Effort,
+    report: BenchReport,
+) -> Measured:
+    calls = {name: [one.call for one in prepared] for name, (_, prepared) in running.items()}
+    samples = time_on_cpu(calls, effort.repeats or 20)
+    return {name: (taken, calls[name][0](), "launches") for name, taken in samples.items()}
 
 
 def _run_on_cuda(
-    problem: Problem, running: dict[str, list[Call]], repeats: int, report: BenchReport
-) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    graphs: dict[str, Call] = {}
-    for name, calls in running.items():
+    problem: Problem,
+    running: dict[str, tuple[Contestant, list[Prepared]]],
+    effort: Effort,
+    report: BenchReport,
+) -> Measured:
+    expected_us = _limit_us(problem, report)
+    repeats = effort.repeats or 50
+    recorded: dict[str, Replays] = {}
+    for name, (one, prepared) in running.items():
+        calls = [each.call for each in prepared]
+        if not one.in_graph:
+            recorded[name] = launched(calls, min(repeats, _LAUNCHED_REPEATS))
+            continue
         try:
-            graphs[name] = capture(calls)
+            recorded[name] = record(calls, expected_us, repeats)
         except RuntimeError as error:  # also torch.cuda.OutOfMemoryError
-            why = str(error).splitlines()[0]
-            report.notes.append(f"{problem}: {name} left out, not captured: {why}")
+            why = _first_line(error)
+            report.notes.append(f"{problem.cell}: {name} left out, not captured: {why}")
             torch.cuda.synchronize()
-    per_graph = {name: len(running[name]) * rounds_of(running[name]) for name in graphs}
-    samples = time_graphs(graphs, next(iter(per_graph.values()), 1), repeats)
-    return samples, {name: replay().clone() for name, replay in graphs.items()}
+    samples = time_in_turns(recorded)
+    return {
+        name: (
+            samples[name],
+            one.graphs[0]().clone(),
+            "graph" if running[name][0].in_graph else "launches",
+        )
+        for name, one in recorded.items()
+    }
 
 
-def _does_not_fit(contestant: Contestant, problem: Problem) -> str | None:
-    needed, free = contestant.scratch_bytes(problem.T), _free_memory(problem.x.device)
-    if needed is None or free is None or needed <= free * _MEMORY_SHARE:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _does_not_fit(contestant: Contestant, problem: Problem, effort: Effort) -> str | None:
+    needed = contestant.scratch_bytes(problem.cell.T)
+    if needed is None:
+        return None
+    if contestant.is_peer and effort.peer_bytes is not None and needed > effort.peer_bytes:
+        return (
+            f"needs {needed / 2**30:.1f} GiB of scratch memory, more than the "
+            f"{effort.peer_bytes / 2**30:.1f} that a peer is given"
+        )
+    free = _free_memory(problem.x.device)
+    if free is None or needed <= free * _MEMORY_SHARE:
         return None
     return f"needs {needed / 2**30:.1f} GiB of scratch memory, {free / 2**30:.1f} are free"
 
@@ -240,59 +285,47 @@ def _free_memory(device: torch.device) -> int | None:
     return None if memory is None else memory.available
 
 
-def _error(problem: Problem, weights: Weights, out: torch.Tensor) -> float:
-    """Relative Frobenius error of a few tokens of the first situation, against fp64."""
-    tokens = sorted({round(i * (problem.T - 1) / _CHECKED_TOKENS) for i in range(_CHECKED_TOKENS)})
-    scores = problem.logits[0][tokens].double().softmax(-1)
-    picked, ids = scores.topk(problem.shape.k)
-    reference = experts_reference(
-        problem.x[tokens].double(),
-        weights.w1,
-        weights.w2,
-        picked / picked.sum(-1, keepdim=True),
-        ids,
-        compute_dtype=torch.float64,
-    )
-    return relative_error(out[tokens], reference).frobenius
+def _limit_us(problem: Problem, report: BenchReport) -> float:
+    key = format_name(problem.cell.dtype)
+    return limit_us(problem, report.header["read_gbs"], report.header[f"{key}_tflops"])
 
 
 def _row(
     problem: Problem,
-    name: str,
+    contestant: Contestant,
     samples: list[float],
-    error: float,
-    workspace_bytes: int | None,
+    timed: str,
+    error: float | None,
     report: BenchReport,
 ) -> BenchRow:
-    shape, key = problem.shape, format_name(problem.dtype)
+    cell, shape, key = problem.cell, problem.cell.shape, format_name(problem.cell.dtype)
     taken = Percentiles.of(samples)
-    limit = limit_us(
-        shape,
-        problem.T,
-        problem.active_experts,
-        problem.dtype.itemsize,
-        report.header["read_gbs"],
-        report.header[f"{key}_tflops"],
-    )
+    flops, limit = problem.flops, _limit_us(problem, report)
+    if contestant.flops is not None:
+        flops = contestant.flops
+        limit = flops / report.header[f"{key}_tflops"] / 1e6
     return BenchRow(
-        impl=name,
+        impl=contestant.name,
         shape=shape.name,
         E=shape.E,
+        num_experts=shape.num_experts,
         k=shape.k,
         H=shape.H,
         I=shape.I,
-        T=problem.T,
+        T=cell.T,
         format=key,
-        routing=problem.routing,
+        routing=cell.routing,
         active_experts=problem.active_experts,
-        scope="layer",
+        pairs=problem.pairs,
+        scope=contestant.scope,
+        timed=timed,
         us=round(taken.us, 2),
         p10_us=round(taken.p10_us, 2),
         p90_us=round(taken.p90_us, 2),
         limit_us=round(limit, 2),
         fraction_of_limit=round(limit / taken.us, 4),
-        tflops=round(shape.flops(problem.T) / taken.us / 1e6, 4),
-        error=float(f"{error:.3g}"),
+        tflops=round(flops / taken.us / 1e6, 4),
+        error=None if error is None else float(f"{error:.3g}"),
         runs=len(samples),
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=None if contestant.is_peer else contestant.scratch_bytes(cell.T),
     )

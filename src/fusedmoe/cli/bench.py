@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how tokens spread over experts: balanced, uniform, power_law_1.2, one_expert",
     )
+    parser.add_argument(
+        "--scope",
+        default="layer",
+        help="layer: from router logits; experts: with the picks given",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
     parser.add_argument(
         "--experts",
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             progress=show,
             experts=(None, *map(experts_of, args.experts)),
+            scope=args.scope,
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))
@@ -153,7 +159,8 @@ def _print(record: dict[str, Any]) -> None:
                 *(row[key] for key in ("shape", "format", "routing", "T", "impl", "us")),
                 *(row["p10_us"], row["p90_us"], 1e6 * row["T"] / row["us"]),
                 f"{row['fraction_of_limit']:.0%}",
-                *(row["tflops"], row["error"]),
+                row["tflops"],
+                "-" if row["error"] is None else row["error"],
                 "-" if scratch is None else format_bytes(scratch),
             ]
         )

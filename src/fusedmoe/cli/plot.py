@@ -37,7 +37,8 @@ def _groups(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.get("us"):
-            found[f"{row['shape']}, {row['format']}, {row['routing']}"].append(row)
+            scope = "" if row.get("scope", "layer") == "layer" else f", {row['scope']}"
+            found[f"{row['shape']}, {row['format']}, {row['routing']}{scope}"].append(row)
     return dict(found)
 
 
@@ -81,8 +82,9 @@ def _draw_roofline(axes: Any, rows: list[Row], report: dict[str, Any]) -> None:
 
 
 def flops(row: Row) -> float:
-    """Multiplications and additions of the two gated GEMMs."""
-    return 6.0 * row["T"] * row["k"] * row["H"] * row["I"]
+    """Multiplications and additions of the two gated GEMMs, for the rows that this rank has."""
+    pairs = row.get("pairs") or row["T"] * row["k"]
+    return 6.0 * pairs * row["H"] * row["I"]
 
 
 def intensity(row: Row) -> float:
