@@ -56,6 +56,7 @@ class QuantKey:
         """Whether ``other`` is this key, ``ANY`` in the group shape standing for every number."""
         return (
             other is not None
+            and self.dtype == other.dtype
             and self.group_shape.accepts(other.group_shape)
             and replace(self, group_shape=other.group_shape) == other
         )

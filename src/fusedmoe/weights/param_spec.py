@@ -26,13 +26,29 @@ class Dim(Enum):
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis; ``per`` units of the dimension share a stored element (packing, groups, blocks)."""
+    """One axis; ``per`` units of the dimension share ``count`` stored elements.
+
+    That is packing (2 units in one byte, 4 in three), groups and blocks (a scale for 128 units).
+    ``file_per``: a checkpoint's elements stand for that many units, and are repeated when loaded.
+    """
 
     dim: Dim
     per: int = 1
+    count: int = 1
+    file_per: int | None = None
 
     def length(self, units: int) -> int:
-        return -(-units // self.per)
+        return -(-units // self.per) * self.count
+
+    def file_length(self, units: int) -> int:
+        return self.length(units) if self.file_per is None else -(-units // self.file_per)
+
+    def refined(self, loaded: torch.Tensor, axis: int, units: int) -> torch.Tensor:
+        """``loaded`` with one element per stored one along ``axis``."""
+        if self.file_per is None or self.file_per == self.per:
+            return loaded
+        index = torch.arange(0, units, self.per, device=loaded.device) // self.file_per
+        return loaded.index_select(axis, index)
 
 
 HIDDEN = Axis(Dim.HIDDEN)
@@ -101,8 +117,8 @@ class ParamSpec:
 
     def checkpoint_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
         """Of one shard of one expert, whole."""
-        units = {Dim.HIDDEN: sizes.hidden, Dim.INTERMEDIATE: sizes.intermediate, Dim.ONE: 1}
-        return tuple(axis.length(units[axis.dim]) for axis in self.axes)
+        units = _units(sizes)
+        return tuple(axis.file_length(units[axis.dim]) for axis in self.axes)
 
     def stored_shard_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
         """Of one shard of one expert on this rank, padding included."""
@@ -139,6 +155,11 @@ class ParamSpec:
         return expert_data.narrow(axis, position * length, length)
 
 
+def _units(sizes: ExpertSizes) -> dict[Dim, int]:
+    """Of the whole expert in the checkpoint."""
+    return {Dim.HIDDEN: sizes.hidden, Dim.INTERMEDIATE: sizes.intermediate, Dim.ONE: 1}
+
+
 def split_interleaved(x: torch.Tensor, axis: int, count: int) -> tuple[torch.Tensor, ...]:
     """``count`` views of ``x``: entries 0, count, 2 * count, ... of ``axis``, then 1, ... ."""
     return x.unflatten(axis, (-1, count)).unbind(axis + 1)
@@ -150,7 +171,7 @@ def cut_for_rank(loaded: torch.Tensor, spec: ParamSpec, sizes: ExpertSizes) -> t
     if axis is None or not spec.sharded or sizes.tp_size == 1:
         return loaded
     width = spec.axes[axis].length(sizes.intermediate_stored)
-    if width * spec.axes[axis].per != sizes.intermediate_stored:
+    if width * spec.axes[axis].per != sizes.intermediate_stored * spec.axes[axis].count:
         raise ValueError(
             f"{spec.name} keeps {spec.axes[axis].per} intermediate units in one element, which do "
             f"not divide the {sizes.intermediate_stored} of one of {sizes.tp_size} ranks"
@@ -184,13 +205,16 @@ def load_shard(
             f"{expert_data.dtype} of {spec.name}"
         )
     target = spec.shard_view(expert_data, shard_id, sizes)
-    piece = cut_for_rank(loaded.reshape(expected), spec, sizes)
+    loaded = loaded.reshape(expected)
+    for position, axis in enumerate(spec.axes):
+        loaded = axis.refined(loaded, position, _units(sizes)[axis.dim])
+    piece = cut_for_rank(loaded, spec, sizes)
     if spec.rank0_only and sizes.tp_rank != 0:
         piece = piece.narrow(0, 0, 0)
     if piece.shape != target.shape:
         target.fill_(spec.fill)
-        for axis, length in enumerate(piece.shape):
-            target = target.narrow(axis, 0, length)
+        for position, length in enumerate(piece.shape):
+            target = target.narrow(position, 0, length)
     target.copy_(piece)
 
 

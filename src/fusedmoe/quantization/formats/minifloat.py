@@ -40,17 +40,20 @@ class MiniFloat(NamedTuple):
             values.append(normal * 2.0 ** (max(exponent, 1) - self.bias))
         return values
 
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """The nearest codes, uint8 of ``values``' shape; ValueError for NaN."""
-        if values.isnan().any():
-            raise ValueError(f"{int(values.isnan().sum())} values to be encoded are NaN")
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest values that have a code; NaN stays NaN."""
         magnitude = values.abs().clamp(max=self.max)
         exponent = torch.frexp(magnitude).exponent - 1
         exponent = exponent.clamp(min=1 - self.bias) - self.mantissa
         steps = torch.ldexp(magnitude, -exponent).round()  # ties to even
-        rounded = torch.ldexp(steps, exponent).clamp(max=self.max)
+        return torch.ldexp(steps, exponent).clamp(max=self.max).copysign(values)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest codes, uint8 of ``values``' shape; ValueError for NaN."""
+        if values.isnan().any():
+            raise ValueError(f"{int(values.isnan().sum())} values to be encoded are NaN")
         table = torch.tensor(self.magnitudes(), dtype=values.dtype, device=values.device)
-        code = torch.searchsorted(table, rounded.contiguous()).to(torch.uint8)
+        code = torch.searchsorted(table, self.round(values).abs()).to(torch.uint8)
         return code | (values.signbit().to(torch.uint8) << (self.bits - 1))
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
