@@ -22,6 +22,7 @@ from fusedmoe.selection import Selection, select
 from fusedmoe.weights.param_spec import ParamSpec
 
 if TYPE_CHECKING:
+    from fusedmoe.quantization.dialects.base import Scheme
     from fusedmoe.weights.routed_experts import RoutedExperts
 
 SharedExpertsCallback = Callable[[torch.Tensor], object]
@@ -58,10 +59,15 @@ class _BuiltKernel:
 
 
 class FusedMoEMethodBase(ABC):
-    """One format of one layer. ``moe_config`` is final once the layer is built."""
+    """One format of one layer. ``moe_config`` is final once the layer is built.
+
+    ``checkpoint_scheme`` says how tensors of a checkpoint become the parameters; None: they are the
+    parameters.
+    """
 
     weight_key: QuantKey | None = None
     activation_key: QuantKey | None = None
+    checkpoint_scheme: Scheme | None = None
 
     def __init__(self, moe_config: FusedMoEConfig, groups: ParallelGroups | None = None) -> None:
         self.moe_config = moe_config
@@ -135,9 +141,13 @@ class FusedMoEMethodBase(ABC):
         if self._built is None:
             raise ValueError("the weights are on 'meta': move them with to_empty(device=...) first")
         if not self._built.prepacked:
+            self.finish_weights(layer)
             self._built.kernel.experts.process_weights_after_loading(layer)
             self._built.prepacked = True
         return self._built.kernel
+
+    def finish_weights(self, layer: RoutedExperts) -> None:  # noqa: B027
+        """Check the weights, and derive what the quant config holds, before they are prepacked."""
 
     def _quant_tensors(self, layer: RoutedExperts) -> tuple[torch.Tensor | None, ...]:
         weights = ("w13_weight", "w2_weight")

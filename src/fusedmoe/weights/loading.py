@@ -18,9 +18,11 @@ from fusedmoe.weights.param_spec import (
 from fusedmoe.weights.params_mapping import (
     CheckpointNames,
     ExpertNameParser,
+    ExpertParamEntry,
     ExpertParamsTable,
     ExpertTensorName,
 )
+from fusedmoe.weights.stored import MatrixKey, StoredTensors, fit
 
 if TYPE_CHECKING:
     from fusedmoe.weights.routed_experts import RoutedExperts
@@ -64,6 +66,8 @@ class ExpertLoader:
         self._transposed = transposed
         self._interleaved = interleaved
         self._loaded: set[tuple[str, ShardId, int]] = set()
+        scheme = layer.quant_method.checkpoint_scheme
+        self._stored = None if scheme is None else StoredTensors(scheme)
         self._wanted = frozenset(
             (param_name, shard, expert)
             for param_name, spec in layer.param_specs.items()
@@ -76,6 +80,8 @@ class ExpertLoader:
         """Load one checkpoint tensor; the names of the parameters it went to (on this rank)."""
         layer = self._layer
         copies = self._table.find(name)
+        if copies and self._stored is not None:
+            return self._load_stored_copies(copies, name, tensor)
         if copies:
             return {
                 param_name
@@ -87,12 +93,71 @@ class ExpertLoader:
         parsed = self._parser.parse(name)
         if parsed is None:
             raise ValueError(f"{name} names no tensor of these experts")
+        if self._stored is not None:
+            replicas = None if parsed.expert is None else self._replicas(parsed.expert)
+            return self._load_stored(
+                MatrixKey(parsed.expert, parsed.shards), parsed.suffix, name, tensor, replicas
+            )
         spec = self._spec(parsed, name)
         written = set()
         for expert, shard, data in self._pieces(parsed, spec, name, tensor):
             for physical in layer.expert_map_manager.replicas(expert):
                 if self._load_named(spec.name, data, name, shard, physical):
                     written.add(spec.name)
+        return written
+
+    def _replicas(self, expert: int) -> list[int]:
+        return list(self._layer.expert_map_manager.replicas(expert))
+
+    def _load_stored_copies(
+        self, copies: list[tuple[ExpertParamEntry, str]], name: str, tensor: torch.Tensor
+    ) -> set[str]:
+        """One stored tensor that a table of names assigns to experts."""
+        entry, param_name = copies[0]
+        shard = cast("ShardId", entry.shard_id)
+        suffix = param_name.removeprefix("w2_" if shard == "w2" else "w13_")
+        physical = [other.expert_id for other, _ in copies]
+        return self._load_stored(MatrixKey(physical[0], (shard,)), suffix, name, tensor, physical)
+
+    def _load_stored(
+        self,
+        key: MatrixKey,
+        suffix: str,
+        name: str,
+        tensor: torch.Tensor,
+        physical: list[int] | None,
+    ) -> set[str]:
+        """One tensor as a quantized checkpoint stores it, for the experts ``physical`` (None: all).
+
+        It is converted as soon as what belongs to it is there.
+        """
+        assert self._stored is not None
+        layer, scheme = self._layer, self._stored.scheme
+        count = layer.expert_map_manager.num_logical_experts
+        if physical is None and (tensor.dim() == 0 or tensor.shape[0] != count):
+            raise ValueError(
+                f"{name}: expected {count} experts along the first axis, found shape "
+                f"{tuple(tensor.shape)}"
+            )
+        matrix = key.matrix(name.removesuffix(suffix).rstrip("._"), layer.sizes)
+        written = set()
+        for rule, tensors in self._stored.add(key, matrix.name, suffix, tensor):
+            owner = "w2" if key.shards == ("w2",) else "w13"
+            for expert in range(count) if physical is None else (None,):
+                targets = physical or self._replicas(expert)
+                if all(layer.expert_map_manager.local_row(target) < 0 for target in targets):
+                    continue
+                whole = tensors if expert is None else [stored[expert] for stored in tensors]
+                part = scheme.convert(rule, matrix, whole)
+                if part is None:
+                    continue
+                spec = self._spec_named(f"{owner}_{rule.gives}", name)
+                part = fit(part, spec, layer.sizes, len(key.shards))
+                pieces = self._split_gate_up(key.shards, spec, part)
+                for shard, piece in zip(key.shards, pieces, strict=True):
+                    for target in targets:
+                        if self._load_named(spec.name, piece, name, shard, target):
+                            written.add(spec.name)
         return written
 
     def load_one(
@@ -117,13 +182,7 @@ class ExpertLoader:
         shard_id: ShardId,
         physical_id: int,
     ) -> bool:
-        layer = self._layer
-        spec = layer.param_specs.get(param_name)
-        if spec is None:
-            raise ValueError(
-                f"{name}: this layer has no parameter {param_name}, only "
-                f"{', '.join(layer.param_specs)}"
-            )
+        layer, spec = self._layer, self._spec_named(param_name, name)
         row = layer.expert_map_manager.local_row(physical_id)
         if row < 0:
             return False
@@ -137,10 +196,13 @@ class ExpertLoader:
 
     def _spec(self, parsed: ExpertTensorName, name: str) -> ParamSpec:
         owner = "w2" if parsed.shards == ("w2",) else "w13"
-        spec = self._layer.param_specs.get(f"{owner}_{parsed.suffix}")
+        return self._spec_named(f"{owner}_{parsed.suffix}", name)
+
+    def _spec_named(self, param_name: str, name: str) -> ParamSpec:
+        spec = self._layer.param_specs.get(param_name)
         if spec is None:
             raise ValueError(
-                f"{name}: this layer has no parameter {owner}_{parsed.suffix}, only "
+                f"{name}: this layer has no parameter {param_name}, only "
                 f"{', '.join(self._layer.param_specs)}"
             )
         return spec
@@ -166,7 +228,7 @@ class ExpertLoader:
             rows = tensor.unflatten(0, (count, -1)) if stacked else tensor
             experts = dict(enumerate((rows.mT if flip else rows).unbind(0)))
         for expert, data in experts.items():
-            shards = self._split_gate_up(parsed, spec, data)
+            shards = self._split_gate_up(parsed.shards, spec, data)
             for shard, piece in zip(parsed.shards, shards, strict=True):
                 yield expert, shard, piece
 
@@ -181,9 +243,9 @@ class ExpertLoader:
         return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
 
     def _split_gate_up(
-        self, parsed: ExpertTensorName, spec: ParamSpec, data: torch.Tensor
+        self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        count, axis = len(parsed.shards), spec.intermediate_axis
+        count, axis = len(shards), spec.intermediate_axis
         if count == 1:
             return (data,)
         if axis is None:
@@ -195,6 +257,10 @@ class ExpertLoader:
     @property
     def is_complete(self) -> bool:
         return len(self._loaded) == len(self._wanted)
+
+    def missing_stored(self) -> list[str]:
+        """Names of tensors that are missing beside others of the same matrix."""
+        return [] if self._stored is None else self._stored.missing()
 
     def report(self) -> LoadReport:
         return LoadReport(frozenset(self._loaded), self._wanted - self._loaded)

@@ -1,0 +1,381 @@
+"""What a dialect is: how a checkpoint says that it is quantized, and how its tensors are read.
+
+A dialect reads the ``quantization_config`` of a checkpoint (``CheckpointQuantization``) and says,
+for the name of a linear layer, what is stored there (``Scheme``): the format in our terms, and a
+table of ``Rule``s that turn the stored tensors of one matrix into the parts of a
+``QuantizedTensor``. Nothing else knows the dialect: what comes out is the one canonical layout.
+
+N output features, K input features of one matrix; S shards (gate, up) stacked along N.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedmoe.quantization.keys import GroupShape, QuantKey
+from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
+
+if TYPE_CHECKING:
+    from fusedmoe.config import FusedMoEConfig
+    from fusedmoe.quantization.method_base import FusedMoEMethodBase
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Leaves = Mapping[str, torch.dtype]
+"""dtype of the expert tensors in a checkpoint's files, by the last part of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """The matrix that stored tensors belong to: its name in the files and its logical size.
+
+    N rows in all, of ``shards`` matrices stacked (gate and up in one tensor).
+    """
+
+    name: str
+    N: int
+    K: int
+    shards: int = 1
+
+    def path(self, suffix: str) -> str:
+        """The full name of a stored tensor, for messages."""
+        return f"{self.name}{'' if suffix.startswith('_') else '.'}{suffix}"
+
+
+Convert = Callable[..., torch.Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """``convert(matrix, *tensors)`` makes part ``gives`` of the stored tensors ``needs``.
+
+    Tensors are those of one matrix. ``gives`` is a parameter's name without its owner ("weight",
+    "weight_scale", ...); "" only checks (it returns None). ``optional``: the tensors may be absent,
+    all of them.
+    """
+
+    needs: tuple[str, ...]
+    gives: str
+    convert: Convert
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How the experts of a layer are stored, and what they become.
+
+    ``format`` is that of the layer's parameters, ``stored_group`` what shares a scale in the files:
+    the same, unless a tensor-parallel shard cuts a group. ``activation`` None leaves activations as
+    they are. ``ignored`` tensors are known and not needed.
+    """
+
+    dialect: str
+    format: QuantFormat
+    rules: tuple[Rule, ...]
+    activation: QuantKey | None = None
+    ignored: tuple[str, ...] = ()
+    stored_group: GroupShape = field(default=GroupShape(0, 0))
+
+    def __post_init__(self) -> None:
+        if self.stored_group == (0, 0):
+            object.__setattr__(self, "stored_group", self.format.group)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Suffixes that every matrix has in the files."""
+        return frozenset(n for rule in self.rules if not rule.optional for n in rule.needs)
+
+    @property
+    def known(self) -> frozenset[str]:
+        return frozenset(n for rule in self.rules for n in rule.needs) | frozenset(self.ignored)
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for tools that print them."""
+        return {
+            "dialect": self.dialect,
+            "format": self.format.name,
+            "activation": None if self.activation is None else str(self.activation),
+        }
+
+    def convert(self, rule: Rule, matrix: Matrix, tensors: Sequence[torch.Tensor]) -> Any:
+        """The part that ``rule`` gives, on the layer's own grid of scales; None for a check."""
+        part = rule.convert(matrix, *tensors)
+        if part is None or self.stored_group == self.format.group:
+            return part
+        if rule.gives in ("weight_scale", "weight_zero_point"):
+            return refine(part, matrix, self.stored_group, self.format.group)
+        return part
+
+    def missing(self, suffixes: frozenset[str]) -> frozenset[str]:
+        """What a matrix with these stored tensors lacks; optional rules are all or nothing."""
+        partly = (
+            set(rule.needs) for rule in self.rules if rule.optional and suffixes & set(rule.needs)
+        )
+        return (self.required | frozenset().union(*partly)) - suffixes
+
+    def for_shards(self, intermediate: int, intermediate_stored: int) -> Scheme:
+        """The scheme for ranks that hold ``intermediate_stored`` units of an expert each.
+
+        Where a rank's edge cuts a group, groups become smaller (their greatest common divisor with
+        the shard) and scales are repeated: the values stay the same. E8m0 and e4m3 groups are part
+        of the format; they are left as they are, and the shard is padded to whole groups.
+        """
+        whole = intermediate_stored >= intermediate
+        if whole or self.format.scale_kind != "float" or self.format.act_order:
+            return self
+        rows, columns = (
+            size if size < 1 else gcd(size, intermediate_stored) for size in self.format.group
+        )
+        if (rows, columns) == self.format.group:
+            return self
+        return replace(self, format=replace(self.format, group=GroupShape(rows, columns)))
+
+
+def refine(
+    part: torch.Tensor, matrix: Matrix, stored: GroupShape, wanted: GroupShape
+) -> torch.Tensor:
+    """Scales [rows, columns] of groups ``stored``, repeated for the smaller groups ``wanted``."""
+
+    def index(size: int, old: int, new: int) -> torch.Tensor:
+        return torch.arange(0, size, new) // old
+
+    rows = part.shape[0]
+    if stored.row > 0 and stored.row != wanted.row:
+        each = index(matrix.N // matrix.shards, stored.row, wanted.row)
+        starts = torch.arange(matrix.shards) * (rows // matrix.shards)
+        part = part[(starts[:, None] + each).flatten().to(part.device)]
+    if stored.col > 0 and stored.col != wanted.col:
+        part = part[:, index(matrix.K, stored.col, wanted.col).to(part.device)]
+    return part
+
+
+def read_matrix(
+    scheme: Scheme,
+    tensors: Mapping[str, torch.Tensor],
+    matrix: Matrix,
+    dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedTensor:
+    """One matrix [N, K] from its stored ``tensors`` by suffix; ``dtype`` is what it stands for.
+
+    Raises ValueError naming a tensor that is missing, that the scheme does not know, or whose
+    shape, dtype or values are wrong.
+    """
+    suffixes = frozenset(tensors)
+    lacking = sorted(scheme.missing(suffixes))
+    if lacking:
+        raise ValueError(
+            f"{matrix.path(lacking[0])}: missing beside {', '.join(sorted(suffixes)) or 'nothing'}"
+            f" ({scheme.dialect}, {scheme.name})"
+        )
+    parts: dict[str, torch.Tensor | None] = {}
+    for rule in scheme.rules:
+        if all(need in suffixes for need in rule.needs):
+            parts[rule.gives] = scheme.convert(rule, matrix, [tensors[n] for n in rule.needs])
+    for suffix in sorted(suffixes - scheme.known):
+        raise ValueError(
+            f"{matrix.path(suffix)}: unexpected; {scheme.dialect} {scheme.name} weights are stored "
+            f"as {', '.join(sorted(scheme.known))}"
+        )
+
+    def shaped(name: str, *shape: int) -> torch.Tensor | None:
+        part = parts.get(name)
+        return None if part is None else part.reshape(shape or part.shape)
+
+    per_tensor = (matrix.shards,) if scheme.format.group == (-1, -1) else ()
+    weight = parts["weight"]
+    assert weight is not None
+    return QuantizedTensor(
+        format=scheme.format,
+        data=weight,
+        scale=shaped("weight_scale", *per_tensor),
+        scale2=shaped("weight_scale_2", matrix.shards),
+        zero_point=shaped("weight_zero_point"),
+        group_index=shaped("weight_group_index", matrix.shards, matrix.K),
+        shape=(matrix.N, matrix.K),
+        shards=matrix.shards,
+        dtype=dtype,
+    )
+
+
+class CheckpointQuantization(ABC):
+    """What a checkpoint says about its formats; ``FusedMoE(quant_config=...)`` takes one."""
+
+    dialect: str
+
+    @abstractmethod
+    def scheme(self, module: str) -> Scheme | None:
+        """How the linear layer called ``module`` is stored; None: as ordinary floats.
+
+        Raises ValueError for a scheme that is not known.
+        """
+
+    def layer_scheme(self, modules: Sequence[str]) -> Scheme | None:
+        """The one scheme of the linear layers ``modules`` of a layer's experts.
+
+        Raises ValueError where they differ: one layer has one format.
+        """
+        schemes = {module: self.scheme(module) for module in modules}
+        first, *rest = schemes
+        for module in rest:
+            formats = [s and (s.format, s.activation) for s in (schemes[first], schemes[module])]
+            if formats[0] != formats[1]:
+                names = ["unquantized" if s is None else s[0].name for s in formats]
+                raise ValueError(
+                    f"mixed formats in one layer: {first} is {names[0]}, {module} is {names[1]}"
+                )
+        return schemes[first]
+
+    def get_quant_method(
+        self, moe_config: FusedMoEConfig, prefix: str
+    ) -> FusedMoEMethodBase | None:
+        """The method for the experts under ``prefix``; None leaves them unquantized."""
+        from fusedmoe.quantization.dialects.methods import method_of
+
+        names = ("gate_proj", "up_proj", "down_proj") if moe_config.is_act_and_mul else ()
+        modules = [f"{prefix}.0.{name}" for name in names or ("up_proj", "down_proj")]
+        scheme = self.layer_scheme(modules)
+        return None if scheme is None else method_of(scheme, moe_config)
+
+
+def expect(
+    matrix: Matrix,
+    suffix: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...] | None,
+    *dtypes: torch.dtype,
+) -> None:
+    """ValueError naming the tensor unless it has this shape and one of these dtypes."""
+    if dtypes and tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{matrix.path(suffix)}: expected {wanted}, found {tensor.dtype}")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{matrix.path(suffix)}: expected shape {shape} for a {matrix.N} x {matrix.K} matrix, "
+            f"found {tuple(tensor.shape)}"
+        )
+
+
+def check_finite(matrix: Matrix, suffix: str, scale: torch.Tensor) -> torch.Tensor:
+    """``scale``, unless it holds inf, NaN or a negative number (ValueError naming the first)."""
+    values = scale.float()
+    bad = ~torch.isfinite(values) | (values < 0)
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"{matrix.path(suffix)}: expected finite scales, found {float(values[where])} at "
+            f"{list(where)}"
+        )
+    return scale
+
+
+def scale_rule(
+    suffix: str,
+    group: GroupShape,
+    dtype: torch.dtype,
+    *,
+    gives: str = "weight_scale",
+    optional: bool = False,
+) -> Rule:
+    """Floating-point scales stored row by row as the canonical ones are, in any float dtype."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, None, *FLOATS, torch.float8_e8m0fnu)
+        shaped = shape_scale(matrix, suffix, scale, group)
+        return check_finite(matrix, suffix, shaped.to(dtype))
+
+    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
+
+
+def shape_scale(
+    matrix: Matrix, suffix: str, scale: torch.Tensor, group: GroupShape
+) -> torch.Tensor:
+    """``scale`` as [rows, columns] of the canonical layout ([] or [S] per tensor), checked."""
+    if group == (-1, -1):
+        if scale.numel() not in (1, matrix.shards):
+            expect(matrix, suffix, scale, ())
+        flat = scale.reshape(-1)
+        return flat[0] if matrix.shards == 1 else flat.expand(matrix.shards)
+    row, col = group
+    each = -(-(matrix.N // matrix.shards) // row)
+    if row == 1 and col > 0 and matrix.K % col:
+        raise ValueError(
+            f"{matrix.path(suffix)}: groups of {col} columns do not divide the {matrix.K} of the "
+            "matrix"
+        )
+    shape = (matrix.shards * each, 1 if col == -1 else -(-matrix.K // col))
+    if scale.dim() != 2 and scale.numel() == shape[0] * shape[1]:
+        squeezed = tuple(size for size in scale.shape if size != 1)
+        if squeezed == tuple(size for size in shape if size != 1):
+            scale = scale.reshape(shape)
+    expect(matrix, suffix, scale, shape)
+    return scale
+
+
+def e8m0_rule(suffix: str, columns: int, gives: str = "weight_scale") -> Rule:
+    """Exponents in uint8 or float8_e8m0fnu, one for ``columns`` columns of a row."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, None, torch.uint8, torch.float8_e8m0fnu)
+        raw = shape_scale(matrix, suffix, scale, GroupShape(1, columns)).view(torch.uint8)
+        if bool((raw == 255).any()):
+            where = [int(i) for i in (raw == 255).nonzero()[0]]
+            raise ValueError(
+                f"{matrix.path(suffix)}: expected finite scales, found nan (e8m0 255) at {where}"
+            )
+        return raw
+
+    return Rule(needs=(suffix,), gives=gives, convert=convert)
+
+
+def e4m3_scale_rule(suffix: str, columns: int) -> Rule:
+    """Scales in float8_e4m3fn, one for ``columns`` columns of a row."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, None, torch.float8_e4m3fn)
+        return check_finite(
+            matrix, suffix, shape_scale(matrix, suffix, scale, GroupShape(1, columns))
+        )
+
+    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+
+
+def scalar_rule(suffix: str, gives: str, *, inverse: bool = False, optional: bool = False) -> Rule:
+    """One fp32 number for the matrix (or for each shard); ``inverse`` stores 1 / x."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, None, *FLOATS)
+        number = shape_scale(matrix, suffix, scale, GroupShape(-1, -1)).to(torch.float32)
+        check_finite(matrix, suffix, number)
+        if inverse and bool((number == 0).any()):
+            raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
+        return number.reciprocal() if inverse else number
+
+    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
+
+
+def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values: int = 1) -> Rule:
+    """A weight whose elements lie as the canonical ones do, ``stored`` bytes for ``values``."""
+
+    def convert(matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
+        return weight.view(torch.uint8) if values > 1 else weight
+
+    return Rule(needs=(suffix,), gives="weight", convert=convert)
+
+
+BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)
+
+
+def ignored(suffix: str) -> Rule:
+    """A tensor that says nothing we need."""
+    return Rule(needs=(suffix,), gives="", convert=lambda matrix, tensor: None, optional=True)

@@ -1,0 +1,128 @@
+"""``quant_method: fp8`` (DeepSeek and its like), ``mxfp8`` and ``fbgemm_fp8``.
+
+    weight            float8_e4m3fn [N, K]
+    weight_scale_inv  one multiplier per block (weight_block_size, usually 128 x 128): fp32, bf16 or
+                      e8m0 (scale_fmt ue8m0, whose fp32 form holds powers of two too)
+    weight_scale      one number (no block size), or [N, 1] (fbgemm_fp8)
+    input_scale       one number, where activation_scheme is static
+
+With ``expert_dtype: fp4`` (DeepSeek-V4) the experts alone are MXFP4: weight int8 [N, K / 2] and
+scale e8m0 [N, K / 32].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusedmoe.quantization.dialects.base import (
+    BIAS,
+    CheckpointQuantization,
+    Leaves,
+    Rule,
+    Scheme,
+    e8m0_rule,
+    plain_weight_rule,
+    scalar_rule,
+    scale_rule,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.reading import names_of, one_of, sizes_of
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    MXFP8_DYNAMIC,
+    PER_ROW,
+    PER_TENSOR,
+    GroupShape,
+    QuantKey,
+    fp8_dynamic_group,
+)
+from fusedmoe.quantization.tensor import QuantFormat
+
+WEIGHT = plain_weight_rule("weight", torch.float8_e4m3fn)
+_SCALE_LEAVES = ("weight_scale_inv", "scale", "weight_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Quantization(CheckpointQuantization):
+    """``block`` None: one scale per matrix, or one per row (``per_row``)."""
+
+    dialect: str = "fp8"
+    block: GroupShape | None = None
+    static: bool = False
+    ue8m0: bool = False
+    per_row: bool = False
+    mx: bool = False
+    fp4_experts: bool = False
+    scale_leaf: str = "weight_scale_inv"
+    not_converted: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, config: dict[str, Any], leaves: Leaves) -> Fp8Quantization:
+        method = config["quant_method"]
+        if method == "fbgemm_fp8":
+            return cls(
+                dialect=method,
+                per_row=True,
+                scale_leaf="weight_scale",
+                not_converted=names_of(config, "modules_to_not_convert"),
+            )
+        sizes = sizes_of(config, "weight_block_size", 2)
+        mx = method == "mxfp8" or sizes == (1, 32)
+        one_of(config, "fmt", None, "e4m3", "float8_e4m3fn")
+        default = "weight_scale_inv" if sizes or mx else "weight_scale"
+        return cls(
+            dialect="mxfp8" if mx else "fp8",
+            block=GroupShape(*sizes) if sizes and not mx else None,
+            static=one_of(config, "activation_scheme", None, "dynamic", "static") == "static",
+            ue8m0=one_of(config, "scale_fmt", None, "ue8m0", "float32", "fp32") == "ue8m0",
+            mx=mx,
+            fp4_experts=config.get("expert_dtype") == "fp4",
+            scale_leaf=next((leaf for leaf in _SCALE_LEAVES if leaf in leaves), default),
+            not_converted=names_of(config, "modules_to_not_convert", "ignored_layers"),
+        )
+
+    def scheme(self, module: str) -> Scheme | None:
+        if is_listed(module, self.not_converted):
+            return None
+        if self.fp4_experts and ".experts." in module:
+            return self._fp4()
+        if self.mx:
+            return Scheme(
+                dialect=self.dialect,
+                format=QuantFormat(
+                    element="e4m3", group=GroupShape(1, 32), scale_dtype=torch.uint8
+                ),
+                activation=MXFP8_DYNAMIC,
+                rules=(WEIGHT, e8m0_rule(self.scale_leaf, 32), BIAS),
+            )
+        group = self.block or (PER_ROW if self.per_row else PER_TENSOR)
+        rules: list[Rule] = [WEIGHT, scale_rule(self.scale_leaf, group, torch.float32), BIAS]
+        if self.static:
+            rules.append(scalar_rule("input_scale", "input_scale"))
+        return Scheme(
+            dialect=self.dialect,
+            format=QuantFormat(element="e4m3", group=group),
+            activation=self._activation(),
+            rules=tuple(rules),
+            ignored=() if self.static else ("input_scale", "input_scale_ub"),
+        )
+
+    def _activation(self) -> QuantKey:
+        if self.block is not None:
+            return fp8_dynamic_group(self.block.col, "e8m0" if self.ue8m0 else "float")
+        if self.per_row:
+            return FP8_DYNAMIC_TOKEN
+        return FP8_STATIC_TENSOR if self.static else FP8_DYNAMIC_TENSOR
+
+    def _fp4(self) -> Scheme:
+        packed = plain_weight_rule("weight", torch.int8, torch.uint8, values=2)
+        return Scheme(
+            dialect=self.dialect,
+            format=QuantFormat(element="e2m1", group=GroupShape(1, 32), scale_dtype=torch.uint8),
+            rules=(packed, e8m0_rule(self.scale_leaf, 32), BIAS),
+        )

@@ -1,0 +1,157 @@
+"""``quant_method: modelopt`` (NVIDIA Model Optimizer), by ``quant_algo``.
+
+    FP8                       weight e4m3 [N, K], weight_scale [], input_scale []
+    FP8_PER_CHANNEL_PER_TOKEN weight_scale [N]
+    FP8_PB_WO                 weight_scale per 128 x 128, perhaps as [N / 128, 1, K / 128, 1]
+    NVFP4                     weight uint8 [N, K / 2], weight_scale e4m3 [N, K / 16], weight_scale_2
+                              and input_scale [], multipliers
+    MXFP8                     weight e4m3, weight_scale uint8 (e8m0) [N, K / 32]
+
+The same settings stand in ``hf_quant_config.json`` under "quantization".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusedmoe.quantization.dialects.base import (
+    BIAS,
+    CheckpointQuantization,
+    Leaves,
+    Scheme,
+    e4m3_scale_rule,
+    e8m0_rule,
+    plain_weight_rule,
+    scalar_rule,
+    scale_rule,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.reading import integer, names_of, section
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    MXFP8_DYNAMIC,
+    NVFP4_DYNAMIC,
+    PER_ROW,
+    PER_TENSOR,
+    GroupShape,
+    QuantKey,
+)
+from fusedmoe.quantization.tensor import QuantFormat
+
+_FP8 = plain_weight_rule("weight", torch.float8_e4m3fn)
+_INPUT_SCALE = scalar_rule("input_scale", "input_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptQuantization(CheckpointQuantization):
+    """``layers``: the algorithm of single layers (MIXED_PRECISION), by name."""
+
+    dialect: str = "modelopt"
+    algorithm: str
+    layers: tuple[tuple[str, str], ...] = ()
+    excluded: tuple[str, ...] = ()
+    input_scales: bool = True
+
+    @classmethod
+    def read(cls, config: dict[str, Any], leaves: Leaves) -> ModelOptQuantization:
+        config = section(config, "quantization") or config
+        algorithm = str(config.get("quant_algo")).upper()
+        layers = []
+        for name, settings in section(config, "quantized_layers").items():
+            own = settings.get("quant_algo") if isinstance(settings, dict) else None
+            layers.append((name, str(own).upper()))
+        names = {own for _, own in layers} if algorithm == "MIXED_PRECISION" else {algorithm}
+        for name in names:
+            if name not in _SCHEMES:
+                raise ValueError(
+                    f"quantization_config: unknown scheme: quant_algo {name!r}; known: "
+                    f"{', '.join(_SCHEMES)}"
+                )
+        if algorithm == "NVFP4" and integer(config, "group_size", 16) != 16:
+            raise ValueError(
+                f"quantization_config: NVFP4 has groups of 16, not {config['group_size']}"
+            )
+        return cls(
+            algorithm=algorithm,
+            layers=tuple(layers),
+            excluded=names_of(config, "exclude_modules", "ignore"),
+            input_scales=not leaves or "input_scale" in leaves,
+        )
+
+    def scheme(self, module: str) -> Scheme | None:
+        if is_listed(module, self.excluded):
+            return None
+        if self.algorithm != "MIXED_PRECISION":
+            return _SCHEMES[self.algorithm](self.input_scales)
+        for name, algorithm in self.layers:
+            if is_listed(module, (name,)):
+                return _SCHEMES[algorithm](self.input_scales)
+        return None
+
+
+def _fp8_tensor(static: bool) -> Scheme:
+    activation = FP8_STATIC_TENSOR if static else FP8_DYNAMIC_TENSOR
+    return _fp8("FP8", PER_TENSOR, activation, static)
+
+
+def _fp8_channel(static: bool) -> Scheme:
+    return _fp8("FP8_PER_CHANNEL_PER_TOKEN", PER_ROW, FP8_DYNAMIC_TOKEN, False)
+
+
+def _fp8_block(static: bool) -> Scheme:
+    return _fp8("FP8_PB_WO", GroupShape(128, 128), None, False)
+
+
+def _fp8(name: str, group: GroupShape, activation: QuantKey | None, static: bool) -> Scheme:
+    rules = (_FP8, scale_rule("weight_scale", group, torch.float32), BIAS)
+    return Scheme(
+        dialect=f"modelopt {name}",
+        format=QuantFormat(element="e4m3", group=group),
+        activation=activation,
+        rules=(*rules, _INPUT_SCALE) if static else rules,
+        ignored=() if static else ("input_scale",),
+    )
+
+
+def _nvfp4(static: bool) -> Scheme:
+    rules = (
+        plain_weight_rule("weight", torch.uint8, values=2),
+        e4m3_scale_rule("weight_scale", 16),
+        scalar_rule("weight_scale_2", "weight_scale_2"),
+        BIAS,
+    )
+    return Scheme(
+        dialect="modelopt NVFP4",
+        format=QuantFormat(
+            element="e2m1",
+            group=GroupShape(1, 16),
+            scale_dtype=torch.float8_e4m3fn,
+            second_scale=True,
+        ),
+        activation=NVFP4_DYNAMIC if static else None,
+        rules=(*rules, _INPUT_SCALE) if static else rules,
+    )
+
+
+def _mxfp8(static: bool) -> Scheme:
+    return Scheme(
+        dialect="modelopt MXFP8",
+        format=QuantFormat(element="e4m3", group=GroupShape(1, 32), scale_dtype=torch.uint8),
+        activation=MXFP8_DYNAMIC,
+        rules=(_FP8, e8m0_rule("weight_scale", 32), BIAS),
+        ignored=("input_scale",),
+    )
+
+
+_SCHEMES = {
+    "FP8": _fp8_tensor,
+    "FP8_PER_CHANNEL_PER_TOKEN": _fp8_channel,
+    "FP8_PB_WO": _fp8_block,
+    "NVFP4": _nvfp4,
+    "MXFP8": _mxfp8,
+}

@@ -1,0 +1,150 @@
+"""``quant_method: quark`` (AMD Quark): weight and input settings per layer, by pattern.
+
+fp8_e4m3      weight e4m3 [N, K], weight_scale [] or [N] (per_channel), input_scale []
+int8          weight int8 [N, K], weight_scale [N]
+fp4           weight uint8 [N, K / 2], weight_scale uint8 (e8m0) [N, K / 32]
+fp6_e3m2/e2m3 weight uint8 [N, K * 6 / 8], weight_scale uint8 (e8m0) [N, K / 32]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusedmoe.quantization.dialects.base import (
+    BIAS,
+    CheckpointQuantization,
+    Leaves,
+    Rule,
+    Scheme,
+    e8m0_rule,
+    plain_weight_rule,
+    scalar_rule,
+    scale_rule,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    MXFP6_E2M3_DYNAMIC,
+    MXFP6_E3M2_DYNAMIC,
+    MXFP8_DYNAMIC,
+    PER_ROW,
+    PER_TENSOR,
+    GroupShape,
+    QuantKey,
+)
+from fusedmoe.quantization.tensor import QuantFormat
+
+_ELEMENTS = {"fp4": "e2m1", "fp6_e3m2": "e3m2", "fp6_e2m3": "e2m3", "fp8_e4m3": "e4m3"}
+_MX_ACTIVATIONS = {
+    "fp4": MXFP4_DYNAMIC,
+    "fp6_e3m2": MXFP6_E3M2_DYNAMIC,
+    "fp6_e2m3": MXFP6_E2M3_DYNAMIC,
+    "fp8_e4m3": MXFP8_DYNAMIC,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarkQuantization(CheckpointQuantization):
+    """``layers``: (pattern, scheme) pairs that come before ``default``."""
+
+    dialect: str = "quark"
+    default: Scheme | None
+    layers: tuple[tuple[str, Scheme | None], ...] = ()
+    excluded: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, config: dict[str, Any], leaves: Leaves) -> QuarkQuantization:
+        layers = section(config, "layer_quant_config")
+        return cls(
+            default=scheme_of(section(config, "global_quant_config")),
+            layers=tuple((name, scheme_of(section(layers, name))) for name in layers),
+            excluded=names_of(config, "exclude"),
+        )
+
+    def scheme(self, module: str) -> Scheme | None:
+        if is_listed(module, self.excluded):
+            return None
+        for pattern, scheme in self.layers:
+            if is_listed(module, (pattern,)):
+                return scheme
+        return self.default
+
+
+def scheme_of(settings: dict[str, Any]) -> Scheme | None:
+    """The scheme of one ``*_quant_config``. Raises ValueError for one that is not known."""
+    weight, inputs = section(settings, "weight"), section(settings, "input_tensors")
+    if not weight:
+        return None
+    dtype = one_of(weight, "dtype", "int8", *_ELEMENTS)
+    qscheme = one_of(weight, "qscheme", "per_tensor", "per_channel", "per_group")
+    if qscheme == "per_group":
+        return _mx(weight, inputs, dtype)
+    if dtype not in ("fp8_e4m3", "int8"):
+        raise ValueError(f"quantization_config: unknown scheme: {dtype} {qscheme}")
+    group = PER_TENSOR if qscheme == "per_tensor" else PER_ROW
+    activation = _activation(inputs, dtype)
+    static = activation is not None and activation.static
+    is_fp8 = dtype == "fp8_e4m3"
+    rules: list[Rule] = [
+        plain_weight_rule("weight", torch.float8_e4m3fn if is_fp8 else torch.int8),
+        scale_rule("weight_scale", group, torch.float32),
+        BIAS,
+    ]
+    if static:
+        rules.append(scalar_rule("input_scale", "input_scale"))
+    return Scheme(
+        dialect="quark",
+        format=QuantFormat(element="e4m3" if is_fp8 else "int8", group=group),
+        activation=activation,
+        rules=tuple(rules),
+        ignored=("weight_zero_point", "input_zero_point", *["input_scale"] * (not static)),
+    )
+
+
+def _activation(inputs: dict[str, Any], dtype: str) -> QuantKey | None:
+    if not inputs:
+        return None
+    one_of(inputs, "dtype", dtype)
+    qscheme = one_of(inputs, "qscheme", "per_tensor", "per_channel", "per_token")
+    dynamic = flag(inputs, "is_dynamic", False)
+    if dtype == "int8":
+        if not dynamic or qscheme == "per_tensor":
+            raise ValueError("quantization_config: int8 activations must be dynamic, per token")
+        return INT8_DYNAMIC_TOKEN
+    if qscheme != "per_tensor":
+        return FP8_DYNAMIC_TOKEN
+    return FP8_DYNAMIC_TENSOR if dynamic else FP8_STATIC_TENSOR
+
+
+def _mx(weight: dict[str, Any], inputs: dict[str, Any], dtype: str) -> Scheme:
+    """OCP microscaling formats: groups of 32 with e8m0 scales."""
+    one_of(weight, "scale_format", "e8m0")
+    columns = integer(weight, "group_size")
+    if columns != 32 or dtype not in _ELEMENTS:
+        raise ValueError(f"quantization_config: unknown scheme: {dtype} in groups of {columns}")
+    format_ = QuantFormat(
+        element=_ELEMENTS[dtype], group=GroupShape(1, 32), scale_dtype=torch.uint8
+    )
+    stored = (torch.float8_e4m3fn,) if dtype == "fp8_e4m3" else (torch.uint8,)
+    activation: QuantKey | None = None
+    if inputs:
+        kind = one_of(inputs, "dtype", *_MX_ACTIVATIONS)
+        grouped = inputs.get("qscheme") == "per_group"
+        activation = _MX_ACTIVATIONS[kind] if grouped else _activation(inputs, "fp8_e4m3")
+    static = activation is not None and activation.static
+    rules: list[Rule] = [
+        plain_weight_rule("weight", *stored, stored=format_.type.stored, values=format_.values),
+        e8m0_rule("weight_scale", 32),
+        BIAS,
+    ]
+    if static:
+        rules.append(scalar_rule("input_scale", "input_scale"))
+    return Scheme(dialect="quark", format=format_, activation=activation, rules=tuple(rules))
