@@ -22,6 +22,8 @@ from fusedmoe.quantization.config import (
     biased_moe_quant_config,
 )
 from fusedmoe.selection import Selection, select
+from fusedmoe.tuning.choice import checked_table
+from fusedmoe.tuning.table_file import table_from_text
 
 _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_NUMBERS = ApplyMoEActivationConfig()
@@ -128,6 +130,16 @@ def _on_triton(call: _Call) -> torch.Tensor:
     if call.apply_router_weight_on_input:
         x = x * weights.to(x.dtype)
     (T, H), K, width = x.shape, call.topk_ids.shape[1], call.w2.shape[2]
+    table = checked_table(
+        call.options.table,
+        K,
+        call.w1.shape[0],
+        H,
+        width,
+        x.dtype,
+        call.activation,
+        x.device,
+    )
     limit = call.options.max_workspace_bytes
     chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
     output = x.new_empty(T, H)
@@ -149,6 +161,7 @@ def _on_triton(call: _Call) -> torch.Tensor:
             workspace13,
             workspace2,
             batch_invariant=call.options.batch_invariant,
+            table=table,
         )
     return output
 
@@ -260,6 +273,7 @@ def _opaque(call: _Call) -> torch.Tensor:
         options.max_workspace_bytes,
         options.experts,
         options.debug_checks,
+        None if options.table is None else options.table.text,
     )
 
 
@@ -285,6 +299,7 @@ def _fused_experts_op(
     max_workspace_bytes: int | None,
     experts: str | None,
     debug_checks: bool,
+    tuned_table: str | None = None,
 ) -> torch.Tensor:
     """``fused_experts`` as torch.compile sees it: opaque."""
     return fused_experts(
@@ -306,6 +321,7 @@ def _fused_experts_op(
             max_workspace_bytes=max_workspace_bytes,
             experts=experts,
             debug_checks=debug_checks,
+            tuned_table=None if tuned_table is None else table_from_text(tuned_table),
         ),
     )
 

@@ -9,12 +9,10 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.config import FusedMoEConfig
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
@@ -24,19 +22,19 @@ from fusedmoe.modular_kernel import (
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
+from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
-from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
+from fusedmoe.tuning.choice import checked_table, device_facts, tiles_for
+from fusedmoe.tuning.table_file import table_from_text
+from fusedmoe.tuning.tiles import LayerTiles
+from fusedmoe.tuning.tuned_table import TunedTable
 
 TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-@lru_cache
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that one block of threads may use."""
-    if device.type != "cuda":
-        return HOPPER_SHARED_MEMORY
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return device_facts(device).shared_memory
 
 
 def triton_experts(
@@ -56,31 +54,34 @@ def triton_experts(
     *,
     batch_invariant: bool = False,
     tiles: LayerTiles | None = None,
+    table: TunedTable | None = None,
 ) -> None:
     """Write the weighted sum over K [T, H] into ``output``.
 
     hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I], topk_weights fp32 [T, K] (None: all one).
     The workspaces hold at least R * I and R * H elements. Ids that name no local expert count as
-    nothing. ``tiles`` overrides the choice of ``tuning.tiles``.
+    nothing. ``tiles`` overrides the choice of ``tuning.choice``, ``table`` (already checked) the
+    packaged tables.
     """
     T, H = hidden_states.shape
     K = topk_ids.shape[1]
     e, I, R = w1.shape[0], w2.shape[2], T * K  # noqa: E741
     if tiles is None:
-        tiles = layer_tiles(
+        tiles = tiles_for(
             T,
             K,
             e,
             H,
             I,
             hidden_states.dtype,
-            gated=activation.is_gated,
+            activation,
+            device_facts(hidden_states.device),
             batch_invariant=batch_invariant,
-            shared_memory=shared_memory_of(hidden_states.device),
+            table=table,
         )
     act = workspace13.flatten()[: R * I].view(R, I)
     rows = workspace2.flatten()[: R * H].view(R, H)
-    blocks = _blocks(topk_ids, e, expert_map, tiles.gemm1.block_m, batch_invariant)
+    blocks = slot_blocks(topk_ids, e, expert_map, tiles.gemm1.block_m, batch_invariant)
     grouped_gemm(
         hidden_states,
         w1,
@@ -98,7 +99,7 @@ def triton_experts(
     )
 
 
-def _blocks(
+def slot_blocks(
     topk_ids: torch.Tensor,
     e: int,
     expert_map: torch.Tensor | None,
@@ -122,11 +123,30 @@ def _blocks(
 class TritonExperts(FusedMoEExpertsModular):
     """Standard rows, unquantized, any GPU that Triton compiles for.
 
-    ``tiles``, if set, replaces the choice of ``tuning.tiles``.
+    ``tiles``, if set, replaces the choice of ``tuning.choice``.
     """
 
     name = "triton"
     tiles: LayerTiles | None = None
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
+    ) -> None:
+        super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
+        self.table = checked_table(
+            moe_config.options.table,
+            moe_config.experts_per_token,
+            moe_config.num_local_experts,
+            moe_config.hidden_dim,
+            moe_config.intermediate_size_per_partition,
+            moe_config.in_dtype,
+            moe_config.activation,
+            moe_config.device,
+        )
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -193,6 +213,7 @@ class TritonExperts(FusedMoEExpertsModular):
                 workspace13,
                 workspace2,
                 options.batch_invariant,
+                None if self.table is None else self.table.text,
             )
             return
         triton_experts(
@@ -210,6 +231,7 @@ class TritonExperts(FusedMoEExpertsModular):
             workspace2,
             batch_invariant=options.batch_invariant,
             tiles=self.tiles,
+            table=self.table,
         )
 
 
@@ -235,6 +257,7 @@ def _triton_experts_op(
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
     batch_invariant: bool,
+    table: str | None = None,
 ) -> None:
     """``triton_experts`` as torch.compile sees it: opaque."""
     triton_experts(
@@ -254,6 +277,7 @@ def _triton_experts_op(
         workspace13,
         workspace2,
         batch_invariant=batch_invariant,
+        table=None if table is None else table_from_text(table),
     )
 
 

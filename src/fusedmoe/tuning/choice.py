@@ -1,0 +1,163 @@
+"""Which tiles the Triton experts take: a given table's, a packaged one's, or those of ``tiles``.
+
+Packaged tables are data of this package, under ``tables/<device>/<kernel>-<version>/``. One is
+used where device, version of the kernel, release of Triton and layer are those it was measured
+with; nothing else is looked at, and nothing outside the package is read.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.tuning.foreign import device_key
+from fusedmoe.tuning.table_file import table_from_json
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, TileConfig, layer_tiles
+from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
+from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
+
+_WEIGHT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class DeviceFacts(NamedTuple):
+    """What the choice of tiles depends on beside the sizes; ``triton`` None: no tables."""
+
+    name: str
+    shared_memory: int
+    triton: str | None
+
+
+@lru_cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Of the GPU ``device``; a CPU stands in for a Hopper that no table was measured on."""
+    if device.type != "cuda":
+        return DeviceFacts("cpu", HOPPER_SHARED_MEMORY, None)
+    import triton
+
+    properties: Any = torch.cuda.get_device_properties(device)
+    return DeviceFacts(
+        device_key(properties.name),
+        int(properties.shared_memory_per_block_optin),
+        triton.__version__,
+    )
+
+
+def layer_key(
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    dtype: torch.dtype,
+    activation: MoEActivation,
+) -> LayerKey:
+    """The key of an unquantized layer of E local experts."""
+    weights = _WEIGHT_NAMES.get(dtype, str(dtype))
+    return LayerKey(E=E, K=K, H=H, I=I, weights=weights, form=gemm1_form(activation))
+
+
+def table_name(layer: LayerKey) -> str:
+    """The file that holds a layer's table."""
+    return f"E{layer.E}-K{layer.K}-H{layer.H}-I{layer.I}-{layer.weights}-{layer.form}.json"
+
+
+def table_folder(device: str, kernel: TunedKernel) -> Traversable:
+    tables = files("fusedmoe.tuning").joinpath("tables")
+    return tables.joinpath(device, f"{kernel.name}-{kernel.version}")
+
+
+@lru_cache(maxsize=1024)
+def packaged_table(layer: LayerKey, kernel: TunedKernel, facts: DeviceFacts) -> TunedTable | None:
+    """The table shipped for this layer on this device, or None."""
+    if facts.triton is None:
+        return None
+    file = table_folder(facts.name, kernel).joinpath(table_name(layer))
+    if not file.is_file():
+        return None
+    table = table_from_json(json.loads(file.read_text()))
+    fits = (table.device, release(table.triton)) == (facts.name, release(facts.triton))
+    return table if fits and table.unfit(layer, kernel) is None else None
+
+
+def release(version: str | None) -> str | None:
+    """``"3.6.1+git"`` -> ``"3.6"``: what a compiler's schedules are stable within."""
+    return None if version is None else ".".join(version.split(".")[:2])
+
+
+@lru_cache(maxsize=1024)
+def checked_table(
+    table: TunedTable | None,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    dtype: torch.dtype,
+    activation: MoEActivation,
+    device: torch.device,
+) -> TunedTable | None:
+    """``MoEOptions.tuned_table`` as the Triton experts of this layer take it; None stays None.
+
+    Raises ValueError where the table is not for this layer, or does not fit the device. The
+    device's name and the release of Triton may differ: who passes a table says that it is good.
+    """
+    if table is None:
+        return None
+    layer, facts = layer_key(K, E, H, I, dtype, activation), device_facts(device)
+    reason = table.unfit(layer, KERNELS["triton"])
+    if reason is not None:
+        raise ValueError(f"the tuned table does not serve this layer: {reason}")
+    for stage, tile, _ in table.curves:
+        assert isinstance(tile, TileConfig)
+        needed = tile.shared_memory(dtype.itemsize, weight_tiles(stage, layer.form))
+        if needed > facts.shared_memory:
+            raise ValueError(
+                f"the tuned table's {stage} tile {tile} needs {needed} bytes of shared memory, "
+                f"{facts.name} has {facts.shared_memory}"
+            )
+    return table
+
+
+def weight_tiles(stage: str, form: str | None) -> int:
+    """How many tiles of weights a step of this GEMM loads: gate and up, or one."""
+    return 1 if stage == "gemm2" or form == "plain" else 2
+
+
+@lru_cache(maxsize=8192)
+def tiles_for(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    dtype: torch.dtype,
+    activation: MoEActivation,
+    facts: DeviceFacts,
+    *,
+    batch_invariant: bool = False,
+    table: TunedTable | None = None,
+) -> LayerTiles:
+    """The tiles of a layer of E local experts for T tokens of K picks.
+
+    ``table`` has been checked. ``batch_invariant`` takes no table, since tables vary with T.
+    """
+    if not batch_invariant:
+        layer = layer_key(K, E, H, I, dtype, activation)
+        table = table or packaged_table(layer, KERNELS["triton"], facts)
+        if table is not None:
+            return LayerTiles(*table.tiles(T))
+    return layer_tiles(
+        T,
+        K,
+        E,
+        H,
+        I,
+        dtype,
+        gated=activation.is_gated,
+        batch_invariant=batch_invariant,
+        shared_memory=facts.shared_memory,
+    )

@@ -1,0 +1,61 @@
+"""Tables know the device code they were measured with; a change of it is noticed here."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+
+from fusedmoe.tuning.choice import table_name
+from fusedmoe.tuning.table_file import table_from_text
+from fusedmoe.tuning.tuned_kernels import KERNELS, device_text, source_digest
+
+TABLES = sorted(
+    (path for path in files("fusedmoe.tuning").joinpath("tables").rglob("*.json")),
+    key=str,
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+def test_a_changed_kernel_is_noticed(kernel) -> None:
+    """Measure the tables again (``fusedmoe tune``) and raise ``version`` where the change touches
+    speed; where it cannot, write the new digest into ``tuned_kernels.py``."""
+    if kernel.digest is None:
+        assert not [path for path in TABLES if path.parent.name.startswith(f"{kernel.name}-")]
+    else:
+        assert source_digest(kernel) == kernel.digest, test_a_changed_kernel_is_noticed.__doc__
+
+
+SOURCE = '''
+import triton
+
+@triton.jit
+def kernel(a, BLOCK: tl.constexpr):
+    """Adds."""
+    # why
+    x = a  +  1   # how
+    return "# kept", x
+
+
+def launcher():
+    return 7
+'''
+
+
+def test_only_device_code_counts() -> None:
+    same = SOURCE.replace("Adds.", "Adds one.").replace("# why", "# because").replace("7", "8")
+    assert device_text(SOURCE) == device_text(same)
+    assert '"# kept"' in device_text(SOURCE).replace("#kept", "# kept")
+    assert device_text(SOURCE) != device_text(SOURCE.replace("+  1", "+ 2"))
+    assert "launcher" not in device_text(SOURCE)
+    assert "@triton.jit" in device_text(SOURCE)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_packaged_tables_are_sound_and_where_they_are_looked_for(path) -> None:
+    table = table_from_text(path.read_text())
+    assert path.name == table_name(table.layer)
+    assert path.parent.name == f"{table.kernel}-{table.kernel_version}"
+    assert path.parent.parent.name == table.device
+    assert table.measured
+    assert table.text == path.read_text()

@@ -1,0 +1,215 @@
+"""Tuned tables as records: the choice between batch sizes, and who may use a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.config import MoEOptions
+from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
+from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles, direct_tiles
+from fusedmoe.tuning.table_file import make_table, table_from_text
+from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
+from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable, interpolated
+
+LOW, HIGH = TileConfig(16, 64, 128, 1, 4, 4), TileConfig(128, 64, 64, 8, 8, 3)
+SIZES: dict[str, Any] = {"K": 8, "E": 128, "H": 2048, "I": 768}
+LAYER = LayerKey(weights="bf16", form="halves", **SIZES)
+CPU = DeviceFacts("cpu", 227 * 1024, None)
+H200 = DeviceFacts("NVIDIA_H200", 227 * 1024, "3.6.0")
+
+
+def table_of(*curves: Curve, tokens: tuple[int, ...], **changes: Any) -> TunedTable:
+    given: dict[str, Any] = {
+        "device": "NVIDIA_H200",
+        "kernel": "triton",
+        "kernel_version": KERNELS["triton"].version,
+        "triton": "3.6.0",
+        "layer": LAYER,
+    }
+    return make_table(**(given | changes), tokens=tokens, curves=curves)
+
+
+def two_tiles() -> TunedTable:
+    """The low tile wins below 64 tokens, the high one above; they meet at 64."""
+    return table_of(
+        Curve("gemm1", LOW, (10.0, 40.0, 160.0)),
+        Curve("gemm2", LOW, (10.0, 40.0, 160.0)),
+        Curve("gemm1", HIGH, (40.0, 40.0, 40.0)),
+        Curve("gemm2", HIGH, (40.0, 40.0, 40.0)),
+        tokens=(16, 64, 256),
+    )
+
+
+def test_the_lowest_curve_is_chosen_for_every_batch() -> None:
+    table = two_tiles()
+    chosen = {T: table.tiles(T) for T in (1, 16, 63, 65, 256, 10**6)}
+    assert {T for T, tiles in chosen.items() if tiles == (LOW, LOW)} == {1, 16, 63}
+    assert {T for T, tiles in chosen.items() if tiles == (HIGH, HIGH)} == {65, 256, 10**6}
+
+
+def test_both_gemms_share_their_alignment() -> None:
+    """The best tile of each GEMM alone is of no use where their blocks differ."""
+    table = table_of(
+        Curve("gemm1", LOW, (10.0,)),
+        Curve("gemm1", HIGH, (20.0,)),
+        Curve("gemm2", LOW, (50.0,)),
+        Curve("gemm2", HIGH, (30.0,)),
+        Curve("gemm2", replace(HIGH, block_n=128), (25.0,)),
+        Curve("gemm1", replace(HIGH, block_m=64), (1.0,)),
+        tokens=(8,),
+    )
+    assert table.tiles(8) == (HIGH, replace(HIGH, block_n=128))
+    assert table.cost(8) == 45.0
+
+
+costs = st.lists(st.floats(1.0, 1e4), min_size=4, max_size=4).map(tuple)
+
+
+@given(st.lists(costs, min_size=1, max_size=4), st.lists(costs, min_size=1, max_size=4))
+def test_the_chosen_time_never_jumps(up: Any, down: Any) -> None:
+    """One token more changes the time by no more than the steepest curve does, whatever the
+    choice does."""
+    tokens = (1, 16, 300, 4096)
+    tiles = [replace(LOW, group_m=group + 1) for group in range(4)]
+    curves = [Curve("gemm1", tile, cost) for tile, cost in zip(tiles, up, strict=False)]
+    curves += [Curve("gemm2", tile, cost) for tile, cost in zip(tiles, down, strict=False)]
+    table = table_of(*curves, tokens=tokens)
+    for T in (2, 15, 16, 17, 100, 299, 300, 301, 2000, 4095, 4096):
+        slack = max(
+            abs(interpolated(tokens, c.cost, T + 1) - interpolated(tokens, c.cost, T))
+            for c in curves
+        )
+        assert abs(table.cost(T + 1) - table.cost(T)) <= 2 * slack + 1e-6
+
+
+def test_between_two_counts_times_follow_a_power_law() -> None:
+    assert interpolated((10, 1000), (5.0, 500.0), 100) == pytest.approx(50.0)
+    assert interpolated((10, 1000), (5.0, 500.0), 1) == 5.0
+    assert interpolated((10, 1000), (5.0, 500.0), 5000) == 500.0
+
+
+def test_a_table_is_its_text() -> None:
+    table = two_tiles()
+    again = table_from_text(table.text)
+    assert again == table
+    assert hash(again) == hash(table)
+    assert again.curves == table.curves
+    assert MoEOptions(tuned_table=table) == MoEOptions(tuned_table=again)
+    assert table != table_of(*table.curves[:2], tokens=(16, 64, 256))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"I": 384}, "it is for I 768, the layer has 384"),
+        ({"K": 4}, "for K 8, the layer has 4"),
+        ({"weights": "fp16"}, "for weights bf16"),
+        ({"form": "plain"}, "for form halves"),
+        ({}, None),
+    ],
+)
+def test_a_table_is_for_one_layer(changes: dict[str, Any], reason: str | None) -> None:
+    found = two_tiles().unfit(replace(LAYER, **changes), KERNELS["triton"])
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_table_of_another_kernel_or_version_is_refused() -> None:
+    table = two_tiles()
+    assert "not 'hopper'" in str(table.unfit(LAYER, KERNELS["hopper"]))
+    old = table_of(*table.curves, tokens=table.tokens, kernel_version=99)
+    assert "version 99" in str(old.unfit(LAYER, KERNELS["triton"]))
+
+
+def asked(table: TunedTable | None, **changes: Any) -> TunedTable | None:
+    sizes = SIZES | changes
+    return checked_table(
+        table,
+        *(sizes[name] for name in "KEHI"),
+        torch.bfloat16,
+        MoEActivation.SILU,
+        torch.device("cpu"),
+    )
+
+
+def test_a_table_that_was_asked_for_must_serve_the_layer() -> None:
+    assert asked(None) is None
+    assert asked(two_tiles()) is not None
+    with pytest.raises(ValueError, match="does not serve this layer: it is for E 128"):
+        asked(two_tiles(), E=64)
+    huge = replace(HIGH, block_n=256, block_k=128, num_stages=5)
+    table = table_of(Curve("gemm1", huge, (1.0,)), Curve("gemm2", huge, (1.0,)), tokens=(1,))
+    with pytest.raises(ValueError, match=r"needs \d{6} bytes of shared memory, cpu has 232448"):
+        asked(table)
+
+
+def chosen(T: int, **how: Any) -> LayerTiles:
+    sizes = tuple(SIZES[name] for name in "KEHI")
+    return tiles_for(T, *sizes, torch.bfloat16, MoEActivation.SILU, how.pop("facts", CPU), **how)
+
+
+def test_without_a_table_the_shape_decides() -> None:
+    for T in (1, 16, 4096):
+        assert chosen(T) == layer_tiles(T, 8, 128, 2048, 768, torch.bfloat16)
+
+
+def test_a_given_table_comes_first_and_batch_invariance_before_all() -> None:
+    table = two_tiles()
+    assert chosen(16, table=table) == (LOW, LOW)
+    fixed = {chosen(T, table=table, batch_invariant=True) for T in (1, 16, 100, 5000)}
+    assert fixed == {layer_tiles(7, 8, 128, 2048, 768, torch.bfloat16, batch_invariant=True)}
+
+
+def test_packaged_tables_are_for_their_device_and_release_of_triton(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedmoe.tuning import choice
+
+    kernel = KERNELS["triton"]
+    folder = tmp_path / "NVIDIA_H200" / f"triton-{kernel.version}"
+    folder.mkdir(parents=True)
+    (folder / choice.table_name(LAYER)).write_text(two_tiles().text)
+    monkeypatch.setattr(
+        choice,
+        "table_folder",
+        lambda device, kernel: tmp_path / device / f"{kernel.name}-{kernel.version}",
+    )
+    packaged_table.cache_clear()
+    found = {
+        facts: packaged_table(LAYER, kernel, facts)
+        for facts in (
+            H200,
+            H200._replace(triton="3.6.4+git1"),
+            H200._replace(triton="3.7.0"),
+            H200._replace(name="NVIDIA_H100"),
+            CPU,
+        )
+    }
+    packaged_table.cache_clear()
+    assert [table is not None for table in found.values()] == [True, True, False, False, False]
+
+
+def test_hopper_tiles_fit_in_tables_too() -> None:
+    """One stage, three kinds of records, nested ones among them."""
+    tiles = (direct_tiles(1, 8, 2048, 768), decode_tiles(512, 128, 2048, 768), PrefillTiles())
+    table = make_table(
+        device="NVIDIA_H200",
+        kernel="hopper",
+        kernel_version=1,
+        triton=None,
+        layer=LAYER,
+        tokens=(1, 64, 4096),
+        curves=tuple(
+            Curve("layer", tile, tuple(1.0 + abs(place - own) for place in range(3)))
+            for own, tile in enumerate(tiles)
+        ),
+    )
+    again = table_from_text(table.text)
+    assert [again.tiles(T) for T in (1, 64, 4096)] == [(tile,) for tile in tiles]
