@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -93,9 +93,10 @@ def run_layer_bench(
     ]
     if peers is True:
         peers = [name for name in DEFAULT_PEERS if device.type == "cpu" or "eager" not in name]
+    names = tuple(peers or ())
     report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
     for done, cell in enumerate(
-        run_cells(cells, report, device, experts, peers or (), Effort(repeats))
+        run_cells(cells, report, device, experts, lambda cell: names, Effort(repeats))
     ):
         if progress is not None:
             progress(done, len(cells), str(cell))
@@ -129,25 +130,26 @@ def run_cells(
     report: BenchReport,
     device: torch.device,
     experts: Sequence[str | type | None] = (None,),
-    peers: Sequence[str] = (),
+    peers: Callable[[Cell], Sequence[str]] = lambda cell: (),
     effort: Effort = Effort(),
 ) -> Iterator[Cell]:
     """Measure cells into ``report``, yielding each one before it begins.
 
-    Neighbours of the same shape and dtype share weights. ``report``'s header has the ceilings.
+    ``peers``: names of ``contestants.PEERS`` for each cell. Neighbours of the same shape and dtype
+    share weights. ``report``'s header has the ceilings.
     """
     for (shape, dtype), group in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
         torch.manual_seed(0)
         weights = random_weights(shape, dtype, device, _copies(shape, dtype, device))
-        built: dict[Scope, list[Contestant]] = {}
+        built: dict[tuple[str, Scope], Contestant | None] = {}
         for cell in group:
             yield cell
             with torch.inference_mode():
-                if cell.scope not in built:
-                    built[cell.scope] = _contestants(cell, weights, experts, peers, report)
+                builders = _builders(experts, peers(cell))
+                contestants = _contestants(cell, weights, builders, built, report)
                 situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
                 problem = Problem.of(cell, situations, device)
-                _measure(problem, weights, built[cell.scope], effort, report)
+                _measure(problem, weights, contestants, effort, report)
         del weights, built
         gc.collect()
         if device.type == "cuda":
@@ -163,24 +165,31 @@ def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
     return max(1, min(_COPIES_ON_CUDA, int(free * _MEMORY_SHARE) // one))
 
 
+def _builders(
+    experts: Sequence[str | type | None], peers: Sequence[str]
+) -> dict[str, Callable[..., Contestant]]:
+    ours = {contestant_name(one): partial(our_layer, experts=one) for one in experts}
+    return ours | {name: partial(peer, name) for name in peers}
+
+
 def _contestants(
     cell: Cell,
     weights: list[Weights],
-    experts: Sequence[str | type | None],
-    peers: Sequence[str],
+    builders: Mapping[str, Callable[..., Contestant]],
+    built: dict[tuple[str, Scope], Contestant | None],
     report: BenchReport,
 ) -> list[Contestant]:
-    builders: dict[str, Callable[..., Contestant]] = {
-        contestant_name(one): partial(our_layer, experts=one) for one in experts
-    }
-    builders |= {name: partial(peer, name) for name in peers}
-    found = []
+    """Those that can run this cell; each is built once for its weights and scope."""
     for name, build in builders.items():
+        if (name, cell.scope) in built:
+            continue
         try:
-            found.append(build(cell.shape, weights, scope=cell.scope))
+            built[name, cell.scope] = build(cell.shape, weights, scope=cell.scope)
         except ValueError as error:
             report.notes.append(f"{cell.shape.name}: {name} left out: {error}")
-    return found
+            built[name, cell.scope] = None
+    found = [built[name, cell.scope] for name in builders]
+    return [one for one in found if one is not None]
 
 
 def _measure(

@@ -1,0 +1,174 @@
+"""The bf16 layer on one H200 against its limit, its peers and what it has to reach.
+
+    python benchmarks/h200_layer.py [--out benchmarks/results/h200/layer_table.json] [--seconds 500]
+
+From router logits, balanced routing unless said: CUDA-graph replays over several sets of weights,
+normal numbers, implementations in turns, ceilings measured first. A run whose memory or matrix
+units are slower than this GPU's is thrown away. The file grows cell by cell; started again, the
+script goes on with what is missing. A CSV and a PNG are made of the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from h200_targets import SKEWED, TARGETS, print_verdicts, verdicts
+
+from fusedmoe.bench import SHAPES, BenchReport
+from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.problems import Cell, Scope
+from fusedmoe.bench.report import make_header
+from fusedmoe.bench.run import Effort, run_cells
+
+LEAST_READ_GBS, LEAST_BF16_TFLOPS = 4300.0, 710.0
+PEER_BYTES = 8 << 30
+DENSE_FROM = 1024  # tokens from which matrix units are what bounds a layer
+SHAPES_IN_TABLE = tuple(dict.fromkeys(target.shape for target in TARGETS))
+SKEW_TOKENS = (2048, 8192, 16384)
+PEER_SHAPES = ("qwen3-30b", "mixtral", "deepseek-v3-ep8", "gpt-oss-120b")
+PEER_TOKENS = (1, 8, 64, 512, 8192)
+UNIFORM_TOKENS = (1, 8, 64, 512, 8192)
+HOT_TOKENS = (1, 64, 4096)
+
+
+def table(shapes: Sequence[str]) -> list[Cell]:
+    """Every cell, the cells of one shape side by side, the small ones first."""
+    cells: list[Cell] = []
+
+    def add(shape: str, routing: str, tokens: Sequence[int], scope: Scope = "layer") -> None:
+        cells.extend(Cell(SHAPES[shape], torch.bfloat16, routing, T, scope) for T in tokens)
+
+    for shape in dict.fromkeys((*SHAPES_IN_TABLE, *PEER_SHAPES)):
+        if shape not in shapes:
+            continue
+        if shape in SHAPES_IN_TABLE:
+            asked = {T for target in TARGETS if target.shape == shape for T in target.tokens}
+            extra = {4096} if shape == "qwen3-30b" else set()
+            add(shape, "balanced", sorted({*asked, *SKEW_TOKENS, *extra}))
+            add(shape, SKEWED, sorted({*SKEW_TOKENS, *extra}))
+        if shape in ("qwen3-30b", "mixtral"):
+            add(shape, "one_expert", HOT_TOKENS)
+        if shape == "qwen3-30b":
+            add(shape, "uniform", UNIFORM_TOKENS)
+        if shape in PEER_SHAPES:
+            add(shape, "uniform", PEER_TOKENS, "experts")
+    return cells
+
+
+def peers_of(cell: Cell) -> tuple[str, ...]:
+    if cell.scope == "experts":
+        return ("transformers_grouped_mm",)
+    names = (
+        "transformers_grouped_mm",
+        "transformers_batched_mm",
+        "torch_grouped_mm_alone",
+        "torch_reference",
+    )
+    return (*names, "torch_mm") if cell.T >= DENSE_FROM else names
+
+
+def open_report(path: Path, device: torch.device, least: tuple[float, float]) -> dict[str, Any]:
+    """The file so far, with this run's ceilings as its newest run; SystemExit if they are low."""
+    ceilings = measure_ceilings(device, (torch.bfloat16,))
+    read, rate = ceilings["read_gbs"], ceilings["bf16_tflops"]
+    if read < least[0] or rate < least[1]:
+        raise SystemExit(
+            f"thrown away: this GPU reads {read:.0f} GB/s and multiplies at {rate:.0f} TFLOP/s, "
+            f"at least {least[0]:.0f} and {least[1]:.0f} are asked"
+        )
+    header = make_header(device, ceilings)
+    record = (
+        json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": [], "notes": []}
+    )
+    record |= header
+    record["runs"].append({"commit": header["commit"], "date": header["date"]} | ceilings)
+    print({name: round(value, 1) for name, value in ceilings.items()}, file=sys.stderr)
+    return record
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Go through the cells that are missing until the time is up; save after each."""
+    path, device, begin = Path(args.out), torch.device(args.device), time.monotonic()
+    record = open_report(path, device, (args.least_read, args.least_rate))
+    report = BenchReport(record, record.pop("rows"), record.pop("notes"))
+    run, done = len(record["runs"]) - 1, record.setdefault("cells", [])
+    wanted = [
+        cell
+        for cell in table(args.shapes)
+        if str(cell) not in done and (not args.tokens or cell.T in args.tokens)
+    ]
+    current: Cell | None = None
+
+    def save() -> None:
+        for row in report.rows:
+            row.setdefault("run", run)
+        report.notes[:] = dict.fromkeys(report.notes)
+        if current is not None:
+            done.append(str(current))
+        record["targets"] = [asdict(one) for one in verdicts(report.rows, record["runs"])]
+        report.write(path)
+        report.write_csv(path.with_suffix(".csv"))
+
+    effort = Effort(args.repeats, PEER_BYTES)
+    for cell in run_cells(wanted, report, device, (None, *args.experts), peers_of, effort):
+        save()
+        current = None
+        elapsed = time.monotonic() - begin
+        if args.seconds is not None and elapsed > args.seconds:
+            print(f"time is up: {len(wanted) - wanted.index(cell)} cells left", file=sys.stderr)
+            break
+        print(f"{elapsed:6.1f} s  {cell}", file=sys.stderr, flush=True)
+        current = cell
+    save()
+    return report.to_json()
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Speed and roofline of the balanced rows, where a shape has several token counts."""
+    try:
+        from fusedmoe.cli.plot import write_plot
+
+        rows = [
+            row
+            for row in record["rows"]
+            if row["routing"] == "balanced" and row["scope"] in ("layer", "gemms")
+        ]
+        write_plot(record | {"rows": [row | {"scope": "layer"} for row in rows]}, path)
+    except ValueError as error:
+        print(f"not drawn: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="benchmarks/results/h200/layer_table.json")
+    parser.add_argument("--seconds", type=float, help="start no new cell after so long")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--experts", nargs="*", default=["triton"], help="more of ours")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--least-read", type=float, default=LEAST_READ_GBS)
+    parser.add_argument("--least-rate", type=float, default=LEAST_BF16_TFLOPS)
+    parser.add_argument("--only-report", action="store_true", help="measure nothing, read --out")
+    args = parser.parse_args()
+    path = Path(args.out)
+    if args.only_report:
+        record = json.loads(path.read_text())
+        found = verdicts(record["rows"], record["runs"])
+    else:
+        record = measure(args)
+        found = verdicts(record["rows"], record["runs"])
+    print_verdicts(found)
+    draw(record, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
