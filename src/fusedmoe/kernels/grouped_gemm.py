@@ -42,7 +42,7 @@ def grouped_gemm(
 
     Raises ValueError where shapes or dtypes disagree.
     """
-    _check(a, b, c, top_k, bias, row_weights, activation)
+    check_grouped_gemm(a, b, c, top_k, bias, row_weights, activation)
     if isinstance(blocks, LoneSlots) and blocks.topk_ids.shape != c.shape[:1]:
         raise ValueError(f"{tuple(blocks.topk_ids.shape)} ids do not name {c.shape[0]} slots")
     if a.is_cuda:
@@ -101,7 +101,7 @@ def grouped_gemm_reference(
     return c
 
 
-def _check(
+def check_grouped_gemm(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
@@ -110,6 +110,7 @@ def _check(
     row_weights: torch.Tensor | None,
     activation: MoEActivation | None,
 ) -> None:
+    """Raise ValueError, with the numbers, where the operands of a grouped GEMM do not fit."""
     if (a.dim(), b.dim(), c.dim()) != (2, 3, 2):
         raise ValueError(
             f"a, b, c must have 2, 3, 2 dimensions, got {tuple(a.shape)}, {tuple(b.shape)}, "
