@@ -30,6 +30,8 @@ from fusedmoe.quantization.keys import QuantKey, accepts
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
 
+_Keys = tuple[QuantKey | None, QuantKey | None]
+
 # In order of preference; "module:class", so that no candidate is imported before it is asked for.
 EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton:TritonExperts",
@@ -39,6 +41,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
+    "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
@@ -63,7 +66,8 @@ class Selection:
     """The outcome for one layer; ``print`` it to read why.
 
     ``chosen`` is the experts class and ``prepare_finalize`` the one that moves tokens to it;
-    the candidates stand in the order in which they were considered.
+    the candidates stand in the order in which they were considered. ``notes`` say what about the
+    chosen one is not as the keys say.
     """
 
     chosen: type[FusedMoEExperts]
@@ -72,6 +76,7 @@ class Selection:
     prepare_finalize_candidates: tuple[Candidate, ...]
     moe_config: FusedMoEConfig
     groups: ParallelGroups | None = None
+    notes: tuple[str, ...] = ()
 
     def make_kernel(
         self, quant_config: FusedMoEQuantConfig
@@ -97,6 +102,7 @@ class Selection:
         return "\n".join(
             [
                 *_lines("experts", name_of(self.chosen), self.candidates),
+                *(f"  {note}" for note in self.notes),
                 *_lines(
                     "prepare_finalize",
                     name_of(self.prepare_finalize),
@@ -212,12 +218,17 @@ def select(
     weight_key: QuantKey | None = None,
     activation_key: QuantKey | None = None,
     groups: ParallelGroups | None = None,
+    *,
+    down_keys: tuple[QuantKey | None, QuantKey | None] | None = None,
 ) -> Selection:
     """Choose experts, and the prepare/finalize that serves them.
 
     ``moe.options`` forces either by name or class. ``groups`` are the process groups tokens may
-    move over. Raises ValueError with every reason where nothing fits.
+    move over. ``down_keys`` are the (weight, activation) keys of the second GEMM where they are not
+    those of the first. Raises ValueError with every reason where nothing fits.
     """
+    keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
+    keys = keys if down_keys is not None else keys[:1]
     movers = _candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
     mover_reasons = {cls: cls.unmet_requirement(moe, groups) for cls in movers}
     able = [cls for cls, reason in mover_reasons.items() if reason is None]
@@ -228,7 +239,7 @@ def select(
     chosen: tuple[type[FusedMoEExperts], type[FusedMoEPrepareAndFinalize]] | None = None
     for cls in _candidate_classes(EXPERTS, moe.options.experts):
         serving = [mover for mover in able if _serves(mover, cls)]
-        reason = _unmet(cls, moe, weight_key, activation_key, bool(serving))
+        reason = _unmet(cls, moe, keys, bool(serving))
         candidates.append(Candidate(name_of(cls), reason))
         if reason is None and chosen is None:
             chosen = cls, serving[0]
@@ -242,7 +253,21 @@ def select(
         tuple(Candidate(name_of(c), r) for c, r in mover_reasons.items() if issubclass(c, kind)),
         moe,
         groups,
+        _notes(chosen[0], keys),
     )
+
+
+def _notes(cls: type[FusedMoEExperts], keys: tuple[_Keys, ...]) -> tuple[str, ...]:
+    """What ``cls`` computes in wider numbers than its operands have."""
+    emulated = dict.fromkeys(
+        f"emulated: {operand} ({key}) have the values of their format, but are multiplied as wider "
+        "floats"
+        for pair in keys
+        for operand, key in zip(("weights", "activations"), pair, strict=True)
+        for which, known in cls.capabilities().emulated
+        if which == operand and key is not None and accepts(known, key)
+    )
+    return tuple(emulated)
 
 
 def _kind(mover: type[FusedMoEPrepareAndFinalize]) -> type[FusedMoEPrepareAndFinalize]:
@@ -253,13 +278,13 @@ def _kind(mover: type[FusedMoEPrepareAndFinalize]) -> type[FusedMoEPrepareAndFin
 def _unmet(
     cls: type[FusedMoEExperts],
     moe: FusedMoEConfig,
-    weight_key: QuantKey | None,
-    activation_key: QuantKey | None,
+    keys: tuple[_Keys, ...],
     served: bool,
 ) -> str | None:
     if moe.require_modular and issubclass(cls, FusedMoEExpertsMonolithic):
         return "routes by itself, but this layer needs its routing before the experts"
-    _, reason = cls.is_supported_config(moe, weight_key, activation_key, cls.activation_format())
+    reasons = (cls.is_supported_config(moe, *pair, cls.activation_format())[1] for pair in keys)
+    reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None and not served:
         return f"takes {cls.activation_format().name} rows, which no prepare/finalize delivers"
     return reason

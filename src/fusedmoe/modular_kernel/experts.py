@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,8 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
+Operand = Literal["weights", "activations"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCapabilities:
@@ -29,7 +31,8 @@ class ExpertsCapabilities:
     unquantized, and ``keys.ANY`` in a group shape stands for every number. ``requires`` names
     modules that must be importable. ``min_capability`` is a CUDA compute capability such as (9, 0).
     ``batch_invariant`` is False unless claimed, because nothing else would notice that it does not
-    hold. ``graph_capture`` False: it waits for the device.
+    hold. ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
+    values of their format but are multiplied as wider floats, where that is worth saying.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
@@ -45,6 +48,7 @@ class ExpertsCapabilities:
     batch_invariant: bool = False
     hash_routing: bool = True
     graph_capture: bool = True
+    emulated: frozenset[tuple[Operand, QuantKey]] = frozenset()
 
 
 def merged_activation_config(

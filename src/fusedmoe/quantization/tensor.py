@@ -9,7 +9,8 @@ up, S = 2; else 1), g columns to a group and blocks of (bn, bk):
                  blocks [e, S * ceil(N / S / bn), ceil(K / bk)]
     scale2       [e, S] fp32, where the format has a second scale
     zero_point   as scale's groups, in the element's own range, where the format is not symmetric
-    group_index  int32 [e, S, K]: the group of each column, where the format is act-order
+    group_index  int32 [e, S, K]: the group of each column, where the format is act-order; scale
+                 may then have groups that no column here belongs to
 
     value = (element - zero_point) * scale * scale2
 
@@ -212,7 +213,10 @@ class QuantizedTensor:
     def _expected(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...] | None]]:
         """(dtypes, shape) of every part; shape None: there must be none."""
         fmt, (*lead, N, K) = self.format, self.shape
-        of_scale = fmt.scale_shape(N, K, self.shards)
+        if fmt.act_order and self.scale is not None:
+            of_scale: tuple[int, ...] | None = (N, self.scale.shape[-1])  # of other ranks' columns
+        else:
+            of_scale = fmt.scale_shape(N, K, self.shards)
         scale = None if of_scale is None else (*lead, *of_scale)
         floats = _FLOATS if fmt.scale_kind == "float" else (fmt.scale_dtype or torch.uint8,)
         return {

@@ -1,0 +1,182 @@
+"""Quantized experts in plain torch: what every kernel for a format is compared with.
+
+Weights are dequantized one expert at a time, activations are rounded to their format and multiplied
+back, everything else is as in ``torch_reference``. Any device, any format, slow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.kernels.ids import local_ids
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEExpertsModular,
+    WorkspaceShapes,
+)
+from fusedmoe.quantization.activations import fake_quantize
+from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
+
+
+def quantized_experts_reference(
+    hidden_states: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    a1: FusedMoEQuantDesc | None = None,
+    a2: FusedMoEQuantDesc | None = None,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x [T, H], w1 [e, S * I, H], w2 [e, H, I] -> [T, H] in x's dtype, all sums in compute_dtype.
+
+    As ``experts_reference`` on the dequantized weights. ``a1`` and ``a2`` say how the rows that
+    enter each product are quantized; the second is from the activation's fp32 result, all experts
+    together.
+    """
+    x = hidden_states.to(compute_dtype)
+    weights = topk_weights.to(compute_dtype)
+    if apply_router_weight_on_input:
+        x, weights = x * weights, torch.ones_like(weights)
+    ids = local_ids(topk_ids, w1.shape[0], expert_map)
+    x = _quantized(x, a1)
+    (T, K), I = ids.shape, w2.shape[-1]  # noqa: E741
+    middle = x.new_zeros(T * K, I)
+    slots = {
+        expert: (ids.flatten() == expert).nonzero().squeeze(1)
+        for expert in ids.unique().tolist()
+        if expert >= 0
+    }
+    for expert, slot in slots.items():
+        up = x[slot // K] @ w1[expert].dequantize(compute_dtype).T
+        if w1_bias is not None:
+            up = up + w1_bias[expert].to(compute_dtype)
+        middle[slot] = activation_reference(activation, up, activation_config).to(compute_dtype)
+    middle = _quantized(middle, a2)
+    out = torch.zeros(T, w2.shape[-2], dtype=compute_dtype, device=x.device)
+    for expert, slot in slots.items():
+        down = middle[slot] @ w2[expert].dequantize(compute_dtype).T
+        if w2_bias is not None:
+            down = down + w2_bias[expert].to(compute_dtype)
+        out.index_add_(0, slot // K, down * weights.flatten()[slot, None])
+    return out.to(hidden_states.dtype)
+
+
+def _quantized(x: torch.Tensor, desc: FusedMoEQuantDesc | None) -> torch.Tensor:
+    return x if desc is None else fake_quantize(x, desc.key, desc.scale)
+
+
+class TorchQuantizedExperts(FusedMoEExpertsModular):
+    """Any format on any device, one expert after the other, in fp32."""
+
+    name = "torch_quantized"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return ExpertsCapabilities(
+            dtypes=frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}),
+            weight_formats=frozenset(
+                (weight, activation)
+                for weight in WEIGHT_KEYS
+                for activation in (None, *ACTIVATION_KEYS)
+            ),
+            batch_invariant=True,
+            graph_capture=False,
+            emulated=frozenset(("activations", key) for key in ACTIVATION_KEYS),
+        )
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        return WorkspaceShapes((0,), (0,), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        step = hidden_states.shape[0]
+        # A BLAS may sum in another order for another number of rows.
+        step = 1 if self.moe_config.options.batch_invariant else max(1, step)
+        first, second = quantized_pair(w1, w2, self.quant_config, activation, hidden_states.dtype)
+        for start in range(0, hidden_states.shape[0], step):
+            part = slice(start, start + step)
+            output[part] = quantized_experts_reference(
+                hidden_states[part],
+                first,
+                second,
+                weights[part],
+                topk_ids[part],
+                a1=self.quant_config.a1,
+                a2=self.quant_config.a2,
+                activation=activation,
+                activation_config=self.activation_config,
+                w1_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                expert_map=expert_map,
+                compute_dtype=_wide(hidden_states.dtype),
+            )
+
+
+def quantized_pair(
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    config: FusedMoEQuantConfig,
+    activation: MoEActivation,
+    dtype: torch.dtype,
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """The data of both weights with the parts that ``config`` has for them."""
+    return (
+        config.w1.weight(
+            w1,
+            dtype,
+            shards=2 if activation.is_gated else 1,
+            interleaved=activation is MoEActivation.SWIGLUOAI,
+        ),
+        config.w2.weight(w2, dtype),
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
