@@ -36,9 +36,8 @@ from fusedmoe.tuning.hopper_tiles import (
     DirectTiles,
     PrefillTiles,
     decode_tiles,
+    decode_tiles_of,
     direct_tiles,
-    narrow_tiles,
-    wide_tiles,
 )
 
 Tiles = DecodeTiles | PrefillTiles | DirectTiles
@@ -257,17 +256,13 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
     if (T <= 2 or (more and T <= 8)) and R <= 32 and shape.k <= 16:
         out["direct"] = direct_tiles(T, shape.k, shape.H, shape.I)
         if more:
-            out["shared"] = direct_tiles(T, shape.k, shape.H, shape.I, shared=True)
-            out["alone"] = direct_tiles(T, shape.k, shape.H, shape.I, shared=False)
+            out["uneven"] = replace(out["direct"], up_rows=64, up_valid=64, up_stages=3)
     if mean <= 96 or shape.name == "small":
         auto = decode_tiles(R, shape.E, shape.H, shape.I)
         out["decode"] = auto
-        if more and auto.up.warps == 8:
-            out["narrow"] = narrow_tiles(auto.block)
-        elif more:
-            out["wide"] = wide_tiles(auto.block)
-        if more and auto.block <= 16:
-            out["halves"] = narrow_tiles(auto.block, auto.down.rows, 0.5)
+        if more:
+            out["narrow"] = decode_tiles_of(auto.block, 64, 128)
+            out["wide"] = decode_tiles_of(auto.block, 128, 256)
     if mean >= 16 or shape.name == "small":
         out["prefill"] = PrefillTiles()
         if more:
@@ -300,12 +295,10 @@ def warm(shapes: list[str], tokens: list[int], all_variants: bool, part: tuple[i
 
 CHECKED = (
     "direct",
-    "alone",
-    "halves",
+    "uneven",
     "decode",
     "wide",
     "narrow",
-    "shared",
     "prefill",
     "stages3",
 )

@@ -96,7 +96,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from fusedmoe.kernels.triton import hopper_decode, hopper_direct, hopper_prefill
-from fusedmoe.tuning.hopper_tiles import SHARED_BYTES, direct_tiles, narrow_tiles, PrefillTiles
+from fusedmoe.tuning.hopper_tiles import SHARED_BYTES, PrefillTiles, decode_tiles_of, direct_tiles
 
 def desc(rows, columns):
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
@@ -123,21 +123,23 @@ def build(kernel, types, constants, **options):
 
 sizes = {"H": 272, "I": 208}
 formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
-tiles = narrow_tiles(8)
+tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
 build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
       sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
 build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
       sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages})
 tiles = direct_tiles(1, 4, 272, 208)
-weights = desc(tiles.up_rows, tiles.depth)
+weights = desc(tiles.up_box, tiles.depth)
 build(hopper_direct.up_kernel,
       {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
-      sizes | formula | {"SLOTS": 4, "TILE": tiles.up_rows, "BK": 128, "STAGES": tiles.up_stages,
-                         "SHARED": tiles.shared})
+      sizes | formula | {"SLOTS": 4, "TILE": tiles.up_rows, "VALID": tiles.up_valid, "BK": 128,
+                         "STAGES": tiles.up_stages}, maxnreg=hopper_direct.MAX_REGISTERS)
 build(hopper_direct.down_kernel,
-      {"desc": desc(tiles.down_rows // 4, tiles.depth), "act_desc": desc(8, tiles.depth)},
-      sizes | {"PICKS": 4, "PADDED_PICKS": 4, "SLOTS": 4, "BK": 128, "STAGES": tiles.down_stages})
+      {"desc": desc(tiles.down_box, tiles.depth), "act_desc": desc(8, tiles.depth)},
+      sizes | {"PICKS": 4, "SLOTS": 4, "TILE": tiles.down_rows, "SHARE": tiles.down_rows // 4,
+               "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
+      maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
 step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
 weights = desc(128, tiles.depth)

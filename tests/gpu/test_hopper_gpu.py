@@ -15,10 +15,9 @@ from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.tuning.hopper_tiles import (
     DirectTiles,
     PrefillTiles,
+    decode_tiles_of,
     direct_tiles,
     hopper_tiles,
-    narrow_tiles,
-    wide_tiles,
 )
 
 pytestmark = [
@@ -58,11 +57,11 @@ LAYERS = {
     "passes": replace(GPU, T=200, options=MoEOptions(max_workspace_bytes=100_000)),
 }
 KINDS = {
-    "narrow8": narrow_tiles(8),
-    "narrow16_shared": narrow_tiles(16, 64, 0.5),
-    "wide8": wide_tiles(8),
-    "wide32": wide_tiles(32),
-    "wide64": wide_tiles(64),
+    "narrow8": decode_tiles_of(8, 64, 128),
+    "narrow16": decode_tiles_of(16, 64, 64),
+    "wide8": decode_tiles_of(8, 128, 256),
+    "wide32": decode_tiles_of(32, 128, 256),
+    "wide64": decode_tiles_of(64, 128, 256),
     "prefill": PrefillTiles(),
     "prefill_shallow": PrefillTiles(stages=3, group=2),
 }
@@ -132,13 +131,14 @@ def test_every_kernel_runs_every_size(name, kind):
     assert_right(run(layer, tensors, KINDS[kind]), layer, tensors)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("rows", [32, 64])
 @pytest.mark.parametrize("T", [1, 2, 3, 8])
-def test_direct_tokens(T, rows, shared):
+@pytest.mark.parametrize(("up", "down"), [(16, 8), (32, 32), (48, 24), (64, 16)])
+def test_direct_tokens(T, up, down):
     layer = replace(GPU, T=T, E=8, K=4, local=5)
     tensors = layer.tensors()
-    tiles = replace(direct_tiles(T, 4, 256, 192, shared=shared), up_rows=rows, up_stages=3)
+    tiles = direct_tiles(T, 4, 256, 192)
+    tiles = replace(tiles, up_rows=32 if up <= 32 else 64, up_valid=up, up_stages=3)
+    tiles = replace(tiles, down_rows=128, down_valid=down, down_stages=3)
     assert_right(run(layer, tensors, tiles), layer, tensors)
 
 
@@ -291,7 +291,7 @@ def test_rows_past_two_to_the_31_elements():
     tensors["topk_ids"] = torch.randint(0, 2, (T, 2), device="cuda", dtype=torch.int32)
     tensors["topk_weights"] = torch.rand(T, 2, device="cuda")
     part = {n: tensors[n][sample] for n in ("hidden_states", "topk_weights", "topk_ids")}
-    for tiles in (None, wide_tiles(64)):
+    for tiles in (None, decode_tiles_of(64, 128, 256)):
         out = run(replace(layer, T=T), tensors, tiles)
         assert not out.isnan().any()
         assert_right(out[sample], layer, tensors | part)

@@ -177,6 +177,7 @@ def routing(spec, block_t, num_warps, **pointers):
         "TOPK_GROUP": spec.topk_group, "TOP2": spec.group_score == "top2_sum", "PER_GROUP": 0,
         "VISION_LO": spec.image_sentinel_lo, "BLOCK_T": block_t,
         "BLOCK_G": triton.next_power_of_2(groups), "BLOCK_S": triton.next_power_of_2(size),
+        "CHAINED": True,
         "stride_expert": 1}
     types = {"logits_ptr": "*bf16"} | OUT | SCALARS | TABLE | pointers
     build(routing_kernel, types, constants, num_warps)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 SHARED_BYTES = 227 * 1024  # what one program may have on compute capability 9.0
 ELEMENT_BYTES = 2
-TYPICAL_PROGRAMS = 128  # about one per multiprocessor
+HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,35 @@ class DecodeTiles:
 
 
 def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
-    """Tiles for R routed slots over ``num_local`` experts."""
+    """Tiles for R routed slots over ``num_local`` experts.
+
+    A block that overflows reads its expert's weights twice, a roomy one costs little: it has room
+    for three standard deviations above the mean. Wide tiles read the token rows half as often.
+    """
     mean = R / num_local
-    block = 8 if mean <= 8 else 16 if mean <= 16 else 32 if mean <= 32 else 64
-    active = min(R, num_local)
-    # Wide tiles read the token rows half as often; they need tasks enough for a few rounds.
-    if active * -(-I // 128) >= 3 * TYPICAL_PROGRAMS:
-        return wide_tiles(block)
-    half = active * -(-H // 128) < TYPICAL_PROGRAMS
-    return narrow_tiles(block, 64 if half else 128)
+    wanted = mean + 3 * mean**0.5
+    block = next((block for block in (8, 16, 32) if wanted <= block), 64)
+    if block == 64 or (block == 32 and I % 128 == 0 and H % 256 == 0):
+        return decode_tiles_of(block, 128, 256)
+    tasks = min(R, num_local) * -(-H // 128)
+    return decode_tiles_of(block, 64, 64 if 2 * tasks <= HOPPER_PROGRAMS else 128)
 
 
-def wide_tiles(block: int) -> DecodeTiles:
+def decode_tiles_of(block: int, up_rows: int, down_rows: int) -> DecodeTiles:
+    """Rings as deep as a multiprocessor holds, for tiles of so many weight rows."""
     return DecodeTiles(
         block,
-        DecodeGemmTile(128, 128, deepest_ring(128, 2, 128, block), 8),
-        DecodeGemmTile(256, 128, deepest_ring(256, 1, 128, block), 8),
+        DecodeGemmTile(up_rows, 128, deepest_ring(up_rows, 2, block), 8 if up_rows == 128 else 4),
+        DecodeGemmTile(
+            down_rows, 128, deepest_ring(down_rows, 1, block), 8 if down_rows == 256 else 4
+        ),
     )
 
 
-def narrow_tiles(block: int, down_rows: int = 128, share: float = 1.0) -> DecodeTiles:
-    return DecodeTiles(
-        block,
-        DecodeGemmTile(64, 128, deepest_ring(64, 2, 128, block, share)),
-        DecodeGemmTile(down_rows, 128, deepest_ring(down_rows, 1, 128, block, share)),
-    )
-
-
-def deepest_ring(rows: int, tiles: int, depth: int, block: int, share: float = 1.0) -> int:
-    """How many stages fit, beside the buffer of the transposed store, in ``share`` of a
-    multiprocessor's shared memory."""
-    stage = (tiles * rows + block) * depth * ELEMENT_BYTES
-    return (int(SHARED_BYTES * share) - rows * block * ELEMENT_BYTES - 512) // stage
+def deepest_ring(rows: int, tiles: int, block: int) -> int:
+    """How many stages of 128 columns fit beside the buffer of the transposed store."""
+    stage = (tiles * rows + block) * 128 * ELEMENT_BYTES
+    return (SHARED_BYTES - rows * block * ELEMENT_BYTES - 512) // stage
 
 
 @dataclass(frozen=True)
@@ -81,51 +78,66 @@ class PrefillTiles:
 
 @dataclass(frozen=True)
 class DirectTiles:
-    """Steps of ``depth`` columns, ``stages`` in flight: ``up_rows`` of gate and of up, and
-    ``down_rows`` shared out among the picks of a token. ``shared``: the rings of both launches fit
-    one multiprocessor together."""
+    """Steps of ``depth`` columns, ``stages`` in flight.
+
+    A task's tile has ``up_rows`` rows each of gate and of up, ``up_valid`` of them loaded, in boxes
+    of ``up_box``; and ``down_rows``, shared out among the picks of a token, ``down_valid`` of each
+    pick loaded, in boxes of ``down_box``.
+    """
 
     up_rows: int
+    up_valid: int
     up_stages: int
     down_rows: int
+    down_valid: int
     down_stages: int
-    shared: bool
     depth: int = 128
+
+    @property
+    def up_box(self) -> int:
+        return self.up_valid & -self.up_valid
+
+    @property
+    def down_box(self) -> int:
+        return self.down_valid & -self.down_valid
 
 
 MAX_DIRECT_SLOTS = 32
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_PICKS = 16
-HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 
 
-def direct_tiles(
-    T: int,
-    K: int,
-    H: int,
-    I: int,  # noqa: E741
-    *,
-    shared: bool | None = None,
-) -> DirectTiles:
-    """Tiles for T tokens of K picks. Low tiles, in rings that share a multiprocessor, where whole
-    ones would leave the last round of programs emptier; ``shared`` forces the latter."""
-    low, whole = (-(-T * K * -(-I // rows) // HOPPER_PROGRAMS) * rows for rows in (32, 64))
-    up_rows = 32 if low < whole else 64
-    if shared is None:
-        shared = low < whole
-    depth, picks = 128, 1 << (K - 1).bit_length()
-    room = SHARED_BYTES // (2 if shared else 1) - 2048
-    # Whole tiles where they are enough to keep every multiprocessor busy.
-    down = 128 if T * -(-H // (128 // picks)) >= 120 else max(64, 8 * picks)
+def direct_tiles(T: int, K: int, H: int, I: int) -> DirectTiles:  # noqa: E741
+    """Tiles for T tokens of K picks."""
+    depth = 128
+    room = SHARED_BYTES - 2048
+    picks = 1 << (K - 1).bit_length()
+    up = even_width(T * K, I, (16, 32, 48, 64))
+    up_rows = 32 if up <= 32 else 64
+    down = even_width(T, H, tuple(range(8, 128 // picks + 1, 8)))
+    share = 1 << (down - 1).bit_length()
+    down_rows = max(64, share * picks)
     row = depth * ELEMENT_BYTES
     return DirectTiles(
         up_rows,
+        up,
         room // ((2 * up_rows + 8) * row),
+        down_rows,
         down,
-        room // ((down + max(8, picks)) * row),
-        shared,
+        room // ((down_rows + max(8, picks)) * row),
         depth,
     )
+
+
+def even_width(rows: int, columns: int, widths: tuple[int, ...]) -> int:
+    """The width whose tasks, ``columns`` cut into tiles for each of ``rows``, finish first when
+    they go round robin over the programs; of equals the one that loads in the largest boxes."""
+
+    def cost(width: int) -> tuple[int, int, int]:
+        rounds = -(-rows * -(-columns // width) // HOPPER_PROGRAMS)
+        return rounds * width, -(width & -width), -width
+
+    return min(widths, key=cost)
 
 
 HopperTiles = DirectTiles | DecodeTiles | PrefillTiles
@@ -151,7 +163,7 @@ def hopper_tiles(
     less often than the other two; those agree to the bit.
     """
     R = T * K
-    alone = T == 1 or (T == 2 and num_experts >= 8 * K)
+    alone = T == 1 or (T == 2 and num_experts >= 16 * K)
     if alone and not batch_invariant and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
         return direct_tiles(T, K, H, I)
     mean = R / num_experts

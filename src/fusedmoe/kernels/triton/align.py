@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
-from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 ONE_LAUNCH_SLOTS = 4096
 CHUNK = 256
@@ -56,7 +56,9 @@ def align_once_kernel(
     block_size,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     me = tl.program_id(0)
     counts = tl.zeros([BLOCK_G], dtype=tl.int32)
     for first in range(0, R, BLOCK_R):
@@ -106,8 +108,10 @@ def chunk_counts_kernel(
     num_mapped,
     CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """counts[group, chunk], and sorted_ids filled with padding."""
+    follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + slot, slot < R, -1)
@@ -120,8 +124,9 @@ def chunk_counts_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
+def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """counts[group, :] becomes its exclusive prefix sum, totals[group] its sum."""
+    follow_previous(CHAINED)
     group = tl.program_id(0)
     counts_ptr += group.to(tl.int64) * chunks
     total = 0
@@ -152,7 +157,9 @@ def place_kernel(
     CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, BLOCK_G)
     padded = tl.load(totals_ptr + lane, lane < groups, 0)
@@ -192,10 +199,10 @@ def place_kernel(
         tl.store(num_post_ptr, used)
 
 
-_launch_once = Launcher(align_once_kernel)
-_launch_counts = Launcher(chunk_counts_kernel)
-_launch_prefix = Launcher(prefix_kernel)
-_launch_place = Launcher(place_kernel)
+_launch_once = Launcher(align_once_kernel, chained=True)
+_launch_counts = Launcher(chunk_counts_kernel, chained=True)
+_launch_prefix = Launcher(prefix_kernel, chained=True)
+_launch_place = Launcher(place_kernel, chained=True)
 
 
 def align(

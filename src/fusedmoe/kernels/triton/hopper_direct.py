@@ -1,23 +1,27 @@
 """One or two tokens on Hopper: as ``hopper_decode``, but without tables and without a sum.
 
-Two persistent Gluon launches that stream weights through a ring filled by TMA alone.
+Two persistent Gluon launches. One warp fills a ring with TMA, four warps multiply. A ring takes all
+of a multiprocessor's shared memory: a program of the second launch begins where one of the first
+has ended, and fills its ring with weights before it waits for the others.
 
-up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. A task is (slot, TILE
-             columns): TILE rows of gate above TILE rows of up are the M side of the WGMMA, the
-             first TOKENS rows of x the N side, of which the slot's own token counts.
-down_kernel  grid (programs,): act, w2, weights -> out [T, H]. A task is (token, ROWS columns): the
-             ROWS weight rows of each of the token's picks are stacked to one M side, its rows of
-             act are the N side, and only pick by same pick counts. The picks are then weighted
-             and added in registers, in one fixed order.
+up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. A task is (slot, VALID
+             columns): TILE rows of gate above TILE rows of up, VALID of each loaded, are the M side
+             of the WGMMA; the rows of x are the N side, of which the slot's own token counts.
+down_kernel  grid (programs,): act, w2, weights -> out [T, H]. A task is (token, VALID columns): the
+             weight rows of each of the token's picks are stacked to one M side, its rows of act are
+             the N side, and only pick by same pick counts. The picks are then weighted and added in
+             registers, in one fixed order.
 
-All ids are held in registers: R <= SLOTS, a power of two. Slots without an expert are skipped. The
-second launch fills its ring before it waits for the first.
+VALID is chosen so that tasks come out even over the programs: a multiprocessor alone cannot draw
+much more than its share of the memory's rate. All ids are held in registers: R <= SLOTS, a power of
+two. Slots without an expert are skipped. Rows past VALID are never read out.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -34,13 +38,13 @@ from fusedmoe.kernels.triton.hopper_common import (
     matrix_descriptor,
     next_stage,
     next_step,
-    open_barriers,
-    store_columns,
 )
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.tuning.hopper_tiles import DirectTiles
 
 UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
+# Of the eight warps that a program has.
+MAX_REGISTERS = 104
 
 
 @gluon.constexpr_function
@@ -50,10 +54,12 @@ def everywhere(SLOTS, num_warps):
 
 
 @gluon.jit
-def load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS: gl.constexpr):
+def load_experts(ids, sizes, SLOTS: gl.constexpr):
+    ids_ptr, map_ptr = ids
+    R, num_mapped, num_local = sizes
     slot = gl.arange(0, SLOTS, everywhere(SLOTS, gl.num_warps()))
-    ids = gl.load(ids_ptr + slot, mask=slot < R, other=-1, cache_modifier=".cg")
-    return local_expert(ids, map_ptr, num_mapped, num_local)
+    chosen = gl.load(ids_ptr + slot, mask=slot < R, other=-1, cache_modifier=".cg")
+    return local_expert(chosen, map_ptr, num_mapped, num_local)
 
 
 @gluon.jit
@@ -72,23 +78,82 @@ def live_task(task, tasks, experts, programs, TILES: gl.constexpr):
 
 
 @gluon.jit
-def load_up(
-    task, k, row, tasks, stage, descs, rings, bars,
-    BELOW: gl.constexpr, BK: gl.constexpr,
-):  # fmt: skip
-    """Load step k of a task of up_kernel, if there is such a task."""
+def open_ring(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """(full, empty) barriers; ARRIVALS of loads fill a stage, one empties it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def multiply(ring, x_ring, bars, stage, phase, KSTEPS: gl.constexpr, ACC: gl.constexpr):
+    """The products of one task, [rows of the ring, rows of x]."""
+    full, empty = bars
+    STAGES: gl.constexpr = ring.shape[0]
+    M: gl.constexpr = ring.shape[1]
+    N: gl.constexpr = x_ring.shape[1]
+    acc = gl.zeros([M, N], gl.float32, ACC)
+    for _ in range(KSTEPS):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_ring.index(stage).permute((1, 0))
+        acc = warpgroup_mma(ring.index(stage), x, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def up_producer(
+    descs,
+    rings,
+    bars,
+    ids,
+    sizes,
+    desc_rows,
+    KSTEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    VALID: gl.constexpr,
+    GATED: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
     low_desc, high_desc, x_desc = descs
     ring, x_ring = rings
+    full, empty = bars
+    STAGES: gl.constexpr = ring.shape[0]
     TILE: gl.constexpr = ring.shape[1] // 2
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    if task < tasks:
-        bar = bars.index(stage)
-        low = ring.index(stage).slice(0, TILE, 0)
-        high = ring.index(stage).slice(TILE, TILE, 0)
-        mbarrier.expect(bar, (2 * TILE + TOKENS) * BK * 2)
-        tma.async_copy_global_to_shared(low_desc, [row, k * BK], bar, low)
-        tma.async_copy_global_to_shared(high_desc, [row + BELOW, k * BK], bar, high)
-        tma.async_copy_global_to_shared(x_desc, [0, k * BK], bar, x_ring.index(stage))
+    BK: gl.constexpr = ring.shape[2]
+    BOX: gl.constexpr = low_desc.block_shape[0]
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    BELOW: gl.constexpr = 0 if GATED else VALID
+    tasks = sizes[0] * TILES
+    programs = gl.num_programs(0)
+
+    gdc_wait()
+    gdc_launch_dependents()
+    experts = load_experts(ids, sizes, SLOTS)
+    task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
+    stage = 0
+    phase = 1
+    while task < tasks:
+        row = pick_out(experts, task // TILES) * desc_rows + task % TILES * WIDE
+        for k in range(KSTEPS):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (2 * VALID + x_ring.shape[1]) * BK * 2)
+            for i in gl.static_range(VALID // BOX):
+                low = ring.index(stage).slice(i * BOX, BOX, 0)
+                high = ring.index(stage).slice(TILE + i * BOX, BOX, 0)
+                at = row + i * BOX
+                tma.async_copy_global_to_shared(low_desc, [at, k * BK], bar, low)
+                tma.async_copy_global_to_shared(high_desc, [at + BELOW, k * BK], bar, high)
+            tma.async_copy_global_to_shared(x_desc, [0, k * BK], bar, x_ring.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+        task = live_task(task + programs, tasks, experts, programs, TILES)
 
 
 @gluon.jit
@@ -101,6 +166,74 @@ def upper_and_lower(acc):
     )
     pairs = gl.permute(gl.reshape(acc, [2, TILE, N]), [1, 2, 0])
     return gl.split(gl.convert_layout(pairs, layout))
+
+
+@gluon.jit
+def store_token(out_ptr, value, token, column, VALID: gl.constexpr, WIDTH: gl.constexpr):
+    """out[column + m] = value[m, token] for m < VALID."""
+    layout: gl.constexpr = value.type.layout
+    m = gl.expand_dims(gl.arange(0, value.shape[0], gl.SliceLayout(1, layout)), 1)
+    n = gl.expand_dims(gl.arange(0, value.shape[1], gl.SliceLayout(0, layout)), 0)
+    inside = (n == token) & (m < VALID) & (column + m < WIDTH)
+    gl.store(out_ptr + column + m + 0 * n, value.to(out_ptr.dtype.element_ty), inside)
+
+
+@gluon.jit
+def up_consumer(
+    bias_ptr,
+    out_ptr,
+    rings,
+    bars,
+    ids,
+    sizes,
+    numbers,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    KSTEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    VALID: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    ring, x_ring = rings
+    limit, alpha, beta = numbers
+    N: gl.constexpr = x_ring.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    TILE: gl.constexpr = ring.shape[1] // 2
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    BELOW: gl.constexpr = 0 if GATED else VALID
+    tasks = sizes[0] * TILES
+    programs = gl.num_programs(0)
+
+    gdc_wait()
+    experts = load_experts(ids, sizes, SLOTS)
+    task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
+    stage = 0
+    phase = 0
+    while task < tasks:
+        acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
+        gate, up = upper_and_lower(acc)
+        layout: gl.constexpr = gate.type.layout
+        slot = task // TILES
+        token = slot // PICKS
+        column = task % TILES * WIDE
+        if bias_ptr is not None:
+            STEP: gl.constexpr = 2 if INTERLEAVED else 1
+            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else VALID
+            expert = pick_out(experts, slot).to(gl.int64)
+            at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
+            gate += load_bias(at, STEP, I - column, TILE, layout)
+            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
+        out = out_ptr + slot.to(gl.int64) * I
+        if GATED:
+            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
+            store_token(out, act, token, column, VALID, I)
+        else:
+            store_token(out, plain_activation(FORMULA, gate), token, column, VALID, I)
+            store_token(out, plain_activation(FORMULA, up), token, column + VALID, VALID, I)
+        task = live_task(task + programs, tasks, experts, programs, TILES)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -127,122 +260,177 @@ def up_kernel(
     INTERLEAVED: gl.constexpr,
     SLOTS: gl.constexpr,
     TILE: gl.constexpr,
+    VALID: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
-    SHARED: gl.constexpr,
 ):
-    """Descriptors of w1 as in ``hopper_decode.up_kernel``.
-
-    SHARED: a multiprocessor holds a program of either launch, so the second one begins late, or its
-    loads would hold up the first's; otherwise as soon as a program of the first has ended.
-    """
+    """Descriptors of w1 as in ``hopper_decode.up_kernel``, of BOX rows, a divisor of VALID."""
     dtype: gl.constexpr = low_desc.dtype
-    WARPS: gl.constexpr = gl.num_warps()
     TOKENS: gl.constexpr = x_desc.block_shape[0]
     KSTEPS: gl.constexpr = (H + BK - 1) // BK
-    WIDE: gl.constexpr = TILE if GATED else 2 * TILE
-    BELOW: gl.constexpr = 0 if GATED else TILE
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 16])
-    ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE, BK], low_desc.layout)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, BK], x_desc.layout)
-    bars = open_barriers(STAGES, 0)
-    descs = (low_desc, high_desc, x_desc)
-    rings = (ring, x_ring)
-    tasks = R * TILES
-    programs = gl.num_programs(0)
-
-    gdc_wait()
-    if not SHARED:
-        gdc_launch_dependents()
-    experts = load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS)
-    task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
-    ahead = task + 0
-    ahead_k = 0
-    row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-    for stage in range(STAGES):
-        load_up(ahead, ahead_k, row, tasks, stage, descs, rings, bars, BELOW, BK)
-        ahead_k += 1
-        if ahead_k == KSTEPS:
-            ahead_k = 0
-            ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
-            row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-    if SHARED and ahead >= tasks:
-        gdc_launch_dependents()
-
-    stage = 0
-    phase = 0
-    while task < tasks:
-        acc = gl.zeros([2 * TILE, TOKENS], gl.float32, acc_layout)
-        for _ in range(KSTEPS):
-            mbarrier.wait(bars.index(stage), phase)
-            x = x_ring.index(stage).permute((1, 0))
-            acc = warpgroup_mma(ring.index(stage), x, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
-            load_up(ahead, ahead_k, row, tasks, stage, descs, rings, bars, BELOW, BK)
-            ahead_k += 1
-            if ahead_k == KSTEPS:
-                ahead_k = 0
-                ahead = live_task(ahead + programs, tasks, experts, programs, TILES)
-                row = pick_out(experts, ahead // TILES) * desc_rows + ahead % TILES * WIDE
-                if SHARED and ahead >= tasks:
-                    gdc_launch_dependents()
-            stage, phase = next_stage(stage, phase, STAGES)
-
-        gate, up = upper_and_lower(acc)
-        layout: gl.constexpr = gate.type.layout
-        slot = task // TILES
-        column = task % TILES * WIDE
-        token = gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
-        slots = gl.where(token == slot // PICKS, slot, -1)
-        if bias_ptr is not None:
-            STEP: gl.constexpr = 2 if INTERLEAVED else 1
-            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
-            expert = pick_out(experts, slot).to(gl.int64)
-            at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
-            gate += load_bias(at, STEP, I - column, TILE, layout)
-            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
-        if GATED:
-            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
-            store_columns(out_ptr, act, slots, R, column, I, layout)
-        else:
-            store_columns(out_ptr, plain_activation(FORMULA, gate), slots, R, column, I, layout)
-            act = plain_activation(FORMULA, up)
-            store_columns(out_ptr, act, slots, R, column + TILE, I, layout)
-        task = live_task(task + programs, tasks, experts, programs, TILES)
+    rings = (
+        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE, BK], low_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, TOKENS, BK], x_desc.layout),
+    )
+    bars = open_ring(STAGES, 1)
+    ids = (ids_ptr, map_ptr)
+    sizes = (R, num_mapped, num_local)
+    gl.warp_specialize(
+        [
+            (
+                up_consumer,
+                (
+                    bias_ptr, out_ptr, rings, bars, ids, sizes, (limit, alpha, beta), I, PICKS,
+                    FORMULA, GATED, INTERLEAVED, KSTEPS, TILES, VALID, SLOTS,
+                ),
+            ),
+            (
+                up_producer,
+                (
+                    (low_desc, high_desc, x_desc), rings, bars, ids, sizes, desc_rows, KSTEPS,
+                    TILES, VALID, GATED, SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [56],
+    )  # fmt: skip
 
 
 @gluon.jit
 def load_down(
-    task, k, tasks, experts, desc, ring, bars, stage,
-    H: gl.constexpr, PICKS: gl.constexpr, ROWS: gl.constexpr,
+    task, k, experts, desc, ring, bar, stage,
+    H: gl.constexpr, PICKS: gl.constexpr, SHARE: gl.constexpr, VALID: gl.constexpr,
 ):  # fmt: skip
-    """Load the weight rows of all picks at step k; every pick arrives once, with or without."""
-    TILES: gl.constexpr = (H + ROWS - 1) // ROWS
+    """The weight rows of all picks at step k; every pick arrives once, with or without them."""
+    TILES: gl.constexpr = (H + VALID - 1) // VALID
     BK: gl.constexpr = ring.shape[2]
-    if task < tasks:
-        bar = bars.index(stage)
-        for pick in gl.static_range(PICKS):
-            expert = pick_out(experts, task // TILES * PICKS + pick)
-            row = expert * H + task % TILES * ROWS
-            mbarrier.expect(bar, ROWS * BK * 2, pred=expert >= 0)
-            mbarrier.arrive(bar, count=1, pred=expert < 0)
-            part = ring.index(stage).slice(pick * ROWS, ROWS, 0)
-            tma.async_copy_global_to_shared(desc, [row, k * BK], bar, part, pred=expert >= 0)
+    BOX: gl.constexpr = desc.block_shape[0]
+    for pick in gl.static_range(PICKS):
+        expert = pick_out(experts, task // TILES * PICKS + pick)
+        live = expert >= 0
+        row = expert * H + task % TILES * VALID
+        mbarrier.expect(bar, VALID * BK * 2, pred=live)
+        mbarrier.arrive(bar, count=1, pred=expert < 0)
+        for i in gl.static_range(VALID // BOX):
+            part = ring.index(stage).slice(pick * SHARE + i * BOX, BOX, 0)
+            tma.async_copy_global_to_shared(desc, [row + i * BOX, k * BK], bar, part, pred=live)
 
 
 @gluon.jit
 def load_act(
-    task, k, tasks, act_desc, x_ring, bars, stage,
-    PICKS: gl.constexpr, TILES: gl.constexpr,
+    task, k, act_desc, x_ring, bar, stage, PICKS: gl.constexpr, TILES: gl.constexpr
 ):  # fmt: skip
     BK: gl.constexpr = x_ring.shape[2]
-    if task < tasks:
-        bar = bars.index(stage)
-        mbarrier.expect(bar, x_ring.shape[1] * BK * 2)
-        row = task // TILES * PICKS
-        tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, x_ring.index(stage))
+    mbarrier.expect(bar, x_ring.shape[1] * BK * 2)
+    row = task // TILES * PICKS
+    tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, x_ring.index(stage))
+
+
+@gluon.jit
+def down_producer(
+    desc,
+    act_desc,
+    rings,
+    bars,
+    ids,
+    sizes,
+    H: gl.constexpr,
+    KSTEPS: gl.constexpr,
+    PICKS: gl.constexpr,
+    SHARE: gl.constexpr,
+    VALID: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    ring, x_ring = rings
+    full, empty = bars
+    STAGES: gl.constexpr = ring.shape[0]
+    TILES: gl.constexpr = (H + VALID - 1) // VALID
+    tasks = sizes[0] // PICKS * TILES
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    # The ids were complete before up_kernel let this launch begin.
+    experts = load_experts(ids, sizes, SLOTS)
+    task = first + 0
+    k = 0
+    for stage in range(STAGES):
+        if task < tasks:
+            bar = full.index(stage)
+            load_down(task, k, experts, desc, ring, bar, stage, H, PICKS, SHARE, VALID)
+        task, k = next_step(task, k, programs, KSTEPS)
+    gdc_wait()
+    gdc_launch_dependents()
+    task = first + 0
+    k = 0
+    for stage in range(STAGES):
+        if task < tasks:
+            load_act(task, k, act_desc, x_ring, full.index(stage), stage, PICKS, TILES)
+        task, k = next_step(task, k, programs, KSTEPS)
+    stage = 0
+    phase = 0
+    while task < tasks:
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        load_down(task, k, experts, desc, ring, bar, stage, H, PICKS, SHARE, VALID)
+        load_act(task, k, act_desc, x_ring, bar, stage, PICKS, TILES)
+        task, k = next_step(task, k, programs, KSTEPS)
+        stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def down_consumer(
+    bias_ptr,
+    weights_ptr,
+    out_ptr,
+    stride_out,
+    rings,
+    bars,
+    ids,
+    sizes,
+    H: gl.constexpr,
+    KSTEPS: gl.constexpr,
+    PICKS: gl.constexpr,
+    SHARE: gl.constexpr,
+    VALID: gl.constexpr,
+):
+    ring, x_ring = rings
+    ids_ptr, map_ptr = ids
+    R, num_mapped, num_local = sizes
+    TILE: gl.constexpr = ring.shape[1]
+    N: gl.constexpr = x_ring.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    TILES: gl.constexpr = (H + VALID - 1) // VALID
+    m = gl.arange(0, TILE, gl.SliceLayout(1, ACC))
+    n = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, ACC)), 0)
+    pick = m // SHARE
+    at = m % SHARE
+    stage = 0
+    phase = 0
+    for task in range(gl.program_id(0), R // PICKS * TILES, gl.num_programs(0)):
+        token = task // TILES
+        column = task % TILES * VALID
+        slot = token * PICKS + pick
+        chosen = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
+        expert = local_expert(chosen, map_ptr, num_mapped, num_local)
+        live = expert >= 0
+        inside = (at < VALID) & (column + at < H)
+        if weights_ptr is not None:
+            weight = gl.load(weights_ptr + slot, mask=live, other=0.0, cache_modifier=".cg")
+            weight = weight.to(gl.float32)
+        acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
+        value = gl.sum(gl.where(gl.expand_dims(pick, 1) == n, acc, 0.0), 1)
+        if bias_ptr is not None:
+            bias = bias_ptr + expert.to(gl.int64) * H + column + at
+            value += gl.load(bias, mask=live & inside, other=0.0).to(gl.float32)
+        if weights_ptr is not None:
+            value *= weight
+        value = gl.where(live & inside, value, 0.0)
+        total = gl.sum(gl.reshape(value, [TILE // SHARE, SHARE]), 0)
+        row = gl.arange(0, SHARE, total.type.layout)
+        out = out_ptr + token.to(gl.int64) * stride_out + column
+        gl.store(out + row, total.to(out_ptr.dtype.element_ty), (row < VALID) & (column + row < H))
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -261,82 +449,44 @@ def down_kernel(
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PICKS: gl.constexpr,
-    PADDED_PICKS: gl.constexpr,
     SLOTS: gl.constexpr,
+    TILE: gl.constexpr,
+    SHARE: gl.constexpr,
+    VALID: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    """TILE rows, SHARE of them for each pick, VALID of those loaded."""
     dtype: gl.constexpr = desc.dtype
-    WARPS: gl.constexpr = gl.num_warps()
-    ROWS: gl.constexpr = desc.block_shape[0]
-    TILE: gl.constexpr = ROWS * PADDED_PICKS
     N: gl.constexpr = act_desc.block_shape[0]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
-    TILES: gl.constexpr = (H + ROWS - 1) // ROWS
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
-    by_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], desc.layout)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, N, BK], act_desc.layout)
-    bars = open_barriers(STAGES, PICKS)
-    tasks = R // PICKS * TILES
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-
-    # The ids were complete before up_kernel let this launch begin.
-    experts = load_experts(ids_ptr, map_ptr, R, num_mapped, num_local, SLOTS)
-    ahead = first + 0
-    ahead_k = 0
-    for stage in range(STAGES):
-        load_down(ahead, ahead_k, tasks, experts, desc, ring, bars, stage, H, PICKS, ROWS)
-        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
-    gdc_wait()
-    gdc_launch_dependents()
-    ahead = first + 0
-    ahead_k = 0
-    for stage in range(STAGES):
-        load_act(ahead, ahead_k, tasks, act_desc, x_ring, bars, stage, PICKS, TILES)
-        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
-
-    m = gl.arange(0, TILE, by_row)
-    n = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, acc_layout)), 0)
-    pick = m // ROWS
-    stage = 0
-    phase = 0
-    for task in range(first, tasks, programs):
-        token = task // TILES
-        slot = token * PICKS + pick
-        ids = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
-        expert = local_expert(ids, map_ptr, num_mapped, num_local)
-        live = expert >= 0
-        column = task % TILES * ROWS
-        inside = column + m % ROWS < H
-        if weights_ptr is not None:
-            weight = gl.load(weights_ptr + slot, mask=live, other=0.0, cache_modifier=".cg")
-            weight = weight.to(gl.float32)
-        acc = gl.zeros([TILE, N], gl.float32, acc_layout)
-        for _ in range(KSTEPS):
-            mbarrier.wait(bars.index(stage), phase)
-            x = x_ring.index(stage).permute((1, 0))
-            acc = warpgroup_mma(ring.index(stage), x, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
-            load_down(ahead, ahead_k, tasks, experts, desc, ring, bars, stage, H, PICKS, ROWS)
-            load_act(ahead, ahead_k, tasks, act_desc, x_ring, bars, stage, PICKS, TILES)
-            ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
-            stage, phase = next_stage(stage, phase, STAGES)
-
-        own = gl.expand_dims(pick, 1) == n
-        value = gl.sum(gl.where(own, acc, 0.0), 1)
-        if bias_ptr is not None:
-            at = expert.to(gl.int64) * H + column + m % ROWS
-            value += gl.load(bias_ptr + at, mask=live & inside, other=0.0).to(gl.float32)
-        if weights_ptr is not None:
-            value *= weight
-        value = gl.where(live, value, 0.0)
-        total = gl.sum(gl.reshape(value, [PADDED_PICKS, ROWS]), 0)
-        at = column + gl.arange(0, ROWS, total.type.layout)
-        out = out_ptr + token.to(gl.int64) * stride_out
-        gl.store(out + at, total.to(out_ptr.dtype.element_ty), at < H)
+    rings = (
+        gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, N, BK], act_desc.layout),
+    )
+    bars = open_ring(STAGES, PICKS + 1)
+    ids = (ids_ptr, map_ptr)
+    sizes = (R, num_mapped, num_local)
+    gl.warp_specialize(
+        [
+            (
+                down_consumer,
+                (
+                    bias_ptr, weights_ptr, out_ptr, stride_out, rings, bars, ids, sizes, H,
+                    KSTEPS, PICKS, SHARE, VALID,
+                ),
+            ),
+            (
+                down_producer,
+                (
+                    desc, act_desc, rings, bars, ids, sizes, H, KSTEPS, PICKS, SHARE, VALID,
+                    SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [56],
+    )  # fmt: skip
 
 
 def direct(
@@ -361,7 +511,7 @@ def direct(
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
     slots = max(2, 1 << (R - 1).bit_length())
     picks = 1 << (K - 1).bit_length()
-    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tiles.up_rows, tiles.depth)
+    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tiles.up_box, tiles.depth)
     up_kernel[(programs,)](
         gate,
         up,
@@ -385,14 +535,15 @@ def direct(
         INTERLEAVED=activation.interleaved,
         SLOTS=slots,
         TILE=tiles.up_rows,
+        VALID=tiles.up_valid,
         BK=tiles.depth,
         STAGES=tiles.up_stages,
-        SHARED=tiles.shared,
         num_warps=4,
+        maxnreg=MAX_REGISTERS,
         launch_pdl=True,
     )
     down_kernel[(programs,)](
-        matrix_descriptor(w2.view(e * H, I), tiles.down_rows // picks, tiles.depth),
+        matrix_descriptor(w2.view(e * H, I), tiles.down_box, tiles.depth),
         matrix_descriptor(act, max(8, picks), tiles.depth),
         w2_bias,
         topk_weights,
@@ -406,10 +557,13 @@ def direct(
         H=H,
         I=I,
         PICKS=K,
-        PADDED_PICKS=picks,
         SLOTS=slots,
+        TILE=tiles.down_rows,
+        SHARE=tiles.down_rows // picks,
+        VALID=tiles.down_valid,
         BK=tiles.depth,
         STAGES=tiles.down_stages,
         num_warps=4,
+        maxnreg=MAX_REGISTERS,
         launch_pdl=True,
     )

@@ -7,10 +7,13 @@ the constants alone, so those are looked up here and the compiled kernel is call
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # The calling convention of a compiled kernel is private to Triton; other releases go its own way.
 _KNOWS_CALLING_CONVENTION = triton.__version__.startswith("3.6.")
@@ -23,15 +26,34 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@lru_cache
+def _can_chain(device: int) -> bool:
+    """Whether this GPU has programmatic dependent launches."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def follow_previous(CHAINED: tl.constexpr):
+    """For the first line of a chained kernel: until here it runs beside the launch before it; from
+    here on the launch after it may do the same, as far as its own such line."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
 class Launcher:
     """``kernel`` with its parameters in this order: tensors, numbers, constants (constexpr).
 
     Tensors may be None. The first one says on which device to run. Unaligned tensors, kernels under
     the interpreter and other devices than the current one take Triton's own way.
+
+    ``chained``: the kernel has one more constant, CHAINED, and hands it to ``follow_previous``;
+    where the GPU can, the kernel is set up while the launch before it ends.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, *, chained: bool = False) -> None:
         self.kernel = kernel
+        self._chained = chained
         self._direct = _KNOWS_CALLING_CONVENTION and isinstance(kernel, triton.runtime.JITFunction)
         self._variants: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -47,6 +69,8 @@ class Launcher:
         first = tensors[0]
         assert first is not None
         device = first.get_device()
+        if self._chained:
+            constants = (*constants, self._direct and device >= 0 and _can_chain(device))
         if not self._direct or device < 0:
             self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
             return
@@ -99,6 +123,7 @@ class Launcher:
         num_warps: int,
         num_stages: int,
     ) -> Any:
+        options = {"launch_pdl": True} if self._chained and constants[-1] else {}
         return self.kernel[grid](
-            *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages
+            *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages, **options
         )

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.routing_steps import (
     NO_ID,
     biased,
@@ -183,7 +183,9 @@ def routing_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < num_tokens
     weights, ids = route_rows(
@@ -342,7 +344,7 @@ def _constants(
     return tuple(by_name[name] for name in names), routing_warps(block_g * block_s)
 
 
-_launch = Launcher(routing_kernel)
+_launch = Launcher(routing_kernel, chained=True)
 
 
 def finish_constants(spec: RoutingSpec) -> dict[str, Any]:
