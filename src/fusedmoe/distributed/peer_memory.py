@@ -1,0 +1,147 @@
+"""Buffers that every rank of a host can address, and somebody who notices when a rank is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView
+
+# One look at a flag in the GPU's own memory takes about this long.
+_SECONDS_PER_POLL = 0.7e-6
+_WATCH_INTERVAL = 0.05
+
+OnError = Callable[["PeerTimeoutError"], None]
+
+
+class PeerTimeoutError(RuntimeError):
+    """A rank did not send its tokens, or its sums, in time. What was computed since is void."""
+
+    def __init__(self, message: str = "a rank did not answer in time") -> None:
+        super().__init__(message)
+
+
+class PeerMemory:
+    """One buffer per rank of ``group``, as ``layout`` says, all of them mapped into every process.
+
+    The ranks are GPUs of one host with access to each other's memory, one process each, the current
+    device being theirs. All ranks construct it at the same time with the same layout, and close it
+    at the same time. One object serves all layers of a model, one after the other on one stream.
+
+    A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
+    launch to notice ends, later ones do not wait at all, and a thread calls ``on_error``; the
+    default raises ``PeerTimeoutError`` in the thread that made this object, at its next Python
+    instruction. That also happens while a captured graph is replayed.
+
+    Raises ValueError where ranks disagree about the layout.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        layout: PeerLayout,
+        *,
+        timeout_s: float = 4.0,
+        on_error: OnError | None = None,
+    ) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        if layout.world != group.size():
+            raise ValueError(
+                f"the layout is for {layout.world} ranks, the group has {group.size()}"
+            )
+        check_agreement(layout, group)
+        device = torch.device("cuda", torch.cuda.current_device())
+        own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        self._handle: Any = symmetric_memory.rendezvous(own, group)
+        own[layout.dispatch_flags_at :].zero_()
+        bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+        state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=device)
+        error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self.group = group
+        self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
+        self.view = PeerView(layout, group.rank(), bases, own, state, error)
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # nobody may raise a flag here before it has been cleared
+        self._watchdog = Watchdog(self.check, on_error or raise_in_thread(threading.get_ident()))
+
+    @property
+    def layout(self) -> PeerLayout:
+        return self.view.layout
+
+    def check(self) -> None:
+        """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
+        missing = int(self.view.error[0])
+        if missing:
+            raise PeerTimeoutError(
+                f"rank {missing - 1} of {self.layout.world} did not answer rank {self.view.rank} "
+                f"within {self.max_polls * _SECONDS_PER_POLL:.1f} s"
+            )
+
+    def close(self) -> None:
+        """Give the memory back, once all ranks have finished; the object is of no use then."""
+        self._watchdog.stop()
+        if self._handle is None:
+            return
+        torch.cuda.synchronize(self.view.own.device)
+        dist.barrier(self.group)
+        self._handle = None
+        del self.view
+
+
+def check_agreement(mine: object, group: dist.ProcessGroup) -> None:
+    """Raise ValueError, on every rank, where the ranks of ``group`` do not all bring ``mine``.
+
+    Compared as text (``repr``); waits for all ranks.
+    """
+    everyones: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyones, repr(mine), group=group)
+    for rank, theirs in enumerate(everyones):
+        if theirs != everyones[0]:
+            raise ValueError(f"rank 0 has {everyones[0]}, but rank {rank} has {theirs}")
+
+
+class Watchdog:
+    """A thread that calls ``check`` over and over; what that raises goes to ``on_error``, once."""
+
+    def __init__(self, check: Callable[[], None], on_error: OnError) -> None:
+        self._check = check
+        self._on_error = on_error
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fusedmoe-peers", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCH_INTERVAL):
+            try:
+                self._check()
+            except PeerTimeoutError as error:
+                self._on_error(error)
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def raise_in_thread(thread_id: int) -> OnError:
+    """An ``on_error`` that raises the error in another thread of this process."""
+
+    def on_error(error: PeerTimeoutError) -> None:
+        # Only a class can be raised elsewhere: one that brings its message along.
+        kind = type(
+            "PeerTimeoutError",
+            (PeerTimeoutError,),
+            {"__init__": lambda self: PeerTimeoutError.__init__(self, str(error))},
+        )
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread_id), ctypes.py_object(kind)
+        )
+
+    return on_error

@@ -1,0 +1,304 @@
+"""Rows to their experts' ranks and back through memory that all ranks of a host can address.
+
+``dispatch`` sends each row once to every rank that holds one of its experts; ``combine`` adds up
+what those ranks made of it. Triton bodies and the protocol: ``kernels/triton/peer_all_to_all.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+ALIGNMENT = 256
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class PeerLayout:
+    """What one rank's buffer holds, and where (``*_at``: bytes from its beginning).
+
+    Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], scales
+    fp32 [world, rows, ceil(hidden / group)] (``group`` columns share one; 0: rows are sent as they
+    are), ids int32 and weights fp32 [world, rows, topk]; the experts' outputs [world, rows,
+    hidden]; two flags int32 per rank.
+    """
+
+    world: int
+    rows: int
+    hidden: int
+    topk: int
+    row_dtype: torch.dtype
+    output_dtype: torch.dtype
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.world, self.rows, self.hidden, self.topk) < 1 or self.group < 0:
+            raise ValueError(f"sizes must be positive: {self}")
+        if (self.group > 0) != (self.row_dtype is torch.float8_e4m3fn):
+            raise ValueError(
+                f"{self.row_dtype} rows do not go with scales per {self.group} columns"
+            )
+        if self.group & (self.group - 1):
+            raise ValueError(f"group must be a power of two, got {self.group}")
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        slots = self.world * self.rows
+        sizes = (
+            slots * self.hidden * self.row_dtype.itemsize,
+            slots * self.groups * 4,
+            slots * self.topk * 4,
+            slots * self.topk * 4,
+            slots * self.hidden * self.output_dtype.itemsize,
+            self.world * 4,
+            self.world * 4,
+        )
+        ends, end = [], 0
+        for size in sizes:
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+            ends.append(end)
+        return tuple(ends)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return -(-self.hidden // self.group) if self.group else 0
+
+    @property
+    def rows_at(self) -> int:
+        return 0
+
+    @property
+    def scales_at(self) -> int:
+        return self._ends[0]
+
+    @property
+    def ids_at(self) -> int:
+        return self._ends[1]
+
+    @property
+    def weights_at(self) -> int:
+        return self._ends[2]
+
+    @property
+    def outputs_at(self) -> int:
+        return self._ends[3]
+
+    @property
+    def dispatch_flags_at(self) -> int:
+        return self._ends[4]
+
+    @property
+    def combine_flags_at(self) -> int:
+        return self._ends[5]
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends[6]
+
+
+class Received(NamedTuple):
+    """What lies in a rank's buffer, R' = world * rows slots; those without ids hold anything.
+
+    hidden_states [R', H], scales fp32 [R', groups] or None, topk_ids int32 and topk_weights fp32
+    [R', K] (-1: not of this rank), outputs [R', H] to be written by the experts.
+    """
+
+    hidden_states: torch.Tensor
+    scales: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    outputs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PeerView:
+    """One rank's sight of all buffers.
+
+    ``bases`` int64 [world]: where they begin. ``own`` uint8: its own. ``state`` int32 [4] on the
+    device: (1, 0, 0, 0) at first. ``error`` int32 [1], pinned: 1 + the rank that never came.
+    """
+
+    layout: PeerLayout
+    rank: int
+    bases: torch.Tensor
+    own: torch.Tensor
+    state: torch.Tensor
+    error: torch.Tensor
+
+    def received(self, rows: int) -> Received:
+        """Views of the buffer for ``rows`` slots per rank (at most those of the layout)."""
+        layout, own = self.layout, self.own
+        slots = layout.world * rows
+
+        def section(at: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            size = slots * columns * dtype.itemsize
+            return own[at : at + size].view(dtype).view(slots, columns)
+
+        return Received(
+            section(layout.rows_at, layout.hidden, layout.row_dtype),
+            section(layout.scales_at, layout.groups, torch.float32) if layout.group else None,
+            section(layout.ids_at, layout.topk, torch.int32),
+            section(layout.weights_at, layout.topk, torch.float32),
+            section(layout.outputs_at, layout.hidden, layout.output_dtype),
+        )
+
+
+def dispatch(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    owners: torch.Tensor,
+    here: PeerView,
+    rows: int,
+    *,
+    programs: int,
+    max_polls: int,
+    wait: bool = True,
+) -> None:
+    """Send x [T, H] with ids [T, K] and weights fp32 [T, K] to the ranks that hold the experts.
+
+    ``owners`` int32 [experts]: the rank of each. ``rows`` is the same on all ranks and at least
+    every rank's T; all ranks call ``dispatch``, then ``combine``, equally often. With ``wait``
+    everything from the others has arrived when the launch ends; else ``wait_for_dispatch`` must
+    follow. Ids outside of ``owners`` count as -1.
+
+    Raises ValueError where sizes do not fit the layout.
+    """
+    _check(x, topk_ids, owners, here, rows)
+    if topk_weights.shape != topk_ids.shape or topk_weights.dtype is not torch.float32:
+        raise ValueError(
+            f"topk_weights {tuple(topk_weights.shape)} {topk_weights.dtype} must be fp32 of the "
+            f"shape of topk_ids {tuple(topk_ids.shape)}"
+        )
+    if not here.layout.group and x.dtype is not here.layout.row_dtype:
+        raise ValueError(f"x is {x.dtype}, the buffers hold {here.layout.row_dtype}")
+    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+
+    triton_kernels.dispatch(
+        x if x.stride(1) == 1 else x.contiguous(),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        owners,
+        here,
+        rows,
+        programs,
+        max_polls,
+        wait,
+    )
+
+
+def wait_for_dispatch(here: PeerView, *, max_polls: int) -> None:
+    """Until the rows of every rank's last ``dispatch`` have arrived here."""
+    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+
+    triton_kernels.wait(here, max_polls)
+
+
+def combine(
+    out: torch.Tensor,
+    topk_ids: torch.Tensor,
+    owners: torch.Tensor,
+    here: PeerView,
+    rows: int,
+    *,
+    programs: int,
+    max_polls: int,
+) -> None:
+    """out [T, H] = the sum of what each token's ranks left in ``received(rows).outputs``.
+
+    Tokens, ids, owners and ``rows`` are those of the dispatch. fp32, in the order of the ranks,
+    rounded once.
+    """
+    _check(out, topk_ids, owners, here, rows)
+    if out.stride(1) != 1:
+        raise ValueError(f"out must have contiguous rows, its strides are {out.stride()}")
+    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+
+    triton_kernels.combine(out, topk_ids.contiguous(), owners, here, rows, programs, max_polls)
+
+
+def _check(
+    x: torch.Tensor, topk_ids: torch.Tensor, owners: torch.Tensor, here: PeerView, rows: int
+) -> None:
+    layout = here.layout
+    T, H = x.shape
+    if topk_ids.shape != (T, layout.topk) or layout.hidden != H:
+        raise ValueError(
+            f"{T} rows of {H} columns with ids {tuple(topk_ids.shape)} do not fit buffers for "
+            f"{layout.hidden} columns and {layout.topk} picks"
+        )
+    if not T <= rows <= layout.rows:
+        raise ValueError(
+            f"{T} tokens need T <= rows = {rows} <= {layout.rows}, the tokens per rank that the "
+            "buffers hold"
+        )
+    if owners.dtype is not torch.int32 or owners.dim() != 1:
+        raise ValueError(f"owners must be int32 [experts], got {owners.dtype} {owners.shape}")
+
+
+def dispatch_reference(
+    x: list[torch.Tensor],
+    topk_ids: list[torch.Tensor],
+    topk_weights: list[torch.Tensor],
+    owners: torch.Tensor,
+    layout: PeerLayout,
+    rows: int,
+    rank: int,
+) -> Received:
+    """What ``rank`` has received after all ranks dispatched; zeros where nothing was sent."""
+    slots = layout.world * rows
+    hidden = owners.new_zeros(slots, layout.hidden, dtype=layout.row_dtype)
+    scales = owners.new_zeros(slots, layout.groups, dtype=torch.float32)
+    ids = owners.new_full((slots, layout.topk), -1)
+    weights = owners.new_zeros(slots, layout.topk, dtype=torch.float32)
+    for source in range(layout.world):
+        known = (topk_ids[source] >= 0) & (topk_ids[source] < owners.shape[0])
+        mine = known & (owners[topk_ids[source].where(known, 0).long()] == rank)
+        T, first = x[source].shape[0], source * rows
+        ids[first : first + T] = topk_ids[source].where(mine, -1).int()
+        weights[first : first + T] = topk_weights[source].where(mine, 0)
+        sent = mine.any(dim=1)
+        data, row_scales = quantize_rows_reference(x[source], layout)
+        hidden[first : first + T][sent] = data[sent]
+        scales[first : first + T][sent] = row_scales[sent]
+    outputs = owners.new_zeros(slots, layout.hidden, dtype=layout.output_dtype)
+    return Received(hidden, scales if layout.group else None, ids, weights, outputs)
+
+
+def quantize_rows_reference(
+    x: torch.Tensor, layout: PeerLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, H] as it is sent, and its scales fp32 [T, groups]: amax / 448 of each group."""
+    if not layout.group:
+        return x, x.new_zeros(x.shape[0], 0, dtype=torch.float32)
+    padding = layout.groups * layout.group - layout.hidden
+    blocks = torch.nn.functional.pad(x.float(), (0, padding)).view(
+        x.shape[0], layout.groups, layout.group
+    )
+    scales = blocks.abs().amax(dim=2).clamp(min=1e-10) * (1.0 / FP8_MAX)
+    data = (blocks / scales[:, :, None]).flatten(1)[:, : layout.hidden]
+    return data.to(layout.row_dtype), scales
+
+
+def combine_reference(
+    outputs: list[torch.Tensor],
+    topk_ids: torch.Tensor,
+    owners: torch.Tensor,
+    layout: PeerLayout,
+    rows: int,
+    rank: int,
+) -> torch.Tensor:
+    """The sums for ``rank``'s tokens out of every rank's outputs [world * rows, H]."""
+    T = topk_ids.shape[0]
+    known = (topk_ids >= 0) & (topk_ids < owners.shape[0])
+    holders = owners[topk_ids.where(known, 0).long()].where(known, -1)
+    total = outputs[0].new_zeros(T, layout.hidden, dtype=torch.float32)
+    for source in range(layout.world):
+        used = (holders == source).any(dim=1)
+        part = outputs[source][rank * rows : rank * rows + T]
+        total[used] += part[used].float()
+    return total.to(layout.output_dtype)

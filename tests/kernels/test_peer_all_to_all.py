@@ -1,0 +1,170 @@
+"""Rows between ranks through each other's memory; all ranks live in this process here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedmoe.kernels.peer_all_to_all import (
+    PeerLayout,
+    PeerView,
+    combine,
+    combine_reference,
+    dispatch,
+    dispatch_reference,
+    wait_for_dispatch,
+)
+
+pytest.importorskip("triton")
+
+OWNERS = torch.tensor([0, 0, 1, 1, 2, 2, 0], dtype=torch.int32)
+GARBAGE = 0xFF  # NaN in every float format
+
+
+def views_of(layout: PeerLayout) -> list[PeerView]:
+    """Buffers full of garbage but for the flags."""
+    buffers = []
+    for _ in range(layout.world):
+        memory = torch.full((layout.nbytes + 256,), GARBAGE, dtype=torch.uint8)
+        own = memory[-memory.data_ptr() % 256 :][: layout.nbytes]
+        own[layout.dispatch_flags_at :].zero_()
+        buffers.append(own)
+    bases = torch.tensor([own.data_ptr() for own in buffers])
+    return [
+        PeerView(layout, rank, bases, own, torch.tensor([1, 0, 0, 0]).int(), torch.zeros(1).int())
+        for rank, own in enumerate(buffers)
+    ]
+
+
+def raise_combine_flags(views: list[PeerView], epoch: int) -> None:
+    """As the other ranks would, whose combines run only after this rank's in one process."""
+    for view in views:
+        at = view.layout.combine_flags_at
+        view.own[at : at + 4 * view.layout.world].view(torch.int32).fill_(epoch)
+
+
+def inputs_of(layout: PeerLayout, tokens: tuple[int, ...], dtype: torch.dtype, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.randn(T, layout.hidden, generator=generator).to(dtype) for T in tokens]
+    ids = [torch.randint(-1, 9, (T, layout.topk), generator=generator) for T in tokens]
+    weights = [torch.rand(T, layout.topk, generator=generator) for T in tokens]
+    return x, ids, weights
+
+
+@pytest.mark.parametrize("tokens", [(5, 3, 0), (4, 4, 4), (1, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_arrive_and_sums_come_back(dtype, tokens):
+    """Uneven ranks, ids of -1 and beyond the last expert, two rounds over the same memory."""
+    layout = PeerLayout(3, 5, 160, 4, dtype, dtype)
+    views = views_of(layout)
+    for epoch in (1, 2):
+        rows = max(tokens)
+        x, ids, weights = inputs_of(layout, tokens, dtype, epoch)
+        for rank, view in enumerate(views):
+            dispatch(
+                *(x[rank], ids[rank], weights[rank], OWNERS, view, rows),
+                **{"programs": 3, "max_polls": 0, "wait": False},
+            )
+        outputs = []
+        for rank, view in enumerate(views):
+            wait_for_dispatch(view, max_polls=0)
+            got = view.received(rows)
+            want = dispatch_reference(x, ids, weights, OWNERS, layout, rows, rank)
+            used = want.topk_ids >= 0
+            sent = used.any(dim=1)
+            assert torch.equal(got.topk_ids, want.topk_ids)
+            assert torch.equal(got.topk_weights[used], want.topk_weights[used])
+            assert torch.equal(got.hidden_states[sent], want.hidden_states[sent])
+            got.outputs[sent] = torch.randn(int(sent.sum()), layout.hidden).to(dtype)
+            outputs.append(got.outputs)
+        raise_combine_flags(views, epoch)
+        for rank, view in enumerate(views):
+            out = torch.full((tokens[rank], layout.hidden), float("nan"), dtype=dtype)
+            combine(out, ids[rank], OWNERS, view, rows, programs=2, max_polls=0)
+            want = combine_reference(outputs, ids[rank], OWNERS, layout, rows, rank)
+            assert torch.equal(out, want)
+            assert view.error.item() == 0
+
+
+def test_a_row_goes_nowhere_it_is_not_needed():
+    layout = PeerLayout(3, 2, 64, 2, torch.float32, torch.float32)
+    views = views_of(layout)
+    x, weights = torch.randn(1, 64), torch.rand(1, 2)
+    dispatch(
+        *(x, torch.tensor([[2, 3]]), weights, OWNERS, views[0], 1),
+        **{"programs": 1, "max_polls": 0, "wait": False},
+    )
+    assert torch.equal(views[1].received(1).hidden_states[0], x[0])
+    for rank in (0, 2):
+        assert views[rank].received(1).hidden_states.isnan().all()
+        assert views[rank].received(1).topk_ids[0].tolist() == [-1, -1]
+
+
+def test_scales_of_groups_arrive():
+    """The interpreter rounds to fp8 its own way; the scales say whether groups are cut right."""
+    layout = PeerLayout(2, 2, 160, 2, torch.float8_e4m3fn, torch.float32, group=32)
+    views = views_of(layout)
+    owners = torch.tensor([0, 1], dtype=torch.int32)
+    x, ids, weights = inputs_of(layout, (2, 2), torch.float32, 0)
+    ids = [one % 2 for one in ids]
+    for rank, view in enumerate(views):
+        dispatch(
+            *(x[rank], ids[rank], weights[rank], owners, view, 2),
+            **{"programs": 2, "max_polls": 0, "wait": False},
+        )
+    for rank, view in enumerate(views):
+        want = dispatch_reference(x, ids, weights, owners, layout, 2, rank)
+        sent = (want.topk_ids >= 0).any(dim=1)
+        assert torch.equal(view.received(2).scales[sent], want.scales[sent])
+
+
+def test_a_missing_rank_is_named_and_nothing_waits_again():
+    layout = PeerLayout(3, 2, 64, 2, torch.float32, torch.float32)
+    views = views_of(layout)
+    x, ids, weights = inputs_of(layout, (2, 2, 2), torch.float32, 0)
+    for rank in (0, 2):
+        dispatch(
+            *(x[rank], ids[rank], weights[rank], OWNERS, views[rank], 2),
+            **{"programs": 1, "max_polls": 0, "wait": False},
+        )
+    wait_for_dispatch(views[0], max_polls=3)
+    assert views[0].error.item() == 2
+    wait_for_dispatch(views[0], max_polls=1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"T": 3}, "3 tokens need T <= rows = 2"),
+        ({"rows": 9}, "rows = 9 <= 4"),
+        ({"hidden": 65}, "columns"),
+        ({"topk": 3}, "picks"),
+        ({"dtype": torch.float16}, "float16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    layout = PeerLayout(3, 4, 64, 2, torch.float32, torch.float32)
+    view = views_of(layout)[0]
+    sizes = {"T": 2, "rows": 2, "hidden": 64, "topk": 2, "dtype": torch.float32} | change
+    x = torch.zeros(sizes["T"], sizes["hidden"], dtype=sizes["dtype"])
+    ids = torch.zeros(sizes["T"], sizes["topk"], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        dispatch(
+            *(x, ids, torch.ones(ids.shape), OWNERS, view, sizes["rows"]),
+            **{"programs": 1, "max_polls": 0},
+        )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"world": 0},
+        {"row_dtype": torch.float8_e4m3fn},
+        {"group": 128},
+        {"row_dtype": torch.float8_e4m3fn, "group": 96},
+    ],
+)
+def test_layouts_that_make_no_sense(fields):
+    usual = {"world": 2, "rows": 4, "hidden": 64, "topk": 2, "row_dtype": torch.float32}
+    with pytest.raises(ValueError, match=r"group|sizes|scale"):
+        PeerLayout(**(usual | {"output_dtype": torch.float32} | fields))
