@@ -25,6 +25,7 @@ from fusedmoe.weights.params_mapping import (
 from fusedmoe.weights.stored import MatrixKey, StoredTensors, fit
 
 if TYPE_CHECKING:
+    from fusedmoe.quantization.dialects.base import Matrix, Rule
     from fusedmoe.weights.routed_experts import RoutedExperts
 
 
@@ -78,7 +79,6 @@ class ExpertLoader:
 
     def load(self, name: str, tensor: torch.Tensor) -> set[str]:
         """Load one checkpoint tensor; the names of the parameters it went to (on this rank)."""
-        layer = self._layer
         copies = self._table.find(name)
         if copies and self._stored is not None:
             return self._load_stored_copies(copies, name, tensor)
@@ -93,11 +93,15 @@ class ExpertLoader:
         parsed = self._parser.parse(name)
         if parsed is None:
             raise ValueError(f"{name} names no tensor of these experts")
+        return self.load_part(parsed, name, tensor)
+
+    def load_part(self, parsed: ExpertTensorName, name: str, tensor: torch.Tensor) -> set[str]:
+        """As ``load``, for a tensor of which it is known what it is."""
+        layer = self._layer
         if self._stored is not None:
             replicas = None if parsed.expert is None else self._replicas(parsed.expert)
-            return self._load_stored(
-                MatrixKey(parsed.expert, parsed.shards), parsed.suffix, name, tensor, replicas
-            )
+            key = MatrixKey(parsed.expert, parsed.shards)
+            return self._load_stored(key, parsed.suffix, name, tensor, replicas)
         spec = self._spec(parsed, name)
         written = set()
         for expert, shard, data in self._pieces(parsed, spec, name, tensor):
@@ -132,7 +136,7 @@ class ExpertLoader:
         It is converted as soon as what belongs to it is there.
         """
         assert self._stored is not None
-        layer, scheme = self._layer, self._stored.scheme
+        layer = self._layer
         count = layer.expert_map_manager.num_logical_experts
         if physical is None and (tensor.dim() == 0 or tensor.shape[0] != count):
             raise ValueError(
@@ -142,22 +146,37 @@ class ExpertLoader:
         matrix = key.matrix(name.removesuffix(suffix).rstrip("._"), layer.sizes)
         written = set()
         for rule, tensors in self._stored.add(key, matrix.name, suffix, tensor):
-            owner = "w2" if key.shards == ("w2",) else "w13"
-            for expert in range(count) if physical is None else (None,):
-                targets = physical or self._replicas(expert)
-                if all(layer.expert_map_manager.local_row(target) < 0 for target in targets):
-                    continue
-                whole = tensors if expert is None else [stored[expert] for stored in tensors]
-                part = scheme.convert(rule, matrix, whole)
-                if part is None:
-                    continue
-                spec = self._spec_named(f"{owner}_{rule.gives}", name)
-                part = fit(part, spec, layer.sizes, len(key.shards))
-                pieces = self._split_gate_up(key.shards, spec, part)
-                for shard, piece in zip(key.shards, pieces, strict=True):
-                    for target in targets:
-                        if self._load_named(spec.name, piece, name, shard, target):
-                            written.add(spec.name)
+            if physical is not None:
+                written |= self._convert(rule, matrix, key.shards, tensors, name, physical)
+                continue
+            for expert in range(count):
+                one = tuple(stored[expert] for stored in tensors)
+                replicas = self._replicas(expert)
+                written |= self._convert(rule, matrix, key.shards, one, name, replicas)
+        return written
+
+    def _convert(
+        self,
+        rule: Rule,
+        matrix: Matrix,
+        shards: tuple[ShardId, ...],
+        tensors: tuple[torch.Tensor, ...],
+        name: str,
+        physical: list[int],
+    ) -> set[str]:
+        """Stored tensors of one expert's matrix to the parameters of its copies on this rank."""
+        layer = self._layer
+        if all(layer.expert_map_manager.local_row(expert) < 0 for expert in physical):
+            return set()
+        owner = "w2" if shards == ("w2",) else "w13"
+        written = set()
+        for suffix, part in rule.parts(matrix, tensors).items():
+            spec = self._spec_named(f"{owner}_{suffix}", name)
+            pieces = self._split_gate_up(shards, spec, fit(part, spec, layer.sizes, len(shards)))
+            for shard, piece in zip(shards, pieces, strict=True):
+                for expert in physical:
+                    if self._load_named(spec.name, piece, name, shard, expert):
+                        written.add(spec.name)
         return written
 
     def load_one(

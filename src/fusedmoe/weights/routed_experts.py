@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from fusedmoe.weights.params_mapping import (
     DEFAULT_CHECKPOINT_NAMES,
     CheckpointNames,
     ExpertParamEntry,
+    ExpertTensorName,
     fused_moe_make_expert_params_mapping,
 )
 
@@ -69,6 +71,7 @@ class RoutedExperts(nn.Module):
         self.sizes = expert_sizes(moe_config, intermediate_size)
         self.param_specs = {spec.name: spec for spec in quant_method.param_specs()}
         self._router: tuple[FusedMoERouter | None] = (None,)
+        self.load_error: str | None = None
         self._register_maps(device)
         for name in ("w13_bias", "w2_bias"):
             if name not in self.param_specs and not hasattr(type(self), name):
@@ -170,6 +173,7 @@ class RoutedExperts(nn.Module):
         **ranks: Any,
     ) -> torch.Tensor:
         """Routed output [T, H] of x [T, H]; the experts route by the logits [T, E]."""
+        self._check_usable()
         if router_logits is None:
             raise ValueError("experts that route by themselves need router_logits, got None")
         return self.quant_method.apply_monolithic(self, x, router_logits, input_ids, **ranks)
@@ -200,8 +204,10 @@ class RoutedExperts(nn.Module):
 
         Understands one tensor per expert, gate and up joined or apart, all experts in one 3-D
         tensor or in one of stacked rows [E * I, H]. Raises ValueError for a name or shape that
-        fits nothing. ``check_loaded`` tells what is missing.
+        fits nothing; the layer then refuses to run until another call has succeeded.
+        ``check_loaded`` tells what is missing.
         """
+        self.load_error = None
         written = {name for pair in weights for name in self.load_tensor(*pair)}
         self.loading_done()
         return written
@@ -209,7 +215,38 @@ class RoutedExperts(nn.Module):
     def load_tensor(self, name: str, tensor: torch.Tensor) -> set[str]:
         """Load one tensor as ``load_weights`` does, without prepacking afterwards."""
         name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
-        return self._loader.load(name, tensor)
+        with self._unusable_on_error():
+            return self._loader.load(name, tensor)
+
+    def load_part(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        expert: int | None,
+        shards: tuple[ShardId, ...],
+        suffix: str,
+    ) -> set[str]:
+        """As ``load_tensor``, where the caller knows what the tensor called ``name`` is.
+
+        ``expert`` None: all experts in one tensor. ``shards``: ("w1",), ("w3",), ("w1", "w3") for
+        both in one, or ("w2",). ``suffix`` is what the format calls it ("weight", "qweight", ...).
+        """
+        with self._unusable_on_error():
+            return self._loader.load_part(ExpertTensorName(expert, shards, suffix), name, tensor)
+
+    @contextmanager
+    def _unusable_on_error(self) -> Iterator[None]:
+        """What is loaded in part must not run."""
+        try:
+            yield
+        except Exception as error:
+            self.load_error = str(error)
+            raise
+
+    def _check_usable(self) -> None:
+        if self.load_error is not None:
+            raise ValueError(f"these experts were not loaded: {self.load_error}")
 
     def loading_done(self) -> None:
         """Prepack if every tensor has been loaded by now; else note that weights changed."""
@@ -224,7 +261,12 @@ class RoutedExperts(nn.Module):
 
     def check_loaded(self) -> None:
         """Raise ValueError naming what no checkpoint tensor has filled."""
-        self._loader.report().raise_if_missing(self.prefix)
+        with self._unusable_on_error():
+            missing = self._loader.missing_stored()
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise ValueError(f"the checkpoint lacks {missing[0]}{more}")
+            self._loader.report().raise_if_missing(self.prefix)
 
     @staticmethod
     def make_expert_params_mapping(

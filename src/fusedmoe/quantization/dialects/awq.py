@@ -71,7 +71,7 @@ class AwqQuantization(CheckpointQuantization):
                 symmetric=not self.zero_point,
             ),
             rules=(
-                Rule(needs=("qweight",), gives="weight", convert=_weight),
+                Rule(needs=("qweight",), gives="weight", convert=_weight, size=_size),
                 Rule(needs=("scales",), gives="weight_scale", convert=self._scale),
                 zeros,
                 BIAS,
@@ -89,6 +89,10 @@ class AwqQuantization(CheckpointQuantization):
         shape = (self._groups(matrix), -(-matrix.N // 8))
         expect(matrix, "qzeros", qzeros, shape, torch.int32)
         return unpack_awq(qzeros, matrix.N).T
+
+
+def _size(qweight: tuple[int, ...]) -> tuple[int, int]:
+    return qweight[1] * 8, qweight[0]
 
 
 def _weight(matrix: Matrix, qweight: torch.Tensor) -> torch.Tensor:

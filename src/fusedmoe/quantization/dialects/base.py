@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import gcd
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,31 +47,38 @@ class Matrix:
         return f"{self.name}{'' if suffix.startswith('_') else '.'}{suffix}"
 
 
-Convert = Callable[..., torch.Tensor | None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``convert(matrix, *tensors)`` makes part ``gives`` of the stored tensors ``needs``.
+    """``convert(matrix, *tensors)`` makes the part ``gives`` of the stored tensors ``needs``.
 
     Tensors are those of one matrix. ``gives`` is a parameter's name without its owner ("weight",
-    "weight_scale", ...); "" only checks (it returns None). ``optional``: the tensors may be absent,
-    all of them.
+    "weight_scale", ...); several make ``convert`` return as many, "" drops what it returns: it was
+    a check. ``optional``: the tensors may be absent, all of them. ``size`` of a weight's rule finds
+    (N, K) from the shapes of the tensors.
     """
 
     needs: tuple[str, ...]
-    gives: str
-    convert: Convert
+    gives: str | tuple[str, ...]
+    convert: Callable[..., Any]
     optional: bool = False
+    size: Callable[..., tuple[int, int]] | None = None
+
+    def parts(self, matrix: Matrix, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What it gives, by name. Raises ValueError naming the tensor that is wrong."""
+        made = self.convert(matrix, *tensors)
+        if not self.gives:
+            return {}
+        if isinstance(self.gives, str):
+            return {self.gives: made}
+        return {name: part for name, part in zip(self.gives, made, strict=True) if part is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How the experts of a layer are stored, and what they become.
 
-    ``format`` is that of the layer's parameters, ``stored_group`` what shares a scale in the files:
-    the same, unless a tensor-parallel shard cuts a group. ``activation`` None leaves activations as
-    they are. ``ignored`` tensors are known and not needed.
+    ``activation`` None leaves activations as they are. ``ignored`` tensors are known and not
+    needed.
     """
 
     dialect: str
@@ -80,11 +86,6 @@ class Scheme:
     rules: tuple[Rule, ...]
     activation: QuantKey | None = None
     ignored: tuple[str, ...] = ()
-    stored_group: GroupShape = field(default=GroupShape(0, 0))
-
-    def __post_init__(self) -> None:
-        if self.stored_group == (0, 0):
-            object.__setattr__(self, "stored_group", self.format.group)
 
     @property
     def required(self) -> frozenset[str]:
@@ -99,6 +100,21 @@ class Scheme:
     def name(self) -> str:
         return self.format.name
 
+    def split(self, name: str) -> tuple[str, str] | None:
+        """(matrix, suffix) of a tensor's full name; None where its ending is none of the scheme."""
+        for suffix in sorted(self.known, key=len, reverse=True):
+            base = name.removesuffix(suffix)
+            if base != name and base[-1:] in ("", ".", "_"):
+                return base[:-1], suffix
+        return None
+
+    def size(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """(N, K) of a matrix stored in tensors of these ``shapes``; None where they do not say."""
+        for rule in self.rules:
+            if rule.size is not None and all(need in shapes for need in rule.needs):
+                return rule.size(*(shapes[need] for need in rule.needs))
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Plain values, for tools that print them."""
         return {
@@ -107,56 +123,12 @@ class Scheme:
             "activation": None if self.activation is None else str(self.activation),
         }
 
-    def convert(self, rule: Rule, matrix: Matrix, tensors: Sequence[torch.Tensor]) -> Any:
-        """The part that ``rule`` gives, on the layer's own grid of scales; None for a check."""
-        part = rule.convert(matrix, *tensors)
-        if part is None or self.stored_group == self.format.group:
-            return part
-        if rule.gives in ("weight_scale", "weight_zero_point"):
-            return refine(part, matrix, self.stored_group, self.format.group)
-        return part
-
     def missing(self, suffixes: frozenset[str]) -> frozenset[str]:
         """What a matrix with these stored tensors lacks; optional rules are all or nothing."""
         partly = (
             set(rule.needs) for rule in self.rules if rule.optional and suffixes & set(rule.needs)
         )
         return (self.required | frozenset().union(*partly)) - suffixes
-
-    def for_shards(self, intermediate: int, intermediate_stored: int) -> Scheme:
-        """The scheme for ranks that hold ``intermediate_stored`` units of an expert each.
-
-        Where a rank's edge cuts a group, groups become smaller (their greatest common divisor with
-        the shard) and scales are repeated: the values stay the same. E8m0 and e4m3 groups are part
-        of the format; they are left as they are, and the shard is padded to whole groups.
-        """
-        whole = intermediate_stored >= intermediate
-        if whole or self.format.scale_kind != "float" or self.format.act_order:
-            return self
-        rows, columns = (
-            size if size < 1 else gcd(size, intermediate_stored) for size in self.format.group
-        )
-        if (rows, columns) == self.format.group:
-            return self
-        return replace(self, format=replace(self.format, group=GroupShape(rows, columns)))
-
-
-def refine(
-    part: torch.Tensor, matrix: Matrix, stored: GroupShape, wanted: GroupShape
-) -> torch.Tensor:
-    """Scales [rows, columns] of groups ``stored``, repeated for the smaller groups ``wanted``."""
-
-    def index(size: int, old: int, new: int) -> torch.Tensor:
-        return torch.arange(0, size, new) // old
-
-    rows = part.shape[0]
-    if stored.row > 0 and stored.row != wanted.row:
-        each = index(matrix.N // matrix.shards, stored.row, wanted.row)
-        starts = torch.arange(matrix.shards) * (rows // matrix.shards)
-        part = part[(starts[:, None] + each).flatten().to(part.device)]
-    if stored.col > 0 and stored.col != wanted.col:
-        part = part[:, index(matrix.K, stored.col, wanted.col).to(part.device)]
-    return part
 
 
 def read_matrix(
@@ -177,10 +149,10 @@ def read_matrix(
             f"{matrix.path(lacking[0])}: missing beside {', '.join(sorted(suffixes)) or 'nothing'}"
             f" ({scheme.dialect}, {scheme.name})"
         )
-    parts: dict[str, torch.Tensor | None] = {}
+    parts: dict[str, torch.Tensor] = {}
     for rule in scheme.rules:
         if all(need in suffixes for need in rule.needs):
-            parts[rule.gives] = scheme.convert(rule, matrix, [tensors[n] for n in rule.needs])
+            parts |= rule.parts(matrix, [tensors[need] for need in rule.needs])
     for suffix in sorted(suffixes - scheme.known):
         raise ValueError(
             f"{matrix.path(suffix)}: unexpected; {scheme.dialect} {scheme.name} weights are stored "
@@ -192,11 +164,9 @@ def read_matrix(
         return None if part is None else part.reshape(shape or part.shape)
 
     per_tensor = (matrix.shards,) if scheme.format.group == (-1, -1) else ()
-    weight = parts["weight"]
-    assert weight is not None
     return QuantizedTensor(
         format=scheme.format,
-        data=weight,
+        data=parts["weight"],
         scale=shaped("weight_scale", *per_tensor),
         scale2=shaped("weight_scale_2", matrix.shards),
         zero_point=shaped("weight_zero_point"),
@@ -370,12 +340,10 @@ def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values
         expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
         return weight.view(torch.uint8) if values > 1 else weight
 
-    return Rule(needs=(suffix,), gives="weight", convert=convert)
+    def size(shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[-2], shape[-1] // stored * values
+
+    return Rule(needs=(suffix,), gives="weight", convert=convert, size=size)
 
 
 BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)
-
-
-def ignored(suffix: str) -> Rule:
-    """A tensor that says nothing we need."""
-    return Rule(needs=(suffix,), gives="", convert=lambda matrix, tensor: None, optional=True)

@@ -213,12 +213,8 @@ def _nvfp4(inputs: dict[str, Any]) -> Scheme:
             plain_weight_rule("weight_packed", torch.uint8, values=2),
             e4m3_scale_rule("weight_scale", 16),
             scalar_rule("weight_global_scale", "weight_scale_2", inverse=True),
-            scalar_rule(
-                "input_global_scale",
-                "input_scale" if inputs else "",
-                inverse=True,
-                optional=not inputs,
-            ),
+            # Activations get scales of their own as they come.
+            scalar_rule("input_global_scale", "", inverse=True, optional=True),
             BIAS,
         ),
         ignored=_IGNORED,
@@ -269,6 +265,7 @@ def _integers(
             needs=("weight_packed" if packed else "weight",),
             gives="weight",
             convert=partial(_packed if packed else _one_byte_each, bits),
+            size=partial(_size, 32 // bits if packed else 1),
         ),
         scale_rule("weight_scale", group, scale_dtype),
         BIAS,
@@ -306,6 +303,10 @@ def _activation_of_integers(inputs: dict[str, Any]) -> QuantKey | None:
             f"{kind} activations per {strategy} with integer weights"
         )
     return INT8_DYNAMIC_TOKEN if kind == "int" else FP8_DYNAMIC_TOKEN
+
+
+def _size(values: int, stored: tuple[int, ...]) -> tuple[int, int]:
+    return stored[0], stored[1] * values
 
 
 def _packed(bits: int, matrix: Matrix, packed: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ class GptqQuantization(CheckpointQuantization):
     def _scheme(self) -> Scheme:
         act_order = self.act_order and self.group_size > 0
         rules = [
-            Rule(needs=("qweight",), gives="weight", convert=self._weight),
+            Rule(needs=("qweight",), gives="weight", convert=self._weight, size=self._size),
             Rule(needs=("scales",), gives="weight_scale", convert=self._scale),
             Rule(
                 needs=("qzeros",),
@@ -119,6 +119,9 @@ class GptqQuantization(CheckpointQuantization):
 
     def _groups(self, matrix: Matrix) -> int:
         return 1 if self.group_size == -1 else -(-matrix.K // self.group_size)
+
+    def _size(self, qweight: tuple[int, ...]) -> tuple[int, int]:
+        return qweight[1], qweight[0] * 32 // self.bits
 
     def _weight(self, matrix: Matrix, qweight: torch.Tensor) -> torch.Tensor:
         words = -(-matrix.K * self.bits // 32)

@@ -123,6 +123,8 @@ def _nvfp4(static: bool) -> Scheme:
         plain_weight_rule("weight", torch.uint8, values=2),
         e4m3_scale_rule("weight_scale", 16),
         scalar_rule("weight_scale_2", "weight_scale_2"),
+        # Activations get scales of their own as they come.
+        scalar_rule("input_scale", "", optional=True),
         BIAS,
     )
     return Scheme(
@@ -134,7 +136,7 @@ def _nvfp4(static: bool) -> Scheme:
             second_scale=True,
         ),
         activation=NVFP4_DYNAMIC if static else None,
-        rules=(*rules, _INPUT_SCALE) if static else rules,
+        rules=rules,
     )
 
 
