@@ -130,9 +130,14 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         """w13 and w2 as they are in ``layer``, sharing its tensors."""
         config, sizes = self._weight_descs(layer), layer.sizes
         dtype = self.moe_config.in_dtype
-        shards = {"shards": sizes.num_w13_shards, "interleaved": sizes.interleaved}
+        w13 = config["w13"].weight(
+            layer.w13_weight,
+            dtype,
+            shards=sizes.num_w13_shards,
+            interleaved=sizes.interleaved,
+        )
         return (
-            config["w13"].weight(layer.w13_weight, dtype, **shards),
+            w13,
             config["w2"].weight(layer.w2_weight, dtype),
         )
 

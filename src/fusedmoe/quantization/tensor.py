@@ -54,6 +54,13 @@ ELEMENTS: dict[str, ElementType] = {
 """By name. All floats are OCP's: sign, exponent, mantissa."""
 
 _MX_NAMES = {"e2m1": "mxfp4", "e4m3": "mxfp8", "e3m2": "mxfp6_e3m2", "e2m3": "mxfp6_e2m3"}
+_ELEMENT_OF: dict[torch.dtype | str, str] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "int8",
+    "int4": "int4",
+    "nvfp4": "e2m1",
+    **{name: element for element, name in _MX_NAMES.items()},
+}
 _SCALE_KINDS: dict[torch.dtype | None, ScaleKind] = {
     torch.uint8: "e8m0",
     torch.float8_e4m3fn: "e4m3",
@@ -89,6 +96,34 @@ class QuantFormat:
             )
         if self.act_order and (row != 1 or col < 1):
             raise ValueError(f"act-order needs groups of columns, not {row} x {col}")
+
+    @classmethod
+    def of(
+        cls,
+        dtype: torch.dtype | str,
+        group: GroupShape,
+        scale_dtype: torch.dtype,
+        *,
+        symmetric: bool = True,
+        act_order: bool = False,
+    ) -> QuantFormat:
+        """The format whose ``key_dtype`` is ``dtype``; ValueError where there is none."""
+        if dtype not in _ELEMENT_OF:
+            known = ", ".join(str(name) for name in _ELEMENT_OF)
+            raise ValueError(f"unknown weight dtype {dtype}; known: {known}")
+        fmt = cls(
+            element=_ELEMENT_OF[dtype],
+            group=group,
+            scale_dtype=scale_dtype,
+            symmetric=symmetric,
+            second_scale=dtype == "nvfp4",
+            act_order=act_order,
+        )
+        if fmt.key_dtype != dtype:
+            raise ValueError(
+                f"{dtype} weights have no scales in {scale_dtype} per {group.row} x {group.col}"
+            )
+        return fmt
 
     @property
     def type(self) -> ElementType:

@@ -182,7 +182,9 @@ def _scales(
     values: torch.Tensor, fmt: QuantFormat, grid: Grid, group_index: torch.Tensor | None
 ) -> dict[str, torch.Tensor | None]:
     """scale, scale2 and zero_point of a format, from the values of its groups."""
-    fmt.scale_shape(*values.shape[-2:], grid.shards)  # raises where the groups do not fit
+    fmt.scale_shape(
+        values.shape[-2], values.shape[-1], grid.shards
+    )  # raises where the groups do not fit
     if group_index is not None:
         order = columns_by_group(group_index, fmt.group.col)
         shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(values.shape[-2], values.device)

@@ -31,6 +31,7 @@ from fusedmoe.quantization.keys import (
 )
 
 _GROUPS = GroupShape(1, ANY)
+_INTEGERS: tuple[torch.dtype | str, ...] = (torch.int8, "int4")
 
 FP8_WEIGHTS = tuple(
     QuantKey(torch.float8_e4m3fn, True, shape)
@@ -39,7 +40,7 @@ FP8_WEIGHTS = tuple(
 INTEGER_WEIGHTS = tuple(
     QuantKey(dtype, True, shape, symmetric=symmetric, act_order=act_order)
     for dtype, shape, symmetric, act_order in product(
-        (torch.int8, "int4"), (PER_CHANNEL, _GROUPS), (True, False), (False, True)
+        _INTEGERS, (PER_CHANNEL, _GROUPS), (True, False), (False, True)
     )
     if shape == _GROUPS or not act_order
 )
