@@ -136,7 +136,11 @@ class FusedMoEMethodBase(ABC):
         self._built = _BuiltKernel(kernel, weight.device, weight.dtype, tensors)
 
     def kernel(self, layer: RoutedExperts) -> FusedMoEKernel | FusedMoEMonolithicKernel:
-        """The kernel for the weights as they are now, chosen on first use and after moves."""
+        """The kernel for the weights as they are now, chosen on first use and after moves.
+
+        Raises ValueError for weights of which loading failed.
+        """
+        layer.check_usable()
         self.choose_kernel(layer)
         if self._built is None:
             raise ValueError("the weights are on 'meta': move them with to_empty(device=...) first")

@@ -19,6 +19,7 @@ def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor
         if name not in ("routed_experts", "router")
     }
     written: set[str] = set()
+    runner.routed_experts.load_error = None
     for name, tensor in _without_prefix(weights, runner.prefix):
         part, _, rest = name.partition(".")
         if part not in parts:

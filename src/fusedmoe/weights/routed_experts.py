@@ -173,7 +173,6 @@ class RoutedExperts(nn.Module):
         **ranks: Any,
     ) -> torch.Tensor:
         """Routed output [T, H] of x [T, H]; the experts route by the logits [T, E]."""
-        self._check_usable()
         if router_logits is None:
             raise ValueError("experts that route by themselves need router_logits, got None")
         return self.quant_method.apply_monolithic(self, x, router_logits, input_ids, **ranks)
@@ -244,7 +243,8 @@ class RoutedExperts(nn.Module):
             self.load_error = str(error)
             raise
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """ValueError where a tensor could not be loaded."""
         if self.load_error is not None:
             raise ValueError(f"these experts were not loaded: {self.load_error}")
 
