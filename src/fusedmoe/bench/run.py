@@ -167,7 +167,7 @@ def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
 
 def _builders(
     experts: Sequence[str | type | None], peers: Sequence[str]
-) -> dict[str, Callable[..., Contestant]]:
+) -> Mapping[str, Callable[..., Contestant]]:
     ours = {contestant_name(one): partial(our_layer, experts=one) for one in experts}
     return ours | {name: partial(peer, name) for name in peers}
 

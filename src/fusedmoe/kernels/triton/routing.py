@@ -111,7 +111,15 @@ def route_rows(
             choice, BLOCK_T, BLOCK_G, BLOCK_S, GROUPS, GROUP_SIZE, TOPK_GROUP, TOP2
         )
     if table_ptr is None:
-        ids = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+        ids, chosen = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+        if bias_ptr is None and VISION_LO == 0:
+            # What was chosen by is the score (or the logit) itself.
+            if not AFTER_TOPK:
+                return chosen, ids
+            chosen = tl.where(ids >= 0, chosen, float("-inf"))
+            row_max = tl.max(chosen, axis=1)
+            row_sum = tl.sum(tl.exp(chosen - row_max[:, None]), axis=1)
+            return score(chosen, row_max, row_sum, SCORE), ids
     else:
         ids = hash_ids(
             table_ptr,
@@ -125,7 +133,7 @@ def route_rows(
             K,
         )
         if VISION_LO > 0:
-            best = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+            best, _ = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
             ids = tl.where(is_vision[:, None], best, ids)
     chosen = tl.load(
         row_ptr + ids.to(tl.int64) * stride_expert,

@@ -56,13 +56,19 @@ def ordered(x):
 
 
 @triton.jit
+def from_ordered(keys):
+    """The inverse of ``ordered``."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def take_best(keys, column_ids):
-    """keys [BLOCK_T, C], column_ids [1, C] -> id of the best (lower among equals), keys without."""
+    """keys [BLOCK_T, C], column_ids [1, C] -> id of the best (lower among equals), its key, and the
+    keys without it."""
     best = tl.max(keys, axis=1)
     ids = tl.min(tl.where(keys == best[:, None], column_ids, NO_ID), axis=1)
-    return tl.where(best > MINUS_INFINITY, ids, -1), tl.where(
-        column_ids == ids[:, None], REMOVED, keys
-    )
+    rest = tl.where(column_ids == ids[:, None], REMOVED, keys)
+    return tl.where(best > MINUS_INFINITY, ids, -1), best, rest
 
 
 @triton.jit
@@ -107,23 +113,26 @@ def choose(
     K: tl.constexpr,
     PER_GROUP: tl.constexpr,
 ):
-    """The K best ids [BLOCK_T, BLOCK_K], -1 where none is left; NO_ID columns are no candidates.
+    """The K best ids [BLOCK_T, BLOCK_K], -1 where none is left, and their choice; NO_ID columns
+    are no candidates.
 
     PER_GROUP > 0: that many of each group, group after group.
     """
     keys = tl.where(column_ids == NO_ID, REMOVED, ordered(choice))
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.full([BLOCK_T, BLOCK_K], -1, dtype=tl.int32)
+    chosen = tl.full([BLOCK_T, BLOCK_K], MINUS_INFINITY, dtype=tl.int32)
     for pick in range(K):
         if PER_GROUP > 0:
             column = tl.arange(0, keys.shape[1])[None, :]
             inside = column // BLOCK_S == pick // PER_GROUP
-            best, _ = take_best(tl.where(inside, keys, REMOVED), column_ids)
+            best, key, _ = take_best(tl.where(inside, keys, REMOVED), column_ids)
             keys = tl.where(column_ids == best[:, None], REMOVED, keys)
         else:
-            best, keys = take_best(keys, column_ids)
+            best, key, keys = take_best(keys, column_ids)
         ids = tl.where(slot == pick, best[:, None], ids)
-    return ids
+        chosen = tl.where(slot == pick, key[:, None], chosen)
+    return ids, from_ordered(chosen)
 
 
 @triton.jit
