@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
-import sys
 from collections.abc import Callable
 
 import torch
@@ -31,6 +31,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     dispatch_reference,
 )
 from fusedmoe.runner.capture import record_graph
+from fusedmoe.tuning.peer_tiles import PeerTiles
 
 H, K, E = 7168, 8, 256
 TARGETS_US = {1: 14.0, 16: 20.0, 128: 36.0}
@@ -69,21 +70,21 @@ def time_graph(work: Callable[[], object], rounds: int, repeats: int = 30) -> fl
     return slowest.item()
 
 
-def check(memory: PeerMemory, x, ids, weights, owners, rows: int, programs: int) -> float:  # type: ignore[no-untyped-def]
+def check(memory: PeerMemory, x, ids, weights, owners, rows: int, tiles: PeerTiles) -> None:  # type: ignore[no-untyped-def]
     """Raise where what arrives is not what the reference says; the relative error of the sums."""
     layout, rank, world = memory.layout, memory.view.rank, memory.layout.world
     everyones = [[torch.empty_like(t) for _ in range(world)] for t in (x, ids, weights)]
     for parts, mine in zip(everyones, (x, ids, weights), strict=True):
         dist.all_gather(parts, mine)
     polls = memory.max_polls
-    dispatch(x, ids, weights, owners, memory.view, rows, programs=programs, max_polls=polls)
+    dispatch(x, ids, weights, owners, memory.view, rows, max_polls=polls, tiles=tiles)
     got = memory.view.received(rows)
     want = dispatch_reference(*everyones, owners, layout, rows, rank)
     used = want.topk_ids >= 0
     assert torch.equal(got.topk_ids, want.topk_ids)
     assert torch.equal(got.topk_weights[used], want.topk_weights[used])
     sent = used.any(dim=1)
-    assert torch.equal(got.hidden_states[sent].float(), want.hidden_states[sent].float())
+    assert torch.equal(got.hidden_states.float()[sent], want.hidden_states.float()[sent])
     if layout.group:
         assert got.scales is not None
         assert want.scales is not None
@@ -93,10 +94,9 @@ def check(memory: PeerMemory, x, ids, weights, owners, rows: int, programs: int)
     all_outputs = [torch.empty_like(got.outputs) for _ in range(world)]
     dist.all_gather(all_outputs, got.outputs)
     out = torch.full_like(x, float("nan"))
-    combine(out, ids, owners, memory.view, rows, programs=programs, max_polls=polls)
+    combine(out, ids, owners, memory.view, rows, max_polls=polls, tiles=tiles)
     assert torch.equal(out, combine_reference(all_outputs, ids, owners, layout, rows, rank))
     memory.check()
-    return 0.0
 
 
 def nccl_round(x: torch.Tensor, layout: PeerLayout, out: torch.Tensor) -> Callable[[], None]:
@@ -114,14 +114,14 @@ def nccl_round(x: torch.Tensor, layout: PeerLayout, out: torch.Tensor) -> Callab
     return run
 
 
-def measure(memory: PeerMemory, T: int, gbs: float, programs: list[int]) -> dict[str, object]:
+def measure(memory: PeerMemory, T: int, gbs: float, choices: list[PeerTiles]) -> dict[str, object]:
     layout, world, rank = memory.layout, memory.layout.world, memory.view.rank
     torch.manual_seed(100 * T + rank)
     x = torch.randn(T, H, device="cuda").bfloat16()
     ids = torch.rand(T, E, device="cuda").topk(K).indices.int()
     weights = torch.rand(T, K, device="cuda")
     owners = (torch.arange(E, device="cuda") // (E // world)).int()
-    check(memory, x, ids, weights, owners, T, programs[0])
+    check(memory, x, ids, weights, owners, T, choices[0])
     copies = torch.stack([(owners[ids.long()] == r).any(1) for r in range(world) if r != rank])
     row_bytes = H * layout.row_dtype.itemsize + layout.groups * 4 + K * 8 + H * 2
     wire = copies.sum() * row_bytes
@@ -130,9 +130,9 @@ def measure(memory: PeerMemory, T: int, gbs: float, programs: list[int]) -> dict
     out = torch.empty_like(x)
     view, polls = memory.view, memory.max_polls
     found = {}
-    for n in programs:
-        both = functools.partial(run_both, x, ids, weights, owners, view, out, n, polls)
-        found[n] = time_graph(both, ROUNDS)
+    for tiles in choices:
+        both = functools.partial(run_both, x, ids, weights, owners, view, out, tiles, polls)
+        found[tiles] = time_graph(both, ROUNDS)
     best = min(found, key=lambda n: found[n])
     nccl = time_graph(nccl_round(x, layout, out), ROUNDS)
     memory.check()
@@ -140,25 +140,27 @@ def measure(memory: PeerMemory, T: int, gbs: float, programs: list[int]) -> dict
         "impl": "fusedmoe:peer",
         **{"shape": "deepseek-v3", "E": E // world, "k": K, "H": H, "T": T, "ranks": world},
         **{"tokens_per_rank": T, "format": "fp8 out, bf16 back", "routing": "uniform"},
-        **{"us": round(found[best], 2), "programs": best, "wire_limit_us": round(limit, 2)},
+        **{"us": round(found[best], 2), "tiles": best._asdict(), "wire_limit_us": round(limit, 2)},
         "fraction_of_limit": round(limit / found[best], 4),
-        "all_programs_us": {str(n): round(us, 2) for n, us in found.items()},
+        "all_us": {"-".join(map(str, one)): round(us, 2) for one, us in found.items()},
         "nccl_us": round(nccl, 2),
         "speedup_over_nccl": round(nccl / found[best], 2),
     }
 
 
-def run_both(x, ids, weights, owners, view, out, programs, polls) -> None:  # type: ignore[no-untyped-def]
+def run_both(x, ids, weights, owners, view, out, tiles, polls) -> None:  # type: ignore[no-untyped-def]
     rows = x.shape[0]
-    dispatch(x, ids, weights, owners, view, rows, programs=programs, max_polls=polls)
-    combine(out, ids, owners, view, rows, programs=programs, max_polls=polls)
+    dispatch(x, ids, weights, owners, view, rows, max_polls=polls, tiles=tiles)
+    combine(out, ids, owners, view, rows, max_polls=polls, tiles=tiles)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 1024, 4096])
-    parser.add_argument("--programs", nargs="+", type=int, default=[132, 264, 528, 1056])
+    parser.add_argument("--programs", nargs="+", type=int, default=[132, 264, 528])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
@@ -171,7 +173,10 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     report = BenchReport(make_header(device, {"p2p_gbs": round(gbs, 1)}))
     for T in args.tokens:
-        row = measure(memory, T, gbs, args.programs)
+        choices = [
+            PeerTiles(*one) for one in itertools.product(args.programs, args.blocks, args.warps)
+        ]
+        row = measure(memory, T, gbs, choices)
         report.rows.append(row)
         if dist.get_rank() == 0:
             print(row, flush=True)

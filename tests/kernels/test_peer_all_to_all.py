@@ -14,10 +14,11 @@ from fusedmoe.kernels.peer_all_to_all import (
     dispatch_reference,
     wait_for_dispatch,
 )
+from fusedmoe.tuning.peer_tiles import PeerTiles
 
 pytest.importorskip("triton")
 
-OWNERS = torch.tensor([0, 0, 1, 1, 2, 2, 0], dtype=torch.int32)
+OWNERS = torch.tensor([0, 0, 1, 1, 2, 3, 0], dtype=torch.int32)
 GARBAGE = 0xFF  # NaN in every float format
 
 
@@ -51,11 +52,11 @@ def inputs_of(layout: PeerLayout, tokens: tuple[int, ...], dtype: torch.dtype, s
     return x, ids, weights
 
 
-@pytest.mark.parametrize("tokens", [(5, 3, 0), (4, 4, 4), (1, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize("tokens", [(5, 3, 0, 2), (4, 4, 4, 4), (1, 1, 1, 1), (0, 0, 1, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_arrive_and_sums_come_back(dtype, tokens):
     """Uneven ranks, ids of -1 and beyond the last expert, two rounds over the same memory."""
-    layout = PeerLayout(3, 5, 160, 4, dtype, dtype)
+    layout = PeerLayout(4, 5, 160, 4, dtype, dtype)
     views = views_of(layout)
     for epoch in (1, 2):
         rows = max(tokens)
@@ -63,7 +64,7 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens):
         for rank, view in enumerate(views):
             dispatch(
                 *(x[rank], ids[rank], weights[rank], OWNERS, view, rows),
-                **{"programs": 3, "max_polls": 0, "wait": False},
+                **{"tiles": PeerTiles(3, 64, 4), "max_polls": 0, "wait": False},
             )
         outputs = []
         for rank, view in enumerate(views):
@@ -80,22 +81,22 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens):
         raise_combine_flags(views, epoch)
         for rank, view in enumerate(views):
             out = torch.full((tokens[rank], layout.hidden), float("nan"), dtype=dtype)
-            combine(out, ids[rank], OWNERS, view, rows, programs=2, max_polls=0)
+            combine(out, ids[rank], OWNERS, view, rows, max_polls=0, tiles=PeerTiles(2, 64, 4))
             want = combine_reference(outputs, ids[rank], OWNERS, layout, rows, rank)
             assert torch.equal(out, want)
             assert view.error.item() == 0
 
 
 def test_a_row_goes_nowhere_it_is_not_needed():
-    layout = PeerLayout(3, 2, 64, 2, torch.float32, torch.float32)
+    layout = PeerLayout(4, 2, 64, 2, torch.float32, torch.float32)
     views = views_of(layout)
     x, weights = torch.randn(1, 64), torch.rand(1, 2)
     dispatch(
         *(x, torch.tensor([[2, 3]]), weights, OWNERS, views[0], 1),
-        **{"programs": 1, "max_polls": 0, "wait": False},
+        **{"max_polls": 0, "wait": False},
     )
     assert torch.equal(views[1].received(1).hidden_states[0], x[0])
-    for rank in (0, 2):
+    for rank in (0, 2, 3):
         assert views[rank].received(1).hidden_states.isnan().all()
         assert views[rank].received(1).topk_ids[0].tolist() == [-1, -1]
 
@@ -110,7 +111,7 @@ def test_scales_of_groups_arrive():
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], owners, view, 2),
-            **{"programs": 2, "max_polls": 0, "wait": False},
+            **{"max_polls": 0, "wait": False},
         )
     for rank, view in enumerate(views):
         want = dispatch_reference(x, ids, weights, owners, layout, 2, rank)
@@ -119,13 +120,13 @@ def test_scales_of_groups_arrive():
 
 
 def test_a_missing_rank_is_named_and_nothing_waits_again():
-    layout = PeerLayout(3, 2, 64, 2, torch.float32, torch.float32)
+    layout = PeerLayout(4, 2, 64, 2, torch.float32, torch.float32)
     views = views_of(layout)
-    x, ids, weights = inputs_of(layout, (2, 2, 2), torch.float32, 0)
-    for rank in (0, 2):
+    x, ids, weights = inputs_of(layout, (2, 2, 2, 2), torch.float32, 0)
+    for rank in (0, 2, 3):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, views[rank], 2),
-            **{"programs": 1, "max_polls": 0, "wait": False},
+            **{"max_polls": 0, "wait": False},
         )
     wait_for_dispatch(views[0], max_polls=3)
     assert views[0].error.item() == 2
@@ -143,7 +144,7 @@ def test_a_missing_rank_is_named_and_nothing_waits_again():
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-    layout = PeerLayout(3, 4, 64, 2, torch.float32, torch.float32)
+    layout = PeerLayout(4, 4, 64, 2, torch.float32, torch.float32)
     view = views_of(layout)[0]
     sizes = {"T": 2, "rows": 2, "hidden": 64, "topk": 2, "dtype": torch.float32} | change
     x = torch.zeros(sizes["T"], sizes["hidden"], dtype=sizes["dtype"])
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dispatch(
             *(x, ids, torch.ones(ids.shape), OWNERS, view, sizes["rows"]),
-            **{"programs": 1, "max_polls": 0},
+            **{"max_polls": 0},
         )
 
 
@@ -159,6 +160,7 @@ def test_what_does_not_fit_is_refused(change, message):
     "fields",
     [
         {"world": 0},
+        {"world": 3},
         {"row_dtype": torch.float8_e4m3fn},
         {"group": 128},
         {"row_dtype": torch.float8_e4m3fn, "group": 96},
@@ -166,5 +168,5 @@ def test_what_does_not_fit_is_refused(change, message):
 )
 def test_layouts_that_make_no_sense(fields):
     usual = {"world": 2, "rows": 4, "hidden": 64, "topk": 2, "row_dtype": torch.float32}
-    with pytest.raises(ValueError, match=r"group|sizes|scale"):
+    with pytest.raises(ValueError, match=r"group|sizes|scale|ranks"):
         PeerLayout(**(usual | {"output_dtype": torch.float32} | fields))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView
 
 # One look at a flag in the GPU's own memory takes about this long.
-_SECONDS_PER_POLL = 0.7e-6
+_SECONDS_PER_POLL = 0.2e-6
 _WATCH_INTERVAL = 0.05
 
 OnError = Callable[["PeerTimeoutError"], None]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.tuning.peer_tiles import PeerTiles, combine_tiles, dispatch_tiles
+
 ALIGNMENT = 256
 FP8_MAX = 448.0
 
@@ -37,6 +39,8 @@ class PeerLayout:
     def __post_init__(self) -> None:
         if min(self.world, self.rows, self.hidden, self.topk) < 1 or self.group < 0:
             raise ValueError(f"sizes must be positive: {self}")
+        if self.world & (self.world - 1):
+            raise ValueError(f"ranks must be a power of two, got {self.world}")
         if (self.group > 0) != (self.row_dtype is torch.float8_e4m3fn):
             raise ValueError(
                 f"{self.row_dtype} rows do not go with scales per {self.group} columns"
@@ -155,9 +159,9 @@ def dispatch(
     here: PeerView,
     rows: int,
     *,
-    programs: int,
     max_polls: int,
     wait: bool = True,
+    tiles: PeerTiles | None = None,
 ) -> None:
     """Send x [T, H] with ids [T, K] and weights fp32 [T, K] to the ranks that hold the experts.
 
@@ -185,7 +189,7 @@ def dispatch(
         owners,
         here,
         rows,
-        programs,
+        tiles or dispatch_tiles(rows, x.shape[1]),
         max_polls,
         wait,
     )
@@ -205,8 +209,8 @@ def combine(
     here: PeerView,
     rows: int,
     *,
-    programs: int,
     max_polls: int,
+    tiles: PeerTiles | None = None,
 ) -> None:
     """out [T, H] = the sum of what each token's ranks left in ``received(rows).outputs``.
 
@@ -218,7 +222,15 @@ def combine(
         raise ValueError(f"out must have contiguous rows, its strides are {out.stride()}")
     from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
 
-    triton_kernels.combine(out, topk_ids.contiguous(), owners, here, rows, programs, max_polls)
+    triton_kernels.combine(
+        out,
+        topk_ids.contiguous(),
+        owners,
+        here,
+        rows,
+        tiles or combine_tiles(*out.shape),
+        max_polls,
+    )
 
 
 def _check(
@@ -261,10 +273,10 @@ def dispatch_reference(
         T, first = x[source].shape[0], source * rows
         ids[first : first + T] = topk_ids[source].where(mine, -1).int()
         weights[first : first + T] = topk_weights[source].where(mine, 0)
-        sent = mine.any(dim=1)
+        sent = mine.any(dim=1, keepdim=True)
         data, row_scales = quantize_rows_reference(x[source], layout)
-        hidden[first : first + T][sent] = data[sent]
-        scales[first : first + T][sent] = row_scales[sent]
+        hidden[first : first + T] = data.float().where(sent, 0).to(layout.row_dtype)
+        scales[first : first + T] = row_scales.where(sent, 0)
     outputs = owners.new_zeros(slots, layout.hidden, dtype=layout.output_dtype)
     return Received(hidden, scales if layout.group else None, ids, weights, outputs)
 

@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.peer_all_to_all import PeerView
-from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.tuning.peer_tiles import PeerTiles
 
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -54,26 +55,26 @@ def wait_for_flags(
     bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD: tl.constexpr
 ):
     """Until every rank's flag in this rank's buffer shows ``epoch``."""
-    flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32)
+    rank = tl.arange(0, WORLD)
+    flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32) + rank
     broken = tl.load(state_ptr + STATE_ERROR)
-    for rank in tl.static_range(WORLD):
-        seen = tl.atomic_add(flags_ptr + rank, 0, sem="acquire", scope="sys")
-        polls = 0
-        while (seen != epoch) & (polls < max_polls) & (broken == 0):
-            seen = tl.atomic_add(flags_ptr + rank, 0, sem="acquire", scope="sys")
-            polls += 1
-        if (seen != epoch) & (broken == 0):
-            broken = rank + 1
-            tl.store(state_ptr + STATE_ERROR, broken)
-            tl.store(error_ptr, broken)
+    late = tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch
+    polls = 0
+    while (tl.max(late.to(tl.int32), axis=0) > 0) & (polls < max_polls) & (broken == 0):
+        late = tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch
+        polls += 1
+    missing = tl.max(tl.where(late, rank + 1, 0), axis=0)
+    if (missing > 0) & (broken == 0):
+        tl.store(state_ptr + STATE_ERROR, missing)
+        tl.store(error_ptr, missing)
 
 
 @triton.jit
 def raise_flags(bases_ptr, epoch, flags_at, me, WORLD: tl.constexpr):
     """Show ``epoch`` at every rank, after everything that this program knows to be written."""
-    for rank in tl.static_range(WORLD):
-        flag_ptr = peer_pointer(bases_ptr, rank, flags_at, tl.int32) + me
-        tl.atomic_xchg(flag_ptr, epoch, sem="release", scope="sys")
+    there = tl.load(bases_ptr + tl.arange(0, WORLD)) + flags_at
+    flags_ptr = there.to(tl.pointer_type(tl.int32)) + me
+    tl.atomic_xchg(flags_ptr, epoch, sem="release", scope="sys")
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def quantize_groups(row, GROUPS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.co
     """fp32 [GROUPS * GROUP] -> (quantized, scales fp32 [GROUPS]): amax / 448 each."""
     blocks = tl.reshape(row, (GROUPS, GROUP))
     scales = tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-10) * (1.0 / 448.0)
-    return tl.reshape(blocks / scales[:, None], (GROUPS * GROUP,)).to(dtype), scales
+    return tl.reshape(tl.div_rn(blocks, scales[:, None]), (GROUPS * GROUP,)).to(dtype), scales
 
 
 @triton.jit
@@ -122,7 +123,9 @@ def dispatch_kernel(
     GROUP: tl.constexpr,
     row_dtype: tl.constexpr,
     WAIT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_DISPATCH)
     parts = tl.cdiv(H, BLOCK)
     pick = tl.arange(0, K2)
@@ -156,7 +159,7 @@ def dispatch_kernel(
                         there_scales + slot * tl.cdiv(H, GROUP) + group, scales, group * GROUP < H
                     )
     tl.debug_barrier()
-    done = tl.atomic_add(state_ptr + STATE_DONE, 1, sem="acq_rel", scope="sys")
+    done = tl.atomic_add(state_ptr + STATE_DONE, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
         tl.store(state_ptr + STATE_DONE, 0)
         tl.store(state_ptr + STATE_COMBINE, epoch)
@@ -193,17 +196,20 @@ def combine_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
     row_dtype: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_COMBINE)
     if tl.program_id(0) == 0:
         raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
-    wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
-    tl.debug_barrier()
     parts = tl.cdiv(H, BLOCK)
     for task in range(tl.program_id(0), T * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
         slot = token.to(tl.int64) + me * rows
         _, owners = owners_of(ids_ptr, owners_ptr, token, T, num_experts, K, K2)
+        if task < tl.num_programs(0):
+            wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
+            tl.debug_barrier()
         column = part * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for rank in tl.static_range(WORLD):
@@ -218,17 +224,9 @@ def combine_kernel(
         tl.store(state_ptr + STATE_DISPATCH, epoch + 1)
 
 
-_dispatch = Launcher(dispatch_kernel)
+_dispatch = Launcher(dispatch_kernel, chained=True)
 _wait = Launcher(wait_kernel)
-_combine = Launcher(combine_kernel)
-
-# Columns of a task: enough stores in flight per program, and at one token enough programs.
-_BLOCK = 1024
-_WARPS = 4
-
-
-def _block(H: int, group: int) -> int:
-    return min(_BLOCK, max(power_of_2(H), group, 32))
+_combine = Launcher(combine_kernel, chained=True)
 
 
 def dispatch(
@@ -238,15 +236,15 @@ def dispatch(
     owners: torch.Tensor,
     here: PeerView,
     rows: int,
-    programs: int,
+    tiles: PeerTiles,
     max_polls: int,
     wait: bool,
 ) -> None:
     (T, H), K, layout = x.shape, topk_ids.shape[1], here.layout
-    block = _block(H, layout.group)
+    block = max(tiles.block, layout.group)
     tasks = rows * -(-H // block)
     _dispatch(
-        (max(1, min(tasks, programs)), 1),
+        (max(1, min(tasks, tiles.programs)), 1),
         (x, topk_ids, topk_weights, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, x.stride(0), owners.shape[0], here.rank),
@@ -254,7 +252,7 @@ def dispatch(
             *(layout.dispatch_flags_at, max_polls),
         ),
         (K, power_of_2(K), layout.world, block, layout.group, _TYPES[layout.row_dtype], wait),
-        _WARPS,
+        tiles.num_warps,
     )
 
 
@@ -274,19 +272,18 @@ def combine(
     owners: torch.Tensor,
     here: PeerView,
     rows: int,
-    programs: int,
+    tiles: PeerTiles,
     max_polls: int,
 ) -> None:
     (T, H), K, layout = out.shape, topk_ids.shape[1], here.layout
-    block = _block(H, 0)
-    tasks = T * -(-H // block)
+    tasks = T * -(-H // tiles.block)
     _combine(
-        (max(1, min(tasks, programs)), 1),
+        (max(1, min(tasks, tiles.programs)), 1),
         (out, topk_ids, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank),
             *(layout.outputs_at, layout.combine_flags_at, max_polls),
         ),
-        (K, power_of_2(K), layout.world, block, _TYPES[layout.output_dtype]),
-        _WARPS,
+        (K, power_of_2(K), layout.world, tiles.block, _TYPES[layout.output_dtype]),
+        tiles.num_warps,
     )
