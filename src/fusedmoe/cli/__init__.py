@@ -17,6 +17,7 @@ VERBS = {
     "inspect": "describe the MoE layers of a checkpoint, from its headers alone",
     "explain": "say which implementation runs a layer, and why not the others",
     "bench": "measure a layer against Transformers' experts and the machine's limit",
+    "tune": "measure which tiles a layer should use, or show what a table chooses",
     "env": "print versions, devices and what this machine can run",
 }
 

@@ -31,15 +31,33 @@ class _Silent:
         pass
 
 
+class _Lines(_Silent):
+    """Each description as a line on stderr."""
+
+    def __init__(self, total: int | None, what: str) -> None:
+        self._total = "" if total is None else f"/{total}"
+        self.set_description(what)
+
+    def set_description(self, desc: str) -> None:
+        print(f"[{self.n:g}{self._total}] {desc}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(
-    total: int | None, what: str, delay: float = SECONDS_BEFORE_PROGRESS
+    total: int | None,
+    what: str,
+    delay: float = SECONDS_BEFORE_PROGRESS,
+    *,
+    lines: bool = False,
 ) -> Iterator[Progress]:
-    """A bar on stderr once the work has taken ``delay`` seconds; silent without tqdm."""
+    """A bar on stderr once the work has taken ``delay`` seconds.
+
+    Without tqdm it is silent, or with ``lines`` a line per description.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
-        yield _Silent()
+        yield _Lines(total, what) if lines else _Silent()
         return
     with tqdm(total=total, desc=what, delay=delay, file=sys.stderr, leave=False) as bar:
         yield bar

@@ -37,19 +37,19 @@ _WORD = re.compile(r"[\w.+()\[\],-]{1,120}")
 Parsed = TypeVar("Parsed")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON value in a file of at most ``MAX_BYTES``; ValueError for anything else.
+def read_json(path: str | os.PathLike[str], most: int = MAX_BYTES) -> Any:
+    """The JSON value in a file of at most ``most`` bytes; ValueError for anything else.
 
     Keys that stand twice, NaN and infinities are refused.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(most + 1)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES} bytes")
+    if len(raw) > most:
+        raise ValueError(f"{path}: larger than {most} bytes")
     try:
         return json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant

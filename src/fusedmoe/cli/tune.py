@@ -1,0 +1,262 @@
+"""``fusedmoe tune``: measure which tiles a layer should use on this GPU, and write them as a table.
+
+An interrupted run goes on where it stopped when it is started again with the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of
+from fusedmoe.cli.output import Progress, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from fusedmoe.bench import LayerShape
+    from fusedmoe.tuning.tuned_table import TunedTable
+    from fusedmoe.tuning.tuner.run import LayerTimer
+
+PARTIAL = ".partial"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", nargs="?", help="tune for the layer of this folder")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="layers of known models")
+    add_sizes(parser)
+    parser.add_argument("--activation", metavar="NAME", help="silu where nothing else is known")
+    parser.add_argument("--bias", action="store_true", help="the experts have biases")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="1, 2, 4, ... 8192")
+    parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
+    parser.add_argument("--device", help="cuda, cuda:1, ...")
+    parser.add_argument(
+        "--output", default="tuned", metavar="FOLDER", help="where tables are written (tuned)"
+    )
+    parser.add_argument("--again", action="store_true", help="measure anew what is there already")
+    parser.add_argument(
+        "--report", metavar="FILE", help="also compare table and default tiles, as JSON"
+    )
+    parser.add_argument("--measurements", metavar="FILE", help="write all that was measured, JSON")
+    parser.add_argument(
+        "--show", metavar="FILE", help="print what a table chooses, also another engine's"
+    )
+    # What ``explain`` reads beside these.
+    parser.set_defaults(experts=None, batch_invariant=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.show is not None:
+        return _show(args)
+    from fusedmoe.tuning.choice import device_facts
+    from fusedmoe.tuning.tuner.run import checked_tokens
+    from fusedmoe.tuning.tuner.search import DEFAULT_TOKENS
+
+    tokens = checked_tokens(args.tokens or DEFAULT_TOKENS)
+    shapes, dtype, device = _layers(args)
+    if device.type != "cuda":
+        raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
+    facts = device_facts(device)
+    report: list[dict[str, Any]] = []
+    measured: dict[str, list[dict[str, Any]]] = {}
+    header = _header(device, dtype) if args.report else {}
+    with ExitStack() as stack:
+        compilers = stack.enter_context(start_compilers())
+        for shape in shapes:
+            timer = make_timer(shape, dtype, device, compilers)
+            table, measurements = _tuned(args, shape, dtype, facts, timer, tokens)
+            measured[shape.name] = measurements
+            if args.report:
+                report += _compared(shape, dtype, facts, timer, table, tokens, header)
+            del timer
+            torch.cuda.empty_cache()
+            if not args.json:
+                _print_table(shape.name, table, tokens)
+            _write_json(args.measurements, measured)
+            _write_json(args.report, header | {"rows": report, "notes": []})
+    if args.json:
+        print_json({"tables": [str(p) for p in sorted(Path(args.output).glob("*.json"))]})
+    elif report:
+        _print_report(report)
+    return 0
+
+
+def start_compilers() -> Any:
+    """Processes that compile ahead."""
+    from fusedmoe.tuning.tuner.precompile import compilers
+
+    return compilers()
+
+
+def make_timer(
+    shape: LayerShape, dtype: torch.dtype, device: torch.device, compilers: Any
+) -> LayerTimer:
+    """What measures: a GPU."""
+    from fusedmoe.tuning.tuner.measure import GpuTimer
+
+    return GpuTimer(shape, dtype, device, compilers)
+
+
+def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    from fusedmoe.bench.ceilings import measure_ceilings
+    from fusedmoe.bench.report import make_header
+
+    return make_header(device, measure_ceilings(device, (dtype,)))
+
+
+def _layers(args: argparse.Namespace) -> tuple[list[LayerShape], torch.dtype, torch.device]:
+    """The layers asked for: by name, by sizes, or a checkpoint's."""
+    from fusedmoe.bench import SHAPES, LayerShape
+    from fusedmoe.cli.explain import layer_config
+
+    given = args.checkpoint or any(getattr(args, name) is not None for name in SIZES)
+    if args.shapes and given:
+        raise ValueError("give --shapes, or sizes, or a checkpoint folder")
+    if args.shapes:
+        for name in args.shapes:
+            if name not in SHAPES:
+                raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+        dtype = dtype_of(args.dtype) or torch.bfloat16
+        return [SHAPES[name] for name in args.shapes], dtype, device_of(args.device)
+    config = layer_config(args)
+    name = Path(args.checkpoint).resolve().name if args.checkpoint else "custom"
+    shape = LayerShape(
+        name,
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_dim,
+        config.intermediate_size_per_partition,
+        activation=config.activation.value,
+        bias=config.has_bias,
+    )
+    return [shape], config.in_dtype, config.device
+
+
+def _tuned(
+    args: argparse.Namespace,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    facts: Any,
+    timer: LayerTimer,
+    tokens: tuple[int, ...],
+) -> tuple[TunedTable, list[dict[str, Any]]]:
+    """The table of one layer: the one that is there already, or a new one, written."""
+    from fusedmoe.tuning.choice import table_name
+    from fusedmoe.tuning.foreign import read_table
+    from fusedmoe.tuning.table_file import write_atomically
+    from fusedmoe.tuning.tuned_kernels import KERNELS
+    from fusedmoe.tuning.tuner.gemms import key_of
+    from fusedmoe.tuning.tuner.run import tune
+
+    key = key_of(shape, dtype)
+    path = Path(args.output) / table_name(key)
+    if path.exists() and not args.again:
+        table = read_table(path)
+        reason = table.unfit(key, KERNELS["triton"])
+        if reason is None and (table.device, table.triton) == (facts.name, facts.triton):
+            return table, []
+    journal = path.with_name(path.name + PARTIAL)
+    with _Bar(shape.name) as show:
+        found = tune(shape, dtype, facts, timer, tokens, journal, show)
+    write_atomically(path, found.table.text)
+    journal.unlink(missing_ok=True)
+    return found
+
+
+class _Bar:
+    """A progress bar that is told how many steps there are with the first one."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stack = name, ExitStack()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        return self._show
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _show(self, done: int, total: int, what: str) -> None:
+        text = f"{self._name}: {what}"
+        if self._bar is None:
+            self._bar = self._stack.enter_context(progress(total, text, 0.0, lines=True))
+            return
+        self._bar.update(done - self._bar.n)
+        self._bar.set_description(text)
+
+
+def _compared(
+    shape: LayerShape,
+    dtype: torch.dtype,
+    facts: Any,
+    timer: LayerTimer,
+    table: TunedTable,
+    tokens: tuple[int, ...],
+    header: dict[str, Any],
+) -> list[dict[str, Any]]:
+    from fusedmoe.tuning.tuner.run import between, compare
+
+    with _Bar(shape.name) as show:
+        return compare(shape, dtype, facts, timer, table, between(tokens), header, show)
+
+
+def _write_json(path: str | None, value: Any) -> None:
+    import json
+
+    from fusedmoe.tuning.table_file import write_atomically
+
+    if path is not None:
+        write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from fusedmoe.tuning.foreign import read_table
+    from fusedmoe.tuning.tuner.run import between, checked_tokens
+
+    table = read_table(args.show)
+    tokens = checked_tokens(args.tokens) if args.tokens else between(table.tokens)
+    if args.json:
+        chosen = {T: [str(tile) for tile in table.tiles(T)] for T in tokens}
+        print_json({"layer": vars(table.layer), "device": table.device, "tiles": chosen})
+        return 0
+    what = ", ".join(f"{k} {v}" for k, v in vars(table.layer).items() if v is not None)
+    print(f"{what}, on {table.device} with Triton {table.triton or 'of unknown release'}")
+    _print_table("", table, tokens)
+    return 0
+
+
+def _print_table(name: str, table: TunedTable, tokens: tuple[int, ...]) -> None:
+    from fusedmoe.tuning.tuned_kernels import KERNELS
+
+    if name:
+        print(name)
+    stages = KERNELS[table.kernel].stages
+    columns = ["T", "us" if table.measured else "ratio", *stages]
+    rows = [[T, table.cost(T), *map(_words, table.tiles(T))] for T in tokens]
+    print_table(columns, rows)
+
+
+def _words(tile: Any) -> str:
+    """``TileConfig`` as m x n x k; other records as they print."""
+    if not hasattr(tile, "block_m"):
+        return str(tile)
+    sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    return f"{sizes} group {tile.group_m} warps {tile.num_warps} stages {tile.num_stages}"
+
+
+def _print_report(rows: list[dict[str, Any]]) -> None:
+    defaults = [row for row in rows if row["tiles"] == "default"]
+    tables = [row for row in rows if row["tiles"] == "table"]
+    print_table(
+        ["shape", "T", "table us", "default us", "default loses", "of limit"],
+        [
+            [
+                *(row["shape"], row["T"], best["us"], row["us"]),
+                *(f"{row['loss']:.1%}", f"{best['fraction_of_limit']:.0%}"),
+            ]
+            for row, best in zip(defaults, tables, strict=True)
+        ],
+    )

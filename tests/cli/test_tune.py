@@ -1,0 +1,153 @@
+"""tune measures, writes and resumes; shows tables; refuses what it cannot do in one line."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusedmoe.bench.problems import Cell, Problem
+from fusedmoe.bench.report import Percentiles
+from fusedmoe.tuning.choice import DeviceFacts
+from fusedmoe.tuning.foreign import read_table
+from fusedmoe.tuning.tuner.measure import tuned_layer
+from fusedmoe.tuning.tuner.space import predicted_us
+
+SIZES = ("--num-experts", "8", "--top-k", "2", "--hidden-size", "64", "--intermediate-size", "96")
+NAME = "E8-K2-H64-I96-bf16-halves.json"
+
+
+class ModelTimer:
+    """Times by the model; ``stop_after`` calls it is interrupted."""
+
+    def __init__(self, shape: Any, dtype: Any, device: Any, compilers: Any) -> None:
+        self.shape, self.dtype, self.layer = shape, dtype, tuned_layer(shape, dtype)
+
+    calls, stop_after = 0, 10**9
+
+    def prepare(self, stage: str, tiles: Any) -> None:
+        pass
+
+    def time(self, stage: str, T: int, tiles: Any, samples: int) -> list[float]:
+        type(self).calls += 1
+        if self.calls > self.stop_after:
+            raise KeyboardInterrupt
+        return [predicted_us(self.layer.gemm(stage, T), tile) for tile in tiles]
+
+    def problem(self, T: int) -> Problem:
+        return Problem.of(Cell(self.shape, self.dtype, "uniform", T), 1, torch.device("cpu"))
+
+    def time_layer(self, T: int, choices: Any, samples: int) -> list[Percentiles]:
+        times = [
+            sum(predicted_us(self.layer.gemm(s, T), t) for s, t in tiles._asdict().items())
+            for tiles in choices
+        ]
+        return [Percentiles(us, us, us) for us in times]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type[ModelTimer]:
+    """An H200 that is not there."""
+    facts = DeviceFacts("NVIDIA_H200", 227 * 1024, "3.6.0")
+
+    class Timer(ModelTimer):
+        pass
+
+    monkeypatch.setattr("fusedmoe.cli.tune.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("fusedmoe.cli.explain.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("fusedmoe.tuning.choice.device_facts", lambda device: facts)
+    monkeypatch.setattr("fusedmoe.cli.tune.make_timer", Timer)
+    monkeypatch.setattr("fusedmoe.cli.tune.start_compilers", nullcontext)
+    monkeypatch.setattr(
+        "fusedmoe.cli.tune._header", lambda *_: {"read_gbs": 4400.0, "bf16_tflops": 790.0}
+    )
+    return Timer
+
+
+def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None:
+    folder, report, log = tmp_path / "tables", tmp_path / "r.json", tmp_path / "m.json"
+    words = ("tune", *SIZES, "--tokens", "1", "64", "--output", folder)
+    code, out, err = cli(*words, "--report", report, "--measurements", log)
+    assert code == 0, err
+    assert [path.name for path in folder.iterdir()] == [NAME]
+    table = read_table(folder / NAME)
+    assert table.tokens == (1, 64)
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["T"], row["tiles"]) for row in rows] == [
+        (T, tiles) for T in (1, 8, 64) for tiles in ("table", "default")
+    ]
+    assert [row["measured"] for row in rows[::2]] == [True, False, True]
+    assert all(row["loss"] >= -0.02 for row in rows)
+    assert {one["stage"] for one in json.loads(log.read_text())["custom"]} == {"gemm1", "gemm2"}
+    assert "default loses" in out
+    gpu.calls = 0
+    assert cli(*words)[0] == 0
+    assert gpu.calls == 0, "what is there already is not measured again"
+    assert cli(*words, "--again")[0] == 0
+    assert gpu.calls > 0
+
+
+def test_an_interrupted_run_goes_on(cli, gpu, tmp_path: Path) -> None:
+    words = ("tune", *SIZES, "--tokens", "1", "64", "--output", tmp_path)
+    gpu.stop_after = 5
+    assert cli(*words)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == [NAME + ".partial"]
+    gpu.stop_after = 10**9
+    assert cli(*words)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert gpu.calls == 6 + (2 * 2 * 2 + 2 * 2 - 5)
+
+
+def test_the_layer_of_a_checkpoint(cli, gpu, mixtral: Path, tmp_path: Path) -> None:
+    code, _, err = cli("tune", mixtral, "--tokens", "4", "--dtype", "bf16", "--output", tmp_path)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["E8-K2-H64-I128-bf16-halves.json"]
+
+
+def test_progress_without_tqdm_is_lines(cli, gpu, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    code, out, err = cli("tune", *SIZES, "--tokens", "4", "--output", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out) == {"tables": [str(tmp_path / NAME)]}
+    lines = err.splitlines()
+    assert lines[0].startswith("[0/6] custom: compiling")
+    assert lines[-1] == "[6/6] custom: done"
+
+
+def test_showing_a_table_of_another_engine(cli, tmp_path: Path) -> None:
+    path = tmp_path / "E=8,N=14336,device_name=NVIDIA_H200.json"
+    entry = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
+    entry |= {"num_warps": 4, "num_stages": 3}
+    path.write_text(json.dumps({"1": entry, "64": entry | {"BLOCK_SIZE_M": 64}}))
+    code, out, err = cli("tune", "--show", path)
+    assert code == 0, err
+    assert "NVIDIA_H200" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "8", "64"]
+    assert rows[0][2] == "16x32x128"
+    code, out, _ = cli("tune", "--show", path, "--tokens", "100", "--json")
+    assert code == 0
+    assert list(json.loads(out)["tiles"]) == ["100"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*SIZES], "tuning measures a GPU"),
+        ([*SIZES, "--tokens", "0"], "token counts must lie in [1,"),
+        (["--shapes", "gpt-7"], "unknown shape 'gpt-7'"),
+        (["--shapes", "olmoe", "--top-k", "2"], "give --shapes, or sizes"),
+        ([], "not complete: give --num-experts"),
+        (["--show", "/nowhere.json"], "No such file"),
+        (["--show", "/nowhere/E=1.json"], "is not named"),
+    ],
+)
+def test_bad_words_for_tune(cli, words: list[str], message: str) -> None:
+    code, out, err = cli("tune", "--device", "cpu", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
