@@ -18,6 +18,7 @@ from fusedmoe.config import (
     ParallelPlace,
     shard_size,
 )
+from fusedmoe.distributed.agreement import check_agreement, facts_of
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, QuantizationConfig
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.arguments import RoutingArguments
@@ -128,9 +129,10 @@ def FusedMoE(
     from them or are 1; given without a group, with ``tp_rank`` and the like, they only choose what
     is stored here, and the output is this rank's summand. ``reduce_results=False`` leaves the sum
     to the caller as well. ``is_sequence_parallel``: the tensor-parallel ranks hold different
-    tokens. ``shared_experts_sharded``: each rank's shared experts give one summand of theirs.
-    ``enable_eplb`` allows ``set_eplb_state``, ``num_redundant_experts`` adds copies for it;
-    ``expert_placement`` is linear or round_robin.
+    tokens. Where groups are given, every rank of them builds the layer; ranks that build different
+    layers get a ValueError naming the difference. ``shared_experts_sharded``: each rank's shared
+    experts give one summand of theirs. ``enable_eplb`` allows ``set_eplb_state``,
+    ``num_redundant_experts`` adds copies for it; ``expert_placement`` is linear or round_robin.
 
     ``runner_cls(..., **runner_args)`` and ``routed_experts_cls(..., **routed_experts_args)``
     replace or parametrise the two modules; ``options`` say how to run. ``max_num_tokens`` is how
@@ -218,6 +220,16 @@ def FusedMoE(
     method = _make_method(moe_config, quant_config, prefix, groups)
     if enable_eplb and not method.supports_eplb:
         raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
+    if groups.connected:
+        facts = facts_of(method.moe_config) | {
+            "method": type(method).__name__,
+            "intermediate_size": str(intermediate_size),
+            "router": repr(getattr(layer_router, "spec", type(layer_router).__name__)),
+            "placement": expert_placement,
+            "shared_experts": str(shared_experts is not None),
+            "reduce_results": str(reduce_results),
+        }
+        check_agreement(facts, groups, f"the layer {prefix}" if prefix else "this layer")
     routed_experts = (routed_experts_cls or RoutedExperts)(
         method.moe_config,
         method,

@@ -81,11 +81,15 @@ SPREADS = ("even", "uneven", "one_empty", "all_on_one", "none")
 
 
 def rows(
-    T: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    T: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    columns: int = E,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(T, H, generator=generator).to(dtype)
-    return x.to(device), torch.randn(T, E, generator=generator).to(device)
+    return x.to(device), torch.randn(T, columns, generator=generator).to(device)
 
 
 def linear(seed: int, bias: bool = True) -> nn.Linear:
@@ -99,8 +103,12 @@ def linear(seed: int, bias: bool = True) -> nn.Linear:
 
 def build(dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments: Any) -> nn.Module:
     options = arguments.pop("options", MoEOptions())
-    layer = FusedMoE(E, K, H, I, dtype, options=options, device=device, **arguments)
-    experts = Experts.random(E, H, I, bias=bool(arguments.get("has_bias")))
+    top_k, zero = arguments.pop("top_k", K), arguments.pop("zero_experts", 0)
+    if zero:
+        arguments["e_score_correction_bias"] = torch.linspace(0, 0.3, E + zero)
+    layer = FusedMoE(E, top_k, H, I, dtype, options=options, device=device, **arguments)
+    shared = arguments.get("n_shared_experts") or 0
+    experts = Experts.random(E + shared, H, I, bias=bool(arguments.get("has_bias")))
     layer.load_weights(experts.named())
     layer.routed_experts.check_loaded()
     return layer
@@ -114,6 +122,7 @@ def check_layout(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
+    experts: str | None = None,
     **arguments: Any,
 ) -> None:
     """Equal to the one-rank layer on this rank's tokens, and bit-equal run to run.
@@ -125,7 +134,7 @@ def check_layout(
     if common.pop("shared", True):
         common["shared_experts"] = linear(1).to(device, dtype)
     alone = build(dtype, device, **common)
-    options = MoEOptions(prepare_finalize=mover or None)
+    options = MoEOptions(prepare_finalize=mover or None, experts=experts)
     layer = build(
         dtype,
         device,
@@ -136,7 +145,8 @@ def check_layout(
     )
     for spread in spreads:
         counts = token_counts(spread, layout.token_ranks)
-        x, logits = rows(counts[token_rank], 10 + token_rank, dtype, device)
+        columns = E + common.get("zero_experts", 0)
+        x, logits = rows(counts[token_rank], 10 + token_rank, dtype, device, columns)
         known = {"tokens_per_rank": counts} if given else {}
         found = layer(x, logits, **known)
         again = layer(x, logits, **known)
@@ -147,3 +157,7 @@ def check_layout(
             found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
         )
         assert torch.equal(found, again), what
+
+
+def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
+    check_layout(layout, "", ("even", "uneven", "one_empty"), **arguments)

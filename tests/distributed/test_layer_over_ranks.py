@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rank_layers import Layout, check_layout
+from rank_layers import Layout, check_layout, run_with
 
 EVERYWHERE = {
     "tp": Layout(tp=2),
@@ -48,3 +48,28 @@ def test_all_to_all(ranks, name):
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
 def test_counts_may_be_given(ranks, name):
     ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
+
+
+@pytest.mark.parametrize("name", ["dp4_ep", "dp_tp_ep", "dp_tp", "sp_ep"])
+def test_experts_that_route_by_themselves(ranks, name):
+    arguments = {"experts": "cpu_monolithic"}
+    ranks.run(run_with, EVERYWHERE[name], arguments)
+
+
+@pytest.mark.parametrize("name", ["dp4_ep", "dp_tp_ep", "tp"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n_shared_experts": 1, "shared": False},
+        {"zero_expert_type": "identity", "shared": False, "zero_experts": 2},
+        {"expert_placement": "round_robin"},
+        {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True},
+        {"apply_router_weight_on_input": True, "top_k": 1},
+        {"num_redundant_experts": 2, "enable_eplb": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_stands_around_the_experts_counts_once(ranks, name, arguments):
+    if name == "tp" and "expert_placement" in arguments:
+        pytest.skip("every rank has a part of each expert")
+    ranks.run(run_with, EVERYWHERE[name], arguments)

@@ -19,6 +19,11 @@ from fusedmoe.distributed.groups import TokenRanks, communication_device
 
 Pending = Callable[[], torch.Tensor]
 
+# One function, renamed between the versions of torch that are supported.
+_all_gather: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+
 
 def gather_vectors(values: Sequence[int], ranks: TokenRanks) -> list[list[int]]:
     """Every rank's ``values``, equally many. Waits for the ranks and the device: no CUDA graph."""
@@ -26,7 +31,7 @@ def gather_vectors(values: Sequence[int], ranks: TokenRanks) -> list[list[int]]:
     for axis in reversed(ranks.axes):
         mine = found.to(communication_device(axis))
         everyones = mine.new_empty(axis.size() * mine.shape[0], mine.shape[1])
-        dist.all_gather_into_tensor(everyones, mine, group=axis)
+        _all_gather(everyones, mine, group=axis)
         found = everyones.cpu()
     return found.tolist()
 
@@ -69,7 +74,7 @@ def _gather_over(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) ->
         return lambda: x.new_empty(sum(sizes), *shape)
     if min(sizes) == largest:
         whole = rows.new_empty(sum(sizes), width)
-        work = dist.all_gather_into_tensor(whole, rows, group=group, async_op=True)
+        work = _all_gather(whole, rows, group=group, async_op=True)
         return _received(work, rows, lambda: _from_bytes(whole, dtype, shape))
     if rows.is_cuda:
         # NCCL sends each rank's rows as a broadcast, at their own size.
@@ -79,7 +84,7 @@ def _gather_over(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) ->
     padded = rows.new_zeros(largest, width)
     padded[: rows.shape[0]] = rows
     blocks = rows.new_empty(len(sizes) * largest, width)
-    work = dist.all_gather_into_tensor(blocks, padded, group=group, async_op=True)
+    work = _all_gather(blocks, padded, group=group, async_op=True)
 
     def valid() -> torch.Tensor:
         parts = [block[:size] for block, size in zip(blocks.split(largest), sizes, strict=True)]

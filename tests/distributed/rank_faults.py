@@ -1,0 +1,106 @@
+"""What must fail, and how, over several ranks; runs inside a RankPool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_layers import E, H, I, K, Layout, build, make_groups, rows
+
+from fusedmoe import FusedMoE, MoEOptions
+from fusedmoe.distributed.collectives import (
+    all_gather_rows,
+    exchange_rows,
+    pack_rows,
+    reduce_scatter_rows,
+    sum_in_order,
+    unpack_rows,
+)
+from fusedmoe.distributed.groups import TokenRanks
+
+
+def check_disagreement() -> None:
+    """Each of these differs on one rank of four; every rank says so, and the next layer works."""
+    groups, _ = make_groups(Layout(dp=2, tp=2, ep=True))
+    odd = dist.get_rank() == 2
+    common = {"parallel": groups, "params_dtype": torch.float32}
+    dtypes = "in_dtype is torch.float32, torch.float32, torch.bfloat16, torch.float32"
+    for message, changed in (
+        ("num_experts is 6, 6, 8, 6", {"num_experts": E + 2 * odd}),
+        ("hidden_dim is 8, 8, 16, 8", {"hidden_size": H * (1 + odd)}),
+        ("intermediate_size is", {"intermediate_size": I + odd}),
+        (dtypes, {"params_dtype": torch.bfloat16 if odd else torch.float32}),
+        ("experts_per_token is 3, 3, 2, 3", {"top_k": K - odd}),
+        ("renormalize=False", {"renormalize": not odd}),
+        ("placement is", {"expert_placement": "round_robin" if odd else "linear"}),
+    ):
+        sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}
+        with pytest.raises(ValueError, match=message):
+            FusedMoE(**(sizes | common | changed))
+    FusedMoE(E, K, H, I, **common)
+
+
+def check_too_many_tokens(mover: str) -> None:
+    """Rank 1 brings more than the buffer holds: an error on all ranks, and nothing was sent."""
+    layout = Layout(dp=4, ep=True)
+    groups, rank = make_groups(layout)
+    options = MoEOptions(prepare_finalize=mover)
+    layer = build(parallel=groups, options=options, max_num_tokens=3)
+    with pytest.raises(ValueError, match=r"bring \[2, 5, 2, 2\] tokens, but max_num_tokens is 3"):
+        layer(*rows(5 if rank == 1 else 2, rank))
+    counts = [2, 5, 2, 2]
+    with pytest.raises(ValueError, match="max_num_tokens is 3"):
+        layer(*rows(counts[rank], rank), tokens_per_rank=counts)
+    assert layer(*rows(3, rank)).isfinite().all()
+
+
+def check_wrong_counts() -> None:
+    groups, rank = make_groups(Layout(dp=4, ep=True))
+    layer = build(parallel=groups)
+    for counts, message in (
+        ([2, 2, 2], "4 counts of tokens"),
+        ([3, 3, 3, 3], "has 2 tokens, tokens_per_rank says 3"),
+        ([2, 2, 2, -2], "4 counts of tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*rows(2, rank), tokens_per_rank=counts)
+    replicated = build(parallel=make_groups(Layout(tp=4))[0])
+    with pytest.raises(ValueError, match="2 counts for 1 ranks"):
+        replicated(*rows(2, 0), tokens_per_rank=[2, 2])
+
+
+def check_collectives() -> None:
+    """Gather, reduce and exchange on one group and over two, with every dtype's bytes."""
+    rank = dist.get_rank()
+    whole = make_groups(Layout(dp=2, tp=2, ep=True, sp=True, spanning=True))[0]
+    for ranks in (TokenRanks((whole.ep,)), TokenRanks((whole.dp, whole.tp))):
+        assert (ranks.size, ranks.rank) == (4, rank)
+        for sizes in ([2, 2, 2, 2], [3, 0, 1, 2], [0, 0, 5, 0], [0, 0, 0, 0]):
+            parts = [torch.arange(s * 6).view(s, 3, 2) + 100 * r for r, s in enumerate(sizes)]
+            for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn):
+                found = all_gather_rows(parts[rank].to(dtype), sizes, ranks)()
+                assert found.dtype is dtype
+                assert torch.equal(found.float(), torch.cat(parts).to(dtype).float())
+            generator = torch.Generator().manual_seed(7)
+            terms = torch.randn(4, sum(sizes), 5, generator=generator)
+            found = reduce_scatter_rows(terms[rank], sizes, ranks)()
+            expected = terms.double().sum(0).split(sizes)[rank]
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+            half = reduce_scatter_rows(terms[rank].bfloat16(), sizes, ranks)()
+            if len(ranks.axes) == 1:
+                exact = sum_in_order(terms.bfloat16()).split(sizes)[rank]
+                assert torch.equal(half, exact)
+    sent = [(rank + other) % 3 for other in range(4)]
+    row = torch.full((sum(sent), 2), float(rank))
+    assert exchange_rows(row, sent, sent, whole.ep)()[:, 0].tolist() == [
+        float(other) for other in range(4) for _ in range((rank + other) % 3)
+    ]
+
+
+def check_packing() -> None:
+    given = [torch.randn(3, 5), torch.arange(3, dtype=torch.int32), torch.randn(3, 2).bfloat16()]
+    packed = pack_rows(given)
+    assert packed.shape == (3, 64)
+    for before, after in zip(given, unpack_rows(packed, given), strict=True):
+        assert torch.equal(before, after)
+        assert after.is_contiguous()

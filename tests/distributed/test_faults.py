@@ -1,0 +1,27 @@
+"""Ranks that disagree, and batches that do not fit, are errors on every rank, not hangs."""
+
+from __future__ import annotations
+
+import pytest
+import rank_faults
+
+
+def test_layers_that_differ_are_found_when_they_are_built(ranks):
+    ranks.run(rank_faults.check_disagreement)
+
+
+@pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
+def test_more_tokens_than_there_is_room_for(ranks, mover):
+    ranks.run(rank_faults.check_too_many_tokens, mover)
+
+
+def test_counts_that_cannot_be(ranks):
+    ranks.run(rank_faults.check_wrong_counts)
+
+
+def test_collectives(ranks):
+    ranks.run(rank_faults.check_collectives)
+
+
+def test_packed_rows_come_back_as_they_were():
+    rank_faults.check_packing()
