@@ -356,11 +356,46 @@ def decode(
     programs: int,
 ) -> None:
     """Launch the three kernels; arguments are those of ``kernels.hopper_decode``, checked there."""
-    e, H, I = w2.shape  # noqa: E741
+    H = w2.shape[1]
     T, K = topk_ids.shape
-    R = T * K
+    decode_gemms(x, w1, w2, K, act, y, activation, w1_bias, w2_bias, tables, tiles, programs)
+    warps = 1 if T <= 256 else 4
+    sum_kernel[(T, triton.cdiv(H, 256 * warps))](
+        y,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        out,
+        H,
+        out.stride(0),
+        0 if expert_map is None else expert_map.shape[0],
+        w2.shape[0],
+        PICKS=K,
+        PADDED_PICKS=triton.next_power_of_2(K),
+        BLOCK=256 * warps,
+        num_warps=warps,
+        launch_pdl=True,
+    )
+
+
+def decode_gemms(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    K: int,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    activation: DeviceActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: DecodeTiles,
+    programs: int,
+) -> None:
+    """up_kernel and down_kernel alone: the rows of y [R, H] whose slots the tables name."""
+    e, H, I = w2.shape  # noqa: E741
+    R = y.shape[0]
     sorted_ids, expert_ids, num_post = tables
-    num_mapped = 0 if expert_map is None else expert_map.shape[0]
     gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tiles.up.rows, tiles.up.depth)
     up_kernel[(programs,)](
         gate,
@@ -408,22 +443,5 @@ def decode(
         BK=tiles.down.depth,
         STAGES=tiles.down.stages,
         num_warps=tiles.down.warps,
-        launch_pdl=True,
-    )
-    warps = 1 if T <= 256 else 4
-    sum_kernel[(T, triton.cdiv(H, 256 * warps))](
-        y,
-        topk_weights,
-        topk_ids,
-        expert_map,
-        out,
-        H,
-        out.stride(0),
-        num_mapped,
-        e,
-        PICKS=K,
-        PADDED_PICKS=triton.next_power_of_2(K),
-        BLOCK=256 * warps,
-        num_warps=warps,
         launch_pdl=True,
     )

@@ -536,9 +536,49 @@ def prefill(
     programs: int,
 ) -> None:
     """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
-    e, H, I = w2.shape  # noqa: E741
+    H = w2.shape[1]
     T, K = topk_ids.shape
-    R = T * K
+    prefill_gemms(
+        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
+    )
+    sum_kernel[(T, triton.cdiv(H, 1024))](
+        y,
+        topk_weights,
+        position,
+        topk_ids,
+        expert_map,
+        out,
+        H,
+        out.stride(0),
+        0 if expert_map is None else expert_map.shape[0],
+        w2.shape[0],
+        PICKS=K,
+        PADDED_PICKS=triton.next_power_of_2(K),
+        BLOCK=1024,
+        num_warps=4,
+        launch_pdl=True,
+    )
+
+
+def prefill_gemms(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    K: int,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    position: torch.Tensor,
+    activation: DeviceActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: PrefillTiles,
+    programs: int,
+) -> None:
+    """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
+    [R], where each slot's row is."""
+    e, H, I = w2.shape  # noqa: E741
+    R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
     tile_n, half_m = TILE_N.value, HALF_M.value
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, tile_n, tiles.depth)
@@ -589,22 +629,5 @@ def prefill(
         GROUP=tiles.group,
         num_warps=4,
         maxnreg=168,
-        launch_pdl=True,
-    )
-    sum_kernel[(T, triton.cdiv(H, 1024))](
-        y,
-        topk_weights,
-        position,
-        topk_ids,
-        expert_map,
-        out,
-        H,
-        out.stride(0),
-        0 if expert_map is None else expert_map.shape[0],
-        e,
-        PICKS=K,
-        PADDED_PICKS=triton.next_power_of_2(K),
-        BLOCK=1024,
-        num_warps=4,
         launch_pdl=True,
     )
