@@ -160,16 +160,18 @@ def weight_desc(
         symmetric=zp is None,
         act_order=group_index is not None,
     )
-    scale2 = None
+    given, scale2 = alphas, None
     if fmt.second_scale:
         if alphas is None:
             raise ValueError(f"{name}: {dtype} weights need second scales, found none")
-        scale2 = (alphas if gscale is None else alphas * gscale).float()
+        if gscale is not None:
+            alphas = alphas * gscale.reshape(-1, *(1,) * (alphas.dim() - 1))
+        scale2 = alphas.float()
     return FusedMoEQuantDesc(
         dtype=dtype,
         shape=fmt.group,
         scale=scale,
-        alpha_or_gscale=alphas,
+        alpha_or_gscale=given,
         zp=zp,
         bias=bias,
         scale2=scale2,

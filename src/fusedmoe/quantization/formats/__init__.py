@@ -182,12 +182,11 @@ def _scales(
     values: torch.Tensor, fmt: QuantFormat, grid: Grid, group_index: torch.Tensor | None
 ) -> dict[str, torch.Tensor | None]:
     """scale, scale2 and zero_point of a format, from the values of its groups."""
-    fmt.scale_shape(
-        values.shape[-2], values.shape[-1], grid.shards
-    )  # raises where the groups do not fit
+    N, K = values.shape[-2:]
+    fmt.scale_shape(N, K, grid.shards)  # raises where the groups do not fit
     if group_index is not None:
         order = columns_by_group(group_index, fmt.group.col)
-        shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(values.shape[-2], values.device)
+        shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(N, values.device)
         values = values.gather(-1, order[..., shard, :])
     groups = grid.split(values)
     if fmt.element in ("int4", "int8"):
@@ -197,7 +196,7 @@ def _scales(
     if fmt.second_scale:
         whole = grid._replace(group=fp8.FP8_TENSOR.group)
         scale2 = nvfp4.global_scale_for(whole.split(values).abs().amax(-1).squeeze(-1))
-        rows = whole.spread(scale2, values.shape[-2], 1)
+        rows = whole.spread(scale2, N, 1)
         return {"scale": nvfp4.scales_for(amax, rows), "scale2": scale2, "zero_point": None}
     scale = codec(fmt).scale_for(amax)
     if fmt.scale_kind == "float":
