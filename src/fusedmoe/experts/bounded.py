@@ -3,7 +3,8 @@
     align -> GEMM1 with activation -> GEMM2 -> weighted sum over K
 
 Every launch is sized for the tokens that are expected and right for any number of them, so one CUDA
-graph serves all. The alignment falls away where slots are few.
+graph serves all. The GEMMs are Hopper's own where it is one and can view the weights, else those of
+Triton, which need no alignment where slots are few.
 
 T rows of the buffers, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2
 where gated.
@@ -11,14 +12,42 @@ where gated.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
 from fusedmoe.experts.triton import shared_memory_of
+from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align
 from fusedmoe.kernels.bounded_gemm import bounded_gemm, programs_for
 from fusedmoe.kernels.bounded_sum import bounded_sum
-from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
+from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
+from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.tuning.hopper_tiles import MAX_DECODE_MEAN, PrefillTiles, decode_tiles
+from fusedmoe.tuning.tiles import layer_tiles
+
+_ALIGNED_BYTES = 16
+
+
+class Products(NamedTuple):
+    """What the second GEMM leaves: rows [R or P, H], and position int32 [R], where a slot's row is
+    (None: slot s is row s)."""
+
+    rows: torch.Tensor
+    position: torch.Tensor | None
+
+
+class Expected(NamedTuple):
+    """Tokens that the launches are sized for, and the share of their picks that falls here."""
+
+    tokens: int
+    share: float
+
+    def slots_here(self, K: int) -> float:
+        return self.tokens * K * self.share
 
 
 def bounded_experts(
@@ -39,52 +68,97 @@ def bounded_experts(
     hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I] of one dtype (bf16, fp16 or fp32), of any
     strides, as are topk_weights float [T, K] and ``out`` of any float dtype; the routing as in
     ``BoundedRouting``; activation by name, one of ``kernels.bounded_gemm.EPILOGUES``.
-    ``expected_tokens`` and ``num_experts`` (of all ranks) choose tiles and grids alone.
+    ``expected_tokens`` and ``num_experts`` (of all ranks) choose kernels, tiles and grids alone.
     """
-    (T, H), K = hidden_states.shape, routing_map.shape[1]
-    e, I = w2.shape[0], w2.shape[2]  # noqa: E741
+    T, e = hidden_states.shape[0], w2.shape[0]
     if T == 0:
         return
-    act_kind = MoEActivation(activation)
-    expected = max(1, min(expected_tokens, T))
-    tiles = _tiles(expected, K, e, H, I, hidden_states, act_kind, num_experts)
     routing = BoundedRouting(routing_map.contiguous(), num_valid, first_expert, e)
-    # No table, and a launch less, where slots are so few that two rarely share an expert.
-    lone = expected * K * 4 <= e
-    blocks = routing if lone else bounded_align(routing, tiles.gemm1.block_m, expected * K)
-    act = hidden_states.new_empty(T * K, I)
-    rows = hidden_states.new_empty(T * K, H)
-    for a, b, c, tile, top_k, epilogue in (
-        (hidden_states, w1, act, tiles.gemm1, K, act_kind),
-        (act, w2, rows, tiles.gemm2, 1, None),
-    ):
-        programs = programs_for(expected * K, e, c.shape[1], tile, lone=lone)
-        bounded_gemm(a, b, c, blocks, tile, top_k=top_k, programs=programs, activation=epilogue)
-    bounded_sum(rows.view(T, K, H), topk_weights, routing, out, expected)
+    expected = Expected(max(1, min(expected_tokens, T)), min(1.0, e / max(1, num_experts)))
+    products = hopper_products if fits_hopper(hidden_states, w1, w2) else triton_products
+    rows, position = products(hidden_states, w1, w2, routing, MoEActivation(activation), expected)
+    bounded_sum(rows, topk_weights, routing, out, position, expected.tokens)
 
 
-def _tiles(
-    expected: int,
-    K: int,
-    e: int,
-    H: int,
-    I: int,  # noqa: E741
-    like: torch.Tensor,
+def triton_products(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    routing: BoundedRouting,
     activation: MoEActivation,
-    num_experts: int,
-) -> LayerTiles:
-    """Tiles for the tokens' share that falls on ``e`` of ``num_experts`` experts."""
-    share = min(1.0, e / max(1, num_experts))
-    return layer_tiles(
-        max(1, round(expected * share)),
+    expected: Expected,
+) -> Products:
+    """Both GEMMs in Triton, on any GPU."""
+    K, (e, H, I) = routing.routing_map.shape[1], w2.shape  # noqa: E741
+    slots = expected.tokens * K
+    tiles = layer_tiles(
+        max(1, round(expected.tokens * expected.share)),
         K,
         e,
         H,
         I,
-        like.dtype,
+        x.dtype,
         gated=activation.is_gated,
-        shared_memory=shared_memory_of(like.device),
+        shared_memory=shared_memory_of(x.device),
     )
+    # No table, and a launch less, where slots are so few that two rarely share an expert.
+    lone = slots * 4 <= e
+    blocks = routing if lone else bounded_align(routing, tiles.gemm1.block_m, slots)
+    act, rows = x.new_empty(routing.R, I), x.new_empty(routing.R, H)
+    for a, b, c, tile, top_k, epilogue in (
+        (x, w1, act, tiles.gemm1, K, activation),
+        (act, w2, rows, tiles.gemm2, 1, None),
+    ):
+        programs = programs_for(slots, e, c.shape[1], tile, lone=lone)
+        bounded_gemm(a, b, c, blocks, tile, top_k=top_k, programs=programs, activation=epilogue)
+    return Products(rows, None)
+
+
+def fits_hopper(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Whether this is a Hopper GPU whose TMA can view the weights and whose rows can be gathered 16
+    bytes at a time."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    whole = all(w.is_contiguous() and w.data_ptr() % _ALIGNED_BYTES == 0 for w in (w1, w2))
+    dense = x.stride(1) == 1 and x.data_ptr() % _ALIGNED_BYTES == 0
+    even = not any(size % ALIGNED_ELEMENTS for size in (*w2.shape[1:], x.stride(0)))
+    if not (whole and dense and even) or missing_gluon() is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def hopper_products(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    routing: BoundedRouting,
+    activation: MoEActivation,
+    expected: Expected,
+) -> Products:
+    """Both GEMMs on Hopper's own units: weights streamed for few rows per expert, bound by the
+    products for many. The two agree to the bit."""
+    from fusedmoe.kernels.triton.hopper_decode import decode_gemms
+    from fusedmoe.kernels.triton.hopper_prefill import prefill_gemms
+
+    K, (e, H, I) = routing.routing_map.shape[1], w2.shape  # noqa: E741
+    slots, here = expected.tokens * K, expected.slots_here(K)
+    programs, act_kind = multiprocessors_of(x.device), device_activation(activation)
+    with device_of(x):
+        if here > MAX_DECODE_MEAN * e:
+            P = prefill_rows(routing.R, e)
+            act, rows = x.new_empty(P, I), x.new_empty(P, H)
+            position = torch.empty(routing.R, dtype=torch.int32, device=x.device)
+            tables = bounded_align(routing, PREFILL_BLOCK, slots)
+            prefill_gemms(
+                x, w1, w2, K, act, rows, position, act_kind, None, None, tables, PrefillTiles(),
+                programs,
+            )  # fmt: skip
+            return Products(rows, position)
+        act, rows = x.new_empty(routing.R, I), x.new_empty(routing.R, H)
+        tiles = decode_tiles(max(1, round(here)), e, H, I)
+        tables = bounded_align(routing, tiles.block, slots)
+        decode_gemms(x, w1, w2, K, act, rows, act_kind, None, None, tables, tiles, programs)
+        return Products(rows, None)
 
 
 bounded_experts_op = torch.library.custom_op(

@@ -248,7 +248,7 @@ def _moe_sum(
     if out is None:
         out = input.new_empty(max_tokens, K, dtype=torch.float32)
     routing = _routing(routing_map, valid_tokens, local_expert_start, num_local_experts)
-    return bounded_sum(input.unflatten(0, (max_tokens, topk)), topk_weights, routing, out)
+    return bounded_sum(input, topk_weights, routing, out)
 
 
 def _tile_config(config: dict[str, Any]) -> TileConfig:

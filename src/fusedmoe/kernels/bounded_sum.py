@@ -15,31 +15,36 @@ def bounded_sum(
     topk_weights: torch.Tensor | None,
     routing: BoundedRouting,
     out: torch.Tensor,
+    position: torch.Tensor | None = None,
     expected_tokens: int | None = None,
 ) -> torch.Tensor:
-    """out[t] = sum over the picks k that are here of topk_weights[t, k] * rows[t, k].
+    """out[t] = sum over the picks k that are here of topk_weights[t, k] * rows[t * K + k].
 
-    rows [T, K, H] and topk_weights [T, K] (None: all one) of any float dtype and strides, out
-    [T, H] likewise. Sums are fp32 in the order of the picks, rounded once to ``out``'s dtype. Rows
-    of ``out`` past the valid tokens keep what they hold; rows of slots that are not here are not
-    read. ``expected_tokens`` (default T) sizes the launch, never the result. Raises ValueError
-    where shapes disagree.
+    rows [R, H], topk_weights [T, K] (None: all one), out [T, H], of any float dtypes and strides.
+    With ``position`` (int32 [R]) slot s's row is rows[position[s]], rows [P, H]. Sums are fp32, in
+    one fixed order, rounded once to ``out``'s dtype. Rows of ``out`` past the valid tokens keep
+    what they hold; rows, weights and positions of slots that are not here are not read.
+    ``expected_tokens`` (default T) sizes the launch, never the result.
+
+    Raises ValueError where shapes disagree.
     """
-    T, K, H = rows.shape
-    for name, tensor, shape in (
+    (T, K), H = routing.routing_map.shape, rows.shape[-1]
+    wanted = (
+        ("rows", rows, (routing.R if position is None else rows.shape[0], H)),
         ("topk_weights", topk_weights, (T, K)),
-        ("routing_map", routing.routing_map, (T, K)),
         ("out", out, (T, H)),
-    ):
+        ("position", position, (routing.R,)),
+    )
+    for name, tensor, shape in wanted:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, but rows {(T, K, H)} ask for {shape}"
+                f"{name} is {tuple(tensor.shape)}, T {T}, K {K}, H {H} ask for {shape}"
             )
     if not rows.is_cuda:
-        return bounded_sum_reference(rows, topk_weights, routing, out, expected_tokens)
+        return bounded_sum_reference(rows, topk_weights, routing, out, position, expected_tokens)
     from fusedmoe.kernels.triton.bounded_sum import weigh_and_add
 
-    return weigh_and_add(rows, topk_weights, routing, out, expected_tokens)
+    return weigh_and_add(rows, topk_weights, routing, out, position, expected_tokens)
 
 
 def bounded_sum_reference(
@@ -47,15 +52,19 @@ def bounded_sum_reference(
     topk_weights: torch.Tensor | None,
     routing: BoundedRouting,
     out: torch.Tensor,
+    position: torch.Tensor | None = None,
     expected_tokens: int | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch; reads the number of tokens on the host."""
-    T, K, H = rows.shape
+    T, K = routing.routing_map.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
     here = (bounded_ids(routing) >= 0).view(T, K)
-    total = torch.zeros(T, H, dtype=wide, device=rows.device)
+    at = torch.arange(routing.R, device=rows.device).view(T, K)
+    if position is not None:
+        at = torch.where(here, position.view(T, K), 0)
+    total = torch.zeros(out.shape, dtype=wide, device=rows.device)
     for pick in range(K):
-        row = rows[:, pick].to(wide)
+        row = rows[at[:, pick]].to(wide)
         if topk_weights is not None:
             row = row * topk_weights[:, pick, None].to(wide)
         total += torch.where(here[:, pick, None], row, 0.0)

@@ -15,7 +15,7 @@ import triton.language as tl
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting
 from fusedmoe.kernels.triton.align import align, fill_range
-from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 
 @triton.jit
@@ -47,7 +47,9 @@ def align_at_once_kernel(
     block_size,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     me = tl.program_id(0)
     live = valid_slots(num_valid_ptr, K, R)
     counts = tl.zeros([BLOCK_E], dtype=tl.int32)
@@ -81,16 +83,25 @@ def align_at_once_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def localize_kernel(
-    ids_ptr, num_valid_ptr, local_ptr, K, R, first_expert, num_local, BLOCK: tl.constexpr
+    ids_ptr,
+    num_valid_ptr,
+    local_ptr,
+    K,
+    R,
+    first_expert,
+    num_local,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow_previous(CHAINED)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = slot < valid_slots(num_valid_ptr, K, R)
     expert = expert_here(tl.load(ids_ptr + slot, live, -1), first_expert, num_local)
     tl.store(local_ptr + slot, expert, slot < R)
 
 
-_launch_at_once = Launcher(align_at_once_kernel)
-_launch_localize = Launcher(localize_kernel)
+_launch_at_once = Launcher(align_at_once_kernel, chained=True)
+_launch_localize = Launcher(localize_kernel, chained=True)
 _LOCALIZE_BLOCK = 1024
 
 

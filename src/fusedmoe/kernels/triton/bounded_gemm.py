@@ -21,7 +21,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting
 from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
 from fusedmoe.kernels.triton.bounded_align import expert_here, valid_slots
-from fusedmoe.kernels.triton.launch import Launcher
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.tuning.tiles import TileConfig
 
 
@@ -68,9 +68,11 @@ def bounded_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """N counts columns of c; where GATED, b has N gate rows, then N up rows, ``up_offset`` later.
     R counts slots, P entries of the table."""
+    follow_previous(CHAINED)
     if sorted_ptr is None:
         num_m = valid_slots(bound_ptr, PICKS, R)
     else:
@@ -124,7 +126,7 @@ def bounded_gemm_kernel(
         tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
 
 
-_launch = Launcher(bounded_gemm_kernel)
+_launch = Launcher(bounded_gemm_kernel, chained=True)
 
 
 def launch(
