@@ -34,6 +34,7 @@ _Keys = tuple[QuantKey | None, QuantKey | None]
 
 # In order of preference; "module:class", so that no candidate is imported before it is asked for.
 EXPERTS: tuple[str, ...] = (
+    "fusedmoe.experts.hopper:HopperExperts",
     "fusedmoe.experts.triton:TritonExperts",
     "fusedmoe.experts.cpu_packed:CpuPackedExperts",
     "fusedmoe.experts.cpu:CpuExperts",

@@ -10,8 +10,10 @@ import torch
 from expert_layers import Layer
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
+from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
+from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (
     DirectTiles,
     PrefillTiles,
@@ -333,3 +335,23 @@ def test_kernels_agree(T):
     for out in outputs[1:]:
         error = (out - outputs[0]).abs().max() / outputs[0].abs().max()
         assert error < 1e-2
+
+
+@pytest.mark.parametrize("T", [1, 40, 700])
+def test_it_is_what_a_bf16_layer_gets(T):
+    """From the functional form and from a layer, also in passes of bounded memory."""
+    layer = replace(GPU, T=T, bias=True, local=9)
+    tensors = layer.tensors()
+    chosen = select(layer.config())
+    assert chosen.chosen is HopperExperts
+    assert select(replace(layer, dtype=torch.float32).config()).chosen is not HopperExperts
+    assert "multiples of 16" in str(select(replace(layer, H=264).config()))
+    expected = run(layer, tensors)
+    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "expert_map")
+    given = {name: tensors[name] for name in names} | {
+        "quant_config": layer_quant(tensors),
+        "global_num_experts": layer.E,
+    }
+    assert fused_experts(**given).equal(expected)
+    bounded = fused_experts(**given, options=MoEOptions(max_workspace_bytes=200_000))
+    assert_right(bounded, layer, tensors)

@@ -26,6 +26,7 @@ SHAPES = {
     "deepseek_v3": (256, 8, 7168, 2048),
     "tiny": (4, 2, 16, 16),
     "many_picks": (64, 22, 4096, 1024),
+    "few_small": (8, 2, 1024, 2816),
 }
 
 
@@ -73,13 +74,13 @@ def test_tiles_fit_and_tokens_only_make_them_larger(name, share):
 
 def test_the_kernel_of_each_size():
     E, K, H, I = SHAPES["qwen3_30b"]  # noqa: E741
-    kinds = {T: type(hopper_tiles(T, K, E, E, H, I)) for T in (1, 2, 4, 1024, 1025, 8192)}
+    kinds = {T: type(hopper_tiles(T, K, E, E, H, I)) for T in (1, 2, 4, 800, 801, 8192)}
     assert kinds == {
         1: DirectTiles,
         2: DirectTiles,
         4: DecodeTiles,
-        1024: DecodeTiles,
-        1025: PrefillTiles,
+        800: DecodeTiles,
+        801: PrefillTiles,
         8192: PrefillTiles,
     }
 
@@ -97,10 +98,11 @@ def test_tasks_come_out_even(rows, columns, width):
     ("name", "T", "block", "up", "down"),
     [
         ("qwen3_30b", 4, 8, 64, 128),
-        ("qwen3_30b", 64, 16, 64, 128),
+        ("qwen3_30b", 64, 16, 128, 256),
         ("qwen3_30b", 256, 32, 128, 256),
         ("gpt_oss_120b", 512, 32, 64, 128),
         ("gpt_oss_120b", 1024, 64, 128, 256),
+        ("few_small", 64, 32, 64, 64),
         ("mixtral", 2, 8, 64, 128),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.modular_kernel.experts import merged_activation_config
@@ -23,6 +24,7 @@ from fusedmoe.quantization.config import (
 )
 from fusedmoe.selection import Selection, select
 from fusedmoe.tuning.choice import checked_table
+from fusedmoe.tuning.hopper_tiles import hopper_tiles
 from fusedmoe.tuning.table_file import table_from_text
 
 _DEFAULT_OPTIONS = MoEOptions()
@@ -96,6 +98,8 @@ def fused_experts(
         apply_router_weight_on_input,
         options,
     )
+    if selection.chosen is HopperExperts and options.max_workspace_bytes is None:
+        return _on_hopper(call)
     return _on_triton(call) if selection.chosen is TritonExperts else _on_selected(call, selection)
 
 
@@ -123,8 +127,40 @@ class _Call(NamedTuple):
         return self.w1.shape[0] if self.expert_map is None else self.expert_map.shape[0]
 
 
-def _on_triton(call: _Call) -> torch.Tensor:
+def _on_hopper(call: _Call) -> torch.Tensor:
     """Straight to the kernels: building a layer around them would cost more than they do."""
+    x, weights = call.hidden_states, call.topk_weights
+    check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
+    if call.apply_router_weight_on_input:
+        x = x * weights.to(x.dtype)
+    (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
+    invariant = call.options.batch_invariant
+    tiles = hopper_tiles(T, K, call.num_experts, e, H, width, batch_invariant=invariant)
+    rows = scratch_rows(tiles, T * K, e)
+    output = x.new_empty(T, H)
+    hopper_experts(
+        output,
+        x,
+        call.w1,
+        call.w2,
+        None if call.apply_router_weight_on_input else weights,
+        call.topk_ids,
+        call.activation,
+        call.activation_config,
+        call.num_experts,
+        call.expert_map,
+        call.w1_bias,
+        call.w2_bias,
+        x.new_empty(rows, width),
+        x.new_empty(rows, H),
+        batch_invariant=invariant,
+        tiles=tiles,
+    )
+    return output
+
+
+def _on_triton(call: _Call) -> torch.Tensor:
+    """As ``_on_hopper``, in passes where the scratch memory is bounded."""
     x, weights = call.hidden_states, call.topk_weights
     check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
     if call.apply_router_weight_on_input:

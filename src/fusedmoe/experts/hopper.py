@@ -190,6 +190,8 @@ class HopperExperts(FusedMoEExpertsModular):
             size = getattr(moe_config, name)
             if size % ALIGNED_ELEMENTS:
                 return False, f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
+        if moe_config.options.table is not None:
+            return False, "reads no tuned table"
         reason = missing_gluon()
         return reason is None, reason
 
