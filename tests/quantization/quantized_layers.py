@@ -89,10 +89,13 @@ def make_layer(
     I: int = 128,  # noqa: E741
     dtype: torch.dtype = torch.float32,
     input_scale: float | None = None,
+    act: str = "silu",
     **arguments: Any,
 ) -> tuple[MoERunner, QuantizedTensor, QuantizedTensor]:
     """(layer, w13, w2) with everything random and static activation scales set."""
-    layer = FusedMoE(E, K, H, I, dtype, quant_config=Scheme(name, activation), **arguments)
+    layer = FusedMoE(
+        E, K, H, I, dtype, quant_config=Scheme(name, activation), activation=act, **arguments
+    )
     experts, S = layer.routed_experts, layer.moe_config.w13_num_shards
     w13 = draw(name, E, S * I, H, shards=S, interleaved=experts.sizes.interleaved)
     w2 = draw(name, E, H, I, seed=1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_layers import FORMATS, draw
 
 from fusedmoe.quantization.formats import (
     MXFP4,
@@ -25,7 +26,6 @@ from fusedmoe.quantization.formats.int4 import pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.formats.minifloat import E2M1, E2M3, E3M2
 from fusedmoe.quantization.formats.mxfp6 import pack_sextets, unpack_sextets
 from fusedmoe.quantization.tensor import QuantizedTensor
-from quantized_layers import FORMATS, draw
 
 quick = settings(max_examples=25, deadline=None)
 

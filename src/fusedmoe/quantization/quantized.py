@@ -110,6 +110,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         return hidden_size, width
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
+        self._check_sizes()
         specs = [
             *_weight_specs("w13", self.format("w13"), self._file_formats["w13"]),
             *_weight_specs("w2", self.format("w2"), self._file_formats["w2"]),
@@ -125,6 +126,19 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
                 ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),
             ]
         return tuple(specs)
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError where the layer's sizes cannot be held in these formats."""
+        moe = self.moe_config
+        hidden, width = moe.hidden_dim, moe.intermediate_size_per_partition
+        for owner, N, K in (("w13", width, hidden), ("w2", hidden, width)):
+            fmt = self.format("w13" if owner == "w13" else "w2")
+            try:
+                fmt.data_columns(K)
+                if not fmt.act_order:
+                    fmt.scale_shape(N, K)
+            except ValueError as error:
+                raise ValueError(f"{owner} [{N}, {K}] in {fmt.name}: {error}") from None
 
     def quantized_weights(self, layer: RoutedExperts) -> tuple[QuantizedTensor, QuantizedTensor]:
         """w13 and w2 as they are in ``layer``, sharing its tensors."""

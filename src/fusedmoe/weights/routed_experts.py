@@ -302,7 +302,7 @@ class RoutedExperts(nn.Module):
         return rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(self._keeping_formats(fn), recurse)
         # to_empty() leaves every tensor without its values; these are not in a checkpoint.
         for name, table in self._maps().items():
             if table is not None and not getattr(self, name).is_meta:
@@ -313,6 +313,21 @@ class RoutedExperts(nn.Module):
                 parameter.weight_loader = self.weight_loader  # type: ignore[attr-defined]
         self.quant_method.weights_changed()
         return result
+
+    def _keeping_formats(self, fn: Any) -> Any:
+        """``fn``, except that it changes no dtype which a format prescribes (``layer.half()``)."""
+        fixed = {
+            id(self._parameters[name])
+            for name, spec in self.param_specs.items()
+            if spec.dtype is not None and self._parameters.get(name) is not None
+        }
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = fn(tensor)
+            kept = id(tensor) in fixed and result.dtype != tensor.dtype
+            return tensor.detach().to(result.device) if kept else result
+
+        return apply
 
     def extra_repr(self) -> str:
         moe = self.moe_config
