@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from fusedmoe.distributed.peer_memory import PeerMemory
     from fusedmoe.tuning.tuned_table import TunedTable
 
 
@@ -75,13 +76,18 @@ class MoEOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
-    """The process groups a layer uses, given explicitly; ``None`` is a group of one rank."""
+    """The process groups a layer uses, given explicitly; ``None`` is a group of one rank.
+
+    ``peers``: memory that the ranks of one host share, where they have made some; one for all
+    layers. Tokens then go through it.
+    """
 
     tp: ProcessGroup | DeviceMesh | None = None
     dp: ProcessGroup | DeviceMesh | None = None
     pcp: ProcessGroup | DeviceMesh | None = None
     ep: ProcessGroup | DeviceMesh | None = None
     enable_expert_parallel: bool = False
+    peers: PeerMemory | None = None
 
     @staticmethod
     def size_and_rank(group: ProcessGroup | DeviceMesh | None) -> tuple[int, int]:

@@ -47,6 +47,7 @@ EXPERTS: tuple[str, ...] = (
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPMonolithic",
+    "fusedmoe.prepare_finalize.peer:PeerPrepareAndFinalize",
     "fusedmoe.prepare_finalize.naive_dp_ep:MoEPrepareAndFinalizeNaiveDPEPModular",
     "fusedmoe.prepare_finalize.naive_dp_ep:MoEPrepareAndFinalizeNaiveDPEPMonolithic",
     "fusedmoe.prepare_finalize.all_to_all:AllToAllPrepareAndFinalize",

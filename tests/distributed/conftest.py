@@ -13,6 +13,17 @@ from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")
+def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """A process for each of 2 or 4 GPUs, over NCCL and gloo."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    pool = RankPool(4 if count >= 4 else 2, str(tmp_path_factory.mktemp("gpus")), "cuda")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four processes over gloo, for all tests here; groups of two are halves of them."""
     if not torch.distributed.is_gloo_available():

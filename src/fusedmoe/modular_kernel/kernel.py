@@ -149,8 +149,7 @@ class FusedMoEKernel:
         assert ids is not None
         size = experts.moe_problem_size(x, w1, w2, ids)
         plan = self._plan(size, final_output.dtype, activation, global_num_experts, prepared)
-        in_place = plan.in_place and final_output.shape == plan.shapes.output
-        output = final_output if in_place else x.new_empty(plan.shapes.output, dtype=plan.dtype)
+        output = _output_for(plan, prepared.output, final_output)
         if size.M == 0:
             return output
         workspace13 = x.new_empty(plan.shapes.workspace13, dtype=plan.dtype)
@@ -275,6 +274,18 @@ def _check_formats(prepare_finalize: FusedMoEPrepareAndFinalize, experts: FusedM
             f"{type(prepare_finalize).__name__} gives {prepare_finalize.activation_format.name} "
             f"rows, {type(experts).__name__} takes {experts.activation_format().name} rows"
         )
+
+
+def _output_for(
+    plan: WorkspacePlan, wanted: torch.Tensor | None, final_output: torch.Tensor
+) -> torch.Tensor:
+    """Where the experts write: where prepare wants it, the layer's output, or somewhere new."""
+    shape, dtype = plan.shapes.output, plan.dtype
+    if wanted is not None and wanted.shape == shape and wanted.dtype is dtype:
+        return wanted
+    if plan.in_place and final_output.shape == shape:
+        return final_output
+    return final_output.new_empty(shape, dtype=dtype)
 
 
 class _Pass(NamedTuple):

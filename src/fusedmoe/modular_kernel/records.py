@@ -31,13 +31,17 @@ class ExpertTokensMetadata:
 
 
 class PrepareResult(NamedTuple):
-    """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller."""
+    """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller.
+
+    ``output``: where they write, if their output has its shape and dtype; None for anywhere.
+    """
 
     hidden_states: torch.Tensor
     scale: torch.Tensor | None = None
     expert_tokens_meta: ExpertTokensMetadata | None = None
     topk_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
 
 class MonolithicPrepareResult(NamedTuple):

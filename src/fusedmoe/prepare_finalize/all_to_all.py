@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.collectives import all_gather_rows, exchange_rows, gather_vectors
+from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
 from fusedmoe.distributed.groups import check_sizes, token_ranks
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
@@ -23,14 +23,6 @@ from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
 )
-
-
-@dataclass
-class _Hosts:
-    """bool [ranks, num_experts]: who has which expert; learnt once per expert map."""
-
-    expert_map: torch.Tensor | None = None
-    table: torch.Tensor | None = None
 
 
 @dataclass
@@ -48,10 +40,6 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
 
     name = "all_to_all"
     _journey: _Journey
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._hosts = _Hosts()
 
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
@@ -77,7 +65,7 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
         defer_input_quant: bool = False,
     ) -> PrepareResult:
         """The rows with work for this rank, by rank of origin and then by token."""
-        hosts = self._hosts_of(num_experts, expert_map)
+        hosts = self.hosts_of(num_experts, expert_map).table
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         rows, scale = self.quantized(a1, quant_config, defer_input_quant)
         luggage = self.luggage([topk_weights, topk_ids], scale)
@@ -91,20 +79,6 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
         (weights, ids), scales = self.unpacked(luggage, beside())
         self._journey = journey
         return PrepareResult(arriving(), scales, None, ids, weights)
-
-    def _hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
-        """Asks the other ranks the first time, and again where the map is another tensor."""
-        if expert_map is None or expert_map.shape[0] != num_experts:
-            raise ValueError(
-                f"all_to_all needs the expert map of {num_experts} experts, got "
-                f"{None if expert_map is None else tuple(expert_map.shape)}"
-            )
-        hosts = self._hosts
-        if hosts.table is None or hosts.expert_map is not expert_map:
-            mine = (expert_map >= 0)[None]
-            hosts.table = all_gather_rows(mine, [1] * self.ranks.size, self.ranks)()
-            hosts.expert_map = expert_map
-        return hosts.table
 
     def _plan(self, goes: torch.Tensor) -> _Journey:
         """goes bool [ranks, T] -> who sends how many rows to whom, agreed by all."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.collectives import gather_counts, pack_rows, unpack_rows
+from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, pack_rows, unpack_rows
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import weight_input
@@ -54,6 +54,17 @@ class Luggage(NamedTuple):
         return pack_rows(self.tensors)
 
 
+class Hosts(NamedTuple):
+    """Who has which expert, and of which map that was learnt.
+
+    ``table`` bool [ranks, num_experts]; ``owners`` int32 [num_experts]: the first of them, or -1.
+    """
+
+    expert_map: torch.Tensor
+    table: torch.Tensor
+    owners: torch.Tensor
+
+
 class Dispatching(FusedMoEPrepareAndFinalize):
     """Tokens of ``ranks`` meet; ``begin`` gives the object of one forward.
 
@@ -79,6 +90,7 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         self.lora_context: LoRAContext | None = None
         self._given_sizes: Sequence[int] | None = None
         self._lora_ids_before: torch.Tensor | None = None
+        self._learnt: list[Hosts] = []
 
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
@@ -136,6 +148,20 @@ class Dispatching(FusedMoEPrepareAndFinalize):
             sizes = gather_counts(num_tokens, self.ranks)
         self.check_room(sizes)
         return sizes
+
+    def hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> Hosts:
+        """Asks the other ranks the first time, and again where the map is another tensor."""
+        if expert_map is None or expert_map.shape[0] != num_experts:
+            raise ValueError(
+                f"{self.name} needs the expert map of {num_experts} experts, got "
+                f"{None if expert_map is None else tuple(expert_map.shape)}"
+            )
+        if not self._learnt or self._learnt[0].expert_map is not expert_map:
+            mine = (expert_map >= 0)[None]
+            table = all_gather_rows(mine, [1] * self.ranks.size, self.ranks)()
+            first = table.int().argmax(dim=0).int()
+            self._learnt[:] = [Hosts(expert_map, table, first.where(table.any(dim=0), -1))]
+        return self._learnt[0]
 
     def check_room(self, sizes: Sequence[int]) -> None:
         """Raise ValueError, on every rank alike, where one has more tokens than there is room."""

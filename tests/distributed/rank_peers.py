@@ -1,0 +1,173 @@
+"""Rows between GPUs by peer memory; runs inside a RankPool of GPUs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
+from fusedmoe.kernels.peer_all_to_all import (
+    PeerLayout,
+    combine,
+    combine_reference,
+    dispatch,
+    dispatch_reference,
+)
+from fusedmoe.runner.capture import record_graph
+from layer_oracle import Experts
+
+E, K, H, I = 16, 3, 256, 128  # noqa: E741
+
+
+def memory_for(rows: int, fp8: bool = False, timeout_s: float = 4.0, **fields) -> PeerMemory:
+    row_dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    sizes = {"hidden": H, "topk": K} | fields
+    layout = PeerLayout(
+        world=dist.get_world_size(),
+        rows=rows,
+        row_dtype=row_dtype,
+        output_dtype=torch.bfloat16,
+        group=128 if fp8 else 0,
+        **sizes,
+    )
+    return PeerMemory(dist.group.WORLD, layout, timeout_s=timeout_s)
+
+
+def picks(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, H, generator=generator).bfloat16()
+    ids = torch.randint(-1, E + 1, (T, K), generator=generator)
+    return x.cuda(), ids.cuda(), torch.rand(T, K, generator=generator).cuda()
+
+
+def check_kernels(fp8: bool) -> None:
+    """Uneven ranks, several sizes over the same memory, against the references."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    memory = memory_for(300, fp8)
+    owners = (torch.arange(E) * world // E).int().cuda()
+    for step, most in enumerate((1, 5, 300, 64)):
+        counts = [max(0, most - 2 * r) for r in range(world)]
+        everyones = [picks(T, 10 * step + r) for r, T in enumerate(counts)]
+        x, ids, weights = everyones[rank]
+        dispatch(x, ids, weights, owners, memory.view, most, max_polls=memory.max_polls)
+        got = memory.view.received(most)
+        columns = [list(column) for column in zip(*everyones, strict=True)]
+        want = dispatch_reference(*columns, owners, memory.layout, most, rank)
+        used = want.topk_ids >= 0
+        sent = used.any(dim=1)
+        assert torch.equal(got.topk_ids, want.topk_ids)
+        assert torch.equal(got.topk_weights[used], want.topk_weights[used])
+        assert torch.equal(got.hidden_states.float()[sent], want.hidden_states.float()[sent])
+        if fp8:
+            assert torch.equal(got.scales[sent], want.scales[sent])
+        outputs = [
+            torch.randn(
+                world * most, H, generator=torch.Generator().manual_seed(100 * step + r)
+            ).bfloat16()
+            for r in range(world)
+        ]
+        got.outputs.copy_(outputs[rank])
+        out = torch.full_like(x, float("nan"))
+        combine(out, ids, owners, memory.view, most, max_polls=memory.max_polls)
+        on_device = [one.cuda() for one in outputs]
+        want = combine_reference(on_device, ids, owners, memory.layout, most, rank)
+        assert torch.equal(out, want)
+    memory.check()
+    memory.close()
+
+
+def check_layer(tokens: list[int]) -> None:
+    """A data- and expert-parallel layer gives what one rank with all experts gives, also from a
+    graph that is replayed with other tokens."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tokens = tokens[:world]
+    memory = memory_for(max(tokens))
+    groups = ParallelGroups(
+        dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
+    )
+    experts = Experts.random(E, H, I)
+    layers = []
+    for parallel, options in (
+        (groups, MoEOptions(prepare_finalize="peer")),
+        (None, MoEOptions()),
+    ):
+        layer = FusedMoE(
+            E, K, H, I, torch.bfloat16, parallel=parallel, options=options, device="cuda"
+        )
+        layer.load_weights(experts.named())
+        layers.append(layer)
+    apart, whole = layers
+    generator = torch.Generator().manual_seed(7 + rank)
+
+    def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(tokens[rank], H, generator=generator).bfloat16().cuda()
+        return x, torch.randn(tokens[rank], E, generator=generator).cuda()
+
+    x, logits = inputs()
+    for _ in range(2):
+        found = apart(x, logits, tokens_per_rank=tokens)
+        torch.testing.assert_close(found, whole(x, logits), rtol=2e-2, atol=2e-2)
+    again = apart(x, logits, tokens_per_rank=tokens)
+    assert torch.equal(found, again)
+    graph, out = record_graph(lambda: apart(x, logits, tokens_per_rank=tokens), torch.cuda.Stream())
+    for _ in range(3):
+        other, others = inputs()
+        x.copy_(other)
+        logits.copy_(others)
+        graph.replay()
+        torch.testing.assert_close(out, whole(x, logits), rtol=2e-2, atol=2e-2)
+    memory.check()
+    memory.close()
+
+
+def check_missing_rank() -> None:
+    """The others learn who is missing, also while a graph replays, and nothing hangs."""
+    rank = dist.get_rank()
+    memory = memory_for(4, timeout_s=0.5)
+    owners = torch.zeros(E, dtype=torch.int32, device="cuda")
+    x, ids, weights = picks(4, 0)
+    out = torch.empty_like(x)
+
+    def both() -> None:
+        dispatch(x, ids, weights, owners, memory.view, 4, max_polls=memory.max_polls)
+        combine(out, ids, owners, memory.view, 4, max_polls=memory.max_polls)
+
+    both()
+    graph, _ = record_graph(both, torch.cuda.Stream())
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank != 1:
+        start = time.monotonic()
+        caught = None
+        try:
+            graph.replay()
+            torch.cuda.synchronize()
+            while time.monotonic() < start + 5:
+                time.sleep(0.01)
+        except PeerTimeoutError as error:
+            caught = error
+        assert caught is not None
+        assert "rank 1 of" in str(caught)
+        assert time.monotonic() < start + 5
+    dist.barrier()
+    memory.close()
+
+
+def check_disagreement() -> None:
+    with pytest.raises(ValueError, match="rank 0 has"):
+        memory_for(4 + dist.get_rank())
+
+
+def check_no_growth() -> None:
+    for _ in range(2):
+        memory_for(64, hidden=1024).close()
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(100):
+        memory_for(64, hidden=1024).close()
+    torch.cuda.synchronize()
+    assert free - torch.cuda.mem_get_info()[0] <= 8 << 20

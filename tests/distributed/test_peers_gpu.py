@@ -1,0 +1,30 @@
+"""Dispatch and combine through the memory of the GPUs of one host."""
+
+from __future__ import annotations
+
+import pytest
+import rank_peers
+
+pytestmark = pytest.mark.multigpu
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_arrive_and_sums_come_back(gpu_ranks, fp8):
+    gpu_ranks.run(rank_peers.check_kernels, fp8)
+
+
+@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [7, 0, 3, 1], [9, 0, 0, 0], [1, 1, 1, 1]])
+def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens):
+    gpu_ranks.run(rank_peers.check_layer, tokens)
+
+
+def test_a_missing_rank_is_named(gpu_ranks):
+    gpu_ranks.run(rank_peers.check_missing_rank)
+
+
+def test_ranks_that_disagree_are_told(gpu_ranks):
+    gpu_ranks.run(rank_peers.check_disagreement)
+
+
+def test_memory_made_a_hundred_times_does_not_grow(gpu_ranks):
+    gpu_ranks.run(rank_peers.check_no_growth)
