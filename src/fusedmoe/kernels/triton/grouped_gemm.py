@@ -26,7 +26,7 @@ from fusedmoe.tuning.tiles import TileConfig
 
 
 @triton.jit
-def _tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(block of slots, tile of columns) of this program, blocks fastest inside a group."""
     program = tl.program_id(0)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -38,7 +38,7 @@ def _tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _block_of(tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M: tl.constexpr):
+def block_of(tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M: tl.constexpr):
     """(expert, slots [BLOCK_M], which of them are real) of one block; expert -1: skip it."""
     expert = local_expert(tl.load(experts_ptr + tile_m), map_ptr, num_mapped, e)
     row = tl.arange(0, BLOCK_M)
@@ -104,8 +104,8 @@ def grouped_gemm_kernel(
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
     if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
         return
-    tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
-    expert, slots, row_ok = _block_of(
+    tile_m, tile_n = tile_of(num_m, N, BLOCK_N, GROUP_M)
+    expert, slots, row_ok = block_of(
         tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
     )
     if expert < 0:
@@ -195,8 +195,8 @@ def grouped_gemm_halves_kernel(
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
     if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
         return
-    tile_m, tile_n = _tile_of(num_m, N, BLOCK_N, GROUP_M)
-    expert, slots, row_ok = _block_of(
+    tile_m, tile_n = tile_of(num_m, N, BLOCK_N, GROUP_M)
+    expert, slots, row_ok = block_of(
         tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
     )
     if expert < 0:

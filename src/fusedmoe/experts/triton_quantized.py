@@ -1,0 +1,290 @@
+"""Quantized experts on Triton, in Standard and in batched rows, for every format the kernels read.
+
+The run itself is ``triton_quantized_run``; here is what selection sees.
+
+T tokens, K picks, e local experts, M rows per expert at most, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.torch_quantized import quantized_pair
+from fusedmoe.experts.triton_quantized_ops import batched_op, flat, standard_op
+from fusedmoe.experts.triton_quantized_run import (
+    Operands,
+    batched_quantized_experts,
+    quantized_experts,
+)
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    FusedMoEExpertsModular,
+    WorkspaceShapes,
+)
+from fusedmoe.quantization.keys import (
+    ANY,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    INT8_STATIC_TENSOR,
+    MXFP8_DYNAMIC,
+    PER_ROW,
+    PER_TENSOR,
+    GroupShape,
+    QuantKey,
+    fp8_dynamic_group,
+)
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
+from fusedmoe.tuning.quantized_tiles import QuantizedTiles
+
+_FP8 = torch.float8_e4m3fn
+_FP8_WEIGHTS = (
+    QuantKey(_FP8, True, PER_TENSOR),
+    QuantKey(_FP8, True, PER_ROW),
+    QuantKey(_FP8, True, GroupShape(ANY, ANY)),
+)
+_WEIGHT_ONLY = (
+    *_FP8_WEIGHTS,
+    QuantKey("int4", True, PER_ROW),
+    QuantKey("int4", True, PER_ROW, symmetric=False),
+    QuantKey("int4", True, GroupShape(1, ANY)),
+    QuantKey("int4", True, GroupShape(1, ANY), symmetric=False),
+    QuantKey(torch.int8, True, PER_ROW),
+    QuantKey(torch.int8, True, GroupShape(1, ANY)),
+    QuantKey(torch.int8, True, GroupShape(1, ANY), symmetric=False),
+    QuantKey("mxfp4", True, GroupShape(1, 32), scale_kind="e8m0"),
+    QuantKey("mxfp8", True, GroupShape(1, 32), scale_kind="e8m0"),
+    QuantKey("nvfp4", True, GroupShape(1, 16), scale_kind="e4m3", second_scale=True),
+)
+_WHOLE_ROWS = (FP8_DYNAMIC_TENSOR, FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN)
+PAIRS: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset(
+    {
+        *((weight, None) for weight in _WEIGHT_ONLY),
+        *((weight, rows) for weight in _FP8_WEIGHTS for rows in _WHOLE_ROWS),
+        *(
+            (QuantKey(_FP8, True, GroupShape(ANY, columns)), fp8_dynamic_group(columns, kind))
+            for columns in (32, 64, 128)
+            for kind in ("float", "e8m0")
+        ),
+        (QuantKey(torch.int8, True, PER_ROW), INT8_DYNAMIC_TOKEN),
+        (QuantKey(torch.int8, True, PER_ROW), INT8_STATIC_TENSOR),
+        (QuantKey("mxfp8", True, GroupShape(1, 32), scale_kind="e8m0"), MXFP8_DYNAMIC),
+    }
+)
+"""(weight, activation) that the kernels read; None: activations as they come."""
+
+
+class _Quantized(FusedMoEExpertsModular):
+    """What both formats of rows share. ``tiles``, if set, replaces the tuned choice."""
+
+    tiles: QuantizedTiles | None = None
+    _seen: tuple[torch.Tensor, torch.Tensor, MoEActivation, torch.dtype] | None = None
+    _operands: Operands | None = None
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    def operands(
+        self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, dtype: torch.dtype
+    ) -> Operands:
+        """The weights as the quant config describes them; remembered for the same tensors."""
+        seen = (w1, w2, activation, dtype)
+        old = self._seen
+        if old is None or any(a is not b for a, b in zip(seen, old, strict=True)):
+            config = self.quant_config
+            first, second = quantized_pair(w1, w2, config, activation, dtype)
+            self._operands = Operands(
+                first,
+                second,
+                config.a1.key,
+                config.a2.key,
+                config.a1.scale,
+                config.a2.scale,
+                config.w1_bias,
+                config.w2_bias,
+            )
+            self._seen = seen
+        assert self._operands is not None
+        return self._operands
+
+
+class TritonQuantizedExperts(_Quantized):
+    """Standard rows; the sum over K is made here."""
+
+    name = "triton_quantized"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _capabilities(FusedMoEActivationFormat.Standard)
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """The activation's output, then the second GEMM's rows by slot."""
+        width = self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((M, topk, width), (M, topk, K), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        assert workspace13 is not None
+        assert workspace2 is not None
+        weights = None if apply_router_weight_on_input else topk_weights
+        batch_invariant = self.moe_config.options.batch_invariant
+        if torch.compiler.is_compiling():
+            standard_op(
+                output,
+                hidden_states,
+                *flat(w1, w2, self.quant_config),
+                weights,
+                topk_ids,
+                activation.value,
+                *self.activation_config.numbers(),
+                expert_map,
+                workspace13,
+                workspace2,
+                batch_invariant,
+            )
+            return
+        quantized_experts(
+            output,
+            hidden_states,
+            self.operands(w1, w2, activation, hidden_states.dtype),
+            weights,
+            topk_ids,
+            activation,
+            self.activation_config,
+            expert_map,
+            workspace13,
+            workspace2,
+            batch_invariant=batch_invariant,
+            tiles=self.tiles,
+        )
+
+
+class BatchedTritonQuantizedExperts(_Quantized):
+    """Batched rows; what moved the rows also weights and sums them."""
+
+    name = "triton_quantized_batched"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _capabilities(FusedMoEActivationFormat.BatchedExperts)
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """The activation's output; M counts rows per expert."""
+        width = self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((local_num_experts, M, width), (0,), (local_num_experts, M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceDelegate()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
+        if counts is None or counts.shape != w1.shape[:1]:
+            raise ValueError(
+                f"the batched format needs expert_num_tokens [{w1.shape[0]}], got "
+                f"{None if counts is None else tuple(counts.shape)}"
+            )
+        assert workspace13 is not None
+        batch_invariant = self.moe_config.options.batch_invariant
+        if torch.compiler.is_compiling():
+            batched_op(
+                output,
+                hidden_states,
+                *flat(w1, w2, self.quant_config),
+                counts,
+                activation.value,
+                *self.activation_config.numbers(),
+                workspace13,
+                batch_invariant,
+            )
+            return
+        batched_quantized_experts(
+            output,
+            hidden_states,
+            self.operands(w1, w2, activation, hidden_states.dtype),
+            counts,
+            activation,
+            self.activation_config,
+            workspace13,
+            batch_invariant=batch_invariant,
+            tiles=self.tiles,
+        )
+
+
+def _capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
+    batched = rows is FusedMoEActivationFormat.BatchedExperts
+    # One scale for all rows would count the rows past each expert's number.
+    pairs = {pair for pair in PAIRS if not (batched and pair[1] == FP8_DYNAMIC_TENSOR)}
+    return ExpertsCapabilities(
+        activation_format=rows,
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        weight_formats=frozenset(pairs),
+        min_capability=(8, 9),
+        requires=("triton",),
+        batch_invariant=True,
+    )

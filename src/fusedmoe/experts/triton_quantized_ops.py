@@ -1,0 +1,185 @@
+"""The quantized Triton experts as torch.compile sees them: ops that take tensors and words.
+
+An operand is eight arguments: data, scale, second scale, zero point, bias, the scale of the rows
+that meet it, the format's name, and the key of those rows in words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.torch_quantized import quantized_pair
+from fusedmoe.experts.triton_quantized_run import (
+    Operands,
+    batched_quantized_experts,
+    quantized_experts,
+)
+from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.keys import GroupShape, QuantKey
+
+Flat = tuple[Any, ...]
+
+
+def flat(w1: torch.Tensor, w2: torch.Tensor, config: FusedMoEQuantConfig) -> Flat:
+    """The operands as a custom op takes them; ``_operands_of`` is the inverse."""
+    parts: list[Any] = []
+    for data, weight, rows in ((w1, config.w1, config.a1), (w2, config.w2, config.a2)):
+        assert weight.format is not None
+        parts += [data, weight.scale, weight.scale2, weight.zp, weight.bias, rows.scale]
+        parts += [weight.format.name, _key_words(rows.key)]
+    return tuple(parts)
+
+
+def _key_words(key: QuantKey | None) -> list[str]:
+    if key is None:
+        return []
+    dtype = str(key.dtype).removeprefix("torch.")
+    row, col = key.group_shape
+    return [dtype, str(int(key.static)), str(row), str(col), key.scale_kind]
+
+
+def _key_of(words: list[str]) -> QuantKey | None:
+    if not words:
+        return None
+    dtype, static, row, col, kind = words
+    known: Any = getattr(torch, dtype, dtype)
+    scale_kind: Any = kind
+    return QuantKey(known, static == "1", GroupShape(int(row), int(col)), scale_kind=scale_kind)
+
+
+def _operands_of(parts: Flat, activation: MoEActivation, dtype: torch.dtype) -> Operands:
+    sides = []
+    for data, scale, scale2, zp, bias, rows_scale, fmt, words in (parts[:8], parts[8:]):
+        weight = FusedMoEQuantDesc(
+            dtype=data.dtype,
+            scale=scale,
+            scale2=scale2,
+            zp=zp,
+            bias=bias,
+            format=format_named(fmt),
+        )
+        sides.append((data, weight, _key_of(words), rows_scale))
+    (w1, desc1, key1, scale1), (w2, desc2, key2, scale2) = sides
+    config = FusedMoEQuantConfig(w1=desc1, w2=desc2)
+    first, second = quantized_pair(w1, w2, config, activation, dtype)
+    return Operands(first, second, key1, key2, scale1, scale2, desc1.bias, desc2.bias)
+
+
+@torch.library.custom_op(
+    "fusedmoe::triton_quantized_experts", mutates_args=("output", "workspace13", "workspace2")
+)
+def standard_op(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w1_scale: torch.Tensor | None,
+    w1_scale2: torch.Tensor | None,
+    w1_zero_point: torch.Tensor | None,
+    w1_bias: torch.Tensor | None,
+    a1_scale: torch.Tensor | None,
+    w1_format: str,
+    a1_key: list[str],
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    w2_scale2: torch.Tensor | None,
+    w2_zero_point: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    w2_format: str,
+    a2_key: list[str],
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    expert_map: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    batch_invariant: bool,
+) -> None:
+    """``quantized_experts`` as torch.compile sees it: opaque."""
+    parts = (
+        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_bias, a1_scale, w1_format, a1_key),
+        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_bias, a2_scale, w2_format, a2_key),
+    )
+    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
+    quantized_experts(
+        output,
+        hidden_states,
+        _operands_of(parts, MoEActivation(activation), hidden_states.dtype),
+        topk_weights,
+        topk_ids,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig.from_numbers(*numbers),
+        expert_map,
+        workspace13,
+        workspace2,
+        batch_invariant=batch_invariant,
+    )
+
+
+@torch.library.custom_op(
+    "fusedmoe::batched_triton_quantized_experts", mutates_args=("output", "workspace13")
+)
+def batched_op(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w1_scale: torch.Tensor | None,
+    w1_scale2: torch.Tensor | None,
+    w1_zero_point: torch.Tensor | None,
+    w1_bias: torch.Tensor | None,
+    a1_scale: torch.Tensor | None,
+    w1_format: str,
+    a1_key: list[str],
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    w2_scale2: torch.Tensor | None,
+    w2_zero_point: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    w2_format: str,
+    a2_key: list[str],
+    expert_num_tokens: torch.Tensor,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    workspace13: torch.Tensor,
+    batch_invariant: bool,
+) -> None:
+    """``batched_quantized_experts`` as torch.compile sees it: opaque."""
+    parts = (
+        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_bias, a1_scale, w1_format, a1_key),
+        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_bias, a2_scale, w2_format, a2_key),
+    )
+    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
+    batched_quantized_experts(
+        output,
+        hidden_states,
+        _operands_of(parts, MoEActivation(activation), hidden_states.dtype),
+        expert_num_tokens,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig.from_numbers(*numbers),
+        workspace13,
+        batch_invariant=batch_invariant,
+    )
+
+
+@standard_op.register_fake
+def _(*arguments: object) -> None:
+    return None
+
+
+@batched_op.register_fake
+def _(*arguments: object) -> None:
+    return None

@@ -1,0 +1,240 @@
+"""How the quantized experts on Triton run a layer; weights are read as they are stored.
+
+    align -> GEMM1 with bias and activation -> GEMM2 with bias -> weighted sum over K
+
+Where activations are quantized too, x and the activation's output are rounded on the way: in the
+GEMM that reads them (few slots, groups of columns), in the epilogue that writes them, or, where a
+whole row shares a scale, by a launch of its own.
+
+T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2 where gated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.counts import batched_moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
+from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
+from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles, weight_only_tiles
+
+_FP8 = torch.float8_e4m3fn
+_FEW_SLOTS = 32
+_MANY_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The weights of a layer and how the rows that meet them are rounded.
+
+    The keys are those of the rows entering w1 and w2, None: not at all, both. The scales fp32 [1]
+    belong to static keys.
+    """
+
+    w1: QuantizedTensor
+    w2: QuantizedTensor
+    a1: QuantKey | None = None
+    a2: QuantKey | None = None
+    a1_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
+    w1_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Columns after which a scale changes in each GEMM, -1 for none."""
+        return _columns(self.w1, self.a1), _columns(self.w2, self.a2)
+
+
+def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:
+    sizes = (w.format.group.col, -1 if key is None else key.group_shape.col)
+    return min((size for size in sizes if size > 0), default=-1)
+
+
+def two_gemms(
+    x: torch.Tensor,
+    operands: Operands,
+    act: torch.Tensor,
+    rows: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tiles: QuantizedTiles,
+    top_k: int,
+    activation: MoEActivation,
+    config: ApplyMoEActivationConfig,
+    ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> None:
+    """x [rows of x, H] -> rows [R, H] by slot, unweighted; act [R, I] is scratch.
+
+    ids [R] and ``expert_map`` say which slots count where one scale serves all of them.
+    """
+    first: dict[str, Any] = {
+        "top_k": top_k,
+        "bias": operands.w1_bias,
+        "activation": activation,
+        "activation_config": config,
+    }
+    second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
+    w1, w2, key = operands.w1, operands.w2, operands.a1
+    if key is None or operands.a2 is None:
+        planes = w2.format.element in NIBBLES
+        many = w1.format.element in NIBBLES and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
+        a = to_planes(x) if many else x
+        quantized_gemm(a, w1, act, blocks, tiles.gemm1, a_planes=many, c_planes=planes, **first)
+        quantized_gemm(act, w2, rows, blocks, tiles.gemm2, a_planes=planes, **second)
+        return
+    columns = key.group_shape.col, operands.a2.group_shape.col
+    on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not batch_invariant
+    if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
+        w8a8_gemm(x, None, w1, act, None, blocks, tiles.gemm1, key, **first)
+        w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, operands.a2, **second)
+        return
+    a, a_scale = quantize_rows(x, key, operands.a1_scale)
+    width = tiles.gemm1.rows // (2 if activation.is_gated else 1)
+    if key == operands.a2 and width == columns[1] == QUANTIZED_GROUP:
+        q = torch.empty(act.shape, dtype=_FP8, device=x.device)
+        groups = -(-act.shape[1] // QUANTIZED_GROUP)
+        scale = torch.empty(act.shape[0], groups, dtype=torch.float32, device=x.device)
+        w8a8_gemm(a, a_scale, w1, q, scale, blocks, tiles.gemm1, key, **first)
+    else:
+        w8a8_gemm(a, a_scale, w1, act, None, blocks, tiles.gemm1, key, **first)
+        q, scale = quantize_rows(
+            act,
+            operands.a2,
+            operands.a2_scale,
+            topk_ids=ids,
+            expert_map=expert_map,
+            num_local_experts=w1.shape[0],
+        )
+    w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, operands.a2, **second)
+
+
+def choose_tiles(
+    operands: Operands, T: int, K: int, gated: bool, batch_invariant: bool
+) -> QuantizedTiles:
+    """Tiles for T tokens of K picks."""
+    (e, H, I), w1 = operands.w2.shape, operands.w1  # noqa: E741
+    if operands.a1 is None:
+        bits = 4 if w1.format.element in NIBBLES else 8
+        return weight_only_tiles(
+            T, K, e, H, I, bits, operands.columns, gated=gated, batch_invariant=batch_invariant
+        )
+    return w8a8_tiles(T, K, e, H, I, operands.columns, gated=gated, batch_invariant=batch_invariant)
+
+
+def quantized_experts(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    operands: Operands,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    activation_config: ApplyMoEActivationConfig,
+    expert_map: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
+    tiles: QuantizedTiles | None = None,
+) -> None:
+    """Write the weighted sum over K [T, H] into ``output``.
+
+    hidden_states [T, H], topk_weights fp32 [T, K] (None: all one). The workspaces hold at least
+    R * I and R * H elements. Ids that name no local expert count as nothing. ``tiles`` overrides
+    the choice of ``tuning.quantized_tiles``.
+    """
+    (T, K), (e, H, I) = topk_ids.shape, operands.w2.shape  # noqa: E741
+    R = T * K
+    if tiles is None:
+        tiles = choose_tiles(operands, T, K, activation.is_gated, batch_invariant)
+    if hidden_states.stride(1) != 1:
+        hidden_states = hidden_states.contiguous()
+    act = workspace13.flatten()[: R * I].view(R, I)
+    rows = workspace2.flatten()[: R * H].view(R, H)
+    two_gemms(
+        hidden_states,
+        operands,
+        act,
+        rows,
+        _blocks(topk_ids, e, expert_map, tiles.gemm1.slots, batch_invariant),
+        tiles,
+        K,
+        activation,
+        activation_config,
+        topk_ids,
+        expert_map,
+        batch_invariant=batch_invariant,
+    )
+    moe_fused_mul_sum(
+        rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
+    )
+
+
+def batched_quantized_experts(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    operands: Operands,
+    expert_num_tokens: torch.Tensor,
+    activation: MoEActivation,
+    activation_config: ApplyMoEActivationConfig,
+    workspace13: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
+    tiles: QuantizedTiles | None = None,
+) -> None:
+    """Write ``output`` [e, M, H] from hidden_states [e, M, H], row by row, up to each expert's
+    count; ``workspace13`` holds at least e * M * I elements. Nothing is weighted or summed."""
+    (e, M, H), I = hidden_states.shape, operands.w2.shape[2]  # noqa: E741
+    if M == 0:
+        return
+    if tiles is None:
+        rows = e * min(M, _LIKELY_ROWS)
+        tiles = choose_tiles(operands, rows, 1, activation.is_gated, batch_invariant)
+    two_gemms(
+        hidden_states.contiguous().view(e * M, H),
+        operands,
+        workspace13.flatten()[: e * M * I].view(e * M, I),
+        output.view(e * M, H),
+        batched_moe_align_block_size(M, tiles.gemm1.slots, expert_num_tokens),
+        tiles,
+        1,
+        activation,
+        activation_config,
+        batch_invariant=batch_invariant,
+    )
+
+
+# An expert's rows are known only on the device; blocks of more than this would mostly be padding.
+_LIKELY_ROWS = 64
+
+
+def _blocks(
+    topk_ids: torch.Tensor,
+    e: int,
+    expert_map: torch.Tensor | None,
+    slots: int,
+    batch_invariant: bool,
+) -> MoEAlignment | LoneSlots:
+    """No table, and a launch less, where slots are so few that two rarely share an expert."""
+    if topk_ids.numel() * 4 <= e and not batch_invariant:
+        return LoneSlots(topk_ids.reshape(-1), expert_map)
+    alignment = moe_align_block_size(
+        topk_ids,
+        slots,
+        e if expert_map is None else expert_map.shape[0],
+        expert_map,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    return MoEAlignment(*alignment[:3])

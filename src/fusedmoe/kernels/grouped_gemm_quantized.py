@@ -1,0 +1,231 @@
+"""The indirect grouped GEMM with quantized weights and rows in floating point.
+
+As ``kernels/grouped_gemm.py``: slots, blocks and results are the same; the weights are a
+``QuantizedTensor`` that is read as it is stored. Triton body:
+``kernels/triton/grouped_gemm_quantized.py``; tiles: ``tuning/quantized_tiles.py``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.ids import local_ids
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
+
+ELEMENTS = frozenset({"int4", "e2m1", "int8", "e4m3"})
+NIBBLES = frozenset({"int4", "e2m1"})
+
+
+@lru_cache
+def has_packed_bf16(device: torch.device) -> bool:
+    """Whether this GPU multiplies and adds two bf16 at a time (compute capability 9 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def quantized_gemm(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: MoEActivation | None = None,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    a_planes: bool = False,
+    c_planes: bool = False,
+) -> torch.Tensor:
+    """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+
+    a [rows, D] with dense rows, w logically [e, S * N, D] (S = 2 shards where the activation is
+    gated), c [R, N] with R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]. ``blocks`` hold
+    ``tile.slots`` slots each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
+
+    ``a_planes``: the columns of a are ordered, those of even number first; ``c_planes``: those of c
+    shall be. Both mean something for 4-bit weights alone: a step then needs no unzipping.
+
+    Sums are fp32. Where scales change every few columns, a number times its scale is rounded to
+    the dtype of a before it is multiplied. Raises ValueError where shapes or dtypes disagree, and
+    for formats that the kernel does not read.
+    """
+    check_weights(w, c, activation)
+    check_rows(a, w, c, blocks, top_k, bias, row_weights)
+    if w.format.element not in ELEMENTS or w.format.act_order or w.format.scale_dtype is None:
+        raise ValueError(f"quantized_gemm does not read {w.format.name}")
+    group = w.format.group.col
+    if group > 0 and max(group, tile.depth) % min(group, tile.depth):
+        raise ValueError(f"steps of {tile.depth} columns and groups of {group} do not fit")
+    if (a_planes and a.shape[1] % 2) or (c_planes and c.shape[1] % 2):
+        raise ValueError(f"planes need even widths, got {a.shape[1]} and {c.shape[1]}")
+    if a.is_cuda:
+        from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
+
+        act = None if activation is None else device_activation(activation, activation_config)
+        native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
+        launch(
+            a, w, c, blocks, tile, top_k, bias, row_weights, act, weight_addresses(w), a_planes,
+            c_planes, native,
+        )  # fmt: skip
+        return c
+    return quantized_gemm_reference(
+        a,
+        w,
+        c,
+        blocks,
+        tile,
+        top_k=top_k,
+        bias=bias,
+        row_weights=row_weights,
+        activation=activation,
+        activation_config=activation_config,
+        a_planes=a_planes,
+        c_planes=c_planes,
+    )
+
+
+def quantized_gemm_reference(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: MoEActivation | None = None,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    a_planes: bool = False,
+    c_planes: bool = False,
+) -> torch.Tensor:
+    """The definition, in plain torch, on dequantized weights; walks the blocks on the host."""
+    rows = from_planes(a) if a_planes else a
+    weights = w.dequantize(torch.float32)
+    for slots, expert in blocks_on_host(blocks, tile.slots, c.shape[0], w.shape[0]):
+        sums = rows[slots // top_k].float() @ weights[expert].T
+        if bias is not None:
+            sums = sums + bias[expert].float()
+        sums = activate_sums(sums, w, activation, activation_config)
+        if row_weights is not None:
+            sums = sums * row_weights[slots, None]
+        c[slots] = (to_planes(sums) if c_planes else sums).to(c.dtype)
+    return c
+
+
+def activate_sums(
+    sums: torch.Tensor,
+    w: QuantizedTensor,
+    activation: MoEActivation | None,
+    config: ApplyMoEActivationConfig | None,
+) -> torch.Tensor:
+    """The activation of sums whose columns are the rows of ``w``."""
+    if activation is None:
+        return sums
+    if w.interleaved == (activation is MoEActivation.SWIGLUOAI) or not activation.is_gated:
+        return activation_reference(activation, sums, config)
+    gate, up = (sums[:, 0::2], sums[:, 1::2]) if w.interleaved else sums.chunk(2, 1)
+    both = torch.cat([gate, up], 1) if w.interleaved else torch.stack([gate, up], 2).flatten(1)
+    return activation_reference(activation, both, config)
+
+
+def blocks_on_host(
+    blocks: MoEAlignment | LoneSlots, size: int, R: int, e: int
+) -> list[tuple[torch.Tensor, int]]:
+    """(slots, expert) of each block that has an expert here."""
+    if isinstance(blocks, LoneSlots):
+        experts = local_ids(blocks.topk_ids, e, blocks.expert_map)
+        parts = torch.arange(R, device=experts.device).split(1)
+    else:
+        experts = blocks.expert_ids
+        parts = blocks.sorted_ids[: int(blocks.num_tokens_post_pad)].split(size)
+    found = []
+    for slots, expert in zip(parts, experts.tolist(), strict=False):
+        if 0 <= expert < e:
+            found.append((slots[(slots >= 0) & (slots < R)].long(), expert))
+    return found
+
+
+def to_planes(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, D], the columns of even number first, then those of odd number."""
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+
+
+def from_planes(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``to_planes``."""
+    return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+
+
+def weight_addresses(w: QuantizedTensor) -> tuple[int, ...]:
+    """Where things lie, for feature j of shard s of expert x, as nine numbers: the strides of data
+    by expert and by row; row = s * shard_step + j * row_step (two numbers); the strides of the
+    scales by expert and by row; their row = s * shard_step + j // block * row_step (three)."""
+    N, S = w.shape[-2] // w.shards, w.shards
+    steps = (1, S) if w.interleaved else (N, 1)
+    scale = w.scale
+    assert scale is not None
+    if scale.dim() == 2:  # one number per shard
+        return (*w.data.stride()[:2], *steps, scale.stride(0), scale.stride(1), 1, 0, 1)
+    block = w.format.group.row
+    scale_rows = -(-N // block)
+    scale_steps = (1, S) if w.interleaved else (scale_rows, 1)
+    return (*w.data.stride()[:2], *steps, *scale.stride()[:2], *scale_steps, block)
+
+
+def check_weights(w: QuantizedTensor, c: torch.Tensor, activation: MoEActivation | None) -> None:
+    """Raise ValueError where ``w`` cannot give the columns of ``c`` or lies strided."""
+    shards = 2 if activation is not None and activation.is_gated else 1
+    if len(w.shape) != 3 or c.dim() != 2 or w.shape[1] != shards * c.shape[1]:
+        raise ValueError(
+            f"c {tuple(c.shape)} asks for weights [e, {shards * c.shape[-1]}, D], got "
+            f"{tuple(w.shape)}"
+        )
+    if shards == 2 and w.shards != 2:
+        raise ValueError(f"a gated activation takes two shards, these weights have {w.shards}")
+    if shards == 1 and w.shards != 1:
+        raise ValueError(f"without a gate there is one shard, these weights have {w.shards}")
+    parts: dict[str, Any] = {
+        "data": w.data,
+        "scale": w.scale,
+        "scale2": w.scale2,
+        "zero_point": w.zero_point,
+    }
+    for name, part in parts.items():
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {part.stride()}")
+
+
+def check_rows(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    top_k: int,
+    bias: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where rows, slots and what is added to them do not fit."""
+    if a.dim() != 2 or a.shape[1] != w.shape[2]:
+        raise ValueError(f"a {tuple(a.shape)} does not fit weights {tuple(w.shape)}")
+    if a.stride(1) != 1 or c.stride(1) != 1:
+        raise ValueError(
+            f"rows of a and c must be dense, their strides are {a.stride()} and {c.stride()}"
+        )
+    if top_k < 1 or c.shape[0] > a.shape[0] * top_k:
+        raise ValueError(
+            f"c has {c.shape[0]} slots, more than {a.shape[0]} rows with top_k {top_k}"
+        )
+    if bias is not None and bias.shape != w.shape[:2]:
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected {tuple(w.shape[:2])}")
+    if row_weights is not None and row_weights.shape != c.shape[:1]:
+        raise ValueError(f"row_weights is {tuple(row_weights.shape)} for {c.shape[0]} slots")
+    if isinstance(blocks, LoneSlots) and blocks.topk_ids.shape != c.shape[:1]:
+        raise ValueError(f"{tuple(blocks.topk_ids.shape)} ids do not name {c.shape[0]} slots")

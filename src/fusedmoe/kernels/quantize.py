@@ -1,0 +1,108 @@
+"""Rows of activations to fp8 (e4m3) or int8 in one launch, with the scales their values ask for.
+
+The definition is ``quantization.activations.quantize_activation``; where x / scale lies within
+rounding of a tie the kernel may take the other neighbour. Device code:
+``kernels/triton/quantize.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.kernels.ids import local_ids
+from fusedmoe.quantization.activations import quantize_activation
+from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
+
+STORED = {torch.float8_e4m3fn: torch.float8_e4m3fn, torch.int8: torch.int8}
+STORED |= {"mxfp8": torch.float8_e4m3fn}
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None = None,
+    *,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    num_local_experts: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, D] -> q [rows, D] of the key's dtype, scale fp32 [rows, groups] or [1].
+
+    ``scale`` fp32 [1] belongs to a static key and is returned. With a dynamic scale for the whole
+    tensor, rows whose id in ``topk_ids`` [rows] names no expert of ``num_local_experts`` (after
+    ``expert_map``) do not count; q of such rows means nothing. Raises ValueError for keys of other
+    elements than fp8 and int8, and for groups that are not a power of two of columns.
+    """
+    _check(x, key, scale, topk_ids)
+    if not x.is_cuda:
+        return quantize_rows_reference(
+            x,
+            key,
+            scale,
+            topk_ids=topk_ids,
+            expert_map=expert_map,
+            num_local_experts=num_local_experts,
+        )
+    from fusedmoe.kernels.triton.quantize import quantize
+
+    rows, D = x.shape
+    if scale is None and key.group_shape == PER_TENSOR:
+        live = _live(x, topk_ids, expert_map, num_local_experts)
+        _, scale = quantize_activation(live, key)
+    q = torch.empty(rows, D, dtype=STORED[key.dtype], device=x.device)
+    out = scale
+    group = None if key.group_shape.col == -1 else key.group_shape.col
+    if out is None:
+        groups = 1 if group is None else -(-D // group)
+        out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+    quantize(x, q, out, group, key.scale_kind == "e8m0", scale is not None)
+    return q, out
+
+
+def quantize_rows_reference(
+    x: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None = None,
+    *,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    num_local_experts: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in plain torch."""
+    if scale is None and key.group_shape == PER_TENSOR:
+        x = _live(x, topk_ids, expert_map, num_local_experts)
+    elements, found = quantize_activation(x, key, scale)
+    return elements.nan_to_num(nan=0.0).to(STORED[key.dtype]) if key.dtype == torch.int8 else (
+        elements.to(STORED[key.dtype])
+    ), found
+
+
+def _live(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    num_local_experts: int | None,
+) -> torch.Tensor:
+    """x with the rows of no expert set to zero."""
+    if topk_ids is None:
+        return x
+    most = torch.iinfo(torch.int32).max if num_local_experts is None else num_local_experts
+    dead = local_ids(topk_ids.reshape(-1), most, expert_map) < 0
+    return x.masked_fill(dead[:, None], 0.0)
+
+
+def _check(
+    x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None, topk_ids: torch.Tensor | None
+) -> None:
+    if key.dtype not in STORED:
+        raise ValueError(f"rows are quantized to fp8 or int8, not {key}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [rows, D], got {tuple(x.shape)}")
+    group = key.group_shape.col
+    if group != -1 and (group < 1 or group & (group - 1)):
+        raise ValueError(f"a group must be a power of two of columns, got {group}")
+    if key.static != (scale is not None) or (scale is not None and scale.numel() != 1):
+        found = "none" if scale is None else f"{tuple(scale.shape)}"
+        raise ValueError(f"activations {key}: one scale belongs to a static key, got {found}")
+    if topk_ids is not None and topk_ids.numel() != x.shape[0]:
+        raise ValueError(f"{topk_ids.numel()} ids do not name the {x.shape[0]} rows of x")

@@ -1,0 +1,340 @@
+"""Grouped GEMM of floating-point rows and quantized weights, which become numbers in registers.
+
+Grid (max blocks * tiles of weight rows,), one program per ROWS weight rows of one expert by the
+SLOTS slots of one block; order, tables and slots as in ``grouped_gemm``.
+
+a [rows, D], columns dense; w [e, S * N, packed columns], scale and zero point in the canonical
+layout of ``QuantizedTensor``; c [R, N] written by slot. DEPTH columns per step, PACKED bytes of a
+row. Where two columns share a byte, the columns of even number make one product and those of odd
+number another: neither bytes nor rows are interleaved. With A_PLANES the rows lie so already, even
+columns first.
+
+SCALING says where scales go. "end": a row has one for all columns, and its sum is multiplied.
+"step": a step has one, and the step's sum is multiplied. "each": groups are shorter than a step,
+and the numbers are multiplied.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous
+from fusedmoe.kernels.triton.quantized_common import (
+    activated,
+    e2m1_nibbles_bf16,
+    e4m3_bf16,
+    float_scale,
+    int4_nibbles_bf16,
+    int8_bf16,
+    minus_bf16,
+    nibbles,
+    store_features,
+    tile_rows,
+    times_bf16,
+)
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
+
+# What e2m1_nibbles_bf16 leaves out, in two halves: one goes with the scales, one with the sum.
+HALF_EXPONENT = tl.constexpr(2.0**63)
+
+
+@triton.jit
+def _each(groups, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, COUNT] numbers of groups -> [ROWS, COUNT * WIDTH], one per stored element."""
+    ROWS: tl.constexpr = groups.shape[0]
+    wide = tl.broadcast_to(groups[:, :, None], (ROWS, COUNT, WIDTH))
+    return tl.reshape(wide, (ROWS, COUNT * WIDTH))
+
+
+@triton.jit
+def _load_groups(
+    ptr, rows, first, count, stride, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr
+):
+    """Scales or zero points from column ``first`` on: [ROWS] where a step has one group, else
+    [ROWS, DEPTH / GROUP]; 0 past ``count`` groups."""
+    group = first // GROUP
+    if DEPTH <= GROUP:
+        return tl.load(ptr + rows * stride + tl.minimum(group, count - 1))
+    else:
+        at = group + tl.arange(0, DEPTH // GROUP)
+        ptrs = ptr + (rows * stride)[:, None] + at[None, :]
+        if EVEN:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, (at < count)[None, :], 0.0)
+
+
+@triton.jit
+def _numbers(packed, zero, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """The stored elements as numbers, zero points subtracted: low and high nibbles, or the same
+    tensor twice. ``zero`` broadcasts to ``packed`` or is None."""
+    if ELEMENT == "int4":
+        if NATIVE:
+            low, high = int4_nibbles_bf16(packed)
+            if zero is None:
+                middle = tl.full(packed.shape, 136.0, tl.bfloat16)
+            else:
+                middle = tl.broadcast_to((zero.to(tl.float32) + 128.0).to(DTYPE), packed.shape)
+            return minus_bf16(low, middle), minus_bf16(high, middle)
+        else:
+            low, high = nibbles(packed, ELEMENT, DTYPE)
+            middle = 8.0 if zero is None else zero.to(DTYPE)
+            return (low - middle).to(DTYPE), (high - middle).to(DTYPE)
+    elif ELEMENT == "e2m1":
+        if NATIVE:
+            return e2m1_nibbles_bf16(packed)
+        else:
+            return nibbles(packed, ELEMENT, DTYPE)
+    else:
+        if not NATIVE:
+            value = packed.to(tl.float32).to(DTYPE)
+        elif ELEMENT == "int8":
+            value = int8_bf16(packed)
+        else:
+            value = e4m3_bf16(packed)
+        if zero is not None:
+            value = value - zero.to(DTYPE)
+        return value, value
+
+
+@triton.jit(do_not_specialize=["R"])
+def quantized_gemm_kernel(
+    a_ptr,
+    w_ptr,
+    scale_ptr,
+    scale2_ptr,
+    zero_ptr,
+    c_ptr,
+    bias_ptr,
+    weights_ptr,
+    sorted_ptr,
+    experts_ptr,
+    num_post_ptr,
+    map_ptr,
+    num_mapped,
+    R,
+    e,
+    N,
+    D,
+    stride_am,
+    stride_we,
+    stride_wn,
+    shard_step,
+    row_step,
+    stride_se,
+    stride_sn,
+    scale_shard_step,
+    scale_row_step,
+    scale_block,
+    stride_cm,
+    stride_bias_e,
+    stride_bias_n,
+    limit,
+    alpha,
+    beta,
+    TOP_K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALING: tl.constexpr,
+    NATIVE: tl.constexpr,
+    FORMULA: tl.constexpr,
+    GATED: tl.constexpr,
+    A_PLANES: tl.constexpr,
+    C_PLANES: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """N counts features of c. Feature j of shard s is weight row s * shard_step + j * row_step, and
+    its scales are row s * scale_shard_step + j // scale_block * scale_row_step."""
+    follow_previous(CHAINED)
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    HALVES: tl.constexpr = ELEMENT == "int4" or ELEMENT == "e2m1"
+    PACKED: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
+    WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
+    num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS
+    if tl.program_id(0) >= num_m * tl.cdiv(N, WIDTH):
+        return
+    tile_m, tile = tile_of(num_m, N, WIDTH, GROUP_M)
+    expert, slots, live = block_of(
+        tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, SLOTS
+    )
+    if expert < 0:
+        return
+    shard, feature = tile_rows(tile, N, ROWS, GATED)
+    row = shard * shard_step + feature * row_step
+    scale_row = shard * scale_shard_step + feature // scale_block * scale_row_step
+    columns = D // 2 if HALVES else D
+    groups = tl.cdiv(D, GROUP)
+    at = tl.arange(0, PACKED)
+    w_ptrs = w_ptr + expert * stride_we + row.to(tl.int64)[:, None] * stride_wn + at[None, :]
+    a_row = a_ptr + (slots // TOP_K * stride_am)[:, None]
+    wide = tl.arange(0, DEPTH)
+    scale_ptr += expert * stride_se
+    if zero_ptr is not None:
+        zero_ptr += expert * stride_se
+
+    scale = _load_groups(scale_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
+    zero = None
+    if zero_ptr is not None:
+        zero = _load_groups(zero_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
+    total = tl.zeros([ROWS, SLOTS], dtype=tl.float32)
+    for first in range(0, D, DEPTH):
+        first_at = first // 2 if HALVES else first
+        if EVEN_D:
+            packed = tl.load(w_ptrs + first_at)
+        else:
+            packed = tl.load(w_ptrs + first_at, (at < columns - first_at)[None, :], 0.0)
+        if HALVES and A_PLANES:
+            inside = live[:, None] if EVEN_D else live[:, None] & (at < columns - first_at)[None, :]
+            even = tl.load(a_row + (first_at + at)[None, :], inside, 0.0)
+            odd = tl.load(a_row + (columns + first_at + at)[None, :], inside, 0.0)
+        else:
+            inside = live[:, None] if EVEN_D else live[:, None] & (wide < D - first)[None, :]
+            even = tl.load(a_row + (first + wide)[None, :], inside, 0.0)
+            if HALVES:
+                even, odd = tl.split(tl.reshape(even, (SLOTS, PACKED, 2)))
+        if SCALING == "each":
+            PER: tl.constexpr = GROUP // 2 if HALVES else GROUP
+            factor = float_scale(scale)
+            if ELEMENT == "e2m1" and NATIVE:
+                factor *= HALF_EXPONENT
+            factor = _each(factor.to(DTYPE), DEPTH // GROUP, PER)
+            middle = None if zero is None else _each(zero, DEPTH // GROUP, PER)
+            low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
+            if NATIVE:
+                low, high = times_bf16(low, factor), times_bf16(high, factor)
+            else:
+                low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
+            total = tl.dot(low, tl.trans(even), total, input_precision=PRECISION)
+            if HALVES:
+                total = tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)
+        else:
+            middle = None if zero is None else zero[:, None]
+            low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
+            part = total if SCALING == "end" else tl.zeros([ROWS, SLOTS], dtype=tl.float32)
+            part = tl.dot(low, tl.trans(even), part, input_precision=PRECISION)
+            if HALVES:
+                part = tl.dot(high, tl.trans(odd), part, input_precision=PRECISION)
+            if SCALING == "end":
+                total = part
+            else:
+                total += part * float_scale(scale)[:, None]
+        if SCALING != "end":
+            after = tl.minimum(first + DEPTH, D - 1)
+            scale = _load_groups(
+                scale_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
+            )
+            if zero_ptr is not None:
+                zero = _load_groups(
+                    zero_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
+                )
+
+    if SCALING == "end":
+        total *= float_scale(scale)[:, None]
+    if ELEMENT == "e2m1" and NATIVE:
+        total *= HALF_EXPONENT
+    if scale2_ptr is not None:
+        shards = 2 if GATED else 1
+        total *= tl.load(scale2_ptr + expert * shards + shard)[:, None]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
+        total += bias.to(tl.float32)[:, None]
+    value = activated(total, limit, alpha, beta, FORMULA, GATED)
+    store_features(value, c_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
+
+
+NO_ACTIVATION = DeviceActivation(formula="", gated=False)
+_launch = Launcher(quantized_gemm_kernel, chained=True)
+_PRECISION = {torch.float32: "ieee"}
+
+
+def block_tables(
+    blocks: MoEAlignment | LoneSlots, R: int, slots: int
+) -> tuple[int, tuple[torch.Tensor | None, ...], int]:
+    """How many blocks there are at most, the tables as the kernels take them, mapped ids."""
+    if isinstance(blocks, LoneSlots):
+        expert_map = blocks.expert_map
+        mapped = 0 if expert_map is None else expert_map.shape[0]
+        return R, (None, blocks.topk_ids, None, expert_map), mapped
+    return blocks.sorted_ids.shape[0] // slots, (*blocks, None), 0
+
+
+def launch(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    top_k: int,
+    bias: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+    activation: DeviceActivation | None,
+    addresses: tuple[int, ...],
+    a_planes: bool,
+    c_planes: bool,
+    native: bool,
+) -> None:
+    """As ``quantized_gemm``, unchecked; ``addresses`` from ``weight_addresses``. ``native``: the
+    GPU has packed bf16 arithmetic and a is bf16."""
+    (R, N), D = c.shape, a.shape[1]
+    num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
+    if R == 0 or N == 0 or num_blocks == 0:
+        return
+    act = activation or NO_ACTIVATION
+    scale = w.scale
+    assert scale is not None
+    element, group = w.format.element, w.format.group.col
+    data = w.data
+    if native and element == "e4m3":
+        data = data.view(torch.uint8)
+    group = D if group == -1 else group
+    scaling = "end" if group >= D else "step" if group % tile.depth == 0 else "each"
+    if scaling == "step" and (tile.slots > 64 or (group == tile.depth and tile.slots > 32)):
+        scaling = "each"
+    width = tile.rows // 2 if act.gated else tile.rows
+    _launch(
+        (num_blocks * -(-N // width), 1),
+        (a, data, scale, w.scale2, w.zero_point, c, bias, row_weights, *tables),
+        (
+            mapped,
+            R,
+            w.shape[0],
+            N,
+            D,
+            a.stride(0),
+            *addresses,
+            c.stride(0),
+            *((0, 0) if bias is None else bias.stride()),
+            act.limit,
+            act.alpha,
+            act.beta,
+        ),
+        (
+            top_k,
+            element,
+            group if scaling != "end" else max(D, tile.depth),
+            scaling,
+            native,
+            act.formula or None,
+            act.gated,
+            a_planes,
+            c_planes,
+            D % tile.depth == 0,
+            _PRECISION.get(a.dtype, "tf32"),
+            tile.rows,
+            tile.slots,
+            tile.depth,
+            tile.group,
+        ),
+        tile.warps,
+        tile.stages,
+    )

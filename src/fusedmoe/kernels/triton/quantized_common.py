@@ -1,0 +1,229 @@
+"""Pieces that the quantized GEMMs share: rows of a tile, elements to numbers, the epilogue.
+
+A tile is ROWS weight rows by SLOTS slots: weights are the M side of the product, so that they can
+be converted in registers on their way to it, and few slots waste nothing. Where the activation is
+gated, eight rows of gate and eight of up alternate, which puts both numbers of a feature into one
+thread.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
+
+
+@triton.jit
+def tile_rows(tile, N, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """(shard [ROWS], feature [ROWS]) of the weight rows of a tile; features wrap around at N."""
+    m = tl.arange(0, ROWS)
+    if GATED:
+        return m // 8 % 2, (tile * (ROWS // 2) + m // 16 * 8 + m % 8) % N
+    else:
+        return m * 0, (tile * ROWS + m) % N
+
+
+@triton.jit
+def float_scale(scale):
+    """A scale as fp32: floating point as it is, uint8 as the power of two that e8m0 means."""
+    if scale.dtype == tl.uint8:
+        exponent = scale.to(tl.int32)
+        bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+        bits = tl.where(exponent == 255, 0x7FC00000, bits)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return scale.to(tl.float32)
+
+
+@triton.jit
+def _e2m1(nibble, DTYPE: tl.constexpr):
+    """Numbers of sign, two exponent bits, one mantissa bit; nibble int32."""
+    size = nibble & 7
+    normal = (((size >> 1) + 126) << 23 | (size & 1) << 22).to(tl.float32, bitcast=True)
+    value = tl.where(size < 2, size.to(tl.float32) * 0.5, normal)
+    return tl.where(nibble > 7, -value, value).to(DTYPE)
+
+
+@triton.jit
+def nibbles(packed, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
+    """Low and high nibbles as numbers, int4 as its unsigned value."""
+    low = (packed & 15).to(tl.int32)
+    high = (packed >> 4).to(tl.int32)
+    if ELEMENT == "int4":
+        return low.to(DTYPE), high.to(DTYPE)
+    else:
+        return _e2m1(low, DTYPE), _e2m1(high, DTYPE)
+
+
+@triton.jit
+def int4_nibbles_bf16(packed):
+    """As ``nibbles``, plus 128: the nibble becomes the mantissa of 2^7, without an addition.
+
+    Four bytes at a time; low nibbles then high ones.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 a, a, 4;
+            shr.u32 b, b, 4;
+            lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
+        }""",
+        "=r,=r,=r,=r,r",
+        [packed],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def e2m1_nibbles_bf16(packed):
+    """As ``nibbles``, times 2^-126: exponent and mantissa bits are moved, nothing is computed."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, s, t;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 s, a, 12;
+            shl.b32 t, a, 6;
+            and.b32 s, s, 0x80008000;
+            lop3.b32 $0, t, 0x01C001C0, s, 0xEA;
+            shl.b32 s, b, 12;
+            shl.b32 t, b, 6;
+            and.b32 s, s, 0x80008000;
+            lop3.b32 $1, t, 0x01C001C0, s, 0xEA;
+            shl.b32 s, a, 8;
+            shl.b32 t, a, 2;
+            and.b32 s, s, 0x80008000;
+            lop3.b32 $2, t, 0x01C001C0, s, 0xEA;
+            shl.b32 s, b, 8;
+            shl.b32 t, b, 2;
+            and.b32 s, s, 0x80008000;
+            lop3.b32 $3, t, 0x01C001C0, s, 0xEA;
+        }""",
+        "=r,=r,=r,=r,r",
+        [packed],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def int8_bf16(stored):
+    """int8 as bf16, exactly: (128 + low seven bits) - (128 or, where negative, 256)."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, s;
+            prmt.b32 a, $2, 0, 0x4140;
+            prmt.b32 b, $2, 0, 0x4342;
+            lop3.b32 s, a, 0x00800080, 0x43004300, 0xEA;
+            lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;
+            sub.rn.bf16x2 $0, a, s;
+            lop3.b32 s, b, 0x00800080, 0x43004300, 0xEA;
+            lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
+            sub.rn.bf16x2 $1, b, s;
+        }""",
+        "=r,=r,r",
+        [stored],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def e4m3_bf16(stored):
+    """e4m3 bytes as bf16, exactly; NaN becomes +-480."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, s, scale;
+            mov.b32 scale, 0x7B807B80;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            and.b32 s, a, 0x80008000;
+            shr.u32 a, a, 4;
+            lop3.b32 a, a, 0x07F007F0, s, 0xEA;
+            mul.rn.bf16x2 $0, a, scale;
+            and.b32 s, b, 0x80008000;
+            shr.u32 b, b, 4;
+            lop3.b32 b, b, 0x07F007F0, s, 0xEA;
+            mul.rn.bf16x2 $1, b, scale;
+        }""",
+        "=r,=r,r",
+        [stored],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def times_bf16(x, y):
+    """x * y for bf16, two at a time."""
+    return tl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;",
+        "=r,r,r",
+        [x, y],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def minus_bf16(x, y):
+    """x - y for bf16, two at a time."""
+    return tl.inline_asm_elementwise(
+        "sub.rn.bf16x2 $0, $1, $2;",
+        "=r,r,r",
+        [x, y],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def gate_and_up(total):
+    """The rows of gate and of up of a tile [ROWS, SLOTS], [ROWS / 2, SLOTS] each."""
+    ROWS: tl.constexpr = total.shape[0]
+    SLOTS: tl.constexpr = total.shape[1]
+    eights = tl.permute(tl.reshape(total, (ROWS // 16, 2, 8, SLOTS)), (0, 2, 3, 1))
+    gate, up = tl.split(eights)
+    return tl.reshape(gate, (ROWS // 2, SLOTS)), tl.reshape(up, (ROWS // 2, SLOTS))
+
+
+@triton.jit
+def activated(total, limit, alpha, beta, FORMULA: tl.constexpr, GATED: tl.constexpr):
+    """The activation of a tile's sums; FORMULA None: there is none."""
+    if GATED:
+        gate, up = gate_and_up(total)
+        return gated_activation(FORMULA, gate, up, limit, alpha, beta)
+    elif FORMULA is not None:
+        return plain_activation(FORMULA, total)
+    else:
+        return total
+
+
+@triton.jit
+def store_features(
+    value, c_ptr, weights_ptr, slots, live, tile, N, stride_cm, PLANES: tl.constexpr
+):
+    """c[slot, feature] = value[feature, slot] times the slot's weight.
+
+    PLANES: features of even number first, then those of odd number.
+    """
+    WIDTH: tl.constexpr = value.shape[0]
+    if weights_ptr is not None:
+        value *= tl.load(weights_ptr + slots, live, 0.0)[None, :]
+    feature = tile * WIDTH + tl.arange(0, WIDTH)
+    column = feature
+    if PLANES:
+        column = feature // 2 + feature % 2 * (N // 2)
+    c_ptrs = c_ptr + (slots * stride_cm)[None, :] + column[:, None]
+    tl.store(c_ptrs, value.to(c_ptr.dtype.element_ty), live[None, :] & (feature < N)[:, None])

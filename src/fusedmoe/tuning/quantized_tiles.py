@@ -1,0 +1,119 @@
+"""Tile sizes of the quantized GEMMs, as pure functions of the problem's shape.
+
+Weight rows are the M side of a tile, slots its N side. Few slots per expert: tiles are low and
+several of them share a multiprocessor, so that enough bytes are on their way. Many: tiles are
+large, and what a weight costs to convert is spread over more slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+MULTIPROCESSORS = 132
+_SLOTS = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTile:
+    """``rows`` weight rows by ``slots`` slots, ``depth`` columns per step; ``group`` blocks of
+    slots are finished before the next rows."""
+
+    rows: int
+    slots: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 16), ("slots", 8), ("depth", 16)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least {least}, got {size}")
+        if self.group < 1 or self.stages < 1 or self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(
+                f"group {self.group} and stages {self.stages} must be positive, warps "
+                f"{self.warps} a power of two up to 16"
+            )
+
+
+class QuantizedTiles(NamedTuple):
+    """The tiles of a layer's two GEMMs; they share one alignment, so slots are the same."""
+
+    gemm1: QuantizedTile
+    gemm2: QuantizedTile
+
+
+def slots_block(R: int, E: int, most: int = 128) -> int:
+    """Slots per block: what nearly every expert's slots fit in when tokens choose at random."""
+    mean = R / E
+    limits = ((8, 3.0), (16, 9.0), (32, 22.0), (64, 72.0))
+    return next((size for size, limit in limits if mean <= limit), most)
+
+
+def _low(slots: int, bits: int, rows: int = 64) -> QuantizedTile:
+    return QuantizedTile(rows, slots, 256 if bits == 4 else 128, 1, 4, 4)
+
+
+@lru_cache(maxsize=4096)
+def weight_only_tiles(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    bits: int,
+    groups: tuple[int, int],
+    *,
+    gated: bool = True,
+    batch_invariant: bool = False,
+) -> QuantizedTiles:
+    """Tiles for rows in floating point and weights of ``bits`` bits; ``groups``: columns that share
+    a scale in w1 and w2 (-1: all); E counts local experts."""
+    slots = 64 if batch_invariant else slots_block(T * K, E)
+    if slots <= 32:
+        tile = _low(slots, bits)
+    elif slots == 64:
+        tile = QuantizedTile(128, slots, 128, 4, 8, 3)
+    else:
+        tile = QuantizedTile(128, slots, 128 if bits == 4 else 64, 16, 8, 4)
+    return QuantizedTiles(_fit(tile, H, groups[0]), _fit(tile, I, groups[1]))
+
+
+@lru_cache(maxsize=4096)
+def w8a8_tiles(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    groups: tuple[int, int],
+    *,
+    gated: bool = True,
+    batch_invariant: bool = False,
+) -> QuantizedTiles:
+    """Tiles for both operands in 8 bits; ``groups``: columns after which some scale changes in
+    each GEMM, -1 for none."""
+    slots = 64 if batch_invariant else slots_block(T * K, E)
+    depth = 128
+    if slots <= 32:
+        tile = QuantizedTile(64, slots, depth, 1, 4, 4)
+    elif slots == 64:
+        tile = QuantizedTile(128, slots, depth, 4, 8, 4)
+    else:
+        tile = QuantizedTile(128, slots, depth, 16, 8, 4)
+    depths = [depth if group == -1 else min(group, depth) for group in groups]
+    return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
+
+
+def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:
+    """The tile with a depth that groups divide or that divides them, no deeper than D needs."""
+    depth = tile.depth
+    while depth > 32 and depth >= 2 * D:
+        depth //= 2
+    if group > 0:
+        while max(depth, group) % min(depth, group):
+            depth //= 2
+    return replace(tile, depth=depth)
