@@ -65,6 +65,7 @@ _HOME = {
     "RoutingTensors": "fusedmoe.router.spec",
     "register": "fusedmoe.integrations.transformers",
     "accelerate": "fusedmoe.integrations.transformers.accelerate",
+    "from_pretrained": "fusedmoe.integrations.transformers.from_pretrained",
     "restore": "fusedmoe.integrations.transformers.accelerate",
     "TransformersFusedMoE": "fusedmoe.integrations.transformers.generic",
     "recursive_replace": "fusedmoe.integrations.transformers.generic",

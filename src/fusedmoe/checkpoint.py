@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_NAME = "config.json"
+# Where some tools put what config.json would say under quantization_config.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_QUANTIZATION_METHODS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -89,6 +92,33 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
+class TensorReader:
+    """Tensors of a validated checkpoint, read from their files when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._open: dict[str, Any] = {}
+
+    def slice(self, name: str) -> Any:
+        """The tensor ``name`` unread: ``[...]`` reads it, ``get_shape`` and ``get_dtype`` do not."""
+        from safetensors import safe_open
+
+        file_name = self.checkpoint.files[name]
+        if file_name not in self._open:
+            path = self.checkpoint.folder / file_name
+            self._open[file_name] = safe_open(path, framework="pt", device="cpu")
+        return self._open[file_name].get_slice(name)
+
+    def __call__(self, name: str) -> Any:
+        """The tensor ``name``, on the CPU."""
+        found = self.slice(name)
+        return (
+            found[...]
+            if found.get_shape()
+            else self._open[self.checkpoint.files[name]].get_tensor(name)
+        )
+
+
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Validate a checkpoint folder; raises CheckpointError with the first thing that is wrong."""
     folder = Path(folder)
@@ -120,6 +150,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds no {CONFIG_NAME}")
     return _read_json(path, MAX_CONFIG_BYTES)
+
+
+def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint: in config.json, in a section of it, or beside.
+
+    None where there is none; CheckpointError where it is no object.
+    """
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for section in sections:
+        found = section.get("quantization_config")
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{folder / CONFIG_NAME}: quantization_config is {found!r}")
+        return found
+    for name in QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            found = _read_json(folder / name, MAX_CONFIG_BYTES)
+            method = _QUANTIZATION_METHODS.get(name)
+            return {"quant_method": method} | found if method else found
+    return None
 
 
 def _single_file(folder: Path) -> str:

@@ -81,6 +81,11 @@ class CheckpointFamily:
 
     def classify(self, tensor_name: str) -> TensorRole | None:
         """What ``tensor_name`` is; None for what does not belong to an MoE layer."""
+        found = self.locate(tensor_name)
+        return None if found is None else found[0]
+
+    def locate(self, tensor_name: str) -> tuple[TensorRole, str] | None:
+        """As ``classify``, with all that follows the path: "weight", "weight.absmax", "blocks"."""
         located = _LAYER.match(tensor_name)
         if located is None:
             return None
@@ -89,13 +94,15 @@ class CheckpointFamily:
             if match is None:
                 continue
             expert = match.groupdict().get("expert")
-            return TensorRole(
+            suffix = (match["tail"] or "").lstrip("._")
+            role = TensorRole(
                 part=part,
                 layer=int(located["layer"]),
                 expert=None if expert is None else int(expert),
-                leaf=(match["tail"] or "").lstrip("._").rpartition(".")[2],
+                leaf=suffix.rpartition(".")[2],
                 prefix=located["prefix"],
             )
+            return role, suffix
         return None
 
 

@@ -175,6 +175,42 @@ class BorrowedExperts(RoutedExperts):
         return self.weights.w2_bias()
 
 
+def experts_config(
+    gate: Gate,
+    top_k: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_bias: bool = False,
+    weights_on_input: bool = False,
+    num_zero_experts: int = 0,
+    hash_routing: bool = False,
+    require_modular: bool = False,
+    options: MoEOptions | None = None,
+) -> FusedMoEConfig:
+    """A block's experts with ``sizes`` (E, H, I), none of them on other ranks."""
+    assert gate.activation is not None
+    E, H, I = sizes  # noqa: E741
+    return FusedMoEConfig(
+        num_experts=E,
+        num_local_experts=E,
+        experts_per_token=top_k,
+        hidden_dim=H,
+        intermediate_size_per_partition=I,
+        activation=gate.activation,
+        activation_config=gate.config,
+        in_dtype=dtype,
+        device=device,
+        has_bias=has_bias,
+        apply_router_weight_on_input=weights_on_input,
+        has_hash_routing=hash_routing,
+        num_zero_experts=num_zero_experts,
+        require_modular=require_modular,
+        options=options or MoEOptions(),
+    )
+
+
 def borrow_experts(
     weights: ExpertWeights,
     gate: Gate,
@@ -200,22 +236,18 @@ def borrow_experts(
         )
     if (w13.dtype, w13.device) != (w2.dtype, w2.device):
         raise ValueError(f"w13 is {w13.dtype} on {w13.device}, w2 is {w2.dtype} on {w2.device}")
-    moe_config = FusedMoEConfig(
-        num_experts=E,
-        num_local_experts=E,
-        experts_per_token=top_k,
-        hidden_dim=H,
-        intermediate_size_per_partition=I,
-        activation=gate.activation,
-        activation_config=gate.config,
-        in_dtype=w13.dtype,
-        device=w13.device,
+    moe_config = experts_config(
+        gate,
+        top_k,
+        (E, H, I),
+        w13.dtype,
+        w13.device,
         has_bias=weights.w13_bias() is not None,
-        apply_router_weight_on_input=weights_on_input,
-        has_hash_routing=hash_routing,
+        weights_on_input=weights_on_input,
         num_zero_experts=num_zero_experts,
+        hash_routing=hash_routing,
         require_modular=require_modular,
-        options=options or MoEOptions(),
+        options=options,
     )
     experts = BorrowedExperts(moe_config, weights)
     experts.process_weights_after_loading()

@@ -197,9 +197,9 @@ class CheckpointQuantization(ABC):
         schemes = {module: self.scheme(module) for module in modules}
         first, *rest = schemes
         for module in rest:
-            formats = [s and (s.format, s.activation) for s in (schemes[first], schemes[module])]
-            if formats[0] != formats[1]:
-                names = ["unquantized" if s is None else s[0].name for s in formats]
+            one, other = schemes[first], schemes[module]
+            if _kind(one) != _kind(other):
+                names = ["unquantized" if s is None else s.name for s in (one, other)]
                 raise ValueError(
                     f"mixed formats in one layer: {first} is {names[0]}, {module} is {names[1]}"
                 )
@@ -215,6 +215,10 @@ class CheckpointQuantization(ABC):
         modules = [f"{prefix}.0.{name}" for name in names or ("up_proj", "down_proj")]
         scheme = self.layer_scheme(modules)
         return None if scheme is None else method_of(scheme, moe_config)
+
+
+def _kind(scheme: Scheme | None) -> tuple[QuantFormat, QuantKey | None] | None:
+    return None if scheme is None else (scheme.format, scheme.activation)
 
 
 def expect(

@@ -1,0 +1,188 @@
+"""PackedExperts: quantized experts in the place of a model's own experts module.
+
+E experts, H hidden, I intermediate, S = 2 where gated, else 1; T tokens, K picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedmoe.config import MoEOptions
+from fusedmoe.integrations.transformers.borrowed import experts_config, gate_of_experts
+from fusedmoe.integrations.transformers.experts_function import _NoBackward
+from fusedmoe.integrations.transformers.families import Experts, Family, at, find_family
+from fusedmoe.integrations.transformers.gates import Gate
+from fusedmoe.quantization.dialects import Scheme
+from fusedmoe.quantization.dialects.methods import method_of
+from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
+from fusedmoe.weights.checkpoint_experts import ExpertLayer
+from fusedmoe.weights.families import read_sizes
+from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSeat:
+    """Where a model has experts, and what they are: found while it has no storage yet.
+
+    ``path`` leads to the module; sizes are those of its parameters.
+    """
+
+    path: str
+    module: nn.Module
+    gate: Gate
+    top_k: int
+    E: int
+    H: int
+    I: int  # noqa: E741
+    has_bias: bool
+
+
+class PackedExperts(nn.Module):
+    """Called as the module that it replaces: (hidden_states, ids [T, K], weights [T, K]).
+
+    ``stands_for`` is the (Python module, class) of that one. The parameters, those of
+    ``routed_experts``, come with ``load``; gradients do not pass through.
+    """
+
+    def __init__(self, seat: ExpertsSeat) -> None:
+        super().__init__()
+        cls = type(seat.module)
+        self.seat = seat
+        self.stands_for = (cls.__module__, cls.__name__)
+        self.num_experts = seat.E
+        self.scheme: Scheme | None = None
+        self.routed_experts: RoutedExperts | None = None
+        for name in ("config", "act_fn", "has_gate", "has_bias", "is_transposed"):
+            value = getattr(seat.module, name, None)
+            if value is not None and not isinstance(value, nn.Module):
+                setattr(self, name, value)
+
+    def make_experts(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        options: MoEOptions | None = None,
+        tensors: dict[str, Any] | None = None,
+        **demands: bool | int,
+    ) -> RoutedExperts:
+        """Experts of this scheme: new ones, or over existing ``tensors``.
+
+        ``demands`` are those of ``experts_config``.
+        """
+        seat = self.seat
+        config = experts_config(
+            seat.gate,
+            seat.top_k,
+            (seat.E, seat.H, seat.I),
+            dtype,
+            device,
+            has_bias=seat.has_bias,
+            options=options,
+            **demands,  # type: ignore[arg-type]
+        )
+        method = (
+            UnquantizedFusedMoEMethod(config)
+            if self.scheme is None
+            else method_of(self.scheme, config)
+        )
+        return RoutedExperts(
+            config, method, params_dtype=dtype, prefix=seat.path, device=device, **(tensors or {})
+        )
+
+    def load(
+        self,
+        layer: ExpertLayer,
+        scheme: Scheme | None,
+        read: Callable[[str], torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        options: MoEOptions | None = None,
+    ) -> None:
+        """Fill from the tensors of ``layer``, one at a time. Raises ValueError naming the tensor.
+
+        ``read`` gives a tensor by its name in the files.
+        """
+        self.scheme = scheme
+        experts = self.make_experts(dtype, device, options)
+        gated = experts.moe_config.is_act_and_mul
+        for tensor in layer.tensors:
+            experts.load_part(
+                tensor.name,
+                read(tensor.name),
+                expert=tensor.expert,
+                shards=tensor.shards(gated),
+                suffix=tensor.suffix or "weight",
+            )
+        experts.check_loaded()
+        experts.process_weights_after_loading()
+        self.routed_experts = experts
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        experts = self.routed_experts
+        if experts is None:
+            raise ValueError(f"{self.seat.path}: these experts were not loaded")
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids = top_k_index.masked_fill(top_k_index == self.num_experts, -1)
+        if not torch.is_grad_enabled():
+            output = experts.forward_modular(x, top_k_weights.float(), ids)
+        else:
+            with torch.no_grad():
+                output = experts.forward_modular(x, top_k_weights.float(), ids)
+            output = _NoBackward.apply(output, x)
+        return output.view(hidden_states.shape)
+
+
+def find_seats(model: nn.Module) -> list[ExpertsSeat]:
+    """Every experts module of a model of a known family, which may be on the meta device.
+
+    Raises ValueError for blocks whose experts cannot be run packed, naming why.
+    """
+    seats = []
+    for path, block in model.named_modules():
+        family = find_family(block)
+        if family is None:
+            continue
+        if isinstance(family, str):
+            raise ValueError(f"{path}: {family}")
+        name = f"{path}.{family.experts.at}".strip(".")
+        seats.append(seat_of(name, block, family, getattr(model, "config", None)))
+    return seats
+
+
+def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> ExpertsSeat:
+    """The seat of one block. Raises ValueError where its experts cannot be run packed."""
+    part, module = family.experts, at(block, family.experts.at)
+    if part.layout not in ("stacked", "transposed") or not isinstance(part.w13, str):
+        raise ValueError(f"{path}: experts laid out as {part.layout!r} cannot be replaced")
+    if family.weights_on_input or "num_zero_experts" in family.router.rule:
+        raise ValueError(f"{path}: {family.name} does more than apply experts in its own module")
+    E, H, I = sizes_of(part, module)  # noqa: E741
+    top_k = (
+        family.router.spec(block).top_k
+        if family.router.rule
+        else getattr(at(block, family.router.at), "top_k", None) or read_sizes(config).top_k or 1
+    )
+    return ExpertsSeat(
+        path=path,
+        module=module,
+        gate=gate_of_experts(part, module),
+        top_k=int(top_k),
+        E=E,
+        H=H,
+        I=I,
+        has_bias=at(module, part.w13_bias) is not None,
+    )
+
+
+def sizes_of(part: Experts, module: nn.Module) -> tuple[int, int, int]:
+    """(E, H, I) of an experts module, from the shape of its down projection."""
+    E, *rest = at(module, part.w2).shape
+    H, I = reversed(rest) if part.layout == "transposed" else rest  # noqa: E741
+    return E, H, I

@@ -1,0 +1,84 @@
+"""Experts stored as floats, rounded to a format while they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fusedmoe.quantization.dialects.base import (
+    BIAS,
+    FLOATS,
+    CheckpointQuantization,
+    Matrix,
+    Rule,
+    Scheme,
+    expect,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantFormat
+
+ALIASES = {
+    "fp8": "fp8_channel",
+    "fp8_per_tensor": "fp8_tensor",
+    "fp8_per_block": "fp8_block",
+    "int8": "int8_channel",
+    "experts_int8": "int8_channel",
+    "int4": "int4_g128",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineQuantization(CheckpointQuantization):
+    """Every layer of experts in ``format``, but for those in ``not_converted``.
+
+    Each matrix is rounded whole, so that ranks that hold parts of it agree on its scales.
+    """
+
+    dialect: str = "online"
+    format: QuantFormat
+    activation: QuantKey | None = None
+    not_converted: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, *, activation: QuantKey | None = None) -> OnlineQuantization:
+        """By a format's name ("int4_g128") or one of ``ALIASES``; ValueError for others."""
+        from fusedmoe.quantization.formats import format_named
+
+        return cls(format=format_named(ALIASES.get(name, name)), activation=activation)
+
+    def scheme(self, module: str) -> Scheme | None:
+        if is_listed(module, self.not_converted):
+            return None
+        parts = ["weight", "weight_scale"]
+        parts += ["weight_scale_2"] * self.format.second_scale
+        parts += ["weight_zero_point"] * (not self.format.symmetric)
+        return Scheme(
+            dialect=self.dialect,
+            format=self.format,
+            activation=self.activation,
+            rules=(
+                Rule(needs=("weight",), gives=tuple(parts), convert=self._quantize, size=_size),
+                BIAS,
+            ),
+        )
+
+    def _quantize(self, matrix: Matrix, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from fusedmoe.quantization.formats import quantize
+
+        expect(matrix, "weight", weight, (matrix.N, matrix.K), *FLOATS)
+        try:
+            q = quantize(weight, self.format, shards=matrix.shards)
+        except ValueError as error:
+            raise ValueError(f"{matrix.path('weight')}: {error}") from None
+        found = [q.data, q.scale]
+        if self.format.second_scale:
+            found.append(q.scale2)
+        if not self.format.symmetric:
+            found.append(q.zero_point)
+        return tuple(found)
+
+
+def _size(weight: tuple[int, ...]) -> tuple[int, int]:
+    return weight[-2], weight[-1]

@@ -1,0 +1,168 @@
+"""The experts in a checkpoint folder: which tensors belong to which layer, and what they store.
+
+From config.json and the headers of the files alone; no tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
+from fusedmoe.quantization.dialects import CheckpointQuantization, Scheme, read_quantization
+from fusedmoe.weights.families import (
+    EXPERT_PARTS,
+    CheckpointFamily,
+    Part,
+    family_of,
+)
+from fusedmoe.weights.param_spec import ShardId
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of a layer: ``name`` in the files is ``matrix`` with ``suffix``."""
+
+    name: str
+    part: Part
+    expert: int | None
+    suffix: str
+
+    @property
+    def matrix(self) -> str:
+        return self.name.removesuffix(self.suffix).rstrip("._") if self.suffix else self.name
+
+    def shards(self, gated: bool) -> tuple[ShardId, ...]:
+        """What the tensor holds; without a gate, "up" is w1."""
+        if self.part == "down":
+            return ("w2",)
+        if self.part == "gate_up":
+            return ("w1", "w3") if gated else ("w1",)
+        return ("w3",) if self.part == "up" and gated else ("w1",)
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The tensors of one layer, under ``prefix`` and the layer's number."""
+
+    prefix: str
+    number: int
+    tensors: list[ExpertTensor] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}layers.{self.number}"
+
+
+@dataclass(frozen=True)
+class CheckpointExperts:
+    """All expert layers of a checkpoint. ``quantization`` None: ordinary floats throughout."""
+
+    checkpoint: Checkpoint
+    family: CheckpointFamily
+    quantization: CheckpointQuantization | None
+    layers: dict[tuple[str, int], ExpertLayer]
+
+    @classmethod
+    def read(
+        cls, checkpoint: Checkpoint, family: CheckpointFamily | None = None
+    ) -> CheckpointExperts:
+        """Raises CheckpointError for an unknown family or quantization."""
+        family = family or family_of(checkpoint.config)
+        if family is None:
+            model_type = checkpoint.config.get("model_type")
+            raise CheckpointError(
+                f"{checkpoint.folder}: no family in the table has model_type {model_type!r}"
+            )
+        layers = layers_of(checkpoint, family)
+        leaves = {
+            tensor.suffix: TORCH_DTYPES[entry.dtype]
+            for layer in layers.values()
+            for tensor in layer.tensors
+            if (entry := checkpoint.tensors[tensor.name]).dtype in TORCH_DTYPES
+        }
+        config = read_quantization_config(checkpoint.folder, checkpoint.config)
+        if config is not None and "expert_dtype" in checkpoint.config:
+            config = {"expert_dtype": checkpoint.config["expert_dtype"]} | config
+        try:
+            quantization = None if config is None else read_quantization(config, leaves)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.folder}: {error}") from None
+        return cls(checkpoint, family, quantization, layers)
+
+    def scheme(self, layer: ExpertLayer) -> Scheme | None:
+        """How ``layer`` is stored; None: as floats. CheckpointError where its matrices differ."""
+        if self.quantization is None:
+            return None
+        try:
+            modules = dict.fromkeys(tensor.matrix for tensor in layer.tensors)
+            return self.quantization.layer_scheme(list(modules))
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.folder}: {error}") from None
+
+    def check(self, layer: ExpertLayer, scheme: Scheme | None) -> None:
+        """CheckpointError naming the first tensor that is missing or of another format."""
+        found: dict[str, set[str]] = {}
+        for tensor in layer.tensors:
+            found.setdefault(tensor.matrix, set()).add(tensor.suffix)
+        for matrix, suffixes in found.items():
+            have = ", ".join(sorted(suffixes))
+            if scheme is None:
+                self._check_floats(layer, matrix)
+                continue
+            what = f"{scheme.dialect} {scheme.name} experts"
+            unknown = sorted(suffixes - scheme.known)
+            missing = sorted(scheme.missing(frozenset(suffixes)))
+            if missing:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: lacks {matrix}.{missing[0]}, which {what} have; "
+                    f"found {have}"
+                )
+            if unknown:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {matrix}.{unknown[0]} is no tensor of {what}, "
+                    f"which have {', '.join(sorted(scheme.known))}"
+                )
+
+    def _check_floats(self, layer: ExpertLayer, matrix: str) -> None:
+        for tensor in layer.tensors:
+            entry = self.checkpoint.tensors[tensor.name]
+            if tensor.matrix == matrix and entry.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {tensor.name} is {entry.dtype}, but config.json "
+                    "names no quantization for it"
+                )
+
+
+def layers_of(
+    checkpoint: Checkpoint, family: CheckpointFamily
+) -> dict[tuple[str, int], ExpertLayer]:
+    """The layers that have experts, in the order of their numbers."""
+    found: dict[tuple[str, int], ExpertLayer] = {}
+    for name in checkpoint.tensors:
+        located = family.locate(name)
+        if located is None or located[0].part not in EXPERT_PARTS:
+            continue
+        role, suffix = located
+        layer = found.setdefault((role.prefix, role.layer), ExpertLayer(role.prefix, role.layer))
+        layer.tensors.append(ExpertTensor(name, role.part, role.expert, suffix))
+    return dict(sorted(found.items()))

@@ -1,0 +1,210 @@
+"""A whole tiny model in every dialect: its logits and tokens are those of the dequantized model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import read_tensors, write_folder, write_folders, write_gpt_oss
+from safetensors.torch import save_file
+from writers import CASES
+
+import fusedmoe
+from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.integrations.transformers.packed import PackedExperts
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+transformers = pytest.importorskip("transformers")
+transformers.logging.disable_progress_bar()
+
+PRESETS = ("tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3", "tiny-olmoe")
+PROMPT = torch.tensor([[1, 40, 77, 300, 12, 9, 211, 5]])
+# Relative error of the logits where activations are quantized too.
+ROUNDED = {"fp8": 0.08, "int8": 0.08, "mxfp4": 0.2, "nvfp4": 0.2, "mxfp8": 0.08}
+
+
+def eager(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
+@torch.inference_mode()
+def compare(packed: Any, floats: Any, tolerance: float) -> None:
+    ours, wanted = packed(PROMPT).logits, floats(PROMPT).logits
+    assert ours.isfinite().all()
+    error = float((ours - wanted).norm() / wanted.norm())
+    assert error <= tolerance, error
+    if tolerance < 1e-3:
+        tokens = [
+            model.generate(PROMPT, max_new_tokens=6, do_sample=False) for model in (packed, floats)
+        ]
+        assert torch.equal(*tokens)
+
+
+def tolerance_of(model: Any) -> float:
+    scheme = next(m.scheme for m in model.modules() if isinstance(m, PackedExperts))
+    if scheme.activation is None:
+        return 1e-5
+    name = str(scheme.activation)
+    return next(value for key, value in ROUNDED.items() if key in name.replace("float8", "fp8"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_in_every_dialect(name: str, tmp_path: Path) -> None:
+    index = list(CASES).index(name)
+    preset, case = PRESETS[index % len(PRESETS)], CASES[name]
+    linear_too = case.config["quant_method"] in ("gptq", "awq")
+    folders = write_folders(tmp_path, preset, case, linear_too=linear_too)
+    model = fusedmoe.from_pretrained(folders.packed)
+    packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert packed
+    assert {module.scheme.name for module in packed} == {case.format}
+    compare(model, eager(folders.floats), tolerance_of(model))
+
+
+def test_gpt_oss_in_its_own_form(tmp_path: Path) -> None:
+    folders = write_gpt_oss(tmp_path)
+    model = fusedmoe.from_pretrained(folders.packed)
+    compare(model, eager(folders.floats), 1e-5)
+
+
+def test_experts_stay_at_their_size(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"])
+    model = fusedmoe.from_pretrained(folders.packed)
+    stored = sum(
+        tensor.nbytes
+        for name, tensor in read_tensors(folders.packed).items()
+        if ".experts." in name and not name.endswith(("qzeros", "g_idx"))
+    )
+    held = sum(
+        parameter.nbytes
+        for module in model.modules()
+        if isinstance(module, PackedExperts)
+        for parameter in module.parameters()
+    )
+    assert held == stored
+
+
+def test_layers_left_out_are_floats_and_unquantized_checkpoints_load(tmp_path: Path) -> None:
+    case = CASES["awq"]
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", case)
+    tensors = {
+        name: tensor
+        for name, tensor in read_tensors(folders.packed).items()
+        if "layers.1.mlp.experts" not in name
+    } | {
+        name: tensor
+        for name, tensor in read_tensors(folders.floats).items()
+        if "layers.1.mlp.experts" in name
+    }
+    config = case.config | {"modules_to_not_convert": ["model.layers.1.mlp.experts"]}
+    mixed = write_folder(tmp_path / "mixed", folders.packed, tensors, quantization_config=config)
+    floats = eager(folders.floats)
+    compare(fusedmoe.from_pretrained(mixed), floats, 1e-5)
+    compare(fusedmoe.from_pretrained(folders.floats), floats, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "tolerance"),
+    [("fp8", 0.08), ("int8", 0.05), ("int4_g32", 0.3), ("mxfp4", 0.35), ("fp8_block_32x32", 0.08)],
+)
+def test_floats_are_rounded_while_they_are_read(
+    quantize: str, tolerance: float, tmp_path: Path
+) -> None:
+    folders = write_folders(tmp_path, "tiny-mixtral", CASES["awq"])
+    model = fusedmoe.from_pretrained(folders.floats, quantize=quantize)
+    compare(model, eager(folders.floats), tolerance)
+    with pytest.raises(CheckpointError, match=r"is quantized already \(awq\)"):
+        fusedmoe.from_pretrained(folders.packed, quantize=quantize)
+
+
+def broken(tmp_path: Path, **changes: Any) -> Path:
+    """A GPTQ folder with tensors replaced, or left out (None)."""
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"], linear_too=True)
+    tensors = read_tensors(folders.packed)
+    for name, change in changes.items():
+        full = next(n for n in tensors if n.endswith(name))
+        tensor = tensors.pop(full)
+        if change is not None:
+            tensors[full] = change(tensor)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folders.packed / "model.safetensors",
+    )
+    return folders.packed
+
+
+EXPERT = "layers.1.mlp.experts.2.up_proj"
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "missing scale": ({f"{EXPERT}.scales": None}, r"lacks .*up_proj\.scales, which gptq"),
+    "missing weight": ({f"{EXPERT}.qweight": None}, r"lacks .*up_proj\.qweight"),
+    "group size": (
+        {f"{EXPERT}.scales": lambda t: t[:1]},
+        r"layers\.1\.mlp\.experts\.2\.up_proj\.scales: expected shape \(2, 64\) .*found \(1, 64\)",
+    ),
+    "truncated": (
+        {f"{EXPERT}.qweight": lambda t: t[:, :-1]},
+        r"up_proj\.qweight: expected shape \(8, 64\) .* found \(8, 63\)",
+    ),
+    "inf scale": (
+        {f"{EXPERT}.scales": lambda t: t / 0},
+        r"up_proj\.scales: expected finite scales, found (inf|nan)",
+    ),
+    "dtype": (
+        {f"{EXPERT}.qweight": lambda t: t.long()},
+        r"up_proj\.qweight: expected torch.int32, found torch.int64",
+    ),
+    "zero points of the other version": (
+        {f"{EXPERT}.qzeros": lambda t: t + 0x11111111},
+        r"up_proj\.qzeros: expected 8 everywhere .* found 9 \(is its checkpoint_format gptq_v2",
+    ),
+    "order of groups": (
+        {f"{EXPERT}.g_idx": lambda t: t.flip(0)},
+        r"up_proj\.g_idx: expected 0 at 0 as desc_act is false",
+    ),
+    "attention": (
+        {"layers.0.self_attn.q_proj.scales": None},
+        r"lacks .*q_proj\.scales beside",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_broken_checkpoints_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    changes, message = BAD[case]
+    with pytest.raises(CheckpointError, match=message):
+        fusedmoe.from_pretrained(broken(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "spqr"}, "unknown quant_method 'spqr'"),
+        ({"quant_method": "gptq", "bits": 4}, "group_size must be an integer, got None"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"(": {}}}, "no pattern"),
+        ({"quant_method": "fp8"}, r"lacks .*down_proj\.weight, which fp8 fp8_tensor experts have"),
+        ("gptq", "quantization_config is 'gptq'"),
+    ],
+)
+def test_nonsense_in_the_config_is_refused(config: Any, message: str, tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"])
+    path = folders.packed / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(CheckpointError, match=message):
+        fusedmoe.from_pretrained(folders.packed)
+
+
+def test_packed_weights_of_which_the_config_says_nothing_are_refused(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["modelopt nvfp4"])
+    path = folders.packed / "config.json"
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "quant" not in k})
+    )
+    with pytest.raises(CheckpointError, match=r"is (U8|F8_E4M3), but config\.json names no"):
+        fusedmoe.from_pretrained(folders.packed)
