@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.tuning.peer_tiles import PeerTiles, combine_tiles, dispatch_tiles
+from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
 ALIGNMENT = 256
 FP8_MAX = 448.0
@@ -189,7 +189,7 @@ def dispatch(
         owners,
         here,
         rows,
-        tiles or dispatch_tiles(rows, x.shape[1]),
+        tiles or peer_tiles(rows, x.shape[1]),
         max_polls,
         wait,
     )
@@ -228,7 +228,7 @@ def combine(
         owners,
         here,
         rows,
-        tiles or combine_tiles(*out.shape),
+        tiles or peer_tiles(*out.shape),
         max_polls,
     )
 

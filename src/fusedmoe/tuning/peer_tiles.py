@@ -13,18 +13,12 @@ class PeerTiles(NamedTuple):
     num_warps: int
 
 
-def dispatch_tiles(rows: int, hidden: int) -> PeerTiles:
-    """For sending ``rows`` rows of ``hidden`` columns."""
-    return _tiles(rows, hidden)
+def peer_tiles(rows: int, hidden: int) -> PeerTiles:
+    """For sending, or for adding up, ``rows`` rows of ``hidden`` columns.
 
-
-def combine_tiles(rows: int, hidden: int) -> PeerTiles:
-    """For adding up the sums of ``rows`` rows of ``hidden`` columns."""
-    return _tiles(rows, hidden)
-
-
-def _tiles(rows: int, hidden: int) -> PeerTiles:
-    """Whole rows where there are many, so that a program has all of one on its way at once."""
-    widest = 1024 if rows < 16 else 8192
-    block = min(widest, max(32, 1 << (hidden - 1).bit_length()))
-    return PeerTiles(264, block, 8 if block > 2048 else 4)
+    Few rows need many programs to be on their way at once; with many rows, wide tasks keep enough
+    bytes in flight. Measured on four H200s with 7168 columns.
+    """
+    few = rows <= 256
+    block = min(1024 if few else 2048, max(32, 1 << (hidden - 1).bit_length()))
+    return PeerTiles(132 if few else 264, block, 8)
