@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import CheckpointError, read_checkpoint
+from fusedmoe.checkpoint import CheckpointError, read_checkpoint, read_quantization_config
 from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.layers import check_counts
@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also run Transformers' eager and grouped_mm; exit code 1 if tokens differ from eager",
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="round experts stored as floats while they are read: fp8, int8, int4_g128, mxfp4, ...",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the preset's random weights")
 
 
@@ -93,13 +98,21 @@ def _generate(
     check_activation(facts, folder)
     check_counts(checkpoint, facts)
     _quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
-    tokenizer, model = _load(folder, dtype, device)
+    packed = args.quantize or read_quantization_config(folder, checkpoint.config)
+    tokenizer = _tokenizer(folder)
+    model = (
+        _load_packed(folder, dtype, device, args.quantize)
+        if packed
+        else _load(folder, dtype, device)
+    )
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
     if prompt.shape[1] == 0:
         raise ValueError("the prompt has no tokens")
     runs: list[Generation] = []
     skipped: dict[str, str] = {}
-    peers = PEERS if args.compare else ()
+    peers = PEERS if args.compare and not packed else ()
+    if args.compare and packed:
+        skipped = dict.fromkeys(PEERS, "these experts are packed, which only fusedmoe runs")
     total = (WARM_UP_TOKENS + args.max_new_tokens) * (1 + len(peers))
     with progress(total, "generating") as bar:
         for name in peers:
@@ -126,14 +139,21 @@ def _quiet_transformers(*, bars: bool) -> None:
     (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
-def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Any, Any]:
-    """Tokenizer and model; local files only, safetensors only, no code from the folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tokenizer(folder: Path) -> Any:
+    """Of the folder: local files only, no code."""
+    from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+
+
+def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """The model; local files only, safetensors only, no code from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -150,15 +170,27 @@ def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tupl
         raise CheckpointError(
             f"{folder}: lacks {len(missing)} tensors of its model, {missing[0]!r} among them"
         )
-    return tokenizer, model.to(device).eval()
+    return model.to(device).eval()
+
+
+def _load_packed(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, quantize: str | None
+) -> Any:
+    """The model with quantized experts, as they are stored or as ``quantize`` rounds them."""
+    import fusedmoe
+
+    return fusedmoe.from_pretrained(folder, dtype=dtype or "auto", device=device, quantize=quantize)
 
 
 def _with_fusedmoe(model: Any, route: str) -> Any:
     """``model`` with its experts, or its whole MoE blocks, run by this library."""
     import fusedmoe
+    from fusedmoe.integrations.transformers.packed import PackedExperts
 
     if route == "accelerate":
         return fusedmoe.accelerate(model)
+    if any(isinstance(module, PackedExperts) for module in model.modules()):
+        return model
     fusedmoe.register()
     model.set_experts_implementation("fusedmoe")
     return model

@@ -11,7 +11,7 @@ from typing import Any
 from fusedmoe.checkpoint import Checkpoint, TensorEntry, read_checkpoint
 from fusedmoe.cli.facts import ModelFacts, model_facts, role_of
 from fusedmoe.cli.layers import LayerFacts, moe_layers
-from fusedmoe.cli.output import format_bytes, print_json, print_table
+from fusedmoe.cli.output import format_bytes, print_json, print_table, printable
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
@@ -92,6 +92,8 @@ def _print(record: dict[str, Any], facts: ModelFacts) -> None:
         return (
             row["experts"],
             row["format"],
+            row["dialect"],
+            row["activation"],
             format_bytes(row["expert_bytes"]),
             format_bytes(row["shared_bytes"]),
             format_bytes(row["router_bytes"]),
@@ -104,6 +106,19 @@ def _print(record: dict[str, Any], facts: ModelFacts) -> None:
         label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         rows.append([label, len(names), *same])
     print_table(
-        ["layers", "count", "experts", "format", "experts hold", "shared", "router", "per token"],
+        [
+            "layers",
+            "count",
+            "experts",
+            "format",
+            "dialect",
+            "activations",
+            "experts hold",
+            "shared",
+            "router",
+            "per token",
+        ],
         rows,
     )
+    for problem in dict.fromkeys(row["problem"] for row in record["moe_layers"] if row["problem"]):
+        print(f"\nit would not load: {printable(problem)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError
 from fusedmoe.cli.facts import ModelFacts, role_of
+from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.weights.families import EXPERT_PARTS
 
 ABSURD_FACTOR = 4
@@ -13,11 +14,18 @@ ABSURD_FACTOR = 4
 
 @dataclass
 class LayerFacts:
-    """One MoE layer of the files. Bytes are as stored, scales and biases included."""
+    """One MoE layer of the files. Bytes are as stored, scales and biases included.
+
+    ``format`` is a weight format's name where ``dialect`` is one that can be loaded; else what the
+    tensors look like. ``problem`` says why they could not be.
+    """
 
     layer: str
     experts: int = 0
     format: str = ""
+    dialect: str | None = None
+    activation: str | None = None
+    problem: str | None = None
     expert_bytes: int = 0
     shared_bytes: int = 0
     router_bytes: int = 0
@@ -56,7 +64,34 @@ def moe_layers(checkpoint: Checkpoint, facts: ModelFacts) -> list[LayerFacts]:
         ids = expert_ids.get(key)
         layer.experts = len(ids) if ids else layer.experts or facts.sizes.num_experts or 0
         layer.format = storage_format(layer.leaves, facts.quant_method)
+    _name_dialects(checkpoint, facts, found)
     return [found[key] for key in sorted(found) if found[key].expert_bytes]
+
+
+def _name_dialects(
+    checkpoint: Checkpoint, facts: ModelFacts, found: dict[tuple[str, int], LayerFacts]
+) -> None:
+    """Format, dialect and activation of each layer, as loading would understand it."""
+    if facts.family is None:
+        return
+    try:
+        experts = CheckpointExperts.read(checkpoint, facts.family)
+    except CheckpointError as error:
+        for layer in found.values():
+            layer.problem = str(error)
+        return
+    for key, stored in experts.layers.items():
+        layer = found[key]
+        try:
+            scheme = experts.scheme(stored)
+            experts.check(stored, scheme)
+        except CheckpointError as error:
+            layer.problem = str(error)
+            continue
+        if scheme is not None:
+            described = scheme.describe()
+            layer.format, layer.dialect = described["format"], described["dialect"]
+            layer.activation = described["activation"]
 
 
 def storage_format(leaves: dict[str, set[str]], quant_method: str | None) -> str:
