@@ -282,12 +282,15 @@ class MoERunner(nn.Module):
         expert_load_view: torch.Tensor,
         logical_to_physical_map: torch.Tensor,
         logical_replica_count: torch.Tensor,
+        *,
+        should_record: torch.Tensor | None = None,
     ) -> None:
         """Route to physical replicas and count their load from now on.
 
         expert_load_view int32 [layers, E], logical_to_physical_map int [layers, logical, max
         replicas] and logical_replica_count int [layers, logical]; this layer uses views of row
-        ``moe_layer_idx``, so that writing into the tensors rebalances it.
+        ``moe_layer_idx``, so that writing into the tensors rebalances it. Nothing is counted
+        while ``should_record`` (one element) is zero.
         """
         if not self.enable_eplb:
             raise ValueError("this layer was built with enable_eplb=False")
@@ -304,6 +307,7 @@ class MoERunner(nn.Module):
             expert_load_view[moe_layer_idx],
             logical_to_physical_map[moe_layer_idx],
             logical_replica_count[moe_layer_idx],
+            **({} if should_record is None else {"should_record": should_record}),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

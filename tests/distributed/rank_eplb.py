@@ -1,0 +1,165 @@
+"""Balancing over real ranks: outputs stay, weights move, load becomes even. Inside a RankPool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_layers import Layout, make_groups
+
+from fusedmoe import FusedMoE, ParallelGroups
+from fusedmoe.eplb.balancer import EPLBConfig, ExpertBalancer
+from fusedmoe.eplb.executor import ExpertMover, expert_bytes, reshard_experts
+from fusedmoe.eplb.maps import imbalance, rank_loads
+from fusedmoe.eplb.transfer import make_transfer_plan
+from layer_oracle import Experts
+
+E, K, H, I, REDUNDANT, LAYERS = 12, 2, 8, 6, 4, 3  # noqa: E741
+LAYOUT = Layout(dp=4, ep=True, spanning=True)
+
+
+def build(layer: int, parallel: ParallelGroups | None, **arguments: Any):
+    made = FusedMoE(E, K, H, I, torch.float32, parallel=parallel, has_bias=True, **arguments)
+    made.load_weights(Experts.random(E, H, I, bias=True, seed=layer).named())
+    return made
+
+
+def tokens(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight tokens, most of which want experts 0 to 2 (which begin on one rank)."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    logits = torch.randn(8, E, generator=generator)
+    logits[:, :3] += 2.0
+    return torch.randn(8, H, generator=generator), logits
+
+
+def check_balancing(use_async: bool) -> None:
+    """Twelve steps: before, while and after experts move the outputs are those of one rank."""
+    groups, rank = make_groups(LAYOUT)
+    alone = [build(i, None) for i in range(LAYERS)]
+    layers = [
+        build(i, groups, enable_eplb=True, num_redundant_experts=REDUNDANT) for i in range(LAYERS)
+    ]
+    config = EPLBConfig(window_size=3, step_interval=4, use_async=use_async, planning_steps=2)
+    balancer = ExpertBalancer(layers, groups.ep, config)
+    assert balancer.logical_load().sum() == 0
+    addresses = [t.data_ptr() for t in (balancer.logical_to_physical, balancer.replica_count)]
+    weights = [layer.routed_experts.w13_weight.data_ptr() for layer in layers]
+    start = balancer.physical_to_logical.clone()
+    seen = []
+    for step in range(16):
+        for layer, whole in zip(layers, alone, strict=True):
+            x, logits = tokens(rank, step)
+            torch.testing.assert_close(layer(x, logits), whole(x, logits), rtol=1e-5, atol=1e-5)
+        balancer.step()
+        seen.append(balancer.is_rearranging)
+    assert any(seen) == use_async
+    placement = balancer.physical_to_logical
+    assert not torch.equal(placement, start)
+    assert addresses == [
+        t.data_ptr() for t in (balancer.logical_to_physical, balancer.replica_count)
+    ]
+    assert weights == [layer.routed_experts.w13_weight.data_ptr() for layer in layers]
+    everywhere = [torch.empty_like(placement) for _ in range(4)]
+    dist.all_gather(everywhere, placement)
+    assert all(torch.equal(other, placement) for other in everywhere)
+    load = torch.zeros(1, E)
+    for step in range(16):
+        for other in range(4):
+            picked = tokens(other, step)[1].topk(K).indices.flatten()
+            load += torch.bincount(picked, minlength=E)
+    load = load.expand(LAYERS, E)
+    before = imbalance(rank_loads(load, start, 4))
+    after = imbalance(rank_loads(load, placement, 4))
+    assert after < 1 + (before - 1) / 3, (before, after)
+
+
+def check_rearrange_now() -> None:
+    groups, rank = make_groups(LAYOUT)
+    layers = [build(0, groups, enable_eplb=True, num_redundant_experts=REDUNDANT)]
+    config = EPLBConfig(window_size=100, step_interval=100)
+    balancer = ExpertBalancer(layers, groups.ep, config)
+    alone = build(0, None)
+    for step in range(2):
+        layers[0](*tokens(rank, step))
+    assert balancer.logical_load().sum() == 2 * 4 * 8 * K
+    before = balancer.balancedness()
+    balancer.rearrange()
+    assert balancer.logical_load().sum() == 0
+    for step in range(2):
+        x, logits = tokens(rank, step)
+        torch.testing.assert_close(layers[0](x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
+    assert balancer.balancedness() > before
+
+
+def check_all_dtypes_travel_together() -> None:
+    """Weights, scales and codes of a made-up format, four slots per rank."""
+    group, rank = make_groups(LAYOUT)[0].ep, dist.get_rank()
+    before = [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 4, 5], [2, 2, 6, 7]]
+    after = [[7, 1, 2, 7], [4, 0, 3, 5], [6, 6, 5, 4], [2, 0, 1, 3]]
+
+    def rows(experts: list[int]) -> list[torch.Tensor]:
+        base = torch.tensor(experts, dtype=torch.float32)[:, None]
+        return [
+            (base + torch.arange(6) / 8).to(torch.bfloat16),
+            (base.expand(-1, 3) / 4).to(torch.float8_e4m3fn),
+            base.expand(-1, 1).to(torch.uint8).contiguous(),
+            base.expand(-1, 5).contiguous() * 3,
+        ]
+
+    mine = rows(before[rank])
+    mover = ExpertMover(group, expert_bytes(mine), 4, torch.device("cpu"))
+    for target, source in ((after, before), (before, after), (after, before)):
+        plan = make_transfer_plan(source, target)
+        mover.start(mine, plan)
+        with pytest.raises(ValueError, match="still on its way"):
+            mover.start(mine, plan)
+        mover.commit(mine)
+        for found, expected in zip(mine, rows(target[rank]), strict=True):
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def check_elastic() -> None:
+    """Two ranks, then four, then two again: each holds what its new placement says."""
+    whole, rank = make_groups(LAYOUT)[0].ep, dist.get_rank()
+    groups = make_groups(Layout(dp=2, ep=True))[0]
+    small = build(0, groups)
+    alone = build(0, None)
+    large = FusedMoE(E, K, H, I, torch.float32, has_bias=True, parallel=make_groups(LAYOUT)[0])
+    two = [list(range(6)), list(range(6, 12)), [], []]
+    four = [list(range(3 * r, 3 * r + 3)) for r in range(4)]
+    source = small.routed_experts.get_expert_weights() if rank < 2 else []
+    target = large.routed_experts.get_expert_weights()
+    for row in target:
+        row.fill_(float("nan"))
+    reshard_experts(source, target, make_transfer_plan(two, four), whole)
+    large.routed_experts.process_weights_after_loading()
+    x, logits = tokens(rank, 0)
+    torch.testing.assert_close(large(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
+    for row in source:
+        row.fill_(float("nan"))
+    reshard_experts(target, source, make_transfer_plan(four, two), whole)
+    if rank < 2:
+        small.routed_experts.process_weights_after_loading()
+        torch.testing.assert_close(small(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
+
+
+def check_refusals() -> None:
+    groups, _ = make_groups(LAYOUT)
+    balanced = build(0, groups, enable_eplb=True, num_redundant_experts=REDUNDANT)
+    fewer = build(0, groups, enable_eplb=True)
+    uneven = build(0, groups, enable_eplb=True, num_redundant_experts=1)
+    for layers, message in (
+        ([], "at least one layer"),
+        ([balanced, fewer], "layer 1 has 12 slots for 12 experts, layer 0 16"),
+        ([uneven], "13 slots do not divide over 4 ranks"),
+        ([build(0, None)], "layer 0 is rank 0 of 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExpertBalancer(layers, groups.ep)
+    with pytest.raises(ValueError, match="enable_eplb=False"):
+        ExpertBalancer([build(0, groups)], groups.ep)
+    for wrong in ({"window_size": 0}, {"window_size": 9, "step_interval": 5}):
+        with pytest.raises(ValueError, match="window_size"):
+            EPLBConfig(**wrong)
