@@ -110,6 +110,31 @@ class ExpertLoader:
                     written.add(spec.name)
         return written
 
+    def load_from_stack(self, name: str, expert: int, tensor: torch.Tensor) -> set[str]:
+        """As ``load``, for what tensor ``name`` [experts, ...] holds of one logical expert."""
+        parsed = self._parser.parse(name)
+        if parsed is None or parsed.expert is not None:
+            raise ValueError(f"{name} does not hold all experts")
+        if self._stored is None and self._transposed and tensor.dim() == 2:
+            tensor = tensor.mT
+        return self.load_part(parsed._replace(expert=expert), name, tensor)
+
+    def experts_of(self, name: str) -> list[int] | None:
+        """Logical experts that tensor ``name`` holds something of; None for all of them."""
+        copies = self._table.find(name)
+        if copies:
+            count = self._layer.expert_map_manager.num_logical_experts
+            return sorted({entry.expert_id % count for entry, _ in copies})
+        parsed = self._parser.parse(name)
+        if parsed is None:
+            raise ValueError(f"{name} names no tensor of these experts")
+        return None if parsed.expert is None else [parsed.expert]
+
+    def is_local(self, expert: int) -> bool:
+        """Whether a copy of a logical expert lives on this rank."""
+        placed = self._layer.expert_map_manager
+        return any(placed.local_row(copy) >= 0 for copy in placed.replicas(expert))
+
     def _replicas(self, expert: int) -> list[int]:
         return list(self._layer.expert_map_manager.replicas(expert))
 

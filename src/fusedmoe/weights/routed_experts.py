@@ -211,11 +211,28 @@ class RoutedExperts(nn.Module):
         self.loading_done()
         return written
 
-    def load_tensor(self, name: str, tensor: torch.Tensor) -> set[str]:
-        """Load one tensor as ``load_weights`` does, without prepacking afterwards."""
+    def load_tensor(self, name: str, tensor: torch.Tensor, expert: int | None = None) -> set[str]:
+        """Load one tensor as ``load_weights`` does, without prepacking afterwards.
+
+        ``expert``: ``tensor`` is what the tensor ``name`` [experts, ...] holds of that one.
+        """
         name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
         with self._unusable_on_error():
+            if expert is not None:
+                return self._loader.load_from_stack(name, expert, tensor)
             return self._loader.load(name, tensor)
+
+    def local_experts_of(self, name: str) -> tuple[list[int], bool]:
+        """Logical experts of tensor ``name`` with a copy on this rank; whether it holds them all.
+
+        A rank needs to read nothing of a tensor that has none, and of one that holds all experts
+        only these rows.
+        """
+        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
+        experts = self._loader.experts_of(name)
+        every = range(self.expert_map_manager.num_logical_experts)
+        found = filter(self._loader.is_local, every if experts is None else experts)
+        return list(found), experts is None
 
     def load_part(
         self,
