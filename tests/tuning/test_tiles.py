@@ -44,9 +44,29 @@ def test_batch_invariant_tiles_do_not_depend_on_tokens(shape, dtype):
 
 
 def test_steps_divide_the_depth_where_they_can():
-    assert gemm1_tiles(1, 4, 128, 2880, 2880, torch.bfloat16).block_k == 64
     assert gemm1_tiles(1, 8, 128, 768, 2048, torch.bfloat16).block_k == 128
+    assert gemm1_tiles(1, 8, 128, 768, 2048 + 64, torch.bfloat16).block_k == 128
+    assert gemm1_tiles(1, 8, 128, 768, 64 * 7, torch.bfloat16).block_k == 64
     assert gemm1_tiles(1, 1, 4, 64, 40, torch.bfloat16).block_k == 64
+
+
+@pytest.mark.parametrize(("T", "width"), [(1, 64), (2, 32), (4, 64), (64, 64)])
+def test_few_tiles_are_as_wide_as_leaves_no_multiprocessor_behind(T, width):
+    """132 of them: 96 tiles of 64 columns go in one turn, 192 in two, which 384 halves undercut."""
+    assert gemm1_tiles(T, 8, 128, 768, 2048, torch.bfloat16).block_n == width
+
+
+def test_three_programs_share_a_multiprocessor_where_two_would_need_another_round():
+    """384 tiles are 1.5 rounds of 264 places, and one of 396."""
+    shallow = gemm1_tiles(4, 8, 128, 768, 2048, torch.bfloat16)
+    deep = gemm1_tiles(64, 8, 128, 768, 2048, torch.bfloat16)
+    assert (shallow.num_stages, deep.num_stages) == (3, 4)
+
+
+def test_blocks_are_wide_where_an_expert_has_one():
+    assert gemm1_tiles(256, 2, 8, 14336, 4096, torch.bfloat16).block_n == 128
+    assert gemm1_tiles(1024, 2, 8, 14336, 4096, torch.bfloat16).block_n == 64
+    assert gemm1_tiles(1024, 2, 8, 14336, 4096, torch.bfloat16, interleaved=True).block_n == 128
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import MoEOptions
+from fusedmoe.experts.triton import tokens_here
 from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles, direct_tiles
 from fusedmoe.tuning.table_file import make_table, table_from_text
@@ -213,3 +214,10 @@ def test_hopper_tiles_fit_in_tables_too() -> None:
     )
     again = table_from_text(table.text)
     assert [again.tiles(T) for T in (1, 64, 4096)] == [(tile,) for tile in tiles]
+
+
+def test_a_rank_counts_the_rows_that_come_to_it() -> None:
+    """Of eight ranks each gets an eighth of the picks, so its tiles are those of fewer tokens."""
+    assert tokens_here(4096, 16, None) == 4096
+    assert tokens_here(4096, 16, torch.full((128,), -1)) == 512
+    assert tokens_here(3, 16, torch.full((128,), -1)) == 1

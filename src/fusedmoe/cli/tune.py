@@ -197,10 +197,11 @@ def _compared(
     tokens: tuple[int, ...],
     header: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    from fusedmoe.tuning.tuner.run import between, compare
+    from fusedmoe.tuning.tuner.run import compare
+    from fusedmoe.tuning.tuner.search import between
 
     with _Bar(shape.name) as show:
-        return compare(shape, dtype, facts, timer, table, between(tokens), header, show)
+        return compare(shape, dtype, facts, timer, table, between(between(tokens)), header, show)
 
 
 def _write_json(path: str | None, value: Any) -> None:
@@ -214,10 +215,10 @@ def _write_json(path: str | None, value: Any) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     from fusedmoe.tuning.foreign import read_table
-    from fusedmoe.tuning.tuner.run import between, checked_tokens
+    from fusedmoe.tuning.tuner.run import checked_tokens
 
     table = read_table(args.show)
-    tokens = checked_tokens(args.tokens) if args.tokens else between(table.tokens)
+    tokens = checked_tokens(args.tokens) if args.tokens else table.tokens
     if args.json:
         chosen = {T: [str(tile) for tile in table.tiles(T)] for T in tokens}
         print_json({"layer": vars(table.layer), "device": table.device, "tiles": chosen})

@@ -68,7 +68,7 @@ def triton_experts(
     e, I, R = w1.shape[0], w2.shape[2], T * K  # noqa: E741
     if tiles is None:
         tiles = tiles_for(
-            T,
+            tokens_here(T, e, expert_map),
             K,
             e,
             H,
@@ -97,6 +97,11 @@ def triton_experts(
     moe_fused_mul_sum(
         rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
     )
+
+
+def tokens_here(T: int, e: int, expert_map: torch.Tensor | None) -> int:
+    """How many tokens would bring this rank its rows, if picks spread evenly over the ranks."""
+    return T if expert_map is None else max(1, T * e // expert_map.shape[0])
 
 
 def slot_blocks(

@@ -22,7 +22,7 @@ from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndRe
 from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
 
 # An expert's rows are known only on the device; blocks of more than this would mostly be padding.
-_LIKELY_ROWS = 64
+_LIKELY_ROWS = 48
 
 
 def batched_triton_experts(

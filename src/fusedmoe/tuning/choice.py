@@ -158,6 +158,7 @@ def tiles_for(
         I,
         dtype,
         gated=activation.is_gated,
+        interleaved=gemm1_form(activation) == "interleaved",
         batch_invariant=batch_invariant,
         shared_memory=facts.shared_memory,
     )

@@ -7,6 +7,7 @@ are large, one per multiprocessor. The measure of fit is shared memory, given as
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -65,12 +66,16 @@ class _Shape(NamedTuple):
 
 
 # block_m -> tile. GEMM1 holds two weight tiles (gate and up) of block_n, GEMM2 one.
+# The numbers and rules here were chosen by benchmarks/results/h200/tuning.json.
 _GEMM1 = {
     16: _Shape(64, 128, 4, 2),
     32: _Shape(64, 128, 4, 2),
     64: _Shape(64, 64, 4, 2),
     128: _Shape(64, 64, 8, 2),
 }
+# For GEMM1 where an expert's rows fit one block of 128, and where gate and up are interleaved.
+_GEMM1_WIDE = _Shape(128, 64, 8, 1)
+_WIDE_ROWS = 110
 _GEMM2 = {
     16: _Shape(128, 128, 4, 2),
     32: _Shape(128, 128, 4, 2),
@@ -79,6 +84,11 @@ _GEMM2 = {
 }
 _BATCH_INVARIANT_BLOCK_M = 64
 _MAX_STAGES = 6
+# A last step that is mostly empty costs less than rows of half the length.
+_NEARLY = 1.04
+# Narrower tiles read the rows more often, so they have to spread the work this much better.
+_BETTER = 0.85
+_NARROWEST = 64  # rows of weights, gate and up together
 _MAX_GROUP_M = 32
 # Rows of a that one group of blocks reads again for every tile of columns; they must stay in L2.
 _GROUP_BYTES = 36 * 2**20
@@ -97,11 +107,14 @@ def rows_block(R: int, E: int) -> int:
     memory is what binds.
     """
     rows = R / E
-    return 16 if rows <= 10 else 32 if rows <= 22 else 64 if rows <= 72 else 128
+    return 16 if rows <= 10 else 32 if rows <= 22 else 64 if rows <= 56 else 128
 
 
-def _deepest_even(D: int, block_k: int) -> int:
-    """The largest step that divides D without remainder, unless it would be under 32."""
+def _step(D: int, block_k: int) -> int:
+    """``block_k`` where it divides D, nearly at least; else the largest smaller step that does,
+    unless it would be under 32."""
+    if -(-D // block_k) * block_k <= _NEARLY * D:
+        return block_k
     step = block_k
     while step > 32 and D % step:
         step //= 2
@@ -122,6 +135,38 @@ def _group_m(blocks_per_expert: float, block_bytes: int) -> int:
     return group
 
 
+def _width(block_n: int, narrowest: int, blocks: float, N: int) -> int:
+    """How wide a tile is: so that, where there are few, no multiprocessor has more columns to work
+    through than others.
+
+    With a handful of tiles the time is that of the multiprocessor with the most of them.
+    """
+    while block_n > 32 and block_n >= 2 * N:
+        block_n //= 2
+    if blocks * -(-N // block_n) > 2 * HOPPER_MULTIPROCESSORS:
+        return block_n
+
+    def columns(width: int) -> int:
+        return math.ceil(blocks * -(-N // width) / HOPPER_MULTIPROCESSORS) * width
+
+    best = block_n
+    while block_n > narrowest:
+        block_n //= 2
+        if columns(block_n) <= _BETTER * columns(best):
+            best = block_n
+    return best
+
+
+def _programs(tiles: float) -> int:
+    """How many low tiles share a multiprocessor: two, or three where that leaves fewer places
+    empty in the last round."""
+
+    def places(programs: int) -> int:
+        return math.ceil(tiles / (programs * HOPPER_MULTIPROCESSORS)) * programs
+
+    return 3 if places(3) < places(2) else 2
+
+
 def _tile(
     shape: _Shape,
     block_m: int,
@@ -139,14 +184,12 @@ def _tile(
     if itemsize > 2:
         # fp32 is computed without tensor cores, in registers: small tiles.
         block_n, block_k = min(block_n, 64), 32
+    block_k = _step(D, block_k)
+    blocks = expected_blocks(R, E, block_m)
     if not fixed:
-        # Narrow tiles fill the device while there are few blocks.
-        while block_n > 32 and (
-            block_n >= 2 * N
-            or expected_blocks(R, E, block_m) * -(-N // block_n) < HOPPER_MULTIPROCESSORS
-        ):
-            block_n //= 2
-    block_k = _deepest_even(D, block_k)
+        block_n = _width(block_n, _NARROWEST // weight_tiles, blocks, N)
+        if block_m < 64:
+            per_multiprocessor = _programs(blocks * -(-N // block_n))
     stage = (block_m + weight_tiles * block_n) * block_k * itemsize
     share = (shared_memory + 1024) // per_multiprocessor - 2048
     num_stages = max(2, min(_MAX_STAGES, share // stage + (block_m < 64)))
@@ -164,17 +207,20 @@ def gemm1_tiles(
     dtype: torch.dtype,
     *,
     weight_tiles: int = 2,
+    interleaved: bool = False,
     batch_invariant: bool = False,
     shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> TileConfig:
     """Tile of the first GEMM, [T * K, H] by [E, weight_tiles * N, H] -> [T * K, N].
 
-    E counts local experts. ``batch_invariant``: a tile that does not depend on T.
+    E counts local experts. ``interleaved``: rows of gate and up alternate. ``batch_invariant``: a
+    tile that does not depend on T.
     """
     R = T * K
     block_m = _BATCH_INVARIANT_BLOCK_M if batch_invariant else rows_block(R, E)
+    wide = block_m == 128 and dtype.itemsize == 2 and (interleaved or R / E < _WIDE_ROWS)
     return _tile(
-        _GEMM1[block_m],
+        _GEMM1_WIDE if wide else _GEMM1[block_m],
         block_m,
         R,
         E,
@@ -214,6 +260,7 @@ def layer_tiles(
     dtype: torch.dtype,
     *,
     gated: bool = True,
+    interleaved: bool = False,
     batch_invariant: bool = False,
     shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> LayerTiles:
@@ -227,6 +274,7 @@ def layer_tiles(
             H,
             dtype,
             weight_tiles=2 if gated else 1,
+            interleaved=interleaved,
             batch_invariant=batch_invariant,
             shared_memory=shared_memory,
         ),

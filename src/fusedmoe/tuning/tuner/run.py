@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,11 +16,11 @@ from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.table_file import make_table
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
 from fusedmoe.tuning.tuned_kernels import KERNELS
-from fusedmoe.tuning.tuned_table import TunedTable
+from fusedmoe.tuning.tuned_table import TunedTable, gemm1_form
 from fusedmoe.tuning.tuner.gemms import activation_of, key_of
 from fusedmoe.tuning.tuner.journal import Journal, subject
 from fusedmoe.tuning.tuner.measure import ROUTING, tuned_layer
-from fusedmoe.tuning.tuner.search import Progress, Timer, search
+from fusedmoe.tuning.tuner.search import Progress, Timer, between, search
 from fusedmoe.tuning.tuner.space import H200
 
 MAX_TOKENS = 1 << 20
@@ -87,7 +85,7 @@ def tune(
         kernel_version=kernel.version,
         triton=facts.triton,
         layer=key,
-        tokens=tokens,
+        tokens=between(tokens),
         curves=curves,
     )
     return Tuned(table, remembering.measurements)
@@ -95,7 +93,7 @@ def tune(
 
 def default_tiles(shape: LayerShape, dtype: torch.dtype, facts: DeviceFacts, T: int) -> LayerTiles:
     """What a layer of this shape uses that has no table."""
-    gated = activation_of(shape)[0].is_gated
+    activation = activation_of(shape)[0]
     return layer_tiles(
         T,
         shape.k,
@@ -103,15 +101,10 @@ def default_tiles(shape: LayerShape, dtype: torch.dtype, facts: DeviceFacts, T: 
         shape.H,
         shape.I,
         dtype,
-        gated=gated,
+        gated=activation.is_gated,
+        interleaved=gemm1_form(activation) == "interleaved",
         shared_memory=facts.shared_memory,
     )
-
-
-def between(tokens: Sequence[int]) -> tuple[int, ...]:
-    """``tokens`` and, between each two, the one at equal ratio to both."""
-    middles = (round(math.sqrt(low * high)) for low, high in pairwise(tokens))
-    return tuple(sorted({*tokens, *middles}))
 
 
 def compare(

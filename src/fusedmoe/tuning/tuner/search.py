@@ -2,13 +2,14 @@
 
 For each batch size the candidates of each GEMM are measured with few samples, the better third
 again with more, and once more; the best that go together win. Then all winners are measured at all
-batch sizes, side by side, and those that no batch size would miss are left out.
+batch sizes and at those between, side by side, and what no batch size would miss is left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from fusedmoe.tuning.tiles import TileConfig
@@ -19,7 +20,7 @@ from fusedmoe.tuning.tuner.space import H200, Machine, TunedLayer, candidates
 STAGES = KERNELS["triton"].stages
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RUNG_SAMPLES = (3, 9)
-FINAL_SAMPLES = 21
+FINAL_SAMPLES = 15
 KEPT = 3  # one of so many survives a rung
 # Slower than the best by more is not worth a second look, but every height keeps one tile.
 HOPELESS = 1.6
@@ -47,7 +48,7 @@ def search(
     machine: Machine = H200,
     progress: Progress | None = None,
 ) -> tuple[Curve, ...]:
-    """The curves of ``layer`` over ascending ``tokens``.
+    """The curves of ``layer`` over ``between(tokens)``, ``tokens`` ascending.
 
     ``defaults(stage, T)`` are measured with the candidates. Raises ValueError where nothing runs.
     """
@@ -58,10 +59,12 @@ def search(
         for T in tokens
         for stage in STAGES
     }
-    total = len(STAGES) * (2 * len(tokens) + 1)
+    knots = between(tokens)
+    total = len(STAGES) * (len(tokens) + len(knots) + 1)
     steps = _Steps(progress, total)
     for stage in STAGES:
         together = dict.fromkeys(tile for T in tokens for tile in pools[stage, T])
+        together |= dict.fromkeys(defaults(stage, T) for T in knots)
         steps.next(f"compiling {len(together)} tiles of {stage}")
         timer.prepare(stage, list(together))
     winners: dict[str, dict[TileConfig, None]] = {stage: {} for stage in STAGES}
@@ -74,16 +77,36 @@ def search(
             winners[stage][tile] = None
     curves = []
     for stage in STAGES:
-        tiles = list(winners[stage])
+        tiles = list(dict.fromkeys([*winners[stage], *(defaults(stage, T) for T in knots)]))
         columns = []
-        for T in tokens:
-            steps.next(f"{stage} of {T} tokens, {len(tiles)} winners")
-            columns.append(timer.time(stage, T, tiles, FINAL_SAMPLES))
+        for T in knots:
+            steps.next(f"{stage} of {T} tokens, {len(tiles)} of the best")
+            columns.append(_side_by_side(timer, stage, T, tiles))
         for tile, times in zip(tiles, zip(*columns, strict=True), strict=True):
             if all(math.isfinite(us) for us in times):
                 curves.append(Curve(stage, tile, tuple(round(us, 2) for us in times)))
     steps.next("done")
     return without_the_negligible(curves)
+
+
+def between(tokens: Sequence[int]) -> tuple[int, ...]:
+    """``tokens`` and, between each two, the one at equal ratio to both."""
+    middles = (round(math.sqrt(low * high)) for low, high in pairwise(tokens))
+    return tuple(sorted({*tokens, *middles}))
+
+
+def _side_by_side(timer: Timer, stage: str, T: int, tiles: list[TileConfig]) -> list[float]:
+    """Times of all tiles, precise for those that are near the best.
+
+    Those get their turns by themselves: after a tile that keeps the GPU waiting, the next one finds
+    it cooler and looks faster than it is.
+    """
+    times = timer.time(stage, T, tiles, RUNG_SAMPLES[0])
+    near = [place for place, us in enumerate(times) if us <= HOPELESS * min(times)]
+    again = timer.time(stage, T, [tiles[place] for place in near], FINAL_SAMPLES)
+    for place, us in zip(near, again, strict=True):
+        times[place] = us
+    return times
 
 
 class _Steps:

@@ -92,7 +92,7 @@ _MOST_ALIKE = 2
 _UNHIDDEN = 0.15
 
 
-def candidates(gemm: Gemm, machine: Machine = H200, per_block: int = 10) -> list[TileConfig]:
+def candidates(gemm: Gemm, machine: Machine = H200, per_block: int = 8) -> list[TileConfig]:
     """At most ``per_block`` tiles for each plausible block_m, the likeliest of each first.
 
     Of tiles that differ in stages and groups alone there are at most two, so that a wrong model
