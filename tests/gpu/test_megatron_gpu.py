@@ -16,6 +16,7 @@ from fusedmoe.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
+SWIGLU, SQUARED_RELU = ActivationType.SWIGLU, ActivationType.SQUARED_RELU
 
 
 @pytest.fixture(params=["chosen", "triton"])
@@ -23,9 +24,6 @@ def gemms(request, monkeypatch):
     """The GEMMs that fit this GPU, and those that fit any."""
     if request.param == "triton":
         monkeypatch.setattr(bounded, "fits_hopper", lambda *_: False)
-
-
-SWIGLU, SQUARED_RELU = ActivationType.SWIGLU, ActivationType.SQUARED_RELU
 
 
 def arguments(
