@@ -5,6 +5,12 @@ forced on the baseline's tokens, how often the argmax differs and by how much th
 best logits were apart there (in bf16 ulps of the best one).
 
     python benchmarks/model_generate.py --out benchmarks/results/h200/model_qwen3_30b.json
+    python benchmarks/model_generate.py --caches static --implementations fusedmoe:accelerate \
+        --out benchmarks/results/h200/model_qwen3_30b_static.json
+
+With a static cache `generate` compiles the model's step, which takes a minute for each batch size
+and implementation (``warm_up_s``). The file is written after every batch size; ``--append`` keeps
+the rows that it holds.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import statistics
 import sys
 import time
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +89,9 @@ def gain_of(name: str, layers: int, router_gain: float) -> float:
 
 def use(model: Any, implementation: str) -> None:
     """Switch ``model`` to an experts implementation, or to accelerated whole blocks."""
+    # What was compiled for another implementation keeps memory, and must not be found again.
+    model.__dict__.pop("_compiled_call", None)
+    torch.compiler.reset()
     fusedmoe.restore(model)
     if implementation == "fusedmoe:accelerate":
         model.set_experts_implementation("fusedmoe")
@@ -100,9 +110,15 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | Non
 
 def tokens_per_second(
     model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | None, repeats: int
-) -> tuple[float, torch.Tensor]:
-    """Median over ``repeats`` runs after one warm-up; counts generated tokens of all rows."""
+) -> tuple[float, float, torch.Tensor]:
+    """Median over ``repeats`` runs, the seconds of the warm-up before them, and the tokens.
+
+    The rate counts generated tokens of all rows.
+    """
+    start = time.perf_counter()
     tokens = generate(model, prompt, new_tokens, cache)
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - start
     rates = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -110,7 +126,7 @@ def tokens_per_second(
         tokens = generate(model, prompt, new_tokens, cache)
         torch.cuda.synchronize()
         rates.append(prompt.shape[0] * new_tokens / (time.perf_counter() - start))
-    return statistics.median(rates), tokens
+    return statistics.median(rates), warm_up, tokens
 
 
 @torch.inference_mode()
@@ -139,6 +155,7 @@ def disagreement(baseline: torch.Tensor, ours: torch.Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--layers", type=int, default=QWEN3_30B["num_hidden_layers"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -151,12 +168,6 @@ def main() -> None:
     fusedmoe.register()
     model = build_model(args.layers, "cuda", args.router_gain)
     bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = []
-    for batch in args.batches:
-        torch.manual_seed(batch)
-        prompt = torch.randint(0, QWEN3_30B["vocab_size"], (batch, args.prompt_tokens)).cuda()
-        for cache in args.caches:
-            rows += measure(model, prompt, cache, args)
     report = {
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -170,12 +181,24 @@ def main() -> None:
         "model": f"Qwen3-30B-A3B sizes, {args.layers} layers, random bf16 weights",
         "model_gigabytes": round(bytes_of_model / 1e9, 2),
         "router_gain": args.router_gain,
-        "rows": rows,
+        "rows": kept_rows(args),
     }
+    for batch in args.batches:
+        torch.manual_seed(batch)
+        prompt = torch.randint(0, QWEN3_30B["vocab_size"], (batch, args.prompt_tokens)).cuda()
+        for cache in args.caches:
+            report["rows"] += measure(model, prompt, cache, args)
+            if args.out:
+                Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=1)
+
+
+def kept_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """With ``--append``, what the file holds already and this run does not measure again."""
+    if not (args.append and args.out and Path(args.out).exists()):
+        return []
+    rows = json.loads(Path(args.out).read_text())["rows"]
+    return [r for r in rows if r["batch"] not in args.batches or r["cache"] not in args.caches]
 
 
 def measure(
@@ -186,7 +209,7 @@ def measure(
     reference = logits = None
     for implementation in [BASELINE, *args.implementations]:
         use(model, implementation)
-        rate, tokens = tokens_per_second(
+        rate, warm_up, tokens = tokens_per_second(
             model, prompt, args.new_tokens, None if cache == "dynamic" else cache, args.repeats
         )
         row = {
@@ -196,7 +219,10 @@ def measure(
             "new_tokens": args.new_tokens,
             "cache": cache,
             "tokens_per_s": round(rate, 2),
+            "step_ms": round(1e3 * prompt.shape[0] / rate, 3),
+            "warm_up_s": round(warm_up, 1),
         }
+        print(row, file=sys.stderr, flush=True)
         if reference is None:
             reference = tokens
             logits = teacher_forced(model, reference[:4])

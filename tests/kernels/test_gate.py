@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe.kernels.gate import MAX_ROWS_TOKENS, gate_linear, gate_linear_reference, gate_tier
+from fusedmoe.kernels.gate import (
+    MAX_PARTS_TOKENS,
+    MAX_ROWS_TOKENS,
+    gate_linear,
+    gate_linear_reference,
+    gate_tier,
+    gate_tile,
+)
 
 pytest.importorskip("triton")
 
@@ -23,10 +30,20 @@ def rows(x, weight, bias, out_dtype):
     return gate_rows(x, weight, bias, out_dtype)
 
 
-def tiles(x, weight, bias, out_dtype):
-    from fusedmoe.kernels.triton.gate import gate_tiles
+def parts(x, weight, bias, out_dtype):
+    from fusedmoe.kernels.triton.gate import gate_parts
 
-    return gate_tiles(x, weight, bias, out_dtype)
+    tile = gate_tile(*weight.shape, weight.element_size())
+    return gate_parts(x, weight, bias, out_dtype, tile)
+
+
+def chained(x, weight, bias, out_dtype):
+    """The same kernel that many tokens go through."""
+    from fusedmoe.kernels.triton import gate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "PARTS_TOKENS", 0)
+        return parts(x, weight, bias, out_dtype)
 
 
 @pytest.mark.parametrize(
@@ -34,24 +51,25 @@ def tiles(x, weight, bias, out_dtype):
     [
         ((1, BF16, BF16, FP32, "cuda"), "rows"),
         ((MAX_ROWS_TOKENS, BF16, BF16, BF16, "cuda"), "rows"),
-        ((MAX_ROWS_TOKENS, BF16, FP32, FP32, "cuda"), "rows"),
-        ((MAX_ROWS_TOKENS + 1, BF16, BF16, FP32, "cuda"), "mm_fp32"),
-        ((MAX_ROWS_TOKENS + 1, FP16, FP16, FP32, "cuda"), "mm_fp32"),
-        ((MAX_ROWS_TOKENS + 1, BF16, BF16, BF16, "cuda"), "linear"),
-        ((MAX_ROWS_TOKENS + 1, BF16, FP32, FP32, "cuda"), "linear"),
-        ((MAX_ROWS_TOKENS + 1, FP32, FP32, FP32, "cuda"), "linear"),
+        ((MAX_ROWS_TOKENS + 1, BF16, FP32, FP32, "cuda"), "parts"),
+        ((MAX_PARTS_TOKENS, FP32, FP32, FP32, "cuda"), "parts"),
+        ((MAX_PARTS_TOKENS + 1, BF16, BF16, FP32, "cuda"), "mm_fp32"),
+        ((MAX_PARTS_TOKENS + 1, FP16, FP16, FP32, "cuda"), "mm_fp32"),
+        ((MAX_PARTS_TOKENS + 1, BF16, BF16, BF16, "cuda"), "linear"),
+        ((MAX_PARTS_TOKENS + 1, BF16, FP32, FP32, "cuda"), "linear"),
+        ((MAX_PARTS_TOKENS + 1, FP32, FP32, FP32, "cuda"), "linear"),
         ((1, FP64, FP64, FP64, "cuda"), "linear"),
         ((1, BF16, BF16, FP32, "cpu"), "linear"),
         ((1, BF16, BF16, FP32, "cpu", True), "linear"),
-        ((1, BF16, BF16, FP32, "cuda", True), "tiles"),
-        ((4096, BF16, BF16, FP32, "cuda", True), "tiles"),
+        ((1, BF16, BF16, FP32, "cuda", True), "parts"),
+        ((4096, BF16, BF16, FP32, "cuda", True), "parts"),
     ],
 )
 def test_the_tier_is_a_function_of_shapes(arguments, tier):
     assert gate_tier(*arguments) == tier
 
 
-@pytest.mark.parametrize("run", [rows, tiles])
+@pytest.mark.parametrize("run", [rows, parts, chained])
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), [(FP32, FP32), (FP16, FP16), (FP16, FP32)])
 @pytest.mark.parametrize(
     ("T", "H", "E"), [(0, 8, 4), (1, 5, 1), (3, 300, 7), (16, 64, 33), (2, 5000, 2)]
@@ -68,7 +86,7 @@ def test_kernels_agree_with_the_definition(run, T, H, E, x_dtype, w_dtype):
     assert run(x, weight, None, FP16).dtype is FP16
 
 
-@pytest.mark.parametrize("run", [rows, tiles])
+@pytest.mark.parametrize("run", [rows, parts, chained])
 def test_kernels_take_strides_and_write_every_logit(run, monkeypatch):
     """The surroundings are NaN: one read out of place would show."""
     wide_x = torch.full((5, 100), NAN, device=DEVICE)
@@ -82,7 +100,7 @@ def test_kernels_take_strides_and_write_every_logit(run, monkeypatch):
     torch.testing.assert_close(out, x.contiguous() @ weight.contiguous().T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [rows, tiles])
+@pytest.mark.parametrize("run", [rows, parts, chained])
 def test_a_nan_row_harms_its_own_token_alone(run):
     x, weight = torch.randn(4, 50, device=DEVICE), torch.randn(6, 50, device=DEVICE)
     clean = run(x, weight, None, FP32)
@@ -100,6 +118,18 @@ def test_few_tokens_fill_the_registers_but_not_more():
             block_t, block_h, num_warps = gate_rows_tile(tokens, hidden)
             assert tokens <= block_t < 2 * tokens
             assert block_t * block_h <= 64 * 32 * num_warps
+
+
+@pytest.mark.parametrize("E", [1, 8, 60, 128, 256, 384])
+@pytest.mark.parametrize("H", [5, 64, 2048, 2880, 7168])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_parts_cover_the_columns_once(E, H, itemsize):
+    tile = gate_tile(E, H, itemsize)
+    part = 2 * tile.steps * tile.columns
+    assert (tile.parts - 1) * part < H <= tile.parts * part
+    assert tile.steps >= 2
+    assert tile.experts <= 32  # more would change the instruction
+    assert tile.parts * -(-E // tile.experts) <= 160
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
@@ -165,26 +195,39 @@ def test_the_operator_keeps_its_contract():
 HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
+from fusedmoe.kernels.gate import gate_tile
 from fusedmoe.kernels.triton import gate
 
-def build(kernel, constants, num_warps):
-    types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*fp32",
-             "T": "i32", "H": "i32", "E": "i32", "stride_xt": "i32", "stride_we": "i32"}
-    constants |= {"stride_xh": 1, "stride_wh": 1}
-    names = kernel.arg_names
+TYPES = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*fp32",
+         "parts_ptr": "*fp32", "T": "i32", "H": "i32", "E": "i32", "stride_xt": "i32",
+         "stride_we": "i32"}
+
+def build(kernel, constants, num_warps, types={}, num_stages=3):
+    types, names = TYPES | types, kernel.arg_names
+    constants = {k: v for k, v in (constants | {"stride_xh": 1, "stride_wh": 1}).items()
+                 if k in names}
     signature = {name: types.get(name, "constexpr") for name in names}
     at = {(names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(kernel, signature, at)
     target = GPUTarget("cuda", 90, 32)
-    assert triton.compile(source, target=target, options={"num_warps": num_warps}).asm["cubin"]
+    assert triton.compile(source, target=target, options={"num_warps": num_warps,
+                          "num_stages": num_stages}).asm["cubin"]
 
-for tokens, hidden in ((1, 2048), (4, 7168), (16, 7168)):
+for tokens, hidden in ((1, 2048), (2, 7168)):
     block_t, block_h, num_warps = gate.gate_rows_tile(tokens, hidden)
-    build(gate.gate_rows_kernel, {"BLOCK_T": block_t, "BLOCK_H": block_h}, num_warps)
-build(gate.gate_tiles_kernel, {"WIDEN": False, "BLOCK_T": gate.TILE_T, "BLOCK_E": gate.TILE_E,
-      "BLOCK_H": gate.TILE_H}, 4)
-build(gate.gate_tiles_kernel, {"WIDEN": True, "BLOCK_T": gate.TILE_T, "BLOCK_E": gate.TILE_E,
-      "BLOCK_H": gate.TILE_H}, 4)
+    build(gate.gate_rows_kernel, {"BLOCK_T": block_t, "BLOCK_H": block_h, "CHAINED": True},
+          num_warps)
+for dtype, experts, hidden in (("fp32", 256, 7168), ("bf16", 128, 2048), ("fp32", 128, 2048)):
+    tile = gate_tile(experts, hidden, 4 if dtype == "fp32" else 2)
+    constants = {"STEPS": tile.steps, "WIDEN": dtype == "fp32", "BLOCK_E": tile.experts,
+                 "BLOCK_H": tile.columns}
+    types = {"x_ptr": "*" + dtype, "weight_ptr": "*" + dtype}
+    for tokens in (8, 16):
+        build(gate.gate_parts_kernel, constants | {"BLOCK_T": tokens, "CHAINED": True}, tile.warps,
+              types, tile.steps + 1)
+    build(gate.gate_chained_kernel, constants | {"BLOCK_T": gate.CHAINED_TOKENS_PER_TILE,
+          "PARTS": tile.parts}, 4, types)
+build(gate.gate_sum_kernel, {"PARTS": 14, "BLOCK": gate.SUM_BLOCK, "CHAINED": True}, 4)
 """
 
 
@@ -202,7 +245,13 @@ def test_the_kernels_compile_for_hopper():
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize(
     ("x_dtype", "w_dtype", "out_dtype"),
-    [(BF16, BF16, FP32), (BF16, BF16, BF16), (FP16, FP16, FP32), (BF16, FP32, FP32)],
+    [
+        (BF16, BF16, FP32),
+        (BF16, BF16, BF16),
+        (FP16, FP16, FP32),
+        (BF16, FP32, FP32),
+        (FP32, FP32, FP32),
+    ],
 )
 def test_real_gates_on_a_gpu(T, H, E, batch_invariant, x_dtype, w_dtype, out_dtype):
     torch.manual_seed(0)
@@ -220,14 +269,19 @@ def test_real_gates_on_a_gpu(T, H, E, batch_invariant, x_dtype, w_dtype, out_dty
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_batch_invariant_logits_on_a_gpu(dtype):
-    x = torch.randn(300, 2880, device="cuda", dtype=dtype)
-    weight = torch.randn(128, 2880, device="cuda", dtype=dtype)
-    whole = gate_linear(x, weight, out_dtype=FP32, batch_invariant=True)
-    for first, last in ((0, 1), (7, 40), (299, 300)):
-        part = gate_linear(x[first:last], weight, out_dtype=FP32, batch_invariant=True)
-        assert torch.equal(part, whole[first:last])
+@pytest.mark.parametrize(("H", "E"), [(2880, 128), (7168, 256), (300, 20), (2048, 60)])
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), [(BF16, BF16), (FP32, FP32), (BF16, FP32)])
+def test_batch_invariant_logits_on_a_gpu(H, E, x_dtype, w_dtype):
+    """The parts of few tokens have the bits of the chain of many."""
+    x = torch.randn(4096, H, device="cuda").to(x_dtype)
+    weight, bias = torch.randn(E, H, device="cuda").to(w_dtype), torch.randn(E, device="cuda")
+
+    def logits(rows):
+        return gate_linear(rows, weight, bias, out_dtype=FP32, batch_invariant=True)
+
+    whole = logits(x)
+    for first, last in ((0, 1), (7, 14), (40, 104), (31, 364), (4095, 4096)):
+        assert torch.equal(logits(x[first:last]), whole[first:last])
 
 
 @pytest.mark.gpu

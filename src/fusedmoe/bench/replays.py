@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,8 +69,11 @@ def launched(calls: Sequence[Call], repeats: int) -> Replays:
     return Replays(calls, 1, repeats)
 
 
-def time_in_turns(contestants: Mapping[str, Replays]) -> dict[str, list[float]]:
-    """Microseconds per call, from CUDA events around each replay, one of each in turn."""
+def time_in_turns(contestants: Mapping[str, Replays], rest: float = 0.0) -> dict[str, list[float]]:
+    """Microseconds per call, from CUDA events around each replay, one of each in turn.
+
+    After each replay the GPU idles for ``rest`` times as long as it took.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for one in contestants.values():
         for replay in one.graphs:
@@ -84,5 +88,7 @@ def time_in_turns(contestants: Mapping[str, Replays]) -> dict[str, list[float]]:
             one.graphs[turn % len(one.graphs)]()
             end.record()
             end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e3 / one.calls)
+            taken_ms = start.elapsed_time(end)
+            samples[name].append(taken_ms * 1e3 / one.calls)
+            time.sleep(rest * taken_ms / 1e3)
     return samples

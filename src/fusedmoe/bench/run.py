@@ -35,6 +35,10 @@ _SITUATIONS_ON_CPU = 5
 _COPIES_ON_CUDA = 4
 _MEMORY_SHARE = 0.6
 _LAUNCHED_REPEATS = 5
+# A pause after each sample, in lengths of the sample. Without one, products sit at the card's power
+# limit after a while, and would be held against a rate that was measured in a short burst.
+_REST = 1.0
+_COMPUTE_BOUND_MEAN = 64  # picks per active expert
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,17 @@ def run_cells(
                 situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
                 problem = Problem.of(cell, situations, device)
                 _measure(problem, weights, contestants, effort, report)
+                del problem
+            _free_unused(device)
         del weights, built
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_unused(device)
+
+
+def _free_unused(device: torch.device) -> None:
+    """Give memory back, that of the graphs too: what is free decides who can take part."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
@@ -257,7 +268,7 @@ def _run_on_cuda(
             why = _first_line(error)
             report.notes.append(f"{problem.cell}: {name} left out, not captured: {why}")
             torch.cuda.synchronize()
-    samples = time_in_turns(recorded)
+    samples = time_in_turns(recorded, _REST if _is_compute_bound(problem) else 0.0)
     return {
         name: (
             samples[name],
@@ -266,6 +277,11 @@ def _run_on_cuda(
         )
         for name, one in recorded.items()
     }
+
+
+def _is_compute_bound(problem: Problem) -> bool:
+    """Whether tensor units, and so the power that they draw, decide about the time."""
+    return problem.pairs > _COMPUTE_BOUND_MEAN * problem.active_experts
 
 
 def _first_line(error: Exception) -> str:

@@ -2,25 +2,56 @@
 
 Which way it is computed, its tier, is a pure function of shapes, dtypes and the device type:
 
-    rows      few tokens on a GPU: one program per expert, exact fp32 sums (Triton)
-    tiles     batch invariance asked for on a GPU: one fixed tile for any T (Triton)
+    rows      a token or two on a GPU: one program per expert, exact fp32 products (Triton)
+    parts     few tokens, or batch invariance asked for, on a GPU: tiles that share out the sum over
+              H and add its parts in order (Triton)
     mm_fp32   16-bit operands with an fp32 result on a GPU (torch.mm)
     linear    everything else
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from fusedmoe.kernels.device import device_of
 
-GateTier = Literal["rows", "tiles", "mm_fp32", "linear"]
+GateTier = Literal["rows", "parts", "mm_fp32", "linear"]
 
-MAX_ROWS_TOKENS = 16
+MAX_ROWS_TOKENS = 2
+MAX_PARTS_TOKENS = 16
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = (*_HALF_DTYPES, torch.float32)
+
+
+@dataclass(frozen=True)
+class GateTile:
+    """``experts`` rows of the weight by ``columns`` per step, and two slabs of ``steps`` steps in
+    each of ``parts`` parts.
+
+    With a single step the compiler would merge the sum of the parts into the product.
+    """
+
+    experts: int
+    columns: int
+    steps: int
+    parts: int
+    warps: int = 4
+
+
+def gate_tile(E: int, H: int, itemsize: int) -> GateTile:
+    """The tile for a weight [E, H] of that many bytes an element; no function of the tokens.
+
+    Each part is small enough to be on its way all at once, and tiles times parts are about as many
+    as a large GPU has multiprocessors.
+    """
+    experts = 32 if E >= 256 else 16
+    columns = 128 // itemsize
+    wanted = max(1, 128 // -(-E // experts))
+    steps = max(2, -(-H // (wanted * 2 * columns)))
+    return GateTile(experts, columns, steps, -(-H // (2 * steps * columns)))
 
 
 def gate_tier(
@@ -35,9 +66,11 @@ def gate_tier(
     if device_type != "cuda" or x_dtype not in _DTYPES or weight_dtype not in _DTYPES:
         return "linear"
     if batch_invariant:
-        return "tiles"
+        return "parts"
     if num_tokens <= MAX_ROWS_TOKENS:
         return "rows"
+    if num_tokens <= MAX_PARTS_TOKENS:
+        return "parts"
     if out_dtype is torch.float32 and x_dtype is weight_dtype and x_dtype in _HALF_DTYPES:
         return "mm_fp32"
     return "linear"
@@ -82,11 +115,12 @@ def _gate_linear(
 
         with device_of(rows):
             logits = gate_rows(rows, weight, bias, out_dtype)
-    elif tier == "tiles":
-        from fusedmoe.kernels.triton.gate import gate_tiles
+    elif tier == "parts":
+        from fusedmoe.kernels.triton.gate import gate_parts
 
+        tile = gate_tile(*weight.shape, weight.element_size())
         with device_of(rows):
-            logits = gate_tiles(rows, weight, bias, out_dtype)
+            logits = gate_parts(rows, weight, bias, out_dtype, tile)
     elif tier == "mm_fp32":
         logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
         if bias is not None:
