@@ -13,7 +13,7 @@ from fusedmoe.quantization.dialects import Matrix, Scheme, read_quantization
 from fusedmoe.quantization.dialects.base import read_matrix
 
 MODULE = "model.layers.0.mlp.experts.0.up_proj"
-E, H, I = 3, 64, 96  # noqa: E741
+E, H, I = 3, 64, 192  # noqa: E741
 
 
 def random_weight(seed: int, N: int, K: int) -> torch.Tensor:
@@ -39,7 +39,8 @@ def test_one_matrix_has_its_values(name: str) -> None:
     assert scheme.name == case.format
     found = read_matrix(scheme, stored.tensors, Matrix(name=MODULE, N=96, K=128))
     torch.testing.assert_close(found.dequantize(torch.float32), stored.values, rtol=1e-6, atol=0)
-    assert scheme.size({n: tuple(t.shape) for n, t in stored.tensors.items()}) == (96, 128)
+    shapes = {suffix: tuple(tensor.shape) for suffix, tensor in stored.tensors.items()}
+    assert scheme.size(shapes, stored.tensors.__getitem__) == (96, 128)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,7 +135,7 @@ def test_a_layer_that_failed_to_load_refuses_to_run() -> None:
     layer = new_layer(case)
     tensors = [(n, t) for n, t, _ in layer_tensors(case)]
     bad = [(n, t[:-1] if n == "1.up_proj.weight_scale" else t) for n, t in tensors]
-    with pytest.raises(ValueError, match=r"1\.up_proj\.weight_scale: expected shape \(96, 2\)"):
+    with pytest.raises(ValueError, match=r"1\.up_proj\.weight_scale: expected shape \(192, 2\)"):
         layer.load_weights(bad)
     with pytest.raises(ValueError, match=r"not loaded: .*weight_scale"):
         layer(torch.zeros(2, H), torch.zeros(2, E))

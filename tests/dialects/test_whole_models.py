@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()
 
 PRESETS = ("tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3", "tiny-olmoe")
+REFERENCE = fusedmoe.MoEOptions(experts="torch_quantized")
 PROMPT = torch.tensor([[1, 40, 77, 300, 12, 9, 211, 5]])
 # Relative error of the logits where activations are quantized too.
 ROUNDED = {"fp8": 0.08, "int8": 0.08, "mxfp4": 0.2, "nvfp4": 0.2, "mxfp8": 0.08}
@@ -59,9 +60,9 @@ def tolerance_of(model: Any) -> float:
 def test_a_model_in_every_dialect(name: str, tmp_path: Path) -> None:
     index = list(CASES).index(name)
     preset, case = PRESETS[index % len(PRESETS)], CASES[name]
-    linear_too = case.config["quant_method"] in ("gptq", "awq")
+    linear_too = case.config["quant_method"] in ("gptq", "awq", "bitsandbytes")
     folders = write_folders(tmp_path, preset, case, linear_too=linear_too)
-    model = fusedmoe.from_pretrained(folders.packed)
+    model = fusedmoe.from_pretrained(folders.packed, options=REFERENCE)
     packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
     assert packed
     assert {module.scheme.name for module in packed} == {case.format}
@@ -70,8 +71,9 @@ def test_a_model_in_every_dialect(name: str, tmp_path: Path) -> None:
 
 def test_gpt_oss_in_its_own_form(tmp_path: Path) -> None:
     folders = write_gpt_oss(tmp_path)
-    model = fusedmoe.from_pretrained(folders.packed)
-    compare(model, eager(folders.floats), 1e-5)
+    floats = eager(folders.floats)
+    compare(fusedmoe.from_pretrained(folders.packed, options=REFERENCE), floats, 1e-5)
+    compare(fusedmoe.from_pretrained(folders.packed), floats, 1e-2)
 
 
 def test_experts_stay_at_their_size(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_layers_left_out_are_floats_and_unquantized_checkpoints_load(tmp_path: P
     config = case.config | {"modules_to_not_convert": ["model.layers.1.mlp.experts"]}
     mixed = write_folder(tmp_path / "mixed", folders.packed, tensors, quantization_config=config)
     floats = eager(folders.floats)
-    compare(fusedmoe.from_pretrained(mixed), floats, 1e-5)
+    compare(fusedmoe.from_pretrained(mixed), floats, 1e-2)
     compare(fusedmoe.from_pretrained(folders.floats), floats, 1e-5)
 
 

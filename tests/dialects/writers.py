@@ -501,3 +501,14 @@ CASES: dict[str, Case] = {
     "quark mxfp6": Case(_quark(_QUARK_FP4 | {"dtype": "fp6_e3m2"}), mxfp6(3), "mxfp6_e3m2"),
     "quark mxfp6 e2m3": Case(_quark(_QUARK_FP4 | {"dtype": "fp6_e2m3"}), mxfp6(2), "mxfp6_e2m3"),
 }
+
+_BNB = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+CASES |= {
+    "bitsandbytes nf4": Case(
+        _BNB | {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, nf4(), "nf4"
+    ),
+    "bitsandbytes nf4 plain": Case(_BNB | {"load_in_4bit": True}, nf4(nested=False), "nf4"),
+    "bitsandbytes int8": Case(
+        {"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb_int8, "int8_channel"
+    ),
+}

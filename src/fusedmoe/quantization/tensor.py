@@ -14,8 +14,8 @@ up, S = 2; else 1), g columns to a group and blocks of (bn, bk):
 
     value = (element - zero_point) * scale * scale2
 
-All scales multiply. A format whose elements carry their own scales (nf4 and GGUF superblocks do
-not separate) has scale None.
+All scales multiply. A format whose elements carry their own scales (GGUF superblocks) has scale
+None.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ ELEMENTS: dict[str, ElementType] = {
     # Three bytes, little-endian, hold columns 4c to 4c + 3 from the lowest bits on.
     "e3m2": ElementType(torch.uint8, 4, 3),
     "e2m3": ElementType(torch.uint8, 4, 3),
+    # Nibbles, packed as int4, that index a table.
+    "nf4": ElementType(torch.uint8, 2, 1),
+    "iq4_nl": ElementType(torch.uint8, 2, 1),
+    # GGUF's superblocks, which carry their scales.
+    "q4_k": ElementType(torch.uint8, 256, 144),
+    "q5_k": ElementType(torch.uint8, 256, 176),
+    "q6_k": ElementType(torch.uint8, 256, 210),
 }
 """By name. All floats are OCP's: sign, exponent, mantissa."""
 

@@ -174,7 +174,7 @@ class _Rest:
         shapes = {
             suffix: self.experts.checkpoint.tensors[name].shape for suffix, name in names.items()
         }
-        size = scheme.size(shapes)
+        size = scheme.size(shapes, lambda suffix: self.reader(names[suffix]))
         if size is None:
             raise CheckpointError(f"{folder}: the shape of {module} is not in its tensors")
         matrix = Matrix(name=module, N=size[0], K=size[1])

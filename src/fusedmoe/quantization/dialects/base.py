@@ -53,8 +53,8 @@ class Rule:
 
     Tensors are those of one matrix. ``gives`` is a parameter's name without its owner ("weight",
     "weight_scale", ...); several make ``convert`` return as many, "" drops what it returns: it was
-    a check. ``optional``: the tensors may be absent, all of them. ``size`` of a weight's rule finds
-    (N, K) from the shapes of the tensors.
+    a check. ``optional``: the tensors may be absent, all of them. ``size`` finds (N, K) from the
+    shapes of the tensors, or, ``size_in_values``, from the tensors.
     """
 
     needs: tuple[str, ...]
@@ -62,6 +62,7 @@ class Rule:
     convert: Callable[..., Any]
     optional: bool = False
     size: Callable[..., tuple[int, int]] | None = None
+    size_in_values: bool = False
 
     def parts(self, matrix: Matrix, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What it gives, by name. Raises ValueError naming the tensor that is wrong."""
@@ -108,11 +109,22 @@ class Scheme:
                 return base[:-1], suffix
         return None
 
-    def size(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-        """(N, K) of a matrix stored in tensors of these ``shapes``; None where they do not say."""
+    def size(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> tuple[int, int] | None:
+        """(N, K) of a matrix stored in tensors of these ``shapes``, which ``read`` reads.
+
+        None where they do not say.
+        """
         for rule in self.rules:
-            if rule.size is not None and all(need in shapes for need in rule.needs):
+            if rule.size is None or not all(need in shapes for need in rule.needs):
+                continue
+            if not rule.size_in_values:
                 return rule.size(*(shapes[need] for need in rule.needs))
+            if read is not None:
+                return rule.size(*(read(need) for need in rule.needs))
         return None
 
     def describe(self) -> dict[str, Any]:

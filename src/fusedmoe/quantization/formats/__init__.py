@@ -10,12 +10,23 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.formats import fp8, int4, int8, mxfp4, mxfp6, mxfp8, nvfp4
+from fusedmoe.quantization.formats import (
+    fp8,
+    int4,
+    int8,
+    lookup,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    nvfp4,
+    superblocks,
+)
 from fusedmoe.quantization.formats.e8m0 import decode_e8m0
 from fusedmoe.quantization.formats.fp8 import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, fp8_block
 from fusedmoe.quantization.formats.groups import Grid, columns_by_group
 from fusedmoe.quantization.formats.int4 import int4_group
 from fusedmoe.quantization.formats.int8 import INT8_CHANNEL, int8_group
+from fusedmoe.quantization.formats.lookup import NF4
 from fusedmoe.quantization.formats.mxfp4 import MXFP4
 from fusedmoe.quantization.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.mxfp8 import MXFP8
@@ -31,6 +42,7 @@ __all__ = [
     "MXFP6_E2M3",
     "MXFP6_E3M2",
     "MXFP8",
+    "NF4",
     "NVFP4",
     "dequantize",
     "format_named",
@@ -43,7 +55,13 @@ __all__ = [
     "unswizzle_scales",
 ]
 
-_CODECS: dict[str, Any] = {"int8": int8, "int4": int4, **mxfp6.CODECS}
+_CODECS: dict[str, Any] = {
+    "int8": int8,
+    "int4": int4,
+    **mxfp6.CODECS,
+    **lookup.CODECS,
+    **superblocks.CODECS,
+}
 _CODECS_BY_SCALE: dict[tuple[str, str], Any] = {
     ("e4m3", "float"): fp8,
     ("e4m3", "e8m0"): mxfp8,
@@ -52,7 +70,17 @@ _CODECS_BY_SCALE: dict[tuple[str, str], Any] = {
 }
 _FIXED = {
     fmt.name: fmt
-    for fmt in (FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP4, MXFP8, MXFP6_E3M2, MXFP6_E2M3, NVFP4)
+    for fmt in (
+        FP8_TENSOR,
+        FP8_CHANNEL,
+        FP8_BLOCK,
+        MXFP4,
+        MXFP8,
+        MXFP6_E3M2,
+        MXFP6_E2M3,
+        NVFP4,
+        NF4,
+    )
 }
 
 

@@ -6,10 +6,12 @@ from itertools import product
 
 import torch
 
+from fusedmoe.quantization.formats import lookup, superblocks
 from fusedmoe.quantization.formats.mxfp4 import MXFP4
 from fusedmoe.quantization.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.mxfp8 import MXFP8
 from fusedmoe.quantization.formats.nvfp4 import NVFP4
+from fusedmoe.quantization.formats.superblocks import superblock_format
 from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TENSOR,
@@ -45,7 +47,9 @@ INTEGER_WEIGHTS = tuple(
     if shape == _GROUPS or not act_order
 )
 MX_WEIGHTS = tuple(fmt.key for fmt in (MXFP4, MXFP8, MXFP6_E3M2, MXFP6_E2M3, NVFP4))
-WEIGHT_KEYS = FP8_WEIGHTS + INTEGER_WEIGHTS + MX_WEIGHTS
+TABLE_WEIGHTS = tuple(QuantKey(element, True, _GROUPS) for element in lookup.CODECS)
+SUPERBLOCK_WEIGHTS = tuple(superblock_format(name).key for name in superblocks.CODECS)
+WEIGHT_KEYS = FP8_WEIGHTS + INTEGER_WEIGHTS + MX_WEIGHTS + TABLE_WEIGHTS + SUPERBLOCK_WEIGHTS
 
 ACTIVATION_KEYS = (
     FP8_DYNAMIC_TENSOR,

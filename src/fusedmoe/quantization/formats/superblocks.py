@@ -1,0 +1,103 @@
+"""GGUF's K formats: 256 columns in one run of bytes, which carries its own scales.
+
+    q4_k 144 bytes  d, dmin fp16; 12 bytes of 6-bit scales and minima; 128 bytes of nibbles
+    q5_k 176 bytes  as q4_k, with 32 bytes of fifth bits before the nibbles
+    q6_k 210 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16
+
+q4_k, q5_k: 8 groups of 32 columns, value = d * scale * q - dmin * minimum. q6_k: 16 groups of 16
+columns, value = d * scale * (q - 32). data is uint8 [e, N, K / 256 * bytes], exactly as in the
+file; there is no scale beside it. These are read, not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.quantization.keys import GroupShape
+from fusedmoe.quantization.tensor import QuantFormat
+
+COLUMNS = 256
+
+
+class SuperBlock(NamedTuple):
+    """A codec: ``nbytes`` for 256 columns, ``read`` makes them values [..., 256]."""
+
+    nbytes: int
+    read: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+
+    def decode(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        blocks = data.unflatten(-1, (-1, self.nbytes))
+        return self.read(blocks, dtype).flatten(-2)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        raise ValueError("GGUF's superblocks are read, not written: choose another format")
+
+    def scale_for(self, amax: torch.Tensor) -> torch.Tensor:
+        return self.encode(amax)
+
+
+def _fp16(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Two bytes [..., 2] -> a number [..., 1]."""
+    return raw.contiguous().view(torch.float16).to(dtype)
+
+
+def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """12 bytes [..., 12] -> 8 scales and 8 minima of 6 bits each, uint8 [..., 8].
+
+    The first four of each are the low 6 bits of bytes 0-3 and 4-7; of the last four, bytes 8-11
+    have 4 bits each (scales low, minima high), and the top 2 bits of bytes 0-7 the rest.
+    """
+    first, second, third = packed.unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], -1)
+    minima = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], -1)
+    return scales, minima
+
+
+def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
+    """Runs of ``run`` bytes -> their low nibbles, then their high ones: [..., 2 * bytes]."""
+    runs = packed.unflatten(-1, (-1, run))
+    return torch.stack([runs & 15, runs >> 4], -2).flatten(-3)
+
+
+def _with_minima(blocks: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """d * scale * number - dmin * minimum, numbers [..., 256] in 8 groups."""
+    scales, minima = _scales_and_minima(blocks[..., 4:16])
+    scale = _fp16(blocks[..., 0:2], dtype) * scales.to(dtype)
+    least = _fp16(blocks[..., 2:4], dtype) * minima.to(dtype)
+    groups = numbers.to(dtype).unflatten(-1, (8, 32))
+    return (groups * scale[..., None] - least[..., None]).flatten(-2)
+
+
+def _q4_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _with_minima(blocks, _nibbles(blocks[..., 16:144], 32), dtype)
+
+
+def _q5_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    fifth = [(blocks[..., 16:48] >> bit) & 1 for bit in range(8)]
+    numbers = _nibbles(blocks[..., 48:176], 32) | (torch.cat(fifth, -1) << 4)
+    return _with_minima(blocks, numbers, dtype)
+
+
+def _q6_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    pairs = blocks[..., 128:192].unflatten(-1, (2, 32))
+    high = torch.stack([(pairs >> shift) & 3 for shift in (0, 2, 4, 6)], -2).flatten(-3)
+    numbers = _nibbles(blocks[..., 0:128], 64) | (high << 4)
+    scales = blocks[..., 192:208].contiguous().view(torch.int8).to(dtype)
+    scale = _fp16(blocks[..., 208:210], dtype) * scales
+    groups = (numbers.to(dtype) - 32).unflatten(-1, (16, 16))
+    return (groups * scale[..., None]).flatten(-2)
+
+
+CODECS = {
+    "q4_k": SuperBlock(144, _q4_k),
+    "q5_k": SuperBlock(176, _q5_k),
+    "q6_k": SuperBlock(210, _q6_k),
+}
+
+
+def superblock_format(name: str) -> QuantFormat:
+    """ "q4_k", "q5_k" or "q6_k"."""
+    return QuantFormat(element=name, group=GroupShape(1, COLUMNS), scale_dtype=None)
