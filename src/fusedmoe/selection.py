@@ -42,6 +42,8 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
+    "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
+    "fusedmoe.experts.triton_quantized:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (

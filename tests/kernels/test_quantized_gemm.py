@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import (
     from_planes,
     quantized_gemm,
     quantized_gemm_reference,
     to_planes,
-    weight_addresses,
 )
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm, w8a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
@@ -29,6 +27,7 @@ from fusedmoe.quantization.keys import (
     fp8_dynamic_group,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from quantized_bodies import triton_gemm, triton_w8a8
 
 NAN = float("nan")
 E, N, TOP_K = 3, 40, 2
@@ -62,32 +61,6 @@ W8A8 = [
     ("int8_channel", INT8_STATIC_TENSOR, 96, 64),
     ("mxfp8", MXFP8_DYNAMIC, 96, 32),
 ]
-
-
-def triton_gemm(a, w, c, blocks, tile, *, top_k, activation=None, activation_config=None, **rest):
-    from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
-
-    act = None if activation is None else device_activation(activation, activation_config)
-    planes = rest.get("a_planes", False), rest.get("c_planes", False)
-    launch(
-        a, w, c, blocks, tile, top_k, rest.get("bias"), rest.get("row_weights"), act,
-        weight_addresses(w), *planes, False,
-    )  # fmt: skip
-    return c
-
-
-def triton_w8a8(
-    a, scale, w, c, c_scale, blocks, tile, key, *, top_k, bias=None, row_weights=None,
-    activation=None, activation_config=None,
-):  # fmt: skip
-    from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
-
-    act = None if activation is None else device_activation(activation, activation_config)
-    launch(
-        a, scale, w, c, c_scale, blocks, tile, top_k, bias, row_weights, act,
-        weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
-    )  # fmt: skip
-    return c
 
 
 BOTH = pytest.mark.parametrize("function", [triton_gemm, quantized_gemm_reference])

@@ -34,18 +34,18 @@ def flat(w1: torch.Tensor, w2: torch.Tensor, config: FusedMoEQuantConfig) -> Fla
     return tuple(parts)
 
 
-def _key_words(key: QuantKey | None) -> list[str]:
+def _key_words(key: QuantKey | None) -> str:
     if key is None:
-        return []
+        return ""
     dtype = str(key.dtype).removeprefix("torch.")
     row, col = key.group_shape
-    return [dtype, str(int(key.static)), str(row), str(col), key.scale_kind]
+    return f"{dtype} {int(key.static)} {row} {col} {key.scale_kind}"
 
 
-def _key_of(words: list[str]) -> QuantKey | None:
+def _key_of(words: str) -> QuantKey | None:
     if not words:
         return None
-    dtype, static, row, col, kind = words
+    dtype, static, row, col, kind = words.split()
     known: Any = getattr(torch, dtype, dtype)
     scale_kind: Any = kind
     return QuantKey(known, static == "1", GroupShape(int(row), int(col)), scale_kind=scale_kind)
@@ -82,7 +82,7 @@ def standard_op(
     w1_bias: torch.Tensor | None,
     a1_scale: torch.Tensor | None,
     w1_format: str,
-    a1_key: list[str],
+    a1_key: str,
     w2: torch.Tensor,
     w2_scale: torch.Tensor | None,
     w2_scale2: torch.Tensor | None,
@@ -90,7 +90,7 @@ def standard_op(
     w2_bias: torch.Tensor | None,
     a2_scale: torch.Tensor | None,
     w2_format: str,
-    a2_key: list[str],
+    a2_key: str,
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
@@ -138,7 +138,7 @@ def batched_op(
     w1_bias: torch.Tensor | None,
     a1_scale: torch.Tensor | None,
     w1_format: str,
-    a1_key: list[str],
+    a1_key: str,
     w2: torch.Tensor,
     w2_scale: torch.Tensor | None,
     w2_scale2: torch.Tensor | None,
@@ -146,7 +146,7 @@ def batched_op(
     w2_bias: torch.Tensor | None,
     a2_scale: torch.Tensor | None,
     w2_format: str,
-    a2_key: list[str],
+    a2_key: str,
     expert_num_tokens: torch.Tensor,
     activation: str,
     clamp_limit: float | None,

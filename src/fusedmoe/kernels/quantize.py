@@ -13,8 +13,11 @@ from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.activations import quantize_activation
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
-STORED = {torch.float8_e4m3fn: torch.float8_e4m3fn, torch.int8: torch.int8}
-STORED |= {"mxfp8": torch.float8_e4m3fn}
+STORED: dict[torch.dtype | str, torch.dtype] = {
+    torch.float8_e4m3fn: torch.float8_e4m3fn,
+    "mxfp8": torch.float8_e4m3fn,
+    torch.int8: torch.int8,
+}
 
 
 def quantize_rows(
@@ -72,9 +75,9 @@ def quantize_rows_reference(
     if scale is None and key.group_shape == PER_TENSOR:
         x = _live(x, topk_ids, expert_map, num_local_experts)
     elements, found = quantize_activation(x, key, scale)
-    return elements.nan_to_num(nan=0.0).to(STORED[key.dtype]) if key.dtype == torch.int8 else (
-        elements.to(STORED[key.dtype])
-    ), found
+    if key.dtype == torch.int8:
+        elements = elements.nan_to_num(nan=0.0)
+    return elements.to(STORED[key.dtype]), found
 
 
 def _live(

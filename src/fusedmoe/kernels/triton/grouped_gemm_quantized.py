@@ -43,11 +43,15 @@ HALF_EXPONENT = tl.constexpr(2.0**63)
 
 
 @triton.jit
-def _each(groups, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """[ROWS, COUNT] numbers of groups -> [ROWS, COUNT * WIDTH], one per stored element."""
+def _each(groups, PACKED: tl.constexpr):
+    """Numbers of groups, [ROWS] or [ROWS, COUNT], one per stored element: [ROWS, PACKED]."""
     ROWS: tl.constexpr = groups.shape[0]
-    wide = tl.broadcast_to(groups[:, :, None], (ROWS, COUNT, WIDTH))
-    return tl.reshape(wide, (ROWS, COUNT * WIDTH))
+    if len(groups.shape) == 1:
+        return tl.broadcast_to(groups[:, None], (ROWS, PACKED))
+    else:
+        COUNT: tl.constexpr = groups.shape[1]
+        wide = tl.broadcast_to(groups[:, :, None], (ROWS, COUNT, PACKED // COUNT))
+        return tl.reshape(wide, (ROWS, PACKED))
 
 
 @triton.jit
@@ -203,12 +207,11 @@ def quantized_gemm_kernel(
             if HALVES:
                 even, odd = tl.split(tl.reshape(even, (SLOTS, PACKED, 2)))
         if SCALING == "each":
-            PER: tl.constexpr = GROUP // 2 if HALVES else GROUP
             factor = float_scale(scale)
             if ELEMENT == "e2m1" and NATIVE:
                 factor *= HALF_EXPONENT
-            factor = _each(factor.to(DTYPE), DEPTH // GROUP, PER)
-            middle = None if zero is None else _each(zero, DEPTH // GROUP, PER)
+            factor = _each(factor.to(DTYPE), PACKED)
+            middle = None if zero is None else _each(zero, PACKED)
             low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
             if NATIVE:
                 low, high = times_bf16(low, factor), times_bf16(high, factor)

@@ -1,0 +1,61 @@
+"""Triton's bodies of the quantized GEMMs behind the signatures of their references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+
+
+def triton_gemm(
+    a: torch.Tensor,
+    w: Any,
+    c: torch.Tensor,
+    blocks: Any,
+    tile: Any,
+    *,
+    top_k: int,
+    activation: Any = None,
+    activation_config: Any = None,
+    **rest: Any,
+) -> torch.Tensor:
+    """As ``quantized_gemm_reference``."""
+    from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
+
+    act = None if activation is None else device_activation(activation, activation_config)
+    planes = rest.get("a_planes", False), rest.get("c_planes", False)
+    launch(
+        a, w, c, blocks, tile, top_k, rest.get("bias"), rest.get("row_weights"), act,
+        weight_addresses(w), *planes, False,
+    )  # fmt: skip
+    return c
+
+
+def triton_w8a8(
+    a: torch.Tensor,
+    scale: torch.Tensor | None,
+    w: Any,
+    c: torch.Tensor,
+    c_scale: torch.Tensor | None,
+    blocks: Any,
+    tile: Any,
+    key: Any,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: Any = None,
+    activation_config: Any = None,
+) -> torch.Tensor:
+    """As ``w8a8_gemm_reference``."""
+    from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
+
+    act = None if activation is None else device_activation(activation, activation_config)
+    launch(
+        a, scale, w, c, c_scale, blocks, tile, top_k, bias, row_weights, act,
+        weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
+    )  # fmt: skip
+    return c
