@@ -2,6 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --error-exitcode 1 python tools/sanitize.py
+    PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
+        python tools/sanitize.py --only hopper
 
 Without caching every tensor is its own allocation, so that a stray access leaves it.
 """
@@ -12,7 +14,9 @@ import argparse
 
 import torch
 
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
+from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.kernels.activation import moe_activation
 from fusedmoe.kernels.align import moe_align_block_size
@@ -26,6 +30,7 @@ from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
+from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
 
 E, K = 24, 4
 
@@ -72,6 +77,50 @@ def slots() -> None:
         moe_fused_mul_sum(torch.randn(T, K, 40, device="cuda"), weights, None, ids, expert_map)
 
 
+def hopper() -> None:
+    """Every kernel of the Hopper experts, wherever one runs: each has its barriers."""
+    if torch.cuda.get_device_capability()[0] != 9 or missing_gluon():
+        print("no Hopper kernels here")
+        return
+    e, H, width, picks = 6, 272, 208, 3
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
+
+    w1, w2, w1_bias, w2_bias = (
+        normal(e, 2 * width, H),
+        normal(e, H, width),
+        normal(e, 2 * width),
+        normal(e, H),
+    )
+    for T in (1, 5, 300):
+        kinds = [decode_tiles_of(8, 64, 64), decode_tiles_of(64, 128, 256), PrefillTiles()]
+        if T <= 5:
+            kinds.append(direct_tiles(T, picks, H, width))
+        ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
+        for tiles in kinds:
+            rows = scratch_rows(tiles, T * picks, e)
+            hopper_experts(
+                torch.empty(T, H, device="cuda", dtype=torch.bfloat16),
+                normal(T, H),
+                w1,
+                w2,
+                torch.rand(T, picks, device="cuda"),
+                ids,
+                MoEActivation.SWIGLUOAI,
+                ApplyMoEActivationConfig(),
+                e,
+                None,
+                w1_bias,
+                w2_bias,
+                torch.empty(rows, width, device="cuda", dtype=torch.bfloat16),
+                torch.empty(rows, H, device="cuda", dtype=torch.bfloat16),
+                tiles=tiles,
+            )
+            torch.cuda.synchronize()
+            print("hopper", T, type(tiles).__name__, flush=True)
+
+
 def experts(quick: bool) -> None:
     cases = (*STANDARD_CASES[::3], *ACTIVATION_CASES[::4]) if quick else STANDARD_CASES
     for cls in (TritonExperts, GroupedMMExperts):
@@ -82,8 +131,12 @@ def experts(quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
+    parser.add_argument("--only", choices=("hopper",), help="these kernels alone")
     args = parser.parse_args()
     torch.manual_seed(0)
+    hopper()
+    if args.only:
+        return
     routing()
     slots()
     for case in ACTIVATION_CASES:

@@ -5,7 +5,6 @@ an earlier launch of the same chain wrote are read past the L1 cache (".cg"), wh
 from before it.
 """
 
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,9 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.triton.activation import gated_activation
 
 
@@ -149,40 +146,3 @@ def load_bias(bias_ptr, step, limit, TILE: gl.constexpr, LAYOUT: gl.constexpr):
     m = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
     bias = gl.load(bias_ptr + step * m, mask=m < limit, other=0.0)
     return gl.expand_dims(bias.to(gl.float32), 1)
-
-
-def matrix_descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """TMA view of a matrix with dense rows, in tiles of [rows, columns]."""
-    dtype = gl.float16 if matrix.dtype is torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
-    return TensorDescriptor(
-        matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout
-    )
-
-
-def gate_up_descriptors(
-    w1: torch.Tensor,
-    I: int,  # noqa: E741
-    activation: DeviceActivation,
-    rows: int,
-    columns: int,
-) -> tuple[TensorDescriptor, TensorDescriptor, int]:
-    """Two views of w1 [e, S * I, H] in which gate and up of a column have the same row number, and
-    how many rows one expert has in them. Without a gate, w1 twice."""
-    halves, H = w1.shape[1] // I, w1.shape[2]
-    matrix = w1.view(-1, H)
-    if not activation.gated:
-        both = matrix_descriptor(matrix, rows, columns)
-        return both, both, I
-    if activation.interleaved:
-        gate, up = matrix[0::2], matrix[1::2]
-        return (
-            matrix_descriptor(gate, rows, columns),
-            matrix_descriptor(up, rows, columns),
-            I,
-        )
-    return (
-        matrix_descriptor(matrix, rows, columns),
-        matrix_descriptor(matrix[I:], rows, columns),
-        halves * I,
-    )

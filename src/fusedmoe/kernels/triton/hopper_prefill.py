@@ -17,468 +17,20 @@ Tiles go round robin over the programs, in groups of GROUP blocks that share wei
 import torch
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import (
+from fusedmoe.kernels.triton.hopper_launch import (
+    HopperLauncher,
     gate_up_descriptors,
-    hopper_activation,
     matrix_descriptor,
-    next_stage,
-    rows_layout,
 )
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
+from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.hopper_tiles import PrefillTiles
-
-BLOCK_M = gl.constexpr(128)
-HALF_M = gl.constexpr(64)
-TILE_N = gl.constexpr(128)
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-PART_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
-
-
-@gluon.jit
-def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner."""
-    group = task // (GROUP * TILES)
-    first = group * GROUP
-    size = gl.minimum(blocks - first, GROUP)
-    rest = task - first * TILES
-    return first + rest % size, rest // size
-
-
-@gluon.jit
-def up_producer(
-    descs,
-    rings,
-    bars,
-    x,
-    position_ptr,
-    tables,
-    sizes,
-    H: gl.constexpr,
-    PICKS: gl.constexpr,
-    TILES: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    a_ring, b_ring = rings
-    full, empty = bars
-    x_ptr, stride_x = x
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
-    R, num_local, desc_rows = sizes
-    STAGES: gl.constexpr = a_ring.shape[0]
-    BK: gl.constexpr = a_ring.shape[2]
-    layout: gl.constexpr = rows_layout(BLOCK_M, BK, gl.num_warps())
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
-
-    blocks = gl.load(num_post_ptr) // BLOCK_M
-    stage = 0
-    phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        expert = gl.load(expert_ids_ptr + block)
-        expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
-        slots = gl.load(sorted_ptr + block * BLOCK_M + row)
-        live = (slots >= 0) & (slots < R)
-        slots = gl.where(live, slots, 0)
-        if tile == 0:
-            gl.store(position_ptr + slots, block * BLOCK_M + row, live)
-        x_rows = gl.expand_dims(x_ptr + (slots // PICKS).to(gl.int64) * stride_x, 1)
-        lives = gl.expand_dims(live, 1)
-        weight_row = expert * desc_rows + tile * WIDE
-        for k in range(0, H, BK):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, 2 * TILE_N * BK * 2)
-            low = b_ring.index(stage).slice(0, TILE_N, 0)
-            high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
-            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
-            tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
-            async_copy.async_copy_global_to_shared(
-                a_ring.index(stage), x_rows + (k + column), lives & (k + column < H)
-            )
-            async_copy.mbarrier_arrive(bar, increment_count=False)
-            stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def down_producer(
-    descs,
-    rings,
-    bars,
-    tables,
-    num_local,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    a_ring, b_ring = rings
-    full, empty = bars
-    act_desc, w_desc = descs
-    expert_ids_ptr, num_post_ptr = tables
-    STAGES: gl.constexpr = a_ring.shape[0]
-    BK: gl.constexpr = a_ring.shape[2]
-    blocks = gl.load(num_post_ptr) // BLOCK_M
-    stage = 0
-    phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        expert = gl.load(expert_ids_ptr + block)
-        expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
-        weight_row = expert * H + tile * (2 * TILE_N)
-        for k in range(0, I, BK):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (BLOCK_M + 2 * TILE_N) * BK * 2)
-            tma.async_copy_global_to_shared(
-                act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
-            )
-            tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def multiply(rings, bars, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
-    """One tile's products, [HALF_M, 2 * TILE_N]: rows of this warpgroup times both weight tiles.
-
-    Each step is freed when the next one has been issued.
-    """
-    a_ring, b_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = a_ring.shape[0]
-    acc = gl.zeros([HALF_M, 2 * TILE_N], gl.float32, ACC)
-    if live:
-        for k in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            before = (stage + STAGES - 1) % STAGES
-            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-            stage, phase = next_stage(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
-    else:
-        for _ in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-    return acc, stage, phase
-
-
-@gluon.jit
-def halves(acc):
-    """The products with the first and with the second weight tile; moves no data."""
-    low, high = gl.split(gl.permute(gl.reshape(acc, [HALF_M, 2, TILE_N]), [0, 2, 1]))
-    return (
-        gl.convert_layout(low, HALF_ACC, assert_trivial=True),
-        gl.convert_layout(high, HALF_ACC, assert_trivial=True),
-    )
-
-
-@gluon.jit
-def store_tile(desc, buffers, value, row, column):
-    """TMA store of [HALF_M, TILE_N] in two parts, by way of this warpgroup's two buffers in turn:
-    the part before the last has left its buffer when a part is written."""
-    PART: gl.constexpr = buffers.shape[2]
-    parts = gl.permute(gl.reshape(value.to(buffers.dtype), [HALF_M, 2, PART]), [0, 2, 1])
-    left, right = gl.split(parts)
-    store_part(desc, buffers.index(0), gl.convert_layout(left, PART_ACC), row, column)
-    store_part(desc, buffers.index(1), gl.convert_layout(right, PART_ACC), row, column + PART)
-
-
-@gluon.jit
-def store_part(desc, buffer, value, row, column):
-    tma.store_wait(1)
-    gl.thread_barrier()
-    buffer.store(value)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
-
-
-@gluon.jit
-def half_is_live(
-    task, blocks, sorted_ptr, R,
-    TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """Whether this warpgroup's half of a task's block holds a slot: places fill from the front."""
-    live = False
-    if task < blocks * TILES:
-        block, _ = tile_of(task, blocks, TILES, GROUP)
-        slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
-        live = (slot >= 0) & (slot < R)
-    return live
-
-
-@gluon.jit
-def load_bias(bias_ptr, step, limit):
-    """bias[step * n] as fp32 [1, TILE_N], 0 from n = limit on."""
-    n = gl.arange(0, TILE_N, gl.SliceLayout(0, HALF_ACC))
-    bias = gl.load(bias_ptr + step * n, mask=n < limit, other=0.0)
-    return gl.expand_dims(bias.to(gl.float32), 0)
-
-
-@gluon.jit
-def up_consumer(
-    out_desc,
-    buffers,
-    bias_ptr,
-    rings,
-    bars,
-    tables,
-    sizes,
-    numbers,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    TILES: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    GROUP: gl.constexpr,
-    WHICH: gl.constexpr,
-):
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
-    R, num_local, _ = sizes
-    limit, alpha, beta = numbers
-    BK: gl.constexpr = rings[0].shape[2]
-    KSTEPS: gl.constexpr = (H + BK - 1) // BK
-    blocks = gl.load(num_post_ptr) // BLOCK_M
-    stage = 0
-    phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        row = block * BLOCK_M + WHICH * HALF_M
-        live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
-        if live:
-            gate, up = halves(acc)
-            column = tile * WIDE
-            if bias_ptr is not None:
-                STEP: gl.constexpr = 2 if INTERLEAVED else 1
-                TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
-                expert = gl.load(expert_ids_ptr + block)
-                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
-                at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
-                gate += load_bias(at, STEP, I - column)
-                up += load_bias(at + TO_UP, STEP, I - column - BELOW)
-            if GATED:
-                act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
-                store_tile(out_desc, buffers, act, row, column)
-            else:
-                store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
-                store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def down_consumer(
-    out_desc,
-    buffers,
-    bias_ptr,
-    rings,
-    bars,
-    tables,
-    R,
-    num_local,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
-    WHICH: gl.constexpr,
-):
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
-    BK: gl.constexpr = rings[0].shape[2]
-    KSTEPS: gl.constexpr = (I + BK - 1) // BK
-    blocks = gl.load(num_post_ptr) // BLOCK_M
-    stage = 0
-    phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        row = block * BLOCK_M + WHICH * HALF_M
-        live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
-        if live:
-            low, high = halves(acc)
-            column = tile * (2 * TILE_N)
-            if bias_ptr is not None:
-                expert = gl.load(expert_ids_ptr + block)
-                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
-                at = bias_ptr + expert * H + column
-                low += load_bias(at, 1, H - column)
-                high += load_bias(at + TILE_N, 1, H - column - TILE_N)
-            store_tile(out_desc, buffers, low, row, column)
-            store_tile(out_desc, buffers, high, row, column + TILE_N)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
-    """(rings, barriers, the output buffers of both warpgroups); FILLERS threads gather beside the
-    TMA arrival."""
-    dtype: gl.constexpr = desc.dtype
-    a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BK], dtype)
-    PART: gl.constexpr = TILE_N // 2
-    out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, PART], dtype)
-    rings = (
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared),
-        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout),
-    )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    out0 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
-    out1 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + FILLERS)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    return rings, (full, empty), out0, out1
-
-
-@gluon.jit(do_not_specialize=UNSPECIALIZED)
-def up_kernel(
-    low_desc,
-    high_desc,
-    out_desc,
-    bias_ptr,
-    x_ptr,
-    position_ptr,
-    expert_ids_ptr,
-    sorted_ptr,
-    num_post_ptr,
-    stride_x,
-    R,
-    num_local,
-    desc_rows,
-    limit,
-    alpha,
-    beta,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    PICKS: gl.constexpr,
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
-    WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
-    BELOW: gl.constexpr = 0 if GATED else TILE_N
-    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
-    rings, bars, out0, out1 = open_rings(low_desc, BK, STAGES, 128)
-    gdc_wait()
-    gdc_launch_dependents()
-    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    sizes = (R, num_local, desc_rows)
-    numbers = (limit, alpha, beta)
-    gl.warp_specialize(
-        [
-            (
-                up_consumer,
-                (
-                    out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 0,
-                ),
-            ),
-            (
-                up_consumer,
-                (
-                    out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 1,
-                ),
-            ),
-            (
-                up_producer,
-                (
-                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr, tables,
-                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP,
-                ),
-            ),
-        ],
-        [4, 4],
-        [216, 72],
-    )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=UNSPECIALIZED)
-def down_kernel(
-    act_desc,
-    w_desc,
-    out_desc,
-    bias_ptr,
-    expert_ids_ptr,
-    sorted_ptr,
-    num_post_ptr,
-    R,
-    num_local,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
-    rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
-    gdc_wait()
-    gdc_launch_dependents()
-    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    gl.warp_specialize(
-        [
-            (
-                down_consumer,
-                (
-                    out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, 0,
-                ),
-            ),
-            (
-                down_consumer,
-                (
-                    out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, 1,
-                ),
-            ),
-            (
-                down_producer,
-                (
-                    (act_desc, w_desc), rings, bars, (expert_ids_ptr, num_post_ptr), num_local,
-                    H, I, TILES, GROUP,
-                ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
 
 
 @triton.jit
@@ -496,17 +48,19 @@ def sum_kernel(
     PICKS: tl.constexpr,
     PADDED_PICKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    gdc_wait()
-    gdc_launch_dependents()
+    follow_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pick = tl.arange(0, PADDED_PICKS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = token * PICKS + pick
     there = pick < PICKS
+    # Nobody wrote the row of a slot without an expert; it is asked for before that is known.
+    row = tl.load(position_ptr + slot, there, 0, cache_modifier=".cg")
     expert = tl.load(ids_ptr + slot, there, -1)
     live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
-    row = tl.load(position_ptr + slot, live, 0, cache_modifier=".cg").to(tl.int64)
+    row = tl.where(live, row, 0).to(tl.int64)
     wanted = live[:, None] & (column < H)[None, :]
     at = row[:, None] * H + column[None, :]
     rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
@@ -515,6 +69,11 @@ def sum_kernel(
     # As hopper_decode's sum, to the bit: the choice keeps product and sum from being contracted.
     total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
     tl.store(out_ptr + token * stride_out + column, total, column < H)
+
+
+_launch_up = HopperLauncher(up_kernel)
+_launch_down = HopperLauncher(down_kernel)
+_launch_sum = Launcher(sum_kernel, chained=True)
 
 
 def prefill(
@@ -541,22 +100,12 @@ def prefill(
     prefill_gemms(
         x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
     )
-    sum_kernel[(T, triton.cdiv(H, 1024))](
-        y,
-        topk_weights,
-        position,
-        topk_ids,
-        expert_map,
-        out,
-        H,
-        out.stride(0),
-        0 if expert_map is None else expert_map.shape[0],
-        w2.shape[0],
-        PICKS=K,
-        PADDED_PICKS=triton.next_power_of_2(K),
-        BLOCK=1024,
-        num_warps=4,
-        launch_pdl=True,
+    _launch_sum(
+        (T, -(-H // 1024)),
+        (y, topk_weights, position, topk_ids, expert_map, out),
+        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], w2.shape[0]),
+        (K, power_of_2(K), 1024),
+        4,
     )
 
 
@@ -580,54 +129,29 @@ def prefill_gemms(
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
-    tile_n, half_m = TILE_N.value, HALF_M.value
-    low, high, desc_rows = gate_up_descriptors(w1, I, activation, tile_n, tiles.depth)
-    up_kernel[(programs,)](
-        low,
-        high,
-        matrix_descriptor(act, half_m, tile_n // 2),
-        w1_bias,
-        x,
-        position,
-        expert_ids,
-        sorted_ids,
-        num_post,
-        x.stride(0),
-        R,
-        e,
-        desc_rows,
-        activation.limit,
-        activation.alpha,
-        activation.beta,
-        H=H,
-        I=I,
-        PICKS=K,
-        FORMULA=activation.formula,
-        GATED=activation.gated,
-        INTERLEAVED=activation.interleaved,
-        BK=tiles.depth,
-        STAGES=tiles.stages,
-        GROUP=tiles.group,
+    rows, stored = BLOCK_M.value, (HALF_M.value, TILE_N.value // 2)
+    weights = (TILE_N.value, tiles.depth)
+    low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
+    steps = (tiles.depth, tiles.stages, tiles.group)
+    _launch_up(
+        programs,
+        (low, high, matrix_descriptor(act, I, stored)),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post),
+        (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
+        (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
         num_warps=4,
         maxnreg=168,
-        launch_pdl=True,
     )
-    down_kernel[(programs,)](
-        matrix_descriptor(act, BLOCK_M.value, tiles.depth),
-        matrix_descriptor(w2.view(e * H, I), 2 * tile_n, tiles.depth),
-        matrix_descriptor(y, half_m, tile_n // 2),
-        w2_bias,
-        expert_ids,
-        sorted_ids,
-        num_post,
-        R,
-        e,
-        H=H,
-        I=I,
-        BK=tiles.depth,
-        STAGES=tiles.stages,
-        GROUP=tiles.group,
+    _launch_down(
+        programs,
+        (
+            matrix_descriptor(act, I, (rows, tiles.depth)),
+            matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
+            matrix_descriptor(y, H, stored),
+        ),
+        (w2_bias, expert_ids, sorted_ids, num_post),
+        (R, e),
+        (H, I, *steps),
         num_warps=4,
         maxnreg=168,
-        launch_pdl=True,
     )

@@ -1,0 +1,171 @@
+"""The first launch of ``hopper_decode``: x [T, H], w1 -> act [R, I], row = slot."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_common import (
+    columns_layout,
+    find_block,
+    hopper_activation,
+    issue_rows,
+    issue_tiles,
+    load_bias,
+    next_stage,
+    next_step,
+    open_barriers,
+    rows_layout,
+    store_columns,
+)
+
+UNSPECIALIZED = ("R", "num_local", "desc_rows")
+
+
+@gluon.jit
+def load_up(
+    task,
+    k,
+    tasks,
+    state,
+    stage,
+    buffers,
+    descs,
+    x,
+    tables,
+    sizes,
+    H: gl.constexpr,
+    PICKS: gl.constexpr,
+    TILES: gl.constexpr,
+    WIDE: gl.constexpr,
+    BELOW: gl.constexpr,
+):
+    """Load step k of a task of up_kernel, if there is such a task.
+
+    state: (row of the weights, rows of x [BN], which of them live), found anew where k == 0.
+    """
+    rings, x_ring, bars = buffers
+    R, num_local, desc_rows = sizes
+    BN: gl.constexpr = x_ring.shape[1]
+    BK: gl.constexpr = x_ring.shape[2]
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, gl.num_warps()))
+    row, x_rows, live = state
+    if task < tasks:
+        if k == 0:
+            expert, slots = find_block(task // TILES, tables, num_local, BN, layout)
+            live = (slots >= 0) & (slots < R)
+            x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
+            row = expert * desc_rows + task % TILES * WIDE
+        issue_tiles(descs, rings, (row, row + BELOW), bars, stage, k * BK)
+        issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
+    return row, x_rows, live
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def up_kernel(
+    gate_desc,
+    up_desc,
+    bias_ptr,
+    x_ptr,
+    out_ptr,
+    expert_ids_ptr,
+    sorted_ptr,
+    num_post_ptr,
+    stride_x,
+    R,
+    num_local,
+    desc_rows,
+    limit,
+    alpha,
+    beta,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    TILE: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
+
+    Without a gate both descriptors are w1's and the second tile lies TILE rows below the first.
+    """
+    dtype: gl.constexpr = gate_desc.dtype
+    WARPS: gl.constexpr = gl.num_warps()
+    KSTEPS: gl.constexpr = (H + BK - 1) // BK
+    WIDE: gl.constexpr = TILE if GATED else 2 * TILE
+    BELOW: gl.constexpr = 0 if GATED else TILE
+    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
+    stored: gl.constexpr = columns_layout(TILE, WARPS)
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
+    gate_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], gate_desc.layout)
+    up_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], up_desc.layout)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], x_shared)
+    bars = open_barriers(STAGES, 32 * WARPS)
+
+    gdc_wait()
+    gdc_launch_dependents()
+    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    buffers = ((gate_ring, up_ring), x_ring, bars)
+    descs = (gate_desc, up_desc)
+    x = (x_ptr, stride_x)
+    tables = (expert_ids_ptr, sorted_ptr)
+    sizes = (R, num_local, desc_rows)
+
+    ahead = first
+    ahead_k = 0
+    state = (0, x_ptr + gl.zeros([BN], gl.int64, rows), gl.zeros([BN], gl.int1, rows))
+    for stage in range(STAGES):
+        state = load_up(
+            ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
+            H, PICKS, TILES, WIDE, BELOW,
+        )  # fmt: skip
+        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+
+    stage = 0
+    phase = 0
+    for task in range(first, tasks, programs):
+        gate = gl.zeros([TILE, BN], gl.float32, acc_layout)
+        up = gl.zeros([TILE, BN], gl.float32, acc_layout)
+        for _ in range(KSTEPS):
+            mbarrier.wait(bars.index(stage), phase)
+            x_tile = x_ring.index(stage).permute((1, 0))
+            gate = warpgroup_mma(gate_ring.index(stage), x_tile, gate, is_async=True)
+            up = warpgroup_mma(up_ring.index(stage), x_tile, up, is_async=True)
+            gate, up = warpgroup_mma_wait(0, deps=(gate, up))
+            gl.thread_barrier()
+            state = load_up(
+                ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
+                H, PICKS, TILES, WIDE, BELOW,
+            )  # fmt: skip
+            ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+        column = task % TILES * WIDE
+        expert, slots = find_block(task // TILES, tables, num_local, BN, gl.SliceLayout(0, stored))
+        if bias_ptr is not None:
+            STEP: gl.constexpr = 2 if INTERLEAVED else 1
+            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
+            at = bias_ptr + expert.to(gl.int64) * (2 * I if GATED else I) + column * STEP
+            gate += load_bias(at, STEP, I - column, TILE, acc_layout)
+            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, acc_layout)
+        if GATED:
+            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
+            store_columns(out_ptr, act, slots, R, column, I, stored)
+        else:
+            act = plain_activation(FORMULA, gate)
+            store_columns(out_ptr, act, slots, R, column, I, stored)
+            act = plain_activation(FORMULA, up)
+            store_columns(out_ptr, act, slots, R, column + TILE, I, stored)

@@ -1,0 +1,209 @@
+"""The first launch of ``hopper_direct``: x [T, H], w1 -> act [R, I]."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_common import hopper_activation, load_bias, next_stage
+from fusedmoe.kernels.triton.hopper_direct_common import (
+    UNSPECIALIZED,
+    live_task,
+    load_experts,
+    multiply,
+    open_ring,
+    pick_out,
+)
+
+
+@gluon.jit
+def up_producer(
+    descs,
+    rings,
+    bars,
+    ids,
+    sizes,
+    desc_rows,
+    KSTEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    VALID: gl.constexpr,
+    GATED: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    low_desc, high_desc, x_desc = descs
+    ring, x_ring = rings
+    full, empty = bars
+    STAGES: gl.constexpr = ring.shape[0]
+    TILE: gl.constexpr = ring.shape[1] // 2
+    BK: gl.constexpr = ring.shape[2]
+    BOX: gl.constexpr = low_desc.block_shape[0]
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    BELOW: gl.constexpr = 0 if GATED else VALID
+    tasks = sizes[0] * TILES
+    programs = gl.num_programs(0)
+
+    gdc_wait()
+    gdc_launch_dependents()
+    experts = load_experts(ids, sizes, SLOTS)
+    task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
+    stage = 0
+    phase = 1
+    while task < tasks:
+        row = pick_out(experts, task // TILES) * desc_rows + task % TILES * WIDE
+        for k in range(KSTEPS):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (2 * VALID + x_ring.shape[1]) * BK * 2)
+            for i in gl.static_range(VALID // BOX):
+                low = ring.index(stage).slice(i * BOX, BOX, 0)
+                high = ring.index(stage).slice(TILE + i * BOX, BOX, 0)
+                at = row + i * BOX
+                tma.async_copy_global_to_shared(low_desc, [at, k * BK], bar, low)
+                tma.async_copy_global_to_shared(high_desc, [at + BELOW, k * BK], bar, high)
+            tma.async_copy_global_to_shared(x_desc, [0, k * BK], bar, x_ring.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+        task = live_task(task + programs, tasks, experts, programs, TILES)
+
+
+@gluon.jit
+def upper_and_lower(acc):
+    """The two halves of the rows of acc."""
+    TILE: gl.constexpr = acc.shape[0] // 2
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, N, 2], [32, 1, 1], [gl.num_warps(), 1, 1], [2, 1, 0]
+    )
+    pairs = gl.permute(gl.reshape(acc, [2, TILE, N]), [1, 2, 0])
+    return gl.split(gl.convert_layout(pairs, layout))
+
+
+@gluon.jit
+def store_token(out_ptr, value, token, column, VALID: gl.constexpr, WIDTH: gl.constexpr):
+    """out[column + m] = value[m, token] for m < VALID."""
+    layout: gl.constexpr = value.type.layout
+    m = gl.expand_dims(gl.arange(0, value.shape[0], gl.SliceLayout(1, layout)), 1)
+    n = gl.expand_dims(gl.arange(0, value.shape[1], gl.SliceLayout(0, layout)), 0)
+    inside = (n == token) & (m < VALID) & (column + m < WIDTH)
+    gl.store(out_ptr + column + m + 0 * n, value.to(out_ptr.dtype.element_ty), inside)
+
+
+@gluon.jit
+def up_consumer(
+    bias_ptr,
+    out_ptr,
+    rings,
+    bars,
+    ids,
+    sizes,
+    numbers,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    KSTEPS: gl.constexpr,
+    TILES: gl.constexpr,
+    VALID: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    ring, x_ring = rings
+    limit, alpha, beta = numbers
+    N: gl.constexpr = x_ring.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    TILE: gl.constexpr = ring.shape[1] // 2
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    BELOW: gl.constexpr = 0 if GATED else VALID
+    tasks = sizes[0] * TILES
+    programs = gl.num_programs(0)
+
+    gdc_wait()
+    experts = load_experts(ids, sizes, SLOTS)
+    task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
+    stage = 0
+    phase = 0
+    while task < tasks:
+        acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
+        gate, up = upper_and_lower(acc)
+        layout: gl.constexpr = gate.type.layout
+        slot = task // TILES
+        token = slot // PICKS
+        column = task % TILES * WIDE
+        if bias_ptr is not None:
+            STEP: gl.constexpr = 2 if INTERLEAVED else 1
+            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else VALID
+            expert = pick_out(experts, slot).to(gl.int64)
+            at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
+            gate += load_bias(at, STEP, I - column, TILE, layout)
+            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
+        out = out_ptr + slot.to(gl.int64) * I
+        if GATED:
+            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
+            store_token(out, act, token, column, VALID, I)
+        else:
+            store_token(out, plain_activation(FORMULA, gate), token, column, VALID, I)
+            store_token(out, plain_activation(FORMULA, up), token, column + VALID, VALID, I)
+        task = live_task(task + programs, tasks, experts, programs, TILES)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def up_kernel(
+    low_desc,
+    high_desc,
+    x_desc,
+    bias_ptr,
+    out_ptr,
+    ids_ptr,
+    map_ptr,
+    R,
+    num_mapped,
+    num_local,
+    desc_rows,
+    limit,
+    alpha,
+    beta,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    SLOTS: gl.constexpr,
+    TILE: gl.constexpr,
+    VALID: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Descriptors of w1 as in ``hopper_decode.up_kernel``, of BOX rows, a divisor of VALID."""
+    dtype: gl.constexpr = low_desc.dtype
+    TOKENS: gl.constexpr = x_desc.block_shape[0]
+    KSTEPS: gl.constexpr = (H + BK - 1) // BK
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    rings = (
+        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE, BK], low_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, TOKENS, BK], x_desc.layout),
+    )
+    bars = open_ring(STAGES, 1)
+    ids = (ids_ptr, map_ptr)
+    sizes = (R, num_mapped, num_local)
+    gl.warp_specialize(
+        [
+            (
+                up_consumer,
+                (
+                    bias_ptr, out_ptr, rings, bars, ids, sizes, (limit, alpha, beta), I, PICKS,
+                    FORMULA, GATED, INTERLEAVED, KSTEPS, TILES, VALID, SLOTS,
+                ),
+            ),
+            (
+                up_producer,
+                (
+                    (low_desc, high_desc, x_desc), rings, bars, ids, sizes, desc_rows, KSTEPS,
+                    TILES, VALID, GATED, SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [56],
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""What both kernels of ``hopper_prefill`` do: the order of tiles, products, stores, the rings."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fusedmoe.kernels.triton.hopper_common import next_stage
+
+BLOCK_M = gl.constexpr(128)
+HALF_M = gl.constexpr(64)
+TILE_N = gl.constexpr(128)
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+PART_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+
+
+@gluon.jit
+def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
+    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner."""
+    group = task // (GROUP * TILES)
+    first = group * GROUP
+    size = gl.minimum(blocks - first, GROUP)
+    rest = task - first * TILES
+    return first + rest % size, rest // size
+
+
+@gluon.jit
+def multiply(rings, bars, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+    """One tile's products, [HALF_M, 2 * TILE_N]: rows of this warpgroup times both weight tiles.
+
+    Each step is freed when the next one has been issued.
+    """
+    a_ring, b_ring = rings
+    full, empty = bars
+    STAGES: gl.constexpr = a_ring.shape[0]
+    acc = gl.zeros([HALF_M, 2 * TILE_N], gl.float32, ACC)
+    if live:
+        for k in range(KSTEPS):
+            mbarrier.wait(full.index(stage), phase)
+            a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            before = (stage + STAGES - 1) % STAGES
+            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
+            stage, phase = next_stage(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    else:
+        for _ in range(KSTEPS):
+            mbarrier.wait(full.index(stage), phase)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def halves(acc):
+    """The products with the first and with the second weight tile; moves no data."""
+    low, high = gl.split(gl.permute(gl.reshape(acc, [HALF_M, 2, TILE_N]), [0, 2, 1]))
+    return (
+        gl.convert_layout(low, HALF_ACC, assert_trivial=True),
+        gl.convert_layout(high, HALF_ACC, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def store_tile(desc, buffers, value, row, column):
+    """TMA store of [HALF_M, TILE_N] in two parts, by way of this warpgroup's two buffers in turn:
+    the part before the last has left its buffer when a part is written."""
+    PART: gl.constexpr = buffers.shape[2]
+    parts = gl.permute(gl.reshape(value.to(buffers.dtype), [HALF_M, 2, PART]), [0, 2, 1])
+    left, right = gl.split(parts)
+    store_part(desc, buffers.index(0), gl.convert_layout(left, PART_ACC), row, column)
+    store_part(desc, buffers.index(1), gl.convert_layout(right, PART_ACC), row, column + PART)
+
+
+@gluon.jit
+def store_part(desc, buffer, value, row, column):
+    tma.store_wait(1)
+    gl.thread_barrier()
+    buffer.store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+
+
+@gluon.jit
+def half_is_live(
+    task, blocks, sorted_ptr, R,
+    TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Whether this warpgroup's half of a task's block holds a slot: places fill from the front."""
+    live = False
+    if task < blocks * TILES:
+        block, _ = tile_of(task, blocks, TILES, GROUP)
+        slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
+        live = (slot >= 0) & (slot < R)
+    return live
+
+
+@gluon.jit
+def load_bias(bias_ptr, step, limit):
+    """bias[step * n] as fp32 [1, TILE_N], 0 from n = limit on."""
+    n = gl.arange(0, TILE_N, gl.SliceLayout(0, HALF_ACC))
+    bias = gl.load(bias_ptr + step * n, mask=n < limit, other=0.0)
+    return gl.expand_dims(bias.to(gl.float32), 0)
+
+
+@gluon.jit
+def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
+    """(rings, barriers, the output buffers of both warpgroups); FILLERS threads gather beside the
+    TMA arrival."""
+    dtype: gl.constexpr = desc.dtype
+    a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BK], dtype)
+    PART: gl.constexpr = TILE_N // 2
+    out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, PART], dtype)
+    rings = (
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared),
+        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout),
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    out0 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
+    out1 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + FILLERS)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    return rings, (full, empty), out0, out1

@@ -1,0 +1,177 @@
+"""The second launch of ``hopper_prefill``: act [P, I], w2 -> y [P, H]."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_prefill_common import (
+    BLOCK_M,
+    HALF_M,
+    TILE_N,
+    half_is_live,
+    halves,
+    load_bias,
+    multiply,
+    open_rings,
+    store_tile,
+    tile_of,
+)
+
+UNSPECIALIZED = ("R", "num_local")
+
+
+@gluon.jit
+def weight_row_of(
+    task, blocks, expert_ids_ptr, num_local,
+    H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    block, tile = tile_of(task, blocks, TILES, GROUP)
+    expert = gl.load(expert_ids_ptr + block)
+    return gl.minimum(gl.maximum(expert, 0), num_local - 1) * H + tile * (2 * TILE_N)
+
+
+@gluon.jit
+def down_producer(
+    descs,
+    rings,
+    bars,
+    tables,
+    num_local,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    TILES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    a_ring, b_ring = rings
+    full, empty = bars
+    act_desc, w_desc = descs
+    expert_ids_ptr, num_post_ptr = tables
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BK: gl.constexpr = a_ring.shape[2]
+    blocks = gl.load(num_post_ptr) // BLOCK_M
+    tasks = blocks * TILES
+    first = gl.program_id(0)
+    # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
+    EARLY: gl.constexpr = min(STAGES, (I + BK - 1) // BK)
+    BYTES: gl.constexpr = (BLOCK_M + 2 * TILE_N) * BK * 2
+    if first < tasks:
+        weight_row = weight_row_of(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+        for stage in gl.static_range(EARLY):
+            bar = full.index(stage)
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(
+                w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
+            )
+    gdc_wait()
+    gdc_launch_dependents()
+    stage = 0
+    phase = 1
+    for task in range(first, tasks, gl.num_programs(0)):
+        block, _ = tile_of(task, blocks, TILES, GROUP)
+        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+        for k in range(0, I, BK):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            if (task != first) | (k >= EARLY * BK):
+                mbarrier.expect(bar, BYTES)
+                tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
+            tma.async_copy_global_to_shared(
+                act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
+            )
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def down_consumer(
+    out_desc,
+    buffers,
+    bias_ptr,
+    rings,
+    bars,
+    tables,
+    R,
+    num_local,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    TILES: gl.constexpr,
+    GROUP: gl.constexpr,
+    WHICH: gl.constexpr,
+):
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
+    BK: gl.constexpr = rings[0].shape[2]
+    KSTEPS: gl.constexpr = (I + BK - 1) // BK
+    blocks = gl.load(num_post_ptr) // BLOCK_M
+    stage = 0
+    phase = 0
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
+        block, tile = tile_of(task, blocks, TILES, GROUP)
+        row = block * BLOCK_M + WHICH * HALF_M
+        live = coming & True
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        if live:
+            low, high = halves(acc)
+            column = tile * (2 * TILE_N)
+            if bias_ptr is not None:
+                expert = gl.load(expert_ids_ptr + block)
+                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
+                at = bias_ptr + expert * H + column
+                low += load_bias(at, 1, H - column)
+                high += load_bias(at + TILE_N, 1, H - column - TILE_N)
+            store_tile(out_desc, buffers, low, row, column)
+            store_tile(out_desc, buffers, high, row, column + TILE_N)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def down_kernel(
+    act_desc,
+    w_desc,
+    out_desc,
+    bias_ptr,
+    expert_ids_ptr,
+    sorted_ptr,
+    num_post_ptr,
+    R,
+    num_local,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
+    rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
+    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    gl.warp_specialize(
+        [
+            (
+                down_consumer,
+                (
+                    out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, 0,
+                ),
+            ),
+            (
+                down_consumer,
+                (
+                    out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, 1,
+                ),
+            ),
+            (
+                down_producer,
+                (
+                    (act_desc, w_desc), rings, bars, (expert_ids_ptr, num_post_ptr), num_local,
+                    H, I, TILES, GROUP,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""The first launch of ``hopper_prefill``: x [T, H], w1 -> act [P, I], and position [R]."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, rows_layout
+from fusedmoe.kernels.triton.hopper_prefill_common import (
+    BLOCK_M,
+    HALF_M,
+    TILE_N,
+    half_is_live,
+    halves,
+    load_bias,
+    multiply,
+    open_rings,
+    store_tile,
+    tile_of,
+)
+
+UNSPECIALIZED = ("R", "num_local", "desc_rows")
+
+
+@gluon.jit
+def up_producer(
+    descs,
+    rings,
+    bars,
+    x,
+    position_ptr,
+    tables,
+    sizes,
+    H: gl.constexpr,
+    PICKS: gl.constexpr,
+    TILES: gl.constexpr,
+    WIDE: gl.constexpr,
+    BELOW: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    a_ring, b_ring = rings
+    full, empty = bars
+    x_ptr, stride_x = x
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
+    R, num_local, desc_rows = sizes
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BK: gl.constexpr = a_ring.shape[2]
+    layout: gl.constexpr = rows_layout(BLOCK_M, BK, gl.num_warps())
+    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
+
+    blocks = gl.load(num_post_ptr) // BLOCK_M
+    stage = 0
+    phase = 1
+    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+        block, tile = tile_of(task, blocks, TILES, GROUP)
+        expert = gl.load(expert_ids_ptr + block)
+        expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
+        slots = gl.load(sorted_ptr + block * BLOCK_M + row)
+        live = (slots >= 0) & (slots < R)
+        slots = gl.where(live, slots, 0)
+        if tile == 0:
+            gl.store(position_ptr + slots, block * BLOCK_M + row, live)
+        x_rows = gl.expand_dims(x_ptr + (slots // PICKS).to(gl.int64) * stride_x, 1)
+        lives = gl.expand_dims(live, 1)
+        weight_row = expert * desc_rows + tile * WIDE
+        for k in range(0, H, BK):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * TILE_N * BK * 2)
+            low = b_ring.index(stage).slice(0, TILE_N, 0)
+            high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
+            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
+            tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
+            if H % BK == 0:  # noqa: SIM108 (a compile-time branch)
+                inside = lives
+            else:
+                inside = lives & (k + column < H)
+            async_copy.async_copy_global_to_shared(
+                a_ring.index(stage), x_rows + (k + column), inside
+            )
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def up_consumer(
+    out_desc,
+    buffers,
+    bias_ptr,
+    rings,
+    bars,
+    tables,
+    sizes,
+    numbers,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    TILES: gl.constexpr,
+    WIDE: gl.constexpr,
+    BELOW: gl.constexpr,
+    GROUP: gl.constexpr,
+    WHICH: gl.constexpr,
+):
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
+    R, num_local, _ = sizes
+    limit, alpha, beta = numbers
+    BK: gl.constexpr = rings[0].shape[2]
+    KSTEPS: gl.constexpr = (H + BK - 1) // BK
+    blocks = gl.load(num_post_ptr) // BLOCK_M
+    stage = 0
+    phase = 0
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
+        block, tile = tile_of(task, blocks, TILES, GROUP)
+        row = block * BLOCK_M + WHICH * HALF_M
+        live = coming & True
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        if live:
+            gate, up = halves(acc)
+            column = tile * WIDE
+            if bias_ptr is not None:
+                STEP: gl.constexpr = 2 if INTERLEAVED else 1
+                TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
+                expert = gl.load(expert_ids_ptr + block)
+                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
+                at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
+                gate += load_bias(at, STEP, I - column)
+                up += load_bias(at + TO_UP, STEP, I - column - BELOW)
+            if GATED:
+                act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
+                store_tile(out_desc, buffers, act, row, column)
+            else:
+                store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
+                store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def up_kernel(
+    low_desc,
+    high_desc,
+    out_desc,
+    bias_ptr,
+    x_ptr,
+    position_ptr,
+    expert_ids_ptr,
+    sorted_ptr,
+    num_post_ptr,
+    stride_x,
+    R,
+    num_local,
+    desc_rows,
+    limit,
+    alpha,
+    beta,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
+    WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
+    BELOW: gl.constexpr = 0 if GATED else TILE_N
+    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    rings, bars, out0, out1 = open_rings(low_desc, BK, STAGES, 128)
+    gdc_wait()
+    gdc_launch_dependents()
+    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    sizes = (R, num_local, desc_rows)
+    numbers = (limit, alpha, beta)
+    gl.warp_specialize(
+        [
+            (
+                up_consumer,
+                (
+                    out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 0,
+                ),
+            ),
+            (
+                up_consumer,
+                (
+                    out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 1,
+                ),
+            ),
+            (
+                up_producer,
+                (
+                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr, tables,
+                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP,
+                ),
+            ),
+        ],
+        [4, 4],
+        [216, 72],
+    )  # fmt: skip
