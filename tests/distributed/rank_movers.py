@@ -14,11 +14,13 @@ from fusedmoe import FusedMoEQuantConfig
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.modular_kernel.kernel import finish
 from fusedmoe.prepare_finalize.all_to_all import AllToAllPrepareAndFinalize
+from fusedmoe.prepare_finalize.dispatch import quantize_input
 from fusedmoe.prepare_finalize.naive_dp_ep import (
     MoEPrepareAndFinalizeNaiveDPEPModular,
     MoEPrepareAndFinalizeNaiveDPEPMonolithic,
 )
 from fusedmoe.quantization.config import FusedMoEQuantDesc
+from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, GroupShape
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
 
 E, K, H = 8, 2, 16
@@ -179,14 +181,36 @@ def check_monolithic() -> None:
     assert torch.equal(one.finalize(rows.float()), 4 * to_float8(x, PLAIN)[0].float())
 
 
+def check_quantized_before_sending(mover: str) -> None:
+    """By itself: per row, per 8 columns, with one scale given, with one found on each rank."""
+    rank, where = dist.get_rank(), sources(mover)
+    for shape, given in (
+        (PER_TOKEN, None),
+        (GroupShape(1, 8), None),
+        (PER_TENSOR, 0.01),
+        (PER_TENSOR, None),
+    ):
+        fixed = None if given is None else torch.tensor([given])
+        desc = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=shape, scale=fixed)
+        config = FusedMoEQuantConfig(a1=desc)
+        one = MOVERS[mover](ranks=ranks())
+        found = one.prepare(*batch(rank), E, expert_map(rank), False, config)
+        for row, (r, t) in enumerate(where):
+            rows, scale = quantize_input(batch(r)[0], config)
+            assert torch.equal(found.hidden_states[row].float(), rows[t].float())
+            if given is None:
+                assert torch.equal(found.scale[row], scale[t])
+        if given is not None:
+            assert torch.equal(found.scale, fixed)
+        deferred = one.begin().prepare(*batch(rank), E, expert_map(rank), False, config, True)
+        assert deferred.hidden_states.dtype is torch.float32
+
+
 def check_refusals() -> None:
     rank = dist.get_rank()
     x, weights, ids = batch(rank)
-    fp8 = FusedMoEQuantConfig(a1=FusedMoEQuantDesc(dtype=torch.float8_e4m3fn))
     for cls in MOVERS.values():
         one = cls(ranks=ranks())
-        with pytest.raises(ValueError, match="need a function that quantizes"):
-            one.prepare(x, weights, ids, E, expert_map(rank), False, fp8)
         one.set_lora_context(SimpleNamespace(token_lora_mapping=torch.zeros(9)))
         with pytest.raises(ValueError, match="token_lora_mapping must be int32"):
             one.prepare(x, weights, ids, E, expert_map(rank), False, PLAIN)

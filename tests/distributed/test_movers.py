@@ -33,6 +33,11 @@ def test_logits_travel_where_experts_route(ranks):
     ranks.run(rank_movers.check_monolithic)
 
 
+@pytest.mark.parametrize("mover", MOVERS)
+def test_rows_are_quantized_before_they_are_sent(ranks, mover):
+    ranks.run(rank_movers.check_quantized_before_sending, mover)
+
+
 def test_what_cannot_be_sent_is_refused(ranks):
     ranks.run(rank_movers.check_refusals)
 

@@ -11,6 +11,7 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, pack_rows, unpack_rows
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
+from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -31,16 +32,20 @@ class LoRAContext(Protocol):
     token_lora_mapping: torch.Tensor
 
 
-def refuse_to_quantize(
+def quantize_input(
     a1: torch.Tensor, quant_config: FusedMoEQuantConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """For layers whose activations stay as they are."""
-    if quant_config.a1.dtype is not None:
-        raise ValueError(
-            f"activations in {quant_config.a1.dtype} need a function that quantizes them before "
-            "they are sent"
-        )
-    return a1, None
+    """Rows in the activation format of ``quant_config``; as they are where it has none.
+
+    One scale for all rows, found from this rank's rows alone, becomes one per row.
+    """
+    key = quant_config.a1.key
+    if key is None:
+        return a1, None
+    rows, scale = quantize_rows(a1, key, quant_config.a1.scale)
+    if quant_config.a1.scale is None and scale.dim() < 2:
+        scale = scale.reshape(1, 1).expand(a1.shape[0], 1)
+    return rows, scale
 
 
 class Luggage(NamedTuple):
@@ -78,7 +83,7 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         *,
         ranks: TokenRanks | None = None,
         max_num_tokens: int | None = None,
-        quantize: QuantizeInput = refuse_to_quantize,
+        quantize: QuantizeInput = quantize_input,
     ) -> None:
         self.is_sequence_parallel = is_sequence_parallel
         self.ranks = TokenRanks(()) if ranks is None else ranks
