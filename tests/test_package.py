@@ -182,6 +182,9 @@ def test_the_wheel_is_pure_python_and_complete(tmp_path: Path) -> None:
     assert not [f for f in files if f.endswith((".so", ".pyc", ".pyd", ".o", ".cubin"))]
     packed = {f"fusedmoe/{path.relative_to(SOURCE).as_posix()}" for path in MODULES}
     assert packed <= files
+    tables = {f"fusedmoe/{path.relative_to(SOURCE).as_posix()}" for path in SOURCE.rglob("*.json")}
+    assert tables
+    assert tables <= files
     assert any(f.endswith("licenses/LICENSE") for f in files)
     assert not [f for f in files if f.startswith("tests/")]
 

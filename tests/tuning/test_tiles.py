@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, TileConfig, gemm1_tiles, layer_tiles
+from fusedmoe.tuning.tiles import (
+    HOPPER_SHARED_MEMORY,
+    TileConfig,
+    expected_blocks,
+    gemm1_tiles,
+    gemm2_tiles,
+    layer_tiles,
+)
 
 SHAPES = [  # K, E, H, I
     (8, 128, 2048, 768),
@@ -50,7 +57,7 @@ def test_steps_divide_the_depth_where_they_can():
     assert gemm1_tiles(1, 1, 4, 64, 40, torch.bfloat16).block_k == 64
 
 
-@pytest.mark.parametrize(("T", "width"), [(1, 64), (2, 32), (4, 64), (64, 64)])
+@pytest.mark.parametrize(("T", "width"), [(1, 64), (2, 32), (3, 64), (4, 64), (64, 64)])
 def test_few_tiles_are_as_wide_as_leaves_no_multiprocessor_behind(T, width):
     """132 of them: 96 tiles of 64 columns go in one turn, 192 in two, which 384 halves undercut."""
     assert gemm1_tiles(T, 8, 128, 768, 2048, torch.bfloat16).block_n == width
@@ -61,6 +68,24 @@ def test_three_programs_share_a_multiprocessor_where_two_would_need_another_roun
     shallow = gemm1_tiles(4, 8, 128, 768, 2048, torch.bfloat16)
     deep = gemm1_tiles(64, 8, 128, 768, 2048, torch.bfloat16)
     assert (shallow.num_stages, deep.num_stages) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("R", "E", "block_m"),
+    [(16, 8, 16), (64, 128, 16), (512, 8, 64), (1218, 8, 128), (4096, 64, 64), (8192, 16, 16)],
+)
+def test_blocks_are_counted_as_random_routing_makes_them(R, E, block_m):
+    generator = torch.Generator().manual_seed(0)
+    counts = [
+        torch.randint(0, E, (R,), generator=generator).bincount(minlength=E) for _ in range(100)
+    ]
+    mean = sum(((c + block_m - 1) // block_m).sum().item() for c in counts) / len(counts)
+    assert expected_blocks(R, E, block_m) == pytest.approx(mean, rel=0.02)
+
+
+def test_two_blocks_per_expert_are_not_cut_narrower():
+    """152 rows take two blocks of 128, so that 256 tiles of 256 columns are two even rounds."""
+    assert gemm2_tiles(609, 2, 8, 4096, 14336, torch.bfloat16).block_n == 256
 
 
 def test_blocks_are_wide_where_an_expert_has_one():

@@ -26,7 +26,7 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.choice import checked_table, device_facts, tiles_for
 from fusedmoe.tuning.table_file import table_from_text
-from fusedmoe.tuning.tiles import LayerTiles
+from fusedmoe.tuning.tiles import LayerTiles, slots_are_alone
 from fusedmoe.tuning.tuned_table import TunedTable
 
 TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -111,8 +111,8 @@ def slot_blocks(
     block_m: int,
     batch_invariant: bool,
 ) -> MoEAlignment | LoneSlots:
-    """No table, and a launch less, where slots are so few that two rarely share an expert."""
-    if topk_ids.numel() * 4 <= e and not batch_invariant:
+    """No table, and a launch less, where slots are few."""
+    if slots_are_alone(topk_ids.numel(), e) and not batch_invariant:
         return LoneSlots(topk_ids.reshape(-1), expert_map)
     alignment = moe_align_block_size(
         topk_ids,

@@ -86,18 +86,36 @@ _BATCH_INVARIANT_BLOCK_M = 64
 _MAX_STAGES = 6
 # A last step that is mostly empty costs less than rows of half the length.
 _NEARLY = 1.04
-# Narrower tiles read the rows more often, so they have to spread the work this much better.
-_BETTER = 0.85
+# Narrower tiles read the rows more often, and high ones multiply more slowly, so they have to
+# spread the work this much better: low ones, high ones.
+_BETTER = (0.85, 0.6)
 _NARROWEST = 64  # rows of weights, gate and up together
 _MAX_GROUP_M = 32
 # Rows of a that one group of blocks reads again for every tile of columns; they must stay in L2.
 _GROUP_BYTES = 36 * 2**20
 
 
+@lru_cache(maxsize=4096)
 def expected_blocks(R: int, E: int, block_m: int) -> float:
-    """Blocks of slots under uniform routing: one per expert hit, more where experts overflow."""
-    hit = E * (1.0 - (1.0 - 1.0 / E) ** R)
-    return max(hit, R / block_m)
+    """Blocks of slots under uniform routing: one per expert hit, more where experts overflow.
+
+    The mean of ceil(rows / block_m) over the experts, whose rows are about normal around R / E.
+    """
+    rows, hit = R / E, 1.0 - (1.0 - 1.0 / E) ** R
+    if rows >= 8 * block_m:
+        return E * (rows / block_m + 0.5)
+    spread = math.sqrt(2.0 * max(rows, 1.0))
+    overflows = (
+        0.5 * math.erfc((more * block_m + 0.5 - rows) / spread)
+        for more in range(1, int(rows / block_m) + 3)
+    )
+    return min(float(R), E * (hit + sum(overflows)))
+
+
+def slots_are_alone(R: int, E: int) -> bool:
+    """Whether R slots are so few that two rarely share one of E experts: each is a block by itself,
+    and no table of blocks is made."""
+    return R * 4 <= E
 
 
 def rows_block(R: int, E: int) -> int:
@@ -135,7 +153,7 @@ def _group_m(blocks_per_expert: float, block_bytes: int) -> int:
     return group
 
 
-def _width(block_n: int, narrowest: int, blocks: float, N: int) -> int:
+def _width(block_n: int, narrowest: int, blocks: float, N: int, better: float) -> int:
     """How wide a tile is: so that, where there are few, no multiprocessor has more columns to work
     through than others.
 
@@ -152,7 +170,7 @@ def _width(block_n: int, narrowest: int, blocks: float, N: int) -> int:
     best = block_n
     while block_n > narrowest:
         block_n //= 2
-        if columns(block_n) <= _BETTER * columns(best):
+        if columns(block_n) <= better * columns(best):
             best = block_n
     return best
 
@@ -185,9 +203,10 @@ def _tile(
         # fp32 is computed without tensor cores, in registers: small tiles.
         block_n, block_k = min(block_n, 64), 32
     block_k = _step(D, block_k)
-    blocks = expected_blocks(R, E, block_m)
+    blocks = R if slots_are_alone(R, E) else expected_blocks(R, E, block_m)
     if not fixed:
-        block_n = _width(block_n, _NARROWEST // weight_tiles, blocks, N)
+        better = _BETTER[block_m >= 64]
+        block_n = _width(block_n, _NARROWEST // weight_tiles, blocks, N, better)
         if block_m < 64:
             per_multiprocessor = _programs(blocks * -(-N // block_n))
     stage = (block_m + weight_tiles * block_n) * block_k * itemsize

@@ -17,7 +17,7 @@ import torch
 from fusedmoe.bench.problems import Weights
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.tuning.tiles import TileConfig
+from fusedmoe.tuning.tiles import TileConfig, slots_are_alone
 from fusedmoe.tuning.tuner.gemms import run_gemm
 
 MAX_PROCESSES = 16
@@ -104,7 +104,7 @@ def nothing_to_do(
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     yield MoEAlignment(numbers(*[shape.k] * tile.block_m), numbers(-1), numbers(0))
-    if shape.k * 4 <= shape.E and tile.block_m < 64:
+    if slots_are_alone(shape.k, shape.E) and tile.block_m < 64:
         yield LoneSlots(numbers(*[-1] * shape.k))
 
 
