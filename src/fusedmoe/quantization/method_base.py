@@ -124,6 +124,10 @@ class FusedMoEMethodBase(ABC):
         if self._built is not None:
             self._built.prepacked = False
 
+    def forget_kernel(self) -> None:
+        """Let go of the kernel and of what it prepacked; the next use chooses one anew."""
+        self._built = None
+
     def choose_kernel(self, layer: RoutedExperts) -> None:
         """Choose the kernel for where the weights are, unless it is known ("meta": not yet).
 

@@ -21,6 +21,13 @@ from fusedmoe.integrations.transformers.borrowed import (
     module_weights,
 )
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
+from fusedmoe.integrations.transformers.gates import Gate
+from fusedmoe.integrations.transformers.packed import (
+    HeldExperts,
+    PackedExperts,
+    hold_experts,
+    is_packed,
+)
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import (
     StackedWeights,
@@ -48,7 +55,7 @@ class BlockForward(Replacement):
         self,
         block: nn.Module,
         family: Family,
-        weights: ExpertWeights,
+        weights: ExpertWeights | None,
         runner: MoERunner,
         replay_rows: int,
     ) -> None:
@@ -218,33 +225,30 @@ def make_replacements(
     """
     if not family.whole:
         return _make_parts(block, family, options)
-    part, module = family.experts, at(block, family.experts.at)
-    gate = gate_of_list(module[0]) if part.layout == "list" else gate_of_experts(part, module)
+    module = at(block, family.experts.at)
+    gate = None if is_packed(module) else _gate(family, module)
     router = BlockRouter(family.router, block)
     router.keep_result = family.returns == "hidden_and_weights"
     transforms = [
         None if isinstance(found := at(block, path), nn.Identity) else found
         for path in (family.input_projection, family.output_projection)
     ]
-    weights = _weights(family, module)
-    try:
-        experts = borrow_experts(
-            weights,
-            gate,
-            router.spec.top_k,
-            weights_on_input=family.weights_on_input,
-            num_zero_experts=router.spec.num_zero_experts,
-            hash_routing=family.router.hash_table is not None,
-            require_modular=router.keep_result
-            or family.router.decides
-            or router.spec.num_zero_experts > 0
-            or transforms[0] is not None,
-            options=options,
-        )
-    except ValueError:
-        if isinstance(weights, StackedWeights):
-            weights.stack.release()
-        raise
+    demands: dict[str, bool | int] = {
+        "weights_on_input": family.weights_on_input,
+        "num_zero_experts": router.spec.num_zero_experts,
+        "hash_routing": family.router.hash_table is not None,
+        "require_modular": router.keep_result
+        or family.router.decides
+        or router.spec.num_zero_experts > 0
+        or transforms[0] is not None,
+    }
+    weights: ExpertWeights | None = None
+    experts: BorrowedExperts | HeldExperts
+    if gate is None:
+        experts = hold_experts(module, router.spec.top_k, options, **demands)
+    else:
+        weights = _weights(family, module)
+        experts = _borrow(weights, gate, router.spec.top_k, options, demands)
     runner = MoERunner(
         experts.moe_config,
         router,
@@ -257,6 +261,27 @@ def make_replacements(
     return [BlockForward(block, family, weights, runner, replay_rows)]
 
 
+def _gate(family: Family, module: nn.Module) -> Gate:
+    part = family.experts
+    return gate_of_list(module[0]) if part.layout == "list" else gate_of_experts(part, module)  # type: ignore[index]
+
+
+def _borrow(
+    weights: ExpertWeights,
+    gate: Gate,
+    top_k: int,
+    options: MoEOptions | None,
+    demands: dict[str, Any],
+) -> BorrowedExperts:
+    """Experts on the module's tensors; what was stacked for them is released if there are none."""
+    try:
+        return borrow_experts(weights, gate, top_k, options=options, **demands)
+    except ValueError:
+        if isinstance(weights, StackedWeights):
+            weights.stack.release()
+        raise
+
+
 def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) -> list[Replacement]:
     module = at(block, family.experts.at)
     router_module = at(block, family.router.at)
@@ -266,6 +291,8 @@ def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) ->
         router = BlockRouter(family.router, block)
         top_k = router.spec.top_k
         made.append(RouterForward(router_module, router))
+    if isinstance(module, PackedExperts):
+        return made
     gate = gate_of_experts(family.experts, module)
     experts = borrow_experts(_weights(family, module), gate, top_k or 1, options=options)
     return [*made, ExpertsForward(module, experts)]

@@ -203,7 +203,7 @@ def _mismatch(row: Family, block: nn.Module, home: str) -> str | None:
     """Why ``row`` does not describe ``block``, whose classes live in ``home``; None: it does."""
     for name, part in (("router", row.router), ("experts", row.experts)):
         found = at(block, part.at)
-        own = (home, part.cls) == (type(found).__module__, type(found).__name__)
+        own = (home, part.cls) == _class_of(found) or (part is row.experts and is_fp8(found))
         if not own and type(found) is not TORCH_CLASSES.get(part.cls):
             return f"its {name} is {_describe(found)}, not {part.cls}"
         if found is not block and "forward" in vars(found):
@@ -213,6 +213,21 @@ def _mismatch(row: Family, block: nn.Module, home: str) -> str | None:
         if value not in allowed:
             return f"{path} is {value!r}, not {' or '.join(map(repr, allowed))}"
     return None
+
+
+def _class_of(module: Any) -> tuple[str, str]:
+    """(Python module, class), those of the module that a replacement stands for."""
+    stands_for: tuple[str, str] | None = getattr(module, "stands_for", None)
+    return stands_for or (type(module).__module__, type(module).__name__)
+
+
+def is_fp8(experts: Any) -> bool:
+    """Whether Transformers' fp8 quantizer has put its own experts there, whatever was before."""
+    return any(
+        (cls.__module__, cls.__name__)
+        == ("transformers.integrations.finegrained_fp8", "FP8Experts")
+        for cls in type(experts).__mro__
+    )
 
 
 def _describe(found: Any) -> str:

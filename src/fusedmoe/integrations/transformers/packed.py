@@ -15,10 +15,19 @@ from torch import nn
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.borrowed import experts_config, gate_of_experts
 from fusedmoe.integrations.transformers.experts_function import _NoBackward
-from fusedmoe.integrations.transformers.families import Experts, Family, at, find_family
-from fusedmoe.integrations.transformers.gates import Gate
+from fusedmoe.integrations.transformers.families import (
+    Experts,
+    Family,
+    at,
+    find_family,
+    is_fp8,
+)
+from fusedmoe.integrations.transformers.gates import Gate, gate_of
 from fusedmoe.quantization.dialects import Scheme
 from fusedmoe.quantization.dialects.methods import method_of
+from fusedmoe.quantization.keys import GroupShape, fp8_dynamic_group
+from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
+from fusedmoe.quantization.tensor import QuantFormat
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.weights.checkpoint_experts import ExpertLayer
 from fusedmoe.weights.families import read_sizes
@@ -69,7 +78,7 @@ class PackedExperts(nn.Module):
         options: MoEOptions | None = None,
         tensors: dict[str, Any] | None = None,
         **demands: bool | int,
-    ) -> RoutedExperts:
+    ) -> HeldExperts:
         """Experts of this scheme: new ones, or over existing ``tensors``.
 
         ``demands`` are those of ``experts_config``.
@@ -90,7 +99,7 @@ class PackedExperts(nn.Module):
             if self.scheme is None
             else method_of(self.scheme, config)
         )
-        return RoutedExperts(
+        return HeldExperts(
             config, method, params_dtype=dtype, prefix=seat.path, device=device, **(tensors or {})
         )
 
@@ -122,6 +131,24 @@ class PackedExperts(nn.Module):
         experts.process_weights_after_loading()
         self.routed_experts = experts
 
+    def held(self, options: MoEOptions | None = None, **demands: bool | int) -> HeldExperts:
+        """The same experts once more, over the same Parameters, for a layer with ``demands``."""
+        experts = self.routed_experts
+        if experts is None:
+            raise ValueError(f"{self.seat.path}: these experts were not loaded")
+        # One kernel's prepacked copy is enough; this one makes its own again if it is called.
+        experts.quant_method.forget_kernel()
+        weight = experts.w13_weight
+        held = self.make_experts(
+            experts.moe_config.in_dtype,
+            weight.device,
+            options or experts.moe_config.options,
+            {name: getattr(experts, name) for name in experts.param_specs},
+            **demands,
+        )
+        held.process_weights_after_loading()
+        return held
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -137,6 +164,61 @@ class PackedExperts(nn.Module):
                 output = experts.forward_modular(x, top_k_weights.float(), ids)
             output = _NoBackward.apply(output, x)
         return output.view(hidden_states.shape)
+
+
+class HeldExperts(RoutedExperts):
+    """``RoutedExperts`` over the Parameters of a module of the model, which keeps them."""
+
+    def weights_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """The hook for after ``load_state_dict``: what a kernel had prepacked is out of date."""
+        self.quant_method.weights_changed()
+
+
+def is_packed(experts: Any) -> bool:
+    """Whether a module holds quantized experts that ``hold_experts`` can run."""
+    return isinstance(experts, PackedExperts) or is_fp8(experts)
+
+
+def hold_experts(
+    experts: Any, top_k: int, options: MoEOptions | None = None, **demands: bool | int
+) -> HeldExperts:
+    """Our experts over the tensors of a module of quantized ones; nothing is copied.
+
+    ``demands`` are those of ``experts_config``. Raises ValueError where they cannot be run so.
+    """
+    if isinstance(experts, PackedExperts):
+        return experts.held(options, **demands)
+    if getattr(experts, "block_size", None) is None or not experts.has_gate:
+        raise ValueError("fp8 experts without blocks or without a gate are left to Transformers")
+    w13, w2 = experts.gate_up_proj, experts.down_proj
+    E, H, I = w2.shape  # noqa: E741
+    config = experts_config(
+        gate_of(experts),
+        top_k,
+        (E, H, I),
+        torch.bfloat16 if w2.device.type == "meta" else _activation_dtype(experts),
+        w2.device,
+        options=options,
+        **demands,  # type: ignore[arg-type]
+    )
+    fmt = QuantFormat(element="e4m3", group=GroupShape(*experts.block_size))
+    activation = fp8_dynamic_group(fmt.group.col)
+    method = QuantizedFusedMoEMethod(config, fmt, activation=activation)
+    tensors: dict[str, Any] = {
+        "w13_weight": w13,
+        "w13_weight_scale": experts.gate_up_proj_scale_inv,
+        "w2_weight": w2,
+        "w2_weight_scale": experts.down_proj_scale_inv,
+    }
+    held = HeldExperts(config, method, **tensors)
+    held.process_weights_after_loading()
+    return held
+
+
+def _activation_dtype(experts: Any) -> torch.dtype:
+    """Of the rows that the model passes, which one-byte weights do not tell."""
+    found = getattr(getattr(experts, "config", None), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
 
 
 def find_seats(model: nn.Module) -> list[ExpertsSeat]:

@@ -12,6 +12,7 @@ from torch import nn
 from fusedmoe.integrations.transformers.block_router import is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts
 from fusedmoe.integrations.transformers.experts_function import _NoBackward
+from fusedmoe.integrations.transformers.packed import HeldExperts
 
 
 class Replacement(ABC):
@@ -27,7 +28,7 @@ class Replacement(ABC):
         *,
         noisy: bool = False,
         listened: tuple[nn.Module, ...] = (),
-        experts: BorrowedExperts | None = None,
+        experts: BorrowedExperts | HeldExperts | None = None,
     ) -> None:
         self.module = module
         self.original: Callable[..., Any] = module.forward

@@ -1,0 +1,103 @@
+"""``accelerate`` runs whole blocks on experts that stay packed; ``restore`` undoes it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import write_folders, write_gpt_oss
+from torch import nn
+from writers import CASES, fp8
+
+import fusedmoe
+from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
+from fusedmoe.presets import preset_config
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+transformers = pytest.importorskip("transformers")
+transformers.logging.disable_progress_bar()
+
+REFERENCE = fusedmoe.MoEOptions(experts="torch_quantized")
+PROMPT = torch.tensor([[1, 40, 77, 300, 12, 9, 211, 5]])
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(PROMPT).logits
+
+
+@pytest.mark.parametrize(
+    ("preset", "case"),
+    [
+        ("tiny-qwen3-moe", "ct w4a16"),
+        ("tiny-mixtral", "gptq"),
+        ("tiny-olmoe", "awq"),
+        ("tiny-deepseek-v3", "deepseek"),
+        ("tiny-gpt-oss", None),
+    ],
+)
+def test_whole_blocks_on_packed_experts(preset: str, case: str | None, tmp_path: Path) -> None:
+    folders = (
+        write_gpt_oss(tmp_path) if case is None else write_folders(tmp_path, preset, CASES[case])
+    )
+    model = fusedmoe.from_pretrained(folders.packed, options=REFERENCE)
+    before, names = logits(model), set(model.state_dict())
+    parameters = {name: p.data_ptr() for name, p in model.named_parameters()}
+    fusedmoe.accelerate(model)
+    blocks = accelerated_blocks(model)
+    assert blocks
+    assert all(isinstance(block, fusedmoe.MoERunner) for block in blocks.values())
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    assert set(model.state_dict()) == names
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == parameters
+    fusedmoe.restore(model)
+    assert accelerated_blocks(model) == {}
+    assert torch.equal(logits(model), before)
+
+
+def with_fp8_experts() -> Any:
+    """A model in which Transformers' fp8 quantizer has put its experts."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+    from transformers.integrations.moe import use_experts_implementation
+
+    config = preset_config("tiny-mixtral", intermediate_size=64, num_local_experts=4)
+    fusedmoe.register()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation="fusedmoe"
+    ).eval()
+    cls = type("FP8Experts", (FP8Experts,), {"__module__": FP8Experts.__module__})
+    decorated = use_experts_implementation(experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)(cls)
+    write = fp8((32, 32))
+    for layer in model.model.layers:
+        plain = layer.mlp.experts
+        experts = decorated(model.config, block_size=(32, 32))
+        for name in ("gate_up_proj", "down_proj"):
+            stored = [write(matrix.detach()).tensors for matrix in getattr(plain, name)]
+            weight = torch.stack([one["weight"] for one in stored])
+            scale = torch.stack([one["weight_scale"] for one in stored])
+            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+            setattr(experts, f"{name}_scale_inv", nn.Parameter(scale, requires_grad=False))
+        layer.mlp.experts = experts.eval()
+    return model
+
+
+def test_experts_that_transformers_keeps_in_fp8_stay_so() -> None:
+    model = with_fp8_experts()
+    before = logits(model)
+    weight = model.model.layers[0].mlp.experts.gate_up_proj
+    fusedmoe.accelerate(model)
+    blocks = accelerated_blocks(model)
+    assert len(blocks) == 2
+    block = blocks["model.layers.0.mlp"]
+    assert isinstance(block, fusedmoe.MoERunner)
+    assert block.routed_experts.w13_weight is weight
+    assert weight.dtype == torch.float8_e4m3fn
+    after = logits(model)
+    # Ours rounds activations to fp8 as well, which the function it is compared with does not.
+    assert (after - before).norm() < 0.1 * before.norm()
+    fusedmoe.restore(model)
+    assert torch.equal(logits(model), before)
