@@ -1,23 +1,18 @@
 """Fixtures for the tests of the experts."""
 
+from collections.abc import Iterator
+
 import pytest
-import torch
 
 from expert_layers import use_triton_bodies
+from fusedmoe.testing import nan_poison
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_memory() -> Iterator[None]:
     """Memory that nobody wrote is NaN, so that reading it shows."""
-    new_empty, empty = torch.Tensor.new_empty, torch.empty
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *a, **kw: poison(new_empty(self, *a, **kw))
-    )
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(empty(*a, **kw)))
+    with nan_poison():
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

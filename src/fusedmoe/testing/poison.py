@@ -7,38 +7,43 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-_PLACES: tuple[tuple[Any, str], ...] = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-    (torch.Tensor, "new_empty_strided"),
+_UNWRITTEN = frozenset(
+    {
+        torch.empty,
+        torch.empty_like,
+        torch.empty_permuted,
+        torch.empty_strided,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_empty_strided,
+    }
 )
+
+
+class _NanPoison(TorchFunctionMode):
+    """A mode replaces no function of torch: some are looked up once and remembered for good, by
+    ``torch.device`` as a context among others."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _UNWRITTEN and result.is_floating_point():
+            with torch.no_grad():
+                result.fill_(float("nan"))
+        return result
 
 
 @contextmanager
 def nan_poison() -> Iterator[None]:
     """Inside, ``torch.empty`` and its relatives return NaN for floating-point dtypes.
 
-    Integers are left alone. Not for code that is compiled or captured inside the block.
+    Integers are left alone, and so is what compiled code and the bodies of custom ops allocate.
     """
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _PLACES]
-    try:
-        for owner, name, function in originals:
-            setattr(owner, name, _poisoned(function))
+    with _NanPoison():
         yield
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
-
-
-def _poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = function(*args, **kwargs)
-        if tensor.is_floating_point():
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return allocate
