@@ -20,6 +20,11 @@ E, K, H, I, REDUNDANT, LAYERS = 12, 2, 8, 6, 4, 3  # noqa: E741
 LAYOUT = Layout(dp=4, ep=True, spanning=True)
 
 
+def everyone() -> Layout:
+    """All ranks of the pool (four on CPUs)."""
+    return Layout(dp=dist.get_world_size(), ep=True, spanning=True)
+
+
 def build(layer: int, parallel: ParallelGroups | None, **arguments: Any):
     made = FusedMoE(E, K, H, I, torch.float32, parallel=parallel, has_bias=True, **arguments)
     made.load_weights(Experts.random(E, H, I, bias=True, seed=layer).named())
@@ -34,13 +39,13 @@ def tokens(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, H, generator=generator), logits
 
 
-def check_balancing(use_async: bool) -> None:
-    """Twelve steps: before, while and after experts move the outputs are those of one rank."""
-    groups, rank = make_groups(LAYOUT)
-    alone = [build(i, None) for i in range(LAYERS)]
-    layers = [
-        build(i, groups, enable_eplb=True, num_redundant_experts=REDUNDANT) for i in range(LAYERS)
-    ]
+def check_balancing(use_async: bool, device: str = "cpu", tolerance: float = 1e-5) -> None:
+    """Sixteen steps: before, while and after experts move the outputs are those of one rank."""
+    groups, rank = make_groups(everyone())
+    world = dist.get_world_size()
+    alone = [build(i, None, device=device) for i in range(LAYERS)]
+    redundant = {"enable_eplb": True, "num_redundant_experts": REDUNDANT}
+    layers = [build(i, groups, device=device, **redundant) for i in range(LAYERS)]
     config = EPLBConfig(window_size=3, step_interval=4, use_async=use_async, planning_steps=2)
     balancer = ExpertBalancer(layers, groups.ep, config)
     assert balancer.logical_load().sum() == 0
@@ -50,8 +55,10 @@ def check_balancing(use_async: bool) -> None:
     seen = []
     for step in range(16):
         for layer, whole in zip(layers, alone, strict=True):
-            x, logits = tokens(rank, step)
-            torch.testing.assert_close(layer(x, logits), whole(x, logits), rtol=1e-5, atol=1e-5)
+            x, logits = (one.to(device) for one in tokens(rank, step))
+            torch.testing.assert_close(
+                layer(x, logits), whole(x, logits), rtol=tolerance, atol=tolerance
+            )
         balancer.step()
         seen.append(balancer.is_rearranging)
     assert any(seen) == use_async
@@ -61,17 +68,17 @@ def check_balancing(use_async: bool) -> None:
         t.data_ptr() for t in (balancer.logical_to_physical, balancer.replica_count)
     ]
     assert weights == [layer.routed_experts.w13_weight.data_ptr() for layer in layers]
-    everywhere = [torch.empty_like(placement) for _ in range(4)]
+    everywhere = [torch.empty_like(placement) for _ in range(world)]
     dist.all_gather(everywhere, placement)
     assert all(torch.equal(other, placement) for other in everywhere)
     load = torch.zeros(1, E)
     for step in range(16):
-        for other in range(4):
+        for other in range(world):
             picked = tokens(other, step)[1].topk(K).indices.flatten()
             load += torch.bincount(picked, minlength=E)
     load = load.expand(LAYERS, E)
-    before = imbalance(rank_loads(load, start, 4))
-    after = imbalance(rank_loads(load, placement, 4))
+    before = imbalance(rank_loads(load, start, world))
+    after = imbalance(rank_loads(load, placement, world))
     assert after < 1 + (before - 1) / 3, (before, after)
 
 

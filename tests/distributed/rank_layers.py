@@ -123,6 +123,7 @@ def check_layout(
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
     experts: str | None = None,
+    captured: bool = False,
     **arguments: Any,
 ) -> None:
     """Equal to the one-rank layer on this rank's tokens, and bit-equal run to run.
@@ -157,6 +158,32 @@ def check_layout(
             found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}"
         )
         assert torch.equal(found, again), what
+        if captured:
+            check_replay(layer, x, logits, counts, found)
+
+
+def check_replay(
+    layer: nn.Module,
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    counts: list[int],
+    expected: torch.Tensor,
+) -> None:
+    """A CUDA graph of the forward gives the same bits, replayed on other tokens and on these."""
+    from fusedmoe.runner.capture import record_graph
+
+    static, static_logits = x.clone(), logits.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph, output = record_graph(
+        lambda: layer(static, static_logits, tokens_per_rank=counts), stream
+    )
+    torch.cuda.synchronize()
+    for values in (torch.zeros_like(x), x):
+        static.copy_(values)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected)
 
 
 def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
