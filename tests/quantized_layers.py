@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe import FusedMoE, MoERunner, QuantizedFusedMoEMethod, QuantizedTensor
+from fusedmoe import FusedMoE, MoEOptions, MoERunner, QuantizedFusedMoEMethod, QuantizedTensor
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import QuantKey
@@ -36,6 +36,7 @@ SCHEMES: tuple[tuple[str, QuantKey], ...] = (
     ("nvfp4", keys.NVFP4_STATIC),
 )
 
+REFERENCE = MoEOptions(experts="torch_quantized")
 SUFFIXES = {
     "data": "weight",
     "scale": "weight_scale",
@@ -92,7 +93,11 @@ def make_layer(
     act: str = "silu",
     **arguments: Any,
 ) -> tuple[MoERunner, QuantizedTensor, QuantizedTensor]:
-    """(layer, w13, w2) with everything random and static activation scales set."""
+    """(layer, w13, w2) with everything random and static activation scales set.
+
+    It runs the reference unless ``options`` say otherwise.
+    """
+    arguments = {"options": REFERENCE} | arguments
     layer = FusedMoE(
         E, K, H, I, dtype, quant_config=Scheme(name, activation), activation=act, **arguments
     )

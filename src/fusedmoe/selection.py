@@ -44,6 +44,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.torch_reference:TorchExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:BatchedTritonQuantizedExperts",
+    "fusedmoe.experts.cpu_quantized:CpuQuantizedExperts",
     "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (

@@ -67,7 +67,7 @@ class TestPacked:
 
     @pytest.mark.parametrize("memory", [None, Memory(10**9, 10**8), Memory(10**6, 10**6 // 4)])
     def test_no_copy_is_made_where_memory_is_short_or_unknown(self, memory, monkeypatch):
-        monkeypatch.setattr("fusedmoe.experts.cpu_packed.host_memory", lambda: memory)
+        monkeypatch.setattr("fusedmoe.experts.cpu_memory.host_memory", lambda: memory)
         plain, packed = self.layers()
         assert self.products(packed) is None
         x, logits = torch.randn(5, 64).bfloat16(), torch.randn(5, 4)

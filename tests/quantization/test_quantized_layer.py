@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_layers import FORMATS, SCHEMES, SUFFIXES, Scheme, draw, fill, make_layer
 
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
 from fusedmoe.experts.torch_reference import experts_reference
@@ -12,9 +11,9 @@ from fusedmoe.quantization import keys
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.tensor import QuantizedTensor
+from quantized_layers import FORMATS, REFERENCE, SCHEMES, SUFFIXES, Scheme, draw, fill, make_layer
 
 T, E, K, H, I = 9, 4, 2, 128, 128  # noqa: E741
-REFERENCE = MoEOptions(experts="torch_quantized")
 
 
 def routing(layer, logits):
@@ -49,7 +48,7 @@ def test_weights_alone_quantized_are_their_dequantized_values(name):
 
 @pytest.mark.parametrize(("name", "activation"), SCHEMES, ids=lambda v: str(v).replace(" ", "-"))
 def test_activations_are_rounded_before_both_products(name, activation):
-    layer, w13, w2 = make_layer(name, activation, options=REFERENCE)
+    layer, w13, w2 = make_layer(name, activation)
     x, logits = torch.randn(T, H), torch.randn(T, E)
     weights, ids = routing(layer, logits)
     scales = {"w13": None, "w2": None}
@@ -98,7 +97,7 @@ def test_a_checkpoint_in_our_names_loads(name):
     layer, w13, w2 = make_layer(name)
     x, logits = torch.randn(T, H), torch.randn(T, E)
     ref = layer(x, logits)
-    other = FusedMoE(E, K, H, I, torch.float32, quant_config=Scheme(name))
+    other = FusedMoE(E, K, H, I, torch.float32, quant_config=Scheme(name), options=REFERENCE)
     other.routed_experts.load_weights(checkpoint(w13, w2))
     other.routed_experts.check_loaded()
     assert torch.equal(other(x, logits), ref)
@@ -126,12 +125,20 @@ def test_ranks_add_up_to_the_whole(name, width, tp):
     w13, w2 = draw(name, E, 2 * width, H, shards=2), draw(name, E, H, width, seed=1)
     tensors = checkpoint(w13, w2)
     x, logits = torch.randn(T, H), torch.randn(T, E)
-    whole = FusedMoE(E, K, H, width, torch.float32, quant_config=Scheme(name))
+    whole = FusedMoE(E, K, H, width, torch.float32, quant_config=Scheme(name), options=REFERENCE)
     whole.routed_experts.load_weights(tensors)
     total = torch.zeros(T, H)
     for rank in range(tp):
         part = FusedMoE(
-            E, K, H, width, torch.float32, quant_config=Scheme(name), tp_size=tp, tp_rank=rank
+            E,
+            K,
+            H,
+            width,
+            torch.float32,
+            quant_config=Scheme(name),
+            tp_size=tp,
+            tp_rank=rank,
+            options=REFERENCE,
         )
         part.routed_experts.load_weights(tensors)
         total += part(x, logits)
@@ -186,7 +193,7 @@ def test_a_scale_that_is_not_finite_is_an_error_before_anything_runs():
 def test_bad_checkpoints_are_refused_by_name(change, message):
     tensors = checkpoint(draw("int4_g32", E, 2 * I, H, shards=2), draw("int4_g32", E, H, I))
     changed = [(name, change(name, tensor)) for name, tensor in tensors]
-    layer = FusedMoE(E, K, H, I, torch.float32, quant_config=Scheme("int4_g32"))
+    layer = FusedMoE(E, K, H, I, torch.float32, quant_config=Scheme("int4_g32"), options=REFERENCE)
 
     def load():
         layer.routed_experts.load_weights((n, t) for n, t in changed if t is not None)
@@ -198,7 +205,7 @@ def test_bad_checkpoints_are_refused_by_name(change, message):
 
 def test_sizes_a_group_does_not_divide_are_refused_when_the_layer_is_built():
     with pytest.raises(ValueError, match="groups of 32 columns do not divide 72 columns"):
-        FusedMoE(E, K, 72, I, torch.float32, quant_config=Scheme("int4_g32"))
+        FusedMoE(E, K, 72, I, torch.float32, quant_config=Scheme("int4_g32"), options=REFERENCE)
     with pytest.raises(ValueError, match="groups of 128 columns do not divide 96 columns"):
         FusedMoE(E, K, H, 96, torch.float32, quant_config=Scheme("int4_g128"))
 
@@ -264,7 +271,7 @@ def test_unequal_formats_of_gate_up_and_down():
                 moe_config, format_named("int4_g32"), format_named("int8_channel")
             )
 
-    layer = FusedMoE(E, K, H, I, torch.float32, quant_config=Mixed())
+    layer = FusedMoE(E, K, H, I, torch.float32, quant_config=Mixed(), options=REFERENCE)
     w13, w2 = draw("int4_g32", E, 2 * I, H, shards=2), draw("int8_channel", E, H, I)
     fill(layer, w13, w2)
     x, logits = torch.randn(T, H), torch.randn(T, E)

@@ -23,6 +23,16 @@ class Memory(NamedTuple):
     available: int
 
 
+RESERVED_SHARE = 0.25
+"""Of the memory: what copies made for speed leave free."""
+
+
+def room_for(size: int) -> bool:
+    """Whether a copy of ``size`` bytes leaves enough free; False where this system does not say."""
+    memory = host_memory()
+    return memory is not None and memory.available - size >= RESERVED_SHARE * memory.total
+
+
 def host_memory() -> Memory | None:
     """What there is and what is free; None where this system does not say."""
     try:

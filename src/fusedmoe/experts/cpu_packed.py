@@ -9,19 +9,19 @@ quarter of the memory stays free, layer by layer, and changes no bit of the resu
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_gemm import has_native, onednn_linear
-from fusedmoe.experts.cpu_memory import host_memory
+from fusedmoe.experts.cpu_memory import room_for
 from fusedmoe.experts.cpu_run import Products
+from fusedmoe.experts.cpu_source import Source
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
 from fusedmoe.quantization.keys import QuantKey
 
-_RESERVED_SHARE = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -35,17 +35,6 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> N
     out.copy_(onednn_linear(x, weight))
 
 
-class _Source(NamedTuple):
-    """Which values were packed: where they lie, and how often they had been written to."""
-
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> _Source:
-        return cls(weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-
-
 class CpuPackedExperts(CpuExperts):
     """The default for bf16 on a CPU that has it: as ``CpuExperts``, from a packed copy.
 
@@ -55,7 +44,7 @@ class CpuPackedExperts(CpuExperts):
 
     name = "cpu_packed"
     _packed: Products | None = None
-    _sources: tuple[_Source, _Source] | None = None
+    _sources: tuple[Source, Source] | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -85,12 +74,12 @@ class CpuPackedExperts(CpuExperts):
         weights: Any = layer
         w13, w2 = weights.w13_weight, weights.w2_weight
         self._packed = self._sources = None
-        size, memory = w13.nbytes + w2.nbytes, host_memory()
-        if memory is None or memory.available - size < _RESERVED_SHARE * memory.total:
+        size = w13.nbytes + w2.nbytes
+        if not room_for(size):
             _log.info("no memory to spare for %d bytes of packed expert weights", size)
             return
         self._packed = Products(packed_linear, packed(w13), packed(w2))
-        self._sources = _Source.of(w13), _Source.of(w2)
+        self._sources = Source.of(w13), Source.of(w2)
 
     def products(self, w1: torch.Tensor, w2: torch.Tensor) -> Products | None:
-        return self._packed if (_Source.of(w1), _Source.of(w2)) == self._sources else None
+        return self._packed if (Source.of(w1), Source.of(w2)) == self._sources else None

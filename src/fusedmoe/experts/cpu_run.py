@@ -11,8 +11,8 @@ activation is gated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,30 @@ _BLOCK_ELEMENTS = 1 << 19
 _ACTIVATION_ELEMENTS = 1 << 17
 
 
+class Rows(Protocol):
+    """Rows on their way into a product: a tensor [M, width], or what stands for one."""
+
+    def split(self, counts: Any, /) -> Sequence[Any]: ...
+
+
 class Products(NamedTuple):
     """What multiplies rows by an expert's weight; ``up`` and ``down`` hold e weights each.
 
-    A weight is whatever ``linear`` takes as one: usually [S * I, H] and [H, I].
+    A weight is whatever ``linear`` takes as one: usually [S * I, H] and [H, I]. ``encode_up`` and
+    ``encode_down`` make of many rows at once what ``linear`` takes as rows, if not the tensor.
     """
 
-    linear: Linear
-    up: Sequence[torch.Tensor] | torch.Tensor
-    down: Sequence[torch.Tensor] | torch.Tensor
+    linear: Linear | Callable[[Any, Any, torch.Tensor], None]
+    up: Sequence[Any] | torch.Tensor
+    down: Sequence[Any] | torch.Tensor
+    encode_up: Callable[[torch.Tensor], Rows] | None = None
+    encode_down: Callable[[torch.Tensor], Rows] | None = None
+
+    def entering(self, rows: torch.Tensor) -> Rows:
+        return rows if self.encode_up is None else self.encode_up(rows)
+
+    def between(self, rows: torch.Tensor) -> Rows:
+        return rows if self.encode_down is None else self.encode_down(rows)
 
 
 class Layer(NamedTuple):
@@ -155,16 +170,18 @@ def _run_one_token(
         experts = [expert for expert in experts if expert >= 0]
     if not experts:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    linear, up_weights, down_weights = layer.products
+    products = layer.products
     # A row of its own, so that its address, on which a BLAS may depend, is aligned in any company.
     x = x.clone(memory_format=torch.contiguous_format)
     up, down = x.new_empty(len(experts), layer.width), x.new_empty(len(experts), x.shape[1])
+    row = products.entering(x)
     for expert, target in zip(experts, up.split(1), strict=True):
-        linear(x, up_weights[expert], target)
+        products.linear(row, products.up[expert], target)
     up = _biased(up, layer.up_bias, experts)
     middle = activation_reference(layer.activation, up, layer.config).to(x.dtype)
-    for expert, row, target in zip(experts, middle.split(1), down.split(1), strict=True):
-        linear(row, down_weights[expert], target)
+    rows = products.between(middle).split(1)
+    for expert, row, target in zip(experts, rows, down.split(1), strict=True):
+        products.linear(row, products.down[expert], target)
     return torch.mm(weights, _biased(down, layer.down_bias, experts).float()).to(x.dtype)
 
 
@@ -173,24 +190,28 @@ def _run_block(
 ) -> None:
     """Write the unweighted expert outputs of a block's rows into ``result``, fp32 [rows, H]."""
     count = rows.shape[0]
-    linear, up_weights, down_weights = layer.products
-    up = _per_expert(rows, block, linear, up_weights, layer.up_bias, buffers.up[:count])
+    products, entering = layer.products, layer.products.entering(rows)
+    up = _per_expert(
+        entering, block, products.linear, products.up, layer.up_bias, buffers.up[:count]
+    )
     middle = buffers.middle[:count]
     step = max(1, _ACTIVATION_ELEMENTS // up.shape[1])
     for start in range(0, count, step):
         part = slice(start, start + step)
         middle[part] = activation_reference(layer.activation, up[part], layer.config)
     out = result if result.dtype is rows.dtype else buffers.down[:count]
-    down = _per_expert(middle, block, linear, down_weights, layer.down_bias, out)
+    down = _per_expert(
+        products.between(middle), block, products.linear, products.down, layer.down_bias, out
+    )
     if down is not result:
         result.copy_(down)
 
 
 def _per_expert(
-    rows: torch.Tensor,
+    rows: Rows,
     block: Block,
-    linear: Linear,
-    weights: Sequence[torch.Tensor] | torch.Tensor,
+    linear: Callable[[Any, Any, torch.Tensor], None],
+    weights: Sequence[Any] | torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:

@@ -1,0 +1,190 @@
+"""Integer weights on a CPU, packed: the reference's results, whatever the sizes and ids are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedmoe import FusedMoE, MoEOptions, explain
+from fusedmoe.experts import cpu_integer
+from fusedmoe.experts.cpu_memory import Memory
+from fusedmoe.quantization import keys
+from fusedmoe.quantization.formats import format_named
+from quantized_layers import Scheme, draw, fill, make_layer
+
+pytestmark = pytest.mark.skipif(
+    cpu_integer.unmet_int8() is not None or cpu_integer.unmet_int4(16, 32, 32) is not None,
+    reason="this CPU has neither VNNI nor AVX-512",
+)
+
+E, H, I = 4, 128, 128  # noqa: E741
+PLAIN = (
+    *("int8_channel", "int8_channel_zp", "int8_g32", "int8_g64_zp"),
+    *("int4_channel", "int4_channel_zp", "int4_g32", "int4_g32_zp", "int4_g64", "int4_g128"),
+)
+
+
+def pair(name, activation=None, **arguments):
+    """The layer as it is chosen, and the reference with the same weights."""
+    layer, *_ = make_layer(name, activation, options=MoEOptions(), **arguments)
+    assert explain(layer).chosen.name == "cpu_quantized"
+    reference, *_ = make_layer(name, activation, **arguments | {"dtype": torch.float64})
+    reference.load_state_dict(layer.state_dict())
+    reference.routed_experts.process_weights_after_loading()
+    return layer, lambda *inputs: reference(inputs[0].double(), *inputs[1:])
+
+
+def error(out, ref):
+    return float((out.double() - ref.double()).norm() / ref.double().norm())
+
+
+@pytest.mark.parametrize("T", [1, 2, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PLAIN)
+def test_weights_alone(name, dtype, T):
+    layer, reference = pair(name, dtype=dtype)
+    x, logits = torch.randn(T, H).to(dtype), torch.randn(T, E)
+    out = layer(x, logits)
+    assert out.dtype == dtype
+    # Rounding bf16 results is 1.6e-3 each; the int4 kernel does it after both products.
+    assert error(out, reference(x, logits)) < (5e-3 if name.startswith("int4") else 2.5e-3)
+
+
+@pytest.mark.parametrize("T", [1, 2, 33])
+@pytest.mark.parametrize("activation", [keys.INT8_DYNAMIC_TOKEN, keys.INT8_STATIC_TENSOR], ids=str)
+def test_int8_activations(activation, T):
+    layer, reference = pair("int8_channel", activation)
+    x, logits = torch.randn(T, H), torch.randn(T, E)
+    # The same bytes are multiplied, up to one step where fp32 sums differ before rounding.
+    assert error(layer(x, logits), reference(x, logits)) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp"])
+@pytest.mark.parametrize("act", ["swigluoai", "gelu", "relu2_no_mul"])
+def test_activations_biases_and_odd_sizes(name, act):
+    layer, reference = pair(name, H=160, I=96, act=act, has_bias=True, E=7, K=3)
+    x, logits = torch.randn(11, 160), torch.randn(11, 7)
+    assert error(layer(x, logits), reference(x, logits)) < 6e-3
+
+
+@pytest.mark.parametrize("name", ["int8_channel", "int8_g32", "int4_g32_zp"])
+def test_large_and_odd_rows(name):
+    layer, reference = pair(name)
+    x, logits = torch.randn(6, H), torch.randn(6, E)
+    x[0] *= 1e4
+    x[1] = 0
+    x[2, 5] = 300.0
+    clean = layer(x, logits)
+    for row in range(6):
+        if row != 1:
+            # One value makes most of the row: its rounding is the row's error.
+            assert error(clean[row], reference(x, logits)[row]) < 1e-2
+    assert (clean[1] == 0).all()
+    x[4] = torch.nan
+    out = layer(x, logits)
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(out[others], clean[others])
+    assert out[4].isnan().all()
+    assert layer(x[:0], logits[:0]).shape == (0, H)
+
+
+@pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp"])
+def test_ids_maps_and_weights_on_the_input(name):
+    layer, reference = pair(name)
+    x = torch.randn(5, H)
+    ids = torch.tensor([[0, -1], [3, 3], [-1, -1], [2, 1], [1, 1]], dtype=torch.int32)
+    weights = torch.rand(5, 2)
+    out = layer.routed_experts.forward_modular(x, weights, ids)
+    first = layer(x, torch.eye(E)[[0, 3, 0, 2, 1]] * 100)
+    assert error(out[4], first[4] * weights[4].sum()) < 5e-3
+    assert error(out[1], first[1] * weights[1].sum()) < 5e-3
+    assert error(out[0], first[0] * weights[0, 0]) < 5e-3
+    assert (out[2] == 0).all()
+    with pytest.raises(ValueError, match="topk_ids"):
+        layer.routed_experts.forward_modular(x, weights, ids + 2)
+    layer, reference = pair(name, K=1, apply_router_weight_on_input=True)
+    logits = torch.randn(5, E)
+    assert error(layer(x, logits), reference(x, logits)) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["int8_channel", "int4_g32"])
+def test_batch_invariance(name):
+    layer, _, _ = make_layer(name, options=MoEOptions(batch_invariant=True))
+    assert explain(layer).chosen.name == "cpu_quantized"
+    x, logits = torch.randn(9, H), torch.randn(9, E)
+    out = layer(x, logits)
+    assert all(
+        torch.equal(layer(x[t : t + 1], logits[t : t + 1]), out[t : t + 1]) for t in range(9)
+    )
+
+
+def test_weights_of_two_kinds():
+    from fusedmoe import QuantizedFusedMoEMethod
+
+    class Mixed:
+        def get_quant_method(self, moe_config, prefix):
+            formats = format_named("int4_g32"), format_named("int8_channel")
+            return QuantizedFusedMoEMethod(moe_config, *formats)
+
+    w13, w2 = draw("int4_g32", E, 2 * I, H, shards=2), draw("int8_channel", E, H, I)
+    x, logits = torch.randn(3, H), torch.randn(3, E)
+    outs = []
+    for forced in (None, "torch_quantized"):
+        options = MoEOptions(experts=forced)
+        layer = FusedMoE(E, 2, H, I, torch.float32, quant_config=Mixed(), options=options)
+        fill(layer, w13, w2)
+        outs.append(layer(x, logits))
+    assert explain(layer).chosen.name == "torch_quantized"
+    assert error(*outs) < 5e-3
+
+
+def test_weights_written_to_since_are_read_as_they_are():
+    layer, _ = pair("int8_channel")
+    x, logits = torch.randn(3, H), torch.randn(3, E)
+    before = layer(x, logits)
+    with torch.no_grad():
+        layer.routed_experts.w2_weight_scale.mul_(2)
+    assert error(layer(x, logits), 2 * before) < 1e-3
+    layer.routed_experts.process_weights_after_loading()
+    assert error(layer(x, logits), 2 * before) < 1e-6
+
+
+def test_without_memory_to_spare_the_reference_runs(monkeypatch):
+    memory = Memory(1 << 30, 1 << 20)
+    monkeypatch.setattr("fusedmoe.experts.cpu_memory.host_memory", lambda: memory)
+    layer, reference = pair("int8_channel")
+    x, logits = torch.randn(3, H), torch.randn(3, E)
+    assert error(layer(x, logits), reference(x, logits)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "reason"),
+    [
+        ("int4_g32", {"H": 96, "I": 72}, None),
+        ("int4_channel", {"H": 104}, "32 the columns"),
+        ("int4_g32_act_order", {}, "does not run weights"),
+        ("int8_channel", {"H": 33, "I": 7}, ""),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_said(name, sizes, reason):
+    if reason is None:
+        with pytest.raises(ValueError, match="groups of 32 columns do not divide 72"):
+            make_layer(name, options=MoEOptions(), **sizes)
+        return
+    selection = explain(make_layer(name, options=MoEOptions(), **sizes)[0])
+    assert (selection.chosen.name == "cpu_quantized") == (reason == "")
+    assert reason in str(selection)
+
+
+def test_sixteen_bit_rows_hold_the_row():
+    x = torch.randn(3, 64)
+    x[1, 0] = -500.0
+    rows = cpu_integer.half_rows(x)
+    codes = rows.codes.int().unflatten(0, (-1, 2)) - 128
+    again = (codes[:, 0] * 256 + codes[:, 1]) * rows.scale
+    assert ((again - x).abs() <= x.abs().amax(-1, keepdim=True) / 65000).all()
+
+
+def test_a_scheme_written_by_hand_is_enough():
+    layer = FusedMoE(E, 2, H, I, torch.bfloat16, quant_config=Scheme("int4_g32"))
+    assert explain(layer).chosen.name == "cpu_quantized"
