@@ -138,8 +138,14 @@ def test_mixed_formats_in_one_layer_are_refused() -> None:
     config, _, _ = stored("W4A16")
     config["ignore"].append("re:.*down_proj")
     with pytest.raises(ValueError, match=r"mixed formats .*up_proj is int4_g128, .*unquantized"):
-        read_quantization(config).layer_scheme(
-            [f"model.layers.0.mlp.experts.0.{name}" for name in ("up_proj", "down_proj")]
+        read_quantization(config).layer_schemes(
+            ["model.layers.0.mlp.experts.0.up_proj"], ["model.layers.0.mlp.experts.0.down_proj"]
+        )
+    config["ignore"][-1] = "re:.*gate_proj"
+    with pytest.raises(ValueError, match=r"gate_proj is unquantized, .*up_proj is int4_g128"):
+        read_quantization(config).layer_schemes(
+            [f"model.layers.0.mlp.experts.0.{name}" for name in ("gate_proj", "up_proj")],
+            ["model.layers.0.mlp.experts.0.down_proj"],
         )
 
 

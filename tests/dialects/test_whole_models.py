@@ -49,7 +49,7 @@ def compare(packed: Any, floats: Any, tolerance: float) -> None:
 
 
 def tolerance_of(model: Any) -> float:
-    scheme = next(m.scheme for m in model.modules() if isinstance(m, PackedExperts))
+    scheme = next(m.schemes for m in model.modules() if isinstance(m, PackedExperts))
     if scheme.activation is None:
         return 1e-5
     name = str(scheme.activation)
@@ -65,8 +65,29 @@ def test_a_model_in_every_dialect(name: str, tmp_path: Path) -> None:
     model = fusedmoe.from_pretrained(folders.packed, options=REFERENCE)
     packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
     assert packed
-    assert {module.scheme.name for module in packed} == {case.format}
+    assert {module.schemes.name for module in packed} == {case.format}
     compare(model, eager(folders.floats), tolerance_of(model))
+
+
+def test_down_projections_may_have_a_format_of_their_own(tmp_path: Path) -> None:
+    four, eight = CASES["ct w4a16"], CASES["ct w8a16"]
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", four)
+    group = eight.config["config_groups"]["group_0"] | {"targets": ["re:.*down_proj"]}
+    config = four.config | {"config_groups": four.config["config_groups"] | {"group_1": group}}
+    tensors, floats = read_tensors(folders.packed), read_tensors(folders.floats)
+    for name in [name for name in floats if name.endswith("down_proj.weight")]:
+        stored, base = eight.write(floats[name]), name.removesuffix("weight")
+        floats[name] = stored.values
+        tensors |= {base + suffix: tensor for suffix, tensor in stored.tensors.items()}
+    packed = write_folder(tmp_path / "mixed", folders.packed, tensors, quantization_config=config)
+    model = fusedmoe.from_pretrained(packed, options=REFERENCE)
+    schemes = model.model.layers[0].mlp.experts.schemes
+    assert schemes.name == "int4_g32 + int8_channel"
+    compare(
+        model,
+        eager(write_folder(tmp_path / "values", folders.packed, floats, quantization_config=None)),
+        1e-5,
+    )
 
 
 def test_gpt_oss_in_its_own_form(tmp_path: Path) -> None:

@@ -83,13 +83,13 @@ def _name_dialects(
     for key, stored in experts.layers.items():
         layer = found[key]
         try:
-            scheme = experts.scheme(stored)
-            experts.check(stored, scheme)
+            schemes = experts.schemes(stored)
+            experts.check(stored, schemes)
         except CheckpointError as error:
             layer.problem = str(error)
             continue
-        if scheme is not None:
-            described = scheme.describe()
+        if schemes is not None:
+            described = schemes.describe()
             layer.format, layer.dialect = described["format"], described["dialect"]
             layer.activation = described["activation"]
 

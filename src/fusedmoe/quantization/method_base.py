@@ -22,7 +22,7 @@ from fusedmoe.selection import Selection, select
 from fusedmoe.weights.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from fusedmoe.quantization.dialects.base import Scheme
+    from fusedmoe.quantization.dialects.base import LayerSchemes
     from fusedmoe.weights.routed_experts import RoutedExperts
 
 SharedExpertsCallback = Callable[[torch.Tensor], object]
@@ -61,13 +61,13 @@ class _BuiltKernel:
 class FusedMoEMethodBase(ABC):
     """One format of one layer. ``moe_config`` is final once the layer is built.
 
-    ``checkpoint_scheme`` says how tensors of a checkpoint become the parameters; None: they are the
+    ``checkpoint_schemes`` say how tensors of a checkpoint become the parameters; None: they are the
     parameters.
     """
 
     weight_key: QuantKey | None = None
     activation_key: QuantKey | None = None
-    checkpoint_scheme: Scheme | None = None
+    checkpoint_schemes: LayerSchemes | None = None
 
     def __init__(self, moe_config: FusedMoEConfig, groups: ParallelGroups | None = None) -> None:
         self.moe_config = moe_config

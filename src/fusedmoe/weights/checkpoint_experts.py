@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
-from fusedmoe.quantization.dialects import CheckpointQuantization, Scheme, read_quantization
+from fusedmoe.quantization.dialects import CheckpointQuantization, LayerSchemes, read_quantization
 from fusedmoe.weights.families import (
     EXPERT_PARTS,
     CheckpointFamily,
@@ -109,33 +109,39 @@ class CheckpointExperts:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from None
         return cls(checkpoint, family, quantization, layers)
 
-    def scheme(self, layer: ExpertLayer) -> Scheme | None:
+    def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
         """How ``layer`` is stored; None: as floats. CheckpointError where its matrices differ."""
         if self.quantization is None:
             return None
+        w13 = dict.fromkeys(t.matrix for t in layer.tensors if t.part != "down")
+        w2 = dict.fromkeys(t.matrix for t in layer.tensors if t.part == "down")
+        if not w13 or not w2:
+            lacking = "down" if w13 else "up"
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {layer.name} has no {lacking} projection"
+            )
         try:
-            modules = dict.fromkeys(tensor.matrix for tensor in layer.tensors)
-            return self.quantization.layer_scheme(list(modules))
+            return self.quantization.layer_schemes(list(w13), list(w2))
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.folder}: {error}") from None
 
-    def check(self, layer: ExpertLayer, scheme: Scheme | None) -> None:
+    def check(self, layer: ExpertLayer, schemes: LayerSchemes | None) -> None:
         """CheckpointError naming the first tensor that is missing or of another format."""
-        found: dict[str, set[str]] = {}
+        found: dict[tuple[str, bool], set[str]] = {}
         for tensor in layer.tensors:
-            found.setdefault(tensor.matrix, set()).add(tensor.suffix)
-        for matrix, suffixes in found.items():
-            have = ", ".join(sorted(suffixes))
-            if scheme is None:
+            found.setdefault((tensor.matrix, tensor.part == "down"), set()).add(tensor.suffix)
+        for (matrix, is_down), suffixes in found.items():
+            if schemes is None:
                 self._check_floats(layer, matrix)
                 continue
+            scheme = schemes.w2 if is_down else schemes.w13
             what = f"{scheme.dialect} {scheme.name} experts"
             unknown = sorted(suffixes - scheme.known)
             missing = sorted(scheme.missing(frozenset(suffixes)))
             if missing:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: lacks {matrix}.{missing[0]}, which {what} have; "
-                    f"found {have}"
+                    f"found {', '.join(sorted(suffixes))}"
                 )
             if unknown:
                 raise CheckpointError(

@@ -67,8 +67,8 @@ class ExpertLoader:
         self._transposed = transposed
         self._interleaved = interleaved
         self._loaded: set[tuple[str, ShardId, int]] = set()
-        scheme = layer.quant_method.checkpoint_scheme
-        self._stored = None if scheme is None else StoredTensors(scheme)
+        schemes = layer.quant_method.checkpoint_schemes
+        self._stored = None if schemes is None else StoredTensors(schemes)
         self._wanted = frozenset(
             (param_name, shard, expert)
             for param_name, spec in layer.param_specs.items()

@@ -13,7 +13,7 @@ import torch
 from fusedmoe.weights.param_spec import ExpertSizes, ParamSpec, ShardId
 
 if TYPE_CHECKING:
-    from fusedmoe.quantization.dialects.base import Matrix, Rule, Scheme
+    from fusedmoe.quantization.dialects.base import LayerSchemes, Matrix, Rule, Scheme
 
 
 class MatrixKey(NamedTuple):
@@ -35,11 +35,14 @@ class MatrixKey(NamedTuple):
 class StoredTensors:
     """What has arrived of each matrix and is still needed."""
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
+    def __init__(self, schemes: LayerSchemes) -> None:
+        self.schemes = schemes
         self._pending: dict[MatrixKey, dict[str, torch.Tensor]] = {}
         self._seen: dict[MatrixKey, set[str]] = {}
         self._names: dict[MatrixKey, str] = {}
+
+    def scheme(self, key: MatrixKey) -> Scheme:
+        return self.schemes.w2 if key.shards == ("w2",) else self.schemes.w13
 
     def add(
         self, key: MatrixKey, base: str, suffix: str, tensor: torch.Tensor
@@ -48,7 +51,7 @@ class StoredTensors:
 
         Raises ValueError for a tensor that the dialect does not know.
         """
-        scheme = self.scheme
+        scheme = self.scheme(key)
         if suffix not in scheme.known:
             raise ValueError(
                 f"{base}.{suffix}: {scheme.dialect} {scheme.name} weights are stored as "
@@ -78,7 +81,7 @@ class StoredTensors:
         return [
             f"{self._names[key]}{'' if key.expert is None else '.'}{suffix}"
             for key, seen in self._seen.items()
-            for suffix in sorted(self.scheme.missing(frozenset(seen)))
+            for suffix in sorted(self.scheme(key).missing(frozenset(seen)))
         ]
 
 

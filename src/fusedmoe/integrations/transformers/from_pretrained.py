@@ -52,7 +52,7 @@ def from_pretrained(
     experts = CheckpointExperts.read(checkpoint)
     if quantize is not None:
         experts = _online(experts, quantize)
-    schemes = {key: experts.scheme(layer) for key, layer in experts.layers.items()}
+    schemes = {key: experts.schemes(layer) for key, layer in experts.layers.items()}
     for key, layer in experts.layers.items():
         experts.check(layer, None if quantize else schemes[key])
     reader = TensorReader(checkpoint)

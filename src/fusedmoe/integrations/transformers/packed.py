@@ -23,7 +23,7 @@ from fusedmoe.integrations.transformers.families import (
     is_fp8,
 )
 from fusedmoe.integrations.transformers.gates import Gate, gate_of
-from fusedmoe.quantization.dialects import Scheme
+from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.methods import method_of
 from fusedmoe.quantization.keys import GroupShape, fp8_dynamic_group
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
@@ -64,7 +64,7 @@ class PackedExperts(nn.Module):
         self.seat = seat
         self.stands_for = (cls.__module__, cls.__name__)
         self.num_experts = seat.E
-        self.scheme: Scheme | None = None
+        self.schemes: LayerSchemes | None = None
         self.routed_experts: RoutedExperts | None = None
         for name in ("config", "act_fn", "has_gate", "has_bias", "is_transposed"):
             value = getattr(seat.module, name, None)
@@ -96,8 +96,8 @@ class PackedExperts(nn.Module):
         )
         method = (
             UnquantizedFusedMoEMethod(config)
-            if self.scheme is None
-            else method_of(self.scheme, config)
+            if self.schemes is None
+            else method_of(self.schemes, config)
         )
         return HeldExperts(
             config, method, params_dtype=dtype, prefix=seat.path, device=device, **(tensors or {})
@@ -106,7 +106,7 @@ class PackedExperts(nn.Module):
     def load(
         self,
         layer: ExpertLayer,
-        scheme: Scheme | None,
+        schemes: LayerSchemes | None,
         read: Callable[[str], torch.Tensor],
         dtype: torch.dtype,
         device: torch.device,
@@ -116,7 +116,7 @@ class PackedExperts(nn.Module):
 
         ``read`` gives a tensor by its name in the files.
         """
-        self.scheme = scheme
+        self.schemes = schemes
         experts = self.make_experts(dtype, device, options)
         gated = experts.moe_config.is_act_and_mul
         for tensor in layer.tensors:

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
+from fusedmoe.quantization.dialects.base import (
+    CheckpointQuantization,
+    LayerSchemes,
+    Leaves,
+    Matrix,
+    Rule,
+    Scheme,
+)
 
 _HOME = {
     "fp8": "fp8:Fp8Quantization",
@@ -52,6 +59,7 @@ def read_quantization(
 
 __all__ = [
     "CheckpointQuantization",
+    "LayerSchemes",
     "Leaves",
     "Matrix",
     "Rule",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -143,6 +143,27 @@ class Scheme:
         return (self.required | frozenset().union(*partly)) - suffixes
 
 
+class LayerSchemes(NamedTuple):
+    """How w13 and w2 of a layer are stored; both have the same activations."""
+
+    w13: Scheme
+    w2: Scheme
+
+    @property
+    def activation(self) -> QuantKey | None:
+        return self.w13.activation
+
+    @property
+    def name(self) -> str:
+        """The format's name, or both."""
+        return " + ".join(dict.fromkeys(scheme.name for scheme in self))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for tools that print them."""
+        dialects = dict.fromkeys(scheme.dialect for scheme in self)
+        return self.w13.describe() | {"dialect": " + ".join(dialects), "format": self.name}
+
+
 def read_matrix(
     scheme: Scheme,
     tensors: Mapping[str, torch.Tensor],
@@ -201,17 +222,29 @@ class CheckpointQuantization(ABC):
         Raises ValueError for a scheme that is not known.
         """
 
-    def layer_scheme(self, modules: Sequence[str]) -> Scheme | None:
-        """The one scheme of the linear layers ``modules`` of a layer's experts.
+    def layer_schemes(self, w13: Sequence[str], w2: Sequence[str]) -> LayerSchemes | None:
+        """The schemes of the linear layers that make up w13 (gates and ups) and w2 (downs).
 
-        Raises ValueError where they differ: one layer has one format.
+        None where all are unquantized. Raises ValueError where they differ within one of the two:
+        a parameter has one format.
         """
+        first, second = self._one_of(w13), self._one_of(w2)
+        if first is None and second is None:
+            return None
+        if first is None or second is None or first.activation != second.activation:
+            names = ["unquantized" if s is None else _label(s) for s in (first, second)]
+            raise ValueError(
+                f"mixed formats in one layer: {w13[0]} is {names[0]}, {w2[0]} is {names[1]}"
+            )
+        return LayerSchemes(first, second)
+
+    def _one_of(self, modules: Sequence[str]) -> Scheme | None:
         schemes = {module: self.scheme(module) for module in modules}
         first, *rest = schemes
         for module in rest:
             one, other = schemes[first], schemes[module]
             if _kind(one) != _kind(other):
-                names = ["unquantized" if s is None else s.name for s in (one, other)]
+                names = ["unquantized" if s is None else _label(s) for s in (one, other)]
                 raise ValueError(
                     f"mixed formats in one layer: {first} is {names[0]}, {module} is {names[1]}"
                 )
@@ -223,14 +256,19 @@ class CheckpointQuantization(ABC):
         """The method for the experts under ``prefix``; None leaves them unquantized."""
         from fusedmoe.quantization.dialects.methods import method_of
 
-        names = ("gate_proj", "up_proj", "down_proj") if moe_config.is_act_and_mul else ()
-        modules = [f"{prefix}.0.{name}" for name in names or ("up_proj", "down_proj")]
-        scheme = self.layer_scheme(modules)
-        return None if scheme is None else method_of(scheme, moe_config)
+        gated = moe_config.is_act_and_mul
+        w13 = [f"{prefix}.0.{name}" for name in ("gate_proj", "up_proj")[not gated :]]
+        schemes = self.layer_schemes(w13, [f"{prefix}.0.down_proj"])
+        return None if schemes is None else method_of(schemes, moe_config)
 
 
 def _kind(scheme: Scheme | None) -> tuple[QuantFormat, QuantKey | None] | None:
     return None if scheme is None else (scheme.format, scheme.activation)
+
+
+def _label(scheme: Scheme) -> str:
+    rounded = "" if scheme.activation is None else f" with {scheme.activation} activations"
+    return scheme.name + rounded
 
 
 def expect(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.quantization.dialects.base import Scheme
+from fusedmoe.quantization.dialects.base import LayerSchemes
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 
 
-def method_of(scheme: Scheme, moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
-    """The method of a layer whose experts are stored as ``scheme`` says, and loaded so."""
-    method = QuantizedFusedMoEMethod(moe_config, scheme.format, activation=scheme.activation)
-    method.checkpoint_scheme = scheme
+def method_of(schemes: LayerSchemes, moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
+    """The method of a layer whose experts are stored as ``schemes`` say, and loaded so."""
+    method = QuantizedFusedMoEMethod(
+        moe_config, schemes.w13.format, schemes.w2.format, activation=schemes.activation
+    )
+    method.checkpoint_schemes = schemes
     return method
