@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.experts.cpu_gemm import Linear
 from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
 
 SCRATCH_BYTES = 256 << 20
@@ -41,7 +40,7 @@ class Products(NamedTuple):
     ``encode_down`` make of many rows at once what ``linear`` takes as rows, if not the tensor.
     """
 
-    linear: Linear | Callable[[Any, Any, torch.Tensor], None]
+    linear: Callable[[Any, Any, torch.Tensor], None]
     up: Sequence[Any] | torch.Tensor
     down: Sequence[Any] | torch.Tensor
     encode_up: Callable[[torch.Tensor], Rows] | None = None
