@@ -152,3 +152,53 @@ def test_bad_words_for_tune(cli, words: list[str], message: str) -> None:
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_other_verbs_take_a_table_and_say_so(cli, tmp_path: Path) -> None:
+    path = tmp_path / "E=8,N=96,device_name=NVIDIA_H200.json"
+    entry = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 1}
+    path.write_text(json.dumps({"1": entry | {"num_warps": 4, "num_stages": 3}}))
+    common = (*SIZES, "--device", "cpu")
+    code, out, err = cli("explain", *common, "--tuned-table", path)
+    assert code == 0, err
+    assert "tiles:" not in out, "the CPU experts have none"
+    for verb, words in (
+        ("explain", ("--tuned-table", tmp_path / "none.json")),
+        ("bench", ("--tokens", "2", "--no-peers", "--tuned-table", tmp_path / "none.json")),
+    ):
+        code, out, err = cli(verb, *common, *words)
+        assert (code, out) == (2, "")
+        assert "No such file" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "by the layer's shape; no table cpu/E8-K2-H64-I96-bf16-halves.json is packaged"),
+        ({"batch_invariant": True}, "the same for every batch"),
+        ({"tuned_table": "E=8,N=96,device_name=NVIDIA_H200.json"}, "the given table"),
+    ],
+)
+def test_where_tiles_come_from_in_words(
+    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedmoe.activation import MoEActivation
+    from fusedmoe.config import FusedMoEConfig, MoEOptions
+    from fusedmoe.tuning.choice import source_of_tiles
+
+    monkeypatch.chdir(tmp_path)
+    entry = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 1}
+    name = Path("E=8,N=96,device_name=NVIDIA_H200.json")
+    name.write_text(json.dumps({"1": entry | {"num_warps": 4, "num_stages": 3}}))
+    config = FusedMoEConfig(
+        num_experts=8,
+        num_local_experts=8,
+        experts_per_token=2,
+        hidden_dim=64,
+        intermediate_size_per_partition=96,
+        activation=MoEActivation.SILU,
+        in_dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        options=MoEOptions(**options),
+    )
+    assert words in source_of_tiles(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,16 @@ def test_packaged_tables_are_sound_and_where_they_are_looked_for(path) -> None:
     assert path.parent.parent.name == table.device
     assert table.measured
     assert table.text == path.read_text()
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h200" / "tuning.json"
+
+
+def test_a_layer_without_a_table_loses_little() -> None:
+    """As measured; every packaged table is among what was compared."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    default = [row for row in rows if row["tiles"] == "default"]
+    assert max(row["loss"] for row in default) < 0.1
+    sizes = {tuple(row[name] for name in "EkHI") for row in default}
+    tables = [table_from_text(path.read_text()).layer for path in TABLES]
+    assert {(key.E, key.K, key.H, key.I) for key in tables} == sizes

@@ -24,9 +24,11 @@ from fusedmoe.bench.replays import Replays, launched, record, time_in_turns
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, limit_us, make_header
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.bench.timing import time_on_cpu
+from fusedmoe.config import MoEOptions
 from fusedmoe.experts.cpu_memory import host_memory
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import format_name
+from fusedmoe.tuning.tuned_table import TunedTable
 
 Progress = Callable[[int, int, str], None]
 """Called before each problem: how many are done, of how many, and what comes next."""
@@ -75,14 +77,16 @@ def run_layer_bench(
     *,
     experts: Sequence[str | type | None] = (None,),
     scope: Scope = "layer",
+    tuned_table: TunedTable | None = None,
 ) -> BenchReport:
     """Time the layer from router logits to output on random data.
 
     ``experts``: implementations by name or class (None is what selection chooses); ``peers``:
     names of ``contestants.PEERS``, or True for Transformers' batched_mm, grouped_mm and (on a CPU)
     eager. ``repeats``: samples per implementation (default 20 on a CPU, 50 on a GPU). ``scope``
-    "experts" begins at given picks. On a GPU every sample replays a CUDA graph over several sets of
-    weights; what cannot be captured or does not fit becomes a note.
+    "experts" begins at given picks. ``tuned_table``: tiles for this library's layer. On a GPU every
+    sample replays a CUDA graph over several sets of weights; what cannot be captured or does not
+    fit becomes a note.
 
     Raises ValueError for an empty list, unknown routing, scope, device or dtype.
     """
@@ -100,7 +104,7 @@ def run_layer_bench(
     names = tuple(peers or ())
     report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
     for done, cell in enumerate(
-        run_cells(cells, report, device, experts, lambda cell: names, Effort(repeats))
+        run_cells(cells, report, device, experts, lambda cell: names, Effort(repeats), tuned_table)
     ):
         if progress is not None:
             progress(done, len(cells), str(cell))
@@ -136,6 +140,7 @@ def run_cells(
     experts: Sequence[str | type | None] = (None,),
     peers: Callable[[Cell], Sequence[str]] = lambda cell: (),
     effort: Effort = Effort(),
+    tuned_table: TunedTable | None = None,
 ) -> Iterator[Cell]:
     """Measure cells into ``report``, yielding each one before it begins.
 
@@ -149,7 +154,7 @@ def run_cells(
         for cell in group:
             yield cell
             with torch.inference_mode():
-                builders = _builders(experts, peers(cell))
+                builders = _builders(experts, peers(cell), tuned_table)
                 contestants = _contestants(cell, weights, builders, built, report)
                 situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
                 problem = Problem.of(cell, situations, device)
@@ -177,9 +182,14 @@ def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _builders(
-    experts: Sequence[str | type | None], peers: Sequence[str]
+    experts: Sequence[str | type | None], peers: Sequence[str], tuned_table: TunedTable | None
 ) -> Mapping[str, Callable[..., Contestant]]:
-    ours = {contestant_name(one): partial(our_layer, experts=one) for one in experts}
+    ours = {
+        contestant_name(one): partial(
+            our_layer, experts=one, options=MoEOptions(experts=one, tuned_table=tuned_table)
+        )
+        for one in experts
+    }
     return ours | {name: partial(peer, name) for name in peers}
 
 

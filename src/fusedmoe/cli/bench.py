@@ -12,6 +12,7 @@ from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
+from fusedmoe.config import MoEOptions
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="also these implementations, by name or module:Class",
     )
+    parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
     parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             progress=show,
             experts=(None, *map(experts_of, args.experts)),
             scope=args.scope,
+            tuned_table=MoEOptions(tuned_table=args.tuned_table).table,
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))

@@ -31,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts", metavar="NAME", help="force an implementation, by name or module:Class"
     )
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
 
 
 def run(args: argparse.Namespace) -> int:
     from fusedmoe.selection import explain
+    from fusedmoe.tuning.choice import source_of_tiles
 
     config = layer_config(args)
     selection = explain(config)
+    tiles = source_of_tiles(config) if selection.chosen.name == "triton" else None
     if args.json:
         layer = {
             name: value.value if isinstance(value, MoEActivation) else str(value)
@@ -48,11 +51,14 @@ def run(args: argparse.Namespace) -> int:
                 "layer": layer,
                 "experts": selection.chosen.name or selection.chosen.__name__,
                 "candidates": [asdict(candidate) for candidate in selection.candidates],
+                "tiles": tiles,
             }
         )
         return 0
     print(", ".join(f"{name} {_text(value)}" for name, value in _described(config).items()))
     print(selection)
+    if tiles is not None:
+        print(f"tiles: {tiles}")
     return 0
 
 
@@ -74,7 +80,11 @@ def layer_config(args: argparse.Namespace) -> FusedMoEConfig:
         in_dtype=dtype_of(args.dtype) or known.get("dtype", torch.bfloat16),
         device=device_of(args.device),
         has_bias=args.bias or known.get("bias", False),
-        options=MoEOptions(experts=experts_of(args.experts), batch_invariant=args.batch_invariant),
+        options=MoEOptions(
+            experts=experts_of(args.experts),
+            batch_invariant=args.batch_invariant,
+            tuned_table=args.tuned_table,
+        ),
     )
 
 

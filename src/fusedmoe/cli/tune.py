@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--show", metavar="FILE", help="print what a table chooses, also another engine's"
     )
     # What ``explain`` reads beside these.
-    parser.set_defaults(experts=None, batch_invariant=False)
+    parser.set_defaults(experts=None, batch_invariant=False, tuned_table=None)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import json
 from functools import lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,9 @@ from fusedmoe.tuning.table_file import table_from_json
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, TileConfig, layer_tiles
 from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
 from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
+
+if TYPE_CHECKING:
+    from fusedmoe.config import FusedMoEConfig
 
 _WEIGHT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -125,6 +128,26 @@ def checked_table(
 def weight_tiles(stage: str, form: str | None) -> int:
     """How many tiles of weights a step of this GEMM loads: gate and up, or one."""
     return 1 if stage == "gemm2" or form == "plain" else 2
+
+
+def source_of_tiles(moe: FusedMoEConfig) -> str:
+    """Where the tiles of a layer on the Triton experts come from, in words."""
+    sizes = (
+        moe.experts_per_token,
+        moe.num_local_experts,
+        moe.hidden_dim,
+        moe.intermediate_size_per_partition,
+        moe.in_dtype,
+        moe.activation,
+    )
+    facts, layer = device_facts(moe.device), layer_key(*sizes)
+    if moe.options.batch_invariant:
+        return "the same for every batch, as batch invariance asks"
+    if checked_table(moe.options.table, *sizes, moe.device) is not None:
+        return "the given table"
+    if packaged_table(layer, KERNELS["triton"], facts) is not None:
+        return f"the packaged table {facts.name}/{table_name(layer)}"
+    return f"by the layer's shape; no table {facts.name}/{table_name(layer)} is packaged"
 
 
 @lru_cache(maxsize=8192)
