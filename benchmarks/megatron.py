@@ -241,6 +241,7 @@ def main() -> None:
         )
     if args.out is not None:
         report.write(args.out)
+        report.write_csv(args.out.with_suffix(".csv"))
 
 
 if __name__ == "__main__":
