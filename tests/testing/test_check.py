@@ -96,6 +96,13 @@ class MixesRows(Honest):
         output += 0 * hidden_states.sum()
 
 
+class MultipliesPaddingByZero(Honest):
+    """Right as long as the weight of a slot with id -1 is a number."""
+
+    def compute(self, x, w1, w2, weights, *rest):
+        return super().compute(x, w1, w2, weights, *rest) + 0 * weights.sum(1, keepdim=True)
+
+
 class DependsOnTheBatch(Honest):
     @classmethod
     def capabilities(cls):
@@ -116,6 +123,7 @@ class DependsOnTheBatch(Honest):
         (WritesItsInput, "hidden_states was written to"),
         (GivesOtherBitsEachTime, "a second run gave other bits"),
         (MixesRows, "a NaN in the last token changed another one"),
+        (MultipliesPaddingByZero, "slots of id -1 changed"),
         (DependsOnTheBatch, "bits changed"),
     ],
 )

@@ -55,7 +55,8 @@ def check_experts(
     A case outside the class's ``capabilities`` is skipped, with the reason in its result. Every
     other one must: agree with the reference in fp64 within ``TOLERANCES``, with scratch memory full
     of NaN; give the same bits twice; leave its inputs alone; keep a row of NaN to its own token;
-    and, where it claims batch invariance, give a token the same bits alone and among others.
+    heed neither weights of slots with id -1 nor rows of tokens that have no others; and, where it
+    claims batch invariance, give a token the same bits alone and among others.
 
     Raises AssertionError at the first case that fails. Returns what was run and what was skipped.
     """
@@ -94,7 +95,21 @@ def _check_case(
     if case.T > 1:
         _check_nan_row(name, layer, first)
         _check_batch_invariance(name, layer)
+    _check_padding(name, layer, first)
     return CaseResult(case, dtype, error=error.frobenius)
+
+
+def _check_padding(name: str, layer: _Layer, clean: torch.Tensor) -> None:
+    inputs = layer.inputs
+    padding = inputs.topk_ids == -1
+    if layer.routes_by_itself or not bool(padding.any()):
+        return
+    nan = float("nan")
+    weights = inputs.topk_weights.masked_fill(padding, nan)
+    x = inputs.hidden_states.masked_fill(padding.all(1, keepdim=True), nan)
+    dirty = replace(layer, inputs=replace(inputs, topk_weights=weights, hidden_states=x)).run()
+    if not torch.equal(dirty, clean):
+        raise AssertionError(f"{name}: a NaN at slots of id -1 changed the result")
 
 
 def _check_nan_row(name: str, layer: _Layer, clean: torch.Tensor) -> None:
