@@ -19,6 +19,10 @@ _OWN_OF_PARALLEL = {"tp_rank", "pcp_rank", "dp_rank", "ep_rank"}
 _LONGEST = 200
 
 
+class RanksDisagreeError(ValueError):
+    """Ranks that should build the same thing build different ones."""
+
+
 def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
     """The fields of a layer's config that must be the same on all of its ranks, as text."""
     parallel, options = moe.moe_parallel_config, moe.options
@@ -35,7 +39,7 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
 
 
 def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str) -> None:
-    """Raise ValueError, on every rank, where ``facts`` are not the same on all of them.
+    """Raise RanksDisagreeError, on every rank, where ``facts`` are not the same on all of them.
 
     A collective over the dp, pcp and tp groups that are given: every rank has to come here. The
     message names each fact that differs and every rank's value. Nothing is sent but text.
@@ -57,7 +61,7 @@ def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str)
     for length in lengths:
         texts.append(json.loads(everyones[start : start + length]))
         start += length
-    raise ValueError(f"{what} is not the same on all ranks: {_differences(texts)}")
+    raise RanksDisagreeError(f"{what} is not the same on all ranks: {_differences(texts)}")
 
 
 def _differences(facts: list[dict[str, str]]) -> str:

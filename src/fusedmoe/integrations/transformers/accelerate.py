@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from fusedmoe.config import MoEOptions
+from fusedmoe.distributed.agreement import RanksDisagreeError
 from fusedmoe.integrations.transformers.blocks import (
     BlockForward,
     ExpertsForward,
@@ -24,8 +25,13 @@ from fusedmoe.integrations.transformers.generic import (
     put_back,
     recursive_replace,
 )
+from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.selection import check_forced_names
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +64,14 @@ def plan(model: nn.Module) -> list[PlannedBlock]:
     return blocks
 
 
-def accelerate(model: Model, *, options: MoEOptions | None = None, replay_rows: int = 64) -> Model:
+def accelerate(
+    model: Model,
+    *,
+    options: MoEOptions | None = None,
+    replay_rows: int = 64,
+    ep_group: ProcessGroup | DeviceMesh | None = None,
+    same_tokens: bool = False,
+) -> Model:
     """Run the MoE blocks of a Transformers model through fusedmoe; returns the same model.
 
     A block of a known family is replaced as a whole: our router with the model's own gate, our
@@ -73,9 +86,17 @@ def accelerate(model: Model, *, options: MoEOptions | None = None, replay_rows: 
     Training with gradients runs the original forwards; in eval mode a backward pass through an
     accelerated block raises. Calling it again adds what was not replaced yet.
 
-    Raises ValueError for ``options`` that force an implementation that does not exist.
+    With ``ep_group``, each of its ranks runs its share of the experts of whole blocks (linear
+    placement) and sends tokens to the others': every rank accelerates the same model, and every
+    forward is a call on all of them. Ranks have batches of their own, of any size, or with
+    ``same_tokens`` all have the same one; then what each rank's experts make of it is added up.
+    Blocks that cannot be spread run on each rank by themselves.
+
+    Raises ValueError for ``options`` that force an implementation that does not exist, and where
+    ranks have different models.
     """
     check_forced_names(options or MoEOptions())
+    ranks = None if ep_group is None else BlockRanks.make(ep_group, same_tokens)
     handled = []
     for block in plan(model):
         handled.append(block.path)
@@ -83,7 +104,11 @@ def accelerate(model: Model, *, options: MoEOptions | None = None, replay_rows: 
             logger.warning("%s is left as it is: %s", block.path, block.reason)
             continue
         try:
-            replacements = make_replacements(block.module, block.family, options, replay_rows)
+            replacements = make_replacements(
+                block.module, block.family, options, replay_rows, ranks
+            )
+        except RanksDisagreeError:
+            raise
         except ValueError as error:
             logger.warning("%s is left as it is: %s", block.path, error)
             continue

@@ -28,6 +28,7 @@ from fusedmoe.integrations.transformers.packed import (
     hold_experts,
     is_packed,
 )
+from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import (
     StackedWeights,
@@ -217,16 +218,25 @@ def _owners(family: Family, block: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def make_replacements(
-    block: nn.Module, family: Family, options: MoEOptions | None = None, replay_rows: int = 0
+    block: nn.Module,
+    family: Family,
+    options: MoEOptions | None = None,
+    replay_rows: int = 0,
+    ranks: BlockRanks | None = None,
 ) -> list[Replacement]:
     """The forwards that a row asks for, not yet in place. Raises ValueError with what prevents it.
 
     Parameters that have to lie together are stacked here, after everything else was checked.
+    ``ranks``: those that the block's experts are spread over.
     """
     if not family.whole:
+        if ranks is not None:
+            raise ValueError("its experts are replaced apart from the rest, which runs on one rank")
         return _make_parts(block, family, options)
     module = at(block, family.experts.at)
     gate = None if is_packed(module) else _gate(family, module)
+    if ranks is not None and gate is None:
+        raise ValueError("packed experts cannot be spread over ranks")
     router = BlockRouter(family.router, block)
     router.keep_result = family.returns == "hidden_and_weights"
     transforms = [
@@ -248,7 +258,7 @@ def make_replacements(
         experts = hold_experts(module, router.spec.top_k, options, **demands)
     else:
         weights = _weights(family, module)
-        experts = _borrow(weights, gate, router.spec.top_k, options, demands)
+        experts = _borrow(weights, gate, router.spec.top_k, options, demands, ranks)
     runner = MoERunner(
         experts.moe_config,
         router,
@@ -257,8 +267,10 @@ def make_replacements(
         shared_expert_gate=at(block, family.shared_gate),
         routed_input_transform=transforms[0],
         routed_output_transform=transforms[1],
+        rank_sum=None if ranks is None else ranks.rank_sum,
     )
-    return [BlockForward(block, family, weights, runner, replay_rows)]
+    # What other ranks bring changes from call to call.
+    return [BlockForward(block, family, weights, runner, 0 if ranks else replay_rows)]
 
 
 def _gate(family: Family, module: nn.Module) -> Gate:
@@ -272,10 +284,11 @@ def _borrow(
     top_k: int,
     options: MoEOptions | None,
     demands: dict[str, Any],
+    ranks: BlockRanks | None,
 ) -> BorrowedExperts:
     """Experts on the module's tensors; what was stacked for them is released if there are none."""
     try:
-        return borrow_experts(weights, gate, top_k, options=options, **demands)
+        return borrow_experts(weights, gate, top_k, options=options, ranks=ranks, **demands)
     except ValueError:
         if isinstance(weights, StackedWeights):
             weights.stack.release()

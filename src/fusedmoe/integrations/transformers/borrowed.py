@@ -8,7 +8,7 @@ E experts, H hidden, I intermediate, S = 2 where gated, else 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -17,8 +17,10 @@ from torch import nn
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.distributed.agreement import check_agreement, facts_of
 from fusedmoe.integrations.transformers.families import Experts, at
 from fusedmoe.integrations.transformers.gates import Gate, gate_of, recognise_gate
+from fusedmoe.integrations.transformers.ranks import BlockRanks, RankWeights
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.weights.routed_experts import RoutedExperts
 
@@ -141,10 +143,17 @@ class BorrowedExperts(RoutedExperts):
 
     weights: Any
 
-    def __init__(self, moe_config: FusedMoEConfig, weights: ExpertWeights) -> None:
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        weights: ExpertWeights,
+        ranks: BlockRanks | None = None,
+    ) -> None:
         # A plain attribute: the modules behind it must not become submodules here.
         self.__dict__["weights"] = weights
-        super().__init__(moe_config, UnquantizedFusedMoEMethod(moe_config))
+        method = UnquantizedFusedMoEMethod(moe_config, None if ranks is None else ranks.groups)
+        placed = None if ranks is None else ranks.place(moe_config.num_experts)
+        super().__init__(moe_config, method, expert_map_manager=placed, device=weights.w13().device)
 
     def weights_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
         """The hook for after ``load_state_dict``: what a kernel had prepacked is out of date."""
@@ -221,10 +230,12 @@ def borrow_experts(
     hash_routing: bool = False,
     require_modular: bool = False,
     options: MoEOptions | None = None,
+    ranks: BlockRanks | None = None,
 ) -> BorrowedExperts:
     """Experts ready to run where the weights are now; after a move they choose anew.
 
-    Raises ValueError where sizes contradict each other or nothing runs such a layer.
+    With ``ranks``, those of this rank among them. Raises ValueError where sizes contradict each
+    other or nothing runs such a layer, and RanksDisagreeError where ranks have different ones.
     """
     assert gate.activation is not None
     w13, w2 = weights.w13(), weights.w2()
@@ -249,6 +260,15 @@ def borrow_experts(
         require_modular=require_modular,
         options=options,
     )
-    experts = BorrowedExperts(moe_config, weights)
+    if ranks is not None:
+        placed = ranks.place(E)
+        moe_config = replace(
+            moe_config,
+            num_local_experts=placed.num_local_experts,
+            moe_parallel_config=ranks.parallel,
+        )
+        check_agreement(facts_of(moe_config), ranks.groups, "an accelerated block")
+        weights = RankWeights.of(weights, placed)
+    experts = BorrowedExperts(moe_config, weights, ranks)
     experts.process_weights_after_loading()
     return experts
