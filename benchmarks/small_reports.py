@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ def timed(
     if device.type == "cuda":
         found = {name: record(calls, expected_us, repeats) for name, calls in variants.items()}
         samples = time_in_turns(found)
+        del found
+        gc.collect()
+        torch.cuda.empty_cache()
     else:
         samples = time_on_cpu(variants, repeats)
     return {name: Percentiles.of(taken) for name, taken in samples.items()}

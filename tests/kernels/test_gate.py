@@ -115,7 +115,7 @@ def test_few_tokens_fill_the_registers_but_not_more():
 
     for tokens in range(1, MAX_ROWS_TOKENS + 1):
         for hidden in (64, 2048, 2880, 7168, 16384):
-            block_t, block_h, num_warps = gate_rows_tile(tokens, hidden)
+            block_t, block_h, num_warps = gate_rows_tile(tokens, hidden, 4)
             assert tokens <= block_t < 2 * tokens
             assert block_t * block_h <= 64 * 32 * num_warps
 
@@ -214,7 +214,7 @@ def build(kernel, constants, num_warps, types={}, num_stages=3):
                           "num_stages": num_stages}).asm["cubin"]
 
 for tokens, hidden in ((1, 2048), (2, 7168)):
-    block_t, block_h, num_warps = gate.gate_rows_tile(tokens, hidden)
+    block_t, block_h, num_warps = gate.gate_rows_tile(tokens, hidden, 2)
     build(gate.gate_rows_kernel, {"BLOCK_T": block_t, "BLOCK_H": block_h, "CHAINED": True},
           num_warps)
 for dtype, experts, hidden in (("fp32", 256, 7168), ("bf16", 128, 2048), ("fp32", 128, 2048)):

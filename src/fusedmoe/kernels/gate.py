@@ -2,7 +2,7 @@
 
 Which way it is computed, its tier, is a pure function of shapes, dtypes and the device type:
 
-    rows      a token or two on a GPU: one program per expert, exact fp32 products (Triton)
+    rows      up to four tokens on a GPU: one program per expert, exact fp32 products (Triton)
     parts     few tokens, or batch invariance asked for, on a GPU: tiles that share out the sum over
               H and add its parts in order (Triton)
     mm_fp32   16-bit operands with an fp32 result on a GPU (torch.mm)
@@ -20,7 +20,7 @@ from fusedmoe.kernels.device import device_of
 
 GateTier = Literal["rows", "parts", "mm_fp32", "linear"]
 
-MAX_ROWS_TOKENS = 2
+MAX_ROWS_TOKENS = 4
 MAX_PARTS_TOKENS = 16
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = (*_HALF_DTYPES, torch.float32)
@@ -38,7 +38,7 @@ class GateTile:
     columns: int
     steps: int
     parts: int
-    warps: int = 4
+    warps: int = 2
 
 
 def gate_tile(E: int, H: int, itemsize: int) -> GateTile:
@@ -118,7 +118,7 @@ def _gate_linear(
     elif tier == "parts":
         from fusedmoe.kernels.triton.gate import gate_parts
 
-        tile = gate_tile(*weight.shape, weight.element_size())
+        tile = gate_tile(weight.shape[0], weight.shape[1], weight.element_size())
         with device_of(rows):
             logits = gate_parts(rows, weight, bias, out_dtype, tile)
     elif tier == "mm_fp32":

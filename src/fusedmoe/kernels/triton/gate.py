@@ -248,11 +248,12 @@ _launch_sum = Launcher(gate_sum_kernel, chained=True)
 _launch_chained = Launcher(gate_chained_kernel)
 
 
-def gate_rows_tile(num_tokens: int, hidden: int) -> tuple[int, int, int]:
+def gate_rows_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, int]:
     """(BLOCK_T, BLOCK_H, warps): whole rows at once while the products fit the registers."""
     block_t = power_of_2(num_tokens)
-    block_h = min(power_of_2(hidden), max(16384 // block_t, 64), 8192)
-    return block_t, block_h, 8 if block_t * block_h >= 8192 else 4
+    products = 8192 if itemsize == 4 else 16384
+    block_h = min(power_of_2(hidden), max(products // block_t, 64), 8192)
+    return block_t, block_h, 8 if block_t * block_h >= 2048 else 4
 
 
 def gate_rows(
@@ -262,7 +263,7 @@ def gate_rows(
     out = torch.empty((T, E), dtype=out_dtype, device=x.device)
     if T == 0 or E == 0:
         return out
-    block_t, block_h, num_warps = gate_rows_tile(T, H)
+    block_t, block_h, num_warps = gate_rows_tile(T, H, weight.element_size())
     _launch_rows(
         (E, 1),
         (x, weight, None if bias is None else bias.contiguous(), out),
