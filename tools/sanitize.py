@@ -6,6 +6,9 @@
         python tools/sanitize.py --only hopper
 
 Without caching every tensor is its own allocation, so that a stray access leaves it.
+
+racecheck names the word by which Triton hands work to the other warps of the warp-specialised
+kernels; barriers of all threads stand around it (benchmarks/results/h200/notes_hopper.md).
 """
 
 from __future__ import annotations
