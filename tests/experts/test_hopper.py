@@ -12,6 +12,7 @@ import torch
 
 from expert_layers import Layer
 from fusedmoe.experts.hopper import HopperExperts
+from fusedmoe.experts.hopper import _readable as readable
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
@@ -81,6 +82,14 @@ def test_sizes_that_the_kernels_cannot_tile_are_refused(sizes):
     given, _ = arguments(replace(LAYER, **sizes))
     with pytest.raises(ValueError, match=r"multiples of 16|float32"):
         hopper_decode(**given)
+
+
+def test_which_rows_are_read_where_they_are():
+    x = torch.empty(6, 64, dtype=torch.bfloat16)
+    assert readable(x)
+    assert readable(x[:, 16:48])
+    for other in (x[:, 3:19], x[:, ::2], x.T, x[:1].expand(6, 64), x.flatten()[1:321].view(5, 64)):
+        assert not readable(other)
 
 
 def test_direct_takes_few_slots():

@@ -143,10 +143,11 @@ def _viewable(*weights: torch.Tensor) -> bool:
 
 
 def _readable(rows: torch.Tensor) -> bool:
-    """Whether rows can be gathered 16 bytes at a time."""
+    """Whether rows can be gathered 16 bytes at a time, and TMA can read them as a matrix."""
     return (
         rows.stride(1) == 1
         and rows.stride(0) % ALIGNED_ELEMENTS == 0
+        and rows.stride(0) >= rows.shape[1]
         and rows.data_ptr() % _ALIGNED_BYTES == 0
     )
 
