@@ -159,6 +159,31 @@ def test_tiles_that_do_not_run_are_left_out() -> None:
         search(LAYER, TOKENS, FakeTimer(refuses=lambda tile: True), default)
 
 
+def test_gemms_that_disagree_about_the_height_find_a_pair() -> None:
+    """Each is ten times faster at a height that does not suit the other."""
+
+    class Disagreeing(FakeTimer):
+        def us(self, stage: str, T: int, tile: TileConfig) -> float:
+            suits = tile.block_m == (16 if stage == "gemm1" else 32)
+            return super().us(stage, T, tile) * (1 if suits else 10)
+
+    assert search(LAYER, (1,), Disagreeing(), default)
+
+
+def test_a_tile_that_fails_at_one_batch_makes_no_curve() -> None:
+    """However fast it is at the others: a table has a time for every count."""
+
+    class Partial(FakeTimer):
+        def us(self, stage: str, T: int, tile: TileConfig) -> float:
+            alike = tile.block_m == 16 and tile.block_n == 128
+            if alike and T == 256:
+                return math.inf
+            return super().us(stage, T, tile) * (0.1 if alike else 1.0)
+
+    curves = search(LAYER, TOKENS, Partial(), default)
+    assert all(math.isfinite(us) for curve in curves for us in curve.cost)
+
+
 def test_curves_that_nobody_would_miss_go() -> None:
     tile = TileConfig(16, 32, 64, 1, 4, 2)
     kept = [

@@ -22,7 +22,7 @@ DEFAULT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RUNG_SAMPLES = (3, 9)
 FINAL_SAMPLES = 15
 KEPT = 3  # one of so many survives a rung
-# Slower than the best by more is not worth a second look, but every height keeps one tile.
+# Slower than the best by more is not worth many samples.
 HOPELESS = 1.6
 NEGLIGIBLE = 0.005
 
@@ -130,8 +130,8 @@ def _best_by_height(
         for us, place in ranked:
             best.setdefault(tiles[place].block_m, (us, tiles[place]))
         kept = [tiles[place] for _, place in ranked[: max(2, math.ceil(len(ranked) / KEPT))]]
-        fastest = ranked[0][0] if ranked else math.inf
-        kept += [tile for us, tile in best.values() if us <= HOPELESS * fastest]
+        # The other GEMM may leave no choice of the height.
+        kept += [tile for _, tile in best.values()]
         tiles = list(dict.fromkeys(kept))
     return best
 
