@@ -171,6 +171,20 @@ def test_slots_without_a_table_and_with_an_expert_map(function):
     assert_right(out, by_slot(a, w, local_ids(ids, E, here)))
 
 
+@pytest.mark.parametrize(
+    ("fmt", "depth"),
+    [("int4_g128_zp", 128), ("int4_g128", 64), ("int8_channel", 64), ("mxfp4", 64)],
+)
+def test_many_slots_in_a_block(fmt, depth):
+    """Scales are multiplied into the numbers then, also where a step has one of them."""
+    w, tile = weights(fmt, 256, MoEActivation.SILU), tile_of(depth, slots=128, rows=64)
+    a, ids = rows_and_ids(256, T=90)
+    out = torch.full((ids.numel(), N), NAN)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    assert_right(out, by_slot(a, w, ids, MoEActivation.SILU))
+
+
 @BOTH
 def test_fp16_rows(function):
     w, tile = weights("int4_g32", 128), tile_of(64)

@@ -16,6 +16,7 @@ from fusedmoe.experts.triton_quantized_run import (
     Operands,
     batched_quantized_experts,
     quantized_experts,
+    row_width,
 )
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -139,7 +140,9 @@ class TritonQuantizedExperts(_Quantized):
     ) -> WorkspaceShapes:
         """The activation's output, then the second GEMM's rows by slot."""
         width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((M, topk, width), (M, topk, K), (M, K))
+        moe = self.moe_config
+        second = row_width(M * topk, K, moe.in_dtype, moe.options.batch_invariant)
+        return WorkspaceShapes((M, topk, width), (M, topk, second), (M, K))
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()

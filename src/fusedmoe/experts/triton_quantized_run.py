@@ -29,6 +29,7 @@ from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles, weight_o
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32
+_FEW_ROWS = 4096
 _MANY_TOKENS = 512
 
 
@@ -120,17 +121,31 @@ def two_gemms(
     w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, operands.a2, **second)
 
 
-def choose_tiles(
-    operands: Operands, T: int, K: int, gated: bool, batch_invariant: bool
-) -> QuantizedTiles:
+def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
+    """Elements of ``dtype`` for a row of the second GEMM: while rows are few they are kept in fp32
+    until they are summed, which rounds once less and costs nothing; their dtype must not follow R
+    where bits must not."""
+    return H if batch_invariant or R > _FEW_ROWS else H * 4 // dtype.itemsize
+
+
+def _second_rows(workspace: torch.Tensor, R: int, H: int, batch_invariant: bool) -> torch.Tensor:
+    """[R, H] in fp32 where ``row_width`` says so and the workspace is that large."""
+    size = R * row_width(R, H, workspace.dtype, batch_invariant)
+    flat = workspace.flatten()
+    if R * H < size <= flat.numel():
+        return flat[:size].view(torch.float32).view(R, H)
+    return flat[: R * H].view(R, H)
+
+
+def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:
     """Tiles for T tokens of K picks."""
     (e, H, I), w1 = operands.w2.shape, operands.w1  # noqa: E741
     if operands.a1 is None:
         bits = 4 if w1.format.element in NIBBLES else 8
         return weight_only_tiles(
-            T, K, e, H, I, bits, operands.columns, gated=gated, batch_invariant=batch_invariant
+            T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
         )
-    return w8a8_tiles(T, K, e, H, I, operands.columns, gated=gated, batch_invariant=batch_invariant)
+    return w8a8_tiles(T, K, e, H, I, operands.columns, batch_invariant=batch_invariant)
 
 
 def quantized_experts(
@@ -151,17 +166,17 @@ def quantized_experts(
     """Write the weighted sum over K [T, H] into ``output``.
 
     hidden_states [T, H], topk_weights fp32 [T, K] (None: all one). The workspaces hold at least
-    R * I and R * H elements. Ids that name no local expert count as nothing. ``tiles`` overrides
-    the choice of ``tuning.quantized_tiles``.
+    R * I and R * H elements, better R * ``row_width``. Ids that name no local expert count as
+    nothing. ``tiles`` overrides the choice of ``tuning.quantized_tiles``.
     """
     (T, K), (e, H, I) = topk_ids.shape, operands.w2.shape  # noqa: E741
     R = T * K
     if tiles is None:
-        tiles = choose_tiles(operands, T, K, activation.is_gated, batch_invariant)
+        tiles = choose_tiles(operands, T, K, batch_invariant)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     act = workspace13.flatten()[: R * I].view(R, I)
-    rows = workspace2.flatten()[: R * H].view(R, H)
+    rows = _second_rows(workspace2, R, H, batch_invariant)
     two_gemms(
         hidden_states,
         operands,
@@ -200,7 +215,7 @@ def batched_quantized_experts(
         return
     if tiles is None:
         rows = e * min(M, _LIKELY_ROWS)
-        tiles = choose_tiles(operands, rows, 1, activation.is_gated, batch_invariant)
+        tiles = choose_tiles(operands, rows, 1, batch_invariant)
     two_gemms(
         hidden_states.contiguous().view(e * M, H),
         operands,

@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-MULTIPROCESSORS = 132
-_SLOTS = (8, 16, 32, 64, 128, 256)
-
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTile:
@@ -46,15 +43,30 @@ class QuantizedTiles(NamedTuple):
     gemm2: QuantizedTile
 
 
-def slots_block(R: int, E: int, most: int = 128) -> int:
+@dataclass(frozen=True, slots=True)
+class QuantizedDecodeTile:
+    """``rows`` weight rows, 128 bytes of each per step, ``stages`` steps in flight; so many
+    programs per multiprocessor, with ``registers`` for a thread of each."""
+
+    rows: int
+    slots: int
+    stages: int
+    per_multiprocessor: int
+    registers: int
+
+
+class QuantizedDecodeTiles(NamedTuple):
+    """Of a layer's two GEMMs; slots are the same."""
+
+    gemm1: QuantizedDecodeTile
+    gemm2: QuantizedDecodeTile
+
+
+def slots_block(R: int, E: int, most: int) -> int:
     """Slots per block: what nearly every expert's slots fit in when tokens choose at random."""
     mean = R / E
-    limits = ((8, 3.0), (16, 9.0), (32, 22.0), (64, 72.0))
+    limits = ((8, 6.0), (16, 12.0), (32, 24.0), (64, 72.0))
     return next((size for size, limit in limits if mean <= limit), most)
-
-
-def _low(slots: int, bits: int, rows: int = 64) -> QuantizedTile:
-    return QuantizedTile(rows, slots, 256 if bits == 4 else 128, 1, 4, 4)
 
 
 @lru_cache(maxsize=4096)
@@ -67,18 +79,22 @@ def weight_only_tiles(
     bits: int,
     groups: tuple[int, int],
     *,
-    gated: bool = True,
     batch_invariant: bool = False,
 ) -> QuantizedTiles:
     """Tiles for rows in floating point and weights of ``bits`` bits; ``groups``: columns that share
     a scale in w1 and w2 (-1: all); E counts local experts."""
-    slots = 64 if batch_invariant else slots_block(T * K, E)
+    R = T * K
+    slots = 64 if batch_invariant else slots_block(R, E, 256 if bits == 4 else 128)
     if slots <= 32:
-        tile = _low(slots, bits)
+        # So few blocks that low tiles are needed to occupy every multiprocessor.
+        lone = R * 4 <= E and R <= 16
+        deep = bits == 4 and 0 < min(groups) < 128 and not lone
+        depth = 256 if deep else 128
+        tile = QuantizedTile(32 if lone else 64, slots, depth, 1, 2 if lone else 4, 5 - (not lone))
     elif slots == 64:
         tile = QuantizedTile(128, slots, 128, 4, 8, 3)
     else:
-        tile = QuantizedTile(128, slots, 128 if bits == 4 else 64, 16, 8, 4)
+        tile = QuantizedTile(128, slots, 64, 8, 8, 3 if bits == 4 else 4)
     return QuantizedTiles(_fit(tile, H, groups[0]), _fit(tile, I, groups[1]))
 
 
@@ -91,20 +107,16 @@ def w8a8_tiles(
     I: int,  # noqa: E741
     groups: tuple[int, int],
     *,
-    gated: bool = True,
     batch_invariant: bool = False,
 ) -> QuantizedTiles:
     """Tiles for both operands in 8 bits; ``groups``: columns after which some scale changes in
     each GEMM, -1 for none."""
-    slots = 64 if batch_invariant else slots_block(T * K, E)
-    depth = 128
+    slots = 64 if batch_invariant else slots_block(T * K, E, 64)
     if slots <= 32:
-        tile = QuantizedTile(64, slots, depth, 1, 4, 4)
-    elif slots == 64:
-        tile = QuantizedTile(128, slots, depth, 4, 8, 4)
+        tile = QuantizedTile(64, slots, 128, 1, 4, 4)
     else:
-        tile = QuantizedTile(128, slots, depth, 16, 8, 4)
-    depths = [depth if group == -1 else min(group, depth) for group in groups]
+        tile = QuantizedTile(128, slots, 128, 4 if T * K <= 72 * E else 16, 4, 4)
+    depths = [tile.depth if group == -1 else min(group, tile.depth) for group in groups]
     return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
 
 

@@ -1,0 +1,49 @@
+"""Tiles of the quantized GEMMs: what every choice must keep, over many shapes."""
+
+import pytest
+
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, w8a8_tiles, weight_only_tiles
+
+SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (128, 4, 2880, 2880), (384, 8, 7168, 256)]
+TOKENS = [1, 2, 8, 16, 33, 64, 128, 1024, 8192, 50000]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("T", TOKENS)
+@pytest.mark.parametrize("groups", [(-1, -1), (32, 32), (128, 128), (128, 64), (16, 16)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_and_groups_fit(shape, T, groups, bits):
+    E, K, H, I = shape  # noqa: E741
+    tiles = weight_only_tiles(T, K, E, H, I, bits, groups)
+    assert tiles.gemm1.slots == tiles.gemm2.slots
+    for tile, group in zip(tiles, groups, strict=True):
+        assert group == -1 or max(group, tile.depth) % min(group, tile.depth) == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("T", TOKENS)
+@pytest.mark.parametrize("groups", [(-1, -1), (32, 32), (128, 128), (128, 64)])
+def test_a_step_never_crosses_a_scale(shape, T, groups):
+    tiles = w8a8_tiles(T, shape[1], shape[0], *shape[2:], groups)
+    assert tiles.gemm1.slots == tiles.gemm2.slots
+    assert all(g == -1 or g % tile.depth == 0 for tile, g in zip(tiles, groups, strict=True))
+
+
+def test_batch_invariant_tiles_do_not_follow_the_number_of_tokens():
+    for function, rest in ((weight_only_tiles, (4, (128, 128))), (w8a8_tiles, ((128, 128),))):
+        found = {function(T, 8, 128, 2048, 768, *rest, batch_invariant=True) for T in TOKENS}
+        assert len(found) == 1
+
+
+def test_more_rows_per_expert_never_make_smaller_blocks():
+    slots = [weight_only_tiles(T, 8, 128, 2048, 768, 4, (128, 128)).gemm1.slots for T in TOKENS]
+    assert slots == sorted(slots)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(8, 16, 64, 1, 4, 2), (64, 4, 64, 1, 4, 2), (64, 16, 64, 0, 4, 2), (64, 16, 64, 1, 3, 2)],
+)
+def test_impossible_tiles_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"power of two|positive"):
+        QuantizedTile(*numbers)
