@@ -180,8 +180,8 @@ def test_sixteen_bit_rows_hold_the_row():
     x = torch.randn(3, 64)
     x[1, 0] = -500.0
     rows = cpu_integer.half_rows(x)
-    codes = rows.codes.int().unflatten(0, (-1, 2)) - 128
-    again = (codes[:, 0] * 256 + codes[:, 1]) * rows.scale
+    codes = rows.codes.float().unflatten(0, (-1, 2)) - 128
+    again = (codes * rows.scale[..., None]).sum(1)
     assert ((again - x).abs() <= x.abs().amax(-1, keepdim=True) / 65000).all()
 
 

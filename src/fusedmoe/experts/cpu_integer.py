@@ -31,6 +31,10 @@ _LEAST_AMAX = 1e-10
 _HALVES_MAX = 127 * 256 + 127
 
 
+def _qlinear(*arguments: object) -> torch.Tensor:
+    return torch.ops.onednn.qlinear_pointwise.default(*arguments)
+
+
 def unmet_int8() -> str | None:
     """Why int8 products cannot run on this CPU, None where they can."""
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.cpu._is_vnni_supported():
@@ -56,10 +60,10 @@ def _sizes(counts: int | Sequence[int], parts: int) -> int | list[int]:
 
 
 class ByteRows(NamedTuple):
-    """Rows as bytes, 128 added: uint8 [M * parts, K], scale fp32 [M, 1] (or [1], for all).
+    """Rows as bytes, 128 added: uint8 [M, K], scale fp32 [M, 1] (or [1], for all).
 
-    With two parts, each row's high bytes are followed by its low bytes. ``sums`` fp32 [M, G] over
-    groups of columns, in units of the scale, where zero points need them.
+    Or [2 * M, K], each row's low bytes followed by its high bytes, and scale [M, 2]. ``sums`` fp32
+    [M, G] over groups of columns, where zero points need them.
     """
 
     codes: torch.Tensor
@@ -79,19 +83,19 @@ def byte_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> ByteRows:
     """x [M, K] quantized to int8 as ``quantization.activations`` defines it."""
     if scale is None:
         scale = _amax(x) / 127
-    codes = (x.float() / scale).round().clamp(-128, 127) + 128
+    codes = (x.float() / scale).round_().clamp_(-128, 127).add_(128)
     return ByteRows(codes.to(torch.uint8), scale)
 
 
 def half_rows(x: torch.Tensor, g: int = 0) -> ByteRows:
     """x [M, K] as 16-bit integers in two bytes each; sums over ``g`` columns unless that is 0."""
     scale = _amax(x) / _HALVES_MAX
-    rounded = (x.float() / scale).round()
-    sums = rounded.unflatten(-1, (-1, g)).sum(-1) if g else None
-    codes = rounded.to(torch.int32)
-    high = (codes + 128) >> 8
-    parts = torch.stack([high, codes - (high << 8)], 1) + 128
-    return ByteRows(parts.flatten(0, 1).to(torch.uint8), scale, sums, 2)
+    rounded = (x.float() / scale).round_()
+    # Both bytes of v + 128 * 256 + 128 are those of v with 128 added to each.
+    four = (rounded + 128 * 257).to(torch.int32).view(torch.uint8).unflatten(-1, (-1, 4))
+    codes = four[..., :2].transpose(1, 2).flatten(0, 1)
+    sums = (rounded * scale).unflatten(-1, (-1, g)).sum(-1) if g else None
+    return ByteRows(codes, torch.cat([scale, 256 * scale], 1), sums, 2)
 
 
 def _amax(x: torch.Tensor) -> torch.Tensor:
@@ -131,24 +135,27 @@ def _int8_weight(q: QuantizedTensor) -> Int8Weight:
 
 
 def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
-    """Write rows times the transposed weight into ``out`` [M, N]."""
-    pieces = rows.codes.chunk(len(weight.packed), 1)
-    y, *more = (
-        torch.ops.onednn.qlinear_pointwise(
+    """Write rows times the transposed weight into ``out`` fp32 [M, N]."""
+    groups = len(weight.packed)
+    pieces = (rows.codes,) if groups == 1 else rows.codes.chunk(groups, 1)
+    y, *more = [
+        _qlinear(
             *(piece, 1.0, 128, packed, scale, weight.zeros),
             *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
         for piece, packed, scale in zip(pieces, weight.packed, weight.scales, strict=True)
-    )
+    ]
     for part in more:
         y += part
-    if rows.parts == 2:
-        y = y.unflatten(0, (-1, 2))
-        y = torch.add(y[:, 1], y[:, 0], alpha=256)
+    if rows.parts == 1:
+        torch.mul(y, rows.scale, out=out)
+    elif out.shape[0] == 1:
+        torch.mm(rows.scale, y, out=out)
+    else:
+        torch.bmm(rows.scale.unsqueeze(1), y.unflatten(0, (-1, 2)), out=out.unsqueeze(1))
     if weight.offset is not None:
         assert rows.sums is not None
-        y = torch.addmm(y, rows.sums, weight.offset)
-    torch.mul(y, rows.scale, out=out)
+        out.addmm_(rows.sums, weight.offset)
 
 
 class FloatRows(NamedTuple):

@@ -60,6 +60,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         self._file_formats: dict[Owner, QuantFormat] = {"w13": w13, "w2": w2 or w13}
         self.weight_key, self.activation_key = w13.key, activation
         self._activation_scales: dict[Owner, torch.Tensor] = {}
+        self._specs: tuple[FusedMoEConfig, tuple[ParamSpec, ...]] | None = None
 
     def format(self, owner: Owner) -> QuantFormat:
         """Of ``w13`` or ``w2`` as it is held here."""
@@ -110,6 +111,12 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         return hidden_size, width
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
+        """As the sizes in ``moe_config`` ask for; remembered, for every forward asks."""
+        if self._specs is None or self._specs[0] is not self.moe_config:
+            self._specs = self.moe_config, self._make_param_specs()
+        return self._specs[1]
+
+    def _make_param_specs(self) -> tuple[ParamSpec, ...]:
         self._check_sizes()
         specs = [
             *_weight_specs("w13", self.format("w13"), self._file_formats["w13"]),
