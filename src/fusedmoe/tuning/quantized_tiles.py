@@ -115,7 +115,8 @@ def w8a8_tiles(
     if slots <= 32:
         tile = QuantizedTile(64, slots, 128, 1, 4, 4)
     else:
-        tile = QuantizedTile(128, slots, 128, 4 if T * K <= 72 * E else 16, 4, 4)
+        group = 4 if batch_invariant or T * K <= 72 * E else 16
+        tile = QuantizedTile(128, slots, 128, group, 4, 4)
     depths = [tile.depth if group == -1 else min(group, tile.depth) for group in groups]
     return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
 
