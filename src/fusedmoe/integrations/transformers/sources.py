@@ -1,0 +1,170 @@
+"""Where ``from_pretrained`` reads a model: a folder of safetensors, or a GGUF file.
+
+A source knows the model's configuration, its layers of experts, and everything else as a lazy
+state_dict under names that Transformers understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fusedmoe.checkpoint import CheckpointError, TensorReader
+from fusedmoe.quantization.dialects import LayerSchemes, Matrix, Scheme
+from fusedmoe.quantization.dialects.base import read_matrix
+from fusedmoe.quantization.dialects.online import OnlineQuantization
+from fusedmoe.weights.checkpoint_experts import FLOAT_DTYPES, CheckpointExperts, ExpertLayer
+
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class Source(Protocol):
+    """``where`` is for messages; ``layers`` by (prefix, number)."""
+
+    @property
+    def where(self) -> Path: ...
+
+    @property
+    def layers(self) -> Mapping[tuple[str, int], ExpertLayer]: ...
+
+    def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
+        """How the layer is stored, and will be kept, after its tensors were checked by name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the files."""
+
+    def config(self) -> Any:
+        """The Transformers configuration, which does not say that the model is quantized."""
+
+    def rest(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Everything but the experts; ``[...]`` reads a value, quantized matrices as ``dtype``."""
+
+
+@dataclass(frozen=True)
+class LazyMatrix:
+    """A quantized matrix, dequantized when it is read; it looks like a safetensors slice."""
+
+    scheme: Scheme
+    matrix: Matrix
+    read: Callable[[], Mapping[str, torch.Tensor]]
+    dtype: torch.dtype
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    def get_shape(self) -> list[int]:
+        return [self.matrix.N, self.matrix.K]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return read_matrix(self.scheme, self.read(), self.matrix).dequantize(self.dtype)[index]
+
+
+class FolderSource:
+    """A checked folder; ``online`` rounds experts that are stored as floats."""
+
+    def __init__(
+        self, experts: CheckpointExperts, online: OnlineQuantization | None = None
+    ) -> None:
+        self.experts, self.online = experts, online
+        self.reader = TensorReader(experts.checkpoint)
+        if online is not None and experts.quantization is not None:
+            raise CheckpointError(
+                f"{self.where}: is quantized already ({experts.quantization.dialect}); rounding to "
+                f"{online.format.name} is for checkpoints of floats"
+            )
+
+    @property
+    def where(self) -> Path:
+        return self.experts.checkpoint.folder
+
+    @property
+    def layers(self) -> Mapping[tuple[str, int], ExpertLayer]:
+        return self.experts.layers
+
+    def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
+        schemes = self.experts.schemes(layer)
+        self.experts.check(layer, schemes)
+        if self.online is None:
+            return schemes
+        names = [tensor.matrix for tensor in layer.tensors]
+        return self.online.layer_schemes(names, names)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.reader(name)
+        return tensor
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(
+                self.where, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise CheckpointError(f"{self.where}: Transformers cannot read it: {error}") from error
+        for section in (config, config.get_text_config()):
+            if getattr(section, "quantization_config", None) is not None:
+                del section.quantization_config
+        return config
+
+    def rest(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Raises CheckpointError for what lacks its scale."""
+        of_experts = {t.name for layer in self.layers.values() for t in layer.tensors}
+        names = [name for name in self.experts.checkpoint.tensors if name not in of_experts]
+        matrices = self._matrices(names)
+        taken = {name for _, found in matrices.values() for name in found.values()}
+        state: dict[str, Any] = {n: self.reader.slice(n) for n in names if n not in taken}
+        for module, (scheme, found) in matrices.items():
+            state[f"{module}.weight"] = self._matrix(module, scheme, found, dtype)
+            if "bias" in found:
+                state[f"{module}.bias"] = self.reader.slice(found["bias"])
+        return state
+
+    def _matrices(self, names: list[str]) -> dict[str, tuple[Scheme, dict[str, str]]]:
+        """Linear layers that are quantized: module -> scheme and its tensors by suffix."""
+        quantization, tensors = self.experts.quantization, self.experts.checkpoint.tensors
+        if quantization is None:
+            return {}
+        found: dict[str, tuple[Scheme, dict[str, str]]] = {}
+        schemes: dict[str, Scheme | None] = {}
+        for name in names:
+            module = name.rpartition(".")[0]
+            if ".weight." in name:
+                module = name.partition(".weight.")[0]
+            if module not in schemes:
+                schemes[module] = quantization.scheme(module)
+            scheme = schemes[module]
+            if scheme is not None and (parts := scheme.split(name)) and parts[0] == module:
+                found.setdefault(module, (scheme, {}))[1][parts[1]] = name
+        return {
+            module: (scheme, stored)
+            for module, (scheme, stored) in found.items()
+            if not all(suffix in ("weight", "bias") for suffix in stored)
+            or tensors[stored.get("weight", stored.get("bias", ""))].dtype not in FLOAT_DTYPES
+        }
+
+    def _matrix(
+        self, module: str, scheme: Scheme, names: dict[str, str], dtype: torch.dtype
+    ) -> LazyMatrix:
+        missing = sorted(scheme.missing(frozenset(names)))
+        if missing:
+            raise CheckpointError(
+                f"{self.where}: lacks {module}.{missing[0]} beside {', '.join(sorted(names))} "
+                f"({scheme.dialect}, {scheme.name})"
+            )
+        tensors = self.experts.checkpoint.tensors
+        shapes = {suffix: tensors[name].shape for suffix, name in names.items()}
+        size = scheme.size(shapes, lambda suffix: self.read(names[suffix]))
+        if size is None:
+            raise CheckpointError(f"{self.where}: the shape of {module} is not in its tensors")
+        stored = {suffix: name for suffix, name in names.items() if suffix != "bias"}
+        return LazyMatrix(
+            scheme,
+            Matrix(name=module, N=size[0], K=size[1]),
+            lambda: {suffix: self.read(name) for suffix, name in stored.items()},
+            dtype,
+        )

@@ -1,0 +1,144 @@
+"""GGUF tensors: each has a type of its own, and all experts of a projection are one tensor.
+
+    Q8_0     32 columns in 34 bytes: d fp16, 32 int8                    int8 in groups of 32
+    Q4_0     18 bytes: d fp16, columns 0-15 in low nibbles, 16-31 in high ones      int4
+    IQ4_NL   as Q4_0, the nibbles index a table                         iq4_nl
+    MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
+    Q4_K, Q5_K, Q6_K   256 columns in one superblock, kept as it is     q4_k, q5_k, q6_k
+
+Tensors arrive as their bytes, uint8 [N, K / columns * bytes].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fusedmoe.quantization.dialects.base import (
+    BIAS,
+    CheckpointQuantization,
+    Matrix,
+    Rule,
+    Scheme,
+    check_finite,
+    expect,
+)
+from fusedmoe.quantization.dialects.packing import pack_nibbles
+from fusedmoe.quantization.formats.lookup import IQ4_NL
+from fusedmoe.quantization.formats.superblocks import CODECS, superblock_format
+from fusedmoe.quantization.keys import GroupShape
+from fusedmoe.quantization.tensor import QuantFormat
+
+_COLUMNS = 32
+_INT8 = QuantFormat(element="int8", group=GroupShape(1, _COLUMNS), scale_dtype=torch.float16)
+_INT4 = QuantFormat(element="int4", group=GroupShape(1, _COLUMNS), scale_dtype=torch.float16)
+_MXFP4 = QuantFormat(element="e2m1", group=GroupShape(1, _COLUMNS), scale_dtype=torch.uint8)
+
+Parts = tuple[torch.Tensor, torch.Tensor]
+
+
+def _blocks(matrix: Matrix, nbytes: int, raw: torch.Tensor) -> torch.Tensor:
+    """[N, K / 32, nbytes]"""
+    expect(matrix, "weight", raw, (matrix.N, matrix.K // _COLUMNS * nbytes), torch.uint8)
+    return raw.unflatten(-1, (-1, nbytes))
+
+
+def _scales(matrix: Matrix, blocks: torch.Tensor) -> torch.Tensor:
+    """The fp16 number that each block begins with. Its sign is free: tables are not symmetric."""
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    check_finite(matrix, "weight", scale.abs())
+    return scale
+
+
+def _halves(nibbles: torch.Tensor) -> torch.Tensor:
+    """16 bytes per block, columns 0-15 in the low nibbles -> the canonical pairs [N, K / 2]."""
+    columns = torch.cat([nibbles & 15, nibbles >> 4], -1)
+    return pack_nibbles(columns.flatten(-2))
+
+
+def _q8_0(matrix: Matrix, raw: torch.Tensor) -> Parts:
+    blocks = _blocks(matrix, 34, raw)
+    return blocks[..., 2:].contiguous().view(torch.int8).flatten(-2), _scales(matrix, blocks)
+
+
+def _nibbles(matrix: Matrix, raw: torch.Tensor) -> Parts:
+    blocks = _blocks(matrix, 18, raw)
+    return _halves(blocks[..., 2:]), _scales(matrix, blocks)
+
+
+def _mxfp4(matrix: Matrix, raw: torch.Tensor) -> Parts:
+    blocks = _blocks(matrix, 17, raw)
+    exponent = blocks[..., 0].contiguous()
+    if bool((exponent == 255).any()):
+        raise ValueError(f"{matrix.path('weight')}: expected finite scales, found nan (e8m0 255)")
+    return _halves(blocks[..., 1:]), exponent
+
+
+def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
+    """The bytes as they are, their scales checked."""
+    nbytes = CODECS[kind].nbytes
+    expect(matrix, "weight", raw, (matrix.N, matrix.K // 256 * nbytes), torch.uint8)
+    blocks = raw.unflatten(-1, (-1, nbytes))
+    where = slice(208, 210) if kind == "q6_k" else slice(0, 4)
+    scales = blocks[..., where].contiguous().view(torch.float16)
+    check_finite(matrix, "weight", scales.abs())
+    return raw
+
+
+def _scheme(
+    name: str, fmt: QuantFormat, convert: Callable[..., object], columns: int, nbytes: int
+) -> Scheme:
+    def size(shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[-2], shape[-1] // nbytes * columns
+
+    gives = ("weight",) if fmt.scale_dtype is None else ("weight", "weight_scale")
+    return Scheme(
+        dialect=f"gguf {name}",
+        format=fmt,
+        rules=(
+            Rule(
+                needs=("weight",),
+                gives=gives[0] if len(gives) == 1 else gives,
+                convert=convert,
+                size=size,
+            ),
+            BIAS,
+        ),
+    )
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "Q8_0": _scheme("Q8_0", _INT8, _q8_0, 32, 34),
+    "Q4_0": _scheme("Q4_0", _INT4, _nibbles, 32, 18),
+    "IQ4_NL": _scheme("IQ4_NL", IQ4_NL, _nibbles, 32, 18),
+    "MXFP4": _scheme("MXFP4", _MXFP4, _mxfp4, 32, 17),
+} | {
+    kind.upper(): _scheme(
+        kind.upper(), superblock_format(kind), partial(_superblocks, kind), 256, codec.nbytes
+    )
+    for kind, codec in CODECS.items()
+}
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufQuantization(CheckpointQuantization):
+    """``types``: the type of each tensor, by its name without ".weight"."""
+
+    dialect: str = "gguf"
+    types: Mapping[str, str]
+
+    def scheme(self, module: str) -> Scheme | None:
+        kind = self.types.get(module)
+        if kind is None:
+            raise ValueError(f"{module}: there is no such tensor")
+        if kind in FLOATS:
+            return None
+        if kind not in SCHEMES:
+            raise ValueError(
+                f"{module}.weight is stored as {kind}; known: {', '.join((*SCHEMES, *FLOATS))}"
+            )
+        return SCHEMES[kind]

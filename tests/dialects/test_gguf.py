@@ -1,0 +1,380 @@
+"""GGUF: files of the gguf package are read to its own values; broken ones are refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import fusedmoe
+from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.quantization.dialects import Matrix
+from fusedmoe.quantization.dialects.base import read_matrix
+from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
+from fusedmoe.weights.gguf_file import TYPES, GgufFile
+
+
+def test_types_are_the_package_s() -> None:
+    for number, kind in TYPES.items():
+        found = gguf.GGMLQuantizationType(number)
+        assert found.name == kind.name
+        assert gguf.GGML_QUANT_SIZES[found] == (kind.values, kind.nbytes)
+
+
+def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of a type [rows, ...] with small finite scales."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    values, nbytes = gguf.GGML_QUANT_SIZES[type_]
+    generator = np.random.default_rng(seed)
+    raw = generator.integers(0, 256, (rows, columns // values, nbytes), dtype=np.uint8)
+    scale = (generator.random((rows, columns // values, 2)) * 2e-3).astype(np.float16)
+    bytes_of = scale.view(np.uint8)
+    if kind == "MXFP4":
+        raw[..., 0] = generator.integers(118, 123, raw.shape[:2])
+    elif kind == "Q6_K":
+        raw[..., 208:210] = bytes_of[..., :2] // 8
+    elif kind in ("Q4_K", "Q5_K"):
+        raw[..., 0:4] = bytes_of
+    else:
+        raw[..., 0:2] = bytes_of[..., :2]
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_one_matrix_has_its_values(kind: str) -> None:
+    raw = blocks(kind, 6, 512)
+    matrix = Matrix(name="blk.0.ffn_up_exps", N=6, K=512)
+    found = read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
+    wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    torch.testing.assert_close(
+        found.dequantize(torch.float32), torch.from_numpy(wanted), rtol=1e-6, atol=1e-7
+    )
+    assert SCHEMES[kind].size({"weight": raw.shape}) == (6, 512)
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up_exps\.weight: expected shape"):
+        read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw[:5])}, matrix)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "MXFP4"])
+def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
+    raw = blocks(kind, 2, 256)
+    where = {"Q6_K": slice(208, 210), "MXFP4": slice(0, 1)}.get(kind, slice(0, 2))
+    raw[1, where] = 255
+    matrix = Matrix(name="blk.0.ffn_up_exps", N=2, K=256)
+    with pytest.raises(ValueError, match=r"ffn_up_exps\.weight: expected finite scales, found nan"):
+        read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
+
+
+def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadata: Any) -> Path:
+    """A file of the package's own writer; arrays are bytes of the named type, or floats."""
+    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "qwen3moe"))
+    for key, value in metadata.items():
+        name = key.replace("__", ".")
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
+    for name, (array, kind) in tensors.items():
+        type_ = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, array, raw_dtype=None if kind in ("F32", "F16") else type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def small_file(path: Path) -> Path:
+    return write_gguf(
+        path,
+        {
+            "blk.0.ffn_up_exps.weight": (blocks("Q4_K", 6, 256).reshape(2, 3, -1), "Q4_K"),
+            "norm.weight": (np.arange(5, dtype=np.float32), "F32"),
+        },
+        qwen3moe__expert_count=2,
+        tokenizer__ggml__tokens=["a", "bc", "d"],
+    )
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    file = GgufFile(small_file(tmp_path / "x.gguf"))
+    assert file.metadata["general.architecture"] == "qwen3moe"
+    assert file.metadata["qwen3moe.expert_count"] == 2
+    assert file.metadata["tokenizer.ggml.tokens"].count == 3
+    experts = file.tensors["blk.0.ffn_up_exps.weight"]
+    assert (experts.type.name, experts.shape) == ("Q4_K", (2, 3, 256))
+    found = file.read("blk.0.ffn_up_exps.weight")
+    assert np.array_equal(found.numpy(), blocks("Q4_K", 6, 256).reshape(2, 3, -1))
+    assert torch.equal(file.read("norm.weight"), torch.arange(5.0))
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    whole = small_file(tmp_path / "x.gguf").read_bytes()
+    end = max(t.end for t in GgufFile(tmp_path / "x.gguf").tensors.values())
+    for length in [*range(0, 400, 7), end - 1]:
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            GgufFile(path)
+
+
+def header(*, magic: bytes = b"GGUF", version: int = 3, tensors: int = 0, pairs: int = 0) -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, pairs)
+
+
+def entry(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
+    raw = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dims))
+    return raw + struct.pack(f"<{len(dims)}Q", *dims) + struct.pack("<IQ", kind, offset)
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "magic": (header(magic=b"GGML"), "not a GGUF file"),
+    "version": (header(version=1), "GGUF version 1"),
+    "counts": (header(tensors=1 << 60), "claims 1152921504606846976 tensors"),
+    "key length": (header(pairs=1) + struct.pack("<Q", 1 << 40), "a string of 1099511627776"),
+    "not UTF-8": (header(pairs=1) + struct.pack("<Q", 2) + b"\xff\xff" + bytes(8), "utf-8"),
+    "value type": (header(pairs=1) + pair("a", 77, b""), "unknown value type 77"),
+    "nested array": (
+        header(pairs=1) + pair("a", 9, struct.pack("<IQ", 9, 3)),
+        "an array of type 9",
+    ),
+    "endless array": (
+        header(pairs=1) + pair("a", 9, struct.pack("<IQ", 8, 1 << 60)),
+        "an array of 1152921504606846976 strings",
+    ),
+    "huge array": (
+        header(pairs=1) + pair("a", 9, struct.pack("<IQ", 4, 1 << 61)),
+        "truncated: wants",
+    ),
+    "key twice": (header(pairs=2) + 2 * pair("a", 0, b"1"), "the header has 'a' twice"),
+    "alignment": (
+        header(pairs=1) + pair("general.alignment", 4, struct.pack("<I", 0)),
+        "general.alignment is 0",
+    ),
+    "type": (header(tensors=1) + entry("w", (4,), 99, 0) + bytes(64), "the unknown type 99"),
+    "dimensions": (header(tensors=1) + entry("w", (), 0, 0) + bytes(64), "has 0 dimensions"),
+    "cut block": (header(tensors=1) + entry("w", (33,), 8, 0) + bytes(99), "Q8_0 cannot store"),
+    "overflow": (
+        header(tensors=1) + entry("w", (1 << 40, 1 << 40), 0, 0) + bytes(64),
+        "F32 cannot store",
+    ),
+    "past the end": (
+        header(tensors=1) + entry("w", (64,), 0, 0) + bytes(64),
+        "truncated: 'w' ends",
+    ),
+    "odd offset": (header(tensors=1) + entry("w", (4,), 0, 3) + bytes(64), "no multiple of 32"),
+    "overlap": (
+        header(tensors=2) + entry("v", (16,), 0, 0) + entry("w", (4,), 0, 32) + bytes(200),
+        "'w' overlaps 'v'",
+    ),
+    "twice": (
+        header(tensors=2) + 2 * entry("w", (4,), 0, 0) + bytes(200),
+        "holds 'w' twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_hostile_files_are_refused(case: str, tmp_path: Path) -> None:
+    content, message = BAD[case]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize(("up", "down"), [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "Q5_K")])
+def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
+    E, H, I = 2, 256, 512  # noqa: E741
+    raw = {
+        "gate_proj": blocks(up, E * I, H, 1).reshape(E, I, -1),
+        "up_proj": blocks(up, E * I, H, 2).reshape(E, I, -1),
+        "down_proj": blocks(down, E * H, I, 3).reshape(E, H, -1),
+    }
+    kinds = {"gate_proj": up, "up_proj": up, "down_proj": down}
+    quantization = GgufQuantization(
+        types={f"blk.0.experts.0.{name}": kind for name, kind in kinds.items()}
+    )
+    for rank in range(2):
+        layer = fusedmoe.FusedMoE(
+            num_experts=E,
+            top_k=1,
+            hidden_size=H,
+            intermediate_size=I,
+            params_dtype=torch.float32,
+            quant_config=quantization,
+            prefix="blk.0.experts",
+            tp_size=2,
+            tp_rank=rank,
+        )
+        layer.load_weights((f"{n}.weight", torch.from_numpy(array)) for n, array in raw.items())
+        layer.routed_experts.check_loaded()
+        experts = layer.routed_experts
+        w13, w2 = experts.quant_method.quantized_weights(experts)
+        values = {
+            name: torch.from_numpy(
+                gguf.quants.dequantize(array, gguf.GGMLQuantizationType[kinds[name]])
+            )
+            for name, array in raw.items()
+        }
+        mine = slice(rank * I // 2, (rank + 1) * I // 2)
+        wanted = torch.cat([values["gate_proj"][:, mine], values["up_proj"][:, mine]], 1)
+        torch.testing.assert_close(w13.dequantize(torch.float32), wanted, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            w2.dequantize(torch.float32), values["down_proj"][..., mine], rtol=1e-6, atol=1e-7
+        )
+
+
+def test_types_that_are_not_known_are_refused() -> None:
+    quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "Q2_K"})
+    with pytest.raises(ValueError, match="stored as Q2_K; known: Q8_0"):
+        quantization.scheme("blk.0.ffn_up_exps")
+
+
+def quantized(weight: np.ndarray, kind: str) -> np.ndarray:
+    """A matrix [N, K] as the package writes it; types that it only reads get random bytes."""
+    if kind in ("Q8_0", "Q4_0"):
+        return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+    return blocks(kind, *weight.shape, seed=int(abs(weight[0, 0]) * 1e6))
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+
+
+def write_model(path: Path, model: Any, architecture: str, up: str, down: str) -> Path:
+    """``model`` as llama.cpp's converter would write it; its weights become what the file holds."""
+    tensors: dict[str, tuple[np.ndarray, str]] = {}
+    config = model.config
+
+    def put(name: str, parameter: torch.Tensor, kind: str) -> None:
+        array = parameter.detach().float().numpy()
+        if kind == "F32":
+            tensors[name] = (array, kind)
+            return
+        raw = quantized(array.reshape(-1, array.shape[-1]), kind)
+        tensors[name] = (raw.reshape(*array.shape[:-1], -1), kind)
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+        parameter.data.copy_(torch.from_numpy(values).view(parameter.shape))
+
+    put("token_embd.weight", model.model.embed_tokens.weight, "F32")
+    put("output_norm.weight", model.model.norm.weight, "F32")
+    put("output.weight", model.lm_head.weight, "Q8_0")
+    for number, layer in enumerate(model.model.layers):
+        for theirs, ours in NAMES.items():
+            try:
+                module = layer.get_submodule(theirs)
+            except AttributeError:
+                continue
+            for suffix, parameter in module.named_parameters():
+                is_matrix = parameter.dim() == 2 and theirs.endswith("proj")
+                name = f"blk.{number}.{ours}.{suffix}"
+                put(name, parameter, "Q8_0" if is_matrix else "F32")
+        experts = layer.mlp.experts
+        gate, half = experts.gate_up_proj.data.chunk(2, dim=1)
+        put(f"blk.{number}.ffn_gate_exps.weight", gate, up)
+        put(f"blk.{number}.ffn_up_exps.weight", half, up)
+        put(f"blk.{number}.ffn_down_exps.weight", experts.down_proj, down)
+    keys = {
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.hidden_size // config.num_attention_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "context_length": 512,
+        "feed_forward_length": config.intermediate_size,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": 256,
+        "expert_shared_feed_forward_length": 256,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    found = {f"{architecture}__{k.replace('.', '__')}": v for k, v in keys.items()}
+    return write_gguf(path, tensors, architecture=architecture, **found)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "up", "down"),
+    [
+        ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
+        ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
+        ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),
+        ("qwen3moe", "qwen3_moe", "MXFP4", "Q8_0"),
+    ],
+)
+def test_a_whole_model(
+    architecture: str, model_type: str, up: str, down: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "vocab_size": 96,
+        "norm_topk_prob": architecture == "qwen3moe",
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config = transformers.CONFIG_MAPPING[model_type](**sizes)
+    torch.manual_seed(1)
+    plain = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    path = write_model(tmp_path / "model.gguf", plain, architecture, up, down)
+    reference = fusedmoe.MoEOptions(experts="torch_quantized")
+    model = fusedmoe.from_pretrained(path, dtype=torch.float32, options=reference)
+    prompt = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
+    with torch.inference_mode():
+        ours, wanted = model(prompt).logits, plain(prompt).logits
+    assert (ours - wanted).norm() < 1e-4 * wanted.norm()
+    tokens = [m.generate(prompt, max_new_tokens=4, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*tokens)
+    assert fusedmoe.from_pretrained(tmp_path, dtype=torch.float32) is not None
+
+
+def test_models_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "x.gguf")
+    with pytest.raises(CheckpointError, match=r"layers\.0 has no down projection"):
+        fusedmoe.from_pretrained(path)
+    with pytest.raises(CheckpointError, match=r"is quantized already \(gguf\)"):
+        fusedmoe.from_pretrained(path, quantize="int8")
+    other = write_gguf(
+        tmp_path / "y.gguf", {"a": (np.ones(4, np.float32), "F32")}, architecture="t5"
+    )
+    with pytest.raises(CheckpointError, match=r"the architecture is 't5'; known: qwen2moe"):
+        fusedmoe.from_pretrained(other)
