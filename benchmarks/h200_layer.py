@@ -5,7 +5,9 @@
 From router logits, balanced routing unless said: CUDA-graph replays over several sets of weights,
 normal numbers, implementations in turns, ceilings measured first. A run whose memory or matrix
 units are slower than this GPU's is thrown away. The file grows cell by cell; started again, the
-script goes on with what is missing. A CSV and a PNG are made of the same rows.
+script goes on with what is missing, or measures cells anew (``--again``). Where products decide, it
+pauses after each sample as long as that took, for the card not to run into its power limit. A CSV
+and a PNG are made of the same rows.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fusedmoe.bench import SHAPES, BenchReport
 from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Cell, Scope
 from fusedmoe.bench.report import make_header
-from fusedmoe.bench.run import Effort, run_cells
+from fusedmoe.bench.run import REST, Effort, run_cells
 
 LEAST_READ_GBS, LEAST_BF16_TFLOPS = 4300.0, 710.0
 PEER_BYTES = 8 << 30
@@ -89,7 +91,8 @@ def open_report(path: Path, device: torch.device, least: tuple[float, float]) ->
         json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": [], "notes": []}
     )
     record |= header
-    record["runs"].append({"commit": header["commit"], "date": header["date"]} | ceilings)
+    about = {"commit": header["commit"], "date": header["date"], "rest": REST}
+    record["runs"].append(about | ceilings)
     print({name: round(value, 1) for name, value in ceilings.items()}, file=sys.stderr)
     return record
 
@@ -103,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [
         cell
         for cell in table(args.shapes)
-        if str(cell) not in done and (not args.tokens or cell.T in args.tokens)
+        if (args.again or str(cell) not in done) and (not args.tokens or cell.T in args.tokens)
     ]
     current: Cell | None = None
 
@@ -126,9 +129,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(f"time is up: {len(wanted) - wanted.index(cell)} cells left", file=sys.stderr)
             break
         print(f"{elapsed:6.1f} s  {cell}", file=sys.stderr, flush=True)
+        forget(cell, report, done)
         current = cell
     save()
     return report.to_json()
+
+
+def forget(cell: Cell, report: BenchReport, done: list[str]) -> None:
+    """Drop what an earlier run found out about ``cell``."""
+    name = str(cell)
+    done[:] = [other for other in done if other != name]
+    report.notes[:] = [note for note in report.notes if not note.startswith(f"{name}:")]
+    report.rows[:] = [
+        row
+        for row in report.rows
+        if (row["shape"], row["routing"], row["T"]) != (cell.shape.name, cell.routing, cell.T)
+        or (row["scope"] == "experts") != (cell.scope == "experts")
+    ]
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -153,6 +170,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--again", action="store_true", help="also what the file holds already")
     parser.add_argument("--experts", nargs="*", default=["triton"], help="more of ours")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--least-read", type=float, default=LEAST_READ_GBS)

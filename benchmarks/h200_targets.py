@@ -73,7 +73,7 @@ class Verdict:
     detail: str = ""
 
 
-def verdicts(rows: list[Row], runs: list[dict[str, float]]) -> list[Verdict]:
+def verdicts(rows: list[Row], runs: list[dict[str, Any]]) -> list[Verdict]:
     """All that can be said about ``rows``; each names the run whose ceilings it belongs to."""
     problems: dict[tuple[str, str, int], dict[str, Row]] = {}
     experts: dict[tuple[str, int], Row] = {}
@@ -93,7 +93,7 @@ def verdicts(rows: list[Row], runs: list[dict[str, float]]) -> list[Verdict]:
 
 
 def _on_targets(
-    problems: dict[tuple[str, str, int], dict[str, Row]], runs: list[dict[str, float]]
+    problems: dict[tuple[str, str, int], dict[str, Row]], runs: list[dict[str, Any]]
 ) -> list[Verdict]:
     found = []
     for target in TARGETS:

@@ -65,6 +65,13 @@ def test_it_goes_on_where_it_stopped(scripts, tmp_path, monkeypatch, capsys):
     assert out.with_suffix(".csv").read_text().count("\n") == len(names) + 1
     assert out.with_suffix(".png").exists()
     assert "own paths: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--again", "--tokens", "2"])
+    layer.main()
+    again = json.loads(out.read_text())
+    assert sorted(again["cells"]) == sorted(record["cells"])
+    assert len(again["rows"]) == len(names)
+    assert {row["run"] for row in again["rows"] if row["T"] == 2} == {3}
+    assert 3 not in {row["run"] for row in again["rows"] if row["T"] != 2}
 
 
 def test_a_slow_machine_is_thrown_away(scripts, tmp_path, monkeypatch):

@@ -110,14 +110,25 @@ def test_a_nan_row_harms_its_own_token_alone(run):
     assert torch.equal(dirty[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("E", [256, 257])
+@pytest.mark.parametrize("T", [2, 3])
+def test_two_experts_a_program(T, E):
+    x, weight = torch.randn(T, 40, device=DEVICE), torch.randn(E, 40, device=DEVICE)
+    bias = torch.randn(E, device=DEVICE)
+    torch.testing.assert_close(rows(x, weight, bias, FP32), x @ weight.T + bias)
+
+
 def test_few_tokens_fill_the_registers_but_not_more():
     from fusedmoe.kernels.triton.gate import gate_rows_tile
 
     for tokens in range(1, MAX_ROWS_TOKENS + 1):
-        for hidden in (64, 2048, 2880, 7168, 16384):
-            block_t, block_h, num_warps = gate_rows_tile(tokens, hidden, 4)
-            assert tokens <= block_t < 2 * tokens
-            assert block_t * block_h <= 64 * 32 * num_warps
+        for H in (64, 2048, 2880, 7168, 16384):
+            for E in (8, 256):
+                for itemsize in (2, 4):
+                    tile = gate_rows_tile(tokens, E, H, itemsize)
+                    assert tokens <= tile.block_t < 2 * tokens
+                    assert tile.block_t * tile.block_h <= 64 * 32 * tile.warps
+                    assert not tile.pair or (itemsize == 4 and E >= 256 and tokens > 1)
 
 
 @pytest.mark.parametrize("E", [1, 8, 60, 128, 256, 384])
@@ -129,7 +140,7 @@ def test_parts_cover_the_columns_once(E, H, itemsize):
     assert (tile.parts - 1) * part < H <= tile.parts * part
     assert tile.steps >= 2
     assert tile.experts <= 32  # more would change the instruction
-    assert tile.parts * -(-E // tile.experts) <= 160
+    assert tile.parts * -(-E // tile.experts) <= 2 * 160
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
@@ -213,10 +224,11 @@ def build(kernel, constants, num_warps, types={}, num_stages=3):
     assert triton.compile(source, target=target, options={"num_warps": num_warps,
                           "num_stages": num_stages}).asm["cubin"]
 
-for tokens, hidden in ((1, 2048), (2, 7168)):
-    block_t, block_h, num_warps = gate.gate_rows_tile(tokens, hidden, 2)
-    build(gate.gate_rows_kernel, {"BLOCK_T": block_t, "BLOCK_H": block_h, "CHAINED": True},
-          num_warps)
+for tokens, hidden, dtype in ((1, 2048, "bf16"), (2, 7168, "fp32"), (4, 7168, "fp32")):
+    tile = gate.gate_rows_tile(tokens, 256, hidden, 4 if dtype == "fp32" else 2)
+    build(gate.gate_rows_kernel, {"PAIR": tile.pair, "BLOCK_T": tile.block_t,
+          "BLOCK_H": tile.block_h, "CHAINED": True}, tile.warps,
+          {"x_ptr": "*" + dtype, "weight_ptr": "*" + dtype})
 for dtype, experts, hidden in (("fp32", 256, 7168), ("bf16", 128, 2048), ("fp32", 128, 2048)):
     tile = gate_tile(experts, hidden, 4 if dtype == "fp32" else 2)
     constants = {"STEPS": tile.steps, "WIDEN": dtype == "fp32", "BLOCK_E": tile.experts,

@@ -39,7 +39,7 @@ _MEMORY_SHARE = 0.6
 _LAUNCHED_REPEATS = 5
 # A pause after each sample, in lengths of the sample. Without one, products sit at the card's power
 # limit after a while, and would be held against a rate that was measured in a short burst.
-_REST = 1.0
+REST = 1.0
 _COMPUTE_BOUND_MEAN = 64  # picks per active expert
 
 
@@ -278,7 +278,7 @@ def _run_on_cuda(
             why = _first_line(error)
             report.notes.append(f"{problem.cell}: {name} left out, not captured: {why}")
             torch.cuda.synchronize()
-    samples = time_in_turns(recorded, _REST if _is_compute_bound(problem) else 0.0)
+    samples = time_in_turns(recorded, REST if _is_compute_bound(problem) else 0.0)
     return {
         name: (
             samples[name],
@@ -295,7 +295,7 @@ def _is_compute_bound(problem: Problem) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _does_not_fit(contestant: Contestant, problem: Problem, effort: Effort) -> str | None:

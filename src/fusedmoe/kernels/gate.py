@@ -22,6 +22,7 @@ GateTier = Literal["rows", "parts", "mm_fp32", "linear"]
 
 MAX_ROWS_TOKENS = 4
 MAX_PARTS_TOKENS = 16
+LARGE_WEIGHT_BYTES = 4 << 20
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = (*_HALF_DTYPES, torch.float32)
 
@@ -44,12 +45,14 @@ class GateTile:
 def gate_tile(E: int, H: int, itemsize: int) -> GateTile:
     """The tile for a weight [E, H] of that many bytes an element; no function of the tokens.
 
-    Each part is small enough to be on its way all at once, and tiles times parts are about as many
-    as a large GPU has multiprocessors.
+    Each part is small enough to be on its way all at once. Tiles times parts are about as many as a
+    large GPU has multiprocessors, and twice as many for a weight of several megabytes, where the
+    products of one program would take longer than its reads.
     """
     experts = 32 if E >= 256 else 16
-    columns = 128 // itemsize
-    wanted = max(1, 128 // -(-E // experts))
+    large = E * H * itemsize > LARGE_WEIGHT_BYTES
+    columns, programs = (16, 256) if large else (32, 128)
+    wanted = max(1, programs // -(-E // experts))
     steps = max(2, -(-H // (wanted * 2 * columns)))
     return GateTile(experts, columns, steps, -(-H // (2 * steps * columns)))
 

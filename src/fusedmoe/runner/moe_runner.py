@@ -20,7 +20,7 @@ from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
-from fusedmoe.runner.shared_experts import SharedExpertsRun, choose_order
+from fusedmoe.runner.shared_experts import OVERLAP_TOKENS, SharedExpertsRun, choose_order
 from fusedmoe.weights.routed_experts import RoutedExperts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class MoERunner(nn.Module):
         skip_padding: bool = False,
         enable_eplb: bool = False,
         prefix: str = "",
-        shared_overlap_token_limit: int = 256,
+        shared_overlap_token_limit: int = OVERLAP_TOKENS,
     ) -> None:
         super().__init__()
         self.moe_config = moe_config

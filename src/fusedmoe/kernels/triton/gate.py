@@ -1,8 +1,8 @@
 """Logits of the router's linear layer, on three kinds of grid.
 
-gate_rows_kernel     grid (E,): one program computes one expert's logits of all T <= BLOCK_T tokens.
-                     The weight, which is nearly all the bytes, is read once, by as many programs
-                     as there are experts.
+gate_rows_kernel     grid (E or cdiv(E, 2),): one program computes the logits of one expert, or of
+                     two, for all T <= BLOCK_T tokens. The weight, which is nearly all the bytes,
+                     is read once.
 gate_parts_kernel    grid (tiles of tokens x tiles of experts, PARTS): one program sums one tile
                      over a part of H, so that few tokens and experts keep the device busy.
 gate_sum_kernel      grid (cdiv(T * E, BLOCK),): adds the parts, in order, and the bias.
@@ -15,6 +15,8 @@ written. Weights are the M side of the products, 32 rows of it at most: a token'
 from the same instructions however many tokens are its neighbours.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,16 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 PARTS_TOKENS = 64
 CHAINED_TOKENS_PER_TILE = 64
 SUM_BLOCK = 128
+
+
+@triton.jit
+def _store_logits(total, bias_ptr, out_ptr, expert, T, E, BLOCK_T: tl.constexpr):
+    """The logits of one expert, if there is such a one, from products [BLOCK_T, BLOCK_H]."""
+    logits = tl.sum(total, axis=1)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
+    row = tl.arange(0, BLOCK_T).to(tl.int64)
+    tl.store(out_ptr + row * E + expert, logits, mask=(row < T) & (expert < E))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -41,29 +53,33 @@ def gate_rows_kernel(
     stride_xh,
     stride_we,
     stride_wh,
+    PAIR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
-    expert = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(0).to(tl.int64) * (2 if PAIR else 1)
     token = tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_H).to(tl.int64)[None, :]
     x_ptr += token * stride_xt + column * stride_xh
     weight_ptr += expert * stride_we + column * stride_wh
     total = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    total_next = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
     for first in range(0, H, BLOCK_H):
         inside = first + column < H
         weight = tl.load(weight_ptr, mask=inside, other=0.0).to(tl.float32)
+        if PAIR:
+            weight_next = tl.load(weight_ptr + stride_we, mask=inside & (expert + 1 < E), other=0.0)
         x = tl.load(x_ptr, mask=inside & (token < T), other=0.0).to(tl.float32)
         total += x * weight
+        if PAIR:
+            total_next += x * weight_next.to(tl.float32)
         x_ptr += BLOCK_H * stride_xh
         weight_ptr += BLOCK_H * stride_wh
-    logits = tl.sum(total, axis=1)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + expert).to(tl.float32)
-    row = tl.arange(0, BLOCK_T).to(tl.int64)
-    tl.store(out_ptr + row * E + expert, logits, mask=row < T)
+    _store_logits(total, bias_ptr, out_ptr, expert, T, E, BLOCK_T)
+    if PAIR:
+        _store_logits(total_next, bias_ptr, out_ptr, expert + 1, T, E, BLOCK_T)
 
 
 @triton.jit
@@ -248,12 +264,29 @@ _launch_sum = Launcher(gate_sum_kernel, chained=True)
 _launch_chained = Launcher(gate_chained_kernel)
 
 
-def gate_rows_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_H, warps): whole rows at once while the products fit the registers."""
+class RowsTile(NamedTuple):
+    """``pair``: a program has two experts, which share the reads of x."""
+
+    pair: bool
+    block_t: int
+    block_h: int
+    warps: int
+
+
+def gate_rows_tile(num_tokens: int, E: int, H: int, itemsize: int) -> RowsTile:
+    """Whole rows at once while the products fit the registers.
+
+    Pairs where so many fp32 rows are read that x, read once a program, weighs as much as the
+    weight, and where half as many programs still fill the device.
+    """
     block_t = power_of_2(num_tokens)
-    products = 8192 if itemsize == 4 else 16384
-    block_h = min(power_of_2(hidden), max(products // block_t, 64), 8192)
-    return block_t, block_h, 8 if block_t * block_h >= 2048 else 4
+    pair = itemsize == 4 and block_t > 1 and E >= 256
+    products = 8192 if itemsize == 4 and not pair else 16384
+    block_h = min(power_of_2(H), products // block_t, 8192 if block_t == 1 else 4096)
+    if block_t * block_h < 2048:
+        return RowsTile(pair, block_t, block_h, 4)
+    unpaired_fp32 = itemsize == 4 and not pair and block_t > 1
+    return RowsTile(pair, block_t, block_h, 16 if unpaired_fp32 and block_h == 4096 else 8)
 
 
 def gate_rows(
@@ -263,13 +296,13 @@ def gate_rows(
     out = torch.empty((T, E), dtype=out_dtype, device=x.device)
     if T == 0 or E == 0:
         return out
-    block_t, block_h, num_warps = gate_rows_tile(T, H, weight.element_size())
+    tile = gate_rows_tile(T, E, H, weight.element_size())
     _launch_rows(
-        (E, 1),
+        (-(-E // 2) if tile.pair else E, 1),
         (x, weight, None if bias is None else bias.contiguous(), out),
         (T, H, E, *x.stride(), *weight.stride()),
-        (block_t, block_h),
-        num_warps,
+        tile[:3],
+        tile.warps,
     )
     return out
 
