@@ -81,6 +81,7 @@ _HOME = {
     "UnquantizedFusedMoEMethod": "fusedmoe.quantization.unquantized",
     "fused_moe_make_expert_params_mapping": "fusedmoe.weights.params_mapping",
     "explain": "fusedmoe.selection",
+    "TunedTable": "fusedmoe.tuning.tuned_table",
     "ExpertMapManager": "fusedmoe.weights.expert_map",
     "determine_expert_map": "fusedmoe.weights.expert_map",
 }

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedmoe.activation import MoEActivation
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
-from fusedmoe.experts.triton import tokens_here
+from fusedmoe.experts.functional import fused_experts
+from fusedmoe.experts.triton import tokens_here, triton_experts
 from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles, direct_tiles
 from fusedmoe.tuning.table_file import make_table, table_from_text
@@ -221,3 +222,46 @@ def test_a_rank_counts_the_rows_that_come_to_it() -> None:
     assert tokens_here(4096, 16, None) == 4096
     assert tokens_here(4096, 16, torch.full((128,), -1)) == 512
     assert tokens_here(3, 16, torch.full((128,), -1)) == 1
+
+
+def small_layer() -> tuple[dict[str, Any], TunedTable]:
+    """A layer of 4 experts, 2 picks, H 32, I 48, and a table for it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * size[-1] ** -0.5
+
+    given = {"hidden_states": normal(5, 32), "w1": normal(4, 96, 32), "w2": normal(4, 32, 48)}
+    ids = torch.tensor([[0, 1], [1, 3], [2, 0], [3, -1], [0, 2]], dtype=torch.int32)
+    given |= {"topk_weights": torch.full((5, 2), 0.5), "topk_ids": ids}
+    layer = LayerKey(E=4, K=2, H=32, I=48, weights="fp32", form="halves")
+    tile = TileConfig(64, 16, 32, 4, 4, 2)
+    curves = Curve("gemm1", tile, (1.0,)), Curve("gemm2", tile, (1.0,))
+    return given, table_of(*curves, tokens=(1,), layer=layer)
+
+
+def test_a_table_changes_no_result_and_survives_compilation() -> None:
+    given, table = small_layer()
+    expected = fused_experts(**given)
+    options = MoEOptions(tuned_table=table)
+    assert torch.equal(fused_experts(**given, options=options), expected)
+    compiled = torch.compile(fused_experts, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**given, options=options), expected)
+
+
+def test_the_triton_experts_run_with_a_tables_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedmoe.experts import triton
+
+    given, table = small_layer()
+    heights = []
+    blocks = triton.slot_blocks
+    monkeypatch.setattr(triton, "slot_blocks", lambda *a: heights.append(a[3]) or blocks(*a))
+    out = torch.full((5, 32), torch.nan)
+    x, w1, w2, weights, ids = given.values()
+    scratch = torch.empty(10, 48), torch.empty(10, 32)
+    silu, numbers = MoEActivation.SILU, ApplyMoEActivationConfig()
+    triton_experts(
+        out, x, w1, w2, weights, ids, silu, numbers, None, None, None, *scratch, table=table
+    )
+    assert heights == [64]
+    torch.testing.assert_close(out, fused_experts(**given), rtol=1e-5, atol=1e-5)
