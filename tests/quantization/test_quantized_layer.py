@@ -283,3 +283,22 @@ def test_quantizing_a_matrix_by_ranks_is_quantizing_it_whole():
     q = quantize(weight, format_named("int4_g32"))
     half = quantize(weight[..., :128], format_named("int4_g32"))
     assert torch.equal(half.data, q.data[..., :64])
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("int4_g32_act_order", None),
+        ("fp8_block", keys.FP8_DYNAMIC_128),
+        ("nvfp4", keys.NVFP4_STATIC),
+    ],
+    ids=str,
+)
+def test_compiled_layers_give_the_same_bits(name, activation):
+    layer, _, _ = make_layer(name, activation, has_bias=True)
+    x, logits = torch.randn(T, H), torch.randn(T, E)
+    with torch.no_grad():
+        eager = layer(x, logits)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x, logits), eager)

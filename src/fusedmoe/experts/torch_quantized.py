@@ -6,6 +6,9 @@ back, everything else is as in ``torch_reference``. Any device, any format, slow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
@@ -18,7 +21,9 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
+from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
@@ -136,27 +141,154 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        step = hidden_states.shape[0]
-        # A BLAS may sum in another order for another number of rows.
-        step = 1 if self.moe_config.options.batch_invariant else max(1, step)
-        first, second = quantized_pair(w1, w2, self.quant_config, activation, hidden_states.dtype)
-        for start in range(0, hidden_states.shape[0], step):
-            part = slice(start, start + step)
-            output[part] = quantized_experts_reference(
-                hidden_states[part],
+        config, numbers = self.quant_config, self.activation_config
+        invariant = self.moe_config.options.batch_invariant
+        if torch.compiler.is_compiling():
+            routed = _op(
+                hidden_states,
+                w1,
+                w2,
+                weights,
+                topk_ids,
+                *_tensors_and_words(config),
+                expert_map,
+                activation.value,
+                *numbers.numbers(),
+                invariant,
+            )
+        else:
+            first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
+            routed = _run(
+                hidden_states,
                 first,
                 second,
-                weights[part],
-                topk_ids[part],
-                a1=self.quant_config.a1,
-                a2=self.quant_config.a2,
-                activation=activation,
-                activation_config=self.activation_config,
-                w1_bias=self.quant_config.w1_bias,
-                w2_bias=self.quant_config.w2_bias,
-                expert_map=expert_map,
-                compute_dtype=_wide(hidden_states.dtype),
+                weights,
+                topk_ids,
+                expert_map,
+                config,
+                activation,
+                numbers,
+                invariant,
             )
+        output.copy_(routed)
+
+
+def _run(
+    hidden_states: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    config: FusedMoEQuantConfig,
+    activation: MoEActivation,
+    numbers: ApplyMoEActivationConfig,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    """The reference on all tokens, or on each alone: a BLAS may sum more rows in another order."""
+    T = hidden_states.shape[0]
+    step = 1 if batch_invariant else max(1, T)
+    output = hidden_states.new_empty(T, w2.shape[-2])
+    for start in range(0, T, step):
+        part = slice(start, start + step)
+        output[part] = quantized_experts_reference(
+            hidden_states[part],
+            w1,
+            w2,
+            topk_weights[part],
+            topk_ids[part],
+            a1=config.a1,
+            a2=config.a2,
+            activation=activation,
+            activation_config=numbers,
+            w1_bias=config.w1_bias,
+            w2_bias=config.w2_bias,
+            expert_map=expert_map,
+            compute_dtype=_wide(hidden_states.dtype),
+        )
+    return output
+
+
+def _tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
+    """A quant config as an op's schema can hold it; ``_config_of`` is the inverse."""
+    tensors: list[torch.Tensor | None] = []
+    words = []
+    for rows, weight in ((config.a1, config.w1), (config.a2, config.w2)):
+        assert weight.format is not None
+        tensors += [weight.scale, weight.scale2, weight.zp, weight.group_index, weight.bias]
+        tensors.append(rows.scale)
+        row, col = rows.shape or PER_TENSOR
+        dtype = str(rows.dtype).removeprefix("torch.")
+        words.append(f"{weight.format.name} {dtype} {row} {col} {rows.scale_kind}")
+    return tensors, "|".join(words)
+
+
+def _config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
+    descs: list[FusedMoEQuantDesc] = []
+    for side, parts in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
+        name, dtype, row, col, kind = side.split()
+        scale, scale2, zp, group_index, bias, rows_scale = parts
+        fmt, scale_kind = format_named(name), cast("ScaleKind", kind)
+        rows = FusedMoEQuantDesc(
+            dtype=getattr(torch, dtype, dtype),
+            shape=GroupShape(int(row), int(col)),
+            scale=rows_scale,
+            scale_kind=scale_kind,
+        )
+        weight = FusedMoEQuantDesc(
+            dtype=fmt.key_dtype,
+            shape=fmt.group,
+            scale=scale,
+            scale2=scale2,
+            zp=zp,
+            group_index=group_index,
+            bias=bias,
+            format=fmt,
+        )
+        descs += [FusedMoEQuantDesc() if dtype == "None" else rows, weight]
+    a1, w1, a2, w2 = descs
+    return FusedMoEQuantConfig(a1=a1, a2=a2, w1=w1, w2=w2)
+
+
+# Which experts have rows is known only at run time, so a compiler must not look inside.
+@torch.library.custom_op("fusedmoe::torch_quantized_experts", mutates_args=())
+def _op(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    words: str,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    config, act = _config_of(tensors, words), MoEActivation(activation)
+    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
+    return _run(
+        hidden_states,
+        *quantized_pair(w1, w2, config, act, hidden_states.dtype),
+        topk_weights,
+        topk_ids,
+        expert_map,
+        config,
+        act,
+        ApplyMoEActivationConfig.from_numbers(*numbers),
+        batch_invariant,
+    )
+
+
+@_op.register_fake
+def _(
+    hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *rest: object
+) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
 
 
 def quantized_pair(
