@@ -30,7 +30,7 @@ import transformers
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fusedmoe
-from fusedmoe.bench.report import source_commit
+from fusedmoe.bench.report import device_name, source_commit
 
 # The published sizes of Qwen3-30B-A3B.
 QWEN3_30B = {
@@ -48,10 +48,22 @@ QWEN3_30B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "max_position_embeddings": 40960,
 }
+TINY = QWEN3_30B | {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 BASELINE = "grouped_mm"
 
 
-def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCausalLM:
+def build_model(
+    sizes: dict[str, Any], layers: int, device: str, router_gain: float
+) -> Qwen3MoeForCausalLM:
     """Weights normal with std 0.02, norms 1, and three things as in a trained model.
 
     Embeddings have std 1, the projections back into the residual stream are smaller by
@@ -59,7 +71,7 @@ def build_model(layers: int, device: str, router_gain: float) -> Qwen3MoeForCaus
     decides ties in the next one, and any two implementations drift several bf16 ulps apart,
     whatever their experts do.
     """
-    config = Qwen3MoeConfig(**QWEN3_30B | {"num_hidden_layers": layers})
+    config = Qwen3MoeConfig(**sizes | {"num_hidden_layers": layers})
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
@@ -115,16 +127,17 @@ def tokens_per_second(
 
     The rate counts generated tokens of all rows.
     """
+    wait = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
     start = time.perf_counter()
     tokens = generate(model, prompt, new_tokens, cache)
-    torch.cuda.synchronize()
+    wait()
     warm_up = time.perf_counter() - start
     rates = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         tokens = generate(model, prompt, new_tokens, cache)
-        torch.cuda.synchronize()
+        wait()
         rates.append(prompt.shape[0] * new_tokens / (time.perf_counter() - start))
     return statistics.median(rates), warm_up, tokens
 
@@ -155,6 +168,8 @@ def disagreement(baseline: torch.Tensor, ours: torch.Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a toy of the same family")
     parser.add_argument("--append", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--layers", type=int, default=QWEN3_30B["num_hidden_layers"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
@@ -166,10 +181,11 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["fusedmoe", "fusedmoe:accelerate"])
     args = parser.parse_args()
     fusedmoe.register()
-    model = build_model(args.layers, "cuda", args.router_gain)
+    sizes = TINY if args.tiny else QWEN3_30B
+    model = build_model(sizes, args.layers, args.device, args.router_gain)
     bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
     report = {
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(torch.device(args.device)),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -178,14 +194,16 @@ def main() -> None:
         "commit": source_commit(),
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
-        "model": f"Qwen3-30B-A3B sizes, {args.layers} layers, random bf16 weights",
+        "model": f"{'tiny' if args.tiny else 'Qwen3-30B-A3B'} sizes, {args.layers} layers, "
+        "random bf16 weights",
         "model_gigabytes": round(bytes_of_model / 1e9, 2),
         "router_gain": args.router_gain,
         "rows": kept_rows(args),
     }
     for batch in args.batches:
         torch.manual_seed(batch)
-        prompt = torch.randint(0, QWEN3_30B["vocab_size"], (batch, args.prompt_tokens)).cuda()
+        prompt = torch.randint(0, sizes["vocab_size"], (batch, args.prompt_tokens))
+        prompt = prompt.to(args.device)
         for cache in args.caches:
             report["rows"] += measure(model, prompt, cache, args)
             if args.out:
