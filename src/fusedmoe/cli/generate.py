@@ -17,6 +17,8 @@ from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.output import Progress, print_json, print_table, printable, progress
+from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 
 PROMPT = "A mixture of experts"
@@ -40,7 +42,7 @@ class Generation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint folder")
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint folder, or a GGUF file")
     parser.add_argument(
         "--preset", metavar="NAME", help=f"write a random checkpoint first: {', '.join(PRESETS)}"
     )
@@ -68,6 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="round experts stored as floats while they are read: fp8, int8, int4_g128, mxfp4, ...",
     )
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument(
+        "--ep",
+        action="store_true",
+        help="spread the experts over the processes of torchrun (route accelerate)",
+    )
+    ranks.add_argument(
+        "--tp",
+        action="store_true",
+        help="cut the model over the processes of torchrun, by Transformers' own plan",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the preset's random weights")
 
 
@@ -79,26 +92,50 @@ def run(args: argparse.Namespace) -> int:
     dtype, device = dtype_of(args.dtype), device_of(args.device)
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("generate needs Transformers: pip install 'fusedmoe[hf]'")
+    if args.ep or args.tp:
+        check_launched("--ep" if args.ep else "--tp")
+        if args.quantize:
+            raise ValueError("--quantize runs in one process")
     if args.preset is None:
-        return _generate(args, Path(args.checkpoint), dtype, device)
+        return _over_ranks(args, Path(args.checkpoint), dtype, device)
     preset = find_preset(args.preset)
     if preset.large and not args.large:
         raise ValueError(f"{args.preset} writes gigabytes; add --large if that is meant")
     _quiet_transformers(bars=preset.large)
     with tempfile.TemporaryDirectory(prefix="fusedmoe-") as scratch:
-        folder = write_preset(args.preset, args.write_to or scratch, args.seed)
-        return _generate(args, folder, dtype, device)
+        # Every process has its own, but for the folder that is kept.
+        kept = args.write_to if is_first_rank() else None
+        folder = write_preset(args.preset, kept or scratch, args.seed)
+        return _over_ranks(args, folder, dtype, device)
+
+
+def _over_ranks(
+    args: argparse.Namespace, folder: Path, dtype: torch.dtype | None, device: torch.device
+) -> int:
+    if not (args.ep or args.tp):
+        return _generate(args, folder, dtype, device, None)
+    with launched_ranks(device) as ranks:
+        return _generate(args, folder, dtype, ranks.device, ranks)
 
 
 def _generate(
-    args: argparse.Namespace, folder: Path, dtype: torch.dtype | None, device: torch.device
+    args: argparse.Namespace,
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ranks: Ranks | None,
 ) -> int:
-    checkpoint = read_checkpoint(folder)
-    facts = model_facts(checkpoint)
-    check_activation(facts, folder)
-    check_counts(checkpoint, facts)
-    _quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
-    packed = args.quantize or read_quantization_config(folder, checkpoint.config)
+    packed = is_gguf(folder) or args.quantize is not None
+    if is_gguf(folder):
+        nbytes = GgufSource(folder).file.nbytes
+    else:
+        checkpoint = read_checkpoint(folder)
+        facts = model_facts(checkpoint)
+        check_activation(facts, folder)
+        check_counts(checkpoint, facts)
+        nbytes = checkpoint.nbytes
+        packed = packed or read_quantization_config(folder, checkpoint.config) is not None
+    _quiet_transformers(bars=nbytes >= QUIET_BYTES)
     tokenizer = _tokenizer(folder)
     model = (
         _load_packed(folder, dtype, device, args.quantize)
@@ -125,7 +162,8 @@ def _generate(
                     continue
             runs.append(_timed(model, prompt, args.max_new_tokens, name, bar))
         ours = _timed(
-            _with_fusedmoe(model, args.route), prompt, args.max_new_tokens, "fusedmoe", bar
+            _with_fusedmoe(model, args.route, ranks if args.ep else None),
+            *(prompt, args.max_new_tokens, "fusedmoe", bar),
         )
     runs.append(ours)
     return _report(args, tokenizer, runs, skipped)
@@ -140,17 +178,28 @@ def _quiet_transformers(*, bars: bool) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """Of the folder: local files only, no code."""
+    """Of the folder, or of a GGUF file (which needs its package): local files only, no code."""
     from transformers import AutoTokenizer
 
+    inside = {"gguf_file": folder.name} if is_gguf(folder) else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            folder.parent if inside else folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            **inside,
+        )
     except Exception as error:
         raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
 
 
-def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """The model; local files only, safetensors only, no code from the folder."""
+def _load(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, *, tp: bool = False
+) -> Any:
+    """The model; local files only, safetensors only, no code from the folder.
+
+    ``tp``: cut over all processes as the model's own plan says, each part where it belongs.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -161,6 +210,7 @@ def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"tp_plan": "auto"} if tp else {}),
         )
     except Exception as error:
         # A config.json that makes no sense fails in as many ways as there are models.
@@ -170,7 +220,7 @@ def _load(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
         raise CheckpointError(
             f"{folder}: lacks {len(missing)} tensors of its model, {missing[0]!r} among them"
         )
-    return model.to(device).eval()
+    return model.eval() if tp else model.to(device).eval()
 
 
 def _load_packed(
@@ -182,11 +232,16 @@ def _load_packed(
     return fusedmoe.from_pretrained(folder, dtype=dtype or "auto", device=device, quantize=quantize)
 
 
-def _with_fusedmoe(model: Any, route: str) -> Any:
-    """``model`` with its experts, or its whole MoE blocks, run by this library."""
+def _with_fusedmoe(model: Any, route: str, ranks: Ranks | None) -> Any:
+    """``model`` with its experts, or its whole MoE blocks, run by this library.
+
+    All ``ranks`` run the same prompt, each its share of the experts.
+    """
     import fusedmoe
     from fusedmoe.integrations.transformers.packed import PackedExperts
 
+    if ranks is not None:
+        return fusedmoe.accelerate(model, ep_group=ranks.group, same_tokens=True)
     if route == "accelerate":
         return fusedmoe.accelerate(model)
     if any(isinstance(module, PackedExperts) for module in model.modules()):

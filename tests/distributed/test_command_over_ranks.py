@@ -1,0 +1,57 @@
+"""The command line under torchrun."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def torchrun(*argv: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    paths = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks), "-m", "fusedmoe.cli", *argv),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=150,
+    )
+
+
+GENERATE = ("generate", "--preset", "tiny-qwen3-moe", "--device", "cpu", "--compare", "--json")
+
+
+def test_generate_with_experts_over_ranks():
+    done = torchrun(*GENERATE, "--max-new-tokens", "6", "--ep")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(done.stdout)  # one rank has printed
+    assert record["tokens_agree"] is True
+    assert len(record["runs"][-1]["tokens"]) == 6
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+def test_generate_by_the_models_own_plan():
+    done = torchrun(*GENERATE, "--max-new-tokens", "6", "--tp")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["tokens_agree"] is True
+
+
+@pytest.mark.parametrize("option", ["--ep", "--tp"])
+def test_several_processes_need_torchrun(option, capsys, monkeypatch):
+    from fusedmoe.cli import main
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main([*GENERATE, option]) == 2
+    assert "torchrun" in capsys.readouterr().err
