@@ -46,6 +46,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton_quantized:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.cpu_quantized:CpuQuantizedExperts",
     "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
+    "fusedmoe.experts.torch_quantized_batched:BatchedTorchQuantizedExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",
