@@ -28,6 +28,7 @@ from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
+from fusedmoe.kernels.read_all import read_all
 from fusedmoe.router import rules
 from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingTensors
@@ -57,10 +58,19 @@ def routing() -> None:
                 torch.zeros(2 * E, dtype=torch.int32, device="cuda"),
             )
             assert mapped.shape == result.topk_ids.shape
-        for batch_invariant in (False, True):
-            x = torch.randn(T, 72, device="cuda", dtype=torch.bfloat16)
-            weight = torch.randn(E, 72, device="cuda", dtype=torch.bfloat16)
-            gate_linear(x, weight, bias, out_dtype=torch.float32, batch_invariant=batch_invariant)
+
+
+def gate() -> None:
+    """Each tier and each number of experts a program has; 257 of them leave one over."""
+    for T in (1, 3, 7, 100):
+        for experts in (E, 257):
+            for dtype in (torch.bfloat16, torch.float32):
+                x = torch.randn(T, 72, device="cuda", dtype=dtype)
+                weight = torch.randn(experts, 72, device="cuda", dtype=dtype)
+                bias = torch.randn(experts, device="cuda")
+                for invariant in (False, True):
+                    gate_linear(x, weight, bias, out_dtype=torch.float32, batch_invariant=invariant)
+    read_all(torch.randn(2 * 8192 + 5, device="cuda"))
 
 
 def slots() -> None:
@@ -141,6 +151,7 @@ def main() -> None:
     if args.only:
         return
     routing()
+    gate()
     slots()
     for case in ACTIVATION_CASES:
         x = torch.randn(5, 48, device="cuda", dtype=torch.bfloat16)
