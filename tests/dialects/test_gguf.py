@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.cli import main
 from fusedmoe.quantization.dialects import Matrix
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
@@ -378,3 +380,23 @@ def test_models_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"the architecture is 't5'; known: qwen2moe"):
         fusedmoe.from_pretrained(other)
+
+
+def test_inspect_names_formats_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {
+        f"blk.{layer}.ffn_{name}_exps.weight": (blocks(kind, 512, 256).reshape(2, 256, -1), kind)
+        for layer in range(2)
+        for name, kind in (("gate", "Q4_K"), ("up", "Q4_K"), ("down", "Q6_K"))
+    }
+    tensors["blk.2.ffn_up_exps.weight"] = tensors["blk.0.ffn_up_exps.weight"]
+    path = write_gguf(tmp_path / "x.gguf", tensors)
+    assert main(["inspect", str(path), "--json"]) == 0
+    *rows, last = json.loads(capsys.readouterr().out)["moe_layers"]
+    assert [row["format"] for row in rows] == ["q4_k + q6_k"] * 2
+    assert {row["dialect"] for row in rows} == {"gguf Q4_K + gguf Q6_K"}
+    assert {row["experts"] for row in rows} == {2}
+    assert "layers.2 has no down projection" in last["problem"]
+    assert main(["inspect", str(path)]) == 0
+    assert "q4_k + q6_k" in capsys.readouterr().out

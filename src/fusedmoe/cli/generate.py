@@ -135,12 +135,14 @@ def _generate(
         check_counts(checkpoint, facts)
         nbytes = checkpoint.nbytes
         packed = packed or read_quantization_config(folder, checkpoint.config) is not None
+    if packed and ranks is not None:
+        raise ValueError(f"{folder}: models with packed experts run in one process")
     _quiet_transformers(bars=nbytes >= QUIET_BYTES)
     tokenizer = _tokenizer(folder)
     model = (
         _load_packed(folder, dtype, device, args.quantize)
         if packed
-        else _load(folder, dtype, device)
+        else _load(folder, dtype, device, tp=args.tp)
     )
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
     if prompt.shape[1] == 0:

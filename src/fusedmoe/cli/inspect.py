@@ -6,22 +6,26 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from fusedmoe.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from fusedmoe.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
 from fusedmoe.cli.facts import ModelFacts, model_facts, role_of
 from fusedmoe.cli.layers import LayerFacts, moe_layers
 from fusedmoe.cli.output import format_bytes, print_json, print_table, printable
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint folder")
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a GGUF file")
 
 
 def run(args: argparse.Namespace) -> int:
+    if is_gguf(Path(args.checkpoint)):
+        return inspect_gguf(Path(args.checkpoint), args.json)
     checkpoint = read_checkpoint(args.checkpoint)
     facts = model_facts(checkpoint)
     layers = moe_layers(checkpoint, facts)
@@ -31,6 +35,54 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(record, facts)
     return 0
+
+
+def inspect_gguf(path: Path, as_json: bool) -> int:
+    """The layers of a GGUF file, as loading would understand them."""
+    source = GgufSource(path)
+    rows: list[dict[str, Any]] = []
+    for layer in source.layers.values():
+        found = [source.file.tensors[tensor.name] for tensor in layer.tensors]
+        row: dict[str, Any] = {
+            "layer": layer.name,
+            "experts": found[0].shape[0],
+            "format": " + ".join(dict.fromkeys(tensor.type.name.lower() for tensor in found)),
+            "dialect": "gguf",
+            "problem": None,
+            "expert_bytes": sum(tensor.nbytes for tensor in found),
+        }
+        try:
+            schemes = source.schemes(layer)
+            if schemes is not None:
+                row |= {"format": schemes.name, "dialect": schemes.describe()["dialect"]}
+        except CheckpointError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    record = {
+        "checkpoint": str(path),
+        "architecture": source.name,
+        "bytes": source.file.nbytes,
+        "expert_bytes": sum(row["expert_bytes"] for row in rows),
+        "moe_layers": rows,
+    }
+    if as_json:
+        print_json(record)
+        return 0
+    print(f"{'architecture':<20}{printable(source.name)}")
+    print(f"{'stored':<20}{format_bytes(record['bytes'])}")
+    print(f"{'  in experts':<20}{format_bytes(record['expert_bytes'])}\n")
+    columns = ("layer", "experts", "format", "dialect", "expert_bytes")
+    print_table(
+        ["layer", "experts", "format", "dialect", "experts hold"],
+        [[*(row[c] for c in columns[:-1]), format_bytes(row["expert_bytes"])] for row in rows],
+    )
+    _print_problems(rows)
+    return 0
+
+
+def _print_problems(rows: list[dict[str, Any]]) -> None:
+    for problem in dict.fromkeys(row["problem"] for row in rows if row["problem"]):
+        print(f"\nit would not load: {printable(problem)}")
 
 
 def _other_bytes_per_token(entries: Iterable[TensorEntry]) -> int:
@@ -120,5 +172,4 @@ def _print(record: dict[str, Any], facts: ModelFacts) -> None:
         ],
         rows,
     )
-    for problem in dict.fromkeys(row["problem"] for row in record["moe_layers"] if row["problem"]):
-        print(f"\nit would not load: {printable(problem)}")
+    _print_problems(record["moe_layers"])
