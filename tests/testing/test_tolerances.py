@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 
-from fusedmoe.testing import TOLERANCES, assert_close, format_name, nan_poison, relative_error
+from fusedmoe.testing import (
+    TOLERANCES,
+    assert_close,
+    assert_no_worse,
+    format_name,
+    nan_poison,
+    relative_error,
+)
 
 
 def test_what_is_close_returns_its_error():
@@ -108,3 +115,14 @@ def test_poison_leaves_nothing_behind():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_worse_than_the_same_steps_in_torch():
+    exact = torch.ones(100)
+    computed = exact + 0.02
+    assert assert_no_worse("ok", exact + 0.0209, computed, exact) == pytest.approx((0.0209, 0.02))
+    assert_no_worse("better", exact, computed, exact)
+    with pytest.raises(AssertionError, match=r"out: relative error 3.00e-02, .* have 2.00e-02"):
+        assert_no_worse("out", exact + 0.03, computed, exact)
+    with pytest.raises(AssertionError, match="nan"):
+        assert_no_worse("nan", exact * torch.nan, computed, exact)

@@ -15,15 +15,18 @@ from fusedmoe.testing.check import CaseResult, check_experts
 from fusedmoe.testing.poison import nan_poison
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.testing.tolerances import (
+    NO_WORSE,
     TOLERANCES,
     Tolerance,
     assert_close,
+    assert_no_worse,
     format_name,
     relative_error,
 )
 
 __all__ = [
     "ACTIVATION_CASES",
+    "NO_WORSE",
     "ROUTINGS",
     "STANDARD_CASES",
     "TOLERANCES",
@@ -32,6 +35,7 @@ __all__ = [
     "Inputs",
     "Tolerance",
     "assert_close",
+    "assert_no_worse",
     "check_experts",
     "format_name",
     "make_inputs",

@@ -16,12 +16,17 @@ class Tolerance(NamedTuple):
 
 # Against a reference in fp64 that reads the very same weights and inputs. For the 16-bit formats
 # the bound is a few roundings to the format (the intermediate is rounded between the GEMMs).
+# "weight_only": rows of 16 bits, weights of any quantized format as they dequantize. Where rows
+# are quantized too, no bound fits: ``assert_no_worse`` compares with the same steps in torch.
 TOLERANCES: dict[str, Tolerance] = {
     "fp64": Tolerance(1e-12, 1e-11),
     "fp32": Tolerance(3e-6, 2e-5),
     "fp16": Tolerance(1e-3, 4e-3),
     "bf16": Tolerance(8e-3, 3e-2),
+    "weight_only": Tolerance(4e-3, 2e-2),
 }
+NO_WORSE = 1.05
+"""Of the error of the same computation in torch: what quantized activations may add to it."""
 
 _NAMES = {
     torch.float64: "fp64",
@@ -51,6 +56,28 @@ def relative_error(out: torch.Tensor, ref: torch.Tensor) -> Tolerance:
     return Tolerance(
         ratio(difference.norm(), ref.norm()), ratio(difference.abs().max(), ref.abs().max())
     )
+
+
+def assert_no_worse(
+    name: str,
+    out: torch.Tensor,
+    computed: torch.Tensor,
+    exact: torch.Tensor,
+    *,
+    factor: float = NO_WORSE,
+) -> tuple[float, float]:
+    """Raise AssertionError where ``out`` is further from ``exact`` than ``computed`` is.
+
+    ``exact`` is without rounding of activations, ``computed`` torch's result with it; errors are
+    relative Frobenius norms, and ``factor`` times that of ``computed`` is allowed. Returns both.
+    """
+    error, allowed = (relative_error(result, exact).frobenius for result in (out, computed))
+    if not error <= factor * allowed:  # NaN is worse
+        raise AssertionError(
+            f"{name}: relative error {error:.2e}, where the same steps in torch have {allowed:.2e} "
+            f"({factor} times that is allowed)"
+        )
+    return error, allowed
 
 
 def assert_close(
