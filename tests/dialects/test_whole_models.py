@@ -231,3 +231,90 @@ def test_packed_weights_of_which_the_config_says_nothing_are_refused(tmp_path: P
     )
     with pytest.raises(CheckpointError, match=r"is (U8|F8_E4M3), but config\.json names no"):
         fusedmoe.from_pretrained(folders.packed)
+
+
+@pytest.mark.parametrize(
+    ("file", "case"),
+    [
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt fp8"),
+    ],
+)
+def test_the_quantization_may_stand_in_a_file_of_its_own(
+    file: str, case: str, tmp_path: Path
+) -> None:
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES[case])
+    path = folders.packed / "config.json"
+    config = json.loads(path.read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"]
+    path.write_text(json.dumps(config))
+    beside = {"quantization": own} if "hf" in file else own
+    (folders.packed / file).write_text(json.dumps(beside))
+    model = fusedmoe.from_pretrained(folders.packed)
+    compare(model, eager(folders.floats), max(1e-2, tolerance_of(model)))
+
+
+def test_experts_in_one_tensor_under_bare_names(tmp_path: Path) -> None:
+    """``experts.gate_up_proj`` and ``experts.gate_up_proj_scale_inv``, gate and up joined."""
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["deepseek"])
+    tensors = read_tensors(folders.packed)
+    for layer in range(2):
+        base = f"model.layers.{layer}.mlp.experts"
+        for suffix, tail in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+            taken = {
+                name: [tensors.pop(f"{base}.{e}.{name}.{suffix}") for e in range(4)]
+                for name in ("gate_proj", "up_proj", "down_proj")
+            }
+            pairs = zip(taken["gate_proj"], taken["up_proj"], strict=True)
+            tensors[f"{base}.gate_up_proj{tail}"] = torch.stack([torch.cat(p) for p in pairs])
+            tensors[f"{base}.down_proj{tail}"] = torch.stack(taken["down_proj"])
+    packed = write_folder(
+        tmp_path / "stacked",
+        folders.packed,
+        tensors,
+        quantization_config=CASES["deepseek"].config,
+    )
+    model, same = fusedmoe.from_pretrained(packed), fusedmoe.from_pretrained(folders.packed)
+    with torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, same(PROMPT).logits)
+
+
+def test_a_bad_scale_outside_the_experts_is_named(tmp_path: Path) -> None:
+    name = "layers.0.self_attn.k_proj.scales"
+    with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.scales: expected finite scales"):
+        fusedmoe.from_pretrained(broken(tmp_path, **{name: lambda t: t / 0}))
+
+
+def test_rounding_holds_little_more_than_the_quantized_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the floats, no more than two layers' experts are alive at any time."""
+    import gc
+    import weakref
+
+    from fusedmoe.integrations.transformers.sources import FolderSource
+
+    folders = write_folders(
+        tmp_path, "tiny-qwen3-moe", CASES["awq"], num_hidden_layers=4, num_experts=8
+    )
+    alive: dict[int, int] = {}
+    highest = [0]
+    original = FolderSource.read
+
+    def counted(self: FolderSource, name: str) -> torch.Tensor:
+        tensor = original(self, name)
+        if ".experts." in name:
+            storage = tensor.untyped_storage()
+            key = len(alive)
+            alive[key] = storage.nbytes()
+            weakref.finalize(tensor, alive.__setitem__, key, 0)
+            gc.collect(0)
+            highest[0] = max(highest[0], sum(alive.values()))
+        return tensor
+
+    monkeypatch.setattr(FolderSource, "read", counted)
+    fusedmoe.from_pretrained(folders.floats, quantize="int8")
+    one_layer = 8 * 3 * 64 * 64 * 4
+    assert 0 < highest[0] <= 2 * one_layer

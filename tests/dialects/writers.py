@@ -512,3 +512,58 @@ CASES |= {
         {"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb_int8, "int8_channel"
     ),
 }
+
+
+def fp4_of_deepseek(weight: torch.Tensor) -> Stored:
+    """DeepSeek-V4's experts: pairs in int8, scales in e8m0."""
+    packed, scale = mxfp4(weight).tensors.values()
+    tensors = {"weight": packed.view(torch.int8), "scale": scale.view(torch.float8_e8m0fnu)}
+    return Stored(tensors, mxfp4(weight).values)
+
+
+def mxfp8(leaf: str) -> Writer:
+    """e4m3 with e8m0 exponents per 32 columns."""
+    plain = fp8((1, 32), leaf=leaf, power_of_two=True)
+
+    def write(weight: torch.Tensor) -> Stored:
+        stored = plain(weight)
+        exponent = torch.log2(stored.tensors[leaf]) + 127
+        return Stored(stored.tensors | {leaf: exponent.to(torch.uint8)}, stored.values)
+
+    return write
+
+
+_AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
+CASES |= {
+    "deepseek fp4": Case(
+        _DEEPSEEK | {"weight_block_size": [128, 128], "expert_dtype": "fp4"},
+        fp4_of_deepseek,
+        "mxfp4",
+    ),
+    "mxfp8": Case({"quant_method": "mxfp8"}, mxfp8("weight_scale_inv"), "mxfp8"),
+    "modelopt mxfp8": Case(
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"}, mxfp8("weight_scale"), "mxfp8"
+    ),
+    "auto-round gptq": Case(
+        _AUTO_ROUND | {"sym": True, "packing_format": "auto_round:auto_gptq"}, gptq(), "int4_g32"
+    ),
+    "auto-round awq": Case(
+        _AUTO_ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"}, awq(), "int4_g32_zp"
+    ),
+    "quark fp8 tensor": Case(
+        _quark(
+            {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+            {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
+        ),
+        fp8(shape="scalar", input_scale=0.02),
+        "fp8_tensor",
+    ),
+    "quark int8": Case(
+        _quark(
+            {"dtype": "int8", "qscheme": "per_channel"},
+            {"dtype": "int8", "qscheme": "per_token", "is_dynamic": True},
+        ),
+        lambda weight: int8_rows(weight),
+        "int8_channel",
+    ),
+}

@@ -135,6 +135,7 @@ class CheckpointExperts:
                 self._check_floats(layer, matrix)
                 continue
             scheme = schemes.w2 if is_down else schemes.w13
+            suffixes = {scheme.suffix(suffix) for suffix in suffixes}
             what = f"{scheme.dialect} {scheme.name} experts"
             unknown = sorted(suffixes - scheme.known)
             missing = sorted(scheme.missing(frozenset(suffixes)))

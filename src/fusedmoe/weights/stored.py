@@ -52,6 +52,7 @@ class StoredTensors:
         Raises ValueError for a tensor that the dialect does not know.
         """
         scheme = self.scheme(key)
+        suffix = scheme.suffix(suffix)
         if suffix not in scheme.known:
             raise ValueError(
                 f"{base}.{suffix}: {scheme.dialect} {scheme.name} weights are stored as "

@@ -25,6 +25,7 @@ _HOME = {
     "compressed-tensors": "compressed_tensors:CompressedTensorsQuantization",
     "gptq": "gptq:GptqQuantization",
     "awq": "awq:AwqQuantization",
+    "auto-round": "auto_round",
     "mxfp4": "gpt_oss:GptOssQuantization",
     "modelopt": "modelopt:ModelOptQuantization",
     "modelopt_fp4": "modelopt:ModelOptQuantization",
@@ -48,13 +49,20 @@ def read_quantization(
         method = "bitsandbytes"
     if method is None and "quant_algo" in config.get("quantization", config):
         method = "modelopt"
+    if method == "intel/auto-round":
+        method = "auto-round"
     if method not in _HOME:
         raise ValueError(
             f"quantization_config: unknown quant_method {method!r}; known: {', '.join(_HOME)}"
         )
-    module, _, name = _HOME[method].partition(":")
+    config = {**config, "quant_method": method}
+    if method == "auto-round":
+        from fusedmoe.quantization.dialects.auto_round import as_gptq_or_awq
+
+        config = as_gptq_or_awq(config)
+    module, _, name = _HOME[config["quant_method"]].partition(":")
     dialect = getattr(import_module(f"{__name__}.{module}"), name)
-    return dialect.read({**config, "quant_method": method}, leaves or {})
+    return dialect.read(config, leaves or {})
 
 
 __all__ = [

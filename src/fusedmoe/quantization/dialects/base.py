@@ -101,6 +101,16 @@ class Scheme:
     def name(self) -> str:
         return self.format.name
 
+    def suffix(self, found: str) -> str:
+        """What the rules call a suffix of a tensor that holds all experts under a bare name.
+
+        ``gate_up_proj`` and ``gate_up_proj_scale_inv`` are weight and weight_scale_inv.
+        """
+        if found in self.known:
+            return found
+        longer = f"weight_{found}" if found else "weight"
+        return longer if longer in self.known else found
+
     def split(self, name: str) -> tuple[str, str] | None:
         """(matrix, suffix) of a tensor's full name; None where its ending is none of the scheme."""
         for suffix in sorted(self.known, key=len, reverse=True):
