@@ -121,6 +121,15 @@ def w8a8_tiles(
     return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
 
 
+def decode_tiles(R: int, E: int) -> QuantizedDecodeTiles:
+    """Tiles of the streaming kernels on Hopper for R slots over E local experts; a whole number of
+    rings fills a multiprocessor's shared memory."""
+    mean = R / E
+    slots = 8 if mean <= 6 else 16 if mean <= 12 else 32 if mean <= 24 else 64
+    tile = QuantizedDecodeTile(128, slots, 6 if slots <= 16 else 5 if slots == 32 else 4, 2, 128)
+    return QuantizedDecodeTiles(tile, tile)
+
+
 def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:
     """The tile with a depth that groups divide or that divides them, no deeper than D needs."""
     depth = tile.depth

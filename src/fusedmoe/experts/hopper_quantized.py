@@ -1,0 +1,197 @@
+"""Quantized experts on Hopper's own units: TMA, WGMMA and dependent launches, written in Gluon.
+
+Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
+quantized too, ``kernels.hopper_w8a8``. More of them, weights that TMA cannot view, compiled code
+and batch invariance take the quantized Triton experts' way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_run import Operands
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.hopper_quantized import (
+    ALIGNED_BYTES,
+    MAX_LONE_SLOTS,
+    quantized_decode,
+    unmet_by_weights,
+)
+from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    WorkspaceShapes,
+)
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.tuning.quantized_tiles import QuantizedDecodeTiles, decode_tiles
+
+# Beyond so many slots per expert the products take longer than reading the weights.
+MAX_DECODE_MEAN = 24
+
+
+def runs_decode(R: int, num_local: int, operands: Operands, x: torch.Tensor) -> bool:
+    """Whether the streaming kernels can run R slots, and should."""
+    if MAX_DECODE_MEAN * num_local < R or x.dtype != torch.bfloat16:
+        return False
+    if x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
+        return False
+    w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
+    if a1 is None or a2 is None:
+        return unmet_by_weights(w1, w2) is None
+    return unmet_by_pairs((w1, a1), (w2, a2)) is None
+
+
+class HopperQuantizedExperts(TritonQuantizedExperts):
+    """Standard rows in bf16, on GPUs of compute capability 9.
+
+    ``decode_tiles``, if set, replaces the choice of ``tuning.quantized_tiles``.
+    """
+
+    name = "hopper_quantized"
+    decode_tiles: QuantizedDecodeTiles | None = None
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        can = super().capabilities()
+        return ExpertsCapabilities(
+            devices=can.devices,
+            dtypes=frozenset({torch.bfloat16}),
+            weight_formats=can.weight_formats,
+            min_capability=(9, 0),
+            requires=can.requires,
+            batch_invariant=True,
+        )
+
+    @classmethod
+    def is_supported_config(
+        cls,
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        supported, reason = super().is_supported_config(
+            moe_config, weight_key, activation_key, activation_format
+        )
+        if not supported:
+            return False, reason
+        capability = torch.cuda.get_device_capability(moe_config.device)
+        if capability[0] != 9:
+            return False, f"is written for compute capability 9, this GPU has {capability}"
+        reason = missing_gluon()
+        return reason is None, reason
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """As the Triton experts', the second GEMM's rows in fp32 wherever they may be streamed."""
+        shapes = super().workspace_shapes(
+            M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
+        )
+        if (
+            self.moe_config.options.batch_invariant
+            or M * topk > MAX_DECODE_MEAN * local_num_experts
+        ):
+            return shapes
+        return shapes._replace(workspace2=(M, topk, 2 * K))
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        assert workspace13 is not None
+        assert workspace2 is not None
+        (T, K), e = topk_ids.shape, w1.shape[0]
+        R, H = T * K, hidden_states.shape[1]
+        plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
+        operands = None
+        if not plain and workspace2.numel() >= 2 * R * H:
+            operands = self.operands(w1, w2, activation, hidden_states.dtype)
+        if operands is None or not runs_decode(R, e, operands, hidden_states):
+            super().apply(
+                output,
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                activation,
+                global_num_experts,
+                expert_map,
+                a1q_scale,
+                a2_scale,
+                workspace13,
+                workspace2,
+                expert_tokens_meta,
+                apply_router_weight_on_input,
+            )
+            return
+        I = operands.w2.shape[2]  # noqa: E741
+        tiles = self.decode_tiles or decode_tiles(R, e)
+        given: dict[str, Any] = {
+            "topk_weights": None if apply_router_weight_on_input else topk_weights.contiguous(),
+            "topk_ids": topk_ids.contiguous(),
+            "out": output,
+            "act": workspace13.flatten()[: R * I].view(R, I),
+            "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
+            "blocks": _blocks(topk_ids, e, expert_map, tiles.gemm1.slots),
+            "activation": activation,
+            "activation_config": self.activation_config,
+            "w1_bias": operands.w1_bias,
+            "w2_bias": operands.w2_bias,
+            "expert_map": expert_map,
+            "tiles": tiles,
+            "programs": multiprocessors_of(hidden_states.device),
+        }
+        weights = hidden_states, operands.w1, operands.w2
+        with device_of(hidden_states):
+            if operands.a1 is None or operands.a2 is None:
+                quantized_decode(*weights, **given)
+            else:
+                keys = operands.a1, operands.a2
+                scales = operands.a1_scale, operands.a2_scale
+                w8a8_decode(*weights, keys=keys, scales=scales, **given)
+
+
+def _blocks(
+    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
+) -> MoEAlignment | LoneSlots:
+    """No table, and a launch less, where slots are so few that two rarely share an expert."""
+    experts = e if expert_map is None else expert_map.shape[0]
+    if topk_ids.numel() <= min(MAX_LONE_SLOTS, experts // 4):
+        return LoneSlots(topk_ids.reshape(-1), expert_map)
+    alignment = moe_align_block_size(
+        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
+    )
+    return MoEAlignment(*alignment[:3])

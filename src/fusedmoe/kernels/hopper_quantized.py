@@ -1,0 +1,163 @@
+"""The experts of a small batch on Hopper with quantized weights, at the speed of memory.
+
+The whole layer but routing. Device code: ``kernels/triton/hopper_quantized.py`` (Gluon). The
+definition is the weighted sum of ``quantized_gemm_reference`` twice.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import (
+    ELEMENTS,
+    quantized_gemm_reference,
+    weight_addresses,
+)
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedDecodeTiles, QuantizedTile
+
+ALIGNED_BYTES = 16
+MAX_LONE_SLOTS = 32
+
+
+def unmet_by_weights(*weights: QuantizedTensor) -> str | None:
+    """Why the kernel cannot read these, None where it can: formats, contiguity, TMA's alignment."""
+    for w in weights:
+        fmt = w.format
+        if fmt.element not in ELEMENTS or fmt.act_order or fmt.scale_dtype is None:
+            return f"does not read {fmt.name}"
+        if fmt.element not in ("int4", "e2m1") and not fmt.symmetric:
+            return f"does not read {fmt.name}"
+        least = 16 if fmt.values == 2 else 32
+        if fmt.group.col > 0 and (fmt.group.col < least or fmt.group.col & (fmt.group.col - 1)):
+            return f"wants groups of a power of two of at least {least} columns, not {fmt.name}"
+        data = w.data
+        if not data.is_contiguous() or data.data_ptr() % ALIGNED_BYTES:
+            return "wants weights that are contiguous and aligned"
+        if data.shape[-1] % ALIGNED_BYTES:
+            return f"wants rows of a multiple of {ALIGNED_BYTES} bytes, got {data.shape[-1]}"
+    return None
+
+
+def quantized_decode(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: QuantizedDecodeTiles,
+    programs: int,
+) -> None:
+    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+
+    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I]; topk_ids int [T, K]; out [T, H]; scratch act
+    [R, I] bf16 and y [R, H] fp32, R = T * K. ``blocks`` hold the tiles' slots, or one (at most 32
+    ``LoneSlots``). ``programs``: the number of multiprocessors. Raises ValueError for weights that
+    the kernel cannot read and for tensors that do not fit.
+    """
+    reason = unmet_by_weights(w1, w2)
+    if reason is not None:
+        raise ValueError(f"the Hopper kernel {reason}")
+    check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
+    if not x.is_cuda:
+        quantized_decode_reference(
+            x, w1, w2, topk_weights, topk_ids, out, act, y, blocks, activation=activation,
+            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+            expert_map=expert_map, tiles=tiles, programs=programs,
+        )  # fmt: skip
+        return
+    from fusedmoe.kernels.triton.hopper_quantized import decode
+
+    if topk_ids.numel() == 0:
+        return
+    decode(
+        x, w1, w2, topk_weights, topk_ids, out, act, y,
+        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, blocks,
+        (weight_addresses(w1), weight_addresses(w2)), tiles, programs,
+    )  # fmt: skip
+
+
+def quantized_decode_reference(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: QuantizedDecodeTiles,
+    programs: int,
+) -> None:
+    """The definition, in plain torch."""
+    (T, K), H = topk_ids.shape, w2.shape[1]
+    tile = QuantizedTile(64, tiles.gemm1.slots, 64, 1, 4, 2)
+    quantized_gemm_reference(
+        x, w1, act, blocks, tile, top_k=K, bias=w1_bias, activation=activation,
+        activation_config=activation_config,
+    )  # fmt: skip
+    quantized_gemm_reference(act, w2, y, blocks, tile, top_k=1, bias=w2_bias)
+    moe_fused_mul_sum_reference(
+        y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=w2.shape[0]
+    )
+
+
+def check_decode(
+    x: torch.Tensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+) -> None:
+    """Raise ValueError where the tensors of a streaming launch do not fit."""
+    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    R = T * K
+    for name, tensor, shape, dtype in (
+        ("x", x, (T, H), torch.bfloat16),
+        ("out", out, (T, H), torch.bfloat16),
+        ("act", act, (R, I), torch.bfloat16),
+        ("y", y, (R, H), torch.float32),
+        ("topk_weights", topk_weights, (T, K), torch.float32),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
+            )
+    for name, dense in (
+        ("topk_weights", topk_weights),
+        ("topk_ids", topk_ids),
+        ("act", act),
+        ("y", y),
+    ):
+        if dense is not None and not dense.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    if x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError(
+            f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
+        )
+    if isinstance(blocks, LoneSlots) and R > MAX_LONE_SLOTS:
+        raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")

@@ -1,0 +1,300 @@
+"""What can be known of the streaming kernels without a GPU: their bit tricks, the order in which
+they name columns, that they compile, and that their launchers refuse what they cannot read."""
+
+import re
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedmoe.kernels.align import LoneSlots
+from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
+from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode, unmet_by_weights
+from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, decode_tiles
+
+BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
+MASK = 0xFFFFFFFF
+
+
+def assembly(file, function):
+    """The inline PTX of a device function, as a list of statements."""
+    source = (BODIES / f"{file}.py").read_text()
+    body = source[source.index(f"def {function}(") :]
+    text = re.search(r'inline_asm_elementwise\(\s*"""?(.*?)"""?,', body, re.DOTALL)[1]
+    return [line.strip() for line in text.strip("{} \n").split(";") if line.strip()]
+
+
+def halves(word, function=None, other=0):
+    """bf16 arithmetic on both halves of a word."""
+    pairs = [((word >> at) & 0xFFFF, (other >> at) & 0xFFFF) for at in (0, 16)]
+    numbers = []
+    for x, y in pairs:
+        x, y = (torch.tensor([v - (v > 32767) * 65536], dtype=torch.int16) for v in (x, y))
+        value = function(x.view(torch.bfloat16), y.view(torch.bfloat16)).to(torch.bfloat16)
+        numbers.append(int(value.view(torch.int16)) & 0xFFFF)
+    return numbers[0] | numbers[1] << 16
+
+
+def execute(statements, *words):
+    """Run PTX that moves bits: the registers $0, $1, ... it writes, in order. Inputs come last."""
+    outputs = max(int(n) for s in statements for n in re.findall(r"^[\w.]+ \$(\d+)", s)) + 1
+    registers = {f"${outputs + i}": word for i, word in enumerate(words)}
+
+    def value(operand):
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for statement in statements:
+        name, _, rest = statement.partition(" ")
+        if name == ".reg":
+            continue
+        target, *operands = (part.strip() for part in rest.split(","))
+        a, *more = (value(operand) for operand in operands)
+        if name == "prmt.b32":
+            source, selector = a | more[0] << 32, more[1]
+            picked = [(source >> 8 * (selector >> 4 * i & 7)) & 0xFF for i in range(4)]
+            result = sum(byte << 8 * i for i, byte in enumerate(picked))
+        elif name == "lop3.b32":
+            assert more[2] == 0xEA
+            result = a & more[0] | more[1]
+        elif name.startswith("sub.rn.bf16x2"):
+            result = halves(a, torch.sub, more[0])
+        elif name.startswith("mul.rn.bf16x2"):
+            result = halves(a, torch.mul, more[0])
+        else:
+            b = more[0] if more else 0
+            moves = {"shl.b32": a << b, "shr.u32": a >> b, "and.b32": a & b, "mov.b32": a}
+            result = moves[name]
+        registers[target] = result & MASK
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def as_floats(*words):
+    """The bf16 halves of words, low half first."""
+    return [
+        struct.unpack("<f", struct.pack("<I", (word >> at & 0xFFFF) << 16))[0]
+        for word in words
+        for at in (0, 16)
+    ]
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E2M1 += [-value for value in E2M1]
+
+
+@pytest.mark.parametrize("word", [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0])
+@pytest.mark.parametrize("element", ["int4", "e2m1"])
+def test_nibbles_of_a_word(word, element):
+    """Nibbles 0, 4, 1, 5 and then 2, 6, 3, 7: the order that ``columns_of_words`` stands on."""
+    nibbles = [word >> 4 * i & 15 for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    out = as_floats(*execute(assembly("hopper_quantized_common", f"{element}_words"), word))
+    if element == "int4":
+        assert out == [128.0 + nibble for nibble in nibbles]
+    else:
+        assert [value * 2.0**126 for value in out] == [E2M1[nibble] for nibble in nibbles]
+
+
+@pytest.mark.parametrize("word", [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0])
+@pytest.mark.parametrize("element", ["int4", "e2m1"])
+def test_nibbles_of_four_bytes(word, element):
+    """Low nibbles of the four bytes, then high ones."""
+    out = as_floats(*execute(assembly("quantized_common", f"{element}_nibbles_bf16"), word))
+    nibbles = [word >> 8 * i + up & 15 for up in (0, 4) for i in range(4)]
+    if element == "int4":
+        assert out == [128.0 + nibble for nibble in nibbles]
+    else:
+        assert [value * 2.0**126 for value in out] == [E2M1[nibble] for nibble in nibbles]
+
+
+@pytest.mark.parametrize("first", range(0, 256, 4))
+def test_bytes_as_numbers(first):
+    """int8 exactly, e4m3 exactly but for NaN."""
+    word = sum((first + i) << 8 * i for i in range(4))
+    stored = torch.arange(first, first + 4).to(torch.uint8)
+    assert as_floats(*execute(assembly("quantized_common", "int8_bf16"), word)) == (
+        stored.view(torch.int8).float().tolist()
+    )
+    expected = stored.view(torch.float8_e4m3fn).float()
+    expected = torch.where(expected.isnan(), 480.0 * (1 - 2 * (stored > 127).float()), expected)
+    assert as_floats(*execute(assembly("quantized_common", "e4m3_bf16"), word)) == (
+        expected.tolist()
+    )
+
+
+class OnTensors:
+    """Gluon's operations that only name or move values, on torch tensors."""
+
+    reshape = staticmethod(torch.reshape)
+    permute = staticmethod(torch.permute)
+
+    @staticmethod
+    def split(x):
+        return x[..., 0], x[..., 1]
+
+    @staticmethod
+    def convert_layout(x, layout):
+        return x
+
+    @staticmethod
+    def DotOperandLayout(*arguments):
+        return None
+
+
+class Buffer:
+    def store(self, x):
+        self.value = x
+
+
+def device_function(name):
+    """The body of a device function, to be run on torch tensors."""
+    from fusedmoe.kernels.triton import hopper_quantized_common
+
+    function = getattr(hopper_quantized_common, name).fn
+    return types.FunctionType(function.__code__, function.__globals__ | {"gl": OnTensors})
+
+
+def columns_of_words(t):
+    """Which column of a step each stored value [128] of a row is, in half ``t`` of the nibbles."""
+    place = torch.arange(128)
+    word, pair, odd = place // 4, place // 2 % 2, place % 2
+    return 8 * word + 2 * t + pair + 4 * odd
+
+
+@pytest.mark.parametrize("HALVES", [True, False])
+def test_weights_and_rows_meet_column_by_column(HALVES):
+    columns = 256 if HALVES else 128
+    low, high = Buffer(), Buffer()
+    x = torch.arange(columns).expand(8, columns)
+    device_function("put_x")(low, high, x, HALVES)
+    fragment = device_function("fragment")
+    halves = [(columns_of_words(0), low), (columns_of_words(1), high)]
+    for stored, buffer in halves if HALVES else [(torch.arange(128), low)]:
+        operand = fragment(stored.expand(64, 128), None)
+        assert operand.equal(buffer.value[:1].expand(64, 128))
+
+
+def test_rows_of_gate_and_up_alternate_in_eights():
+    rows = device_function("fragment")(torch.arange(64)[:, None].expand(64, 128), None)[:, 0]
+    eights = rows.view(4, 2, 8)
+    assert eights[:, 0].flatten().equal(torch.arange(32))
+    assert eights[:, 1].flatten().equal(torch.arange(32, 64))
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from fusedmoe.kernels.triton import hopper_quantized, hopper_w8a8
+
+layout = gl.NVMMASharedLayout(128, 8, 2)
+shared = dict(bias_ptr=None, map_ptr=None, limit=None, N=768, D=2048, TOP_K=8, FORMULA="silu",
+              GATED=True, EARLY=False, SLOTS=8, TILE=128, BN=8, STAGES=6)
+common = dict(out_ptr="*bf16", ids_ptr="*i32", experts_ptr="*i32", sorted_ptr="*i32",
+              num_post_ptr="*i32", x_ptr="*bf16", alpha="fp32", beta="fp32")
+jobs = [
+    (hopper_quantized, "u8", dict(scale_ptr="*bf16"),
+     dict(scale2_ptr=None, zero_ptr=None, ELEMENT="int4", GROUP=128, SUB=64, LONE=False)),
+    (hopper_quantized, "u8", dict(scale_ptr="*u8"),
+     dict(scale2_ptr=None, zero_ptr=None, ELEMENT="e2m1", GROUP=32, SUB=32, LONE=True)),
+    (hopper_w8a8, "fp8e4nv", dict(scale_ptr="*fp32"),
+     dict(x_scale_ptr=None, STEPPED=True, GROUP=128, E8M0=False, LONE=False)),
+]
+for module, dtype, kinds, constants in jobs:
+    kernel = module.gemm_kernel
+    tile = f"tensordesc<{dtype}[64, 128],{layout!r}>"
+    kinds = common | kinds | {"low_desc": tile, "high_desc": tile}
+    constants = shared | constants
+    if constants["LONE"]:
+        constants |= dict(experts_ptr=None, sorted_ptr=None, num_post_ptr=None)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names
+               if signature[n].startswith("*")}
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+        options=dict(num_warps=8, maxnreg=128, launch_pdl=True))
+    assert compiled.metadata.shared <= 113 * 1024, compiled.metadata.shared
+    assert "wgmma" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_hopper_and_two_programs_share_a_multiprocessor():
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("written for the Gluon of Triton 3.6")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    environment["PYTHONPATH"] = str(BODIES.parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
+
+
+def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
+    torch.manual_seed(0)
+    w1 = quantize(torch.randn(e, shards * I, H), format_named(fmt), shards=shards)
+    return w1, quantize(torch.randn(e, H, I), format_named(fmt))
+
+
+def scratch(T, K, H, I):  # noqa: E741
+    R = T * K
+    return {
+        "out": torch.zeros(T, H, dtype=torch.bfloat16),
+        "act": torch.zeros(R, I, dtype=torch.bfloat16),
+        "y": torch.zeros(R, H),
+    }
+
+
+def test_the_reference_is_two_products_and_a_weighted_sum():
+    w1, w2 = layer("int4_g32")
+    T, K = 4, 2
+    x = torch.randn(T, 64).bfloat16()
+    ids = torch.tensor([[0, 1], [2, -1], [1, 1], [0, 2]], dtype=torch.int32)
+    weights, blocks = torch.rand(T, K), LoneSlots(ids.flatten())
+    given = scratch(T, K, 64, 32)
+    quantized_decode(
+        x, w1, w2, weights, ids, blocks=blocks, tiles=decode_tiles(8, 3), programs=1, **given
+    )
+    rows = torch.zeros(8, 64)
+    tile = QuantizedTile(64, 8, 64, 1, 4, 2)
+    quantized_gemm_reference(given["act"], w2, rows, blocks, tile, top_k=1)
+    picked = rows.view(T, K, 64) * weights[:, :, None] * (ids >= 0)[:, :, None]
+    torch.testing.assert_close(given["out"].float(), picked.sum(1), rtol=1e-2, atol=1e-2)
+
+
+def test_what_the_kernels_cannot_read_is_named():
+    assert unmet_by_weights(*layer("int4_g32")) is None
+    assert unmet_by_weights(*layer("nvfp4")) is None
+    assert "mxfp6" in unmet_by_weights(*layer("mxfp6_e3m2"))
+    assert "int8" in unmet_by_weights(*layer("int8_g32_zp"))
+    assert "multiple" in unmet_by_weights(*layer("int4_channel", I=8))
+    w1, w2 = layer("fp8_block", H=256, I=128)
+    assert unmet_by_pairs((w1, FP8_DYNAMIC_128), (w2, FP8_DYNAMIC_128)) is None
+    assert "wants scales" in unmet_by_pairs((w1, FP8_DYNAMIC_TOKEN))
+    assert "does not run" in unmet_by_pairs((w1, INT8_DYNAMIC_TOKEN))
+    x, ids = torch.zeros(2, 256).bfloat16(), torch.zeros(2, 1, dtype=torch.int32)
+    given = scratch(2, 1, 256, 128) | {"tiles": decode_tiles(2, 3), "programs": 1}
+    blocks = LoneSlots(ids.flatten())
+    with pytest.raises(ValueError, match="expected"):
+        quantized_decode(x.float(), w1, w2, None, ids, blocks=blocks, **given)
+    keys, none = (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN), (None, None)
+    with pytest.raises(ValueError, match="wants scales"):
+        w8a8_decode(x, w1, w2, keys, none, None, ids, blocks=blocks, **given)
+    many = torch.zeros(MAX_LONE_SLOTS + 1, 1, dtype=torch.int32)
+    x = torch.zeros(len(many), 256).bfloat16()
+    given |= scratch(len(many), 1, 256, 128)
+    with pytest.raises(ValueError, match="table"):
+        quantized_decode(x, w1, w2, None, many, blocks=LoneSlots(many.flatten()), **given)

@@ -1,0 +1,105 @@
+"""Layers with quantized weights and rows, for tests: how to run them, and what is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from expert_layers import Layer
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.torch_quantized import quantized_experts_reference
+from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
+from fusedmoe.modular_kernel import FusedMoEActivationFormat, FusedMoEKernel
+from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
+from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.keys import QuantKey
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A layer, the format of its weights and how its rows are quantized."""
+
+    format: str
+    rows: QuantKey | None = None
+    layer: Layer = field(default_factory=lambda: Layer(H=64, I=32))
+
+    def config(self, tensors) -> tuple[torch.Tensor, torch.Tensor, FusedMoEQuantConfig]:
+        fmt, act = format_named(self.format), self.layer.activation
+        shards = 2 if act.is_gated else 1
+        w1 = quantize(
+            tensors["w1"].float(), fmt, shards=shards, interleaved=act is MoEActivation.SWIGLUOAI
+        )
+        w2 = quantize(tensors["w2"].float(), fmt)
+        descs = [
+            FusedMoEQuantDesc(
+                dtype=fmt.key_dtype, format=fmt, scale=w.scale, scale2=w.scale2,
+                zp=w.zero_point, bias=bias,
+            )
+            for w, bias in ((w1, tensors["w1_bias"]), (w2, tensors["w2_bias"]))
+        ]  # fmt: skip
+        rows = self.rows_desc(tensors["hidden_states"].device)
+        config = FusedMoEQuantConfig(a1=rows, a2=rows, w1=descs[0], w2=descs[1])
+        return w1, w2, config
+
+    def rows_desc(self, device) -> FusedMoEQuantDesc:
+        key = self.rows
+        if key is None:
+            return FusedMoEQuantDesc()
+        scale = torch.full((1,), 0.03, device=device) if key.static else None
+        return FusedMoEQuantDesc(
+            dtype=key.dtype, shape=key.group_shape, scale=scale, scale_kind=key.scale_kind
+        )
+
+    def run(self, tensors, experts_class=TritonQuantizedExperts, compiled=False) -> torch.Tensor:
+        layer = self.layer
+        batched = experts_class.activation_format() is FusedMoEActivationFormat.BatchedExperts
+        mover = (
+            BatchedPrepareAndFinalize(layer.T + 3, layer.local or layer.E)
+            if batched
+            else MoEPrepareAndFinalizeNoDPEPModular()
+        )
+        w1, w2, config = self.config(tensors)
+        experts = experts_class(
+            layer.config(),
+            config,
+            max_num_tokens=mover.max_num_tokens_per_rank() if batched else None,
+            num_dispatchers=mover.num_dispatchers() if batched else None,
+        )
+        kernel = FusedMoEKernel(mover, experts)
+
+        def apply(x, first, second, weights, ids):
+            return kernel.apply(
+                x, first, second, weights, ids,
+                activation=layer.activation,
+                global_num_experts=layer.E,
+                expert_map=tensors["expert_map"],
+                apply_router_weight_on_input=layer.weight_on_input,
+            )  # fmt: skip
+
+        if compiled:
+            apply = torch.compile(apply, fullgraph=True, backend="aot_eager")
+        names = ("hidden_states", "topk_weights", "topk_ids")
+        x, weights, ids = (tensors[name] for name in names)
+        return apply(x, w1.data, w2.data, weights, ids)
+
+    def expected(self, tensors) -> torch.Tensor:
+        w1, w2, config = self.config(tensors)
+        return quantized_experts_reference(
+            tensors["hidden_states"].double(),
+            w1,
+            w2,
+            tensors["topk_weights"].double(),
+            tensors["topk_ids"],
+            a1=config.a1,
+            a2=config.a2,
+            activation=self.layer.activation,
+            activation_config=self.layer.numbers,
+            w1_bias=tensors["w1_bias"],
+            w2_bias=tensors["w2_bias"],
+            expert_map=tensors["expert_map"],
+            apply_router_weight_on_input=self.layer.weight_on_input,
+            compute_dtype=torch.float64,
+        )
