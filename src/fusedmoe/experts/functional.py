@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.experts.functional_quantized import quantized_fused_experts
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
 from fusedmoe.modular_kernel import FusedMoEKernel
@@ -52,7 +53,9 @@ def fused_experts(
     hidden_states), topk_weights float [T, K], topk_ids int [T, K]. Ids count from 0 to
     ``global_num_experts`` (default: those of ``expert_map``, else e); -1 is no expert.
     ``expert_map`` int32 [global_num_experts]: local expert of each id, -1 for one of another rank.
-    ``quant_config`` carries biases [e, S * I] and [e, H].
+    ``quant_config`` carries biases [e, S * I] and [e, H], and describes w1 and w2 where they are
+    quantized (packed as ``QuantizedTensor.data``; not in compiled code). Nothing is prepacked here:
+    a layer is faster where kernels do.
 
     With ``apply_router_weight_on_input`` (K = 1) the input is weighted, not the output.
     ``options`` force an implementation, ask for batch invariance or bound the scratch memory.
@@ -62,8 +65,23 @@ def fused_experts(
     """
     quant_config = quant_config or FUSED_MOE_UNQUANTIZED_CONFIG
     options = options or _DEFAULT_OPTIONS
+    numbers = merged_activation_config(activation_config or _DEFAULT_NUMBERS, quant_config)
     if quant_config.is_quantized:
-        raise ValueError("fused_experts takes unquantized weights; quant_config describes others")
+        count = w1.shape[0] if expert_map is None else expert_map.shape[0]
+        return quantized_fused_experts(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation,
+            apply_router_weight_on_input,
+            count if global_num_experts < 0 else global_num_experts,
+            expert_map,
+            quant_config,
+            numbers,
+            options,
+        )
     call = _Call(
         hidden_states,
         w1,
@@ -76,7 +94,7 @@ def fused_experts(
         expert_map,
         quant_config.w1_bias,
         quant_config.w2_bias,
-        merged_activation_config(activation_config or _DEFAULT_NUMBERS, quant_config),
+        numbers,
         options,
     )
     if torch.compiler.is_compiling() and not isinstance(options.experts, type):
