@@ -48,6 +48,20 @@ def test_generate_by_the_models_own_plan():
     assert json.loads(done.stdout)["tokens_agree"] is True
 
 
+def test_bench_over_ranks(tmp_path):
+    sizes = ("--num-experts", "8", "--top-k", "2", "--hidden-size", "32")
+    more = ("--intermediate-size", "16", "--tokens", "1", "5", "--dtypes", "fp32")
+    output = tmp_path / "ranks.json"
+    words = ("--repeats", "2", "--device", "cpu", "--ep", "--output", str(output))
+    done = torchrun("bench", *sizes, *more, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2  # ways, token counts, scopes
+    assert {row["scope"] for row in rows} == {"layer", "dispatch_combine"}
+    assert all(row["ranks"] == 2 and row["E"] == 4 and row["us"] > 0 for row in rows)
+    assert done.stdout.count("naive_dp_ep") == 4
+
+
 @pytest.mark.parametrize("option", ["--ep", "--tp"])
 def test_several_processes_need_torchrun(option, capsys, monkeypatch):
     from fusedmoe.cli import main

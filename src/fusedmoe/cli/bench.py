@@ -12,6 +12,7 @@ from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
+from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
+    parser.add_argument(
+        "--ep",
+        action="store_true",
+        help="under torchrun: the experts over its processes, dispatch and combine also alone",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(
@@ -65,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     shapes, device = _shapes(args), device_of(args.device)
     dtypes = [dtype_of(name) or torch.bfloat16 for name in args.dtypes]
+    if args.ep:
+        return _run_over_ranks(args, shapes, dtypes, device)
     _check_memory(shapes, dtypes, device)
     total = count_measurements(shapes, args.tokens, dtypes, args.routings)
     with progress(total, "measuring the machine", delay=0.0) as bar:
@@ -100,6 +108,38 @@ def run(args: argparse.Namespace) -> int:
         print_json(record)
     else:
         _print(record)
+    return 0
+
+
+def _run_over_ranks(
+    args: argparse.Namespace,
+    shapes: list[LayerShape],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+) -> int:
+    """The layers with their experts spread over the processes of torchrun."""
+    from fusedmoe.bench.over_ranks import run_ranks_bench
+
+    check_launched("--ep")
+    with launched_ranks(device) as ranks:
+        reports = [
+            run_ranks_bench(
+                *(shape, args.tokens, dtype, ranks.group, ranks.device, routing),
+                repeats=args.repeats or 20,
+            )
+            for shape in shapes
+            for dtype in dtypes
+            for routing in args.routings
+        ]
+        record = reports[0].to_json() | {"rows": [row for one in reports for row in one.rows]}
+        if args.output and is_first_rank():
+            reports[0].rows = record["rows"]
+            reports[0].write(args.output)
+        if args.json:
+            print_json(record)
+        else:
+            columns = ["shape", "format", "ranks", "T", "impl", "scope", "us", "p10_us", "p90_us"]
+            print_table(columns, [[row[name] for name in columns] for row in record["rows"]])
     return 0
 
 

@@ -1,0 +1,158 @@
+"""One layer over the ranks of a group: the whole of it, and its dispatch and combine alone.
+
+Every way to move tokens that can run there is measured on the same weights and tokens, launch by
+launch (no graph). A time is the slowest rank's, because that is what all of them wait for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fusedmoe.bench.report import BenchReport, Percentiles, make_header
+from fusedmoe.bench.shapes import LayerShape
+from fusedmoe.config import MoEOptions, ParallelGroups
+from fusedmoe.distributed.collectives import gather_vectors
+from fusedmoe.distributed.groups import TokenRanks
+from fusedmoe.layer import FusedMoE
+from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.testing.routing import routing_logits
+from fusedmoe.testing.tolerances import format_name
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+WAYS = ("naive_dp_ep", "all_to_all")
+_WARM_UP = 3
+
+
+@torch.inference_mode()
+def run_ranks_bench(
+    shape: LayerShape,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    group: ProcessGroup,
+    device: torch.device,
+    routing: str = "uniform",
+    repeats: int = 20,
+    ways: Sequence[str] = WAYS,
+) -> BenchReport:
+    """``shape`` with all its experts spread over ``group``; ``tokens`` per rank.
+
+    Rows of scope ``layer`` (from router logits) and ``dispatch_combine``; all ranks call it and get
+    the same report. Raises ValueError for fewer than two ranks.
+    """
+    if group.size() < 2:
+        raise ValueError(f"expert parallelism needs two ranks, this group has {group.size()}")
+    ranks = TokenRanks((group,))
+    report = BenchReport(make_header(device, {}))
+    for way in ways:
+        layer = _layer(shape, dtype, group, device, way)
+        for T in tokens:
+            x = torch.randn(T, shape.H, device=device).to(dtype)
+            seed = group.rank()
+            logits = routing_logits(routing, T, shape.num_experts, shape.k, seed, device)
+            for scope, call in _calls(layer, x, logits, [T] * group.size()):
+                samples = _slowest(_samples(call, repeats, group, device), ranks)
+                row = _row(shape, layer, dtype, routing, T, group.size())
+                times = Percentiles.of(samples)
+                measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
+                rounded = {name: round(value, 2) for name, value in measured.items()}
+                report.rows.append({"impl": f"fusedmoe:{way}", "scope": scope} | row | rounded)
+    return report
+
+
+def _layer(
+    shape: LayerShape,
+    dtype: torch.dtype,
+    group: ProcessGroup,
+    device: torch.device,
+    way: str,
+) -> MoERunner:
+    layer = FusedMoE(
+        shape.num_experts,
+        shape.k,
+        shape.H,
+        shape.I,
+        dtype,
+        activation=shape.activation,
+        has_bias=shape.bias,
+        parallel=ParallelGroups(dp=group, ep=group, enable_expert_parallel=True),
+        options=MoEOptions(prepare_finalize=way),
+        device=device,
+    )
+    for row in layer.routed_experts.get_expert_weights():
+        row.normal_(std=shape.H**-0.5)
+    layer.routed_experts.process_weights_after_loading()
+    return layer
+
+
+def _calls(
+    layer: MoERunner, x: torch.Tensor, logits: torch.Tensor, counts: list[int]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "layer", lambda: layer(x, logits, tokens_per_rank=counts)
+    experts = layer.routed_experts
+    kernel = experts.quant_method.kernel(experts)
+    assert isinstance(kernel, FusedMoEKernel)
+    weights, ids, _ = layer.router.select_experts(x, logits)
+    output = torch.empty_like(x)
+
+    def there_and_back() -> None:
+        mover = kernel.prepare_finalize.begin(counts)
+        found = mover.prepare(
+            *(x, weights, ids, layer.moe_config.num_experts, experts.expert_map, False),
+            kernel.experts.quant_config,
+            kernel.experts.expects_unquantized_inputs,
+        )
+        assert found.topk_weights is not None
+        assert found.topk_ids is not None
+        mover.finalize(
+            *(output, found.hidden_states, found.topk_weights, found.topk_ids, False),
+            TopKWeightAndReduceNoOP(),
+        )
+
+    yield "dispatch_combine", there_and_back
+
+
+def _samples(
+    call: Callable[[], Any], repeats: int, group: ProcessGroup, device: torch.device
+) -> list[int]:
+    """Nanoseconds of each call on this rank, begun together."""
+    found = []
+    for turn in range(_WARM_UP + repeats):
+        dist.barrier(group)
+        start = time.perf_counter_ns()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn >= _WARM_UP:
+            found.append(time.perf_counter_ns() - start)
+    return found
+
+
+def _slowest(samples: list[int], ranks: TokenRanks) -> list[float]:
+    """Microseconds of the rank that took longest, sample by sample."""
+    return [max(taken) / 1e3 for taken in zip(*gather_vectors(samples, ranks), strict=True)]
+
+
+def _row(
+    shape: LayerShape, layer: MoERunner, dtype: torch.dtype, routing: str, T: int, ranks: int
+) -> dict[str, Any]:
+    return {
+        "shape": shape.name,
+        "E": layer.moe_config.num_local_experts,
+        "k": shape.k,
+        "H": shape.H,
+        "I": shape.I,
+        "T": T,
+        "ranks": ranks,
+        "tokens_per_rank": T,
+        "format": format_name(dtype),
+        "routing": routing,
+    }
