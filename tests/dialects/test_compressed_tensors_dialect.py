@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization.quant_config import QuantizationConfig
-from compressed_tensors.quantization.quant_scheme import QuantizationScheme, preset_name_to_scheme
-from compressed_tensors.quantization.utils import calculate_qparams
 
 from fusedmoe.quantization.dialects import Matrix, read_quantization
 from fusedmoe.quantization.dialects.base import read_matrix
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization.quant_scheme import QuantizationScheme
 
 MODULE = "model.layers.0.mlp.experts.0.up_proj"
 N, K = 48, 256
@@ -57,6 +55,12 @@ def grouped(weight: torch.Tensor, scheme: QuantizationScheme) -> torch.Tensor:
 
 def stored(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor]:
     """(quantization_config, tensors of one matrix, its values) as the package writes and reads."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization.quant_config import QuantizationConfig
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     scheme = preset_name_to_scheme(name, ["Linear"])
     packing = infer_module_format(torch.nn.Linear, scheme)
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(1))

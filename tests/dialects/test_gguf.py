@@ -7,7 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,8 @@ from fusedmoe.weights.gguf_file import TYPES, GgufFile
 
 
 def test_types_are_the_package_s() -> None:
+    import gguf
+
     for number, kind in TYPES.items():
         found = gguf.GGMLQuantizationType(number)
         assert found.name == kind.name
@@ -30,6 +31,8 @@ def test_types_are_the_package_s() -> None:
 
 def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Random bytes of a type [rows, ...] with small finite scales."""
+    import gguf
+
     type_ = gguf.GGMLQuantizationType[kind]
     values, nbytes = gguf.GGML_QUANT_SIZES[type_]
     generator = np.random.default_rng(seed)
@@ -49,6 +52,8 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", SCHEMES)
 def test_one_matrix_has_its_values(kind: str) -> None:
+    import gguf
+
     raw = blocks(kind, 6, 512)
     matrix = Matrix(name="blk.0.ffn_up_exps", N=6, K=512)
     found = read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
@@ -73,6 +78,8 @@ def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
 
 def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadata: Any) -> Path:
     """A file of the package's own writer; arrays are bytes of the named type, or floats."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "qwen3moe"))
     for key, value in metadata.items():
         name = key.replace("__", ".")
@@ -197,6 +204,8 @@ def test_hostile_files_are_refused(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("up", "down"), [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "Q5_K")])
 def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
+    import gguf
+
     E, H, I = 2, 256, 512  # noqa: E741
     raw = {
         "gate_proj": blocks(up, E * I, H, 1).reshape(E, I, -1),
@@ -245,6 +254,8 @@ def test_types_that_are_not_known_are_refused() -> None:
 
 def quantized(weight: np.ndarray, kind: str) -> np.ndarray:
     """A matrix [N, K] as the package writes it; types that it only reads get random bytes."""
+    import gguf
+
     if kind in ("Q8_0", "Q4_0"):
         return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
     return blocks(kind, *weight.shape, seed=int(abs(weight[0, 0]) * 1e6))
@@ -269,6 +280,8 @@ NAMES = {
 
 def write_model(path: Path, model: Any, architecture: str, up: str, down: str) -> Path:
     """``model`` as llama.cpp's converter would write it; its weights become what the file holds."""
+    import gguf
+
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     config = model.config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,8 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarra
 
 @pytest.mark.parametrize("kind", CODECS)
 def test_every_byte_is_read_as_the_package_reads_it(kind: str) -> None:
+    import gguf
+
     raw = random_blocks(kind, 6, 3)
     quantized = QuantizedTensor(
         format=superblock_format(kind),
@@ -40,6 +41,8 @@ def test_every_byte_is_read_as_the_package_reads_it(kind: str) -> None:
 
 
 def test_the_table_of_iq4_nl_is_the_package_s() -> None:
+    import gguf
+
     assert tuple(map(float, gguf.quants.IQ4_NL.kvalues)) == IQ4_NL_TABLE
     assert IQ4_NL.name == "iq4_nl"
 
