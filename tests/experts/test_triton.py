@@ -203,7 +203,10 @@ def test_ops_keep_their_promises(name):
         ({"global_num_experts": 9}, "expert_map"),
         ({"expert_map": torch.zeros(5, dtype=torch.int32), "global_num_experts": 6}, "expert_map"),
         ({"apply_router_weight_on_input": True}, "top-1"),
-        ({"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(dtype="int4"))}, "unquantized"),
+        (
+            {"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(dtype="int4"))},
+            "int4 weights has no format",
+        ),
         ({"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(bias=torch.zeros(4, 3)))}, "48"),
         ({"options": MoEOptions(experts="nonsense")}, "nonsense"),
     ],

@@ -190,7 +190,7 @@ def test_contradictions_are_refused():
         )
     with pytest.raises(ValueError, match="unknown weight dtype int3"):
         FusedMoEQuantConfig.make("int3", w1_scale=w1, w2_scale=w2)
-    with pytest.raises(ValueError, match="not quantized"):
+    with pytest.raises(ValueError, match="unquantized weights has no format"):
         FUSED_MOE_UNQUANTIZED_CONFIG.w1.weight(torch.ones(1, 2, 2), torch.float32)
 
 

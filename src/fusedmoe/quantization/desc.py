@@ -72,7 +72,9 @@ class FusedMoEQuantDesc:
         """
         fmt = self.format
         if fmt is None:
-            raise ValueError("these weights are not quantized")
+            raise ValueError(
+                f"the description of {self.dtype or 'unquantized'} weights has no format"
+            )
         *lead, columns = data.shape
         K = columns // fmt.type.stored * fmt.values
         scale = _by_shard(self.scale, shards) if fmt.group == PER_TENSOR else self.scale
