@@ -205,7 +205,7 @@ def test_ops_keep_their_promises(name):
         ({"apply_router_weight_on_input": True}, "top-1"),
         (
             {"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(dtype="int4"))},
-            "int4 weights has no format",
+            "no format",
         ),
         ({"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(bias=torch.zeros(4, 3)))}, "48"),
         ({"options": MoEOptions(experts="nonsense")}, "nonsense"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_layers import draw
 
 import fusedmoe
 from fusedmoe import FusedMoEQuantConfig
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from fusedmoe.quantization.formats import format_named
+from quantized_layers import draw
 
 E, N, K = 3, 64, 128
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -190,7 +190,7 @@ def test_contradictions_are_refused():
         )
     with pytest.raises(ValueError, match="unknown weight dtype int3"):
         FusedMoEQuantConfig.make("int3", w1_scale=w1, w2_scale=w2)
-    with pytest.raises(ValueError, match="unquantized weights has no format"):
+    with pytest.raises(ValueError, match="no format describes unquantized weights"):
         FUSED_MOE_UNQUANTIZED_CONFIG.w1.weight(torch.ones(1, 2, 2), torch.float32)
 
 

@@ -72,9 +72,7 @@ class FusedMoEQuantDesc:
         """
         fmt = self.format
         if fmt is None:
-            raise ValueError(
-                f"the description of {self.dtype or 'unquantized'} weights has no format"
-            )
+            raise ValueError(f"no format describes {self.dtype or 'unquantized'} weights")
         *lead, columns = data.shape
         K = columns // fmt.type.stored * fmt.values
         scale = _by_shard(self.scale, shards) if fmt.group == PER_TENSOR else self.scale
