@@ -738,6 +738,29 @@ def test_a_rank_alone_adds_what_is_whole_on_every_rank_once(tp_size):
     close(sum(parts), whole)
 
 
+@pytest.mark.parametrize("ep", [False, True])
+def test_ranks_of_every_dimension_add_up_to_one_layer(ep):
+    """Sizes without groups: dp 2 x pcp 1 x tp 2 summands, shared experts among them once."""
+    experts, shared = Experts.random(E, H, I), nn.Linear(H, H)
+    x, logits = rows()
+    whole = layer(experts, shared_experts=shared)(x, logits)
+    parallel = ParallelGroups(enable_expert_parallel=ep)
+    parts = [
+        layer(
+            experts,
+            shared_experts=shared,
+            parallel=parallel,
+            dp_size=2,
+            tp_size=2,
+            dp_rank=dp,
+            tp_rank=tp,
+        )(x, logits)
+        for dp in range(2)
+        for tp in range(2)
+    ]
+    close(sum(parts), whole)
+
+
 def test_shared_experts_sharded_are_summands_too():
     experts = Experts.random(E, H, I)
     x, logits = rows()

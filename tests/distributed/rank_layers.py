@@ -188,3 +188,20 @@ def check_replay(
 
 def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
     check_layout(layout, "", ("even", "uneven", "one_empty"), **arguments)
+
+
+def check_compiled(layout: Layout) -> None:
+    """``torch.compile(fullgraph=True)`` traces dispatch and combine as it finds them."""
+    groups, token_rank = make_groups(layout)
+    layer = build(
+        parallel=groups,
+        is_sequence_parallel=layout.sp,
+        options=MoEOptions(experts="torch"),
+        shared_experts=linear(1),
+    )
+    counts = token_counts("uneven", layout.token_ranks)
+    known = {"tokens_per_rank": counts} if layout.token_ranks > 1 else {}
+    x, logits = rows(counts[token_rank], 10 + token_rank)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, logits, **known), layer(x, logits, **known))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rank_layers import Layout, check_layout, run_with
+from rank_layers import Layout, check_compiled, check_layout, run_with
 
 EVERYWHERE = {
     "tp": Layout(tp=2),
@@ -48,6 +48,11 @@ def test_all_to_all(ranks, name):
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
 def test_counts_may_be_given(ranks, name):
     ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
+
+
+@pytest.mark.parametrize("name", ["ep4", "dp4_ep", "dp_sp_ep", "dp_tp"])
+def test_compiled(ranks, name):
+    ranks.run(check_compiled, EVERYWHERE[name])
 
 
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_tp_ep", "dp_tp", "sp_ep"])

@@ -74,7 +74,7 @@ def _gather_over(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) ->
         return lambda: x.new_empty(sum(sizes), *shape)
     if min(sizes) == largest:
         whole = rows.new_empty(sum(sizes), width)
-        work = _all_gather(whole, rows, group=group, async_op=True)
+        work = _all_gather(whole, rows, group=group, async_op=_may_overlap())
         return _received(work, rows, lambda: _from_bytes(whole, dtype, shape))
     if rows.is_cuda:
         # NCCL sends each rank's rows as a broadcast, at their own size.
@@ -84,7 +84,7 @@ def _gather_over(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) ->
     padded = rows.new_zeros(largest, width)
     padded[: rows.shape[0]] = rows
     blocks = rows.new_empty(len(sizes) * largest, width)
-    work = _all_gather(blocks, padded, group=group, async_op=True)
+    work = _all_gather(blocks, padded, group=group, async_op=_may_overlap())
 
     def valid() -> torch.Tensor:
         parts = [block[:size] for block, size in zip(blocks.split(largest), sizes, strict=True)]
@@ -145,9 +145,8 @@ def exchange_rows(
     received = rows.new_empty(sum(receive_sizes), rows.shape[1])
     if rows.shape[1] == 0:
         return lambda: x.new_empty(sum(receive_sizes), *x.shape[1:])
-    work = dist.all_to_all_single(
-        received, rows, list(receive_sizes), list(send_sizes), group=group, async_op=True
-    )
+    sizes = list(receive_sizes), list(send_sizes)
+    work = dist.all_to_all_single(received, rows, *sizes, group=group, async_op=_may_overlap())
     return _received(work, rows, lambda: _from_bytes(received, x.dtype, x.shape[1:]))
 
 
@@ -165,13 +164,19 @@ def _from_bytes(rows: torch.Tensor, dtype: torch.dtype, shape: torch.Size) -> to
     return rows.view(dtype).view(rows.shape[0], *shape)
 
 
+def _may_overlap() -> bool:
+    """A compiler orders communication itself; it takes no other form of it."""
+    return not torch.compiler.is_compiling()
+
+
 def _received(work: Any, sent: torch.Tensor, result: Callable[[], torch.Tensor]) -> Pending:
     """Wait for ``work`` (the stream does, on a GPU), once; ``sent`` lives until then."""
     state: list[Any] = [work, sent]
 
     def receive() -> torch.Tensor:
         if state:
-            state[0].wait()
+            if state[0] is not None:
+                state[0].wait()
             state.clear()
         return result()
 
