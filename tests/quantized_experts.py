@@ -80,6 +80,7 @@ class Quantized:
             )  # fmt: skip
 
         if compiled:
+            torch.compiler.reset()
             apply = torch.compile(apply, fullgraph=True, backend="aot_eager")
         names = ("hidden_states", "topk_weights", "topk_ids")
         x, weights, ids = (tensors[name] for name in names)

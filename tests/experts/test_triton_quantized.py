@@ -9,14 +9,20 @@ from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import (
+    PAIRS,
     BatchedTritonQuantizedExperts,
+    TritonQuantizedExperts,
+    unmet_by_groups,
 )
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
+    accepts,
     fp8_dynamic_group,
 )
 from quantized_bodies import triton_gemm, triton_w8a8
@@ -98,3 +104,102 @@ def test_batched_layers(name):
     tensors = case.layer.tensors()
     out = case.run(tensors, BatchedTritonQuantizedExperts)
     assert_right(out, case.expected(tensors), tolerance_of(case))
+
+
+@pytest.mark.parametrize("name", ["int4_zero_points", "nvfp4", "fp8_block", "fp8_tensor"])
+def test_compiled_without_graph_breaks(name):
+    case = CASES[name]
+    tensors = case.layer.tensors()
+    assert case.run(tensors, compiled=True).equal(case.run(tensors))
+    batched = BatchedTritonQuantizedExperts
+    if case.rows != FP8_DYNAMIC_TENSOR:
+        assert case.run(tensors, batched, compiled=True).equal(case.run(tensors, batched))
+
+
+def test_ids_of_no_expert_and_nan_rows(quantized_bodies):
+    case = replace(CASES["int4"], layer=replace(PLAIN, T=6))
+    tensors = case.layer.tensors()
+    ids = tensors["topk_ids"]
+    ids[0], ids[1, 0] = -1, -1
+    clean = case.run(tensors)
+    assert (clean[0] == 0).all()
+    assert_right(clean, case.expected(tensors), 2e-5)
+    tensors["hidden_states"][3] = NAN
+    dirty = case.run(tensors)
+    assert dirty[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    assert dirty[others].equal(clean[others])
+
+
+def test_all_tokens_on_one_expert_and_no_tokens(quantized_bodies):
+    case = replace(CASES["mxfp4_interleaved_bias"], layer=replace(PLAIN, T=37, K=1))
+    tensors = case.layer.tensors()
+    tensors["topk_ids"].fill_(2)
+    assert_right(case.run(tensors), case.expected(tensors), 2e-5)
+    empty = replace(case, layer=replace(PLAIN, T=0))
+    assert empty.run(empty.layer.tensors()).shape == (0, 64)
+
+
+def test_rows_that_are_not_contiguous(quantized_bodies):
+    case = CASES["int8"]
+    tensors = case.layer.tensors()
+    expected = case.expected(tensors)
+    tensors["hidden_states"] = tensors["hidden_states"].t().contiguous().t()
+    tensors["topk_ids"] = tensors["topk_ids"].long().t().contiguous().t()
+    assert_right(case.run(tensors), expected, 2e-5)
+
+
+def test_pairs_are_what_the_reference_also_runs():
+    """Every pair is a pattern of ``QuantKey``s, and formats that the kernels cannot read are not
+    among them."""
+    assert len(PAIRS) > 20
+    for name, rows, there in (
+        ("int4_g128", None, True),
+        ("int4_g32_zp", None, True),
+        ("fp8_block", FP8_DYNAMIC_128, True),
+        ("fp8_block", FP8_DYNAMIC_TOKEN, True),
+        ("int8_channel", FP8_DYNAMIC_TOKEN, False),
+        ("mxfp6_e3m2", None, False),
+        ("int4_g32_act_order", None, False),
+    ):
+        key = format_named(name).key
+        found = any(accepts(weight, key) and accepts(act, rows) for weight, act in PAIRS)
+        assert found == there, name
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rows", "message"),
+    [
+        ("fp8_block_16x16", FP8_DYNAMIC_TOKEN, "at least 32"),
+        ("fp8_block_128x96", None, "96"),
+        ("int4_g96", None, "96"),
+        ("int4_g128", None, None),
+    ],
+)
+def test_groups_that_steps_cannot_have_are_refused_with_the_reason(fmt, rows, message):
+    assert unmet_by_groups(format_named(fmt).key, rows) is None or message is not None
+    if message is not None:
+        assert message in unmet_by_groups(format_named(fmt).key, rows)
+
+
+def test_workspaces_follow_from_sizes():
+    """Few rows of the second GEMM are kept in fp32: twice the width where rows are 16-bit."""
+    layer = replace(PLAIN, dtype=torch.bfloat16)
+    experts = TritonQuantizedExperts(layer.config(), FusedMoEQuantConfig())
+    shapes = experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
+    assert shapes == ((7, 2, 32), (7, 2, 128), (7, 64))
+    shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
+    assert shapes.workspace2 == (9000, 2, 64)
+
+
+def test_the_batched_format_needs_counts():
+    experts = BatchedTritonQuantizedExperts(
+        PLAIN.config(), FusedMoEQuantConfig(), max_num_tokens=4, num_dispatchers=1
+    )
+    w = torch.zeros(4, 64, 32)
+    rows = torch.zeros(4, 4, 64)
+    with pytest.raises(ValueError, match=r"expert_num_tokens \[4\]"):
+        experts.apply(
+            rows, rows, w, w, None, None, PLAIN.activation, 4, None, None, None, rows, rows, None,
+            False,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.torch_quantized import quantized_pair
 from fusedmoe.experts.triton_quantized_ops import batched_op, flat, standard_op
 from fusedmoe.experts.triton_quantized_run import (
@@ -83,12 +84,36 @@ PAIRS: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset(
 """(weight, activation) that the kernels read; None: activations as they come."""
 
 
+def unmet_by_groups(weight_key: QuantKey | None, activation_key: QuantKey | None) -> str | None:
+    """Why columns that share a scale do not fit the kernels' steps, None where they do."""
+    least = 16 if activation_key is None else 32
+    for key in (weight_key, activation_key):
+        columns = -1 if key is None else key.group_shape.col
+        if columns > 0 and (columns < least or columns & (columns - 1)):
+            return f"wants groups of a power of two of at least {least} columns, got {columns}"
+    return None
+
+
 class _Quantized(FusedMoEExpertsModular):
     """What both formats of rows share. ``tiles``, if set, replaces the tuned choice."""
 
     tiles: QuantizedTiles | None = None
     _seen: tuple[torch.Tensor, torch.Tensor, MoEActivation, torch.dtype] | None = None
     _operands: Operands | None = None
+
+    @classmethod
+    def is_supported_config(
+        cls,
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        supported, reason = super().is_supported_config(
+            moe_config, weight_key, activation_key, activation_format
+        )
+        reason = reason if not supported else unmet_by_groups(weight_key, activation_key)
+        return reason is None, reason
 
     @property
     def expects_unquantized_inputs(self) -> bool:
