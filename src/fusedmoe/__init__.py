@@ -31,6 +31,7 @@ _HOME = {
     "QuantFormat": "fusedmoe.quantization.tensor",
     "QuantizedTensor": "fusedmoe.quantization.tensor",
     "QuantizedFusedMoEMethod": "fusedmoe.quantization.quantized",
+    "quantize_layer": "fusedmoe.quantization.quantize_layer",
     "biased_moe_quant_config": "fusedmoe.quantization.config",
     "fp8_w8a8_moe_quant_config": "fusedmoe.quantization.schemes",
     "fp8_w8a16_moe_quant_config": "fusedmoe.quantization.schemes",
