@@ -318,3 +318,21 @@ def test_rounding_holds_little_more_than_the_quantized_model(
     fusedmoe.from_pretrained(folders.floats, quantize="int8")
     one_layer = 8 * 3 * 64 * 64 * 4
     assert 0 < highest[0] <= 2 * one_layer
+
+
+def test_casts_copies_and_saving(tmp_path: Path) -> None:
+    """A cast changes the activations and leaves the formats alone; saving is refused."""
+    import copy
+
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["ct fp8 channel"])
+    model = fusedmoe.from_pretrained(folders.packed, dtype=torch.bfloat16, options=REFERENCE)
+    held = {n: p.dtype for n, p in model.named_parameters() if "routed_experts" in n}
+    wanted = fusedmoe.from_pretrained(folders.packed, dtype=torch.float32, options=REFERENCE)
+    twin = copy.deepcopy(model).to(torch.float32)
+    assert {n: p.dtype for n, p in twin.named_parameters() if "routed_experts" in n} == held
+    with torch.inference_mode():
+        error = (twin(PROMPT).logits - wanted(PROMPT).logits).norm()
+        assert error < 2e-2 * wanted(PROMPT).logits.norm()
+        assert model(PROMPT).logits.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
