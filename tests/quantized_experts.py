@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,8 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import QuantKey
 
+Tensors = dict[str, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -26,7 +29,7 @@ class Quantized:
     rows: QuantKey | None = None
     layer: Layer = field(default_factory=lambda: Layer(H=64, I=32))
 
-    def config(self, tensors) -> tuple[torch.Tensor, torch.Tensor, FusedMoEQuantConfig]:
+    def config(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, FusedMoEQuantConfig]:
         fmt, act = format_named(self.format), self.layer.activation
         shards = 2 if act.is_gated else 1
         w1 = quantize(
@@ -44,7 +47,7 @@ class Quantized:
         config = FusedMoEQuantConfig(a1=rows, a2=rows, w1=descs[0], w2=descs[1])
         return w1, w2, config
 
-    def rows_desc(self, device) -> FusedMoEQuantDesc:
+    def rows_desc(self, device: torch.device) -> FusedMoEQuantDesc:
         key = self.rows
         if key is None:
             return FusedMoEQuantDesc()
@@ -53,7 +56,22 @@ class Quantized:
             dtype=key.dtype, shape=key.group_shape, scale=scale, scale_kind=key.scale_kind
         )
 
-    def run(self, tensors, experts_class=TritonQuantizedExperts, compiled=False) -> torch.Tensor:
+    def run(
+        self,
+        tensors: Tensors,
+        experts_class: type = TritonQuantizedExperts,
+        compiled: bool = False,
+    ) -> torch.Tensor:
+        """The experts between a prepare and a finalize."""
+        return self.runner(tensors, experts_class, compiled)()
+
+    def runner(
+        self,
+        tensors: Tensors,
+        experts_class: type = TritonQuantizedExperts,
+        compiled: bool = False,
+    ) -> Callable[[], torch.Tensor]:
+        """The same, to be called again and again with what ``tensors`` hold then."""
         layer = self.layer
         batched = experts_class.activation_format() is FusedMoEActivationFormat.BatchedExperts
         mover = (
@@ -82,11 +100,15 @@ class Quantized:
         if compiled:
             torch.compiler.reset()
             apply = torch.compile(apply, fullgraph=True, backend="aot_eager")
-        names = ("hidden_states", "topk_weights", "topk_ids")
-        x, weights, ids = (tensors[name] for name in names)
-        return apply(x, w1.data, w2.data, weights, ids)
 
-    def expected(self, tensors) -> torch.Tensor:
+        def run():
+            names = ("hidden_states", "topk_weights", "topk_ids")
+            x, weights, ids = (tensors[name] for name in names)
+            return apply(x, w1.data, w2.data, weights, ids)
+
+        return run
+
+    def expected(self, tensors: Tensors) -> torch.Tensor:
         w1, w2, config = self.config(tensors)
         return quantized_experts_reference(
             tensors["hidden_states"].double(),
