@@ -1,0 +1,305 @@
+"""Quantized layers from router logits on one GPU, against what ``quantized_targets`` asks.
+
+    PYTHONPATH=src python benchmarks/quantized_layer.py [--formats int4_g128 ...] [--shapes ...]
+        [--tokens 1 8 ...] [--experts triton_quantized hopper_quantized] [--out F.json]
+
+Weights are random bytes with random scales; the rows go in as bf16. Ceilings are measured in the
+same run, those of fp8 and int8 products too. Errors are relative (Frobenius) against fp64 on the
+dequantized weights; ``rounding_error`` is what rounding the rows alone costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from quantized_targets import ROWS, SHAPES, TARGETS, Target
+
+from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod
+from fusedmoe.activation import MoEActivation
+from fusedmoe.bench import BenchReport, LayerShape
+from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.replays import record, time_in_turns
+from fusedmoe.bench.report import BenchRow, Percentiles, make_header
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.torch_quantized import quantized_experts_reference
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
+from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.testing.routing import routing_logits
+from fusedmoe.testing.tolerances import relative_error
+
+DEVICE = torch.device("cuda")
+# Not in the table that selection reads, so asked for by class.
+BY_CLASS: dict[str, type] = {"hopper_quantized": HopperQuantizedExperts}
+SITUATIONS, REPEATS, CHECKED = 4, 30, 3
+RATE_OF = {"e4m3": "fp8_tflops", "int8": "int8_tops"}
+
+
+class OneFormat:
+    """A QuantizationConfig: one format for all layers."""
+
+    def __init__(self, name: str) -> None:
+        self.format, self.rows = format_named(name), ROWS.get(name)
+
+    def get_quant_method(self, moe_config: Any, prefix: str) -> QuantizedFusedMoEMethod:
+        return QuantizedFusedMoEMethod(moe_config, self.format, activation=self.rows)
+
+
+def eight_bit_rates() -> dict[str, float]:
+    """Dense products of 8192 x 8192 in fp8 (TFLOP/s) and int8 (TOP/s)."""
+    n, found = 8192, {}
+    x, y = (torch.randn(n, n, device=DEVICE) for _ in range(2))
+    one = torch.ones((), device=DEVICE)
+    fp8 = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t()
+    int8 = x.mul(30).to(torch.int8), y.mul(30).to(torch.int8).t()
+    products: dict[str, Callable[[], object]] = {
+        "fp8_tflops": partial(
+            torch._scaled_mm, *fp8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        ),
+        "int8_tops": partial(torch._int_mm, *int8),
+    }
+    for name, product in products.items():
+        product()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        times = []
+        for _ in range(7):
+            events[0].record()
+            product()
+            events[1].record()
+            events[1].synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+        found[name] = 2 * n**3 / statistics.median(times) / 1e9
+    return found
+
+
+def fill(parameter: torch.nn.Parameter, fmt: QuantFormat, suffix: str, K: int) -> None:
+    """Random bytes for data, scales that keep the size of what goes through."""
+    data, shape = parameter.data, parameter.shape
+    size = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0}[fmt.element] * K**0.5
+    if suffix == "weight" and fmt.element == "e4m3":
+        for part in data:
+            part.copy_(torch.randn(part.shape, device=DEVICE))
+    elif suffix == "weight":
+        bytes_ = data.view(torch.uint8)
+        bytes_.copy_(torch.randint(0, 256, bytes_.shape, dtype=torch.uint8, device=DEVICE))
+    elif suffix == "weight_scale" and fmt.scale_kind == "e8m0":
+        middle = 127 - round(torch.tensor(size).log2().item())
+        data.copy_(torch.randint(middle - 1, middle + 2, shape, dtype=torch.uint8, device=DEVICE))
+    elif suffix == "weight_scale":
+        spread = torch.rand(shape, device=DEVICE) + 0.5
+        data.copy_(spread if fmt.second_scale else spread / size)
+    elif suffix == "weight_scale_2":
+        data.fill_(1 / size)
+    elif suffix == "weight_zero_point":
+        data.copy_(torch.randint(6, 11, shape, device=DEVICE))
+    elif suffix == "input_scale":
+        data.fill_(0.02)
+    else:
+        data.copy_(torch.randn(shape, device=DEVICE) * 0.1)
+
+
+def build(shape: LayerShape, name: str, experts: str | None) -> MoERunner:
+    chosen = BY_CLASS.get(experts or "", experts)
+    with DEVICE:
+        layer = FusedMoE(
+            shape.num_experts,
+            shape.k,
+            shape.H,
+            shape.I,
+            params_dtype=torch.bfloat16,
+            quant_config=OneFormat(name),
+            activation=shape.activation,
+            has_bias=shape.bias,
+            options=MoEOptions(experts=chosen),
+        )
+    routed, fmt = layer.routed_experts, format_named(name)
+    for full, parameter in routed.named_parameters():
+        owner, _, suffix = full.partition("_")
+        fill(parameter, fmt, suffix, shape.H if owner == "w13" else shape.I)
+    routed.quant_method.process_weights_after_loading(routed)
+    return layer
+
+
+def share_weights(source: MoERunner, target: MoERunner) -> None:
+    """The second layer reads the first one's weights."""
+    routed = target.routed_experts
+    for name, parameter in source.routed_experts.named_parameters():
+        setattr(routed, name, parameter)
+    routed.quant_method.process_weights_after_loading(routed)
+
+
+def weights_of(layer: MoERunner) -> tuple[QuantizedTensor, QuantizedTensor]:
+    method: Any = layer.routed_experts.quant_method
+    return method.quantized_weights(layer.routed_experts)
+
+
+def errors(
+    shape: LayerShape, layer: MoERunner, x: torch.Tensor, one: Situation, out: torch.Tensor
+) -> tuple[float, float]:
+    """(of the output, of rounding the rows alone), on a few tokens."""
+    w1, w2 = weights_of(layer)
+    method: Any = layer.routed_experts.quant_method
+    config = method.get_fused_moe_quant_config(layer.routed_experts)
+    tokens = sorted({0, x.shape[0] // 2, x.shape[0] - 1})[:CHECKED]
+    reference = partial(
+        quantized_experts_reference,
+        x[tokens].double(),
+        w1,
+        w2,
+        one.topk_weights[tokens].double(),
+        one.topk_ids[tokens],
+        activation=MoEActivation.from_str(shape.activation),
+        w1_bias=config.w1_bias,
+        w2_bias=config.w2_bias,
+        compute_dtype=torch.float64,
+    )
+    exact = reference()
+    rounded = exact if config.a1.key is None else reference(a1=config.a1, a2=config.a2)
+    return (
+        relative_error(out[tokens], exact).frobenius,
+        relative_error(rounded, exact).frobenius,
+    )
+
+
+def limit_us(
+    shape: LayerShape, weights: tuple[QuantizedTensor, ...], key: QuantKey | None, active: float,
+    T: int, peak: dict[str, float],
+) -> float:  # fmt: skip
+    """As the reports have it, with weights and scales as they are stored."""
+    stored = sum(w.nbytes for w in weights) / shape.E * active + 4 * T * shape.H
+    rate = peak["bf16_tflops"] if key is None else peak[RATE_OF[weights[0].format.element]]
+    return max(stored / peak["read_gbs"] / 1e3, shape.flops(T) / rate / 1e6)
+
+
+def measure(
+    shape: LayerShape, name: str, tokens: list[int], experts: list[str | None], routing: str,
+    report: BenchReport,
+) -> None:  # fmt: skip
+    """All token counts of one shape and format."""
+    copies = [build(shape, name, experts[0])]
+    free, _ = torch.cuda.mem_get_info()
+    size = sum(w.nbytes for w in weights_of(copies[0]))
+    copies += [
+        build(shape, name, experts[0]) for _ in range(min(SITUATIONS - 1, int(free * 0.5) // size))
+    ]
+    layers = {experts[0] or "fusedmoe": copies}
+    for other in experts[1:]:
+        layers[other or "fusedmoe"] = [build(shape, name, other) for _ in copies]
+        for source, target in zip(copies, layers[other or "fusedmoe"], strict=True):
+            share_weights(source, target)
+    for T in tokens:
+        x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
+        picked = [
+            pick(
+                routing_logits(routing, T, shape.num_experts, shape.k, seed, DEVICE).bfloat16(),
+                shape.k,
+            )
+            for seed in range(max(SITUATIONS, len(copies)))
+        ]
+        active = statistics.mean(one.topk_ids.unique().numel() for one in picked)
+        limit = limit_us(shape, weights_of(copies[0]), ROWS.get(name), active, T, report.header)
+        recorded = {}
+        for impl, own in layers.items():
+            calls = [partial(own[i % len(own)], x, one.logits) for i, one in enumerate(picked)]
+            recorded[impl] = record(calls, limit, REPEATS)
+        samples = time_in_turns(recorded, 1.0 if T * shape.k > 64 * active else 0.0)
+        for impl, replays in recorded.items():
+            timed = Percentiles.of(samples[impl])
+            own = layers[impl][0]
+            found, rounding = errors(shape, own, x, picked[0], replays.graphs[0]())
+            row = BenchRow(
+                impl=impl if impl == "fusedmoe" else f"fusedmoe:{impl}",
+                shape=shape.name, E=shape.E, num_experts=shape.num_experts, k=shape.k, H=shape.H,
+                I=shape.I, T=T, format=name, routing=routing, active_experts=active,
+                pairs=float(T * shape.k), scope="layer", timed="graph", **asdict(timed),
+                limit_us=limit, fraction_of_limit=limit / timed.us,
+                tflops=shape.flops(T) / timed.us / 1e6, error=found, runs=len(samples[impl]),
+                workspace_bytes=None,
+            )  # fmt: skip
+            report.add(row)
+            report.rows[-1]["rounding_error"] = rounding
+            print(
+                f"{shape.name:16} {name:12} {impl:18} T={T:6} {timed.us:9.1f} us "
+                f"{100 * limit / timed.us:5.1f} % {row.tflops:7.1f} TF  error {found:.1e} "
+                f"(rows alone {rounding:.1e})",
+                flush=True,
+            )
+        del recorded
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def met(target: Target, row: dict[str, Any]) -> bool:
+    if target.kind == "us":
+        return bool(row["us"] <= target.value)
+    key = "fraction_of_limit" if target.kind == "fraction" else "tflops"
+    return bool(row[key] >= target.value)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per target and measured problem, the fastest of ours counting."""
+    lines = []
+    for target in TARGETS:
+        for T in target.tokens:
+            own = [
+                row
+                for row in rows
+                if (row["shape"], row["format"], row["T"]) == (target.shape, target.format, T)
+            ]
+            if not own:
+                continue
+            best = min(own, key=lambda row: row["us"])
+            outcome = "met" if met(target, best) else "MISSED"
+            lines.append(
+                f"{outcome:6} {target.shape} {target.format} T={T}: {best['us']:.1f} us, "
+                f"{100 * best['fraction_of_limit']:.0f} % of the limit, {best['tflops']:.0f} TF "
+                f"({best['impl']}); asked {target.kind} {target.value:g}"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formats", nargs="+")
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--experts", nargs="+", default=["triton_quantized"])
+    parser.add_argument("--routing", default="balanced")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    header = make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,)) | eight_bit_rates())
+    report = BenchReport(header)
+    wanted = [
+        target
+        for target in TARGETS
+        if (args.formats is None or target.format in args.formats)
+        and (args.shapes is None or target.shape in args.shapes)
+    ]
+    by_layer = sorted(wanted, key=lambda target: (target.shape, target.format))
+    for (name, fmt), group in groupby(by_layer, key=lambda target: (target.shape, target.format)):
+        tokens = sorted({T for target in group for T in target.tokens})
+        if args.tokens is not None:
+            tokens = [T for T in tokens if T in args.tokens]
+        if not tokens:
+            continue
+        with torch.inference_mode():
+            measure(SHAPES[name], fmt, tokens, args.experts, args.routing, report)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if args.out:
+            report.write(args.out)
+    print(*verdicts(report.rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
