@@ -79,6 +79,8 @@ _HOME = {
     "RoutedExperts": "fusedmoe.weights.routed_experts",
     "FusedMoEMethodBase": "fusedmoe.quantization.method_base",
     "QuantizationConfig": "fusedmoe.quantization.method_base",
+    "OnlineQuantization": "fusedmoe.quantization.dialects.online",
+    "read_quantization": "fusedmoe.quantization.dialects",
     "UnquantizedFusedMoEMethod": "fusedmoe.quantization.unquantized",
     "fused_moe_make_expert_params_mapping": "fusedmoe.weights.params_mapping",
     "explain": "fusedmoe.selection",

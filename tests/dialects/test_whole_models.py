@@ -130,7 +130,9 @@ def test_layers_left_out_are_floats_and_unquantized_checkpoints_load(tmp_path: P
     mixed = write_folder(tmp_path / "mixed", folders.packed, tensors, quantization_config=config)
     floats = eager(folders.floats)
     compare(fusedmoe.from_pretrained(mixed), floats, 1e-2)
-    compare(fusedmoe.from_pretrained(folders.floats), floats, 1e-5)
+    plain = fusedmoe.from_pretrained(folders.floats)
+    assert set(plain.get_experts_implementation().values()) == {"fusedmoe"}
+    compare(plain, floats, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,20 @@ model has no storage yet (``PackedExperts``), and read layer by layer.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError, read_checkpoint
+from fusedmoe.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+    read_quantization_config,
+)
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
 from fusedmoe.integrations.transformers.packed import PackedExperts, find_seats
@@ -21,6 +28,9 @@ from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
+from fusedmoe.weights.families import family_of
+
+logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "fusedmoe"
 
@@ -39,13 +49,16 @@ def from_pretrained(
     quantized layers outside the experts become ``dtype``. ``quantize`` names a format
     ("fp8_channel", "int8_channel", "int4_g128", "mxfp4", ...) to which experts stored as floats are
     rounded while they are read, one matrix at a time. ``dtype`` "auto" is the checkpoint's;
-    ``device`` None is the CPU.
+    ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint of floats that stays
+    so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
 
     Nothing is downloaded, no code from the folder runs, pickles are refused. Raises CheckpointError
     (a ValueError) naming the tensor that is missing, unexpected or malformed.
     """
     check_forced_names(options or MoEOptions())
     source = open_source(path, quantize)
+    if isinstance(source, Checkpoint):
+        return _load_floats(source, dtype, device)
     schemes = {key: source.schemes(layer) for key, layer in source.layers.items()}
     config = source.config()
     model_dtype = _dtype(config, dtype)
@@ -63,8 +76,11 @@ def from_pretrained(
     return model.eval()
 
 
-def open_source(path: str | Path, quantize: str | None = None) -> Source:
-    """The checked folder or GGUF file ``path``; a folder with nothing but one GGUF file is that."""
+def open_source(path: str | Path, quantize: str | None = None) -> Source | Checkpoint:
+    """The checked folder or GGUF file ``path``; a folder with nothing but one GGUF file is that.
+
+    A Checkpoint is one of floats that are to stay so.
+    """
     path = Path(path)
     inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(inside) == 1 and not (path / CONFIG_NAME).is_file():
@@ -73,8 +89,56 @@ def open_source(path: str | Path, quantize: str | None = None) -> Source:
         if quantize is not None:
             raise CheckpointError(f"{path}: is quantized already (gguf)")
         return GgufSource(path)
-    experts = CheckpointExperts.read(read_checkpoint(path))
-    return FolderSource(experts, None if quantize is None else OnlineQuantization.of(quantize))
+    checkpoint = read_checkpoint(path)
+    online = None if quantize is None else OnlineQuantization.of(quantize)
+    if online is None and read_quantization_config(path, checkpoint.config) is None:
+        return checkpoint
+    return FolderSource(CheckpointExperts.read(checkpoint), online)
+
+
+def _load_floats(
+    checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device | str | None
+) -> Any:
+    """A model without packed experts, as Transformers loads it, with our experts function."""
+    from fusedmoe.integrations.transformers import EXPERTS_IMPLEMENTATION, register
+
+    if family_of(checkpoint.config) is not None:
+        experts = CheckpointExperts.read(checkpoint)
+        for layer in experts.layers.values():
+            experts.check(layer, None)
+    register()
+    folder = checkpoint.folder
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, info = _model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+    _check_complete(info, folder)
+    try:
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    except ValueError as error:
+        logger.warning("%s: its experts run as Transformers runs them: %s", folder, error)
+    return model.to(torch.device(device or "cpu")).eval()
+
+
+def _check_complete(info: Any, where: Path) -> None:
+    """CheckpointError where the files do not fill the model."""
+    for what in ("missing_keys", "mismatched_keys"):
+        wrong = sorted(str(key) for key in info[what])
+        if wrong:
+            raise CheckpointError(
+                f"{where}: {len(wrong)} tensors of the model are {what.split('_')[0]} in the "
+                f"files, {wrong[0]!r} among them"
+            )
 
 
 def _layer_key(path: str, source: Source) -> tuple[str, int]:
@@ -127,13 +191,7 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         _read_generation_config(model, source.where)
     except Exception as error:
         raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        wrong = sorted(str(key) for key in info[what])
-        if wrong:
-            raise CheckpointError(
-                f"{source.where}: {len(wrong)} tensors of the model are {what.split('_')[0]} in "
-                f"the files, {wrong[0]!r} among them"
-            )
+    _check_complete(info, source.where)
     model.config.name_or_path = str(source.where)
     return model
 
