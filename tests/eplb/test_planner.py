@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fusedmoe.eplb.maps import balancedness, compute_logical_maps, imbalance, rank_loads
 from fusedmoe.eplb.placement import pack, replicate
 from fusedmoe.eplb.planner import keep_slots, published_placement, rebalance_experts
+from fusedmoe.eplb.refine import refine
 from fusedmoe.testing.routing import routing_logits
 
 E, K, TOKENS = 256, 8, 8192
@@ -110,6 +111,28 @@ def test_little_moves_when_little_changes():
     moved = int((after != before).sum())
     assert moved < int((fresh != before).sum()) / 4
     assert imbalance(rank_loads(nudged, after, 8)) <= 1.005
+
+
+def test_nodes_keep_what_they_can():
+    """Planned anew for each node, experts that come to the same rank again keep their slots."""
+    load = power_law(0)
+    sizes = {"num_groups": 8, "num_nodes": 4}
+    before = rebalance_experts(load, 288, 8, **sizes)
+    same = rebalance_experts(load, 288, 8, previous=before, **sizes)
+    assert torch.equal(same, before)
+    nudged = (load.double() * torch.linspace(0.97, 1.03, E)).round()
+    after = rebalance_experts(nudged, 288, 8, previous=before, **sizes)
+    fresh = rebalance_experts(nudged, 288, 8, **sizes)
+    assert int((after != before).sum()) < 0.75 * int((fresh != before).sum())
+    assert torch.equal(
+        rank_loads(nudged, after, 8).sort().values, rank_loads(nudged, fresh, 8).sort().values
+    )
+
+
+def test_nothing_is_exchanged_where_nothing_helps():
+    assert refine([[0], [1]], [3.0, 1.0], steps=1) == [[0], [1]]
+    halves = refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0])
+    assert sorted(sum((4.0, 3.0, 2.0, 1.0)[e] for e in rank) for rank in halves) == [5.0, 5.0]
 
 
 def test_what_stays_on_a_rank_keeps_its_slot():
