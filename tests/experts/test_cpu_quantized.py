@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import FusedMoE, MoEOptions, explain
+from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
 from fusedmoe.experts import cpu_integer
 from fusedmoe.experts.cpu_memory import Memory
 from fusedmoe.quantization import keys
@@ -119,8 +119,6 @@ def test_batch_invariance(name):
 
 
 def test_weights_of_two_kinds():
-    from fusedmoe import QuantizedFusedMoEMethod
-
     class Mixed:
         def get_quant_method(self, moe_config, prefix):
             formats = format_named("int4_g32"), format_named("int8_channel")
@@ -136,6 +134,31 @@ def test_weights_of_two_kinds():
         outs.append(layer(x, logits))
     assert explain(layer).chosen.name == "torch_quantized"
     assert error(*outs) < 5e-3
+
+
+def test_the_second_format_counts_too():
+    class Mixed:
+        def get_quant_method(self, moe_config, prefix):
+            formats = format_named("int4_g32"), format_named("mxfp4")
+            return QuantizedFusedMoEMethod(moe_config, *formats)
+
+    layer = FusedMoE(E, 2, H, I, torch.float32, quant_config=Mixed())
+    assert explain(layer).chosen.name == "torch_quantized"
+
+
+def test_zero_points_are_exact_where_rows_have_a_mean():
+    """What is added for a zero point sums up over a row: rounding it would be seen."""
+    q = draw("int4_g32_zp", 1, 64, 1024)
+    x = torch.ones(1, 1024) + torch.randn(1, 1024) / 8
+    out = torch.empty(1, 64)
+    weight = cpu_integer.int4_weights(q)[0]
+    cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), weight, out)
+    without = weight._replace(offset=None)
+    rounded = torch.empty(1, 64)
+    cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), without, rounded)
+    ref = x.double() @ q.dequantize(torch.float64)[0].T
+    assert error(out, ref) < 5e-3
+    assert error(rounded, ref) > 1.4 * error(out, ref)
 
 
 def test_weights_written_to_since_are_read_as_they_are():

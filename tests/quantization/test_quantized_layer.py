@@ -111,6 +111,8 @@ def test_a_checkpoint_in_our_names_loads(name):
         ("fp8_block_32x16", 96, 4),  # 24 becomes 32
         ("int4_g128", 384, 4),  # 96: groups of 32
         ("int4_g64_zp", 192, 2),
+        ("int4_g32", 96, 4),  # 24 becomes 32, and the last rank holds padding alone
+        ("int4_g32_zp", 96, 4),
         ("int4_g32_act_order", 128, 4),
         ("int4_channel", 48, 3),
         ("int8_g64", 128, 4),
