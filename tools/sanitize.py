@@ -21,6 +21,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.experts.triton import TritonExperts
+from fusedmoe.integrations.megatron import ActivationType, vllm_fused_moe
 from fusedmoe.kernels.activation import moe_activation
 from fusedmoe.kernels.align import moe_align_block_size
 from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
@@ -134,6 +135,31 @@ def hopper() -> None:
             print("hopper", T, type(tiles).__name__, flush=True)
 
 
+def bounded() -> None:
+    """Megatron's function: without a table and with one, in Triton and, where it fits, Hopper's."""
+    e, picks, first = 6, 3, 5
+    for activation in ActivationType:
+        ups = 2 if activation is ActivationType.SWIGLU else 1
+        for T, H, hint in ((1, 272, 1), (7, 250, 1), (7, 272, 7), (300, 250, 9), (900, 272, 900)):
+            width = H - 64
+            x, w1, w2 = (
+                torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
+                for shape in ((T, H), (e, ups * width, H), (e, H, width))
+            )
+            vllm_fused_moe(
+                x,
+                torch.rand(T, picks, device="cuda"),
+                w1,
+                w2,
+                activation,
+                e,
+                first,
+                torch.tensor(max(1, T - 2), dtype=torch.int32, device="cuda"),
+                torch.randint(-1, first + e + 3, (T, picks), device="cuda"),
+                num_tokens_hint=hint,
+            )
+
+
 def experts(quick: bool) -> None:
     cases = (*STANDARD_CASES[::3], *ACTIVATION_CASES[::4]) if quick else STANDARD_CASES
     for cls in (TritonExperts, GroupedMMExperts):
@@ -153,6 +179,7 @@ def main() -> None:
     routing()
     gate()
     slots()
+    bounded()
     for case in ACTIVATION_CASES:
         x = torch.randn(5, 48, device="cuda", dtype=torch.bfloat16)
         width = 24 if case.activation.is_gated else 48
