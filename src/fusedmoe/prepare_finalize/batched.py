@@ -87,7 +87,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         if apply_router_weight_on_input:
             a1 = weight_input(a1, topk_weights, topk_ids)
         local = local_ids(topk_ids, e, expert_map)
-        slot_expert = local.view(-1, 1)
+        slot_expert = local.reshape(-1, 1)
         chosen = slot_expert == torch.arange(e, device=a1.device)  # [R, e]
         position = (chosen.cumsum(0) - 1).gather(1, slot_expert.clamp(min=0))
         fits = (slot_expert >= 0) & (position < room)

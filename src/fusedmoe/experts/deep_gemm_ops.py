@@ -1,0 +1,102 @@
+"""The experts on deep_gemm with arguments that an op's schema can hold; the ops are opaque to
+torch.compile. Shapes as in ``deep_gemm_run``."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.deep_gemm_run import BlockWeights, batched_experts, standard_experts
+
+
+def standard(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    scale: torch.Tensor | None,
+    w1: torch.Tensor,
+    w1_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    e8m0: bool,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    expert_map: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+) -> None:
+    """``standard_experts``."""
+    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
+    standard_experts(
+        output,
+        hidden_states,
+        scale,
+        BlockWeights(w1, w1_scale, w2, w2_scale, e8m0),
+        topk_weights,
+        topk_ids,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig.from_numbers(*numbers),
+        expert_map,
+        workspace13,
+        workspace2,
+    )
+
+
+def batched(
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    scale: torch.Tensor | None,
+    w1: torch.Tensor,
+    w1_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    e8m0: bool,
+    counts: torch.Tensor,
+    expected_rows: int,
+    activation: str,
+    clamp_limit: float | None,
+    alpha: float | None,
+    beta: float | None,
+    situ_beta: float | None,
+    situ_linear_beta: float | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+) -> None:
+    """``batched_experts``."""
+    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
+    batched_experts(
+        output,
+        hidden_states,
+        scale,
+        BlockWeights(w1, w1_scale, w2, w2_scale, e8m0),
+        counts,
+        expected_rows,
+        MoEActivation(activation),
+        ApplyMoEActivationConfig.from_numbers(*numbers),
+        workspace13,
+        workspace2,
+    )
+
+
+_WRITTEN = ("output", "workspace13", "workspace2")
+standard_op = torch.library.custom_op(
+    "fusedmoe::deep_gemm_experts", standard, mutates_args=_WRITTEN
+)
+batched_op = torch.library.custom_op(
+    "fusedmoe::batched_deep_gemm_experts", batched, mutates_args=_WRITTEN
+)
+
+
+@standard_op.register_fake
+def _(*arguments: object) -> None:
+    return None
+
+
+@batched_op.register_fake
+def _(*arguments: object) -> None:
+    return None
