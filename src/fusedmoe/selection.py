@@ -44,6 +44,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.torch_reference:TorchExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:BatchedTritonQuantizedExperts",
+    "fusedmoe.experts.triton_quantized:TritonEmulatedExperts",
     "fusedmoe.experts.deep_gemm:DeepGemmExperts",
     "fusedmoe.experts.deep_gemm:BatchedDeepGemmExperts",
     "fusedmoe.experts.triton_or_deep_gemm:TritonOrDeepGemmExperts",

@@ -11,6 +11,7 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import (
     PAIRS,
     BatchedTritonQuantizedExperts,
+    TritonEmulatedExperts,
     TritonQuantizedExperts,
     unmet_by_groups,
 )
@@ -22,6 +23,9 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    MXFP8_DYNAMIC,
+    NVFP4_DYNAMIC,
     accepts,
     fp8_dynamic_group,
 )
@@ -114,6 +118,45 @@ def test_compiled_without_graph_breaks(name):
     batched = BatchedTritonQuantizedExperts
     if case.rows != FP8_DYNAMIC_TENSOR:
         assert case.run(tensors, batched, compiled=True).equal(case.run(tensors, batched))
+
+
+EMULATED = {
+    "int4_by_fp8": Quantized("int4_g32", FP8_DYNAMIC_TOKEN),
+    "int4_by_fp8_map": Quantized("int4_g32", FP8_DYNAMIC_TENSOR, replace(PLAIN, E=8, local=3)),
+    "mxfp4_by_mxfp4": Quantized("mxfp4", MXFP4_DYNAMIC),
+    "mxfp4_by_mxfp8_bias": Quantized(
+        "mxfp4",
+        MXFP8_DYNAMIC,
+        replace(PLAIN, activation=MoEActivation.SWIGLUOAI, bias=True, T=1, E=16),
+    ),
+    "nvfp4_by_nvfp4": Quantized("nvfp4", NVFP4_DYNAMIC),
+    "fp8_by_int8": Quantized("fp8_channel", INT8_DYNAMIC_TOKEN),
+}
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_rows_of_other_formats_are_rounded_and_multiplied_as_floats(name, quantized_bodies):
+    """A value near a tie may be rounded the other way, since sums differ in their last bit."""
+    case = EMULATED[name]
+    tensors = case.layer.tensors()
+    out = case.run(tensors, TritonEmulatedExperts)
+    assert_right(out, case.expected(tensors), 2e-2)
+    assert case.run(tensors, TritonEmulatedExperts, compiled=True).equal(out)
+
+
+def test_emulation_is_said_and_a_scale_of_all_rows_is_no_batch_invariance():
+    assert TritonEmulatedExperts.capabilities().emulated
+    assert not TritonQuantizedExperts.capabilities().emulated
+    layer = replace(PLAIN, dtype=torch.bfloat16, options=MoEOptions(batch_invariant=True))
+    moe = replace(layer.config(), device=torch.device("cuda"))
+    weight = format_named("fp8_tensor").key
+    rows = TritonQuantizedExperts.activation_format()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        for key, message in ((FP8_DYNAMIC_TENSOR, "follows the batch"), (FP8_STATIC_TENSOR, None)):
+            found = TritonQuantizedExperts.is_supported_config(moe, weight, key, rows)
+            assert found[0] == (message is None)
+            assert message is None or message in found[1]
 
 
 def test_ids_of_no_expert_and_nan_rows(quantized_bodies):

@@ -7,6 +7,10 @@ T tokens, K picks, e local experts, M rows per expert at most, H hidden, I inter
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+from typing import ClassVar
+
 import torch
 
 from fusedmoe.activation import MoEActivation
@@ -26,6 +30,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
+from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
 from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TENSOR,
@@ -98,6 +103,7 @@ class _Quantized(FusedMoEExpertsModular):
     """What both formats of rows share. ``tiles``, if set, replaces the tuned choice."""
 
     tiles: QuantizedTiles | None = None
+    emulate: ClassVar[bool] = False
     _seen: tuple[torch.Tensor, torch.Tensor, MoEActivation, torch.dtype] | None = None
     _operands: Operands | None = None
 
@@ -112,7 +118,15 @@ class _Quantized(FusedMoEExpertsModular):
         supported, reason = super().is_supported_config(
             moe_config, weight_key, activation_key, activation_format
         )
-        reason = reason if not supported else unmet_by_groups(weight_key, activation_key)
+        if (
+            supported
+            and activation_key == FP8_DYNAMIC_TENSOR
+            and moe_config.options.batch_invariant
+        ):
+            return False, "one scale for all rows follows the batch"
+        if supported:
+            rows = None if cls.emulate else activation_key
+            reason = unmet_by_groups(weight_key, rows)
         return reason is None, reason
 
     @property
@@ -137,6 +151,7 @@ class _Quantized(FusedMoEExpertsModular):
                 config.a2.scale,
                 config.w1_bias,
                 config.w2_bias,
+                self.emulate,
             )
             self._seen = seen
         assert self._operands is not None
@@ -207,6 +222,7 @@ class TritonQuantizedExperts(_Quantized):
                 workspace13,
                 workspace2,
                 batch_invariant,
+                self.emulate,
             )
             return
         quantized_experts(
@@ -222,6 +238,22 @@ class TritonQuantizedExperts(_Quantized):
             workspace2,
             batch_invariant=batch_invariant,
             tiles=self.tiles,
+        )
+
+
+class TritonEmulatedExperts(TritonQuantizedExperts):
+    """As ``TritonQuantizedExperts`` for rows whose format no product here takes: they are rounded
+    to it and multiplied as floats."""
+
+    name = "triton_emulated"
+    emulate = True
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return replace(
+            super().capabilities(),
+            weight_formats=frozenset(product(_WEIGHT_ONLY, ACTIVATION_KEYS)),
+            emulated=frozenset(("activations", key) for key in ACTIVATION_KEYS),
         )
 
 
@@ -288,6 +320,7 @@ class BatchedTritonQuantizedExperts(_Quantized):
                 *self.activation_config.numbers(),
                 workspace13,
                 batch_invariant,
+                self.emulate,
             )
             return
         batched_quantized_experts(

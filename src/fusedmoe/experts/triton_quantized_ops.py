@@ -39,19 +39,27 @@ def _key_words(key: QuantKey | None) -> str:
         return ""
     dtype = str(key.dtype).removeprefix("torch.")
     row, col = key.group_shape
-    return f"{dtype} {int(key.static)} {row} {col} {key.scale_kind}"
+    return f"{dtype} {int(key.static)} {row} {col} {key.scale_kind} {int(key.second_scale)}"
 
 
 def _key_of(words: str) -> QuantKey | None:
     if not words:
         return None
-    dtype, static, row, col, kind = words.split()
+    dtype, static, row, col, kind, second = words.split()
     known: Any = getattr(torch, dtype, dtype)
     scale_kind: Any = kind
-    return QuantKey(known, static == "1", GroupShape(int(row), int(col)), scale_kind=scale_kind)
+    return QuantKey(
+        known,
+        static == "1",
+        GroupShape(int(row), int(col)),
+        scale_kind=scale_kind,
+        second_scale=second == "1",
+    )
 
 
-def _operands_of(parts: Flat, activation: MoEActivation, dtype: torch.dtype) -> Operands:
+def _operands_of(
+    parts: Flat, activation: MoEActivation, dtype: torch.dtype, emulate: bool
+) -> Operands:
     sides = []
     for data, scale, scale2, zp, bias, rows_scale, fmt, words in (parts[:8], parts[8:]):
         weight = FusedMoEQuantDesc(
@@ -66,7 +74,7 @@ def _operands_of(parts: Flat, activation: MoEActivation, dtype: torch.dtype) -> 
     (w1, desc1, key1, scale1), (w2, desc2, key2, scale2) = sides
     config = FusedMoEQuantConfig(w1=desc1, w2=desc2)
     first, second = quantized_pair(w1, w2, config, activation, dtype)
-    return Operands(first, second, key1, key2, scale1, scale2, desc1.bias, desc2.bias)
+    return Operands(first, second, key1, key2, scale1, scale2, desc1.bias, desc2.bias, emulate)
 
 
 @torch.library.custom_op(
@@ -103,6 +111,7 @@ def standard_op(
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
     batch_invariant: bool,
+    emulate: bool,
 ) -> None:
     """``quantized_experts`` as torch.compile sees it: opaque."""
     parts = (
@@ -113,7 +122,7 @@ def standard_op(
     quantized_experts(
         output,
         hidden_states,
-        _operands_of(parts, MoEActivation(activation), hidden_states.dtype),
+        _operands_of(parts, MoEActivation(activation), hidden_states.dtype, emulate),
         topk_weights,
         topk_ids,
         MoEActivation(activation),
@@ -156,6 +165,7 @@ def batched_op(
     situ_linear_beta: float | None,
     workspace13: torch.Tensor,
     batch_invariant: bool,
+    emulate: bool,
 ) -> None:
     """``batched_quantized_experts`` as torch.compile sees it: opaque."""
     parts = (
@@ -166,7 +176,7 @@ def batched_op(
     batched_quantized_experts(
         output,
         hidden_states,
-        _operands_of(parts, MoEActivation(activation), hidden_states.dtype),
+        _operands_of(parts, MoEActivation(activation), hidden_states.dtype, emulate),
         expert_num_tokens,
         MoEActivation(activation),
         ApplyMoEActivationConfig.from_numbers(*numbers),

@@ -22,8 +22,9 @@ from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
-from fusedmoe.kernels.quantize import quantize_rows
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.kernels.quantize import live_rows, quantize_rows
+from fusedmoe.quantization.activations import fake_quantize
+from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles, weight_only_tiles
 
@@ -38,7 +39,8 @@ class Operands:
     """The weights of a layer and how the rows that meet them are rounded.
 
     The keys are those of the rows entering w1 and w2, None: not at all, both. The scales fp32 [1]
-    belong to static keys.
+    belong to static keys. ``emulate``: rows are rounded to their format, but multiplied as the
+    floats they came as.
     """
 
     w1: QuantizedTensor
@@ -49,11 +51,18 @@ class Operands:
     a2_scale: torch.Tensor | None = None
     w1_bias: torch.Tensor | None = None
     w2_bias: torch.Tensor | None = None
+    emulate: bool = False
+
+    @property
+    def floating_rows(self) -> bool:
+        """Whether the products take rows in floating point."""
+        return self.emulate or self.a1 is None or self.a2 is None
 
     @property
     def columns(self) -> tuple[int, int]:
         """Columns after which a scale changes in each GEMM, -1 for none."""
-        return _columns(self.w1, self.a1), _columns(self.w2, self.a2)
+        a1, a2 = (None, None) if self.floating_rows else (self.a1, self.a2)
+        return _columns(self.w1, a1), _columns(self.w2, a2)
 
 
 def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:
@@ -87,23 +96,22 @@ def two_gemms(
         "activation_config": config,
     }
     second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
-    w1, w2, key = operands.w1, operands.w2, operands.a1
-    if key is None or operands.a2 is None:
-        planes = w2.format.element in NIBBLES
-        many = w1.format.element in NIBBLES and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
-        a = to_planes(x) if many else x
-        quantized_gemm(a, w1, act, blocks, tiles.gemm1, a_planes=many, c_planes=planes, **first)
-        quantized_gemm(act, w2, rows, blocks, tiles.gemm2, a_planes=planes, **second)
+    live: dict[str, Any] = {"topk_ids": ids, "expert_map": expert_map}
+    if operands.floating_rows:
+        _floating(x, operands, act, rows, blocks, tiles, first, second, live, batch_invariant)
         return
-    columns = key.group_shape.col, operands.a2.group_shape.col
+    w1, w2, key, second_key = operands.w1, operands.w2, operands.a1, operands.a2
+    assert key is not None
+    assert second_key is not None
+    columns = key.group_shape.col, second_key.group_shape.col
     on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not batch_invariant
     if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
         w8a8_gemm(x, None, w1, act, None, blocks, tiles.gemm1, key, **first)
-        w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, operands.a2, **second)
+        w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
         return
     a, a_scale = quantize_rows(x, key, operands.a1_scale)
     width = tiles.gemm1.rows // (2 if activation.is_gated else 1)
-    if key == operands.a2 and width == columns[1] == QUANTIZED_GROUP:
+    if key == second_key and width == columns[1] == QUANTIZED_GROUP:
         q = torch.empty(act.shape, dtype=_FP8, device=x.device)
         groups = -(-act.shape[1] // QUANTIZED_GROUP)
         scale = torch.empty(act.shape[0], groups, dtype=torch.float32, device=x.device)
@@ -111,14 +119,38 @@ def two_gemms(
     else:
         w8a8_gemm(a, a_scale, w1, act, None, blocks, tiles.gemm1, key, **first)
         q, scale = quantize_rows(
-            act,
-            operands.a2,
-            operands.a2_scale,
-            topk_ids=ids,
-            expert_map=expert_map,
-            num_local_experts=w1.shape[0],
+            act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **live
         )
-    w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, operands.a2, **second)
+    w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
+
+
+def _floating(
+    x: torch.Tensor,
+    operands: Operands,
+    act: torch.Tensor,
+    rows: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tiles: QuantizedTiles,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    live: dict[str, Any],
+    batch_invariant: bool,
+) -> None:
+    """Both products with rows in floating point, as they come or rounded to a format and back."""
+    w1, w2 = operands.w1, operands.w2
+    planes = w2.format.element in NIBBLES
+    many = w1.format.element in NIBBLES and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
+    if operands.emulate:
+        x = fake_quantize(x, operands.a1, operands.a1_scale).to(x.dtype)
+    a = to_planes(x) if many else x
+    in_planes = planes and not operands.emulate
+    quantized_gemm(a, w1, act, blocks, tiles.gemm1, a_planes=many, c_planes=in_planes, **first)
+    if operands.emulate:
+        if operands.a2 is not None and operands.a2.group_shape == PER_TENSOR:
+            act = live_rows(act, num_local_experts=w1.shape[0], **live)
+        act = fake_quantize(act, operands.a2, operands.a2_scale).to(act.dtype)
+        act = to_planes(act) if planes else act
+    quantized_gemm(act, w2, rows, blocks, tiles.gemm2, a_planes=planes, **second)
 
 
 def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
@@ -140,7 +172,7 @@ def _second_rows(workspace: torch.Tensor, R: int, H: int, batch_invariant: bool)
 def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:
     """Tiles for T tokens of K picks."""
     (e, H, I), w1 = operands.w2.shape, operands.w1  # noqa: E741
-    if operands.a1 is None:
+    if operands.floating_rows:
         bits = 4 if w1.format.element in NIBBLES else 8
         return weight_only_tiles(
             T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant

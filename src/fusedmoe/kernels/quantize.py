@@ -50,7 +50,7 @@ def quantize_rows(
 
     rows, D = x.shape
     if scale is None and key.group_shape == PER_TENSOR:
-        live = _live(x, topk_ids, expert_map, num_local_experts)
+        live = live_rows(x, topk_ids, expert_map, num_local_experts)
         _, scale = quantize_activation(live, key)
     q = torch.empty(rows, D, dtype=STORED[key.dtype], device=x.device)
     out = scale
@@ -73,18 +73,18 @@ def quantize_rows_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain torch."""
     if scale is None and key.group_shape == PER_TENSOR:
-        x = _live(x, topk_ids, expert_map, num_local_experts)
+        x = live_rows(x, topk_ids, expert_map, num_local_experts)
     elements, found = quantize_activation(x, key, scale)
     if key.dtype == torch.int8:
         elements = elements.nan_to_num(nan=0.0)
     return elements.to(STORED[key.dtype]), found
 
 
-def _live(
+def live_rows(
     x: torch.Tensor,
     topk_ids: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    num_local_experts: int | None,
+    expert_map: torch.Tensor | None = None,
+    num_local_experts: int | None = None,
 ) -> torch.Tensor:
     """x with the rows of no expert set to zero."""
     if topk_ids is None:
