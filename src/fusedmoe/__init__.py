@@ -87,6 +87,12 @@ _HOME = {
     "TunedTable": "fusedmoe.tuning.tuned_table",
     "ExpertMapManager": "fusedmoe.weights.expert_map",
     "determine_expert_map": "fusedmoe.weights.expert_map",
+    "load_local_experts": "fusedmoe.weights.from_disk",
+    "EPLBConfig": "fusedmoe.eplb.balancer",
+    "ExpertBalancer": "fusedmoe.eplb.balancer",
+    "rebalance_experts": "fusedmoe.eplb.planner",
+    "MoEPrepareAndFinalizeNaiveDPEPModular": "fusedmoe.prepare_finalize.naive_dp_ep",
+    "MoEPrepareAndFinalizeNaiveDPEPMonolithic": "fusedmoe.prepare_finalize.naive_dp_ep",
 }
 
 __all__ = ["__version__", *_HOME]
