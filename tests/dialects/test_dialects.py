@@ -146,6 +146,17 @@ def test_a_layer_that_failed_to_load_refuses_to_run() -> None:
     assert layer(torch.zeros(2, H), torch.zeros(2, E)).shape == (2, H)
 
 
+def test_awq_as_the_converter_of_compressed_tensors_reads_it() -> None:
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    stored = CASES["awq"].write(random_weight(5, 64, 128))
+    converter = AutoAWQConverter(bits=4, group_size=32, zero_point=True)
+    qweight, scales, qzeros = (stored.tensors[n] for n in ("qweight", "scales", "qzeros"))
+    numbers, scale, zero = converter._convert_gemm_module(qweight, scales, qzeros)
+    spread = [part.repeat_interleave(32, 1).float() for part in (zero, scale)]
+    assert torch.equal((numbers.float() - spread[0]) * spread[1], stored.values)
+
+
 def test_gpt_oss_tensors_hold_all_experts_with_gate_and_up_interleaved() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

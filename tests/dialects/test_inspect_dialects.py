@@ -82,3 +82,26 @@ def test_generate_rounds_floats_on_request(
     assert len(json.loads(capsys.readouterr().out)["runs"][-1]["tokens"]) == 3
     assert main([*words, "--quantize", "int7"]) == 2
     assert "unknown weight format 'int7'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gptq", "deepseek", "ct nvfp4"])
+def test_explain_says_what_runs_a_quantized_layer(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES[name]).packed
+    capsys.readouterr()
+    assert main(["explain", str(folder), "--device", "cpu", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "quantized" in record["experts"]
+    plain = next(c for c in record["candidates"] if c["name"] == "torch")
+    assert "does not run weights" in plain["reason"]
+
+
+def test_explain_of_what_would_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).packed
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "spqr"
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["explain", str(folder), "--device", "cpu"]) == 2
+    assert "unknown quant_method 'spqr'" in capsys.readouterr().err

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from fusedmoe.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+    read_quantization_config,
+)
 from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.weights.families import EXPERT_PARTS
+from fusedmoe.quantization.dialects import LayerSchemes
+from fusedmoe.quantization.dialects.methods import select_stored
+from fusedmoe.weights.checkpoint_experts import CheckpointExperts
+from fusedmoe.weights.families import EXPERT_PARTS, config_value
 
 STORED_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -38,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from fusedmoe.selection import explain
     from fusedmoe.tuning.choice import source_of_tiles
 
-    config = layer_config(args)
-    selection = explain(config)
+    checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
+    config = layer_config(args, quantized_too=True)
+    schemes = None if checkpoint is None else _schemes(checkpoint)
+    selection = explain(config) if schemes is None else select_stored(schemes, config)
     tiles = source_of_tiles(config) if selection.chosen.name == "triton" else None
     if args.json:
         layer = {
@@ -62,9 +72,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def layer_config(args: argparse.Namespace) -> FusedMoEConfig:
-    """The layer that the arguments describe, those of a checkpoint under what is given."""
-    known = {} if args.checkpoint is None else _from_checkpoint(read_checkpoint(args.checkpoint))
+def _schemes(checkpoint: Checkpoint) -> LayerSchemes | None:
+    """How the first layer of experts is stored; None: as floats."""
+    if read_quantization_config(checkpoint.folder, checkpoint.config) is None:
+        return None
+    experts = CheckpointExperts.read(checkpoint)
+    return experts.schemes(next(iter(experts.layers.values())))
+
+
+def layer_config(args: argparse.Namespace, *, quantized_too: bool = False) -> FusedMoEConfig:
+    """The layer that the arguments describe, those of a checkpoint under what is given.
+
+    Without ``quantized_too``, CheckpointError for experts that are not stored as floats.
+    """
+    known: dict[str, Any] = {}
+    if args.checkpoint is not None:
+        known = _from_checkpoint(read_checkpoint(args.checkpoint), quantized_too)
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = sizes_of(known | given)
     activation = known.get("activation")
@@ -88,15 +111,14 @@ def layer_config(args: argparse.Namespace) -> FusedMoEConfig:
     )
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
     """Sizes, activation, bias and dtype as the files have them."""
     facts = model_facts(checkpoint)
     layer = moe_layers(checkpoint, facts)[0]
-    if layer.format not in STORED_DTYPES:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the experts are stored as {layer.format}; "
-            "only unquantized ones can be explained from a checkpoint"
-        )
+    if layer.format not in STORED_DTYPES and not (quantized_too and layer.dialect):
+        what = f"{checkpoint.folder}: the experts are stored as {layer.format}"
+        wanted = "of no known dialect" if quantized_too else "floats are wanted"
+        raise CheckpointError(layer.problem or f"{what}; {wanted}")
     parts, leaves = set(), set()
     for name in checkpoint.tensors:
         role = None if facts.family is None else facts.family.classify(name)
@@ -104,7 +126,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             parts.add(role.part)
             leaves.add(role.leaf)
     known: dict[str, Any] = {name: getattr(facts.sizes, name) for name in SIZES}
-    known |= {"dtype": STORED_DTYPES[layer.format], "bias": "bias" in leaves}
+    known |= {"dtype": _dtype(checkpoint, layer.format), "bias": "bias" in leaves}
     if facts.family is not None and facts.family.interleaved:
         known["activation"] = MoEActivation.SWIGLUOAI
     elif facts.activation is not None:
@@ -112,6 +134,14 @@ def _from_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         gated = facts.family is None or bool(parts & {"gate", "gate_up"})
         known["activation"] = activation if gated else activation.without_mul()
     return known
+
+
+def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
+    """Of the rows: that of experts stored as floats, else what config.json says of the model."""
+    named = config_value(checkpoint.config, ("dtype", "torch_dtype"))
+    found = getattr(torch, named, None) if isinstance(named, str) else None
+    default = found if isinstance(found, torch.dtype) else torch.bfloat16
+    return STORED_DTYPES.get(stored, default)
 
 
 def _described(config: FusedMoEConfig) -> dict[str, Any]:
