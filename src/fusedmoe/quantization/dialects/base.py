@@ -300,9 +300,9 @@ def expect(
 
 
 def check_finite(matrix: Matrix, suffix: str, scale: torch.Tensor) -> torch.Tensor:
-    """``scale``, unless it holds inf, NaN or a negative number (ValueError naming the first)."""
+    """``scale``, unless it holds inf or NaN (ValueError naming the first). Signs are free."""
     values = scale.float()
-    bad = ~torch.isfinite(values) | (values < 0)
+    bad = ~torch.isfinite(values)
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(

@@ -47,10 +47,9 @@ def _blocks(matrix: Matrix, nbytes: int, raw: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(matrix: Matrix, blocks: torch.Tensor) -> torch.Tensor:
-    """The fp16 number that each block begins with. Its sign is free: tables are not symmetric."""
+    """The fp16 number that each block begins with."""
     scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    check_finite(matrix, "weight", scale.abs())
-    return scale
+    return check_finite(matrix, "weight", scale)
 
 
 def _halves(nibbles: torch.Tensor) -> torch.Tensor:
@@ -84,7 +83,7 @@ def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
     blocks = raw.unflatten(-1, (-1, nbytes))
     where = slice(208, 210) if kind == "q6_k" else slice(0, 4)
     scales = blocks[..., where].contiguous().view(torch.float16)
-    check_finite(matrix, "weight", scales.abs())
+    check_finite(matrix, "weight", scales)
     return raw
 
 
