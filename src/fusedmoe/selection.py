@@ -48,6 +48,8 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.deep_gemm:DeepGemmExperts",
     "fusedmoe.experts.deep_gemm:BatchedDeepGemmExperts",
     "fusedmoe.experts.triton_or_deep_gemm:TritonOrDeepGemmExperts",
+    "fusedmoe.experts.cutlass_fp8:CutlassExpertsFp8",
+    "fusedmoe.experts.cutlass_fp8:CutlassBatchedExpertsFp8",
     "fusedmoe.experts.cpu_quantized:CpuQuantizedExperts",
     "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
     "fusedmoe.experts.torch_quantized_batched:BatchedTorchQuantizedExperts",

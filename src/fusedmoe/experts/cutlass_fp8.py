@@ -1,0 +1,257 @@
+"""fp8 experts with a scale per token and channel, or per tensor, on torch's grouped scaled GEMM.
+
+The run itself is ``cutlass_fp8_run``; here is what selection sees.
+
+T tokens, K picks, e local experts, M rows per expert at most, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.cutlass_fp8_run import (
+    FUNCTION,
+    STRIDE_BYTES,
+    batched,
+    batched_op,
+    row_scales,
+    standard,
+    standard_op,
+)
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertTokensMetadata,
+    FusedMoEActivationFormat,
+    FusedMoEExpertsModular,
+    WorkspaceShapes,
+)
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    PER_ROW,
+    PER_TENSOR,
+    PER_TOKEN,
+    QuantKey,
+)
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
+
+_WEIGHTS = tuple(QuantKey(torch.float8_e4m3fn, True, shape) for shape in (PER_TENSOR, PER_ROW))
+_ROWS = (FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, FP8_DYNAMIC_TENSOR)
+
+
+class CutlassExpertsFp8Base(FusedMoEExpertsModular):
+    """What both formats of rows share."""
+
+    _seen: tuple[torch.Tensor | None, ...] | None = None
+    _scales: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def is_supported_config(
+        cls,
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        able, reason = super().is_supported_config(
+            moe_config, weight_key, activation_key, activation_format
+        )
+        if not able:
+            return able, reason
+        if not hasattr(torch.nn.functional, FUNCTION):
+            return (
+                False,
+                f"needs torch.nn.functional.{FUNCTION}; torch {torch.__version__} has none",
+            )
+        major, _ = torch.cuda.get_device_capability(moe_config.device)
+        if major != 9:
+            return False, f"torch multiplies groups with row scales on capability 9, not {major}"
+        for name in ("hidden_dim", "intermediate_size_per_partition"):
+            size = getattr(moe_config, name)
+            if size % STRIDE_BYTES:
+                return False, f"wants rows of a multiple of {STRIDE_BYTES} bytes, {name} is {size}"
+        return True, None
+
+    @property
+    def per_token(self) -> bool:
+        return self.quant_config.a1.shape == PER_TOKEN
+
+    def scales(
+        self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [e, S * I] and [e, H] of the weights; remembered for the same tensors.
+
+        Raises ValueError where a scale is missing or does not fit.
+        """
+        config = self.quant_config
+        seen = (config.w1_scale, config.w2_scale)
+        if self._seen is None or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
+            if config.w1_scale is None or config.w2_scale is None:
+                raise ValueError("w1 and w2 need scales, found none")
+            interleaved = activation is MoEActivation.SWIGLUOAI
+            e = w1.shape[0]
+            self._scales = (
+                row_scales(config.w1_scale, e, w1.shape[1], interleaved=interleaved),
+                row_scales(config.w2_scale, e, w2.shape[1]),
+            )
+            self._seen = seen
+        assert self._scales is not None
+        return self._scales
+
+
+class CutlassExpertsFp8(CutlassExpertsFp8Base):
+    """Standard rows; the sum over K is made here."""
+
+    name = "cutlass_fp8"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _capabilities(FusedMoEActivationFormat.Standard)
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """The permuted rows in bytes, then the activation's output; torch allocates the GEMMs'."""
+        width = self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((M, topk, -(-K // 2)), (M, topk, width), (M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        assert workspace13 is not None
+        assert workspace2 is not None
+        w1_scale, w2_scale = self.scales(w1, w2, activation)
+        run = standard_op if torch.compiler.is_compiling() else standard
+        run(
+            output,
+            hidden_states,
+            a1q_scale,
+            *(w1, w1_scale, w2, w2_scale),
+            self.per_token,
+            self.quant_config.a1_scale,
+            self.quant_config.a2_scale,
+            torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights,
+            topk_ids,
+            activation.value,
+            *self.activation_config.numbers(),
+            expert_map,
+            workspace13,
+            workspace2,
+        )
+
+
+class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
+    """Batched rows; what moved the rows also weights and sums them. Rows in no use are multiplied
+    too, since torch's batched form knows no counts."""
+
+    name = "cutlass_fp8_batched"
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return _capabilities(FusedMoEActivationFormat.BatchedExperts)
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> WorkspaceShapes:
+        """The activation's output; M counts rows per expert."""
+        e, width = local_num_experts, self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((0,), (e, M, width), (e, M, K))
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceDelegate()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor | None,
+        workspace2: torch.Tensor | None,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
+        if counts is None or counts.shape != w1.shape[:1]:
+            raise ValueError(
+                f"the batched format needs expert_num_tokens [{w1.shape[0]}], got "
+                f"{None if counts is None else tuple(counts.shape)}"
+            )
+        assert workspace2 is not None
+        w1_scale, w2_scale = self.scales(w1, w2, activation)
+        run = batched_op if torch.compiler.is_compiling() else batched
+        run(
+            output,
+            hidden_states,
+            a1q_scale,
+            *(w1, w1_scale, w2, w2_scale),
+            self.per_token,
+            self.quant_config.a1_scale,
+            self.quant_config.a2_scale,
+            counts,
+            activation.value,
+            *self.activation_config.numbers(),
+            workspace2,
+        )
+
+
+def _capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
+    batched_rows = rows is FusedMoEActivationFormat.BatchedExperts
+    # One scale for all rows would count the rows past each expert's number.
+    keys = [key for key in _ROWS if not (batched_rows and key == FP8_DYNAMIC_TENSOR)]
+    return ExpertsCapabilities(
+        activation_format=rows,
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.bfloat16}),
+        weight_formats=frozenset((weight, key) for weight in _WEIGHTS for key in keys),
+        min_capability=(9, 0),
+        bias=False,
+    )
