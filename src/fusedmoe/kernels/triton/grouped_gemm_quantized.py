@@ -27,6 +27,7 @@ from fusedmoe.kernels.triton.quantized_common import (
     e2m1_nibbles_bf16,
     e4m3_bf16,
     float_scale,
+    half_scale_bits,
     int4_nibbles_bf16,
     int8_bf16,
     minus_bf16,
@@ -207,10 +208,11 @@ def quantized_gemm_kernel(
             if HALVES:
                 even, odd = tl.split(tl.reshape(even, (SLOTS, PACKED, 2)))
         if SCALING == "each":
-            factor = float_scale(scale)
             if ELEMENT == "e2m1" and NATIVE:
-                factor *= HALF_EXPONENT
-            factor = _each(factor.to(DTYPE), PACKED)
+                factor = half_scale_bits(scale).to(tl.bfloat16, bitcast=True)
+            else:
+                factor = float_scale(scale).to(DTYPE)
+            factor = _each(factor, PACKED)
             middle = None if zero is None else _each(zero, PACKED)
             low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
             if NATIVE:

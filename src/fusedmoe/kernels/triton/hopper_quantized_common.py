@@ -8,7 +8,13 @@ x is put into the same order when it is copied to shared memory (``put_x``).
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedmoe.kernels.triton.quantized_common import e4m3_bf16, float_scale, int8_bf16, times_bf16
+from fusedmoe.kernels.triton.quantized_common import (
+    e4m3_bf16,
+    float_scale,
+    half_scale_bits,
+    int8_bf16,
+    times_bf16,
+)
 
 HALF_EXPONENT = gl.constexpr(2.0**63)
 
@@ -162,10 +168,10 @@ def word_numbers(packed, zero, scale, ELEMENT: gl.constexpr, PER: gl.constexpr):
     else:
         even, odd = e2m1_words(packed)
     if scale is not None:
-        factor = float_scale(scale)
         if ELEMENT == "e2m1":
-            factor *= HALF_EXPONENT
-        factor = factor.to(gl.bfloat16)
+            factor = half_scale_bits(scale).to(gl.bfloat16, bitcast=True)
+        else:
+            factor = float_scale(scale).to(gl.bfloat16)
         even, odd = scaled(even, factor, PER), scaled(odd, factor, PER)
     return even, odd
 

@@ -35,6 +35,22 @@ def float_scale(scale):
 
 
 @triton.jit
+def half_scale_bits(scale):
+    """The bits of a scale times 2^63 in bf16: what e2m1 numbers short of 2^-126 are multiplied by,
+    the other 2^63 being left to their sum. An e8m0 exponent needs no arithmetic; one past 191 is
+    taken for it, 2^64 times a weight of 6 being no weight, and 255 is NaN."""
+    if scale.dtype == tl.uint8:
+        exponent = tl.minimum(scale.to(tl.int32), 191) + 63
+        return tl.where(scale == 255, 0x7FC0, exponent << 7).to(tl.int16)
+    else:
+        return (
+            (scale.to(tl.float32) * 9223372036854775808.0)
+            .to(tl.bfloat16)
+            .to(tl.int16, bitcast=True)
+        )
+
+
+@triton.jit
 def _e2m1(nibble, DTYPE: tl.constexpr):
     """Numbers of sign, two exponent bits, one mantissa bit; nibble int32."""
     size = nibble & 7
@@ -86,23 +102,21 @@ def e2m1_nibbles_bf16(packed):
     return tl.inline_asm_elementwise(
         """{
             .reg .b32 a, b, s, t;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shl.b32 s, a, 12;
-            shl.b32 t, a, 6;
+            prmt.b32 a, $4, 0, 0x1404;
+            prmt.b32 b, $4, 0, 0x3424;
+            shl.b32 s, a, 4;
+            shr.u32 t, a, 2;
             and.b32 s, s, 0x80008000;
             lop3.b32 $0, t, 0x01C001C0, s, 0xEA;
-            shl.b32 s, b, 12;
-            shl.b32 t, b, 6;
+            shl.b32 s, b, 4;
+            shr.u32 t, b, 2;
             and.b32 s, s, 0x80008000;
             lop3.b32 $1, t, 0x01C001C0, s, 0xEA;
-            shl.b32 s, a, 8;
-            shl.b32 t, a, 2;
-            and.b32 s, s, 0x80008000;
+            and.b32 s, a, 0x80008000;
+            shr.u32 t, a, 6;
             lop3.b32 $2, t, 0x01C001C0, s, 0xEA;
-            shl.b32 s, b, 8;
-            shl.b32 t, b, 2;
-            and.b32 s, s, 0x80008000;
+            and.b32 s, b, 0x80008000;
+            shr.u32 t, b, 6;
             lop3.b32 $3, t, 0x01C001C0, s, 0xEA;
         }""",
         "=r,=r,=r,=r,r",
