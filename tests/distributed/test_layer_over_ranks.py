@@ -50,7 +50,7 @@ def test_counts_may_be_given(ranks, name):
     ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
 
 
-@pytest.mark.parametrize("name", ["ep4", "dp4_ep", "dp_sp_ep", "dp_tp"])
+@pytest.mark.parametrize("name", ["dp4_ep", "dp_tp"])
 def test_compiled(ranks, name):
     ranks.run(check_compiled, EVERYWHERE[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend)
     group = dist.group.WORLD
     assert group is not None
-    try:
-        with contextlib.ExitStack() as stack:
-            if group.rank() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-            yield Ranks(group, device)
-    finally:
+    with contextlib.ExitStack() as stack:
         if own:
-            dist.destroy_process_group()
+            stack.callback(dist.destroy_process_group)
+        if group.rank() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield Ranks(group, device)
+        # Nobody leaves while another is still listening; what layers hold of the group goes first.
+        dist.barrier(group)
+        gc.collect()
