@@ -146,6 +146,15 @@ def test_a_layer_that_failed_to_load_refuses_to_run() -> None:
     assert layer(torch.zeros(2, H), torch.zeros(2, E)).shape == (2, H)
 
 
+@pytest.mark.parametrize("group", [-1, 2, 1 << 30])
+def test_columns_of_groups_that_do_not_exist_are_refused(group: int) -> None:
+    case = CASES["gptq act-order"]
+    tensors = case.write(random_weight(1, 64, 64)).tensors
+    tensors["g_idx"][7] = group
+    with pytest.raises(ValueError, match=rf"up_proj\.g_idx: expected groups in \[0, 2\).*{group}"):
+        read_matrix(scheme_of(case), tensors, Matrix(name=MODULE, N=64, K=64))
+
+
 def test_awq_as_the_converter_of_compressed_tensors_reads_it() -> None:
     from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 

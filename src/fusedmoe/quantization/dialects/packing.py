@@ -21,7 +21,8 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if words.shape[-1] * 32 < count * bits:
         raise ValueError(f"{words.shape[-1]} words hold fewer than {count} numbers of {bits} bits")
     if 8 % bits == 0:
-        raw = words.contiguous().view(torch.uint8)
+        # Not contiguous(): that leaves an axis of one element any stride, which view refuses.
+        raw = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         mask = (1 << bits) - 1
         numbers = [(raw >> shift) & mask for shift in range(0, 8, bits)]
         return torch.stack(numbers, -1).flatten(-2)[..., :count]
