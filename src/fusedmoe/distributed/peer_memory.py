@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fusedmoe.config import ParallelGroups
+from fusedmoe.distributed.agreement import check_agreement
 from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView
 
 # One look at a flag in the GPU's own memory takes about this long.
@@ -38,7 +41,7 @@ class PeerMemory:
     default raises ``PeerTimeoutError`` in the thread that made this object, at its next Python
     instruction. That also happens while a captured graph is replayed.
 
-    Raises ValueError where ranks disagree about the layout.
+    Raises RanksDisagreeError where ranks disagree about the layout.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class PeerMemory:
             raise ValueError(
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
             )
-        check_agreement(layout, group)
+        facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
+        check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
@@ -92,18 +96,6 @@ class PeerMemory:
         dist.barrier(self.group)
         self._handle = None
         del self.view
-
-
-def check_agreement(mine: object, group: dist.ProcessGroup) -> None:
-    """Raise ValueError, on every rank, where the ranks of ``group`` do not all bring ``mine``.
-
-    Compared as text (``repr``); waits for all ranks.
-    """
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, repr(mine), group=group)
-    for rank, theirs in enumerate(everyones):
-        if theirs != everyones[0]:
-            raise ValueError(f"rank 0 has {everyones[0]}, but rank {rank} has {theirs}")
 
 
 class Watchdog:
