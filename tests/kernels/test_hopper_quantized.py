@@ -187,47 +187,92 @@ def test_rows_of_gate_and_up_alternate_in_eights():
 
 
 COMPILE = """
-import sys, triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton import hopper_quantized, hopper_w8a8
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.tuning.quantized_tiles import decode_tiles
 
-layout = gl.NVMMASharedLayout(128, 8, 2)
-shared = dict(bias_ptr=None, map_ptr=None, limit=None, N=768, D=2048, TOP_K=8, FORMULA="silu",
-              GATED=True, EARLY=False, SLOTS=8, TILE=128, BN=8, STAGES=6)
-common = dict(out_ptr="*bf16", ids_ptr="*i32", experts_ptr="*i32", sorted_ptr="*i32",
-              num_post_ptr="*i32", x_ptr="*bf16", alpha="fp32", beta="fp32")
-jobs = [
-    (hopper_quantized, "u8", dict(scale_ptr="*bf16"),
-     dict(scale2_ptr=None, zero_ptr=None, ELEMENT="int4", GROUP=128, SUB=64, LONE=False)),
-    (hopper_quantized, "u8", dict(scale_ptr="*u8"),
-     dict(scale2_ptr=None, zero_ptr=None, ELEMENT="e2m1", GROUP=32, SUB=32, LONE=True)),
-    (hopper_w8a8, "fp8e4nv", dict(scale_ptr="*fp32"),
-     dict(x_scale_ptr=None, STEPPED=True, GROUP=128, E8M0=False, LONE=False)),
-]
-for module, dtype, kinds, constants in jobs:
-    kernel = module.gemm_kernel
-    tile = f"tensordesc<{dtype}[64, 128],{layout!r}>"
-    kinds = common | kinds | {"low_desc": tile, "high_desc": tile}
-    constants = shared | constants
-    if constants["LONE"]:
-        constants |= dict(experts_ptr=None, sorted_ptr=None, num_post_ptr=None)
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
-    values = {(names.index(n),): value for n, value in constants.items()}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names
-               if signature[n].startswith("*")}
-    compiled = triton.compile(
-        GluonASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
-        options=dict(num_warps=8, maxnreg=128, launch_pdl=True))
-    assert compiled.metadata.shared <= 113 * 1024, compiled.metadata.shared
-    assert "wgmma" in compiled.asm["ptx"]
+TYPES = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32",
+         torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
+
+
+def compile_as_launched(kernel):
+    def launch(programs, matrices, tensors, numbers, constants, **options):
+        signature, values, attributes = {}, {}, {}
+        names = iter(enumerate(kernel.arg_names))
+        for value in (*matrices, *tensors, *numbers):
+            index, name = next(names)
+            if value is None or (isinstance(value, int) and value == 1):
+                signature[name], values[(index,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, (int, float)):
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
+            else:
+                kind, shape = TYPES[value.base.dtype], list(value.block_shape)
+                signature[name] = f"tensordesc<{kind}{shape},{value.layout!r}>"
+        for value in constants:
+            index, name = next(names)
+            signature[name], values[(index,)] = "constexpr", value
+        assert next(names, None) is None
+        source = GluonASTSource(kernel, signature, values, attributes)
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options=options | {"launch_pdl": True})
+        assert compiled.metadata.shared <= 113 * 1024, compiled.metadata.shared
+        assert "wgmma" in compiled.asm["ptx"]
+
+    return launch
+
+
+for module in (hopper_quantized, hopper_w8a8):
+    module._launch_gemm = compile_as_launched(module.gemm_kernel)
+
+T, K, E, H, I = 4, 2, 3, 256, 128
+ids = torch.zeros(T * K, dtype=torch.int32)
+table = MoEAlignment(torch.zeros(16, dtype=torch.int32), ids[:2], ids[:1])
+mapped = LoneSlots(ids, torch.zeros(9, dtype=torch.int32))
+tile = decode_tiles(T * K, E).gemm1
+silu, oai = (device_activation(a) for a in (MoEActivation.SILU, MoEActivation.SWIGLUOAI))
+x = torch.zeros(T, H, dtype=torch.bfloat16)
+
+
+def weights(name, act):
+    shards = 1 if act is None else 2
+    interleaved = act is oai
+    width = H if act is None else 2 * I
+    values = torch.randn(E, width, H)
+    return quantize(values, format_named(name), shards=shards, interleaved=interleaved)
+
+
+for name, act, blocks in (("int4_g128_zp", silu, table), ("mxfp4", oai, mapped),
+                          ("nvfp4", None, table), ("int8_channel", silu, LoneSlots(ids)),
+                          ("fp8_block", None, table)):
+    w = weights(name, act)
+    out = torch.zeros(T * K, w.shape[1] // w.shards, dtype=torch.bfloat16 if act else torch.float32)
+    bias = torch.zeros(E, w.shape[1], dtype=torch.bfloat16) if act is oai else None
+    hopper_quantized.gemm(
+        x, w, out, bias, act, blocks, weight_addresses(w), K, tile, 132, act is None)
+for name, scale, act, blocks in (("fp8_block", None, silu, table),
+                                 ("fp8_channel", torch.zeros(T, 1), silu, mapped),
+                                 ("int8_channel", torch.zeros(1), None, table)):
+    w = weights(name, act)
+    out = torch.zeros(T * K, w.shape[1] // w.shards, dtype=torch.bfloat16 if act else torch.float32)
+    rows = x if scale is None else x.to(w.data.dtype)
+    hopper_w8a8.gemm(
+        rows, scale, w, out, None, act, blocks, weight_addresses(w), K, tile, 132, False, False)
 print("compiled")
 """
 
 
 def test_the_kernels_compile_for_hopper_and_two_programs_share_a_multiprocessor():
+    """With the very arguments that a launch would have."""
     triton = pytest.importorskip("triton")
     if not triton.__version__.startswith("3.6."):
         pytest.skip("written for the Gluon of Triton 3.6")

@@ -141,9 +141,10 @@ def gemm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     # Where the launch is early, ids and tables were complete before the one in front began.
-    experts = load_experts((ids_ptr, map_ptr), (R, num_mapped, num_local), SLOTS)
+    experts = 0
     programs = gl.num_programs(0)
     if LONE:
+        experts = load_experts((ids_ptr, map_ptr), (R, num_mapped, num_local), SLOTS)
         tasks = R * TILES
         task = live_task(gl.program_id(0), tasks, experts, programs, TILES)
     else:
