@@ -15,7 +15,9 @@ import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli import main
 from fusedmoe.quantization.dialects import Matrix
-from fusedmoe.quantization.dialects.base import read_matrix
+from fusedmoe.quantization.dialects.base import (
+    read_matrix,
+)
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
 from fusedmoe.weights.gguf_file import TYPES, GgufFile
 

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fusedmoe.quantization.keys import GroupShape, QuantKey
+from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
 if TYPE_CHECKING:
     from fusedmoe.config import FusedMoEConfig
     from fusedmoe.quantization.method_base import FusedMoEMethodBase
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Leaves = Mapping[str, torch.dtype]
 """dtype of the expert tensors in a checkpoint's files, by the last part of their names."""
@@ -279,135 +277,3 @@ def _kind(scheme: Scheme | None) -> tuple[QuantFormat, QuantKey | None] | None:
 def _label(scheme: Scheme) -> str:
     rounded = "" if scheme.activation is None else f" with {scheme.activation} activations"
     return scheme.name + rounded
-
-
-def expect(
-    matrix: Matrix,
-    suffix: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...] | None,
-    *dtypes: torch.dtype,
-) -> None:
-    """ValueError naming the tensor unless it has this shape and one of these dtypes."""
-    if dtypes and tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{matrix.path(suffix)}: expected {wanted}, found {tensor.dtype}")
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{matrix.path(suffix)}: expected shape {shape} for a {matrix.N} x {matrix.K} matrix, "
-            f"found {tuple(tensor.shape)}"
-        )
-
-
-def check_finite(matrix: Matrix, suffix: str, scale: torch.Tensor) -> torch.Tensor:
-    """``scale``, unless it holds inf or NaN (ValueError naming the first). Signs are free."""
-    values = scale.float()
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{matrix.path(suffix)}: expected finite scales, found {float(values[where])} at "
-            f"{list(where)}"
-        )
-    return scale
-
-
-def scale_rule(
-    suffix: str,
-    group: GroupShape,
-    dtype: torch.dtype,
-    *,
-    gives: str = "weight_scale",
-    optional: bool = False,
-) -> Rule:
-    """Floating-point scales stored row by row as the canonical ones are, in any float dtype."""
-
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, *FLOATS, torch.float8_e8m0fnu)
-        shaped = shape_scale(matrix, suffix, scale, group)
-        return check_finite(matrix, suffix, shaped.to(dtype))
-
-    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
-
-
-def shape_scale(
-    matrix: Matrix, suffix: str, scale: torch.Tensor, group: GroupShape
-) -> torch.Tensor:
-    """``scale`` as [rows, columns] of the canonical layout ([] or [S] per tensor), checked."""
-    if group == (-1, -1):
-        if scale.numel() not in (1, matrix.shards):
-            expect(matrix, suffix, scale, ())
-        flat = scale.reshape(-1)
-        return flat[0] if matrix.shards == 1 else flat.expand(matrix.shards)
-    row, col = group
-    each = -(-(matrix.N // matrix.shards) // row)
-    if row == 1 and col > 0 and matrix.K % col:
-        raise ValueError(
-            f"{matrix.path(suffix)}: groups of {col} columns do not divide the {matrix.K} of the "
-            "matrix"
-        )
-    shape = (matrix.shards * each, 1 if col == -1 else -(-matrix.K // col))
-    if scale.dim() != 2 and scale.numel() == shape[0] * shape[1]:
-        squeezed = tuple(size for size in scale.shape if size != 1)
-        if squeezed == tuple(size for size in shape if size != 1):
-            scale = scale.reshape(shape)
-    expect(matrix, suffix, scale, shape)
-    return scale
-
-
-def e8m0_rule(suffix: str, columns: int, gives: str = "weight_scale") -> Rule:
-    """Exponents in uint8 or float8_e8m0fnu, one for ``columns`` columns of a row."""
-
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, torch.uint8, torch.float8_e8m0fnu)
-        raw = shape_scale(matrix, suffix, scale, GroupShape(1, columns)).view(torch.uint8)
-        if bool((raw == 255).any()):
-            where = [int(i) for i in (raw == 255).nonzero()[0]]
-            raise ValueError(
-                f"{matrix.path(suffix)}: expected finite scales, found nan (e8m0 255) at {where}"
-            )
-        return raw
-
-    return Rule(needs=(suffix,), gives=gives, convert=convert)
-
-
-def e4m3_scale_rule(suffix: str, columns: int) -> Rule:
-    """Scales in float8_e4m3fn, one for ``columns`` columns of a row."""
-
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, torch.float8_e4m3fn)
-        return check_finite(
-            matrix, suffix, shape_scale(matrix, suffix, scale, GroupShape(1, columns))
-        )
-
-    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
-
-
-def scalar_rule(suffix: str, gives: str, *, inverse: bool = False, optional: bool = False) -> Rule:
-    """One fp32 number for the matrix (or for each shard); ``inverse`` stores 1 / x."""
-
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, *FLOATS)
-        number = shape_scale(matrix, suffix, scale, GroupShape(-1, -1)).to(torch.float32)
-        check_finite(matrix, suffix, number)
-        if inverse and bool((number == 0).any()):
-            raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
-        return number.reciprocal() if inverse else number
-
-    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
-
-
-def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values: int = 1) -> Rule:
-    """A weight whose elements lie as the canonical ones do, ``stored`` bytes for ``values``."""
-
-    def convert(matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
-        return weight.view(torch.uint8) if values > 1 else weight
-
-    def size(shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[-2], shape[-1] // stored * values
-
-    return Rule(needs=(suffix,), gives="weight", convert=convert, size=size)
-
-
-BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)

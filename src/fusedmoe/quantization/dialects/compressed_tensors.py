@@ -21,19 +21,11 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import (
-    BIAS,
     CheckpointQuantization,
     Leaves,
     Matrix,
     Rule,
     Scheme,
-    e4m3_scale_rule,
-    e8m0_rule,
-    expect,
-    plain_weight_rule,
-    scalar_rule,
-    scale_rule,
-    shape_scale,
 )
 from fusedmoe.quantization.dialects.packing import (
     element_of,
@@ -51,6 +43,16 @@ from fusedmoe.quantization.dialects.reading import (
     one_of,
     section,
     sizes_of,
+)
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
+    e4m3_scale_rule,
+    e8m0_rule,
+    expect,
+    plain_weight_rule,
+    scalar_rule,
+    scale_rule,
+    shape_scale,
 )
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,

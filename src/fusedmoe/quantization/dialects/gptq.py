@@ -16,15 +16,11 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import (
-    BIAS,
-    FLOATS,
     CheckpointQuantization,
     Leaves,
     Matrix,
     Rule,
     Scheme,
-    check_finite,
-    expect,
 )
 from fusedmoe.quantization.dialects.packing import (
     element_of,
@@ -40,6 +36,12 @@ from fusedmoe.quantization.dialects.reading import (
     names_of,
     one_of,
     section,
+)
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
+    FLOATS,
+    check_finite,
+    expect,
 )
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat

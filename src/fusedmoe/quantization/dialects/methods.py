@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.quantization.dialects.base import LayerSchemes
+from fusedmoe.quantization.dialects.base import (
+    LayerSchemes,
+)
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
 from fusedmoe.quantization.quantized import OWNERS, QuantizedFusedMoEMethod
 from fusedmoe.selection import Selection, select

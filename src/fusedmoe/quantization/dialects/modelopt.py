@@ -18,18 +18,20 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import (
-    BIAS,
     CheckpointQuantization,
     Leaves,
     Scheme,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.reading import integer, names_of, section
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
     e4m3_scale_rule,
     e8m0_rule,
     plain_weight_rule,
     scalar_rule,
     scale_rule,
 )
-from fusedmoe.quantization.dialects.patterns import is_listed
-from fusedmoe.quantization.dialects.reading import integer, names_of, section
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from fusedmoe.quantization.dialects.base import (
-    BIAS,
-    FLOATS,
     CheckpointQuantization,
     Matrix,
     Rule,
     Scheme,
-    expect,
 )
 from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
+    FLOATS,
+    expect,
+)
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
 

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import (
-    BIAS,
     CheckpointQuantization,
     Leaves,
     Rule,
     Scheme,
+)
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
     e8m0_rule,
     plain_weight_rule,
     scalar_rule,
     scale_rule,
 )
-from fusedmoe.quantization.dialects.patterns import is_listed
-from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
