@@ -1,0 +1,99 @@
+"""What leads to the streaming kernels, on CPU tensors, where their references run instead."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe import MoEOptions
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import hopper_quantized
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from quantized_experts import Quantized
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+BF16 = Layer(H=64, I=32, dtype=torch.bfloat16)
+WIDE = replace(BF16, H=256, I=128)
+STREAMED = {
+    "int4": Quantized("int4_g32", layer=BF16),
+    "lone_slots_map": Quantized("int4_g32_zp", layer=replace(BF16, T=1, E=32, local=9)),
+    "gpt_oss": Quantized(
+        "mxfp4", layer=replace(BF16, activation=MoEActivation.SWIGLUOAI, bias=True)
+    ),
+    "no_gate": Quantized("nvfp4", layer=replace(BF16, activation=MoEActivation.RELU2_NO_MUL)),
+    "weight_on_input": Quantized("int8_channel", layer=replace(BF16, K=1, weight_on_input=True)),
+    "fp8_block": Quantized("fp8_block", FP8_DYNAMIC_128, WIDE),
+    "fp8_token": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, replace(WIDE, E=8, local=3)),
+    "int8_token": Quantized("int8_channel", INT8_DYNAMIC_TOKEN, replace(BF16, bias=True)),
+}
+ELSEWHERE = {
+    "many_rows": Quantized("int4_g32", layer=replace(BF16, T=60, E=3)),
+    "batch_invariant": Quantized(
+        "int4_g32", layer=replace(BF16, options=MoEOptions(batch_invariant=True))
+    ),
+    "fp16": Quantized("int4_g32", layer=replace(BF16, dtype=torch.float16)),
+    "narrow_rows": Quantized("int8_channel", layer=replace(BF16, I=24)),
+    "other_pairs": Quantized("fp8_block", FP8_DYNAMIC_TOKEN, WIDE),
+}
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Which of the two streaming launchers ran."""
+    ran = []
+    for name in ("quantized_decode", "w8a8_decode"):
+        launcher = getattr(hopper_quantized, name)
+
+        def run(*args, launcher=launcher, **kwargs):
+            ran.append(launcher.__name__)
+            launcher(*args, **kwargs)
+
+        monkeypatch.setattr(hopper_quantized, name, run)
+    monkeypatch.setattr(hopper_quantized, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(hopper_quantized, "multiprocessors_of", lambda device: 132)
+    return ran
+
+
+def error(case, tensors):
+    out, expected = case.run(tensors, HopperQuantizedExperts).double(), case.expected(tensors)
+    assert not out.isnan().any()
+    return float((out - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_few_rows_stream(name, streamed):
+    case = STREAMED[name]
+    tolerance = 6e-3 if case.rows is None else 3e-2
+    assert error(case, case.layer.tensors()) < tolerance
+    assert streamed == ["quantized_decode" if case.rows is None else "w8a8_decode"]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_everything_else_takes_the_triton_experts_way(name, streamed):
+    case = ELSEWHERE[name]
+    assert error(case, case.layer.tensors()) < (6e-3 if case.rows is None else 3e-2)
+    assert not streamed
+
+
+def test_it_is_for_compute_capability_9_and_bf16(monkeypatch):
+    moe = replace(BF16.config(), device=torch.device("cuda"))
+    weight, rows = format_named("int4_g32").key, HopperQuantizedExperts.activation_format()
+    for capability, word in (((9, 0), None), ((10, 0), "9"), ((8, 9), "compute capability")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found, reason = HopperQuantizedExperts.is_supported_config(moe, weight, None, rows)
+        assert found == (word is None), reason
+        assert word is None or word in reason
+    half = replace(moe, in_dtype=torch.float16)
+    assert not HopperQuantizedExperts.is_supported_config(half, weight, None, rows)[0]
+
+
+def test_workspaces_follow_from_sizes():
+    experts = HopperQuantizedExperts(BF16.config(), FusedMoEQuantConfig())
+    act = MoEActivation.SILU
+    assert experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, act).workspace2 == (7, 2, 128)
+    assert experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act).workspace2 == (9000, 2, 64)
