@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --error-exitcode 1 python tools/sanitize.py
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize.py --only hopper
+        python tools/sanitize.py --only hopper (or quantized)
 
 Without caching every tensor is its own allocation, so that a stray access leaves it.
 
@@ -20,22 +20,30 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
+from fusedmoe.experts.hopper_quantized import runs_decode
 from fusedmoe.experts.triton import TritonExperts
+from fusedmoe.experts.triton_quantized_run import Operands, quantized_experts
 from fusedmoe.integrations.megatron import ActivationType, vllm_fused_moe
 from fusedmoe.kernels.activation import moe_activation
-from fusedmoe.kernels.align import moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
 from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 from fusedmoe.kernels.gate import gate_linear
+from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode
+from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.read_all import read_all
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.router import rules
 from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
+from fusedmoe.tuning.quantized_tiles import decode_tiles as stream_tiles
 
 E, K = 24, 4
 
@@ -135,6 +143,54 @@ def hopper() -> None:
             print("hopper", T, type(tiles).__name__, flush=True)
 
 
+def quantized() -> None:
+    """The quantized GEMMs, Triton's and the streaming ones, format by format."""
+    e, H, width, picks, act = 6, 288, 160, 3, MoEActivation.SWIGLUOAI
+    streams = torch.cuda.get_device_capability()[0] == 9 and not missing_gluon()
+
+    def weight(name: str, shards: int, *shape: int) -> QuantizedTensor:
+        values, interleaved = torch.randn(shape, device="cuda") / 16, shards == 2
+        return quantize(values, format_named(name), shards=shards, interleaved=interleaved)
+
+    for name, rows in (
+        *((name, None) for name in ("int4_g32_zp", "int4_channel", "mxfp4", "nvfp4")),
+        *(("int8_g32", None), ("fp8_block", None), ("fp8_block", FP8_DYNAMIC_128)),
+        *(("fp8_channel", FP8_DYNAMIC_TOKEN), ("int8_channel", INT8_DYNAMIC_TOKEN)),
+    ):
+        operands = Operands(
+            weight(name, 2, e, 2 * width, H),
+            weight(name, 1, e, H, width),
+            rows,
+            rows,
+            w1_bias=torch.randn(e, 2 * width, device="cuda"),
+            w2_bias=torch.randn(e, H, device="cuda"),
+        )
+        for T in (1, 5, 300):
+            x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+            ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
+            weights, R = torch.rand(T, picks, device="cuda"), T * picks
+            act_rows = torch.empty(R, width, device="cuda", dtype=torch.bfloat16)
+            y, out = torch.empty(R, H, device="cuda"), torch.empty_like(x)
+            config, halves = ApplyMoEActivationConfig(), y.view(torch.bfloat16)
+            quantized_experts(out, x, operands, weights, ids, act, config, None, act_rows, halves)
+            if streams and runs_decode(R, e, operands, x):
+                tiles = stream_tiles(R, e)
+                table = moe_align_block_size(ids, tiles.gemm1.slots, e)
+                for blocks in (MoEAlignment(*table[:3]), LoneSlots(ids.flatten())):
+                    if isinstance(blocks, LoneSlots) and R > MAX_LONE_SLOTS:
+                        continue
+                    common = {"activation": act, "tiles": tiles, "programs": 132}
+                    common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
+                    tensors = weights, ids, out, act_rows, y, blocks
+                    w1, w2 = operands.w1, operands.w2
+                    if rows is None:
+                        quantized_decode(x, w1, w2, *tensors, **common)
+                    else:
+                        w8a8_decode(x, w1, w2, (rows, rows), (None, None), *tensors, **common)
+            torch.cuda.synchronize()
+            print("quantized", name, rows, T, flush=True)
+
+
 def bounded() -> None:
     """Megatron's function: without a table and with one, in Triton and, where it fits, Hopper's."""
     e, picks, first = 6, 3, 5
@@ -170,10 +226,13 @@ def experts(quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
-    parser.add_argument("--only", choices=("hopper",), help="these kernels alone")
+    parser.add_argument("--only", choices=("hopper", "quantized"), help="these kernels alone")
     args = parser.parse_args()
     torch.manual_seed(0)
-    hopper()
+    if args.only != "quantized":
+        hopper()
+    if args.only != "hopper":
+        quantized()
     if args.only:
         return
     routing()
