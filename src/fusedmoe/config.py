@@ -79,7 +79,8 @@ class ParallelGroups:
     """The process groups a layer uses, given explicitly; ``None`` is a group of one rank.
 
     ``peers``: memory that the ranks of one host share, where they have made some; one for all
-    layers. Tokens then go through it.
+    layers. Tokens then go through it. ``deep_ep``: a ``deep_ep.Buffer``, likewise, for the
+    prepare/finalize of that package.
     """
 
     tp: ProcessGroup | DeviceMesh | None = None
@@ -88,6 +89,7 @@ class ParallelGroups:
     ep: ProcessGroup | DeviceMesh | None = None
     enable_expert_parallel: bool = False
     peers: PeerMemory | None = None
+    deep_ep: Any = None
 
     @staticmethod
     def size_and_rank(group: ProcessGroup | DeviceMesh | None) -> tuple[int, int]:
