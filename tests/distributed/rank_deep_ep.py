@@ -240,11 +240,11 @@ def check_buffers() -> None:
         make_deep_ep_buffer(high.dp, H, E)
 
 
-def check_layer(mode: str, placement: str, weight_on_input: bool) -> None:
+def check_layer(mode: str, placement: str, weight_on_input: bool, redundant: int = 0) -> None:
     """The layer's output is that of one rank, and the same bits again."""
     low = mode == "low"
     hidden, width = (2048, 32) if low else (H, 24)
-    groups, rank = groups_with_buffer(low, hidden=hidden)
+    groups, rank = groups_with_buffer(low, experts=E + redundant, hidden=hidden)
     scheme = Scheme("int4_g32") if low else None
     name = MODES[mode].name
     picked = "torch_quantized_batched" if low else "torch"

@@ -40,6 +40,10 @@ def test_the_output_is_that_of_one_rank(ranks, mode, arguments):
     ranks.run(rank_deep_ep.check_layer, mode, *arguments)
 
 
+def test_copies_of_experts_are_places_of_their_own(ranks):
+    ranks.run(rank_deep_ep.check_layer, "high", "linear", False, 4)
+
+
 @pytest.mark.parametrize("mode", rank_deep_ep.MODES)
 def test_rows_go_from_the_wire_into_deep_gemm(ranks, mode):
     ranks.run(rank_deep_ep.check_with_deep_gemm, mode)
