@@ -217,6 +217,15 @@ def test_absence_is_an_import_error_that_names_the_package(monkeypatch):
             experts(LAYER.config(), config, *arguments)
 
 
+def test_the_earlier_name_of_the_masked_gemm_will_do(monkeypatch, package):
+    names = ("m_grouped_fp8_gemm_nt_contiguous", "get_mk_alignment_for_contiguous_layout")
+    earlier = types.SimpleNamespace(**{name: getattr(package, name) for name in names})
+    earlier.fp8_m_grouped_gemm_nt_masked = package.m_grouped_fp8_gemm_nt_masked
+    monkeypatch.setitem(sys.modules, "deep_gemm", earlier)
+    tensors = LAYER.tensors()
+    assert_rounded(PLAIN.run(tensors, BatchedDeepGemmExperts), PLAIN, tensors)
+
+
 class TestSelection:
     """What rules the package out, in the words that ``explain`` prints."""
 

@@ -28,10 +28,12 @@ from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
 
 PACKAGE = "deep_gemm"
 BLOCK = 128
+# One function, renamed within version 2.
+_MASKED = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked")
 _NEEDED = (
-    "m_grouped_fp8_gemm_nt_contiguous",
-    "m_grouped_fp8_gemm_nt_masked",
-    "get_mk_alignment_for_contiguous_layout",
+    ("m_grouped_fp8_gemm_nt_contiguous",),
+    _MASKED,
+    ("get_mk_alignment_for_contiguous_layout",),
 )
 _TMA_ROWS = 16 // torch.float32.itemsize
 
@@ -44,7 +46,7 @@ def package() -> Any:
         raise ImportError(
             f"these experts need the package {PACKAGE}, version 2 or later"
         ) from error
-    missing = [name for name in _NEEDED if not hasattr(module, name)]
+    missing = [names[0] for names in _NEEDED if not any(hasattr(module, n) for n in names)]
     if missing:
         raise ImportError(
             f"these experts need the package {PACKAGE}, version 2 or later; the one that is "
@@ -231,14 +233,15 @@ def batched_experts(
     hidden_states bf16 [e, M, H], or e4m3 with ``scale`` fp32 [e, M, H / 128]. The workspaces hold
     e * M * S * I and e * M * I elements of bf16. ``expected_rows`` of an expert: a hint.
     """
-    gemm = package()
+    module = package()
+    masked_gemm = next(getattr(module, name) for name in _MASKED if hasattr(module, name))
     (e, M, _), N, width = hidden_states.shape, weights.w1.shape[1], weights.w2.shape[2]
     if M == 0:
         return
     counts = counts.to(torch.int32)
     q, q_scale = weights.quantized(hidden_states, scale)
     first = workspace13.flatten()[: e * M * N].view(e, M, N)
-    gemm.m_grouped_fp8_gemm_nt_masked(
+    masked_gemm(
         (q, mn_major(q_scale)),
         (weights.w1, weights.w1_scale),
         first,
@@ -251,7 +254,7 @@ def batched_experts(
         activation, act, first, activation_config=config, valid_token_counts=counts
     )
     q, q_scale = weights.quantized(act)
-    gemm.m_grouped_fp8_gemm_nt_masked(
+    masked_gemm(
         (q, mn_major(q_scale)),
         (weights.w2, weights.w2_scale),
         output,
