@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expert_layers import Layer
-from fusedmoe import MoEOptions
+from fusedmoe import FusedMoEParallelConfig, MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import (
     PAIRS,
@@ -15,6 +15,7 @@ from fusedmoe.experts.triton_quantized import (
     TritonQuantizedExperts,
     unmet_by_groups,
 )
+from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import (
@@ -246,3 +247,48 @@ def test_the_batched_format_needs_counts():
             rows, rows, w, w, None, None, PLAIN.activation, 4, None, None, None, rows, rows, None,
             False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_channel", "int8_rows"])
+def test_rows_rounded_before_they_travelled(name):
+    """The same bits as rows that are rounded here."""
+    case = CASES[name]
+    options = MoEOptions(batch_invariant=True)
+    case = replace(case, layer=replace(case.layer, T=40, options=options))
+    tensors = case.layer.tensors()
+    w1, w2, config = case.config(tensors)
+    moe = case.layer.config()
+    experts = TritonQuantizedExperts(moe, config)
+    x = tensors["hidden_states"]
+    q, scale = quantize_rows(x, config.a1.key)
+    shapes = experts.workspace_shapes(
+        case.layer.T, w1.shape[1], x.shape[1], case.layer.K, case.layer.E, w1.shape[0], None,
+        case.layer.activation,
+    )  # fmt: skip
+    found = []
+    for rows, rows_scale in ((x, None), (q, scale)):
+        out = torch.full_like(x, NAN)
+        experts.apply(
+            out, rows, w1.data, w2.data, tensors["topk_weights"], tensors["topk_ids"],
+            case.layer.activation, case.layer.E, None, rows_scale, None,
+            x.new_empty(shapes.workspace13), x.new_empty(shapes.workspace2), None, False,
+        )  # fmt: skip
+        found.append(out)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
+def test_rows_are_rounded_before_they_travel_where_their_scales_can():
+    ranks = FusedMoEParallelConfig.make_no_parallel()
+    apart = replace(ranks, dp_size=2, ep_size=2, use_ep=True)
+    for name, here, travelling in (
+        ("fp8_block", True, False),
+        ("int8_rows", True, False),
+        ("fp8_tensor", True, True),
+        ("int4", True, True),
+    ):
+        case = CASES[name]
+        config = case.config(case.layer.tensors())[2]
+        for parallel, deferred in ((ranks, here), (apart, travelling)):
+            moe = replace(case.layer.config(), moe_parallel_config=parallel)
+            assert TritonQuantizedExperts(moe, config).expects_unquantized_inputs is deferred

@@ -136,7 +136,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         R, H = T * K, hidden_states.shape[1]
         plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
         operands = None
-        if not plain and workspace2.numel() >= 2 * R * H:
+        if not plain and a1q_scale is None and workspace2.numel() >= 2 * R * H:
             operands = self.operands(w1, w2, activation, hidden_states.dtype)
         if operands is None or not runs_decode(R, e, operands, hidden_states):
             super().apply(

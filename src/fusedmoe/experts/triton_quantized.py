@@ -159,13 +159,20 @@ class _Quantized(FusedMoEExpertsModular):
 
 
 class TritonQuantizedExperts(_Quantized):
-    """Standard rows; the sum over K is made here."""
+    """Standard rows; the sum over K is made here. On one rank rows are rounded where they are read;
+    rows that travel are rounded before, where their scales can travel with them."""
 
     name = "triton_quantized"
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
         return _capabilities(FusedMoEActivationFormat.Standard)
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        key = self.quant_config.a1.key
+        travels = self.moe_config.moe_parallel_config.use_all2all_kernels
+        return self.emulate or not travels or key is None or key.static or key == FP8_DYNAMIC_TENSOR
 
     def workspace_shapes(
         self,
@@ -213,6 +220,7 @@ class TritonQuantizedExperts(_Quantized):
             standard_op(
                 output,
                 hidden_states,
+                a1q_scale,
                 *flat(w1, w2, self.quant_config),
                 weights,
                 topk_ids,
@@ -228,7 +236,7 @@ class TritonQuantizedExperts(_Quantized):
         quantized_experts(
             output,
             hidden_states,
-            self.operands(w1, w2, activation, hidden_states.dtype),
+            self.operands(w1, w2, activation, output.dtype),
             weights,
             topk_ids,
             activation,
@@ -236,6 +244,7 @@ class TritonQuantizedExperts(_Quantized):
             expert_map,
             workspace13,
             workspace2,
+            x_scale=a1q_scale,
             batch_invariant=batch_invariant,
             tiles=self.tiles,
         )

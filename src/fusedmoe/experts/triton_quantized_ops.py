@@ -83,6 +83,7 @@ def _operands_of(
 def standard_op(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
+    x_scale: torch.Tensor | None,
     w1: torch.Tensor,
     w1_scale: torch.Tensor | None,
     w1_scale2: torch.Tensor | None,
@@ -122,7 +123,7 @@ def standard_op(
     quantized_experts(
         output,
         hidden_states,
-        _operands_of(parts, MoEActivation(activation), hidden_states.dtype, emulate),
+        _operands_of(parts, MoEActivation(activation), output.dtype, emulate),
         topk_weights,
         topk_ids,
         MoEActivation(activation),
@@ -130,6 +131,7 @@ def standard_op(
         expert_map,
         workspace13,
         workspace2,
+        x_scale=x_scale,
         batch_invariant=batch_invariant,
     )
 

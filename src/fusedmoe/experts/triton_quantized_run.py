@@ -83,11 +83,13 @@ def two_gemms(
     ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     *,
+    x_scale: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
     """x [rows of x, H] -> rows [R, H] by slot, unweighted; act [R, I] is scratch.
 
-    ids [R] and ``expert_map`` say which slots count where one scale serves all of them.
+    ``x_scale``: x is already rounded, as ``quantize_rows`` does. ids [R] and ``expert_map`` say
+    which slots count where one scale serves all of them.
     """
     first: dict[str, Any] = {
         "top_k": top_k,
@@ -104,12 +106,12 @@ def two_gemms(
     assert key is not None
     assert second_key is not None
     columns = key.group_shape.col, second_key.group_shape.col
-    on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not batch_invariant
+    on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not batch_invariant and x_scale is None
     if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
         w8a8_gemm(x, None, w1, act, None, blocks, tiles.gemm1, key, **first)
         w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
         return
-    a, a_scale = quantize_rows(x, key, operands.a1_scale)
+    a, a_scale = quantize_rows(x, key, operands.a1_scale) if x_scale is None else (x, x_scale)
     width = tiles.gemm1.rows // (2 if activation.is_gated else 1)
     if key == second_key and width == columns[1] == QUANTIZED_GROUP:
         q = torch.empty(act.shape, dtype=_FP8, device=x.device)
@@ -192,14 +194,15 @@ def quantized_experts(
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
     *,
+    x_scale: torch.Tensor | None = None,
     batch_invariant: bool = False,
     tiles: QuantizedTiles | None = None,
 ) -> None:
     """Write the weighted sum over K [T, H] into ``output``.
 
-    hidden_states [T, H], topk_weights fp32 [T, K] (None: all one). The workspaces hold at least
-    R * I and R * H elements, better R * ``row_width``. Ids that name no local expert count as
-    nothing. ``tiles`` overrides the choice of ``tuning.quantized_tiles``.
+    hidden_states [T, H] (``x_scale``: already rounded), topk_weights fp32 [T, K] (None: all one).
+    The workspaces hold at least R * I and R * H elements, better R * ``row_width``. Ids that name
+    no local expert count as nothing. ``tiles`` overrides the choice of ``tuning.quantized_tiles``.
     """
     (T, K), (e, H, I) = topk_ids.shape, operands.w2.shape  # noqa: E741
     R = T * K
@@ -221,6 +224,7 @@ def quantized_experts(
         activation_config,
         topk_ids,
         expert_map,
+        x_scale=x_scale,
         batch_invariant=batch_invariant,
     )
     moe_fused_mul_sum(

@@ -16,6 +16,7 @@ from fusedmoe.kernels.peer_all_to_all import combine, dispatch
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.keys import fp8_dynamic_group
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
@@ -89,11 +90,11 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         """Raises PeerTimeoutError if a rank was missed before, ValueError as ``sizes_for``."""
         memory = self.memory
         memory.check()
-        quantizes = quant_config.a1.dtype is not None and not defer_input_quant
-        if quantizes != (memory.layout.group > 0):
+        key, group = None if defer_input_quant else quant_config.a1.key, memory.layout.group
+        if key != (fp8_dynamic_group(group) if group else None):
             raise ValueError(
-                f"the experts take {quant_config.a1.dtype or a1.dtype} rows, the buffers hold "
-                f"{memory.layout.row_dtype}"
+                f"the experts take rows in {key or a1.dtype}, the buffers hold "
+                f"{memory.layout.row_dtype} with a scale per {group or 'no'} columns"
             )
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         rows = max(max(self.sizes_for(a1.shape[0])), 1)
