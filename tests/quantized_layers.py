@@ -69,14 +69,19 @@ def draw(name: str, *shape: int, shards: int = 1, seed: int = 0, **layout: Any) 
     return quantize(weight, fmt, shards=shards, group_index=index, **layout)
 
 
-def fill(layer: MoERunner, w13: QuantizedTensor, w2: QuantizedTensor) -> None:
-    """Write both weights into the layer's parameters."""
+def fill(
+    layer: MoERunner,
+    w13: QuantizedTensor,
+    w2: QuantizedTensor,
+    experts_here: slice = slice(None),
+) -> None:
+    """Write both weights, of the experts that are here, into the layer's parameters."""
     experts = layer.routed_experts
     with torch.no_grad():
         for owner, weight in (("w13", w13), ("w2", w2)):
             for part, tensor in weight.parts().items():
                 parameter = getattr(experts, f"{owner}_{SUFFIXES[part]}")
-                parameter.copy_(tensor.reshape(parameter.shape))
+                parameter.copy_(tensor[experts_here].reshape(parameter.shape))
     experts.process_weights_after_loading()
 
 

@@ -17,8 +17,10 @@ from fusedmoe.kernels.peer_all_to_all import (
     dispatch,
     dispatch_reference,
 )
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.runner.capture import record_graph
 from layer_oracle import Experts
+from quantized_layers import Scheme, fill, make_layer
 
 E, K, H, I = 16, 3, 256, 128  # noqa: E741
 
@@ -120,6 +122,39 @@ def check_layer(tokens: list[int]) -> None:
         logits.copy_(others)
         graph.replay()
         assert_near(out, whole(x, logits))
+    memory.check()
+    memory.close()
+
+
+def check_fp8_layer(tokens: list[int]) -> None:
+    """Rows travel in fp8, as the experts take them."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tokens = tokens[:world]
+    memory = memory_for(max(tokens), fp8=True)
+    groups = ParallelGroups(
+        dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
+    )
+    sizes = {"E": E, "K": K, "H": H, "I": I, "dtype": torch.bfloat16, "device": "cuda"}
+    whole, w13, w2 = make_layer("fp8_block", FP8_DYNAMIC_128, options=MoEOptions(), **sizes)
+    apart = FusedMoE(
+        E,
+        K,
+        H,
+        I,
+        torch.bfloat16,
+        quant_config=Scheme("fp8_block", FP8_DYNAMIC_128),
+        parallel=groups,
+        options=MoEOptions(prepare_finalize="peer"),
+        device="cuda",
+    )
+    mine = slice(rank * E // world, (rank + 1) * E // world)
+    fill(apart, w13, w2, mine)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(tokens[rank], H, generator=generator).bfloat16().cuda()
+    logits = torch.randn(tokens[rank], E, generator=generator).cuda()
+    for _ in range(2):
+        found = apart(x, logits, tokens_per_rank=tokens)
+        assert_near(found, whole(x, logits))
     memory.check()
     memory.close()
 

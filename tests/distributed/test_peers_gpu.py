@@ -18,6 +18,11 @@ def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens):
     gpu_ranks.run(rank_peers.check_layer, tokens)
 
 
+@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1]])
+def test_rows_travel_in_fp8(gpu_ranks, tokens):
+    gpu_ranks.run(rank_peers.check_fp8_layer, tokens)
+
+
 def test_a_missing_rank_is_named(gpu_ranks):
     gpu_ranks.run(rank_peers.check_missing_rank)
 
