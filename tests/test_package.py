@@ -286,3 +286,21 @@ def test_triton_bodies_are_imported_by_launchers_only() -> None:
         if uses_triton and relative.parts[:2] != ("kernels", "triton"):
             wrong.append(relative.as_posix())
     assert not wrong
+
+
+# The test extra's packages of weight formats, which a GPU machine need not have.
+FORMAT_PACKAGES = {"compressed_tensors", "gguf", "torchao"}
+
+
+def test_packages_of_formats_are_imported_where_they_are_used() -> None:
+    """At module level an import would keep the file's GPU tests from being collected without it."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.partition(".")[0] for name in names} & FORMAT_PACKAGES:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +27,8 @@ def numbers(seed: int, rows: int, columns: int, bits: int) -> torch.Tensor:
 @few
 @given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 70), st.integers(1, 8))
 def test_dense_words(seed: int, rows: int, columns: int, bits: int) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     wanted = numbers(seed, rows, columns, bits)
     packed = pack_to_int32(offset_to_int8(wanted, bits), bits)
     assert torch.equal(unpack_words(packed, bits, columns), wanted)
@@ -39,6 +39,8 @@ def test_dense_words(seed: int, rows: int, columns: int, bits: int) -> None:
 @few
 @given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 6))
 def test_words_of_awq(seed: int, rows: int, words: int) -> None:
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(-(1 << 31), 1 << 31, (rows, words), generator=generator).int()
     theirs, _ = AutoAWQConverter.unpack_awq(packed, None, 4)
