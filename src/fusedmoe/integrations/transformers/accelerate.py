@@ -14,17 +14,14 @@ from torch import nn
 
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import RanksDisagreeError
-from fusedmoe.integrations.transformers.blocks import (
-    BlockForward,
-    ExpertsForward,
-    make_replacements,
-)
+from fusedmoe.integrations.transformers.blocks import BlockForward, ExpertsForward
 from fusedmoe.integrations.transformers.families import Family, find_family
 from fusedmoe.integrations.transformers.generic import (
     TransformersFusedMoE,
     put_back,
     recursive_replace,
 )
+from fusedmoe.integrations.transformers.make_block import make_replacements
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.selection import check_forced_names
@@ -90,7 +87,8 @@ def accelerate(
     placement) and sends tokens to the others': every rank accelerates the same model, and every
     forward is a call on all of them. Ranks have batches of their own, of any size, or with
     ``same_tokens`` all have the same one; then what each rank's experts make of it is added up.
-    Blocks that cannot be spread run on each rank by themselves.
+    Blocks that cannot be spread run on each rank by themselves. A model that ``from_pretrained``
+    has spread needs no ``ep_group`` here.
 
     Raises ValueError for ``options`` that force an implementation that does not exist, and where
     ranks have different models.

@@ -8,7 +8,7 @@ E experts, H hidden, I intermediate, S = 2 where gated, else 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -261,14 +261,9 @@ def borrow_experts(
         options=options,
     )
     if ranks is not None:
-        placed = ranks.place(E)
-        moe_config = replace(
-            moe_config,
-            num_local_experts=placed.num_local_experts,
-            moe_parallel_config=ranks.parallel,
-        )
+        _, moe_config = ranks.share(moe_config)
         check_agreement(facts_of(moe_config), ranks.groups, "an accelerated block")
-        weights = RankWeights.of(weights, placed)
+        weights = RankWeights.of(weights, ranks.own_experts(E))
     experts = BorrowedExperts(moe_config, weights, ranks)
     experts.process_weights_after_loading()
     return experts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,13 +22,20 @@ from fusedmoe.checkpoint import (
     read_quantization_config,
 )
 from fusedmoe.config import MoEOptions
+from fusedmoe.distributed.agreement import facts_of
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
-from fusedmoe.integrations.transformers.packed import PackedExperts, find_seats
+from fusedmoe.integrations.transformers.packed import PackedExperts
+from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
+from fusedmoe.integrations.transformers.seats import find_seats
 from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource, Source
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.weights.families import family_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,8 @@ def from_pretrained(
     device: torch.device | str | None = None,
     quantize: str | None = None,
     options: MoEOptions | None = None,
+    ep_group: ProcessGroup | DeviceMesh | None = None,
+    same_tokens: bool = False,
 ) -> Any:
     """The model in ``path``, a checkpoint folder or a GGUF file, in eval mode.
 
@@ -49,16 +58,39 @@ def from_pretrained(
     quantized layers outside the experts become ``dtype``. ``quantize`` names a format
     ("fp8_channel", "int8_channel", "int4_g128", "mxfp4", ...) to which experts stored as floats are
     rounded while they are read, one matrix at a time. ``dtype`` "auto" is the checkpoint's;
-    ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint of floats that stays
-    so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
+    ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint of floats that
+    stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
+
+    With ``ep_group``, every rank of it calls this with the same arguments and reads its share of
+    the experts alone (linear placement), packed or floats; every forward is then a call on all
+    ranks. They have batches of their own, of any size, or with ``same_tokens`` all have one.
 
     Nothing is downloaded, no code from the folder runs, pickles are refused. Raises CheckpointError
-    (a ValueError) naming the tensor that is missing, unexpected or malformed.
+    (a ValueError) naming the tensor that is missing, unexpected or malformed; RanksDisagreeError
+    where another rank has failed or has another model.
     """
     check_forced_names(options or MoEOptions())
+    if ep_group is None:
+        return _load(path, dtype, device, quantize, options, None)
+    ranks = BlockRanks.make(ep_group, same_tokens)
+    return make_together(
+        ranks, lambda: _load(path, dtype, device, quantize, options, ranks), _facts
+    )
+
+
+def _load(
+    path: str | Path,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    quantize: str | None,
+    options: MoEOptions | None,
+    ranks: BlockRanks | None,
+) -> Any:
     source = open_source(path, quantize)
     if isinstance(source, Checkpoint):
-        return _load_floats(source, dtype, device)
+        if ranks is None:
+            return _load_floats(source, dtype, device)
+        source = FolderSource(CheckpointExperts.read(source))
     schemes = {key: source.schemes(layer) for key, layer in source.layers.items()}
     config = source.config()
     model_dtype = _dtype(config, dtype)
@@ -69,11 +101,23 @@ def from_pretrained(
         if not isinstance(module, PackedExperts):
             continue
         key = _layer_key(name, source)
+        module.ranks = ranks
         try:
-            module.load(source.layers[key], schemes[key], source.read, model_dtype, target, options)
+            module.load(source.layers[key], schemes[key], source, model_dtype, target, options)
         except ValueError as error:
             raise CheckpointError(f"{source.where}: {error}") from error
     return model.eval()
+
+
+def _facts(model: Any) -> dict[str, str]:
+    """What has to be the same on all ranks that share a model's experts."""
+    facts: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedExperts) and module.routed_experts is not None:
+            known = facts_of(module.routed_experts.moe_config)
+            known["format"] = "floats" if module.schemes is None else module.schemes.name
+            facts |= {f"{path}: {name}": value for name, value in known.items()}
+    return facts
 
 
 def open_source(path: str | Path, quantize: str | None = None) -> Source | Checkpoint:

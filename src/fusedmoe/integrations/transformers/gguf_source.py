@@ -147,8 +147,12 @@ class GgufSource:
         except ValueError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.file.read(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[name].shape
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        tensor = self.file.read(name)  # of a mapped file: what is not looked at is not read
+        return tensor if rows is None else tensor[rows.start : rows.stop]
 
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING

@@ -1,67 +1,48 @@
-"""PackedExperts: quantized experts in the place of a model's own experts module.
+"""PackedExperts: experts as their files store them, in the place of a model's own experts module.
 
-E experts, H hidden, I intermediate, S = 2 where gated, else 1; T tokens, K picks.
+e of E experts, H hidden, I intermediate, S = 2 where gated, else 1; T tokens, K picks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fusedmoe.config import MoEOptions
-from fusedmoe.integrations.transformers.borrowed import experts_config, gate_of_experts
+from fusedmoe.integrations.transformers.borrowed import experts_config
 from fusedmoe.integrations.transformers.experts_function import _NoBackward
-from fusedmoe.integrations.transformers.families import (
-    Experts,
-    Family,
-    at,
-    find_family,
-    is_fp8,
-)
-from fusedmoe.integrations.transformers.gates import Gate, gate_of
+from fusedmoe.integrations.transformers.families import is_fp8
+from fusedmoe.integrations.transformers.gates import gate_of
+from fusedmoe.integrations.transformers.ranks import BlockRanks
+from fusedmoe.integrations.transformers.seats import ExpertsSeat
+from fusedmoe.integrations.transformers.sources import Source
 from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.methods import method_of
 from fusedmoe.quantization.keys import GroupShape, fp8_dynamic_group
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.quantization.tensor import QuantFormat
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
-from fusedmoe.weights.checkpoint_experts import ExpertLayer
-from fusedmoe.weights.families import read_sizes
+from fusedmoe.weights.checkpoint_experts import ExpertLayer, ExpertTensor
 from fusedmoe.weights.routed_experts import RoutedExperts
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertsSeat:
-    """Where a model has experts, and what they are: found while it has no storage yet.
-
-    ``path`` leads to the module; sizes are those of its parameters.
-    """
-
-    path: str
-    module: nn.Module
-    gate: Gate
-    top_k: int
-    E: int
-    H: int
-    I: int  # noqa: E741
-    has_bias: bool
 
 
 class PackedExperts(nn.Module):
     """Called as the module that it replaces: (hidden_states, ids [T, K], weights [T, K]).
 
     ``stands_for`` is the (Python module, class) of that one. The parameters, those of
-    ``routed_experts``, come with ``load``; gradients do not pass through.
+    ``routed_experts``, come with ``load``; gradients do not pass through. Where ``ranks`` was set
+    before, they are those of this rank, and every call is one on all ranks.
     """
 
     def __init__(self, seat: ExpertsSeat) -> None:
         super().__init__()
         cls = type(seat.module)
         self.seat = seat
+        self.ranks: BlockRanks | None = None
         self.stands_for = (cls.__module__, cls.__name__)
         self.num_experts = seat.E
         self.schemes: LayerSchemes | None = None
@@ -83,7 +64,7 @@ class PackedExperts(nn.Module):
 
         ``demands`` are those of ``experts_config``.
         """
-        seat = self.seat
+        seat, ranks = self.seat, self.ranks
         config = experts_config(
             seat.gate,
             seat.top_k,
@@ -94,42 +75,69 @@ class PackedExperts(nn.Module):
             options=options,
             **demands,  # type: ignore[arg-type]
         )
+        placed = None
+        if ranks is not None:
+            placed, config = ranks.share(config)
         method = (
             UnquantizedFusedMoEMethod(config)
             if self.schemes is None
             else method_of(self.schemes, config)
         )
+        method.groups = None if ranks is None else ranks.groups
         return HeldExperts(
-            config, method, params_dtype=dtype, prefix=seat.path, device=device, **(tensors or {})
+            config,
+            method,
+            params_dtype=dtype,
+            expert_map_manager=placed,
+            prefix=seat.path,
+            device=device,
+            **(tensors or {}),
         )
 
     def load(
         self,
         layer: ExpertLayer,
         schemes: LayerSchemes | None,
-        read: Callable[[str], torch.Tensor],
+        source: Source,
         dtype: torch.dtype,
         device: torch.device,
         options: MoEOptions | None = None,
     ) -> None:
         """Fill from the tensors of ``layer``, one at a time. Raises ValueError naming the tensor.
 
-        ``read`` gives a tensor by its name in the files.
+        Of experts that live on other ranks nothing is read.
         """
         self.schemes = schemes
         experts = self.make_experts(dtype, device, options)
         gated = experts.moe_config.is_act_and_mul
         for tensor in layer.tensors:
-            experts.load_part(
-                tensor.name,
-                read(tensor.name),
-                expert=tensor.expert,
-                shards=tensor.shards(gated),
-                suffix=tensor.suffix or "weight",
-            )
+            for expert, value in self._read(tensor, source):
+                experts.load_part(
+                    tensor.name,
+                    value,
+                    expert=expert,
+                    shards=tensor.shards(gated),
+                    suffix=tensor.suffix or "weight",
+                )
         experts.check_loaded()
         experts.process_weights_after_loading()
         self.routed_experts = experts
+
+    def _read(
+        self, tensor: ExpertTensor, source: Source
+    ) -> Iterator[tuple[int | None, torch.Tensor]]:
+        """What this rank needs of a tensor, and whose it is (None: everybody's)."""
+        if self.ranks is None:
+            yield tensor.expert, source.read(tensor.name)
+            return
+        own = self.ranks.own_experts(self.num_experts)
+        if tensor.expert is not None:
+            if tensor.expert in own:
+                yield tensor.expert, source.read(tensor.name)
+        elif source.shape(tensor.name)[:1] != (self.num_experts,):
+            yield None, source.read(tensor.name)  # rows of all experts below each other
+        elif own:
+            yield from zip(own, source.read(tensor.name, own).unbind(0), strict=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """A cast of the model changes the rows' dtype; what is packed keeps its own."""
@@ -171,11 +179,12 @@ class PackedExperts(nn.Module):
             raise ValueError(f"{self.seat.path}: these experts were not loaded")
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.masked_fill(top_k_index == self.num_experts, -1)
-        if not torch.is_grad_enabled():
+        with torch.no_grad():
             output = experts.forward_modular(x, top_k_weights.float(), ids)
-        else:
-            with torch.no_grad():
-                output = experts.forward_modular(x, top_k_weights.float(), ids)
+            if self.ranks is not None:
+                rank_sum = self.ranks.rank_sum
+                output = rank_sum.reduced(rank_sum.partial(output)).value
+        if torch.is_grad_enabled():
             output = _NoBackward.apply(output, x)
         return output.view(hidden_states.shape)
 
@@ -233,52 +242,3 @@ def _activation_dtype(experts: Any) -> torch.dtype:
     """Of the rows that the model passes, which one-byte weights do not tell."""
     found = getattr(getattr(experts, "config", None), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16
-
-
-def find_seats(model: nn.Module) -> list[ExpertsSeat]:
-    """Every experts module of a model of a known family, which may be on the meta device.
-
-    Raises ValueError for blocks whose experts cannot be run packed, naming why.
-    """
-    seats = []
-    for path, block in model.named_modules():
-        family = find_family(block)
-        if family is None:
-            continue
-        if isinstance(family, str):
-            raise ValueError(f"{path}: {family}")
-        name = f"{path}.{family.experts.at}".strip(".")
-        seats.append(seat_of(name, block, family, getattr(model, "config", None)))
-    return seats
-
-
-def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> ExpertsSeat:
-    """The seat of one block. Raises ValueError where its experts cannot be run packed."""
-    part, module = family.experts, at(block, family.experts.at)
-    if part.layout not in ("stacked", "transposed") or not isinstance(part.w13, str):
-        raise ValueError(f"{path}: experts laid out as {part.layout!r} cannot be replaced")
-    if family.weights_on_input or "num_zero_experts" in family.router.rule:
-        raise ValueError(f"{path}: {family.name} does more than apply experts in its own module")
-    E, H, I = sizes_of(part, module)  # noqa: E741
-    top_k = (
-        family.router.spec(block).top_k
-        if family.router.rule
-        else getattr(at(block, family.router.at), "top_k", None) or read_sizes(config).top_k or 1
-    )
-    return ExpertsSeat(
-        path=path,
-        module=module,
-        gate=gate_of_experts(part, module),
-        top_k=int(top_k),
-        E=E,
-        H=H,
-        I=I,
-        has_bias=at(module, part.w13_bias) is not None,
-    )
-
-
-def sizes_of(part: Experts, module: nn.Module) -> tuple[int, int, int]:
-    """(E, H, I) of an experts module, from the shape of its down projection."""
-    E, *rest = at(module, part.w2).shape
-    H, I = reversed(rest) if part.layout == "transposed" else rest  # noqa: E741
-    return E, H, I

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fusedmoe.config import FusedMoEParallelConfig, ParallelGroups, ParallelPlace
+from fusedmoe.config import FusedMoEConfig, FusedMoEParallelConfig, ParallelGroups, ParallelPlace
+from fusedmoe.distributed.agreement import RanksDisagreeError, check_agreement
 from fusedmoe.runner.reduction import RankSum
 from fusedmoe.weights.expert_map import ExpertMapManager
 
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from fusedmoe.integrations.transformers.borrowed import ExpertWeights
+
+Made = TypeVar("Made")
+_FAILURE = "what went wrong"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,21 @@ class BlockRanks:
     def place(self, num_experts: int) -> ExpertMapManager:
         return ExpertMapManager(num_experts, 0, self.parallel.ep_size, self.parallel.ep_rank)
 
+    def own_experts(self, num_experts: int) -> range:
+        """This rank's experts, which follow each other in a linear placement."""
+        placed = self.place(num_experts)
+        own = [e for e in range(num_experts) if placed.local_row(e) >= 0]
+        return range(own[0], own[-1] + 1) if own else range(0)
+
+    def share(self, config: FusedMoEConfig) -> tuple[ExpertMapManager, FusedMoEConfig]:
+        """Where the experts of a block are, and ``config`` for this rank's among them."""
+        placed = self.place(config.num_experts)
+        own = {
+            "num_local_experts": placed.num_local_experts,
+            "moe_parallel_config": self.parallel,
+        }
+        return placed, replace(config, **own)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class RankWeights:
@@ -52,11 +73,8 @@ class RankWeights:
     last: int
 
     @classmethod
-    def of(cls, weights: ExpertWeights, placed: ExpertMapManager) -> RankWeights:
-        """This rank's experts, which follow each other in a linear placement."""
-        rows = [e for e in range(placed.global_num_experts) if placed.local_row(e) >= 0]
-        first = rows[0] if rows else 0
-        return cls(weights, first, first + len(rows))
+    def of(cls, weights: ExpertWeights, own: range) -> RankWeights:
+        return cls(weights, own.start, own.stop)
 
     def w13(self) -> torch.Tensor:
         return self.weights.w13()[self.first : self.last]
@@ -72,3 +90,23 @@ class RankWeights:
 
     def _cut(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if bias is None else bias[self.first : self.last]
+
+
+def make_together(
+    ranks: BlockRanks, make: Callable[[], Made], facts_of: Callable[[Made], Mapping[str, str]]
+) -> Made:
+    """What ``make`` gives, which talks to nobody, if it succeeds on all ranks with equal facts.
+
+    A rank that fails raises its own error; the others, which would wait for it in the first
+    forward, raise RanksDisagreeError.
+    """
+    try:
+        made = make()
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RanksDisagreeError):
+            check_agreement({_FAILURE: told}, ranks.groups, "the model")
+        raise
+    check_agreement({_FAILURE: "nothing"}, ranks.groups, "the model")
+    check_agreement(facts_of(made), ranks.groups, "the model")
+    return made

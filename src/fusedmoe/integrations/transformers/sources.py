@@ -34,8 +34,11 @@ class Source(Protocol):
     def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
         """How the layer is stored, and will be kept, after its tensors were checked by name."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor of the files."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of the files."""
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """A tensor of the files, or no more of it than ``rows`` of its first axis."""
 
     def config(self) -> Any:
         """The Transformers configuration, which does not say that the model is quantized."""
@@ -76,6 +79,16 @@ class FolderSource:
                 f"{self.where}: is quantized already ({experts.quantization.dialect}); rounding to "
                 f"{online.format.name} is for checkpoints of floats"
             )
+        # Of all experts in one tensor: [E, in, out] in some families, which ours are not.
+        self._turned = {
+            tensor.name
+            for layer in self.layers.values()
+            for tensor in layer.tensors
+            if experts.family.fused_in_out
+            and tensor.expert is None
+            and tensor.suffix in ("", "weight")
+            and experts.checkpoint.tensors[tensor.name].dtype in FLOAT_DTYPES
+        }
 
     @property
     def where(self) -> Path:
@@ -93,9 +106,14 @@ class FolderSource:
         names = [tensor.matrix for tensor in layer.tensors]
         return self.online.layer_schemes(names, names)
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.reader(name)
-        return tensor
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.experts.checkpoint.tensors[name].shape
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        tensor: torch.Tensor = (
+            self.reader(name) if rows is None else self.reader.slice(name)[rows.start : rows.stop]
+        )
+        return tensor.mT if name in self._turned else tensor
 
     def config(self) -> Any:
         from transformers import AutoConfig
