@@ -149,15 +149,16 @@ build(hopper_direct.down_kernel,
       sizes | {"PICKS": 4, "SLOTS": 4, "TILE": tiles.down_rows, "SHARE": tiles.down_rows // 4,
                "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
       maxnreg=hopper_direct.MAX_REGISTERS)
-tiles = PrefillTiles()
-step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
-weights = desc(128, tiles.depth)
-build(hopper_prefill.up_kernel,
-      {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
-      sizes | formula | step, maxnreg=168)
-build(hopper_prefill.down_kernel,
-      {"act_desc": weights, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
-      sizes | step, maxnreg=168)
+for tiles in (PrefillTiles(), PrefillTiles(spread=4, thin=True)):
+    step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group,
+            "SPREAD": tiles.spread, "THIN": tiles.thin}
+    weights, rows = desc(128, tiles.depth), desc(64 if tiles.thin else 128, tiles.depth)
+    build(hopper_prefill.up_kernel,
+          {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
+          sizes | formula | step, maxnreg=168)
+    build(hopper_prefill.down_kernel,
+          {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
+          sizes | step, maxnreg=168)
 """
 
 

@@ -78,11 +78,44 @@ def deepest_ring(rows: int, tiles: int, block: int) -> int:
 @dataclass(frozen=True)
 class PrefillTiles:
     """Steps of ``depth`` columns, ``stages`` in flight; ``group`` blocks of 128 rows run side by
-    side so that they share weights in the L2."""
+    side so that they share weights in the L2.
+
+    The blocks of a group come from ``spread`` places of the list, ``group / spread`` neighbours
+    each. ``thin``: of a block with at most 64 rows only the first 64 are loaded. A program of the
+    sum adds ``sum_spans`` times 1024 columns. Raises ValueError where ``spread`` does not divide.
+    """
 
     depth: int = 64
     stages: int = 4
     group: int = 16
+    spread: int = 1
+    thin: bool = False
+    sum_spans: int = 1
+
+    def __post_init__(self) -> None:
+        if self.spread < 1 or self.group % self.spread or self.sum_spans < 1:
+            raise ValueError(
+                f"groups of {self.group} blocks from {self.spread} places, sums of "
+                f"{self.sum_spans} spans"
+            )
+
+
+def block_of_task(
+    task: int,
+    blocks: int,
+    column_tiles: int,
+    tiles: PrefillTiles,
+) -> tuple[int, int]:
+    """(block, column tile) of a prefill task; the definition of the kernels' ``tile_of``."""
+    group, rest = divmod(task, tiles.group * column_tiles)
+    size = min(tiles.group, blocks - group * tiles.group)
+    tile, index = divmod(rest, size)
+    whole = blocks // tiles.group
+    if group >= whole:
+        return group * tiles.group + index, tile
+    run = tiles.group // tiles.spread
+    place, inside = divmod(index, run)
+    return (place * whole + group) * run + inside, tile
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ products of the other. A warpgroup whose rows are all padding multiplies nothing
 up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of ``sorted_ids``;
              and position [R]: where a slot's row is.
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
-sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed order.
+sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
+             order.
 
-Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2.
+Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. With
+SPREAD > 1 a group is put together from so many places of the list, so that the blocks of experts
+with many rows, bound by the products, run beside those of experts with few, bound by memory. With
+THIN, the second half of a block that has no rows there is not loaded either.
 """
 
 import torch
@@ -48,12 +52,12 @@ def sum_kernel(
     PICKS: tl.constexpr,
     PADDED_PICKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPANS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pick = tl.arange(0, PADDED_PICKS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = token * PICKS + pick
     there = pick < PICKS
     # Nobody wrote the row of a slot without an expert; it is asked for before that is known.
@@ -61,15 +65,19 @@ def sum_kernel(
     expert = tl.load(ids_ptr + slot, there, -1)
     live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
     row = tl.where(live, row, 0).to(tl.int64)
-    wanted = live[:, None] & (column < H)[None, :]
-    at = row[:, None] * H + column[None, :]
-    rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
-    if weights_ptr is not None:
-        rows *= tl.load(weights_ptr + slot, live, 0.0).to(tl.float32)[:, None]
-    # As hopper_decode's sum, to the bit: the choice keeps product and sum from being contracted.
-    total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
-    tl.store(out_ptr + token * stride_out + column, total, column < H)
+    for span in tl.static_range(SPANS):
+        column = (tl.program_id(1) * SPANS + span) * BLOCK + tl.arange(0, BLOCK)
+        wanted = live[:, None] & (column < H)[None, :]
+        at = row[:, None] * H + column[None, :]
+        rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
+        if weights_ptr is not None:
+            rows *= tl.load(weights_ptr + slot, live, 0.0).to(tl.float32)[:, None]
+        # As hopper_decode's sum, to the bit: the choice keeps them from being contracted.
+        total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
+        tl.store(out_ptr + token * stride_out + column, total, column < H)
 
+
+SUM_COLUMNS = 1024  # of one pass of the sum
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
@@ -95,16 +103,29 @@ def prefill(
     programs: int,
 ) -> None:
     """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
-    H = w2.shape[1]
-    T, K = topk_ids.shape
+    K = topk_ids.shape[1]
     prefill_gemms(
         x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
     )
+    _sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], tiles)
+
+
+def _sum_rows(
+    y: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    position: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    num_local: int,
+    tiles: PrefillTiles,
+) -> None:
+    (T, K), H = topk_ids.shape, y.shape[1]
     _launch_sum(
-        (T, -(-H // 1024)),
+        (T, -(-H // (SUM_COLUMNS * tiles.sum_spans))),
         (y, topk_weights, position, topk_ids, expert_map, out),
-        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], w2.shape[0]),
-        (K, power_of_2(K), 1024),
+        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
+        (K, power_of_2(K), SUM_COLUMNS, tiles.sum_spans),
         4,
     )
 
@@ -132,7 +153,8 @@ def prefill_gemms(
     rows, stored = BLOCK_M.value, (HALF_M.value, TILE_N.value // 2)
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
-    steps = (tiles.depth, tiles.stages, tiles.group)
+    steps = (tiles.depth, tiles.stages, tiles.group, tiles.spread, tiles.thin)
+    loaded = HALF_M.value if tiles.thin else rows
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
@@ -145,7 +167,7 @@ def prefill_gemms(
     _launch_down(
         programs,
         (
-            matrix_descriptor(act, I, (rows, tiles.depth)),
+            matrix_descriptor(act, I, (loaded, tiles.depth)),
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),

@@ -21,13 +21,23 @@ HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 
 
 @gluon.jit
-def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner."""
+def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr, SPREAD: gl.constexpr):
+    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner.
+
+    A whole group takes its blocks from SPREAD places of the list, equally far apart.
+    """
     group = task // (GROUP * TILES)
     first = group * GROUP
     size = gl.minimum(blocks - first, GROUP)
     rest = task - first * TILES
-    return first + rest % size, rest // size
+    index = rest % size
+    block = first + index
+    if SPREAD > 1:
+        RUN: gl.constexpr = GROUP // SPREAD
+        whole = blocks // GROUP
+        apart = index // RUN * (whole * RUN) + group * RUN + index % RUN
+        block = gl.where(group < whole, apart, block)
+    return block, rest // size
 
 
 @gluon.jit
@@ -93,12 +103,12 @@ def store_part(desc, buffer, value, row, column):
 @gluon.jit
 def half_is_live(
     task, blocks, sorted_ptr, R,
-    TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
+    TILES: gl.constexpr, GROUP: gl.constexpr, SPREAD: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Whether this warpgroup's half of a task's block holds a slot: places fill from the front."""
+    """Whether this half of a task's block holds a slot: places fill from the front."""
     live = False
     if task < blocks * TILES:
-        block, _ = tile_of(task, blocks, TILES, GROUP)
+        block, _ = tile_of(task, blocks, TILES, GROUP, SPREAD)
         slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
         live = (slot >= 0) & (slot < R)
     return live

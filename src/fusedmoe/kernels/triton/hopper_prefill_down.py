@@ -25,11 +25,33 @@ UNSPECIALIZED = ("R", "num_local")
 @gluon.jit
 def weight_row_of(
     task, blocks, expert_ids_ptr, num_local,
-    H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
-    block, tile = tile_of(task, blocks, TILES, GROUP)
+    block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
     expert = gl.load(expert_ids_ptr + block)
     return gl.minimum(gl.maximum(expert, 0), num_local - 1) * H + tile * (2 * TILE_N)
+
+
+@gluon.jit
+def expect_step(bar, whole, BK: gl.constexpr, THIN: gl.constexpr):
+    """What one step brings: weights, and the rows of the block or, ``THIN``, of its live halves."""
+    WEIGHTS: gl.constexpr = 2 * TILE_N * BK * 2
+    if THIN:
+        mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2, pred=whole)
+        mbarrier.expect(bar, WEIGHTS + HALF_M * BK * 2, pred=~whole)
+    else:
+        mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2)
+
+
+@gluon.jit
+def load_rows(act_desc, a, bar, row, k, whole, THIN: gl.constexpr):
+    if THIN:
+        tma.async_copy_global_to_shared(act_desc, [row, k], bar, a.slice(0, HALF_M, 0))
+        tma.async_copy_global_to_shared(
+            act_desc, [row + HALF_M, k], bar, a.slice(HALF_M, HALF_M, 0), pred=whole
+        )
+    else:
+        tma.async_copy_global_to_shared(act_desc, [row, k], bar, a)
 
 
 @gluon.jit
@@ -38,16 +60,19 @@ def down_producer(
     rings,
     bars,
     tables,
+    R,
     num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
+    THIN: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
     act_desc, w_desc = descs
-    expert_ids_ptr, num_post_ptr = tables
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
     blocks = gl.load(num_post_ptr) // BLOCK_M
@@ -55,12 +80,16 @@ def down_producer(
     first = gl.program_id(0)
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
     EARLY: gl.constexpr = min(STAGES, (I + BK - 1) // BK)
-    BYTES: gl.constexpr = (BLOCK_M + 2 * TILE_N) * BK * 2
+    whole = True
+    if THIN:
+        whole = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
     if first < tasks:
-        weight_row = weight_row_of(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+        weight_row = weight_row_of(
+            first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP, SPREAD
+        )
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
+            expect_step(bar, whole, BK, THIN)
             tma.async_copy_global_to_shared(
                 w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
             )
@@ -69,17 +98,17 @@ def down_producer(
     stage = 0
     phase = 1
     for task in range(first, tasks, gl.num_programs(0)):
-        block, _ = tile_of(task, blocks, TILES, GROUP)
-        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+        block, _ = tile_of(task, blocks, TILES, GROUP, SPREAD)
+        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP, SPREAD)
+        if THIN:
+            whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
         for k in range(0, I, BK):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * BK):
-                mbarrier.expect(bar, BYTES)
+                expect_step(bar, whole, BK, THIN)
                 tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
-            tma.async_copy_global_to_shared(
-                act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
-            )
+            load_rows(act_desc, a_ring.index(stage), bar, block * BLOCK_M, k, whole, THIN)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -97,6 +126,7 @@ def down_consumer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -107,12 +137,12 @@ def down_consumer(
     phase = 0
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
     for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             low, high = halves(acc)
@@ -144,7 +174,10 @@ def down_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
+    THIN: gl.constexpr,
 ):
+    """``act_desc`` views tiles of 64 rows where THIN, otherwise of 128."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
@@ -154,21 +187,21 @@ def down_kernel(
                 down_consumer,
                 (
                     out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, 0,
+                    GROUP, SPREAD, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
                     out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, 1,
+                    GROUP, SPREAD, 1,
                 ),
             ),
             (
                 down_producer,
                 (
-                    (act_desc, w_desc), rings, bars, (expert_ids_ptr, num_post_ptr), num_local,
-                    H, I, TILES, GROUP,
+                    (act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES, GROUP,
+                    SPREAD, THIN,
                 ),
             ),
         ],

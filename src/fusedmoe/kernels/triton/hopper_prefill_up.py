@@ -24,6 +24,29 @@ UNSPECIALIZED = ("R", "num_local", "desc_rows")
 
 
 @gluon.jit
+def rows_at(place, store, x, position_ptr, sorted_ptr, R, PICKS: gl.constexpr):
+    """(rows of x [n, 1], which of them live) at these places [n] of the table; the place of each
+    slot is noted if ``store``."""
+    slots = gl.load(sorted_ptr + place)
+    live = (slots >= 0) & (slots < R)
+    slots = gl.where(live, slots, 0)
+    if store:
+        gl.store(position_ptr + slots, place, live)
+    x_rows = x[0] + (slots // PICKS).to(gl.int64) * x[1]
+    return gl.expand_dims(x_rows, 1), gl.expand_dims(live, 1)
+
+
+@gluon.jit
+def gather(a, x_rows, live, column, H: gl.constexpr, BK: gl.constexpr):
+    """Columns [1, BK] of these rows; dead rows and columns past H become zero."""
+    if H % BK == 0:  # noqa: SIM108 (a compile-time branch)
+        inside = live
+    else:
+        inside = live & (column < H)
+    async_copy.async_copy_global_to_shared(a, x_rows + column, inside)
+
+
+@gluon.jit
 def up_producer(
     descs,
     rings,
@@ -38,32 +61,33 @@ def up_producer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
+    THIN: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
-    x_ptr, stride_x = x
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
-    layout: gl.constexpr = rows_layout(BLOCK_M, BK, gl.num_warps())
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    ROWS: gl.constexpr = HALF_M if THIN else BLOCK_M
+    layout: gl.constexpr = rows_layout(ROWS, BK, gl.num_warps())
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
 
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 1
     for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
-        slots = gl.load(sorted_ptr + block * BLOCK_M + row)
-        live = (slots >= 0) & (slots < R)
-        slots = gl.where(live, slots, 0)
-        if tile == 0:
-            gl.store(position_ptr + slots, block * BLOCK_M + row, live)
-        x_rows = gl.expand_dims(x_ptr + (slots // PICKS).to(gl.int64) * stride_x, 1)
-        lives = gl.expand_dims(live, 1)
+        place = block * BLOCK_M + row
+        x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+        if THIN:
+            place += HALF_M
+            x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+            whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
             mbarrier.wait(empty.index(stage), phase)
@@ -73,13 +97,12 @@ def up_producer(
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
             tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
             tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
-            if H % BK == 0:  # noqa: SIM108 (a compile-time branch)
-                inside = lives
-            else:
-                inside = lives & (k + column < H)
-            async_copy.async_copy_global_to_shared(
-                a_ring.index(stage), x_rows + (k + column), inside
-            )
+            a = a_ring.index(stage).slice(0, ROWS, 0)
+            gather(a, x_rows, lives, k + column, H, BK)
+            if THIN:  # noqa: SIM102 (the outer one is settled at compile time)
+                if whole:
+                    rest = a_ring.index(stage).slice(ROWS, BLOCK_M - ROWS, 0)
+                    gather(rest, x_rest, lives_rest, k + column, H, BK)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -103,6 +126,7 @@ def up_consumer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -115,12 +139,12 @@ def up_consumer(
     phase = 0
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
     for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             gate, up = halves(acc)
@@ -169,6 +193,8 @@ def up_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    SPREAD: gl.constexpr,
+    THIN: gl.constexpr,
 ):
     """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
     WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
@@ -186,21 +212,21 @@ def up_kernel(
                 up_consumer,
                 (
                     out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 0,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, SPREAD, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
                     out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 1,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, SPREAD, 1,
                 ),
             ),
             (
                 up_producer,
                 (
                     (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr, tables,
-                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP,
+                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP, SPREAD, THIN,
                 ),
             ),
         ],
