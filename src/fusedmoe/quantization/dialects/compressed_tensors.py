@@ -27,6 +27,7 @@ from fusedmoe.quantization.dialects.base import (
     Rule,
     Scheme,
 )
+from fusedmoe.quantization.dialects.expressions import matches
 from fusedmoe.quantization.dialects.packing import (
     element_of,
     integers,
@@ -34,7 +35,7 @@ from fusedmoe.quantization.dialects.packing import (
     unpack_words,
     zero_points,
 )
-from fusedmoe.quantization.dialects.patterns import is_listed, matches
+from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import (
     flag,
     group_size_of,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+
+from fusedmoe.quantization.dialects.expressions import matches
 
 
 def is_listed(module: str, names: Iterable[str]) -> bool:
@@ -19,19 +20,7 @@ def is_listed(module: str, names: Iterable[str]) -> bool:
 
 def _means(name: str, module: str) -> bool:
     if name.startswith("re:"):
-        return _compiled(name[3:]).match(module) is not None
+        return matches(name[3:], module)
     if any(character in name for character in "*?["):
         return fnmatchcase(module, name) or fnmatchcase(module, f"{name}.*")
     return f".{name}." in f".{module}." or name.endswith(f".{module}")
-
-
-def matches(expression: str, module: str) -> bool:
-    """Whether a regular expression of a checkpoint matches from the start of ``module``."""
-    return _compiled(expression).match(module) is not None
-
-
-def _compiled(expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{expression!r} in quantization_config is no pattern: {error}") from None
