@@ -8,11 +8,13 @@ import torch
 from fusedmoe.kernels.peer_all_to_all import (
     PeerLayout,
     PeerView,
+    announce_outputs,
     combine,
     combine_reference,
     dispatch,
     dispatch_reference,
     wait_for_dispatch,
+    wait_for_outputs,
 )
 from fusedmoe.tuning.peer_tiles import PeerTiles
 
@@ -54,8 +56,12 @@ def inputs_of(layout: PeerLayout, tokens: tuple[int, ...], dtype: torch.dtype, s
 
 @pytest.mark.parametrize("tokens", [(5, 3, 0, 2), (4, 4, 4, 4), (1, 1, 1, 1), (0, 0, 1, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_arrive_and_sums_come_back(dtype, tokens):
-    """Uneven ranks, ids of -1 and beyond the last expert, two rounds over the same memory."""
+@pytest.mark.parametrize("announced", [False, True])
+def test_rows_arrive_and_sums_come_back(dtype, tokens, announced):
+    """Uneven ranks, ids of -1 and beyond the last expert, two rounds over the same memory.
+
+    In one launch outputs are announced and fetched, or in several.
+    """
     layout = PeerLayout(4, 5, 160, 4, dtype, dtype)
     views = views_of(layout)
     for epoch in (1, 2):
@@ -78,10 +84,18 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens):
             assert torch.equal(got.hidden_states[sent], want.hidden_states[sent])
             got.outputs[sent] = torch.randn(int(sent.sum()), layout.hidden).to(dtype)
             outputs.append(got.outputs)
-        raise_combine_flags(views, epoch)
+        if announced:
+            for view in views:
+                announce_outputs(view)
+        else:
+            raise_combine_flags(views, epoch)
         for rank, view in enumerate(views):
             out = torch.full((tokens[rank], layout.hidden), float("nan"), dtype=dtype)
-            combine(out, ids[rank], OWNERS, view, rows, max_polls=0, tiles=PeerTiles(2, 64, 4))
+            wait_for_outputs(view, max_polls=0)
+            combine(
+                *(out, ids[rank], OWNERS, view, rows),
+                **{"tiles": PeerTiles(2, 64, 4), "max_polls": 0, "announce": not announced},
+            )
             want = combine_reference(outputs, ids[rank], OWNERS, layout, rows, rank)
             assert torch.equal(out, want)
             assert view.error.item() == 0
@@ -131,6 +145,35 @@ def test_a_missing_rank_is_named_and_nothing_waits_again():
     wait_for_dispatch(views[0], max_polls=3)
     assert views[0].error.item() == 2
     wait_for_dispatch(views[0], max_polls=1 << 30)
+
+
+def test_outputs_that_are_not_announced_are_missed():
+    layout = PeerLayout(4, 2, 64, 2, torch.float32, torch.float32)
+    views = views_of(layout)
+    x, ids, weights = inputs_of(layout, (2, 2, 2, 2), torch.float32, 0)
+    for rank, view in enumerate(views):
+        dispatch(
+            *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
+            **{"max_polls": 0, "wait": False},
+        )
+    for rank in (0, 1, 3):
+        announce_outputs(views[rank])
+    wait_for_outputs(views[0], max_polls=3)
+    assert views[0].error.item() == 3
+
+
+def test_a_rank_without_tokens_waits_for_the_others_too():
+    """Its next dispatch would otherwise write what a slower rank's experts still read."""
+    layout = PeerLayout(2, 2, 64, 2, torch.float32, torch.float32)
+    views = views_of(layout)
+    x, ids, weights = inputs_of(layout, (0, 2), torch.float32, 0)
+    for rank, view in enumerate(views):
+        dispatch(
+            *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
+            **{"max_polls": 0, "wait": False},
+        )
+    combine(x[0].clone(), ids[0], OWNERS, views[0], 2, max_polls=3)
+    assert views[0].error.item() == 2
 
 
 @pytest.mark.parametrize(

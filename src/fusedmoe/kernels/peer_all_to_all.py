@@ -199,7 +199,21 @@ def wait_for_dispatch(here: PeerView, *, max_polls: int) -> None:
     """Until the rows of every rank's last ``dispatch`` have arrived here."""
     from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
 
-    triton_kernels.wait(here, max_polls)
+    triton_kernels.wait(here, here.layout.dispatch_flags_at, max_polls)
+
+
+def announce_outputs(here: PeerView) -> None:
+    """Tell all ranks that ``received(...).outputs`` are written; a ``combine`` must follow."""
+    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+
+    triton_kernels.announce(here)
+
+
+def wait_for_outputs(here: PeerView, *, max_polls: int) -> None:
+    """Until every rank has announced its outputs. ``combine`` waits too, with all its programs."""
+    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+
+    triton_kernels.wait(here, here.layout.combine_flags_at, max_polls)
 
 
 def combine(
@@ -210,12 +224,13 @@ def combine(
     rows: int,
     *,
     max_polls: int,
+    announce: bool = True,
     tiles: PeerTiles | None = None,
 ) -> None:
     """out [T, H] = the sum of what each token's ranks left in ``received(rows).outputs``.
 
     Tokens, ids, owners and ``rows`` are those of the dispatch. fp32, in the order of the ranks,
-    rounded once.
+    rounded once. Without ``announce``, ``announce_outputs`` has been called.
     """
     _check(out, topk_ids, owners, here, rows)
     if out.stride(1) != 1:
@@ -230,6 +245,7 @@ def combine(
         rows,
         tiles or peer_tiles(*out.shape),
         max_polls,
+        announce,
     )
 
 

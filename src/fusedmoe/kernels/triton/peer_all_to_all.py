@@ -8,10 +8,12 @@ dispatch_kernel  grid (programs,): a task is (slot of this rank, BLOCK columns).
                  writes the slot's ids (-1 where the expert lives elsewhere) and weights, and the
                  columns if any pick is there. The program that finishes last raises this rank's
                  flag at every rank, and with WAIT stays until all ranks have raised theirs here.
-wait_kernel      grid (1,): that wait alone.
-combine_kernel   grid (programs,): raises the flag that this rank's outputs are ready, waits for
-                 the others', then adds up each token's rows out of the peers' memory, in the order
-                 of the ranks, in fp32.
+announce_kernel  grid (1,): raises the flag that this rank's outputs are ready.
+wait_kernel      grid (1,): waits for the others' flags of either kind, and keeps no more of the
+                 GPU than that from what runs meanwhile.
+combine_kernel   grid (programs,): raises that flag, if ANNOUNCE, and waits for the others', then
+                 adds up each token's rows out of the peers' memory, in the order of the ranks, in
+                 fp32. A rank without tokens waits too: its next dispatch writes what others read.
 
 Flags hold an epoch, which lives in ``state`` on the device so that a graph can be replayed: a
 dispatch takes STATE_DISPATCH and hands it to the combine, whose last program moves it on. A rank
@@ -169,6 +171,11 @@ def dispatch_kernel(
 
 
 @triton.jit
+def announce_kernel(bases_ptr, state_ptr, flags_at, me, WORLD: tl.constexpr):
+    raise_flags(bases_ptr, tl.load(state_ptr + STATE_COMBINE), flags_at, me, WORLD)
+
+
+@triton.jit
 def wait_kernel(bases_ptr, state_ptr, error_ptr, flags_at, max_polls, me, WORLD: tl.constexpr):
     epoch = tl.load(state_ptr + STATE_COMBINE)
     wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
@@ -196,12 +203,15 @@ def combine_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
     row_dtype: tl.constexpr,
+    ANNOUNCE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_COMBINE)
-    if tl.program_id(0) == 0:
+    if ANNOUNCE & (tl.program_id(0) == 0):
         raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
+    if T == 0:
+        wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
     parts = tl.cdiv(H, BLOCK)
     for task in range(tl.program_id(0), T * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
@@ -225,6 +235,7 @@ def combine_kernel(
 
 
 _dispatch = Launcher(dispatch_kernel, chained=True)
+_announce = Launcher(announce_kernel)
 _wait = Launcher(wait_kernel)
 _combine = Launcher(combine_kernel, chained=True)
 
@@ -256,11 +267,21 @@ def dispatch(
     )
 
 
-def wait(here: PeerView, max_polls: int) -> None:
+def announce(here: PeerView) -> None:
+    _announce(
+        (1, 1),
+        (here.bases, here.state),
+        (here.layout.combine_flags_at, here.rank),
+        (here.layout.world,),
+        1,
+    )
+
+
+def wait(here: PeerView, flags_at: int, max_polls: int) -> None:
     _wait(
         (1, 1),
         (here.bases, here.state, here.error),
-        (here.layout.dispatch_flags_at, max_polls, here.rank),
+        (flags_at, max_polls, here.rank),
         (here.layout.world,),
         1,
     )
@@ -274,6 +295,7 @@ def combine(
     rows: int,
     tiles: PeerTiles,
     max_polls: int,
+    announce: bool,
 ) -> None:
     (T, H), K, layout = out.shape, topk_ids.shape[1], here.layout
     tasks = T * -(-H // tiles.block)
@@ -284,6 +306,6 @@ def combine(
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank),
             *(layout.outputs_at, layout.combine_flags_at, max_polls),
         ),
-        (K, power_of_2(K), layout.world, tiles.block, _TYPES[layout.output_dtype]),
+        (K, power_of_2(K), layout.world, tiles.block, _TYPES[layout.output_dtype], announce),
         tiles.num_warps,
     )
