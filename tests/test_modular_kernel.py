@@ -15,6 +15,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
+from fusedmoe.modular_kernel.forward import half_sizes
 from fusedmoe.prepare_finalize.no_ep import (
     MoEPrepareAndFinalizeNoDPEPModular,
     MoEPrepareAndFinalizeNoDPEPMonolithic,
@@ -97,7 +98,10 @@ def test_no_tokens_run_no_experts_but_still_finalize():
     AsyncMover.log.clear()
     SlotExperts.calls.clear()
     x, weights, ids = inputs()
-    assert run(kernel(SlotExperts, AsyncMover), x[:0], weights[:0], ids[:0]).shape == (0, H)
+    none = run(
+        kernel(SlotExperts, AsyncMover), x[:0], weights[:0], ids[:0], while_combining=lambda: None
+    )
+    assert none.shape == (0, H)
     assert not SlotExperts.calls
     assert AsyncMover.log[-1] == "finalize received"
 
@@ -113,11 +117,52 @@ def test_async_forms_run_hook_then_receiver_around_the_overlapped_work(with_hook
     )
     hook = ["hook"] if with_hooks else []
     assert AsyncMover.log == [
-        *(f"prepare {step}" for step in ["started", *hook, "received"]),
         "finalize started",
         "shared experts",
         *(f"finalize {step}" for step in [*hook, "received"]),
     ]
+
+
+def test_two_halves_take_turns(monkeypatch):
+    """Both are sent before the experts run, and the first is on its way back beside the second."""
+    monkeypatch.setattr(AsyncMover, "with_hooks", False)
+    monkeypatch.setattr(AsyncMover, "concurrent_forwards", lambda self: 2)
+    AsyncMover.log.clear()
+    SlotExperts.calls.clear()
+    x, weights, ids = inputs()
+    found = run(
+        kernel(SlotExperts, AsyncMover, micro_batch_tokens=7),
+        *(x, weights, ids),
+        while_combining=lambda: AsyncMover.log.append("shared experts"),
+    )
+    torch.testing.assert_close(found, expected(x, weights, ids))
+    assert [call["rows"] for call in SlotExperts.calls] == [4, 3]
+    assert AsyncMover.log == [
+        *["prepare started"] * 2,
+        *["prepare received", "finalize started"] * 2,
+        "shared experts",
+        *["finalize received"] * 2,
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 8}, {"micro_batch_tokens": 1}])
+def test_what_is_not_split(options, monkeypatch):
+    """No threshold, fewer tokens, and ways that hold one forward at a time."""
+    if options != {"micro_batch_tokens": 1}:
+        monkeypatch.setattr(AsyncMover, "concurrent_forwards", lambda self: 2)
+    SlotExperts.calls.clear()
+    run(kernel(SlotExperts, AsyncMover, **options), *inputs())
+    assert [call["rows"] for call in SlotExperts.calls] == [7]
+
+
+def test_halves_are_a_pure_function_of_the_ranks_tokens():
+    assert half_sizes([7, 0, 1, 8], 8) == ([4, 0, 1, 4], [3, 0, 0, 4])
+    assert half_sizes([7, 0], 8) is None
+    assert half_sizes([1, 1], 1) is None
+    assert half_sizes([0], 1) is None
+    assert half_sizes([9], None) is None
+    with pytest.raises(ValueError, match="micro_batch_tokens must be positive, got 0"):
+        MoEOptions(micro_batch_tokens=0)
 
 
 class ToBatches(FusedMoEPrepareAndFinalizeModular):

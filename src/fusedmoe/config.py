@@ -48,6 +48,10 @@ class MoEOptions:
     ``fusedmoe.explain`` prints, or a class of your own. ``tuned_table`` are measured tiles for this
     layer in place of the packaged ones: a file that ``fusedmoe tune`` wrote, or another engine's;
     it is read here, once, and implementations of other kernels than the table's do not look at it.
+
+    ``micro_batch_tokens``: where some rank brings at least so many tokens to experts on other
+    ranks, the forward runs as two halves, one on the wire while the experts compute the other.
+    None: never. All ranks give the same.
     """
 
     batch_invariant: bool = False
@@ -57,6 +61,7 @@ class MoEOptions:
     prepare_finalize: str | type | None = None
     debug_checks: bool = False
     tuned_table: TunedTable | str | PathLike[str] | None = None
+    micro_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tuned_table, (str, PathLike)):
@@ -67,6 +72,8 @@ class MoEOptions:
             raise ValueError(
                 f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"
             )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens must be positive, got {self.micro_batch_tokens}")
 
     @property
     def table(self) -> TunedTable | None:

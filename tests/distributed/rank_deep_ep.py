@@ -20,7 +20,7 @@ from fusedmoe.distributed.deep_ep import learn_placement, make_deep_ep_buffer
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.experts.deep_gemm import BatchedDeepGemmExperts, DeepGemmExperts
 from fusedmoe.modular_kernel import FusedMoEKernel
-from fusedmoe.modular_kernel.kernel import finish
+from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.deepep import (
     DeepEPHTPrepareAndFinalize,
     DeepEPLLPrepareAndFinalize,

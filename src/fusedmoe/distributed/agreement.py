@@ -33,6 +33,7 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
         for f in fields(parallel)
         if f.name not in _OWN_OF_PARALLEL
     }
+    facts["micro_batch_tokens"] = str(options.micro_batch_tokens)
     facts["device"] = moe.device.type
     facts["prepare_finalize"] = mover if isinstance(mover, str) else getattr(mover, "__name__", "")
     return facts

@@ -30,11 +30,13 @@ class PeerTimeoutError(RuntimeError):
 
 
 class PeerMemory:
-    """One buffer per rank of ``group``, as ``layout`` says, all of them mapped into every process.
+    """A buffer per rank of ``group``, as ``layout`` says, all of them mapped into every process.
 
     The ranks are GPUs of one host with access to each other's memory, one process each, the current
     device being theirs. All ranks construct it at the same time with the same layout, and close it
     at the same time. One object serves all layers of a model, one after the other on one stream.
+    ``regions``: so many such buffers, each with flags of its own (``views``); layers that run their
+    tokens in two halves at once (``MoEOptions.micro_batch_tokens``) need two.
 
     A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
     launch to notice ends, later ones do not wait at all, and a thread calls ``on_error``; the
@@ -49,38 +51,45 @@ class PeerMemory:
         group: dist.ProcessGroup,
         layout: PeerLayout,
         *,
+        regions: int = 1,
         timeout_s: float = 4.0,
         on_error: OnError | None = None,
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        if regions < 1:
+            raise ValueError(f"regions must be at least 1, got {regions}")
         if layout.world != group.size():
             raise ValueError(
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
             )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
+        facts["regions"] = str(regions)
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
-        own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        own = symmetric_memory.empty(regions * layout.nbytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
-        own[layout.dispatch_flags_at :].zero_()
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-        state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=device)
-        error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self.group = group
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
-        self.view = PeerView(layout, group.rank(), bases, own, state, error)
+        self.views = views_of_regions(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody may raise a flag here before it has been cleared
         self._watchdog = Watchdog(self.check, on_error or raise_in_thread(threading.get_ident()))
 
     @property
+    def view(self) -> PeerView:
+        """The first region."""
+        return self.views[0]
+
+    @property
     def layout(self) -> PeerLayout:
+        """Of each region."""
         return self.view.layout
 
     def check(self) -> None:
         """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
-        missing = int(self.view.error[0])
+        missing = next((found for one in self.views if (found := int(one.error[0]))), 0)
         if missing:
             raise PeerTimeoutError(
                 f"rank {missing - 1} of {self.layout.world} did not answer rank {self.view.rank} "
@@ -95,7 +104,24 @@ class PeerMemory:
         torch.cuda.synchronize(self.view.own.device)
         dist.barrier(self.group)
         self._handle = None
-        del self.view
+        del self.views
+
+
+def views_of_regions(
+    layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor
+) -> tuple[PeerView, ...]:
+    """Views of the buffers that lie one after the other in ``own`` uint8 [regions * nbytes].
+
+    ``bases`` int64 [world]: where every rank's begin. Clears this rank's flags.
+    """
+    views = []
+    for number, region in enumerate(own.split(layout.nbytes)):
+        region[layout.dispatch_flags_at :].zero_()
+        state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=own.device)
+        error = torch.zeros(1, dtype=torch.int32, pin_memory=own.is_cuda)
+        begin = bases + number * layout.nbytes
+        views.append(PeerView(layout, rank, begin, region, state, error))
+    return tuple(views)
 
 
 class Watchdog:

@@ -13,6 +13,7 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,
 )
+from fusedmoe.modular_kernel.forward import Forward, Tokens, half_sizes, run_halves, wire_stream
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
@@ -20,23 +21,12 @@ from fusedmoe.modular_kernel.prepare_finalize import (
 )
 from fusedmoe.modular_kernel.records import (
     ExpertTokensMetadata,
-    Hook,
     PrepareResult,
     ProblemSize,
-    Receiver,
 )
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 _MAX_PLANS = 1024
-
-
-def finish(pending: Receiver | tuple[Hook, Receiver]) -> Any:
-    """The result of an async form: its hook, if it has one, then its receiver."""
-    if isinstance(pending, tuple):
-        hook, receiver = pending
-        hook()
-        return receiver()
-    return pending()
 
 
 def check_ids(topk_ids: torch.Tensor, num_experts: int, debug_checks: bool) -> None:
@@ -91,47 +81,67 @@ class FusedMoEKernel:
     ) -> torch.Tensor:
         """The routed output [T, H]. ``while_combining`` runs while the combine is in flight.
 
+        From ``MoEOptions.micro_batch_tokens`` on, in two halves that take turns (``forward.py``).
         ``tokens_per_rank``: as ``FusedMoEPrepareAndFinalize.begin`` takes it.
         """
-        check_ids(topk_ids, global_num_experts, self.experts.moe_config.options.debug_checks)
+        options = self.experts.moe_config.options
+        check_ids(topk_ids, global_num_experts, options.debug_checks)
         output = hidden_states.new_empty(hidden_states.shape)
-        mover = self.prepare_finalize.begin(tokens_per_rank)
-        prepared: PrepareResult = finish(
-            mover.prepare_async(
-                hidden_states,
-                topk_weights,
-                topk_ids,
+
+        def compute(prepared: PrepareResult, own_output: torch.Tensor) -> torch.Tensor:
+            return self._run_experts(
+                prepared,
+                w1,
+                w2,
+                activation,
+                global_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                own_output,
+            )
+
+        def forward(sizes: Sequence[int] | None, tokens: Tokens, part: int = 0) -> Forward:
+            return Forward(
+                self.prepare_finalize.begin(sizes, part=part),
+                compute,
+                tokens,
                 global_num_experts,
                 expert_map,
                 apply_router_weight_on_input,
                 self.experts.quant_config,
                 self.experts.expects_unquantized_inputs,
+                self.experts.finalize_weight_and_reduce_impl(),
             )
+
+        tokens = Tokens(hidden_states, topk_weights, topk_ids, output)
+        halves = self._halves(hidden_states.shape[0], tokens_per_rank)
+        if halves is None:
+            forward(tokens_per_rank, tokens).run(while_combining)
+            return output
+        first, second = tokens.halves()
+        by_launches = self.prepare_finalize.launches_the_wire and hidden_states.is_cuda
+        run_halves(
+            forward(halves[0], first),
+            forward(halves[1], second, 1),
+            while_combining,
+            wire_stream(hidden_states.device) if by_launches else None,
         )
-        weights = topk_weights if prepared.topk_weights is None else prepared.topk_weights
-        ids = topk_ids if prepared.topk_ids is None else prepared.topk_ids
-        routed = self._run_experts(
-            prepared._replace(topk_weights=weights, topk_ids=ids),
-            w1,
-            w2,
-            activation,
-            global_num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            output,
-        )
-        pending = mover.finalize_async(
-            output,
-            routed,
-            weights,
-            ids,
-            apply_router_weight_on_input,
-            self.experts.finalize_weight_and_reduce_impl(),
-        )
-        if while_combining is not None:
-            while_combining()
-        finish(pending)
         return output
+
+    def _halves(
+        self, num_tokens: int, tokens_per_rank: Sequence[int] | None
+    ) -> tuple[list[int], list[int]] | None:
+        """Every rank's tokens in each half of this forward; None where it runs as a whole.
+
+        A compiler orders communication itself.
+        """
+        from_tokens = self.experts.moe_config.options.micro_batch_tokens
+        if from_tokens is None or torch.compiler.is_compiling():
+            return None
+        if self.prepare_finalize.concurrent_forwards() < 2:
+            return None
+        sizes = self.prepare_finalize.begin(tokens_per_rank).sizes_for(num_tokens)
+        return half_sizes(sizes, from_tokens)
 
     def _run_experts(
         self,

@@ -28,6 +28,8 @@ class FusedMoEPrepareAndFinalize(ABC):
     """
 
     name: ClassVar[str] = ""
+    launches_the_wire: ClassVar[bool] = False
+    """Whether launches on the caller's stream move the rows, not a stream of the backend's."""
     row_format: ClassVar[FusedMoEActivationFormat] = FusedMoEActivationFormat.Standard
 
     @classmethod
@@ -40,12 +42,13 @@ class FusedMoEPrepareAndFinalize(ABC):
         """Build it for one layer."""
         return cls()
 
-    def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
+    def begin(self, tokens_per_rank: Sequence[int] | None = None, *, part: int = 0) -> Self:
         """The object that serves one forward, from its prepare to its finalize.
 
         What has to be remembered between the two is kept there, so that several forwards may be
         on their way at once. ``tokens_per_rank``: how many tokens each dispatcher brings, where
-        the caller knows. Implementations that remember nothing return themselves.
+        the caller knows. ``part``: which of those that are on their way at once this one is, below
+        ``concurrent_forwards()``. Implementations that remember nothing return themselves.
         """
         if tokens_per_rank is not None and len(tokens_per_rank) != self.num_dispatchers():
             raise ValueError(
@@ -77,6 +80,14 @@ class FusedMoEPrepareAndFinalize(ABC):
     def supports_async(self) -> bool:
         """Whether the ``*_async`` forms return before the wire is done."""
         return False
+
+    def concurrent_forwards(self) -> int:
+        """How many forwards may be between their prepare and their finalize at once."""
+        return 1
+
+    def sizes_for(self, num_tokens: int) -> list[int]:
+        """Tokens of every dispatcher, this one bringing ``num_tokens``."""
+        return [num_tokens]
 
 
 class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):

@@ -41,6 +41,10 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
     name = "all_to_all"
     _journey: _Journey
 
+    def concurrent_forwards(self) -> int:
+        """Two, but one with a LoRA context: that has room for the ids of one."""
+        return 2 if self.lora_context is None else 1
+
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
         reason = super().unmet_requirement(moe, groups)
@@ -65,6 +69,29 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
         defer_input_quant: bool = False,
     ) -> PrepareResult:
         """The rows with work for this rank, by rank of origin and then by token."""
+        return self.prepare_async(
+            a1,
+            topk_weights,
+            topk_ids,
+            num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            quant_config,
+            defer_input_quant,
+        )()
+
+    def prepare_async(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> Callable[[], PrepareResult]:
+        """Returns once the ranks have told each other how many rows they send."""
         hosts = self.hosts_of(num_experts, expert_map).table
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         rows, scale = self.quantized(a1, quant_config, defer_input_quant)
@@ -76,9 +103,13 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
         token, group = journey.token, self.ranks.axes[0]
         arriving = exchange_rows(rows[token], journey.sent, journey.received, group)
         beside = exchange_rows(luggage.packed()[token], journey.sent, journey.received, group)
-        (weights, ids), scales = self.unpacked(luggage, beside())
         self._journey = journey
-        return PrepareResult(arriving(), scales, None, ids, weights)
+
+        def receive() -> PrepareResult:
+            (weights, ids), scales = self.unpacked(luggage, beside())
+            return PrepareResult(arriving(), scales, None, ids, weights)
+
+        return receive
 
     def _plan(self, goes: torch.Tensor) -> _Journey:
         """goes bool [ranks, T] -> who sends how many rows to whom, agreed by all."""

@@ -36,6 +36,10 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(Dispatching, FusedMoEPrepareAndFinal
     name = "naive_dp_ep"
     _sizes: list[int]
 
+    def concurrent_forwards(self) -> int:
+        """Two, but one with a LoRA context: that has room for the ids of one."""
+        return 2 if self.lora_context is None else 1
+
     def prepare(
         self,
         a1: torch.Tensor,

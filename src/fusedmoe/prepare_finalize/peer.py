@@ -3,18 +3,32 @@
 As ``all_to_all``, but nothing is counted beforehand and the host waits for nothing: the launches
 can be captured in a CUDA graph. The ranks' tokens stand in slots, ``rows`` for each rank, most of
 which may be empty; the experts' sums stay where they are and are fetched by the tokens' ranks.
+
+One launch sends and waits, one fetches; the async forms are two each, so that the wait comes later.
+The launches themselves are the wire: what is to run beside them needs another stream.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
-from fusedmoe.kernels.peer_all_to_all import combine, dispatch
+from fusedmoe.kernels.peer_all_to_all import (
+    PeerView,
+    announce_outputs,
+    combine,
+    dispatch,
+    wait_for_dispatch,
+    wait_for_outputs,
+)
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
-from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
+from fusedmoe.modular_kernel.records import Hook, Receiver
+from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import fp8_dynamic_group
 from fusedmoe.topk_weight_and_reduce import (
@@ -31,7 +45,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     """
 
     name = "peer"
+    launches_the_wire = True
     memory: PeerMemory
+    _view: PeerView
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
     _rows: int = 0
@@ -49,6 +65,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         axes = token_ranks(moe.moe_parallel_config, groups).axes
         if len(axes) > 1:
             return "needs one process group of all ranks whose tokens differ"
+        if moe.options.micro_batch_tokens is not None and len(groups.peers.views) < 2:
+            return "has one buffer, and micro-batches take turns with two: PeerMemory(regions=2)"
         layout = groups.peers.layout
         if (layout.hidden, layout.topk) != (moe.hidden_dim, moe.experts_per_token):
             return (
@@ -65,16 +83,28 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         assert groups.peers is not None
         ranks = token_ranks(moe.moe_parallel_config, groups)
         room = groups.peers.layout.rows
+        if moe.options.micro_batch_tokens is not None:
+            room *= 2
         made = cls(
             moe.moe_parallel_config.is_sequence_parallel,
             ranks=ranks,
             max_num_tokens=min(room, moe.max_num_tokens or room),
         )
-        made.memory = groups.peers
+        made.memory, made._view = groups.peers, groups.peers.view
         return made
 
-    def supports_async(self) -> bool:
-        return False
+    def set_lora_context(self, context: LoRAContext | None) -> None:
+        """Raises ValueError for a context: the buffers have no room for adapter ids."""
+        if context is not None:
+            raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
+
+    def concurrent_forwards(self) -> int:
+        return len(self.memory.views)
+
+    def begin(self, tokens_per_rank: Sequence[int] | None = None, *, part: int = 0) -> Self:
+        one = super().begin(tokens_per_rank)
+        one._view = self.memory.views[part]
+        return one
 
     def prepare(
         self,
@@ -88,23 +118,61 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         defer_input_quant: bool = False,
     ) -> PrepareResult:
         """Raises PeerTimeoutError if a rank was missed before, ValueError as ``sizes_for``."""
-        memory = self.memory
-        memory.check()
-        key, group = None if defer_input_quant else quant_config.a1.key, memory.layout.group
+        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        self._check(a1, quant_config, defer_input_quant)
+        self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=True)
+        return self._received()
+
+    def prepare_async(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> tuple[Hook, Receiver]:
+        """As ``prepare``; the hook launches the wait for the other ranks' rows."""
+        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        self._check(a1, quant_config, defer_input_quant)
+        self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=False)
+        polls = self.memory.max_polls
+        return lambda: wait_for_dispatch(self._view, max_polls=polls), self._received
+
+    def _check(
+        self, a1: torch.Tensor, quant_config: FusedMoEQuantConfig, defer_input_quant: bool
+    ) -> None:
+        self.memory.check()
+        layout = self.memory.layout
+        key, group = None if defer_input_quant else quant_config.a1.key, layout.group
         if key != (fp8_dynamic_group(group) if group else None):
             raise ValueError(
                 f"the experts take rows in {key or a1.dtype}, the buffers hold "
-                f"{memory.layout.row_dtype} with a scale per {group or 'no'} columns"
+                f"{layout.row_dtype} with a scale per {group or 'no'} columns"
             )
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+
+    def _send(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        wait: bool,
+    ) -> None:
         rows = max(max(self.sizes_for(a1.shape[0])), 1)
         self._owners = self.hosts_of(num_experts, expert_map).owners
         self._ids, self._rows = topk_ids, rows
         dispatch(
-            *(a1, topk_ids, topk_weights, self._owners, memory.view, rows),
-            max_polls=memory.max_polls,
+            *(a1, topk_ids, topk_weights, self._owners, self._view, rows),
+            max_polls=self.memory.max_polls,
+            wait=wait,
         )
-        got = memory.view.received(rows)
+
+    def _received(self) -> PrepareResult:
+        got = self._view.received(self._rows)
         return PrepareResult(
             got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, got.outputs
         )
@@ -118,17 +186,61 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        memory = self.memory
+        self._leave_outputs(
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        self._fetch(output, announce=True)
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> tuple[Hook, Receiver]:
+        """The others may fetch from here at once; the hook launches the wait for theirs."""
+        self._leave_outputs(
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        announce_outputs(self._view)
+        polls = self.memory.max_polls
+        return (
+            lambda: wait_for_outputs(self._view, max_polls=polls),
+            lambda: self._fetch(output, announce=False),
+        )
+
+    def _leave_outputs(
+        self,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        """Where the tokens' ranks fetch them, unless the experts have written there."""
         if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
             weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        outputs = memory.view.received(self._rows).outputs
+        outputs = self._view.received(self._rows).outputs
         if fused_expert_output.data_ptr() != outputs.data_ptr():
             weight_and_reduce_impl.apply(
                 outputs, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
             )
+
+    def _fetch(self, output: torch.Tensor, announce: bool) -> None:
         assert self._owners is not None
         assert self._ids is not None
         combine(
-            *(output, self._ids, self._owners, memory.view, self._rows),
-            max_polls=memory.max_polls,
+            *(output, self._ids, self._owners, self._view, self._rows),
+            max_polls=self.memory.max_polls,
+            announce=announce,
         )

@@ -174,11 +174,14 @@ class MoERunner(nn.Module):
     def _start_shared(self, x: torch.Tensor | None) -> SharedExpertsRun | None:
         if x is None:
             return None
+        experts = self.routed_experts
+        method = experts.quant_method
         order = choose_order(
             on_cuda=x.is_cuda,
             num_tokens=x.shape[0],
             token_limit=self.shared_overlap_token_limit,
-            combine_is_async=self.routed_experts.quant_method.combine_is_async(self.routed_experts),
+            combine_is_async=method.combine_is_async(experts),
+            launches_the_wire=method.kernel(experts).prepare_finalize.launches_the_wire,
             compiling=torch.compiler.is_compiling(),
         )
         run = SharedExpertsRun(self.compute_shared, x, order)

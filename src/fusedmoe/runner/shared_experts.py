@@ -27,15 +27,19 @@ def choose_order(
     num_tokens: int,
     token_limit: int,
     combine_is_async: bool,
+    launches_the_wire: bool = False,
     compiling: bool = False,
 ) -> SharedExpertsOrder:
     """Few tokens leave the GPU idle, so a second stream helps up to ``token_limit`` of them.
 
-    A compiler orders the whole graph itself and gets no second stream.
+    A compiler orders the whole graph itself and gets no second stream. A backend that moves rows on
+    a stream of its own needs no other beside it; where our launches move them, an async combine
+    hides only the wait for the other ranks.
     """
-    if combine_is_async:
+    on_the_side = on_cuda and not compiling and 0 < num_tokens <= token_limit
+    if combine_is_async and not (launches_the_wire and on_the_side):
         return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
-    if on_cuda and not compiling and 0 < num_tokens <= token_limit:
+    if on_the_side:
         return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
     return SharedExpertsOrder.NO_OVERLAP
 

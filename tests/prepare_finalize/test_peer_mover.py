@@ -1,0 +1,176 @@
+"""The prepare/finalize over peer memory; all ranks live in this process, under the interpreter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusedmoe import FusedMoEConfig, FusedMoEQuantConfig, MoEActivation, MoEOptions, ParallelGroups
+from fusedmoe.config import FusedMoEParallelConfig
+from fusedmoe.distributed.groups import TokenRanks
+from fusedmoe.distributed.peer_memory import views_of_regions
+from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView, combine_reference
+from fusedmoe.modular_kernel.forward import finish
+from fusedmoe.prepare_finalize.dispatch import Hosts
+from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
+
+pytest.importorskip("triton")
+
+WORLD, E, K, H = 2, 4, 2, 32
+OWNERS = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+LAYOUT = PeerLayout(WORLD, 5, H, K, torch.float32, torch.float32)
+PLAIN = FusedMoEQuantConfig()
+
+
+class Memory:
+    """What a PeerMemory is to the movers, on the CPU: each rank's views of all ranks' buffers."""
+
+    max_polls = 0
+    layout = LAYOUT
+
+    def __init__(self, views: tuple[PeerView, ...]) -> None:
+        self.views = views
+        self.view = views[0]
+
+    def check(self) -> None:
+        for view in self.views:
+            assert view.error.item() == 0
+
+
+def memories(regions: int) -> list[Memory]:
+    buffers = []
+    for _ in range(WORLD):
+        memory = torch.full((regions * LAYOUT.nbytes + 256,), 0xFF, dtype=torch.uint8)
+        buffers.append(memory[-memory.data_ptr() % 256 :][: regions * LAYOUT.nbytes])
+    bases = torch.tensor([one.data_ptr() for one in buffers])
+    return [Memory(views_of_regions(LAYOUT, rank, bases, own)) for rank, own in enumerate(buffers)]
+
+
+def movers(regions: int = 1) -> tuple[list[PeerPrepareAndFinalize], list[torch.Tensor]]:
+    made, maps = [], []
+    for rank, memory in enumerate(memories(regions)):
+        axis: Any = SimpleNamespace(size=lambda: WORLD, rank=lambda rank=rank: rank)
+        one = PeerPrepareAndFinalize(ranks=TokenRanks((axis,)), max_num_tokens=10)
+        one.memory, one._view = memory, memory.view  # type: ignore[assignment]
+        expert_map = torch.where(rank == OWNERS, torch.arange(E).int() % 2, -1).int()
+        table = torch.arange(WORLD)[:, None] == OWNERS
+        one._learnt[:] = [Hosts(expert_map, table, OWNERS)]
+        made.append(one)
+        maps.append(expert_map)
+    return made, maps
+
+
+def batch(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, H, generator=generator)
+    return (
+        x,
+        torch.rand(T, K, generator=generator),
+        torch.randint(-1, E, (T, K), generator=generator).int(),
+    )
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [5, 0], [0, 1]])
+def test_two_forwards_are_on_their_way_at_once(counts):
+    """Each in its region: sent one after the other, announced, then fetched in either order."""
+    everyone, maps = movers(regions=2)
+    assert all(one.supports_async() and one.concurrent_forwards() == 2 for one in everyone)
+    batches = [[batch(T, 10 * part + r) for r, T in enumerate(counts)] for part in range(2)]
+    started = [[one.begin(counts, part=part) for one in everyone] for part in range(2)]
+    pending = [
+        [
+            one.prepare_async(*batches[part][r], E, maps[r], False, PLAIN)
+            for r, one in enumerate(started[part])
+        ]
+        for part in range(2)
+    ]
+    outputs, sums = [], []
+    for part in range(2):
+        done, written, back = [], [], []
+        for rank, one in enumerate(started[part]):
+            got = finish(pending[part][rank])
+            used = (got.topk_ids >= 0).any(dim=1)
+            got.output[used] = got.hidden_states[used] * (rank + 2) + part
+            out = torch.full((counts[rank], H), float("nan"))
+            written.append(got.output)
+            done.append(out)
+            back.append(
+                one.finalize_async(
+                    *(out, got.output, got.topk_weights, got.topk_ids, False),
+                    TopKWeightAndReduceNoOP(),
+                )
+            )
+        outputs.append(written)
+        sums.append((done, back))
+    for part in (1, 0):
+        for rank, (out, fetch) in enumerate(zip(*sums[part], strict=True)):
+            finish(fetch)
+            ids = batches[part][rank][2]
+            rows = max(counts)
+            want = combine_reference(outputs[part], ids, OWNERS, LAYOUT, rows, rank)
+            assert torch.equal(out, want)
+
+
+def test_outputs_elsewhere_are_weighted_into_the_buffer():
+    """Experts that leave every pick's output [rows, K, H] behind them."""
+    everyone, maps = movers()
+    counts = [2, 3]
+    batches = [batch(T, r) for r, T in enumerate(counts)]
+    started = [one.begin(counts) for one in everyone]
+    pending = [
+        one.prepare_async(*batches[r], E, maps[r], False, PLAIN) for r, one in enumerate(started)
+    ]
+    back, outs = [], [torch.full((T, H), float("nan")) for T in counts]
+    for rank, one in enumerate(started):
+        got = finish(pending[rank])
+        slots = got.hidden_states[:, None].expand(-1, K, -1).nan_to_num().contiguous()
+        weights = torch.where(got.topk_ids >= 0, got.topk_weights, 0)
+        back.append(
+            one.finalize_async(
+                *(outs[rank], slots, weights, got.topk_ids, False), TopKWeightAndReduceDelegate()
+            )
+        )
+    for rank, (x, weights, ids) in enumerate(batches):
+        finish(back[rank])
+        want = x * (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(outs[rank], want)
+
+
+def config(**options: Any) -> FusedMoEConfig:
+    return FusedMoEConfig(
+        num_experts=E,
+        experts_per_token=K,
+        hidden_dim=H,
+        intermediate_size_per_partition=8,
+        num_local_experts=2,
+        activation=MoEActivation.SILU,
+        in_dtype=torch.float32,
+        device=torch.device("cuda"),
+        moe_parallel_config=FusedMoEParallelConfig(1, 1, 2, 2, 0, 0, 0, 0, use_ep=True),
+        options=MoEOptions(**options),
+    )
+
+
+@pytest.mark.parametrize(("regions", "reason"), [(1, "regions=2"), (2, None)])
+def test_micro_batches_need_two_regions(regions, reason):
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    memory: Any = memories(regions)[0]
+    groups = ParallelGroups(dp=group, ep=group, enable_expert_parallel=True, peers=memory)
+    assert PeerPrepareAndFinalize.unmet_requirement(config(), groups) is None
+    found = PeerPrepareAndFinalize.unmet_requirement(config(micro_batch_tokens=4), groups)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in (found or "")
+    room = PeerPrepareAndFinalize.make(config(micro_batch_tokens=4), groups).max_num_tokens
+    assert room == 2 * LAYOUT.rows
+    assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows
+
+
+def test_adapter_ids_are_not_silently_dropped():
+    one = movers()[0][0]
+    one.set_lora_context(None)
+    with pytest.raises(ValueError, match="cannot send adapter ids"):
+        one.set_lora_context(SimpleNamespace(token_lora_mapping=torch.zeros(1)))
