@@ -24,6 +24,11 @@ ORDERS = SharedExpertsOrder
         ({"compiling": True}, ORDERS.NO_OVERLAP),
         ({"combine_is_async": True}, ORDERS.MK_INTERNAL_OVERLAPPED),
         ({"combine_is_async": True, "on_cuda": False}, ORDERS.MK_INTERNAL_OVERLAPPED),
+        ({"combine_is_async": True, "launches_the_wire": True}, ORDERS.MULTI_STREAM_OVERLAPPED),
+        (
+            {"combine_is_async": True, "launches_the_wire": True, "num_tokens": 257},
+            ORDERS.MK_INTERNAL_OVERLAPPED,
+        ),
     ],
 )
 def test_the_order_is_a_pure_function(facts, order):
