@@ -1,4 +1,4 @@
-"""The command line under torchrun."""
+"""The command line under torchrun, and in the processes that it would start."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import rank_command
+from folders import write_folders
+from writers import CASES
+
+from fusedmoe.presets import write_preset
 
 pytest.importorskip("transformers")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
+NEW = ("--max-new-tokens", "6", "--device", "cpu", "--json")
 
 
 def torchrun(*argv: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -30,25 +36,51 @@ def torchrun(*argv: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     )
 
 
-GENERATE = ("generate", "--preset", "tiny-qwen3-moe", "--device", "cpu", "--compare", "--json")
+def on_ranks(ranks, *argv) -> str:
+    """What the command prints: rank 0 alone."""
+    (code, out, err), *others = ranks.run(rank_command.run, tuple(map(str, argv)))
+    assert code == 0, err
+    assert [(code, out) for code, out, _ in others] == [(0, "")] * 3
+    return out
 
 
-def test_generate_with_experts_over_ranks():
-    done = torchrun(*GENERATE, "--max-new-tokens", "6", "--ep")
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads(done.stdout)  # one rank has printed
-    assert record["tokens_agree"] is True
-    assert len(record["runs"][-1]["tokens"]) == 6
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return write_preset("tiny-qwen3-moe", tmp_path_factory.mktemp("checkpoint") / "qwen")
+
+
+def test_generate_with_experts_over_ranks(ranks, qwen):
+    whole = json.loads(on_ranks(ranks, "generate", qwen, *NEW, "--ep", "--compare"))
+    assert whole["tokens_agree"] is True
+    own = json.loads(on_ranks(ranks, "generate", qwen, *NEW, "--ep"))
+    assert own["runs"][-1]["tokens"] == whole["runs"][0]["tokens"]
+    assert len(own["runs"][-1]["tokens"]) == 6
+
+
+@pytest.mark.parametrize("words", [("--quantize", "int8"), ()])
+def test_generate_with_packed_experts_over_ranks(ranks, words, tmp_path, capsys):
+    from fusedmoe.cli import main
+
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["ct w4a16"])
+    argv = ("generate", folders.floats if words else folders.packed, *words, *NEW)
+    assert main([str(word) for word in argv]) == 0
+    alone = json.loads(capsys.readouterr().out)["runs"][-1]["tokens"]
+    found = json.loads(on_ranks(ranks, *argv, "--ep"))["runs"][-1]["tokens"]
+    assert found == alone
+    for code, _, err in ranks.run(rank_command.run, (*map(str, argv), "--tp")):
+        assert code == 2
+        assert "spread with --ep" in err
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
 def test_generate_by_the_models_own_plan():
-    done = torchrun(*GENERATE, "--max-new-tokens", "6", "--tp")
+    common = ("generate", "--preset", "tiny-qwen3-moe", *NEW, "--compare")
+    done = torchrun(*common, "--tp")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["tokens_agree"] is True
 
 
-def test_bench_over_ranks(tmp_path):
+def test_bench_under_torchrun(tmp_path):
     sizes = ("--num-experts", "8", "--top-k", "2", "--hidden-size", "32")
     more = ("--intermediate-size", "16", "--tokens", "1", "5", "--dtypes", "fp32")
     output = tmp_path / "ranks.json"
@@ -60,12 +92,13 @@ def test_bench_over_ranks(tmp_path):
     assert {row["scope"] for row in rows} == {"layer", "dispatch_combine"}
     assert all(row["ranks"] == 2 and row["E"] == 4 and row["us"] > 0 for row in rows)
     assert done.stdout.count("naive_dp_ep") == 4
+    assert "note: peer: needs GPUs" in done.stdout  # one rank has printed
 
 
 @pytest.mark.parametrize("option", ["--ep", "--tp"])
-def test_several_processes_need_torchrun(option, capsys, monkeypatch):
+def test_several_processes_need_torchrun(option, qwen, capsys, monkeypatch):
     from fusedmoe.cli import main
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert main([*GENERATE, option]) == 2
+    assert main(["generate", str(qwen), option]) == 2
     assert "torchrun" in capsys.readouterr().err

@@ -6,6 +6,8 @@ launch (no graph). A time is the slowest rank's, because that is what all of the
 
 from __future__ import annotations
 
+import hashlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.config import MoEOptions, ParallelGroups
 from fusedmoe.distributed.collectives import gather_vectors
 from fusedmoe.distributed.groups import TokenRanks
+from fusedmoe.distributed.peer_memory import PeerMemory
+from fusedmoe.kernels.peer_all_to_all import PeerLayout
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.runner.moe_runner import MoERunner
@@ -28,7 +32,7 @@ from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-WAYS = ("naive_dp_ep", "all_to_all")
+WAYS = ("naive_dp_ep", "all_to_all", "peer")
 _WARM_UP = 3
 
 
@@ -46,14 +50,23 @@ def run_ranks_bench(
     """``shape`` with all its experts spread over ``group``; ``tokens`` per rank.
 
     Rows of scope ``layer`` (from router logits) and ``dispatch_combine``; all ranks call it and get
-    the same report. Raises ValueError for fewer than two ranks.
+    the same report. ``peer`` is left out, with a note, where ranks cannot address each other's
+    memory. Raises ValueError for fewer than two ranks.
     """
     if group.size() < 2:
         raise ValueError(f"expert parallelism needs two ranks, this group has {group.size()}")
     ranks = TokenRanks((group,))
     report = BenchReport(make_header(device, {}))
     for way in ways:
-        layer = _layer(shape, dtype, group, device, way)
+        memory = None
+        if way == "peer":
+            reason = no_peer_memory(group, device)
+            if reason is not None:
+                report.notes.append(f"peer: {reason}")
+                continue
+            layout = peer_layout(shape, group.size(), max(tokens), dtype)
+            memory = PeerMemory(group, layout)
+        layer = _layer(shape, dtype, group, device, way, memory)
         for T in tokens:
             x = torch.randn(T, shape.H, device=device).to(dtype)
             seed = group.rank()
@@ -65,7 +78,34 @@ def run_ranks_bench(
                 measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
                 rounded = {name: round(value, 2) for name, value in measured.items()}
                 report.rows.append({"impl": f"fusedmoe:{way}", "scope": scope} | row | rounded)
+        del layer
+        if memory is not None:
+            memory.close()
     return report
+
+
+def no_peer_memory(group: ProcessGroup, device: torch.device) -> str | None:
+    """Why the ranks of ``group`` cannot address each other's memory; None where they can.
+
+    A collective call.
+    """
+    host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "little")
+    hosts = gather_vectors([host], TokenRanks((group,)))
+    if device.type != "cuda":
+        return f"needs GPUs, the ranks run on {device.type}"
+    if any(one != hosts[0] for one in hosts):
+        return "the ranks are on several hosts"
+    if group.size() & (group.size() - 1):
+        return f"needs a power of two ranks, there are {group.size()}"
+    return None
+
+
+def peer_layout(
+    shape: LayerShape, ranks: int, tokens: int, dtype: torch.dtype, group: int = 0
+) -> PeerLayout:
+    """Buffers for ``tokens`` of each rank; ``group`` columns share a scale, if rows go as fp8."""
+    rows = torch.float8_e4m3fn if group else dtype
+    return PeerLayout(ranks, max(tokens, 1), shape.H, shape.k, rows, dtype, group)
 
 
 def _layer(
@@ -74,6 +114,7 @@ def _layer(
     group: ProcessGroup,
     device: torch.device,
     way: str,
+    memory: PeerMemory | None,
 ) -> MoERunner:
     layer = FusedMoE(
         shape.num_experts,
@@ -83,7 +124,7 @@ def _layer(
         dtype,
         activation=shape.activation,
         has_bias=shape.bias,
-        parallel=ParallelGroups(dp=group, ep=group, enable_expert_parallel=True),
+        parallel=ParallelGroups(dp=group, ep=group, enable_expert_parallel=True, peers=memory),
         options=MoEOptions(prepare_finalize=way),
         device=device,
     )
@@ -112,8 +153,9 @@ def _calls(
         )
         assert found.topk_weights is not None
         assert found.topk_ids is not None
+        sums = found.hidden_states if found.output is None else found.output
         mover.finalize(
-            *(output, found.hidden_states, found.topk_weights, found.topk_ids, False),
+            *(output, sums, found.topk_weights, found.topk_ids, False),
             TopKWeightAndReduceNoOP(),
         )
 

@@ -140,6 +140,8 @@ def _run_over_ranks(
         else:
             columns = ["shape", "format", "ranks", "T", "impl", "scope", "us", "p10_us", "p90_us"]
             print_table(columns, [[row[name] for name in columns] for row in record["rows"]])
+            for note in dict.fromkeys(note for one in reports for note in one.notes):
+                print(f"note: {note}")
     return 0
 
 
