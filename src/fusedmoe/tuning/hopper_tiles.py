@@ -27,11 +27,21 @@ class DecodeGemmTile:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """``block`` slots share one pass over an expert's weights."""
+    """``block`` slots share one pass over an expert's weights.
+
+    So many columns ``ahead`` of the weights that programs read first are asked into the L2 while
+    slots are sorted (up to ``align.ONE_LAUNCH_SLOTS`` slots). Raises ValueError where that is no
+    multiple of 8.
+    """
 
     block: int
     up: DecodeGemmTile
     down: DecodeGemmTile
+    ahead: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ahead < 0 or self.ahead % 8:
+            raise ValueError(f"{self.ahead} columns ahead: not a multiple of 8")
 
 
 def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741

@@ -192,7 +192,8 @@ def tile_from_json(value: Any, tile_types: Mapping[str, type]) -> Any:
 
 def _fill(cls: type, value: Any, what: str) -> Any:
     hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]
+    defaults = {f.name: f.default for f in fields(cls)}
+    names = list(defaults)
     record = _record(value, what, *names)
     found: dict[str, Any] = {}
     for name in names:
@@ -204,7 +205,9 @@ def _fill(cls: type, value: Any, what: str) -> Any:
                 raise ValueError(f"{name} must be true or false, got {_shown(record[name])}")
             found[name] = record[name]
         else:
-            found[name] = _number(record[name], name, MAX_TILE)
+            # What is off by default may be off.
+            least = 0 if defaults[name] == 0 else 1
+            found[name] = _number(record[name], name, MAX_TILE, least)
     return cls(**found)
 
 
@@ -257,9 +260,9 @@ def _numbers(value: Any, what: str, most: int) -> tuple[int, ...]:
     return tuple(_number(one, what) for one in value)
 
 
-def _number(value: Any, what: str, most: int = MAX_SIZE) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(f"{what} must be an integer of 1 to {most}, got {_shown(value)}")
+def _number(value: Any, what: str, most: int = MAX_SIZE, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{what} must be an integer of {least} to {most}, got {_shown(value)}")
     return value
 
 
