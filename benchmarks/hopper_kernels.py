@@ -92,9 +92,13 @@ def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_times(
-    variants: dict[str, list[Callable[[], None]]], rounds: int = 25, warm_ms: float = 60.0
+    variants: dict[str, list[Callable[[], None]]],
+    rounds: int = 25,
+    warm_ms: float = 60.0,
+    pause: float = 0.0,
 ) -> dict[str, tuple[float, float, float]]:
-    """(median, p10, p90) microseconds per call, the variants replayed in turns."""
+    """(median, p10, p90) microseconds per call, the variants replayed in turns, with a rest of
+    ``pause`` times its length after each replay."""
     graphs = {name: graph_of(calls) for name, calls in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -110,6 +114,7 @@ def graph_times(
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1e3 / len(variants[name]))
+            time.sleep(pause * start.elapsed_time(end) / 1e3)
     out = {}
     for name, values in times.items():
         values.sort()
