@@ -1,0 +1,325 @@
+"""A whole layer over the GPUs of one host, against its experts alone and the wire's limit.
+
+    torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
+        [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
+        [--out benchmarks/results/h200-x4/ep_layer.json]
+
+Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
+ranks (the first so many of the processes), three kinds of rows:
+
+    layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches
+    experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
+               already (quantizing them included); what the layer would be without a wire
+
+``wire_limit_us``: bytes sent and received, one copy per (token, rank), at ``p2p_gbs``, measured in
+the same run. ``exposed_us``: the layer minus its experts alone. ``overlap_limit_us``: 1.15 times
+the larger of experts and wire, plus 20 us, which is asked from 1024 tokens on (``target_met``).
+``scaling``: tokens per second and rank, over those of one rank with all experts. A time is that of
+the slowest rank, on GPUs from replays of CUDA graphs where the way can be captured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe.bench.over_ranks import no_peer_memory, peer_layout
+from fusedmoe.bench.report import BenchReport, Percentiles, make_header
+from fusedmoe.bench.shapes import SHAPES, LayerShape
+from fusedmoe.cli.ranks import launched_ranks
+from fusedmoe.distributed.collectives import gather_vectors
+from fusedmoe.distributed.groups import TokenRanks
+from fusedmoe.distributed.peer_memory import PeerMemory
+from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
+from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
+from fusedmoe.runner.capture import record_graph
+from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.testing.routing import routing_logits
+
+TINY = LayerShape("tiny", 8, 2, 64, 32)
+CAPTURED = ("peer", "naive_dp_ep", "no_ep")
+OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
+GROUP = 128
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The ranks that share a layer, this process among them."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+    repeats: int
+
+    @property
+    def ranks(self) -> int:
+        return self.group.size()
+
+    def slowest(self, samples: list[float]) -> Percentiles:
+        """Of each sample, in microseconds, the time of the rank that took longest."""
+        told = gather_vectors([int(us * 1e3) for us in samples], TokenRanks((self.group,)))
+        return Percentiles.of([max(ns) / 1e3 for ns in zip(*told, strict=True)])
+
+
+class OneFormat:
+    """A QuantizationConfig: fp8 weights and rows, scales per 128 columns."""
+
+    def get_quant_method(self, moe_config: Any, prefix: str) -> QuantizedFusedMoEMethod:
+        return QuantizedFusedMoEMethod(
+            moe_config, format_named("fp8_block"), activation=FP8_DYNAMIC_128
+        )
+
+
+def make_layer(
+    shape: LayerShape,
+    fmt: str,
+    place: Place,
+    way: str,
+    memory: PeerMemory | None = None,
+    micro_batch_tokens: int | None = None,
+) -> MoERunner:
+    """With random weights; ``way`` "no_ep" is a layer of one rank."""
+    group = None if way == "no_ep" else place.group
+    layer = FusedMoE(
+        *(shape.num_experts, shape.k, shape.H, shape.I, torch.bfloat16),
+        quant_config=OneFormat() if fmt == "fp8_block" else None,
+        parallel=ParallelGroups(
+            dp=group, ep=group, enable_expert_parallel=group is not None, peers=memory
+        ),
+        options=MoEOptions(prepare_finalize=way, micro_batch_tokens=micro_batch_tokens),
+        device=place.device,
+    )
+    for row in layer.routed_experts.parameters():
+        for expert in row:
+            if expert.dtype is torch.float32:
+                expert.uniform_(0.5e-3, 1e-3)
+            elif expert.dtype is torch.bfloat16:
+                expert.normal_(std=shape.H**-0.5)
+            else:
+                expert.copy_(torch.randn(expert.shape, device=place.device) * 16)
+    layer.routed_experts.process_weights_after_loading()
+    return layer
+
+
+def time_call(call: Call, place: Place, rounds: int, captured: bool) -> Percentiles:
+    """Microseconds of one call, ``rounds`` of them in each sample."""
+    on_gpu = place.device.type == "cuda"
+    call()
+    run: Call = lambda: [call() for _ in range(rounds)]  # noqa: E731
+    if on_gpu:
+        torch.cuda.synchronize()
+        dist.barrier(place.group)
+        if captured:
+            stream = torch.cuda.Stream()
+            graph, _ = record_graph(lambda: [call() for _ in range(rounds)] and None, stream)
+            run = graph.replay
+    samples = []
+    for _ in range(place.repeats):
+        dist.barrier(place.group)
+        samples.append((_gpu_us(run) if on_gpu else _cpu_us(run)) / rounds)
+    return place.slowest(samples)
+
+
+def _gpu_us(run: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _cpu_us(run: Call) -> float:
+    begin = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def wire_gbs(place: Place, memory: PeerMemory | None) -> float:
+    """GB/s per direction of a rank: a copy of a peer's buffer, or an all-to-all without one."""
+    if memory is not None:
+        rank, world = place.group.rank(), place.ranks
+        size = min(memory.layout.outputs_at, 1 << 28)
+        theirs = memory._handle.get_buffer((rank + 1) % world, (size,), torch.uint8, 0)
+        here = torch.empty_like(theirs)
+        return size / time_call(lambda: here.copy_(theirs), place, 1, True).us / 1e3
+    size = 1 << (28 if place.device.type == "cuda" else 20)
+    sent = torch.zeros(size, dtype=torch.uint8, device=place.device)
+    received = torch.empty_like(sent)
+    exchange = functools.partial(dist.all_to_all_single, received, sent, group=place.group)
+    remote = size * (place.ranks - 1) / place.ranks
+    return remote / time_call(exchange, place, 1, False).us / 1e3
+
+
+def wire_limit_us(
+    ids: torch.Tensor, shape: LayerShape, fmt: str, place: Place, gbs: float
+) -> float:
+    """One copy of each row to each other rank that needs it, and one sum back."""
+    per_rank = -(-shape.num_experts // place.ranks)
+    rank = place.group.rank()
+    there = [(ids // per_rank == r).any(dim=1) for r in range(place.ranks) if r != rank]
+    copies = int(torch.stack(there).sum()) if there else 0
+    row = shape.H + -(-shape.H // GROUP) * 4 if fmt == "fp8_block" else 2 * shape.H
+    sent = copies * (row + 8 * shape.k + 2 * shape.H)
+    return place.slowest([sent / gbs / 1e3]).us
+
+
+def local_experts(layer: MoERunner, x: torch.Tensor, logits: torch.Tensor, place: Place) -> Call:
+    """This rank's experts on everyone's tokens, gathered beforehand."""
+    weights, ids, _ = layer.router.select_experts(x, logits)
+    everyones = []
+    for mine in (x, weights, ids):
+        parts = [torch.empty_like(mine) for _ in range(place.ranks)]
+        dist.all_gather(parts, mine.contiguous(), group=place.group)
+        everyones.append(torch.cat(parts))
+    experts, moe = layer.routed_experts, layer.moe_config
+    kernel = experts.quant_method.kernel(experts)
+    assert isinstance(kernel, FusedMoEKernel)
+    here = FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), kernel.experts)
+    all_x, all_weights, all_ids = everyones
+    return lambda: here.apply(
+        *(all_x, experts.w13_weight, experts.w2_weight, all_weights, all_ids),
+        activation=moe.activation,
+        global_num_experts=moe.num_experts,
+        expert_map=experts.expert_map,
+    )
+
+
+def ways_of(place: Place, memory: PeerMemory | None) -> list[tuple[str, bool]]:
+    """(way, in halves)"""
+    if place.ranks == 1:
+        return [("no_ep", False)]
+    found = [("naive_dp_ep", False), ("naive_dp_ep", True)]
+    if memory is not None:
+        return [("peer", False), ("peer", True), *found]
+    return [*found, ("all_to_all", False), ("all_to_all", True)]
+
+
+def measure(shape: LayerShape, args: argparse.Namespace, place: Place) -> list[dict[str, Any]]:
+    """All rows of one shape over the ranks of ``place``."""
+    memory, found = None, []
+    if place.ranks > 1 and no_peer_memory(place.group, place.device) is None:
+        group = GROUP if args.format == "fp8_block" else 0
+        layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
+        memory = PeerMemory(place.group, layout, regions=2)
+    gbs = wire_gbs(place, memory) if place.ranks > 1 else None
+    experts_us: dict[int, Percentiles] = {}
+    for way, halves in ways_of(place, memory):
+        layer = make_layer(shape, args.format, place, way, memory, 2 if halves else None)
+        for T in args.tokens:
+            x = torch.randn(T, shape.H, device=place.device).bfloat16()
+            seed = 100 * T + place.group.rank()
+            logits = routing_logits("uniform", T, shape.num_experts, shape.k, seed, place.device)
+            rounds = max(1, 2048 // max(T, 128)) if place.device.type == "cuda" else 1
+            facts = facts_of(layer, shape, args.format, place, T)
+            ids = layer.router.select_experts(x, logits)[1]
+            wire = 0.0 if gbs is None else wire_limit_us(ids, shape, args.format, place, gbs)
+            facts |= {"p2p_gbs": gbs and round(gbs, 2), "wire_limit_us": round(wire, 2)}
+            if T not in experts_us:
+                alone = local_experts(layer, x, logits, place)
+                experts_us[T] = time_call(alone, place, rounds, True)
+                found.append(row_of("local_experts", "experts", facts, experts_us[T]))
+            known = {} if way == "no_ep" else {"tokens_per_rank": [T] * place.ranks}
+            forward = functools.partial(layer, x, logits, **known)
+            times = time_call(forward, place, rounds, way in CAPTURED)
+            name = f"fusedmoe:{way}{'+halves' if halves else ''}"
+            row = row_of(name, "layer", facts, times)
+            found.append(row | against(experts_us[T].us, times.us, wire, T))
+        del layer, forward
+        gc.collect()
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if memory is not None:
+        memory.check()
+        memory.close()
+    return found
+
+
+def facts_of(layer: MoERunner, shape: LayerShape, fmt: str, place: Place, T: int) -> dict[str, Any]:
+    sizes = {"shape": shape.name, "E": layer.moe_config.num_local_experts, "k": shape.k}
+    sizes |= {"H": shape.H, "I": shape.I, "T": T, "format": fmt, "routing": "uniform"}
+    return sizes | {"ranks": place.ranks, "tokens_per_rank": T}
+
+
+def row_of(impl: str, scope: str, facts: dict[str, Any], times: Percentiles) -> dict[str, Any]:
+    measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
+    rounded = {name: round(value, 2) for name, value in measured.items()}
+    return {"impl": impl, "scope": scope} | facts | rounded
+
+
+def against(experts: float, us: float, wire: float, T: int) -> dict[str, Any]:
+    """A layer's time beside what its parts would take."""
+    limit = OVERLAP_FACTOR * max(experts, wire) + OVERLAP_SLACK_US
+    asked = T >= OVERLAP_FROM and wire > 0
+    return {
+        "experts_us": round(experts, 2),
+        "exposed_us": round(us - experts, 2),
+        "exposed_fraction": round((us - experts) / us, 4),
+        "overlap_limit_us": round(limit, 2),
+        "target_met": us <= limit if asked else None,
+    }
+
+
+def add_scaling(rows: list[dict[str, Any]]) -> None:
+    """Against one rank with all experts and as many tokens as each rank has here."""
+    alone = {
+        (row["shape"], row["T"]): row["us"]
+        for row in rows
+        if row["ranks"] == 1 and row["scope"] == "layer"
+    }
+    for row in rows:
+        one = alone.get((row["shape"], row["T"]))
+        if row["scope"] == "layer" and one is not None:
+            row["scaling"] = round(one / row["us"], 3)
+
+
+def publish(report: BenchReport, rows: list[dict[str, Any]], out: str | None) -> None:
+    """Print what was measured last, and write all of it so far."""
+    report.rows += rows
+    report.header["p2p_gbs"] = rows[-1]["p2p_gbs"]
+    add_scaling(report.rows)
+    for row in rows:
+        print(row, flush=True)
+    if out:
+        report.write(out)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["deepseek-v3", "qwen3-235b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8, 128, 1024, 8192])
+    parser.add_argument("--format", choices=("bf16", "fp8_block"), default="bf16")
+    parser.add_argument("--ranks", nargs="+", type=int, help="1, 2, 4, ... up to all")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a toy layer, to try the script")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    shapes = [TINY] if args.tiny else [SHAPES[name] for name in args.shapes]
+    with launched_ranks(torch.device(args.device)) as here:
+        counts = args.ranks or [1 << n for n in range(here.size.bit_length())]
+        groups = {n: dist.new_group(list(range(n))) for n in counts if n <= here.size}
+        report = BenchReport(make_header(here.device, {}))
+        for shape in shapes:
+            for n, group in groups.items():
+                if here.rank < n:
+                    rows = measure(shape, args, Place(group, here.device, args.repeats))
+                    publish(report, rows, args.out if here.rank == 0 else None)
+                dist.barrier(here.group)
+
+
+if __name__ == "__main__":
+    main()

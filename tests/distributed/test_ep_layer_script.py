@@ -1,0 +1,33 @@
+"""benchmarks/ep_layer.py runs from end to end over gloo, and says what it promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import rank_ep_layer
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8_block"])
+def test_rows_of_layers_and_of_their_experts_alone(ranks, tmp_path, fmt):
+    out = tmp_path / "ep_layer.json"
+    words = f"--tiny --device cpu --tokens 1 1024 --repeats 1 --format {fmt} --out {out}"
+    ranks.run(rank_ep_layer.run_script, [*words.split(), "--ranks", "1", "4"])
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)
+    rows = report["rows"]
+    layers = [row for row in rows if row["scope"] == "layer"]
+    alone = [row for row in rows if row["scope"] == "experts"]
+    assert report["p2p_gbs"] > 0
+    assert [(row["ranks"], row["T"], row["E"]) for row in alone] == [
+        *((1, 1, 8), (1, 1024, 8), (4, 1, 2), (4, 1024, 2))
+    ]
+    assert {row["impl"] for row in layers if row["ranks"] == 4} == {
+        f"fusedmoe:{way}{how}" for way in ("naive_dp_ep", "all_to_all") for how in ("", "+halves")
+    }
+    assert all(row["us"] > 0 and row["format"] == fmt for row in rows)
+    for row in layers:
+        assert row["exposed_us"] == pytest.approx(row["us"] - row["experts_us"], abs=0.02)
+        asked = row["T"] >= 1024 and row["ranks"] > 1
+        assert (row["target_met"] is not None) == asked
+        assert (row["wire_limit_us"] > 0) == (row["ranks"] > 1)
+        assert row["ranks"] > 1 or row["scaling"] == 1
