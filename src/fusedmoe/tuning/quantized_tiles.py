@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+LONGEST_FP8_SUM = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTile:
@@ -60,6 +62,17 @@ class QuantizedDecodeTiles(NamedTuple):
 
     gemm1: QuantizedDecodeTile
     gemm2: QuantizedDecodeTile
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedPrefillTiles:
+    """Tiles of 128 slots by 256 weight rows, ``stages`` steps of 128 columns in flight; ``group``
+    blocks of slots run side by side. ``promoted``, for each GEMM: products of a step are added to
+    the sums in fp32 even where no scale asks for it."""
+
+    stages: int = 4
+    group: int = 16
+    promoted: tuple[bool, bool] = (False, False)
 
 
 def slots_block(R: int, E: int, most: int) -> int:
@@ -128,6 +141,23 @@ def decode_tiles(R: int, E: int) -> QuantizedDecodeTiles:
     slots = 8 if mean <= 6 else 16 if mean <= 12 else 32 if mean <= 24 else 64
     tile = QuantizedDecodeTile(128, slots, 6 if slots <= 16 else 5 if slots == 32 else 4, 2, 128)
     return QuantizedDecodeTiles(tile, tile)
+
+
+def runs_prefill(R: int, num_experts: int) -> bool:
+    """Whether R slots over ``num_experts`` experts, local or not, half fill a block of 128 of
+    each."""
+    return 64 * num_experts <= R
+
+
+def prefill_tiles(H: int, I: int, element: str) -> QuantizedPrefillTiles:  # noqa: E741
+    """Tiles of the warp-specialised kernels.
+
+    Tensor cores add fp8 products with 13 bits behind the largest one's first: that rounding grows
+    with the square root of the columns, and is below a tenth of what rounding the operands costs up
+    to LONGEST_FP8_SUM of them.
+    """
+    long = tuple(element == "e4m3" and D > LONGEST_FP8_SUM for D in (H, I))
+    return QuantizedPrefillTiles(promoted=(long[0], long[1]))
 
 
 def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:

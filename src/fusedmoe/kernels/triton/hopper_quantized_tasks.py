@@ -53,7 +53,7 @@ def next_task(task, tasks, programs, experts, TILES: gl.constexpr, LONE: gl.cons
         return task + programs
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """Stands in for a tensor in a descriptor."""
 
     address: int
@@ -65,7 +65,7 @@ class _Memory(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def rows_descriptor(
-    memory: _Memory, rows: int, width: int, stride: int, tile: int
+    memory: Memory, rows: int, width: int, stride: int, tile: int
 ) -> TensorDescriptor:
     """TMA view of a matrix of 8-bit elements in tiles of so many rows by 128 columns."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -81,18 +81,18 @@ def weight_descriptors(
     address, width = w.data.data_ptr(), w.data.shape[-1]
     e, N = w.shape[:2]
     if w.shards == 1:
-        both = rows_descriptor(_Memory(address, dtype), e * N, width, width, half)
+        both = rows_descriptor(Memory(address, dtype), e * N, width, width, half)
         return both, both, N, half
     if w.interleaved:
         low, high = (
             rows_descriptor(
-                _Memory(address + row * width, dtype), e * N // 2, width, 2 * width, half
+                Memory(address + row * width, dtype), e * N // 2, width, 2 * width, half
             )
             for row in (0, 1)
         )
         return low, high, N // 2, 0
-    low = rows_descriptor(_Memory(address, dtype), e * N, width, width, half)
+    low = rows_descriptor(Memory(address, dtype), e * N, width, width, half)
     below = rows_descriptor(
-        _Memory(address + N // 2 * width, dtype), e * N - N // 2, width, width, half
+        Memory(address + N // 2 * width, dtype), e * N - N // 2, width, width, half
     )
     return low, below, N, 0

@@ -1,0 +1,186 @@
+"""The experts of a large batch on Hopper with both operands in 8 bits, bound by the products.
+
+The whole layer but routing: fp8 by fp8 and int8 by int8. Device code:
+``kernels/triton/hopper_fp8_prefill.py`` (Gluon).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
+from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
+
+TILE_ROWS = 128
+
+
+def unmet_by_prefill(
+    w1: QuantizedTensor, w2: QuantizedTensor, keys: tuple[QuantKey, QuantKey]
+) -> str | None:
+    """Why the kernels cannot multiply these weights with rows of these keys, None: they can."""
+    reason = unmet_by_pairs((w1, keys[0]), (w2, keys[1]))
+    if reason is not None:
+        return reason
+    for w in (w1, w2):
+        rows, columns = w.format.group
+        if columns > 0 and rows % TILE_ROWS:
+            return f"wants scales per {TILE_ROWS} weight rows, not {w.format.name}"
+        if w.scale is None or not w.scale.is_contiguous():
+            return "wants scales that are contiguous"
+    if keys[1].group_shape == PER_TENSOR and not keys[1].static:
+        return f"cannot know one scale for all rows of w2's input, {keys[1]}, in time"
+    return None
+
+
+def fp8_prefill(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    keys: tuple[QuantKey, QuantKey],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: QuantizedPrefillTiles | None = None,
+    programs: int,
+) -> None:
+    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+
+    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in e4m3 or int8; ``keys`` say how the rows
+    entering w1 and w2 are quantized, ``scales`` fp32 [1] belong to static ones. topk_ids int
+    [T, K]; out [T, H] bf16; scratch act [P, I] and y [P, H] bf16, P = ``prefill_rows``.
+    ``programs``: the number of multiprocessors. Raises ValueError for pairs that the kernels cannot
+    multiply and for tensors that do not fit.
+    """
+    reason = unmet_by_prefill(w1, w2, keys)
+    if reason is not None:
+        raise ValueError(f"the Hopper kernel {reason}")
+    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y)
+    if not x.is_cuda:
+        fp8_prefill_reference(
+            x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
+            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+            expert_map=expert_map, tiles=tiles, programs=programs,
+        )  # fmt: skip
+        return
+    from fusedmoe.kernels.triton.hopper_fp8_prefill import prefill
+
+    if topk_ids.numel() == 0:
+        return
+    prefill(
+        x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
+        device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
+        _tables(topk_ids, w1.shape[0], expert_map),
+        tiles or prefill_tiles(*w2.shape[1:], w1.format.element), programs,
+    )  # fmt: skip
+
+
+def fp8_prefill_reference(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    keys: tuple[QuantKey, QuantKey],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: QuantizedPrefillTiles | None = None,
+    programs: int,
+) -> None:
+    """The definition, in plain torch; rows of act and y are slots."""
+    (T, K), (e, H, I) = topk_ids.shape, w2.shape  # noqa: E741
+    R, tables = T * K, _tables(topk_ids, e, expert_map)
+    tile = QuantizedTile(128, PREFILL_BLOCK, STEP, 1, 4, 4)
+    rows, scale = quantize_rows_reference(x, keys[0], scales[0])
+    exact = torch.zeros(R, I, dtype=torch.float32, device=x.device)
+    w8a8_gemm_reference(
+        rows, scale, w1, exact, None, tables, tile, keys[0], top_k=K, bias=w1_bias,
+        activation=activation, activation_config=activation_config,
+    )  # fmt: skip
+    act[:R] = exact.to(act.dtype)
+    in_the_epilogue = keys[1].static or keys[1].group_shape.col == STEP
+    rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], keys[1], scales[1])
+    y[:R] = 0
+    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, keys[1], top_k=1, bias=w2_bias)
+    moe_fused_mul_sum_reference(
+        y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
+    )
+
+
+def _tables(topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None) -> MoEAlignment:
+    alignment = moe_align_block_size(
+        topk_ids,
+        PREFILL_BLOCK,
+        e if expert_map is None else expert_map.shape[0],
+        expert_map,
+        pad_sorted_ids=True,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    return MoEAlignment(*alignment[:3])
+
+
+def _check(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    activation: MoEActivation,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    shards = 2 if activation.is_gated else 1
+    if w1.shape != (e, shards * I, H) or w1.shards != shards:
+        raise ValueError(
+            f"w1 is {w1.shape} of {w1.shards} shards, expected {(e, shards * I, H)} of {shards}"
+        )
+    P = prefill_rows(T * K, e)
+    for name, tensor, shape, dtype in (
+        ("x", x, (T, H), torch.bfloat16),
+        ("out", out, (T, H), torch.bfloat16),
+        ("act", act, (P, I), torch.bfloat16),
+        ("y", y, (P, H), torch.bfloat16),
+        ("topk_weights", topk_weights, (T, K), torch.float32),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
+            )
+    for name, dense in (
+        ("topk_weights", topk_weights),
+        ("topk_ids", topk_ids),
+        ("act", act),
+        ("y", y),
+    ):
+        if dense is not None and not dense.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    if out.stride(1) != 1:
+        raise ValueError(f"rows of out must be dense, its strides are {out.stride()}")

@@ -1,0 +1,184 @@
+"""Many rows per expert on Hopper, both operands in 8 bits: two persistent GEMMs and a sum.
+
+As ``hopper_prefill``: tiles of 128 rows of one expert by 2 x 128 weight rows, producer warps that
+fill a ring, two consumer warpgroups of 64 rows each, tiles in groups that share weights in the L2.
+A step is 128 columns of one byte. The rows of act stay in the order of ``sorted_ids``.
+
+up_kernel    grid (programs,): x [T, H] in 8 bits with its scales, w1 -> act [P, I]; and position
+             [R]. act is rounded to 8 bits in the epilogue, with own scales [I / 128, P] or a given
+             one; where a whole row shares a scale it is 16-bit and rounded by a launch of its own.
+down_kernel  grid (programs,): act in 8 bits with its scales, w2 -> y [P, H].
+sum_kernel   that of ``hopper_prefill``.
+"""
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.quantize import STORED, quantize_rows
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
+from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
+from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_prefill import sum_kernel
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_quantized_tasks import (
+    Memory,
+    rows_descriptor,
+    weight_descriptors,
+)
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
+
+_launch_up = HopperLauncher(up_kernel)
+_launch_down = HopperLauncher(down_kernel)
+_launch_sum = Launcher(sum_kernel, chained=True)
+
+
+def _bytes_descriptor(matrix: torch.Tensor, tile_rows: int) -> TensorDescriptor:
+    """TMA view of dense 8-bit [rows, columns] in tiles of so many rows by 128 columns."""
+    rows, columns = matrix.shape
+    memory = Memory(matrix.data_ptr(), matrix.dtype)
+    return rows_descriptor(memory, rows, columns, columns, tile_rows)
+
+
+def _steps_per_scale(w: QuantizedTensor) -> int:
+    """Steps that share a scale; 0: all of them."""
+    return max(w.format.group.col, 0) // STEP.value
+
+
+def prefill(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    keys: tuple[QuantKey, QuantKey],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    activation: DeviceActivation,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    expert_map: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: QuantizedPrefillTiles,
+    programs: int,
+) -> None:
+    """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``."""
+    (T, K), H = topk_ids.shape, w2.shape[1]
+    q, q_scale = quantize_rows(x, keys[0], scales[0])
+    position = torch.empty(T * K, dtype=torch.int32, device=x.device)
+    act, act_scale, strides = up(
+        q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,
+        programs,
+    )  # fmt: skip
+    down(act, act_scale, strides, w2, y, position.shape[0], biases[1], tables, tiles, programs)
+    mapped = 0 if expert_map is None else expert_map.shape[0]
+    _launch_sum(
+        (T, -(-H // 1024)),
+        (y, topk_weights, position, topk_ids, expert_map, out),
+        (H, out.stride(0), mapped, w2.shape[0]),
+        (K, power_of_2(K), 1024),
+        4,
+    )
+
+
+def up(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    w1: QuantizedTensor,
+    K: int,
+    act: torch.Tensor,
+    position: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None,
+    activation: DeviceActivation,
+    bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: QuantizedPrefillTiles,
+    programs: int,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """The first product: act [P, I] as ``key`` says, its scales, and their strides by row and by
+    128 columns. The 16-bit ``act`` is where it is put, or its first half."""
+    (P, I), H = act.shape, q.shape[1]  # noqa: E741
+    own, rounded = key.group_shape.col == STEP.value, act
+    if own or key.static:
+        rounded = act.view(STORED[key.dtype]).view(-1)[: P * I].view(P, I)
+        out_desc = _bytes_descriptor(rounded, HALF_M.value)
+    else:
+        out_desc = matrix_descriptor(act, I, (HALF_M.value, TILE_N.value // 2))
+    act_scale = scale
+    if own:
+        act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=q.device)
+    low, high, desc_rows, _ = weight_descriptors(w1, TILE_N.value, as_bytes=False)
+    _launch_up(
+        programs,
+        (low, high, out_desc),
+        (bias, q, q_scale, w1.scale, act_scale, position, *_read(tables)),
+        (
+            0 if q_scale.numel() == 1 else q_scale.stride(0),
+            *weight_addresses(w1)[4:],
+            P,
+            position.shape[0],
+            w1.shape[0],
+            desc_rows,
+            activation.limit,
+            activation.alpha,
+            activation.beta,
+        ),
+        (
+            *(H, I, K, activation.formula, activation.gated, w1.interleaved),
+            *(tiles.promoted[0], _steps_per_scale(w1), own, key.scale_kind == "e8m0"),
+            *(tiles.stages, tiles.group),
+        ),
+        num_warps=4,
+        maxnreg=168,
+    )
+    if own:
+        assert act_scale is not None
+        return rounded, act_scale, (1, P)
+    if act_scale is None:
+        rounded, act_scale = quantize_rows(act, key)
+    return rounded, act_scale, (0 if act_scale.numel() == 1 else 1, 0)
+
+
+def down(
+    act: torch.Tensor,
+    act_scale: torch.Tensor,
+    strides: tuple[int, int],
+    w2: QuantizedTensor,
+    y: torch.Tensor,
+    R: int,
+    bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: QuantizedPrefillTiles,
+    programs: int,
+) -> None:
+    """The second product: y [P, H]."""
+    e, H, I = w2.shape  # noqa: E741
+    weights = rows_descriptor(
+        Memory(w2.data.data_ptr(), w2.data.dtype), e * H, I, I, 2 * TILE_N.value
+    )
+    stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
+    _launch_down(
+        programs,
+        (
+            _bytes_descriptor(act, BLOCK_M.value),
+            weights,
+            matrix_descriptor(y, H, (HALF_M.value, TILE_N.value // 2)),
+        ),
+        (bias, act_scale, w2.scale, *_read(tables)),
+        (*strides, stride_se, stride_sn, row_step, block, R, e),
+        (H, I, tiles.promoted[1], _steps_per_scale(w2), tiles.stages, tiles.group),
+        num_warps=4,
+        maxnreg=168,
+    )
+
+
+def _read(tables: MoEAlignment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tables.expert_ids, tables.sorted_ids, tables.num_tokens_post_pad
