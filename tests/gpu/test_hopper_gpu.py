@@ -66,6 +66,9 @@ KINDS = {
     "wide64": decode_tiles_of(64, 128, 256),
     "prefill": PrefillTiles(),
     "prefill_shallow": PrefillTiles(stages=3, group=2),
+    "prefill_thin": PrefillTiles(thin=True),
+    "prefill_mixed": PrefillTiles(group=4, spread=2, thin=True, sum_spans=2),
+    "ahead": replace(decode_tiles_of(16, 64, 128), ahead=4096),
 }
 
 
@@ -131,6 +134,51 @@ def test_every_kernel_runs_every_size(name, kind):
     layer = LAYERS[name]
     tensors = layer.tensors()
     assert_right(run(layer, tensors, KINDS[kind]), layer, tensors)
+
+
+SKEWED = {
+    "halves": (64, 128, 1, 65, 127, 129, 192, 193),
+    "one_with_most": (1, 3000, 2, 0, 64, 5, 0, 63),
+    "nothing_here": (0,) * 8,
+}
+
+
+@pytest.mark.parametrize("counts", SKEWED.values(), ids=SKEWED)
+@pytest.mark.parametrize("name", ["plain", "bias", "no_gate"])
+def test_half_empty_blocks_and_mixed_groups_give_the_plain_bits(counts, name):
+    """Experts with so many slots; nothing is read from scratch that nobody wrote (it is NaN)."""
+    plain = replace(GPU, T=max(1, sum(counts)), K=1, E=8, H=1040, I=272)
+    layer = {
+        "plain": plain,
+        "bias": replace(plain, bias=True, activation=MoEActivation.SWIGLUOAI),
+        "no_gate": replace(plain, activation=MoEActivation.RELU2_NO_MUL),
+    }[name]
+    tensors = layer.tensors()
+    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
+    tensors["topk_ids"].fill_(-1)
+    if len(ids):
+        shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+        tensors["topk_ids"].copy_(shuffled[:, None])
+    expected = run(layer, tensors, PrefillTiles())
+    assert_right(expected, layer, tensors)
+    for tiles in (
+        PrefillTiles(thin=True),
+        PrefillTiles(thin=True, stages=3),
+        PrefillTiles(spread=4),
+        PrefillTiles(group=4, spread=2, thin=True),
+        PrefillTiles(sum_spans=2),
+    ):
+        assert run(layer, tensors, tiles).equal(expected)
+
+
+@pytest.mark.parametrize("ahead", [8, 128, 4096])
+@pytest.mark.parametrize("T", [1, 100, 1024])
+def test_asking_for_weights_ahead_changes_nothing(T, ahead):
+    layer = replace(GPU, T=T, E=32, local=20)
+    tensors = layer.tensors()
+    tiles = decode_tiles_of(16, 64, 128)
+    expected = run(layer, tensors, tiles)
+    assert run(layer, tensors, replace(tiles, ahead=ahead)).equal(expected)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8])
