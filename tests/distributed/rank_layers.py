@@ -92,9 +92,9 @@ def rows(
     return x.to(device), torch.randn(T, columns, generator=generator).to(device)
 
 
-def linear(seed: int, bias: bool = True) -> nn.Linear:
+def linear(seed: int, bias: bool = True, width: int = H) -> nn.Linear:
     generator = torch.Generator().manual_seed(seed)
-    made = nn.Linear(H, H, bias=bias)
+    made = nn.Linear(width, width, bias=bias)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)

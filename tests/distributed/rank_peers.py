@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from rank_layers import linear
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
@@ -25,7 +26,9 @@ from quantized_layers import Scheme, fill, make_layer
 E, K, H, I = 16, 3, 256, 128  # noqa: E741
 
 
-def memory_for(rows: int, fp8: bool = False, timeout_s: float = 4.0, **fields) -> PeerMemory:
+def memory_for(
+    rows: int, fp8: bool = False, timeout_s: float = 4.0, regions: int = 1, **fields
+) -> PeerMemory:
     row_dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     sizes = {"hidden": H, "topk": K} | fields
     layout = PeerLayout(
@@ -36,7 +39,7 @@ def memory_for(rows: int, fp8: bool = False, timeout_s: float = 4.0, **fields) -
         group=128 if fp8 else 0,
         **sizes,
     )
-    return PeerMemory(dist.group.WORLD, layout, timeout_s=timeout_s)
+    return PeerMemory(dist.group.WORLD, layout, timeout_s=timeout_s, regions=regions)
 
 
 def picks(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,23 +85,28 @@ def check_kernels(fp8: bool) -> None:
     memory.close()
 
 
-def check_layer(tokens: list[int]) -> None:
+def check_layer(tokens: list[int], halves: bool = False) -> None:
     """A data- and expert-parallel layer gives what one rank with all experts gives, also from a
-    graph that is replayed with other tokens."""
+    graph that is replayed with other tokens. In halves: with room for half of the tokens."""
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens = tokens[:world]
-    memory = memory_for(max(tokens))
+    memory = memory_for(-(-max(tokens) // 2) if halves else max(tokens), regions=1 + halves)
     groups = ParallelGroups(
         dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
     )
     experts = Experts.random(E, H, I)
     layers = []
+    cut = 1 if halves else None
     for parallel, options in (
-        (groups, MoEOptions(prepare_finalize="peer")),
+        (groups, MoEOptions(prepare_finalize="peer", micro_batch_tokens=cut)),
         (None, MoEOptions()),
     ):
         layer = FusedMoE(
-            E, K, H, I, torch.bfloat16, parallel=parallel, options=options, device="cuda"
+            *(E, K, H, I, torch.bfloat16),
+            shared_experts=linear(1, width=H).to("cuda", torch.bfloat16),
+            parallel=parallel,
+            options=options,
+            device="cuda",
         )
         layer.load_weights(experts.named())
         layers.append(layer)
