@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,16 +14,13 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsMonolithic,
 )
 from fusedmoe.modular_kernel.forward import Forward, Tokens, half_sizes, run_halves, wire_stream
+from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
-from fusedmoe.modular_kernel.records import (
-    ExpertTokensMetadata,
-    PrepareResult,
-    ProblemSize,
-)
+from fusedmoe.modular_kernel.records import PrepareResult, ProblemSize
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 _MAX_PLANS = 1024
@@ -164,7 +161,7 @@ class FusedMoEKernel:
             return output
         workspace13 = x.new_empty(plan.shapes.workspace13, dtype=plan.dtype)
         workspace2 = x.new_empty(plan.shapes.workspace2, dtype=plan.dtype)
-        for rows in _passes(prepared, output, plan.rows_per_pass):
+        for rows in passes(prepared, output, plan.rows_per_pass):
             experts.apply(
                 rows.output,
                 rows.hidden_states,
@@ -296,36 +293,3 @@ def _output_for(
     if plan.in_place and final_output.shape == shape:
         return final_output
     return final_output.new_empty(shape, dtype=dtype)
-
-
-class _Pass(NamedTuple):
-    """The rows that the experts run at once."""
-
-    output: torch.Tensor
-    hidden_states: torch.Tensor
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    scale: torch.Tensor | None
-    expert_tokens_meta: ExpertTokensMetadata | None
-
-
-def _passes(prepared: PrepareResult, output: torch.Tensor, rows_per_pass: int) -> Iterator[_Pass]:
-    """All rows at once where they fit, else ``rows_per_pass`` at a time."""
-    x, weights, ids = prepared.hidden_states, prepared.topk_weights, prepared.topk_ids
-    assert weights is not None
-    assert ids is not None
-    size = x.shape[-2]
-    if rows_per_pass >= size:
-        yield _Pass(output, x, weights, ids, prepared.scale, prepared.expert_tokens_meta)
-        return
-    for start in range(0, size, rows_per_pass):
-        part = slice(start, start + rows_per_pass)
-        scale = _rows_of_scale(prepared.scale, part, size)
-        yield _Pass(output[part], x[part], weights[part], ids[part], scale, None)
-
-
-def _rows_of_scale(scale: torch.Tensor | None, part: slice, rows: int) -> torch.Tensor | None:
-    """Per-row scales are cut with their rows; a scale for the whole tensor is not."""
-    if scale is None or scale.dim() == 0 or scale.shape[0] != rows or scale.numel() == 1:
-        return scale
-    return scale[part]
