@@ -49,8 +49,8 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     """The default for integer weights on a CPU: a copy of them in the layout that kernels read.
 
     Without the memory for it, or where weights have been written to since, and in compiled code,
-    the reference runs instead. All is fp32, but int4 products give bf16, and take scales of groups
-    as bf16.
+    the reference runs instead. All is fp32, but int4 products give bf16. Scales of int4 groups that
+    bf16 does not hold cost a second product.
     """
 
     name = "cpu_quantized"
