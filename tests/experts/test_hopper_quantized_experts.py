@@ -1,4 +1,4 @@
-"""What leads to the streaming kernels, on CPU tensors, where their references run instead."""
+"""What leads to the streaming and the prefill kernels, on CPU tensors: their references run."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,9 +11,18 @@ from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
-from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.kernels.hopper_prefill import prefill_rows
+from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named
-from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_128_UE8M0,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    GroupShape,
+)
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -31,6 +40,26 @@ STREAMED = {
     "fp8_token": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, replace(WIDE, E=8, local=3)),
     "int8_token": Quantized("int8_channel", INT8_DYNAMIC_TOKEN, replace(BF16, bias=True)),
 }
+MANY = replace(WIDE, T=100, E=3, K=2)
+FILLED = {
+    "block": Quantized("fp8_block", FP8_DYNAMIC_128, MANY),
+    "block_odd": Quantized(
+        "fp8_block", FP8_DYNAMIC_128_UE8M0, replace(MANY, H=272, I=144, bias=True)
+    ),
+    "gpt_oss": Quantized(
+        "fp8_block",
+        FP8_DYNAMIC_128,
+        replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, I=256),
+    ),
+    "no_gate": Quantized(
+        "fp8_block", FP8_DYNAMIC_128, replace(MANY, activation=MoEActivation.RELU2_NO_MUL)
+    ),
+    "token_map": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, replace(MANY, T=300, E=8, local=3)),
+    "tensor": Quantized("fp8_tensor", FP8_STATIC_TENSOR, MANY),
+    "int8": Quantized(
+        "int8_channel", INT8_DYNAMIC_TOKEN, replace(MANY, weight_on_input=True, K=1, T=200)
+    ),
+}
 ELSEWHERE = {
     "many_rows": Quantized("int4_g32", layer=replace(BF16, T=60, E=3)),
     "batch_invariant": Quantized(
@@ -38,15 +67,17 @@ ELSEWHERE = {
     ),
     "fp16": Quantized("int4_g32", layer=replace(BF16, dtype=torch.float16)),
     "narrow_rows": Quantized("int8_channel", layer=replace(BF16, I=24)),
+    "one_scale_for_all_rows": Quantized("fp8_tensor", FP8_DYNAMIC_TENSOR, MANY),
+    "neither_few_nor_many": Quantized("fp8_block", FP8_DYNAMIC_128, replace(MANY, T=60)),
     "other_pairs": Quantized("fp8_block", FP8_DYNAMIC_TOKEN, WIDE),
 }
 
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """Which of the two streaming launchers ran."""
+    """Which of the launchers ran."""
     ran = []
-    for name in ("quantized_decode", "w8a8_decode"):
+    for name in ("quantized_decode", "w8a8_decode", "fp8_prefill"):
         launcher = getattr(hopper_quantized, name)
 
         def run(*args, launcher=launcher, **kwargs):
@@ -73,6 +104,26 @@ def test_few_rows_stream(name, streamed):
     assert streamed == ["quantized_decode" if case.rows is None else "w8a8_decode"]
 
 
+@pytest.mark.parametrize("name", FILLED)
+def test_many_rows_of_8_bits_fill_tiles(name, streamed):
+    case = FILLED[name]
+    assert error(case, case.layer.tensors()) < 3e-2
+    assert streamed == ["fp8_prefill"]
+
+
+def test_many_rows_without_an_expert_and_nan_rows(streamed):
+    case = FILLED["block"]
+    tensors = case.layer.tensors()
+    tensors["topk_ids"][0] = torch.tensor([-1, -1])
+    clean = case.run(tensors, HopperQuantizedExperts)
+    assert (clean[0] == 0).all()
+    tensors["hidden_states"][-1] = float("nan")
+    dirty = case.run(tensors, HopperQuantizedExperts)
+    assert dirty[-1].isnan().all()
+    assert dirty[:-1].equal(clean[:-1])
+    assert streamed == ["fp8_prefill"] * 2
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_everything_else_takes_the_triton_experts_way(name, streamed):
     case = ELSEWHERE[name]
@@ -97,3 +148,9 @@ def test_workspaces_follow_from_sizes():
     act = MoEActivation.SILU
     assert experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, act).workspace2 == (7, 2, 128)
     assert experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act).workspace2 == (9000, 2, 64)
+    rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=GroupShape(1, 128))
+    config = FusedMoEQuantConfig(a1=rows, a2=rows)
+    experts = HopperQuantizedExperts(BF16.config(), config)
+    shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)
+    P = prefill_rows(18000, 4)
+    assert shapes == ((P, 32), (P, 64), (9000, 64))

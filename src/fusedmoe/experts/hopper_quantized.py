@@ -1,12 +1,14 @@
 """Quantized experts on Hopper's own units: TMA, WGMMA and dependent launches, written in Gluon.
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
-quantized too, ``kernels.hopper_w8a8``. More of them, weights that TMA cannot view, compiled code
-and batch invariance take the quantized Triton experts' way.
+quantized too, ``kernels.hopper_w8a8``; many of them, with both in 8 bits, run
+``kernels.hopper_fp8_prefill``. What lies between, weights that TMA cannot view, compiled code and
+batch invariance take the quantized Triton experts' way.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_run import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
+from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import (
     ALIGNED_BYTES,
     MAX_LONE_SLOTS,
@@ -32,7 +36,13 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.tuning.quantized_tiles import QuantizedDecodeTiles, decode_tiles
+from fusedmoe.tuning.quantized_tiles import (
+    QuantizedDecodeTiles,
+    QuantizedPrefillTiles,
+    decode_tiles,
+    prefill_tiles,
+    runs_prefill,
+)
 
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
@@ -50,14 +60,23 @@ def runs_decode(R: int, num_local: int, operands: Operands, x: torch.Tensor) -> 
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
 
 
+def can_prefill(operands: Operands, x: torch.Tensor) -> bool:
+    """Whether the prefill kernels can run these weights and rows."""
+    a1, a2 = operands.a1, operands.a2
+    if a1 is None or a2 is None or operands.emulate or x.dtype != torch.bfloat16:
+        return False
+    return unmet_by_prefill(operands.w1, operands.w2, (a1, a2)) is None
+
+
 class HopperQuantizedExperts(TritonQuantizedExperts):
     """Standard rows in bf16, on GPUs of compute capability 9.
 
-    ``decode_tiles``, if set, replaces the choice of ``tuning.quantized_tiles``.
+    ``decode_tiles`` and ``prefill_tiles``, if set, replace what ``tuning.quantized_tiles`` chooses.
     """
 
     name = "hopper_quantized"
     decode_tiles: QuantizedDecodeTiles | None = None
+    prefill_tiles: QuantizedPrefillTiles | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -101,16 +120,21 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> WorkspaceShapes:
-        """As the Triton experts', the second GEMM's rows in fp32 wherever they may be streamed."""
+        """As the Triton experts', the second GEMM's rows in fp32 wherever they may be streamed, and
+        whole blocks of rows where slots are many."""
         shapes = super().workspace_shapes(
             M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
         )
-        if (
-            self.moe_config.options.batch_invariant
-            or M * topk > MAX_DECODE_MEAN * local_num_experts
-        ):
+        R = M * topk
+        if self.moe_config.options.batch_invariant:
             return shapes
-        return shapes._replace(workspace2=(M, topk, 2 * K))
+        if MAX_DECODE_MEAN * local_num_experts >= R:
+            return shapes._replace(workspace2=(M, topk, 2 * K))
+        if self.quant_config.a1.key is None or not runs_prefill(R, global_num_experts):
+            return shapes
+        P = prefill_rows(R, local_num_experts)
+        second = max((P, K), shapes.workspace2, key=math.prod)
+        return shapes._replace(workspace13=(P, shapes.workspace13[-1]), workspace2=second)
 
     def apply(
         self,
@@ -134,11 +158,17 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         assert workspace2 is not None
         (T, K), e = topk_ids.shape, w1.shape[0]
         R, H = T * K, hidden_states.shape[1]
-        plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
         operands = None
-        if not plain and a1q_scale is None and workspace2.numel() >= 2 * R * H:
+        plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
+        if not plain and a1q_scale is None:
             operands = self.operands(w1, w2, activation, hidden_states.dtype)
-        if operands is None or not runs_decode(R, e, operands, hidden_states):
+        run = None
+        if operands is not None:
+            if workspace2.numel() >= 2 * R * H and runs_decode(R, e, operands, hidden_states):
+                run = self._decode
+            elif runs_prefill(R, global_num_experts) and can_prefill(operands, hidden_states):
+                run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
+        if operands is None or run is None:
             super().apply(
                 output,
                 hidden_states,
@@ -157,31 +187,68 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
                 apply_router_weight_on_input,
             )
             return
-        I = operands.w2.shape[2]  # noqa: E741
-        tiles = self.decode_tiles or decode_tiles(R, e)
         given: dict[str, Any] = {
             "topk_weights": None if apply_router_weight_on_input else topk_weights.contiguous(),
             "topk_ids": topk_ids.contiguous(),
             "out": output,
-            "act": workspace13.flatten()[: R * I].view(R, I),
-            "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
-            "blocks": _blocks(topk_ids, e, expert_map, tiles.gemm1.slots),
             "activation": activation,
             "activation_config": self.activation_config,
             "w1_bias": operands.w1_bias,
             "w2_bias": operands.w2_bias,
             "expert_map": expert_map,
-            "tiles": tiles,
             "programs": multiprocessors_of(hidden_states.device),
         }
-        weights = hidden_states, operands.w1, operands.w2
         with device_of(hidden_states):
-            if operands.a1 is None or operands.a2 is None:
-                quantized_decode(*weights, **given)
-            else:
-                keys = operands.a1, operands.a2
-                scales = operands.a1_scale, operands.a2_scale
-                w8a8_decode(*weights, keys=keys, scales=scales, **given)
+            run(hidden_states, operands, workspace13, workspace2, given)
+
+    def _decode(
+        self,
+        x: torch.Tensor,
+        operands: Operands,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        given: dict[str, Any],
+    ) -> None:
+        topk_ids, expert_map = given["topk_ids"], given["expert_map"]
+        R, (e, H, I) = topk_ids.numel(), operands.w2.shape  # noqa: E741
+        tiles = self.decode_tiles or decode_tiles(R, e)
+        given |= {
+            "act": workspace13.flatten()[: R * I].view(R, I),
+            "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
+            "blocks": _blocks(topk_ids, e, expert_map, tiles.gemm1.slots),
+            "tiles": tiles,
+        }
+        weights = x, operands.w1, operands.w2
+        if operands.a1 is None or operands.a2 is None:
+            quantized_decode(*weights, **given)
+        else:
+            keys = operands.a1, operands.a2
+            scales = operands.a1_scale, operands.a2_scale
+            w8a8_decode(*weights, keys=keys, scales=scales, **given)
+
+    def _prefill(
+        self,
+        x: torch.Tensor,
+        operands: Operands,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        given: dict[str, Any],
+    ) -> None:
+        e, H, I = operands.w2.shape  # noqa: E741
+        P = prefill_rows(given["topk_ids"].numel(), e)
+        assert operands.a1 is not None
+        assert operands.a2 is not None
+        fp8_prefill(
+            x,
+            operands.w1,
+            operands.w2,
+            (operands.a1, operands.a2),
+            (operands.a1_scale, operands.a2_scale),
+            act=workspace13.flatten()[: P * I].view(P, I),
+            y=workspace2.flatten()[: P * H].view(P, H),
+            tiles=self.prefill_tiles or prefill_tiles(H, I, operands.w1.format.element),
+            **given,
+        )
 
 
 def _blocks(
