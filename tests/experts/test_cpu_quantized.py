@@ -177,13 +177,14 @@ def test_the_second_format_counts_too():
 
 def test_zero_points_are_exact_where_rows_have_a_mean():
     """What is added for a zero point sums up over a row: rounding it would be seen."""
+    torch.manual_seed(0)
     q = draw("int4_g32_zp", 1, 64, 1024)
-    x = torch.ones(1, 1024) + torch.randn(1, 1024) / 8
-    out = torch.empty(1, 64)
+    x = torch.ones(8, 1024) + torch.randn(8, 1024) / 8
+    out = torch.empty(8, 64)
     weight = cpu_integer.int4_weights(q)[0]
     cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), weight, out)
     without = weight._replace(offset=None)
-    rounded = torch.empty(1, 64)
+    rounded = torch.empty(8, 64)
     cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), without, rounded)
     ref = x.double() @ q.dequantize(torch.float64)[0].T
     assert error(out, ref) < 5e-3
