@@ -60,7 +60,10 @@ def variants_of(plain: HopperTiles, H: int) -> dict[str, HopperTiles]:
             "spread8": replace(plain, spread=8),
             "spans2": replace(plain, sum_spans=2),
             f"spans{spans}": replace(plain, sum_spans=spans),
-            "all": replace(plain, thin=True, spread=4, sum_spans=2),
+            "ahead256": replace(plain, ahead=256),
+            "ahead512": replace(plain, ahead=512),
+            "thin+256": replace(plain, thin=True, ahead=256),
+            "all": replace(plain, thin=True, spread=4, sum_spans=2, ahead=256),
         }
     if isinstance(plain, DecodeTiles):
         out |= {f"ahead{n}": replace(plain, ahead=n) for n in (128, 256, 512, 768)}

@@ -115,7 +115,7 @@ def build(kernel, types, constants, **options):
     names = kernel.arg_names
     ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
-    pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr"}
+    pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
     known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}
     known |= types
     signature = {
@@ -149,9 +149,10 @@ build(hopper_direct.down_kernel,
       sizes | {"PICKS": 4, "SLOTS": 4, "TILE": tiles.down_rows, "SHARE": tiles.down_rows // 4,
                "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
       maxnreg=hopper_direct.MAX_REGISTERS)
-for tiles in (PrefillTiles(), PrefillTiles(spread=4, thin=True)):
+for tiles in (PrefillTiles(), PrefillTiles(spread=4, thin=True, ahead=256)):
     step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group,
-            "SPREAD": tiles.spread, "THIN": tiles.thin}
+            "SPREAD": tiles.spread, "THIN": tiles.thin, "ASK": tiles.ahead}
+    step |= {} if tiles.ahead else {"w_ptr": None}
     weights, rows = desc(128, tiles.depth), desc(64 if tiles.thin else 128, tiles.depth)
     build(hopper_prefill.up_kernel,
           {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},

@@ -67,7 +67,7 @@ KINDS = {
     "prefill": PrefillTiles(),
     "prefill_shallow": PrefillTiles(stages=3, group=2),
     "prefill_thin": PrefillTiles(thin=True),
-    "prefill_mixed": PrefillTiles(group=4, spread=2, thin=True, sum_spans=2),
+    "prefill_mixed": PrefillTiles(group=4, spread=2, thin=True, sum_spans=2, ahead=128),
     "ahead": replace(decode_tiles_of(16, 64, 128), ahead=4096),
 }
 
@@ -167,6 +167,8 @@ def test_half_empty_blocks_and_mixed_groups_give_the_plain_bits(counts, name):
         PrefillTiles(spread=4),
         PrefillTiles(group=4, spread=2, thin=True),
         PrefillTiles(sum_spans=2),
+        PrefillTiles(ahead=64),
+        PrefillTiles(thin=True, ahead=256),
     ):
         assert run(layer, tensors, tiles).equal(expected)
 

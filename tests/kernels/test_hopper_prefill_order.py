@@ -1,4 +1,4 @@
-"""The prefill kernels' order of tiles, and their sum, as far as a CPU can run them."""
+"""Prefill: the order of tiles, weights asked ahead and the sum, as far as a CPU can run them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
+from fusedmoe.kernels.triton.hopper_prefill_common import ask_ahead, ask_weights, tile_of
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, block_of_task
 
 TILES = (
@@ -59,10 +59,76 @@ def test_an_expert_with_many_rows_no_longer_fills_whole_groups():
     assert groups == {1: [0, 16, 16, 0], 4: [8, 8, 8, 8]}
 
 
-@pytest.mark.parametrize("bad", [{"spread": 3}, {"spread": 0}, {"sum_spans": 0}])
-def test_tiles_that_do_not_divide_are_named(bad):
-    with pytest.raises(ValueError, match="groups of 16"):
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        ({"spread": 3}, "groups of 16"),
+        ({"spread": 0}, "from 0 places"),
+        ({"sum_spans": 0}, "0 spans"),
+        ({"ahead": 96}, "multiple of 64"),
+        ({"ahead": -64}, "-64 columns"),
+    ],
+)
+def test_tiles_that_do_not_divide_are_named(bad, what):
+    with pytest.raises(ValueError, match=what):
         PrefillTiles(**bad)
+
+
+class Asked:
+    """The bodies of ``ask_weights`` and ``ask_ahead`` on torch's numbers; counts what they ask
+    for, element by element, of a matrix [rows, width] of 2-byte words at address 0."""
+
+    def __init__(self, rows: int, width: int, warps: int) -> None:
+        self.rows, self.width = rows, width
+        self.counts = torch.zeros(rows * width, dtype=torch.int64)
+
+        def tensors(function):
+            return lambda *given: function(*map(torch.as_tensor, given))
+
+        language = SimpleNamespace(
+            num_warps=lambda: warps,
+            BlockedLayout=lambda *given: None,
+            static_range=range,
+            arange=lambda first, last, layout: torch.arange(first, last),
+            minimum=tensors(torch.minimum),
+            where=tensors(torch.where),
+            int64=torch.int64,
+        )
+        known = {"gl": language, "TILE_N": 128, "ask_for": self.ask_for}
+        known["ask_weights"] = FunctionType(ask_weights.fn.__code__, known)
+        self.ask_ahead = FunctionType(ask_ahead.fn.__code__, known)
+
+    def ask_for(self, address: torch.Tensor, size: torch.Tensor) -> None:
+        assert (size % 16 == 0).all()
+        for first, words in zip(address.tolist(), (size // 2).tolist(), strict=True):
+            if words > 0:
+                assert first >= 0
+                assert first % 8 == 0
+                assert first + words <= self.counts.numel()
+                self.counts[first : first + words] += 1
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize(("ask", "step"), [(64, 64), (128, 64)])
+@pytest.mark.parametrize("kind", ["gate_then_up", "interleaved", "no_gate", "down"])
+def test_a_tile_asks_for_its_own_weights_once(kind, ask, step, warps):
+    """Every row that the tile loads, every column once; the last tile reaches past the matrix."""
+    e, I, width = 2, 208, 272  # noqa: E741
+    gated = kind in ("gate_then_up", "interleaved")
+    rows = e * I * (2 if gated else 1)
+    tile_rows, expert_rows = (128, 2 * I) if kind == "gate_then_up" else (256, rows // e)
+    for expert, tile in ((0, 0), (1, 0), (1, -(-expert_rows // (2 * tile_rows)))):
+        first = expert * expert_rows + tile * tile_rows
+        asked = Asked(rows, width, warps)
+        jump = I - 128 if kind == "gate_then_up" else 0
+        for k in range(0, width, step):
+            asked.ask_ahead(0, first, jump, rows, k, width, ask)
+        wanted = set(range(first, first + 256))
+        if kind == "gate_then_up":
+            wanted = {first + row + add for row in range(128) for add in (0, I)}
+        expected = torch.zeros(rows, dtype=torch.int64)
+        expected[[row for row in wanted if row < rows]] = 1
+        assert asked.counts.view(rows, width).equal(expected[:, None].expand(rows, width))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -91,8 +91,9 @@ class PrefillTiles:
     side so that they share weights in the L2.
 
     The blocks of a group come from ``spread`` places of the list, ``group / spread`` neighbours
-    each. ``thin``: of a block with at most 64 rows only the first 64 are loaded. A program of the
-    sum adds ``sum_spans`` times 1024 columns. Raises ValueError where ``spread`` does not divide.
+    each. ``thin``: of a block with at most 64 rows only the first 64 are loaded; ``ahead``: its
+    weights are asked into the L2 in pieces of so many columns (0: not at all). A program of the sum
+    adds ``sum_spans`` times 1024 columns. Raises ValueError for numbers that do not divide.
     """
 
     depth: int = 64
@@ -101,6 +102,7 @@ class PrefillTiles:
     spread: int = 1
     thin: bool = False
     sum_spans: int = 1
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.spread < 1 or self.group % self.spread or self.sum_spans < 1:
@@ -108,6 +110,8 @@ class PrefillTiles:
                 f"groups of {self.group} blocks from {self.spread} places, sums of "
                 f"{self.sum_spans} spans"
             )
+        if self.ahead < 0 or self.ahead % self.depth:
+            raise ValueError(f"{self.ahead} columns ahead: not a multiple of {self.depth}")
 
 
 def block_of_task(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment, WeightsAhead
+from fusedmoe.kernels.triton.ahead import ask_for
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
@@ -39,27 +40,6 @@ def fill_range(ptr, value, first, last, BLOCK: tl.constexpr):
     for start in range(first, last, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(ptr + at, value, at < last)
-
-
-@triton.jit
-def _ask_for(address, size):
-    """Bring ``size`` bytes from ``address`` on to the L2, both multiples of 16; waits for nothing.
-
-    PTX ISA 9.0, cp.async.bulk.prefetch.
-    """
-    tl.inline_asm_elementwise(
-        """{
-            .reg .pred some;
-            setp.ne.u32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -92,7 +72,7 @@ def align_once_kernel(
             row = first + tl.arange(0, LANES)
             there = row < ahead_rows
             address = ahead_ptr + tl.where(there, row, 0).to(tl.int64) * ahead_stride
-            _ask_for(address.to(tl.int64), tl.where(there, ahead_bytes, 0))
+            ask_for(address.to(tl.int64), tl.where(there, ahead_bytes, 0))
     follow_previous(CHAINED)
     counts = tl.zeros([BLOCK_G], dtype=tl.int32)
     for first in range(0, R, BLOCK_R):

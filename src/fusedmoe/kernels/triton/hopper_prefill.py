@@ -15,7 +15,9 @@ sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H
 Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. With
 SPREAD > 1 a group is put together from so many places of the list, so that the blocks of experts
 with many rows, bound by the products, run beside those of experts with few, bound by memory. With
-THIN, the second half of a block that has no rows there is not loaded either.
+THIN, the second half of a block that has no rows there is not loaded either. With ASK, the weights
+of such a block, which runs ahead of its neighbours with the same weights and so has to wait for
+memory, are asked into the L2 up to 2 * ASK columns before they are loaded.
 """
 
 import torch
@@ -153,12 +155,12 @@ def prefill_gemms(
     rows, stored = BLOCK_M.value, (HALF_M.value, TILE_N.value // 2)
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
-    steps = (tiles.depth, tiles.stages, tiles.group, tiles.spread, tiles.thin)
+    steps = (tiles.depth, tiles.stages, tiles.group, tiles.spread, tiles.thin, tiles.ahead)
     loaded = HALF_M.value if tiles.thin else rows
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post, w1 if tiles.ahead else None),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
         num_warps=4,
@@ -171,7 +173,7 @@ def prefill_gemms(
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post),
+        (w2_bias, expert_ids, sorted_ids, num_post, w2 if tiles.ahead else None),
         (R, e),
         (H, I, *steps),
         num_warps=4,

@@ -10,6 +10,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    ask_ahead,
     half_is_live,
     halves,
     load_bias,
@@ -56,7 +57,7 @@ def load_rows(act_desc, a, bar, row, k, whole, THIN: gl.constexpr):
 
 @gluon.jit
 def down_producer(
-    descs,
+    weights,
     rings,
     bars,
     tables,
@@ -68,10 +69,11 @@ def down_producer(
     GROUP: gl.constexpr,
     SPREAD: gl.constexpr,
     THIN: gl.constexpr,
+    ASK: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
-    act_desc, w_desc = descs
+    act_desc, w_desc, w_ptr = weights
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
@@ -100,9 +102,12 @@ def down_producer(
     for task in range(first, tasks, gl.num_programs(0)):
         block, _ = tile_of(task, blocks, TILES, GROUP, SPREAD)
         weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP, SPREAD)
-        if THIN:
+        if THIN or ASK > 0:
             whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
         for k in range(0, I, BK):
+            if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
+                if ~whole:
+                    ask_ahead(w_ptr, weight_row, 0, num_local * H, k, I, ASK)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * BK):
@@ -167,6 +172,7 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    w_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -176,8 +182,9 @@ def down_kernel(
     GROUP: gl.constexpr,
     SPREAD: gl.constexpr,
     THIN: gl.constexpr,
+    ASK: gl.constexpr,
 ):
-    """``act_desc`` views tiles of 64 rows where THIN, otherwise of 128."""
+    """``act_desc`` views tiles of 64 rows where THIN, otherwise of 128; w_ptr None without ASK."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
@@ -200,8 +207,8 @@ def down_kernel(
             (
                 down_producer,
                 (
-                    (act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES, GROUP,
-                    SPREAD, THIN,
+                    (act_desc, w_desc, w_ptr), rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, SPREAD, THIN, ASK,
                 ),
             ),
         ],

@@ -11,6 +11,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    ask_ahead,
     half_is_live,
     halves,
     load_bias,
@@ -48,7 +49,7 @@ def gather(a, x_rows, live, column, H: gl.constexpr, BK: gl.constexpr):
 
 @gluon.jit
 def up_producer(
-    descs,
+    weights,
     rings,
     bars,
     x,
@@ -56,18 +57,27 @@ def up_producer(
     tables,
     sizes,
     H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
     PICKS: gl.constexpr,
+    GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
     SPREAD: gl.constexpr,
     THIN: gl.constexpr,
+    ASK: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
+    low_desc, high_desc, w_ptr = weights
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, desc_rows = sizes
+    # From a row of the descriptors to one of w1 [rows, H], and on to the tile's second half.
+    FACTOR: gl.constexpr = 2 if INTERLEAVED else 1
+    JUMP: gl.constexpr = I - TILE_N if GATED and not INTERLEAVED else 0
+    w_rows = num_local * (2 * I if GATED else I)
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
     ROWS: gl.constexpr = HALF_M if THIN else BLOCK_M
@@ -87,16 +97,20 @@ def up_producer(
         if THIN:
             place += HALF_M
             x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+        if THIN or ASK > 0:
             whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
+            if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
+                if ~whole:
+                    ask_ahead(w_ptr, weight_row * FACTOR, JUMP, w_rows, k, H, ASK)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
             low = b_ring.index(stage).slice(0, TILE_N, 0)
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
-            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
-            tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
+            tma.async_copy_global_to_shared(low_desc, [weight_row, k], bar, low)
+            tma.async_copy_global_to_shared(high_desc, [weight_row + BELOW, k], bar, high)
             a = a_ring.index(stage).slice(0, ROWS, 0)
             gather(a, x_rows, lives, k + column, H, BK)
             if THIN:  # noqa: SIM102 (the outer one is settled at compile time)
@@ -177,6 +191,7 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    w_ptr,
     stride_x,
     R,
     num_local,
@@ -195,8 +210,10 @@ def up_kernel(
     GROUP: gl.constexpr,
     SPREAD: gl.constexpr,
     THIN: gl.constexpr,
+    ASK: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
+    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate.
+    w_ptr: w1, None without ASK."""
     WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
@@ -225,8 +242,9 @@ def up_kernel(
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr, tables,
-                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP, SPREAD, THIN,
+                    (low_desc, high_desc, w_ptr), rings, bars, (x_ptr, stride_x), position_ptr,
+                    tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP,
+                    SPREAD, THIN, ASK,
                 ),
             ),
         ],
