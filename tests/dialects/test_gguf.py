@@ -334,19 +334,10 @@ def write_model(path: Path, model: Any, architecture: str, up: str, down: str) -
     return write_gguf(path, tensors, architecture=architecture, **found)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "model_type", "up", "down"),
-    [
-        ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
-        ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
-        ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),
-        ("qwen3moe", "qwen3_moe", "MXFP4", "Q8_0"),
-    ],
-)
-def test_a_whole_model(
-    architecture: str, model_type: str, up: str, down: str, tmp_path: Path
-) -> None:
-    transformers = pytest.importorskip("transformers")
+def tiny_model(architecture: str, model_type: str) -> Any:
+    """Three experts, sizes that superblocks fit into."""
+    import transformers
+
     sizes = {
         "hidden_size": 256,
         "intermediate_size": 256,
@@ -369,9 +360,25 @@ def test_a_whole_model(
     }
     config = transformers.CONFIG_MAPPING[model_type](**sizes)
     torch.manual_seed(1)
-    plain = transformers.AutoModelForCausalLM.from_config(
+    return transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, experts_implementation="eager"
     ).eval()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "up", "down"),
+    [
+        ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
+        ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
+        ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),
+        ("qwen3moe", "qwen3_moe", "MXFP4", "Q8_0"),
+    ],
+)
+def test_a_whole_model(
+    architecture: str, model_type: str, up: str, down: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    plain = tiny_model(architecture, model_type)
     path = write_model(tmp_path / "model.gguf", plain, architecture, up, down)
     reference = fusedmoe.MoEOptions(experts="torch_quantized")
     model = fusedmoe.from_pretrained(path, dtype=torch.float32, options=reference)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import rank_packed
+import torch
 from folders import Folders, read_tensors, write_folder, write_folders, write_gpt_oss
 from writers import CASES
 
@@ -41,6 +42,18 @@ def test_each_rank_reads_its_share_and_all_give_the_same_tokens(ranks, name, tmp
         arguments = (str(folder), size, same_tokens, expected, quantize)
         read = ranks.run(rank_packed.check, *arguments)
         assert read == [stored // size] * 4
+
+
+def test_a_gguf_file_with_fewer_experts_than_ranks(ranks, tmp_path):
+    pytest.importorskip("gguf")
+    from test_gguf import tiny_model, write_model
+
+    plain = tiny_model("qwen3moe", "qwen3_moe")
+    path = write_model(tmp_path / "model.gguf", plain, "qwen3moe", "Q8_0", "Q4_0")
+    alone = fusedmoe.from_pretrained(path, dtype=torch.float32)
+    for same_tokens in (True, False):
+        expected = [rank_packed.tokens(alone, x) for x in rank_packed.prompts(4, same_tokens)]
+        ranks.run(rank_packed.check, str(path), 4, same_tokens, expected)
 
 
 def test_a_bad_file_on_one_rank_is_an_error_on_all(ranks, tmp_path):
