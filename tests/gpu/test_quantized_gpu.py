@@ -10,12 +10,14 @@ import torch
 from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.experts.triton_quantized import (
     BatchedTritonQuantizedExperts,
     TritonQuantizedExperts,
 )
+from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.quantize import quantize_rows, quantize_rows_reference
 from fusedmoe.quantization.activations import spread
 from fusedmoe.quantization.formats import format_named
@@ -29,6 +31,7 @@ from fusedmoe.quantization.keys import (
     INT8_STATIC_TENSOR,
     MXFP8_DYNAMIC,
 )
+from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +61,11 @@ LAYERS = {
     "one_token_map": replace(LAYER, T=1, E=64, local=20),
 }
 CLASSES = [TritonQuantizedExperts, HopperQuantizedExperts]
+# Rows that the Hopper experts prefill, with weights in 8 bits as well.
+PREFILLED = [
+    *(FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR),
+    *(INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR),
+]
 # Every format in three layers, four formats in all.
 EVERYWHERE = [
     *(("int4_g32_zp", None), ("mxfp4", None), ("fp8_block", FP8_DYNAMIC_128)),
@@ -100,13 +108,88 @@ def assert_right(case, out, tensors):
 @pytest.mark.parametrize("experts", CLASSES)
 @pytest.mark.parametrize(("fmt", "rows", "name"), MATRIX, ids=str)
 def test_formats(fmt, rows, name, experts):
-    if experts is HopperQuantizedExperts and name == "many_rows":
+    if experts is HopperQuantizedExperts and name == "many_rows" and rows not in PREFILLED:
         pytest.skip("runs the Triton experts' way")
     case = fitting(Quantized(fmt, rows, LAYERS[name]))
     tensors = case.layer.tensors()
     out = case.run(tensors, experts)
     assert_right(case, out, tensors)
     assert case.run(tensors, experts).equal(out)
+
+
+MANY = replace(LAYER, T=700, E=8, K=2, H=768, I=512)
+PREFILL_LAYERS = {
+    "odd_sizes": replace(MANY, H=272, I=144, bias=True),
+    "gpt_oss": replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=576, I=384),
+    "no_gate": replace(MANY, activation=MoEActivation.RELU2_NO_MUL, bias=True, I=640),
+    "expert_map": replace(MANY, E=16, local=5, T=900),
+    "uneven": replace(MANY, E=3, T=97),
+    "many_tiles": replace(MANY, T=6000, H=2048, I=768),
+}
+
+
+def count_prefills(monkeypatch):
+    ran = []
+
+    def run(*args, **kwargs):
+        ran.append(1)
+        fp8_prefill(*args, **kwargs)
+
+    monkeypatch.setattr(hopper_quantized, "fp8_prefill", run)
+    return ran
+
+
+@pytest.mark.parametrize("name", PREFILL_LAYERS)
+@pytest.mark.parametrize(
+    ("fmt", "rows"), [(fmt, rows) for fmt, rows in FORMATS if rows in PREFILLED], ids=str
+)
+def test_prefill(fmt, rows, name, monkeypatch):
+    ran = count_prefills(monkeypatch)
+    case = Quantized(fmt, rows, PREFILL_LAYERS[name])
+    tensors = case.layer.tensors()
+    out = case.run(tensors, HopperQuantizedExperts)
+    assert ran
+    assert_right(case, out, tensors)
+    assert case.run(tensors, HopperQuantizedExperts).equal(out)
+
+
+@pytest.mark.parametrize("rows", [FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR], ids=str)
+def test_promoted_sums_of_long_rows_are_no_worse(rows, monkeypatch):
+    fmt = "fp8_channel" if rows == FP8_DYNAMIC_TOKEN else "fp8_tensor"
+    case = Quantized(fmt, rows, replace(MANY, H=4096, I=256))
+    tensors = case.layer.tensors()
+    found = []
+    for promoted in (False, True):
+        tiles = QuantizedPrefillTiles(promoted=(promoted, promoted))
+        monkeypatch.setattr(HopperQuantizedExperts, "prefill_tiles", tiles)
+        out = case.run(tensors, HopperQuantizedExperts)
+        assert_right(case, out, tensors)
+        found.append(error(out, case.expected(tensors)))
+    assert found[1] <= found[0]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rows"), [("fp8_block", FP8_DYNAMIC_128), ("int8_channel", INT8_DYNAMIC_TOKEN)]
+)
+def test_prefill_in_a_graph_with_no_expert_and_nan_rows(fmt, rows, monkeypatch):
+    ran = count_prefills(monkeypatch)
+    case = Quantized(fmt, rows, MANY)
+    tensors = case.layer.tensors()
+    tensors["topk_ids"][0], tensors["topk_ids"][1] = -1, 2**31 - 1
+    run = case.runner(tensors, HopperQuantizedExperts)
+    clean = run().clone()
+    assert ran
+    assert (clean[:2] == 0).all()
+    assert_right(case, clean, tensors)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = run()
+    tensors["hidden_states"][-1] = NAN
+    graph.replay()
+    assert out[:-1].equal(clean[:-1])
+    if rows == FP8_DYNAMIC_128:
+        assert out[-1].isnan().all()
 
 
 @pytest.mark.parametrize(("fmt", "rows"), FORMATS, ids=str)
