@@ -5,17 +5,20 @@
         [--out benchmarks/results/h200-x4/ep_layer.json]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
-ranks (the first so many of the processes), three kinds of rows:
+ranks (the first so many of the processes), two kinds of rows:
 
     layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
-``wire_limit_us``: bytes sent and received, one copy per (token, rank), at ``p2p_gbs``, measured in
-the same run. ``exposed_us``: the layer minus its experts alone. ``overlap_limit_us``: 1.15 times
-the larger of experts and wire, plus 20 us, which is asked from 1024 tokens on (``target_met``).
-``scaling``: tokens per second and rank, over those of one rank with all experts. A time is that of
-the slowest rank, on GPUs from replays of CUDA graphs where the way can be captured.
+``limit_us``: of the experts on this rank, the larger of their bytes (those that some token picks)
+and their FLOPs at the rates of the header. ``wire_limit_us``: bytes sent and received, one copy per
+(token, rank), at ``p2p_gbs``, measured in the same run. ``exposed_us``: the layer minus its experts
+alone. ``overlap_limit_us``: 1.15 times the larger of experts and wire, plus 20 us, which is asked
+from 1024 tokens on (``target_met``). ``scaling``: tokens per second and rank, over those of one
+rank with all experts. ``error``: relative (Frobenius), against the sum over ranks of their experts
+alone. A time is that of the slowest rank, on GPUs from replays of CUDA graphs where the way can be
+captured.
 """
 
 from __future__ import annotations
@@ -23,54 +26,32 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ep_wire import GROUP, Place, time_call, wire_gbs, wire_limit_us
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.over_ranks import no_peer_memory, peer_layout
 from fusedmoe.bench.report import BenchReport, Percentiles, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
-from fusedmoe.distributed.collectives import gather_vectors
-from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
-from fusedmoe.runner.capture import record_graph
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
+COMPILING_S = 60.0  # ranks compile their kernels at their own pace
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
-GROUP = 128
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Place:
-    """The ranks that share a layer, this process among them."""
-
-    group: dist.ProcessGroup
-    device: torch.device
-    repeats: int
-
-    @property
-    def ranks(self) -> int:
-        return self.group.size()
-
-    def slowest(self, samples: list[float]) -> Percentiles:
-        """Of each sample, in microseconds, the time of the rank that took longest."""
-        told = gather_vectors([int(us * 1e3) for us in samples], TokenRanks((self.group,)))
-        return Percentiles.of([max(ns) / 1e3 for ns in zip(*told, strict=True)])
 
 
 class OneFormat:
@@ -113,88 +94,64 @@ def make_layer(
     return layer
 
 
-def time_call(call: Call, place: Place, rounds: int, captured: bool) -> Percentiles:
-    """Microseconds of one call, ``rounds`` of them in each sample."""
-    on_gpu = place.device.type == "cuda"
-    call()
-    run: Call = lambda: [call() for _ in range(rounds)]  # noqa: E731
-    if on_gpu:
-        torch.cuda.synchronize()
-        dist.barrier(place.group)
-        if captured:
-            stream = torch.cuda.Stream()
-            graph, _ = record_graph(lambda: [call() for _ in range(rounds)] and None, stream)
-            run = graph.replay
-    samples = []
-    for _ in range(place.repeats):
-        dist.barrier(place.group)
-        samples.append((_gpu_us(run) if on_gpu else _cpu_us(run)) / rounds)
-    return place.slowest(samples)
+@dataclass(frozen=True)
+class LocalExperts:
+    """This rank's experts on everyone's tokens x [ranks * T, H], gathered beforehand."""
 
+    layer: MoERunner
+    place: Place
+    x: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
 
-def _gpu_us(run: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    @classmethod
+    def of(
+        cls, layer: MoERunner, place: Place, x: torch.Tensor, logits: torch.Tensor
+    ) -> LocalExperts:
+        weights, ids, _ = layer.router.select_experts(x, logits)
+        everyones = []
+        for mine in (x, weights, ids):
+            parts = [torch.empty_like(mine) for _ in range(place.ranks)]
+            dist.all_gather(parts, mine.contiguous(), group=place.group)
+            everyones.append(torch.cat(parts))
+        return cls(layer, place, *everyones)
 
+    @functools.cached_property
+    def kernel(self) -> FusedMoEKernel:
+        kernel = self.layer.routed_experts.quant_method.kernel(self.layer.routed_experts)
+        assert isinstance(kernel, FusedMoEKernel)
+        return FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), kernel.experts)
 
-def _cpu_us(run: Call) -> float:
-    begin = time.perf_counter_ns()
-    run()
-    return (time.perf_counter_ns() - begin) / 1e3
+    def __call__(self) -> torch.Tensor:
+        """This rank's part of everyone's output [ranks * T, H]."""
+        experts, moe = self.layer.routed_experts, self.layer.moe_config
+        return self.kernel.apply(
+            *(self.x, experts.w13_weight, experts.w2_weight, self.topk_weights, self.topk_ids),
+            activation=moe.activation,
+            global_num_experts=moe.num_experts,
+            expert_map=experts.expert_map,
+        )
 
+    def error_of(self, output: torch.Tensor) -> float:
+        """Relative, of this rank's output [T, H], against the sum of all ranks' parts."""
+        total = self().float()
+        dist.all_reduce(total, group=self.place.group)
+        T = output.shape[0]
+        mine = total[self.place.group.rank() * T :][:T]
+        return float((output.float() - mine).norm() / mine.norm())
 
-def wire_gbs(place: Place, memory: PeerMemory | None) -> float:
-    """GB/s per direction of a rank: a copy of a peer's buffer, or an all-to-all without one."""
-    if memory is not None:
-        rank, world = place.group.rank(), place.ranks
-        size = min(memory.layout.outputs_at, 1 << 28)
-        theirs = memory._handle.get_buffer((rank + 1) % world, (size,), torch.uint8, 0)
-        here = torch.empty_like(theirs)
-        return size / time_call(lambda: here.copy_(theirs), place, 1, True).us / 1e3
-    size = 1 << (28 if place.device.type == "cuda" else 20)
-    sent = torch.zeros(size, dtype=torch.uint8, device=place.device)
-    received = torch.empty_like(sent)
-    exchange = functools.partial(dist.all_to_all_single, received, sent, group=place.group)
-    remote = size * (place.ranks - 1) / place.ranks
-    return remote / time_call(exchange, place, 1, False).us / 1e3
-
-
-def wire_limit_us(
-    ids: torch.Tensor, shape: LayerShape, fmt: str, place: Place, gbs: float
-) -> float:
-    """One copy of each row to each other rank that needs it, and one sum back."""
-    per_rank = -(-shape.num_experts // place.ranks)
-    rank = place.group.rank()
-    there = [(ids // per_rank == r).any(dim=1) for r in range(place.ranks) if r != rank]
-    copies = int(torch.stack(there).sum()) if there else 0
-    row = shape.H + -(-shape.H // GROUP) * 4 if fmt == "fp8_block" else 2 * shape.H
-    sent = copies * (row + 8 * shape.k + 2 * shape.H)
-    return place.slowest([sent / gbs / 1e3]).us
-
-
-def local_experts(layer: MoERunner, x: torch.Tensor, logits: torch.Tensor, place: Place) -> Call:
-    """This rank's experts on everyone's tokens, gathered beforehand."""
-    weights, ids, _ = layer.router.select_experts(x, logits)
-    everyones = []
-    for mine in (x, weights, ids):
-        parts = [torch.empty_like(mine) for _ in range(place.ranks)]
-        dist.all_gather(parts, mine.contiguous(), group=place.group)
-        everyones.append(torch.cat(parts))
-    experts, moe = layer.routed_experts, layer.moe_config
-    kernel = experts.quant_method.kernel(experts)
-    assert isinstance(kernel, FusedMoEKernel)
-    here = FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), kernel.experts)
-    all_x, all_weights, all_ids = everyones
-    return lambda: here.apply(
-        *(all_x, experts.w13_weight, experts.w2_weight, all_weights, all_ids),
-        activation=moe.activation,
-        global_num_experts=moe.num_experts,
-        expert_map=experts.expert_map,
-    )
+    def limit_us(self, shape: LayerShape, T: int, rates: dict[str, float], fmt: str) -> float:
+        """What this rank's experts cannot go below, on the rank with most to do."""
+        experts = self.layer.routed_experts
+        mine = self.topk_ids[self.topk_ids >= 0].long()
+        if experts.expert_map is not None:
+            mine = mine[experts.expert_map[mine] >= 0]
+        weights = sum(one.nbytes for one in experts.parameters())
+        moved = weights * mine.unique().numel() / self.layer.moe_config.num_local_experts
+        rate = rates["fp8_tflops" if fmt == "fp8_block" else "bf16_tflops"]
+        flops = shape.pair_flops * mine.numel()
+        by_bytes = (moved + 4 * T * shape.H) / rates["read_gbs"] / 1e3
+        return self.place.slowest([max(by_bytes, flops / rate / 1e6)]).us
 
 
 def ways_of(place: Place, memory: PeerMemory | None) -> list[tuple[str, bool]]:
@@ -207,15 +164,17 @@ def ways_of(place: Place, memory: PeerMemory | None) -> list[tuple[str, bool]]:
     return [*found, ("all_to_all", False), ("all_to_all", True)]
 
 
-def measure(shape: LayerShape, args: argparse.Namespace, place: Place) -> list[dict[str, Any]]:
+def measure(
+    shape: LayerShape, args: argparse.Namespace, place: Place, rates: dict[str, float]
+) -> list[dict[str, Any]]:
     """All rows of one shape over the ranks of ``place``."""
     memory, found = None, []
     if place.ranks > 1 and no_peer_memory(place.group, place.device) is None:
         group = GROUP if args.format == "fp8_block" else 0
         layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
-        memory = PeerMemory(place.group, layout, regions=2)
+        memory = PeerMemory(place.group, layout, regions=2, timeout_s=COMPILING_S)
     gbs = wire_gbs(place, memory) if place.ranks > 1 else None
-    experts_us: dict[int, Percentiles] = {}
+    experts_us: dict[int, float] = {}
     for way, halves in ways_of(place, memory):
         layer = make_layer(shape, args.format, place, way, memory, 2 if halves else None)
         for T in args.tokens:
@@ -223,21 +182,25 @@ def measure(shape: LayerShape, args: argparse.Namespace, place: Place) -> list[d
             seed = 100 * T + place.group.rank()
             logits = routing_logits("uniform", T, shape.num_experts, shape.k, seed, place.device)
             rounds = max(1, 2048 // max(T, 128)) if place.device.type == "cuda" else 1
-            facts = facts_of(layer, shape, args.format, place, T)
+            alone = LocalExperts.of(layer, place, x, logits)
             ids = layer.router.select_experts(x, logits)[1]
             wire = 0.0 if gbs is None else wire_limit_us(ids, shape, args.format, place, gbs)
-            facts |= {"p2p_gbs": gbs and round(gbs, 2), "wire_limit_us": round(wire, 2)}
+            facts = facts_of(layer, shape, args.format, place, T) | {
+                "limit_us": round(alone.limit_us(shape, T, rates, args.format), 2),
+                **{"p2p_gbs": gbs and round(gbs, 2), "wire_limit_us": round(wire, 2)},
+            }
             if T not in experts_us:
-                alone = local_experts(layer, x, logits, place)
-                experts_us[T] = time_call(alone, place, rounds, True)
-                found.append(row_of("local_experts", "experts", facts, experts_us[T]))
+                times = time_call(alone, place, rounds, True)
+                experts_us[T] = times.us
+                found.append(row_of("local_experts", "experts", facts, times, shape, None))
             known = {} if way == "no_ep" else {"tokens_per_rank": [T] * place.ranks}
             forward = functools.partial(layer, x, logits, **known)
+            error = alone.error_of(forward())
             times = time_call(forward, place, rounds, way in CAPTURED)
             name = f"fusedmoe:{way}{'+halves' if halves else ''}"
-            row = row_of(name, "layer", facts, times)
-            found.append(row | against(experts_us[T].us, times.us, wire, T))
-        del layer, forward
+            row = row_of(name, "layer", facts, times, shape, error)
+            found.append(row | against(experts_us[T], times.us, wire, T))
+        del layer, forward, alone
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -253,10 +216,27 @@ def facts_of(layer: MoERunner, shape: LayerShape, fmt: str, place: Place, T: int
     return sizes | {"ranks": place.ranks, "tokens_per_rank": T}
 
 
-def row_of(impl: str, scope: str, facts: dict[str, Any], times: Percentiles) -> dict[str, Any]:
+def row_of(
+    impl: str,
+    scope: str,
+    facts: dict[str, Any],
+    times: Percentiles,
+    shape: LayerShape,
+    error: float | None,
+) -> dict[str, Any]:
     measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
     rounded = {name: round(value, 2) for name, value in measured.items()}
-    return {"impl": impl, "scope": scope} | facts | rounded
+    flops = shape.pair_flops * facts["T"] * shape.k  # of the average rank
+    return (
+        {"impl": impl, "scope": scope}
+        | facts
+        | rounded
+        | {
+            "fraction_of_limit": round(facts["limit_us"] / times.us, 4),
+            "tflops": round(flops / times.us / 1e6, 2),
+            "error": error,
+        }
+    )
 
 
 def against(experts: float, us: float, wire: float, T: int) -> dict[str, Any]:
@@ -283,6 +263,18 @@ def add_scaling(rows: list[dict[str, Any]]) -> None:
         one = alone.get((row["shape"], row["T"]))
         if row["scope"] == "layer" and one is not None:
             row["scaling"] = round(one / row["us"], 3)
+
+
+def rates_of(device: torch.device, fmt: str) -> dict[str, float]:
+    """What one GPU can do by itself, all of them being asked at once."""
+    found = measure_ceilings(device, (torch.bfloat16,))
+    if fmt == "fp8_block" and device.type == "cuda":
+        from quantized_layer import eight_bit_rates
+
+        found["fp8_tflops"] = eight_bit_rates()["fp8_tflops"]
+    elif fmt == "fp8_block":
+        found["fp8_tflops"] = found["bf16_tflops"]
+    return found
 
 
 def publish(report: BenchReport, rows: list[dict[str, Any]], out: str | None) -> None:
@@ -312,11 +304,12 @@ def main() -> None:
     with launched_ranks(torch.device(args.device)) as here:
         counts = args.ranks or [1 << n for n in range(here.size.bit_length())]
         groups = {n: dist.new_group(list(range(n))) for n in counts if n <= here.size}
-        report = BenchReport(make_header(here.device, {}))
+        rates = rates_of(here.device, args.format)
+        report = BenchReport(make_header(here.device, rates))
         for shape in shapes:
             for n, group in groups.items():
                 if here.rank < n:
-                    rows = measure(shape, args, Place(group, here.device, args.repeats))
+                    rows = measure(shape, args, Place(group, here.device, args.repeats), rates)
                     publish(report, rows, args.out if here.rank == 0 else None)
                 dist.barrier(here.group)
 

@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from fusedmoe.bench import ceilings
+
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
 def run_script(words: list[str]) -> None:
-    with mock.patch.object(sys, "argv", ["ep_layer.py", *words]):
-        with mock.patch.object(sys, "path", [BENCHMARKS, *sys.path]):
-            module = importlib.import_module("ep_layer")
+    with mock.patch.object(sys, "path", [BENCHMARKS, *sys.path]):
+        module = importlib.import_module("ep_layer")
+    with (
+        mock.patch.object(sys, "argv", ["ep_layer.py", *words]),
+        mock.patch.object(ceilings, "_ELEMENTS", {"cpu": 1 << 12}),
+        mock.patch.object(ceilings, "_MATMUL", {"cpu": 64}),
+        mock.patch.object(module, "OVERLAP_FROM", 40),
+    ):
         module.main()
