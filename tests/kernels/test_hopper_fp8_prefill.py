@@ -338,5 +338,5 @@ def test_what_the_kernels_cannot_multiply_is_named():
 def test_tiles_say_what_is_promoted():
     from fusedmoe.tuning.quantized_tiles import prefill_tiles
 
-    assert prefill_tiles(7168, 2048, "e4m3") == QuantizedPrefillTiles(promoted=(True, False))
+    assert prefill_tiles(7168, 256, "e4m3") == QuantizedPrefillTiles(promoted=(True, False))
     assert prefill_tiles(7168, 18432, "int8") == QuantizedPrefillTiles()

@@ -88,7 +88,7 @@ def fp8_prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
         _tables(topk_ids, w1.shape[0], expert_map),
-        tiles or prefill_tiles(*w2.shape[1:], w1.format.element), programs,
+        tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ cores add fp8 products in about 14 bits. Two sums and one product take 192 regis
 would not fit, so one warpgroup's additions overlap the other one's products.
 
 Scales of whole rows (``multiply_whole``): one product of 256 weight rows per step runs through all
-columns. int8 sums are exact; fp8 sums keep the tensor cores' own precision, which is why long rows
-of fp8 take the other way, with a factor of one.
+columns. int8 sums are exact; fp8 sums have the tensor cores' own precision, so rows of fp8 take the
+other way, with a factor of one (PROMOTED), unless they are short.
 """
 
 from triton.experimental import gluon
