@@ -39,9 +39,9 @@ class PeerMemory:
     tokens in two halves at once (``MoEOptions.micro_batch_tokens``) need two.
 
     A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
-    launch to notice ends, later ones do not wait at all, and a thread calls ``on_error``; the
-    default raises ``PeerTimeoutError`` in the thread that made this object, at its next Python
-    instruction. That also happens while a captured graph is replayed.
+    launch to notice ends, later ones in its region do not wait at all, and a thread calls
+    ``on_error``; the default raises ``PeerTimeoutError`` in the thread that made this object, at
+    its next Python instruction. That also happens while a captured graph is replayed.
 
     Raises RanksDisagreeError where ranks disagree about the layout.
     """
