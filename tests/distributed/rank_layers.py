@@ -191,12 +191,15 @@ def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
 
 
 def check_compiled(layout: Layout) -> None:
-    """``torch.compile(fullgraph=True)`` traces dispatch and combine as it finds them."""
+    """``torch.compile(fullgraph=True)`` traces dispatch and combine as it finds them.
+
+    Compiled code runs as a whole what eager code runs in halves.
+    """
     groups, token_rank = make_groups(layout)
     layer = build(
         parallel=groups,
         is_sequence_parallel=layout.sp,
-        options=MoEOptions(experts="torch"),
+        options=MoEOptions(experts="torch", micro_batch_tokens=2),
         shared_experts=linear(1),
     )
     counts = token_counts("uneven", layout.token_ranks)

@@ -113,6 +113,7 @@ def test_two_forwards_are_on_their_way_at_once(counts):
             rows = max(counts)
             want = combine_reference(outputs[part], ids, OWNERS, LAYOUT, rows, rank)
             assert torch.equal(out, want)
+            started[part][rank].memory.check()
 
 
 def test_outputs_elsewhere_are_weighted_into_the_buffer():
