@@ -37,6 +37,9 @@ from fusedmoe.kernels.routing import routing
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.tuning.hopper_tiles import (
+    ELEMENT_BYTES,
+    SHARED_BYTES,
+    DecodeGemmTile,
     DecodeTiles,
     HopperTiles,
     PrefillTiles,
@@ -46,6 +49,17 @@ from fusedmoe.tuning.hopper_tiles import (
 NUMBERS = ApplyMoEActivationConfig()
 SHAPES_HERE = SHAPES | {"qwen3-235b": Shape("qwen3-235b", 128, 8, 4096, 1536)}
 CHECKED_TOKENS = 8
+
+
+def short_steps(plain: DecodeTiles) -> DecodeTiles:
+    """The same weight rows in steps of 64 columns, as many in flight as fit."""
+
+    def ring(tile: DecodeGemmTile, weights: int) -> DecodeGemmTile:
+        step = (weights * tile.rows + plain.block) * 64 * ELEMENT_BYTES
+        room = SHARED_BYTES - tile.rows * plain.block * ELEMENT_BYTES - 512
+        return replace(tile, depth=64, stages=room // step)
+
+    return replace(plain, up=ring(plain.up, 2), down=ring(plain.down, 1))
 
 
 def variants_of(plain: HopperTiles, H: int) -> dict[str, HopperTiles]:
@@ -67,6 +81,10 @@ def variants_of(plain: HopperTiles, H: int) -> dict[str, HopperTiles]:
         }
     if isinstance(plain, DecodeTiles):
         out |= {f"ahead{n}": replace(plain, ahead=n) for n in (128, 256, 512, 768)}
+        out |= {f"ask{n}": replace(plain, ask=n) for n in (128, 256, 512)}
+        out["both"] = replace(plain, ahead=256, ask=256)
+        out["short"] = short_steps(plain)
+        out["short+ask"] = replace(short_steps(plain), ask=256)
     return out
 
 

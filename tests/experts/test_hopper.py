@@ -134,10 +134,12 @@ sizes = {"H": 272, "I": 208}
 formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
 tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
-build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
-      sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
-build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
-      sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages})
+for asked in ({"ASK": 0, "w_ptr": None}, {"ASK": 256}):
+    build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
+          sizes | formula | asked | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
+    build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
+          sizes | asked | {"TILE": tiles.down.rows, "BN": 8, "BK": 128,
+                           "STAGES": tiles.down.stages})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
 build(hopper_direct.up_kernel,

@@ -69,6 +69,7 @@ KINDS = {
     "prefill_thin": PrefillTiles(thin=True),
     "prefill_mixed": PrefillTiles(group=4, spread=2, thin=True, sum_spans=2, ahead=128),
     "ahead": replace(decode_tiles_of(16, 64, 128), ahead=4096),
+    "asks": replace(decode_tiles_of(32, 128, 256), ask=256),
 }
 
 
@@ -181,6 +182,7 @@ def test_asking_for_weights_ahead_changes_nothing(T, ahead):
     tiles = decode_tiles_of(16, 64, 128)
     expected = run(layer, tensors, tiles)
     assert run(layer, tensors, replace(tiles, ahead=ahead)).equal(expected)
+    assert run(layer, tensors, replace(tiles, ask=128 * -(-ahead // 128))).equal(expected)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8])

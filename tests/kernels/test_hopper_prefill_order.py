@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_prefill_common import ask_ahead, ask_weights, tile_of
+from fusedmoe.kernels.triton.hopper_common import ask_ahead, ask_weights
+from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, block_of_task
 
 TILES = (
@@ -94,7 +95,7 @@ class Asked:
             where=tensors(torch.where),
             int64=torch.int64,
         )
-        known = {"gl": language, "TILE_N": 128, "ask_for": self.ask_for}
+        known = {"gl": language, "ask_for": self.ask_for}
         known["ask_weights"] = FunctionType(ask_weights.fn.__code__, known)
         self.ask_ahead = FunctionType(ask_ahead.fn.__code__, known)
 
@@ -108,24 +109,25 @@ class Asked:
                 self.counts[first : first + words] += 1
 
 
+@pytest.mark.parametrize("loaded", [64, 128, 256])
 @pytest.mark.parametrize("warps", [1, 4])
-@pytest.mark.parametrize(("ask", "step"), [(64, 64), (128, 64)])
+@pytest.mark.parametrize(("ask", "step"), [(64, 64), (256, 128)])
 @pytest.mark.parametrize("kind", ["gate_then_up", "interleaved", "no_gate", "down"])
-def test_a_tile_asks_for_its_own_weights_once(kind, ask, step, warps):
-    """Every row that the tile loads, every column once; the last tile reaches past the matrix."""
+def test_a_tile_asks_for_its_own_weights_once(kind, ask, step, warps, loaded):
+    """Each of ``loaded`` rows, every column once; the last tile reaches past the matrix."""
     e, I, width = 2, 208, 272  # noqa: E741
     gated = kind in ("gate_then_up", "interleaved")
     rows = e * I * (2 if gated else 1)
-    tile_rows, expert_rows = (128, 2 * I) if kind == "gate_then_up" else (256, rows // e)
+    tile_rows, expert_rows = (loaded // 2, 2 * I) if kind == "gate_then_up" else (loaded, rows // e)
     for expert, tile in ((0, 0), (1, 0), (1, -(-expert_rows // (2 * tile_rows)))):
         first = expert * expert_rows + tile * tile_rows
         asked = Asked(rows, width, warps)
-        jump = I - 128 if kind == "gate_then_up" else 0
+        jump = I - loaded // 2 if kind == "gate_then_up" else 0
         for k in range(0, width, step):
-            asked.ask_ahead(0, first, jump, rows, k, width, ask)
-        wanted = set(range(first, first + 256))
+            asked.ask_ahead(0, first, jump, rows, k, width, ask, loaded)
+        wanted = set(range(first, first + loaded))
         if kind == "gate_then_up":
-            wanted = {first + row + add for row in range(128) for add in (0, I)}
+            wanted = {first + row + add for row in range(loaded // 2) for add in (0, I)}
         expected = torch.zeros(rows, dtype=torch.int64)
         expected[[row for row in wanted if row < rows]] = 1
         assert asked.counts.view(rows, width).equal(expected[:, None].expand(rows, width))

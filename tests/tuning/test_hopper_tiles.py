@@ -132,10 +132,10 @@ def test_remote_experts_count_where_they_are():
     assert whole.block == part.block
 
 
-@pytest.mark.parametrize("ahead", [-8, 12])
-def test_columns_ahead_are_whole_words(ahead):
-    with pytest.raises(ValueError, match="multiple of 8"):
-        replace(decode_tiles(512, 128, 2048, 768), ahead=ahead)
+@pytest.mark.parametrize("bad", [{"ahead": -8}, {"ahead": 12}, {"ask": -128}, {"ask": 64}])
+def test_columns_ahead_are_whole_words_and_steps(bad):
+    with pytest.raises(ValueError, match="not a multiple of"):
+        replace(decode_tiles(512, 128, 2048, 768), **bad)
 
 
 @pytest.mark.parametrize(("ahead", "rows"), [(0, 0), (256, 132 * 128), (4096, 132 * 128)])

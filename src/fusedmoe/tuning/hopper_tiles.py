@@ -30,18 +30,25 @@ class DecodeTiles:
     """``block`` slots share one pass over an expert's weights.
 
     So many columns ``ahead`` of the weights that programs read first are asked into the L2 while
-    slots are sorted (up to ``align.ONE_LAUNCH_SLOTS`` slots). Raises ValueError where that is no
-    multiple of 8.
+    slots are sorted (up to ``align.ONE_LAUNCH_SLOTS`` slots). ``ask``: both GEMMs ask their
+    weights into the L2 in pieces of so many columns, a piece ahead (0: not at all). Raises
+    ValueError where the first is no multiple of 8, the second of a step.
     """
 
     block: int
     up: DecodeGemmTile
     down: DecodeGemmTile
     ahead: int = 0
+    ask: int = 0
 
     def __post_init__(self) -> None:
         if self.ahead < 0 or self.ahead % 8:
             raise ValueError(f"{self.ahead} columns ahead: not a multiple of 8")
+        if self.ask < 0 or self.ask % self.up.depth or self.ask % self.down.depth:
+            raise ValueError(
+                f"asked in pieces of {self.ask} columns: not a multiple of {self.up.depth} and "
+                f"{self.down.depth}"
+            )
 
 
 def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741

@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.triton.ahead import ask_for
 from fusedmoe.kernels.triton.hopper_common import next_stage
 
 BLOCK_M = gl.constexpr(128)
@@ -113,29 +112,6 @@ def half_is_live(
         slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
         live = (slot >= 0) & (slot < R)
     return live
-
-
-@gluon.jit
-def ask_weights(w_ptr, first, jump, rows, k, WIDTH: gl.constexpr, ASK: gl.constexpr):
-    """Ask for ASK columns from k on of a tile's 2 * TILE_N rows of w [rows, WIDTH]: they begin at
-    ``first``, and the second half at first + TILE_N + jump. None past the last row or column."""
-    LANES: gl.constexpr = 32 * gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    size = gl.minimum(WIDTH - k, ASK) * 2
-    for part in gl.static_range(2 * TILE_N // LANES):
-        lane = part * LANES + gl.arange(0, LANES, layout)
-        row = first + lane + gl.where(lane >= TILE_N, jump, 0)
-        address = w_ptr + (gl.minimum(row, rows - 1).to(gl.int64) * WIDTH + k)
-        ask_for(address.to(gl.int64), gl.where(row < rows, size, 0))
-
-
-@gluon.jit
-def ask_ahead(w_ptr, first, jump, rows, k, WIDTH: gl.constexpr, ASK: gl.constexpr):
-    """At the first step of each ASK columns, ask for the next; at the very first for both."""
-    if k % ASK == 0:
-        if k == 0:
-            ask_weights(w_ptr, first, jump, rows, k, WIDTH, ASK)
-        ask_weights(w_ptr, first, jump, rows, k + ASK, WIDTH, ASK)
 
 
 @gluon.jit

@@ -5,12 +5,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import ask_ahead, next_stage
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    ask_ahead,
     half_is_live,
     halves,
     load_bias,
@@ -107,7 +106,7 @@ def down_producer(
         for k in range(0, I, BK):
             if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
                 if ~whole:
-                    ask_ahead(w_ptr, weight_row, 0, num_local * H, k, I, ASK)
+                    ask_ahead(w_ptr, weight_row, 0, num_local * H, k, I, ASK, 2 * TILE_N)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * BK):

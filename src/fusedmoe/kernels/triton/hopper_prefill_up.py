@@ -6,12 +6,16 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, rows_layout
+from fusedmoe.kernels.triton.hopper_common import (
+    ask_ahead,
+    hopper_activation,
+    next_stage,
+    rows_layout,
+)
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    ask_ahead,
     half_is_live,
     halves,
     load_bias,
@@ -103,7 +107,7 @@ def up_producer(
         for k in range(0, H, BK):
             if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
                 if ~whole:
-                    ask_ahead(w_ptr, weight_row * FACTOR, JUMP, w_rows, k, H, ASK)
+                    ask_ahead(w_ptr, weight_row * FACTOR, JUMP, w_rows, k, H, ASK, 2 * TILE_N)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
