@@ -1,0 +1,168 @@
+"""Speed of the 8-bit prefill kernels on one GPU, launch by launch and tile by tile.
+
+    PYTHONPATH=src python benchmarks/quantized_prefill.py [--shapes qwen3-30b deepseek-v3-ep8]
+        [--formats fp8_block fp8_channel int8_channel] [--tokens 8192] [--out F.json]
+
+CUDA-graph replays in turns with a dense product of the same element type, so that all of them see
+the same clock; balanced routing, ids given. ``whole`` is everything behind the routing,
+``triton_quantized`` the layer on plain Triton. The errors are against fp64, on a few tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from quantized_layer import DEVICE, REPEATS, build, errors, weights_of
+from quantized_targets import ROWS, SHAPES
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.bench import BenchReport, LayerShape
+from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.replays import record, time_in_turns
+from fusedmoe.bench.report import Percentiles, make_header
+from fusedmoe.experts.hopper import multiprocessors_of
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
+from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.testing.routing import routing_logits
+from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, prefill_tiles
+
+Calls = dict[str, tuple[Callable[[], torch.Tensor], float]]
+DENSE = 8192
+
+
+def tile_variants(element: str, standard: QuantizedPrefillTiles) -> Iterator[tuple[str, Any]]:
+    """What else to try: (label, tiles)."""
+    yield "", standard
+    for group in (8, 32):
+        yield f" group {group}", QuantizedPrefillTiles(group=group, promoted=standard.promoted)
+    yield " 3 stages", QuantizedPrefillTiles(stages=3, promoted=standard.promoted)
+    if element == "e4m3":
+        yield " not promoted", QuantizedPrefillTiles()
+
+
+def parts(
+    shape: LayerShape,
+    name: str,
+    weights: tuple[QuantizedTensor, QuantizedTensor],
+    x: torch.Tensor,
+    one: Situation,
+    out: torch.Tensor,
+) -> Calls:
+    """Every launch by itself and all of them, and the floating point operations of each."""
+    (w1, w2), key = weights, ROWS[name]
+    (e, H, I), (T, K) = w2.shape, one.topk_ids.shape  # noqa: E741
+    scale = torch.full((1,), 0.02, device=DEVICE) if key.static else None
+    P, R = prefill_rows(T * K, e), T * K
+    activation = MoEActivation.from_str(shape.activation)
+    act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
+    y = torch.empty(P, H, dtype=torch.bfloat16, device=DEVICE)
+    position = torch.empty(R, dtype=torch.int32, device=DEVICE)
+    tables = MoEAlignment(
+        *moe_align_block_size(
+            one.topk_ids, PREFILL_BLOCK, e, pad_sorted_ids=True, num_local_experts=e
+        )[:3]
+    )
+    programs = multiprocessors_of(DEVICE)
+    q, q_scale = quantize_rows(x, key, scale)
+    flops = shape.flops(T)
+    calls: Calls = {"quantize x": (lambda: quantize_rows(x, key, scale)[0], 0.0)}
+
+    def first(tiles: QuantizedPrefillTiles) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        return up(
+            q, q_scale, w1, K, act, position, key, scale, device_activation(activation), None,
+            tables, tiles, programs,
+        )  # fmt: skip
+
+    def second(made: Any, tiles: QuantizedPrefillTiles) -> torch.Tensor:
+        down(*made, w2, y, R, None, tables, tiles, programs)
+        return y
+
+    def everything(tiles: QuantizedPrefillTiles) -> torch.Tensor:
+        fp8_prefill(
+            x, w1, w2, (key, key), (scale, scale), one.topk_weights, one.topk_ids, out, act, y,
+            activation=activation, tiles=tiles, programs=programs,
+        )  # fmt: skip
+        return out
+
+    for label, tiles in tile_variants(w1.format.element, prefill_tiles(H, I, w1.format.element)):
+        if tiles.promoted == (False, False) and name == "fp8_block" and label:
+            continue
+        calls[f"up{label}"] = (lambda t=tiles: first(t)[0]), flops * w1.shards / (w1.shards + 1)
+        made = first(tiles)
+        calls[f"down{label}"] = partial(second, made, tiles), flops / (w1.shards + 1)
+        calls[f"whole{label}"] = partial(everything, tiles), flops
+    return calls
+
+
+def dense(element: str) -> Callable[[], torch.Tensor]:
+    """A product of DENSE x DENSE in the element type."""
+    a, b = (torch.randn(DENSE, DENSE, device=DEVICE) for _ in range(2))
+    if element == "int8":
+        return partial(torch._int_mm, a.mul(30).to(torch.int8), b.mul(30).to(torch.int8).t())
+    one = torch.ones((), device=DEVICE)
+    operands = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    return partial(torch._scaled_mm, *operands, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def measure(shape: LayerShape, name: str, T: int, report: BenchReport) -> None:
+    layer = build(shape, name, "triton_quantized")
+    weights = weights_of(layer)
+    x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
+    logits = routing_logits("balanced", T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
+    one = pick(logits, shape.k)
+    out = torch.empty_like(x)
+    calls = parts(shape, name, weights, x, one, out)
+    calls["triton_quantized"] = partial(layer, x, one.logits), shape.flops(T)
+    calls["dense"] = dense(weights[0].format.element), 2.0 * DENSE**3
+    recorded = {
+        label: record([call], max(flops / 1e9, 20.0), REPEATS)
+        for label, (call, flops) in calls.items()
+    }
+    samples = time_in_turns(recorded)
+    calls["whole"][0]()
+    found, rounding = errors(shape, layer, x, one, out)
+    for label, (_, flops) in calls.items():
+        timed = Percentiles.of(samples[label])
+        row = {"shape": shape.name, "format": name, "T": T, "part": label, "us": timed.us}
+        report.rows.append(row | {"tflops": flops / timed.us / 1e6})
+        print(f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
+              f"{flops / timed.us / 1e6:7.1f} TF", flush=True)  # fmt: skip
+    print(f"error {found:.1e} (rows alone {rounding:.1e})", flush=True)
+    accuracy = {"part": "error", "error": found, "rounding_error": rounding}
+    report.rows.append({"shape": shape.name, "format": name, "T": T} | accuracy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["qwen3-30b", "deepseek-v3-ep8"])
+    parser.add_argument(
+        "--formats", nargs="+", default=["fp8_block", "fp8_channel", "int8_channel"]
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    report = BenchReport(make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,))))
+    for shape in args.shapes:
+        for name in args.formats:
+            for T in args.tokens:
+                with torch.inference_mode():
+                    measure(SHAPES[shape], name, T, report)
+                gc.collect()
+                torch.cuda.empty_cache()
+                if args.out:
+                    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()
