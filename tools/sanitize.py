@@ -14,6 +14,7 @@ kernels; barriers of all threads stand around it (benchmarks/results/h200/notes_
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -42,7 +43,12 @@ from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
-from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
+from fusedmoe.tuning.hopper_tiles import (
+    HopperTiles,
+    PrefillTiles,
+    decode_tiles_of,
+    direct_tiles,
+)
 from fusedmoe.tuning.quantized_tiles import decode_tiles as stream_tiles
 
 E, K = 24, 4
@@ -116,7 +122,13 @@ def hopper() -> None:
         normal(e, H),
     )
     for T in (1, 5, 300):
-        kinds = [decode_tiles_of(8, 64, 64), decode_tiles_of(64, 128, 256), PrefillTiles()]
+        kinds: list[HopperTiles] = [
+            decode_tiles_of(8, 64, 64),
+            decode_tiles_of(64, 128, 256),
+            replace(decode_tiles_of(16, 64, 128), ahead=256, ask=128),
+            PrefillTiles(),
+            PrefillTiles(group=2, spread=2, thin=True, sum_spans=2, ahead=128),
+        ]
         if T <= 5:
             kinds.append(direct_tiles(T, picks, H, width))
         ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
