@@ -100,7 +100,7 @@ class TensorReader:
         self._open: dict[str, Any] = {}
 
     def slice(self, name: str) -> Any:
-        """The tensor ``name`` unread: ``[...]`` reads it, ``get_shape`` and ``get_dtype`` do not."""
+        """The tensor ``name`` unread: ``[...]`` reads it; its shape and dtype are known before."""
         from safetensors import safe_open
 
         file_name = self.checkpoint.files[name]

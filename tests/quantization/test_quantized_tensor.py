@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantized_layers import FORMATS, draw
 
 from fusedmoe import QuantFormat
 from fusedmoe.quantization.formats import format_named
@@ -19,6 +18,7 @@ from fusedmoe.quantization.keys import (
     QuantKey,
     accepts,
 )
+from quantized_layers import FORMATS, draw
 
 
 @pytest.mark.parametrize("name", FORMATS)
