@@ -25,6 +25,10 @@ class TopKWeightAndReduce(ABC):
         their rows of ``fused_expert_output`` are never read into a sum.
         """
 
+    def or_else(self, choice: TopKWeightAndReduce) -> TopKWeightAndReduce:
+        """This one, unless it leaves the choice to the prepare/finalize: then ``choice``."""
+        return self
+
 
 def _sum_into(output: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     if output is None:
@@ -36,6 +40,9 @@ def _sum_into(output: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor
 
 class TopKWeightAndReduceDelegate(TopKWeightAndReduce):
     """The experts leave the choice to the prepare/finalize; it must put another in its place."""
+
+    def or_else(self, choice: TopKWeightAndReduce) -> TopKWeightAndReduce:
+        return choice
 
     def apply(
         self,

@@ -26,6 +26,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
+    rows_per_expert,
 )
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
@@ -219,12 +220,7 @@ class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
         expert_tokens_meta: ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
-        if counts is None or counts.shape != w1.shape[:1]:
-            raise ValueError(
-                f"the batched format needs expert_num_tokens [{w1.shape[0]}], got "
-                f"{None if counts is None else tuple(counts.shape)}"
-            )
+        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
         assert workspace2 is not None
         w1_scale, w2_scale = self.scales(w1, w2, activation)
         run = batched_op if torch.compiler.is_compiling() else batched

@@ -17,6 +17,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
+    rows_per_expert,
 )
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
 from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
@@ -130,12 +131,7 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
         expert_tokens_meta: ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
-        if counts is None or counts.shape != w1.shape[:1]:
-            raise ValueError(
-                f"the batched format needs expert_num_tokens [{w1.shape[0]}], got "
-                f"{None if counts is None else tuple(counts.shape)}"
-            )
+        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
         assert workspace13 is not None
         config, options = self.activation_config, self.moe_config.options
         biases = self.quant_config.w1_bias, self.quant_config.w2_bias

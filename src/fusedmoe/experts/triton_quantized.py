@@ -29,6 +29,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
+    rows_per_expert,
 )
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
 from fusedmoe.quantization.keys import (
@@ -311,12 +312,7 @@ class BatchedTritonQuantizedExperts(_Quantized):
         expert_tokens_meta: ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
-        if counts is None or counts.shape != w1.shape[:1]:
-            raise ValueError(
-                f"the batched format needs expert_num_tokens [{w1.shape[0]}], got "
-                f"{None if counts is None else tuple(counts.shape)}"
-            )
+        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
         assert workspace13 is not None
         batch_invariant = self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():

@@ -30,6 +30,7 @@ from fusedmoe.modular_kernel.records import (
     ProblemSize,
     Receiver,
     WorkspaceShapes,
+    rows_per_expert,
 )
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
@@ -53,4 +54,5 @@ __all__ = [
     "WorkspacePlan",
     "WorkspaceShapes",
     "plan_workspaces",
+    "rows_per_expert",
 ]

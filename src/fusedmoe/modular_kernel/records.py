@@ -30,6 +30,17 @@ class ExpertTokensMetadata:
         return cls(host.to(device), host)
 
 
+def rows_per_expert(metadata: ExpertTokensMetadata | None, num_experts: int) -> torch.Tensor:
+    """The counts int32 [num_experts] of batched rows; ValueError where there are none such."""
+    counts = None if metadata is None else metadata.expert_num_tokens
+    if counts is None or counts.shape != (num_experts,):
+        raise ValueError(
+            f"the batched format needs expert_num_tokens [{num_experts}], got "
+            f"{None if counts is None else tuple(counts.shape)}"
+        )
+    return counts
+
+
 class PrepareResult(NamedTuple):
     """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller.
 

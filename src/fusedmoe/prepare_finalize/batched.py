@@ -19,7 +19,6 @@ from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, 
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
-    TopKWeightAndReduceDelegate,
     TopKWeightAndReduceNaiveBatched,
 )
 
@@ -113,8 +112,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceNaiveBatched(rank=0)
-        weight_and_reduce_impl.apply(
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceNaiveBatched(rank=0))
+        reduce.apply(
             output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
         )

@@ -199,9 +199,8 @@ class DeepEPHTPrepareAndFinalize(_DeepEP):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Callable[[], None]:
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        partial = weight_and_reduce_impl.apply(
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
+        partial = reduce.apply(
             None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
         )
         combined, _, event = self.buffer.combine(

@@ -23,7 +23,6 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
-    TopKWeightAndReduceDelegate,
 )
 
 
@@ -114,9 +113,8 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(Dispatching, FusedMoEPrepareAndFinal
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Callable[[], None]:
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        partial = weight_and_reduce_impl.apply(
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
+        partial = reduce.apply(
             None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
         )
         self.restore_lora_ids()

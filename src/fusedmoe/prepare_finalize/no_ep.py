@@ -16,7 +16,6 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
-    TopKWeightAndReduceDelegate,
 )
 
 
@@ -83,9 +82,8 @@ class MoEPrepareAndFinalizeNoDPEPModular(_OneRank, FusedMoEPrepareAndFinalizeMod
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        weight_and_reduce_impl.apply(
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
+        reduce.apply(
             output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
         )
 

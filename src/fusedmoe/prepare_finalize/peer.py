@@ -34,7 +34,6 @@ from fusedmoe.quantization.keys import fp8_dynamic_group
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
-    TopKWeightAndReduceDelegate,
 )
 
 
@@ -228,11 +227,10 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
         """Where the tokens' ranks fetch them, unless the experts have written there."""
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
         outputs = self._view.received(self._rows).outputs
         if fused_expert_output.data_ptr() != outputs.data_ptr():
-            weight_and_reduce_impl.apply(
+            reduce.apply(
                 outputs, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
             )
 
