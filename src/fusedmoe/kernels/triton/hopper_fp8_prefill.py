@@ -22,21 +22,19 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, matrix_descriptor
-from fusedmoe.kernels.triton.hopper_prefill import sum_kernel
+from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
 from fusedmoe.kernels.triton.hopper_quantized_tasks import (
     Memory,
     rows_descriptor,
     weight_descriptors,
 )
-from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-_launch_sum = Launcher(sum_kernel, chained=True)
 
 
 def _bytes_descriptor(matrix: torch.Tensor, tile_rows: int) -> TensorDescriptor:
@@ -70,7 +68,7 @@ def prefill(
     programs: int,
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``."""
-    (T, K), H = topk_ids.shape, w2.shape[1]
+    T, K = topk_ids.shape
     q, q_scale = quantize_rows(x, keys[0], scales[0])
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     act, act_scale, strides = up(
@@ -78,14 +76,7 @@ def prefill(
         programs,
     )  # fmt: skip
     down(act, act_scale, strides, w2, y, position.shape[0], biases[1], tables, tiles, programs)
-    mapped = 0 if expert_map is None else expert_map.shape[0]
-    _launch_sum(
-        (T, -(-H // 1024)),
-        (y, topk_weights, position, topk_ids, expert_map, out),
-        (H, out.stride(0), mapped, w2.shape[0]),
-        (K, power_of_2(K), 1024),
-        4,
-    )
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)
 
 
 def up(

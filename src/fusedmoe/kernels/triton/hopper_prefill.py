@@ -109,10 +109,10 @@ def prefill(
     prefill_gemms(
         x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
     )
-    _sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], tiles)
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], tiles.sum_spans)
 
 
-def _sum_rows(
+def sum_rows(
     y: torch.Tensor,
     topk_weights: torch.Tensor | None,
     position: torch.Tensor,
@@ -120,14 +120,18 @@ def _sum_rows(
     expert_map: torch.Tensor | None,
     out: torch.Tensor,
     num_local: int,
-    tiles: PrefillTiles,
+    spans: int,
 ) -> None:
+    """out [T, H]: the rows of y [P, H] at each token's positions, weighted, in one fixed order.
+
+    A program sums ``spans`` times SUM_COLUMNS columns of a token.
+    """
     (T, K), H = topk_ids.shape, y.shape[1]
     _launch_sum(
-        (T, -(-H // (SUM_COLUMNS * tiles.sum_spans))),
+        (T, -(-H // (SUM_COLUMNS * spans))),
         (y, topk_weights, position, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
-        (K, power_of_2(K), SUM_COLUMNS, tiles.sum_spans),
+        (K, power_of_2(K), SUM_COLUMNS, spans),
         4,
     )
 
