@@ -30,6 +30,8 @@ from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
 from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 from fusedmoe.kernels.gate import gate_linear
+from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
+from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
@@ -185,6 +187,11 @@ def quantized() -> None:
             y, out = torch.empty(R, H, device="cuda"), torch.empty_like(x)
             config, halves = ApplyMoEActivationConfig(), y.view(torch.bfloat16)
             quantized_experts(out, x, operands, weights, ids, act, config, None, act_rows, halves)
+            if rows is None:
+                fp16 = (tensor.half() for tensor in (out, x))
+                scratch = act_rows.half(), halves.half()
+                quantized_experts(*fp16, operands, weights, ids, act, config, None, *scratch)
+            pair = operands.w1, operands.w2
             if streams and runs_decode(R, e, operands, x):
                 tiles = stream_tiles(R, e)
                 table = moe_align_block_size(ids, tiles.gemm1.slots, e)
@@ -194,11 +201,27 @@ def quantized() -> None:
                     common = {"activation": act, "tiles": tiles, "programs": 132}
                     common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
                     tensors = weights, ids, out, act_rows, y, blocks
-                    w1, w2 = operands.w1, operands.w2
                     if rows is None:
-                        quantized_decode(x, w1, w2, *tensors, **common)
+                        quantized_decode(x, *pair, *tensors, **common)
                     else:
-                        w8a8_decode(x, w1, w2, (rows, rows), (None, None), *tensors, **common)
+                        w8a8_decode(x, *pair, (rows, rows), (None, None), *tensors, **common)
+            if streams and rows is not None and not unmet_by_prefill(*pair, (rows, rows)):
+                P = prefill_rows(R, e)
+                prefilled = torch.empty(P, width, device="cuda", dtype=torch.bfloat16)
+                fp8_prefill(
+                    x,
+                    *pair,
+                    (rows, rows),
+                    (None, None),
+                    weights,
+                    ids,
+                    out,
+                    prefilled,
+                    torch.empty(P, H, device="cuda", dtype=torch.bfloat16),
+                    activation=act,
+                    programs=132,
+                )
+                print("prefill", end=" ")
             torch.cuda.synchronize()
             print("quantized", name, rows, T, flush=True)
 
