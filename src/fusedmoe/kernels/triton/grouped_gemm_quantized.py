@@ -234,7 +234,8 @@ def quantized_gemm_kernel(
             else:
                 total += part * float_scale(scale)[:, None]
         if SCALING != "end":
-            after = tl.minimum(first + DEPTH, D - 1)
+            # Behind the last step the last groups are read once more, and not used.
+            after = tl.minimum(first + DEPTH, D - DEPTH if EVEN_D else D - 1)
             scale = _load_groups(
                 scale_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
             )
