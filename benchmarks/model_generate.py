@@ -2,7 +2,8 @@
 
 Compares expert implementations inside the same model: tokens/s of greedy generation, and, teacher
 forced on the baseline's tokens, how often the argmax differs and by how much the baseline's two
-best logits were apart there (in bf16 ulps of the best one).
+best logits were apart there (in bf16 ulps of the best one). ``layer_share`` is the part of a
+decoding step that passes in the MoE blocks.
 
     python benchmarks/model_generate.py --out benchmarks/results/h200/model_qwen3_30b.json
     python benchmarks/model_generate.py --caches static --implementations fusedmoe:accelerate \
@@ -143,6 +144,34 @@ def tokens_per_second(
 
 
 @torch.inference_mode()
+def layer_share(model: Any, prompt: torch.Tensor, steps: int = 16) -> float:
+    """Share of the decoding steps' time, on the GPU's clock, that passes in the MoE blocks."""
+    spans: dict[str, list[list[torch.cuda.Event]]] = {"blocks": [], "steps": []}
+
+    def watch(module: Any, name: str) -> list[Any]:
+        def mark() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        return [
+            module.register_forward_pre_hook(lambda *_: spans[name].append([mark()])),
+            module.register_forward_hook(lambda *_: spans[name][-1].append(mark())),
+        ]
+
+    handles = [h for layer in model.model.layers for h in watch(layer.mlp, "blocks")]
+    handles += watch(model, "steps")
+    generate(model, prompt, steps + 1, None)
+    torch.cuda.synchronize()
+    for handle in handles:
+        handle.remove()
+    # The first step reads the prompt.
+    whole = sum(start.elapsed_time(end) for start, end in spans["steps"][1:])
+    first = len(model.model.layers)
+    return sum(start.elapsed_time(end) for start, end in spans["blocks"][first:]) / whole
+
+
+@torch.inference_mode()
 def teacher_forced(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, use_cache=False).logits
 
@@ -240,6 +269,8 @@ def measure(
             "step_ms": round(1e3 * prompt.shape[0] / rate, 3),
             "warm_up_s": round(warm_up, 1),
         }
+        if cache == "dynamic" and prompt.is_cuda:
+            row["layer_share"] = round(layer_share(model, prompt), 3)
         print(row, file=sys.stderr, flush=True)
         if reference is None:
             reference = tokens
