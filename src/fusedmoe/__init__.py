@@ -80,7 +80,7 @@ _HOME = {
     "CutlassBatchedExpertsFp8": "fusedmoe.experts.cutlass_fp8",
     "make_deep_ep_buffer": "fusedmoe.distributed.deep_ep",
     "TritonQuantizedExperts": "fusedmoe.experts.triton_quantized",
-    "BatchedTritonQuantizedExperts": "fusedmoe.experts.triton_quantized",
+    "BatchedTritonQuantizedExperts": "fusedmoe.experts.triton_quantized_batched",
     "TritonEmulatedExperts": "fusedmoe.experts.triton_quantized",
     "HopperQuantizedExperts": "fusedmoe.experts.hopper_quantized",
     "fused_experts": "fusedmoe.experts.functional",

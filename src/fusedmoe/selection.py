@@ -43,7 +43,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
-    "fusedmoe.experts.triton_quantized:BatchedTritonQuantizedExperts",
+    "fusedmoe.experts.triton_quantized_batched:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonEmulatedExperts",
     "fusedmoe.experts.deep_gemm:DeepGemmExperts",
     "fusedmoe.experts.deep_gemm:BatchedDeepGemmExperts",

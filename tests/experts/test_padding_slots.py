@@ -24,10 +24,8 @@ from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
 from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.experts.triton_batched import BatchedTritonExperts
-from fusedmoe.experts.triton_quantized import (
-    BatchedTritonQuantizedExperts,
-    TritonQuantizedExperts,
-)
+from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
 from fusedmoe.kernels import grouped_gemm_quantized, grouped_gemm_quantized_w8a8
 from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular

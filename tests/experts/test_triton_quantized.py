@@ -8,13 +8,9 @@ import torch
 from expert_layers import Layer
 from fusedmoe import FusedMoEParallelConfig, MoEOptions
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.triton_quantized import (
-    PAIRS,
-    BatchedTritonQuantizedExperts,
-    TritonEmulatedExperts,
-    TritonQuantizedExperts,
-    unmet_by_groups,
-)
+from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_formats import PAIRS, unmet_by_groups
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.formats import format_named
