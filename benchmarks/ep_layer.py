@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
         [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
+        [--ways peer peer+halves naive_dp_ep ...] [--experts NAME]
         [--out benchmarks/results/h200-x4/ep_layer.json]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,7 @@ from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.selection import explain, name_of
 from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
@@ -67,11 +70,12 @@ def make_layer(
     shape: LayerShape,
     fmt: str,
     place: Place,
-    way: str,
+    name: str,
     memory: PeerMemory | None = None,
-    micro_batch_tokens: int | None = None,
+    experts: str | None = None,
 ) -> MoERunner:
-    """With random weights; ``way`` "no_ep" is a layer of one rank."""
+    """With random weights; ``name`` is one of ``ways_of``, "no_ep" a layer of one rank."""
+    way, _, halves = name.partition("+")
     group = None if way == "no_ep" else place.group
     layer = FusedMoE(
         *(shape.num_experts, shape.k, shape.H, shape.I, torch.bfloat16),
@@ -79,7 +83,9 @@ def make_layer(
         parallel=ParallelGroups(
             dp=group, ep=group, enable_expert_parallel=group is not None, peers=memory
         ),
-        options=MoEOptions(prepare_finalize=way, micro_batch_tokens=micro_batch_tokens),
+        options=MoEOptions(
+            prepare_finalize=way, experts=experts, micro_batch_tokens=2 if halves else None
+        ),
         device=place.device,
     )
     for row in layer.routed_experts.parameters():
@@ -154,60 +160,76 @@ class LocalExperts:
         return self.place.slowest([max(by_bytes, flops / rate / 1e6)]).us
 
 
-def ways_of(place: Place, memory: PeerMemory | None) -> list[tuple[str, bool]]:
-    """(way, in halves)"""
+def ways_of(place: Place, memory: PeerMemory | None, wanted: list[str] | None) -> list[str]:
+    """What can be measured there, ``+halves`` being in two micro-batches."""
     if place.ranks == 1:
-        return [("no_ep", False)]
-    found = [("naive_dp_ep", False), ("naive_dp_ep", True)]
-    if memory is not None:
-        return [("peer", False), ("peer", True), *found]
-    return [*found, ("all_to_all", False), ("all_to_all", True)]
+        return ["no_ep"]
+    able = ["naive_dp_ep", "peer" if memory is not None else "all_to_all"]
+    found = [way + how for way in reversed(able) for how in ("", "+halves")]
+    return [name for name in found if wanted is None or name in wanted]
 
 
 def measure(
     shape: LayerShape, args: argparse.Namespace, place: Place, rates: dict[str, float]
-) -> list[dict[str, Any]]:
-    """All rows of one shape over the ranks of ``place``."""
-    memory, found = None, []
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape over the ranks of ``place``, as they come."""
+    memory = None
     if place.ranks > 1 and no_peer_memory(place.group, place.device) is None:
         group = GROUP if args.format == "fp8_block" else 0
         layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
         memory = PeerMemory(place.group, layout, regions=2, timeout_s=COMPILING_S)
     gbs = wire_gbs(place, memory) if place.ranks > 1 else None
     experts_us: dict[int, float] = {}
-    for way, halves in ways_of(place, memory):
-        layer = make_layer(shape, args.format, place, way, memory, 2 if halves else None)
+    for name in ways_of(place, memory, args.ways):
+        layer = make_layer(shape, args.format, place, name, memory, args.experts)
         for T in args.tokens:
-            x = torch.randn(T, shape.H, device=place.device).bfloat16()
-            seed = 100 * T + place.group.rank()
-            logits = routing_logits("uniform", T, shape.num_experts, shape.k, seed, place.device)
-            rounds = max(1, 2048 // max(T, 128)) if place.device.type == "cuda" else 1
-            alone = LocalExperts.of(layer, place, x, logits)
-            ids = layer.router.select_experts(x, logits)[1]
-            wire = 0.0 if gbs is None else wire_limit_us(ids, shape, args.format, place, gbs)
-            facts = facts_of(layer, shape, args.format, place, T) | {
-                "limit_us": round(alone.limit_us(shape, T, rates, args.format), 2),
-                **{"p2p_gbs": gbs and round(gbs, 2), "wire_limit_us": round(wire, 2)},
-            }
-            if T not in experts_us:
-                times = time_call(alone, place, rounds, True)
-                experts_us[T] = times.us
-                found.append(row_of("local_experts", "experts", facts, times, shape, None))
-            known = {} if way == "no_ep" else {"tokens_per_rank": [T] * place.ranks}
-            forward = functools.partial(layer, x, logits, **known)
-            error = alone.error_of(forward())
-            times = time_call(forward, place, rounds, way in CAPTURED)
-            name = f"fusedmoe:{way}{'+halves' if halves else ''}"
-            row = row_of(name, "layer", facts, times, shape, error)
-            found.append(row | against(experts_us[T], times.us, wire, T))
-        del layer, forward, alone
+            yield from measure_way(shape, args, place, rates, layer, name, T, gbs, experts_us)
+        del layer
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
     if memory is not None:
         memory.check()
         memory.close()
-    return found
+
+
+def measure_way(
+    shape: LayerShape,
+    args: argparse.Namespace,
+    place: Place,
+    rates: dict[str, float],
+    layer: MoERunner,
+    name: str,
+    T: int,
+    gbs: float | None,
+    experts_us: dict[int, float],
+) -> Iterator[dict[str, Any]]:
+    """One way with T tokens per rank; before the first of them, the experts alone."""
+    x = torch.randn(T, shape.H, device=place.device).bfloat16()
+    seed = 100 * T + place.group.rank()
+    logits = routing_logits("uniform", T, shape.num_experts, shape.k, seed, place.device)
+    rounds = max(1, 2048 // max(T, 128)) if place.device.type == "cuda" else 1
+    alone = LocalExperts.of(layer, place, x, logits)
+    ids = layer.router.select_experts(x, logits)[1]
+    wire = 0.0 if gbs is None else wire_limit_us(ids, shape, args.format, place, gbs)
+    facts = facts_of(layer, shape, args.format, place, T) | {
+        "limit_us": round(alone.limit_us(shape, T, rates, args.format), 2),
+        **{"p2p_gbs": gbs and round(gbs, 2), "wire_limit_us": round(wire, 2)},
+    }
+    if T not in experts_us:
+        times = time_call(alone, place, rounds, True)
+        experts_us[T] = times.us
+        kind = explain(layer).chosen
+        yield row_of("local_experts", "experts", facts, times, shape, None) | {
+            "experts": name_of(kind)
+        }
+    way = name.partition("+")[0]
+    known = {} if way == "no_ep" else {"tokens_per_rank": [T] * place.ranks}
+    forward = functools.partial(layer, x, logits, **known)
+    error = alone.error_of(forward())
+    times = time_call(forward, place, rounds, way in CAPTURED)
+    row = row_of(f"fusedmoe:{name}", "layer", facts, times, shape, error)
+    yield row | against(experts_us[T], times.us, wire, T)
 
 
 def facts_of(layer: MoERunner, shape: LayerShape, fmt: str, place: Place, T: int) -> dict[str, Any]:
@@ -277,13 +299,12 @@ def rates_of(device: torch.device, fmt: str) -> dict[str, float]:
     return found
 
 
-def publish(report: BenchReport, rows: list[dict[str, Any]], out: str | None) -> None:
-    """Print what was measured last, and write all of it so far."""
-    report.rows += rows
-    report.header["p2p_gbs"] = rows[-1]["p2p_gbs"]
+def publish(report: BenchReport, row: dict[str, Any], out: str | None) -> None:
+    """Print what was measured last, and write all of it so far: who is stopped leaves something."""
+    report.rows.append(row)
+    report.header["p2p_gbs"] = row["p2p_gbs"]
     add_scaling(report.rows)
-    for row in rows:
-        print(row, flush=True)
+    print(row, flush=True)
     if out:
         report.write(out)
 
@@ -295,6 +316,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8, 128, 1024, 8192])
     parser.add_argument("--format", choices=("bf16", "fp8_block"), default="bf16")
     parser.add_argument("--ranks", nargs="+", type=int, help="1, 2, 4, ... up to all")
+    parser.add_argument("--ways", nargs="+", help="as rows name them, without fusedmoe:")
+    parser.add_argument("--experts", help="an implementation by name")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy layer, to try the script")
@@ -309,8 +332,9 @@ def main() -> None:
         for shape in shapes:
             for n, group in groups.items():
                 if here.rank < n:
-                    rows = measure(shape, args, Place(group, here.device, args.repeats), rates)
-                    publish(report, rows, args.out if here.rank == 0 else None)
+                    place = Place(group, here.device, args.repeats)
+                    for row in measure(shape, args, place, rates):
+                        publish(report, row, args.out if here.rank == 0 else None)
                 dist.barrier(here.group)
 
 
