@@ -44,6 +44,8 @@ CASES = {
         "mxfp4", layer=replace(PLAIN, activation=MoEActivation.SWIGLUOAI, bias=True)
     ),
     "nvfp4": Quantized("nvfp4"),
+    "nf4": Quantized("nf4", layer=replace(PLAIN, I=128)),
+    "iq4_nl_bias": Quantized("iq4_nl", layer=replace(PLAIN, bias=True)),
     "fp8_weights": Quantized("fp8_channel"),
     "fp8_block": Quantized("fp8_block", FP8_DYNAMIC_128, WIDE),
     "fp8_small_blocks": Quantized("fp8_block_32x32", fp8_dynamic_group(32)),
@@ -107,7 +109,7 @@ def test_batched_layers(name):
     assert_right(out, case.expected(tensors), tolerance_of(case))
 
 
-@pytest.mark.parametrize("name", ["int4_zero_points", "nvfp4", "fp8_block", "fp8_tensor"])
+@pytest.mark.parametrize("name", ["int4_zero_points", "nvfp4", "nf4", "fp8_block", "fp8_tensor"])
 def test_compiled_without_graph_breaks(name):
     case = CASES[name]
     tensors = case.layer.tensors()

@@ -38,6 +38,8 @@ WEIGHT_ONLY = (
     QuantKey("mxfp4", True, GroupShape(1, 32), scale_kind="e8m0"),
     QuantKey("mxfp8", True, GroupShape(1, 32), scale_kind="e8m0"),
     QuantKey("nvfp4", True, GroupShape(1, 16), scale_kind="e4m3", second_scale=True),
+    QuantKey("nf4", True, GroupShape(1, ANY)),
+    QuantKey("iq4_nl", True, GroupShape(1, ANY)),
 )
 _WHOLE_ROWS = (FP8_DYNAMIC_TENSOR, FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN)
 PAIRS: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset(

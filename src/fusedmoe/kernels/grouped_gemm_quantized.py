@@ -20,7 +20,8 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 ELEMENTS = frozenset({"int4", "e2m1", "int8", "e4m3"})
-NIBBLES = frozenset({"int4", "e2m1"})
+TABLES = frozenset({"nf4", "iq4_nl"})
+NIBBLES = frozenset({"int4", "e2m1"}) | TABLES
 
 
 @lru_cache
@@ -59,7 +60,7 @@ def quantized_gemm(
     """
     check_weights(w, c, activation)
     check_rows(a, w, c, blocks, top_k, bias, row_weights)
-    if w.format.element not in ELEMENTS or w.format.act_order or w.format.scale_dtype is None:
+    if w.format.element not in ELEMENTS | TABLES or w.format.act_order:
         raise ValueError(f"quantized_gemm does not read {w.format.name}")
     group = w.format.group.col
     if group > 0 and max(group, tile.depth) % min(group, tile.depth):

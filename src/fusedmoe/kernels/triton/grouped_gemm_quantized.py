@@ -22,6 +22,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
+from fusedmoe.kernels.triton.lookup import looked_up, looked_up_bf16
 from fusedmoe.kernels.triton.quantized_common import (
     activated,
     e2m1_nibbles_bf16,
@@ -94,6 +95,12 @@ def _numbers(packed, zero, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: t
             return e2m1_nibbles_bf16(packed)
         else:
             return nibbles(packed, ELEMENT, DTYPE)
+    elif ELEMENT == "nf4" or ELEMENT == "iq4_nl":
+        if NATIVE:
+            return looked_up_bf16(packed, ELEMENT)
+        else:
+            low, high = (packed & 15).to(tl.int32), (packed >> 4).to(tl.int32)
+            return looked_up(low, ELEMENT, DTYPE), looked_up(high, ELEMENT, DTYPE)
     else:
         if not NATIVE:
             value = packed.to(tl.float32).to(DTYPE)
@@ -162,7 +169,7 @@ def quantized_gemm_kernel(
     its scales are row s * scale_shard_step + j // scale_block * scale_row_step."""
     follow_previous(CHAINED)
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
-    HALVES: tl.constexpr = ELEMENT == "int4" or ELEMENT == "e2m1"
+    HALVES: tl.constexpr = ELEMENT != "int8" and ELEMENT != "e4m3"
     PACKED: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS

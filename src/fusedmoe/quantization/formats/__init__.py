@@ -26,11 +26,12 @@ from fusedmoe.quantization.formats.fp8 import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR
 from fusedmoe.quantization.formats.groups import Grid, columns_by_group, refine_scales
 from fusedmoe.quantization.formats.int4 import int4_group
 from fusedmoe.quantization.formats.int8 import INT8_CHANNEL, int8_group
-from fusedmoe.quantization.formats.lookup import NF4
+from fusedmoe.quantization.formats.lookup import IQ4_NL, NF4
 from fusedmoe.quantization.formats.mxfp4 import MXFP4
 from fusedmoe.quantization.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.mxfp8 import MXFP8
 from fusedmoe.quantization.formats.nvfp4 import NVFP4, swizzle_scales, unswizzle_scales
+from fusedmoe.quantization.formats.superblocks import superblock_format
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
 __all__ = [
@@ -81,6 +82,8 @@ _FIXED = {
         MXFP6_E2M3,
         NVFP4,
         NF4,
+        IQ4_NL,
+        *map(superblock_format, superblocks.CODECS),
     )
 }
 
