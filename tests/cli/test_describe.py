@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from fusedmoe.cli import main
 from fusedmoe.cli.layers import storage_format
 from fusedmoe.cli.output import format_bytes, print_table, printable
 from fusedmoe.presets import write_preset
@@ -131,6 +134,18 @@ def test_env(cli) -> None:
     assert record["packages"]["torch"]
     assert record["devices"][0]["device"] == "cpu"
     assert record["devices"][0]["experts"]["torch"] is None
+
+
+def test_a_reader_that_leaves_is_no_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``fusedmoe env | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["env"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_help_names_every_verb(cli) -> None:

@@ -6,6 +6,7 @@ Bad input ends with one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -52,13 +53,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0, 1 where a comparison failed, 2 for bad input, 130 when interrupted.
+    0, 1 where a comparison failed, 2 for bad input, 130 when interrupted, 141 where nobody reads
+    on (``| head``).
     """
     args = make_parser().parse_args(argv)
     try:
-        return int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
+        code = int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, or Python would complain when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             traceback.print_exc()
