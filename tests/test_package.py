@@ -228,6 +228,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "runner": ("layer", "integrations", "cli"),
     "modular_kernel": ("experts", "prepare_finalize", "router", "runner", "layer", "cli"),
     "config": ("modular_kernel", "selection", "experts", "router", "runner", "layer", "cli"),
+    "parallel_config": ("config", "modular_kernel", "selection", "router", "runner", "layer"),
     "layer": ("integrations", "cli"),
     "integrations": ("cli",),
     "testing": ("cli", "runner", "layer"),

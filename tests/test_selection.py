@@ -64,6 +64,20 @@ def test_every_requirement_is_checked_and_named(changes, keys, reason):
     assert found is None if reason is None else reason in found
 
 
+def test_experts_that_promise_no_order_of_sums_run_on_request_alone():
+    atomic = replace(CPU, deterministic=False)
+    found = [
+        unmet_requirement(
+            atomic,
+            config(MoEOptions(deterministic=asked)),
+            *(None, None),
+            FusedMoEActivationFormat.Standard,
+        )
+        for asked in (True, False)
+    ]
+    assert found == ["does not support the same bits from run to run", None]
+
+
 def test_format_and_modules_are_requirements_too():
     standard, batched = FusedMoEActivationFormat
     assert "Standard rows, not Batched" in unmet_requirement(CPU, config(), None, None, batched)

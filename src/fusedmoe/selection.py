@@ -179,6 +179,7 @@ def unmet_requirement(
             "router weights on the input",
         ),
         (moe.options.batch_invariant, can.batch_invariant, "batch invariance"),
+        (moe.options.deterministic, can.deterministic, "the same bits from run to run"),
         (moe.has_hash_routing, can.hash_routing, "hash routing"),
     )
     for wanted, offered, what in wants:

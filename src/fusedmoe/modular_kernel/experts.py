@@ -31,7 +31,8 @@ class ExpertsCapabilities:
     unquantized, and ``keys.ANY`` in a group shape stands for every number. ``requires`` names
     modules that must be importable. ``min_capability`` is a CUDA compute capability such as (9, 0).
     ``batch_invariant`` is False unless claimed, because nothing else would notice that it does not
-    hold. ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
+    hold; ``deterministic`` is True unless sums are taken in an order that changes from run to run.
+    ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
     values of their format but are multiplied as wider floats, where that is worth saying.
     """
 
@@ -46,6 +47,7 @@ class ExpertsCapabilities:
     expert_map: bool = True
     apply_router_weight_on_input: bool = True
     batch_invariant: bool = False
+    deterministic: bool = True
     hash_routing: bool = True
     graph_capture: bool = True
     emulated: frozenset[tuple[Operand, QuantKey]] = frozenset()
