@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from rank_layers import Layout, make_groups
 
-from fusedmoe import FusedMoE, ParallelGroups
+from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.eplb.balancer import EPLBConfig, ExpertBalancer
 from fusedmoe.eplb.executor import ExpertMover, expert_bytes, reshard_experts
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.transfer import make_transfer_plan
+from fusedmoe.kernels.peer_all_to_all import PeerLayout
+from fusedmoe.runner.capture import record_graph
 from layer_oracle import Experts
 
 E, K, H, I, REDUNDANT, LAYERS = 12, 2, 8, 6, 4, 3  # noqa: E741
@@ -80,6 +83,57 @@ def check_balancing(use_async: bool, device: str = "cpu", tolerance: float = 1e-
     before = imbalance(rank_loads(load, start, world))
     after = imbalance(rank_loads(load, placement, world))
     assert after < 1 + (before - 1) / 3, (before, after)
+
+
+def check_balancing_beside_graphs() -> None:
+    """Layers are captured once; experts move between, and beside, the replays, and no token is
+    lost: the outputs stay those of one rank, up to the order of sums."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    everyone, beside = dist.group.WORLD, dist.new_group()
+    T, sizes, dtype = 64, (16, 2, 256, 128), torch.bfloat16
+    layout = PeerLayout(world, T, sizes[2], sizes[1], dtype, dtype)
+    memory = PeerMemory(everyone, layout, timeout_s=20.0)
+    groups = ParallelGroups(dp=everyone, ep=everyone, enable_expert_parallel=True, peers=memory)
+    redundant = {"enable_eplb": True, "num_redundant_experts": 2 * world}
+    spread = {"parallel": groups, "options": MoEOptions(prepare_finalize="peer")} | redundant
+    layers, alone = [], []
+    for index in range(LAYERS):
+        weights = Experts.random(sizes[0], *sizes[2:], seed=index).named()
+        for into, arguments in ((layers, spread), (alone, {})):
+            layer = FusedMoE(*sizes, dtype, device="cuda", **arguments)
+            layer.load_weights(weights)
+            into.append(layer)
+    config = EPLBConfig(window_size=3, step_interval=4, planning_steps=2)
+    balancer = ExpertBalancer(layers, everyone, config, transfer_group=beside)
+    start = balancer.physical_to_logical.clone()
+    x = torch.empty(T, sizes[2], dtype=dtype, device="cuda")
+    logits = torch.empty(T, sizes[0], device="cuda")
+
+    def fill(step: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(100 * step + rank)
+        x.normal_(generator=generator)
+        logits.normal_(generator=generator)
+        logits[:, :3] += 2.0
+
+    def forwards(these: list[Any], **known: Any) -> list[torch.Tensor]:
+        return [layer(x, logits, **known) for layer in these]
+
+    known = {"tokens_per_rank": [T] * world}
+    fill(0)
+    forwards(layers, **known)
+    graph, found = record_graph(lambda: forwards(layers, **known), torch.cuda.Stream())
+    moved = False
+    for step in range(16):
+        fill(step)
+        graph.replay()
+        for output, expected in zip(found, forwards(alone), strict=True):
+            torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+        balancer.step()
+        moved = moved or balancer.is_rearranging
+    assert moved
+    assert not torch.equal(balancer.physical_to_logical, start)
+    memory.check()
+    memory.close()
 
 
 def check_rearrange_now() -> None:

@@ -52,3 +52,7 @@ def test_in_a_graph_where_the_counts_are_given(gpu_ranks, name):
 @pytest.mark.parametrize("use_async", [True, False])
 def test_experts_move_while_layers_go_on(gpu_ranks, use_async):
     gpu_ranks.run(rank_eplb.check_balancing, use_async, "cuda", 1e-2)
+
+
+def test_experts_move_beside_captured_graphs(gpu_ranks):
+    gpu_ranks.run(rank_eplb.check_balancing_beside_graphs)

@@ -15,8 +15,8 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
 from fusedmoe.distributed.groups import check_sizes, token_ranks
-from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
-from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
+from fusedmoe.modular_kernel import PrepareResult
+from fusedmoe.prepare_finalize.dispatch import DispatchingModular, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
@@ -34,15 +34,14 @@ class _Journey:
     token: torch.Tensor | None = None
 
 
-class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
-    """[T of this rank, H] -> the rows that need an expert of this rank, and back."""
+class AllToAllPrepareAndFinalize(DispatchingModular):
+    """[T of this rank, H] -> the rows that need an expert of this rank, and back.
+
+    Those arrive by rank of origin and then by token.
+    """
 
     name = "all_to_all"
     _journey: _Journey
-
-    def concurrent_forwards(self) -> int:
-        """Two, but one with a LoRA context: that has room for the ids of one."""
-        return 2 if self.lora_context is None else 1
 
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
@@ -55,29 +54,6 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
         if len(token_ranks(moe.moe_parallel_config, groups).axes) > 1:
             return "needs one process group of all ranks whose tokens differ"
         return None
-
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
-        """The rows with work for this rank, by rank of origin and then by token."""
-        return self.prepare_async(
-            a1,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            quant_config,
-            defer_input_quant,
-        )()
 
     def prepare_async(
         self,
@@ -124,24 +100,6 @@ class AllToAllPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular)
             received=[counts[1 + rank] for counts in told],
             token=goes.nonzero()[:, 1],
         )
-
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        self.finalize_async(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )()
 
     def finalize_async(
         self,

@@ -24,12 +24,11 @@ from fusedmoe.distributed.groups import TokenRanks, check_sizes, token_ranks
 from fusedmoe.modular_kernel import (
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
-    FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
 from fusedmoe.modular_kernel.records import Hook
 from fusedmoe.prepare_finalize.dispatch import (
-    Dispatching,
+    DispatchingModular,
     LoRAContext,
     quantize_input,
     weighted_input,
@@ -48,7 +47,7 @@ _ROW_BYTES = 512
 _BLOCK_FP8 = (FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0)
 
 
-class _DeepEP(Dispatching, FusedMoEPrepareAndFinalizeModular):
+class _DeepEP(DispatchingModular):
     """What both modes share; ``buffer`` is a ``deep_ep.Buffer`` of ``ranks``."""
 
     low_latency: ClassVar[bool]
@@ -102,6 +101,10 @@ class _DeepEP(Dispatching, FusedMoEPrepareAndFinalizeModular):
             max_num_tokens=moe.max_num_tokens,
         )
 
+    def concurrent_forwards(self) -> int:
+        """One: that is what the package's buffer has room for."""
+        return 1
+
     def topk_indices_dtype(self) -> torch.dtype | None:
         return torch.int64
 
@@ -139,9 +142,6 @@ class DeepEPHTPrepareAndFinalize(_DeepEP):
 
     name = "deepep_high_throughput"
     low_latency = False
-
-    def prepare(self, *arguments: Any, **named: Any) -> PrepareResult:
-        return self.prepare_async(*arguments, **named)()
 
     def prepare_async(
         self,
@@ -186,9 +186,6 @@ class DeepEPHTPrepareAndFinalize(_DeepEP):
             return PrepareResult(found, scale, meta, here, weights)
 
         return receive
-
-    def finalize(self, *arguments: Any, **named: Any) -> None:
-        self.finalize_async(*arguments, **named)()
 
     def finalize_async(
         self,
@@ -241,11 +238,6 @@ class DeepEPLLPrepareAndFinalize(_DeepEP):
     def max_num_tokens_per_rank(self) -> int | None:
         return self.max_num_tokens
 
-    def prepare(self, *arguments: Any, **named: Any) -> PrepareResult:
-        hook, receive = self.prepare_async(*arguments, **named)
-        hook()
-        return receive()
-
     def prepare_async(
         self,
         a1: torch.Tensor,
@@ -285,11 +277,6 @@ class DeepEPLLPrepareAndFinalize(_DeepEP):
             return PrepareResult(found, scale, ExpertTokensMetadata(counts))
 
         return hook, receive
-
-    def finalize(self, *arguments: Any, **named: Any) -> None:
-        hook, receive = self.finalize_async(*arguments, **named)
-        hook()
-        receive()
 
     def finalize_async(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 
@@ -12,9 +12,15 @@ from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, pack_rows, unpack_rows
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.kernels.quantize import quantize_rows
-from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalize
+from fusedmoe.modular_kernel import (
+    FusedMoEPrepareAndFinalize,
+    FusedMoEPrepareAndFinalizeModular,
+    PrepareResult,
+)
+from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.no_ep import weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 QuantizeInput = Callable[
     [torch.Tensor, FusedMoEQuantConfig], tuple[torch.Tensor, torch.Tensor | None]
@@ -219,6 +225,56 @@ class Dispatching(FusedMoEPrepareAndFinalize):
                 f"{tuple(ids.shape)}"
             )
         return ids[:num_tokens]
+
+
+class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
+    """Says how to start, by the async forms; to do it at once is to start and to wait."""
+
+    def concurrent_forwards(self) -> int:
+        """Two, but one with a LoRA context: that has room for the ids of one."""
+        return 2 if self.lora_context is None else 1
+
+    def prepare(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> PrepareResult:
+        pending = self.prepare_async(
+            a1,
+            topk_weights,
+            topk_ids,
+            num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            quant_config,
+            defer_input_quant,
+        )
+        return cast(PrepareResult, finish(pending))
+
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        pending = self.finalize_async(
+            output,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        finish(pending)
 
 
 def is_per_row(scale: torch.Tensor | None) -> bool:

@@ -13,12 +13,11 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import all_gather_rows, reduce_scatter_rows
 from fusedmoe.modular_kernel import (
-    FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
     MonolithicPrepareResult,
     PrepareResult,
 )
-from fusedmoe.prepare_finalize.dispatch import Dispatching, weighted_input
+from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
@@ -26,7 +25,7 @@ from fusedmoe.topk_weight_and_reduce import (
 )
 
 
-class MoEPrepareAndFinalizeNaiveDPEPModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
+class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
     """[T of this rank, H] -> [T of all ranks, H] and back.
 
     With a LoRA context, the adapter ids are the last of what travels beside the activations.
@@ -34,33 +33,6 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(Dispatching, FusedMoEPrepareAndFinal
 
     name = "naive_dp_ep"
     _sizes: list[int]
-
-    def concurrent_forwards(self) -> int:
-        """Two, but one with a LoRA context: that has room for the ids of one."""
-        return 2 if self.lora_context is None else 1
-
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
-        """The rows of all ranks in their order, with their ids and weights."""
-        return self.prepare_async(
-            a1,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            quant_config,
-            defer_input_quant,
-        )()
 
     def prepare_async(
         self,
@@ -85,24 +57,6 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(Dispatching, FusedMoEPrepareAndFinal
             return PrepareResult(gathered(), all_scales, None, all_ids, all_weights)
 
         return receive
-
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        self.finalize_async(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )()
 
     def finalize_async(
         self,
