@@ -1,4 +1,4 @@
-"""Tables in registers: the same entries as the definition's, by selection and by permuting bytes."""
+"""Tables in registers: the entries of the definition, by selection and by permuting bytes."""
 
 import pytest
 import torch

@@ -33,6 +33,7 @@ from fusedmoe.kernels.triton.quantized_common import (
     int8_bf16,
     minus_bf16,
     nibbles,
+    spread_groups,
     store_features,
     tile_rows,
     times_bf16,
@@ -42,18 +43,6 @@ from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 # What e2m1_nibbles_bf16 leaves out, in two halves: one goes with the scales, one with the sum.
 HALF_EXPONENT = tl.constexpr(2.0**63)
-
-
-@triton.jit
-def _each(groups, PACKED: tl.constexpr):
-    """Numbers of groups, [ROWS] or [ROWS, COUNT], one per stored element: [ROWS, PACKED]."""
-    ROWS: tl.constexpr = groups.shape[0]
-    if len(groups.shape) == 1:
-        return tl.broadcast_to(groups[:, None], (ROWS, PACKED))
-    else:
-        COUNT: tl.constexpr = groups.shape[1]
-        wide = tl.broadcast_to(groups[:, :, None], (ROWS, COUNT, PACKED // COUNT))
-        return tl.reshape(wide, (ROWS, PACKED))
 
 
 @triton.jit
@@ -219,8 +208,8 @@ def quantized_gemm_kernel(
                 factor = half_scale_bits(scale).to(tl.bfloat16, bitcast=True)
             else:
                 factor = float_scale(scale).to(DTYPE)
-            factor = _each(factor, PACKED)
-            middle = None if zero is None else _each(zero, PACKED)
+            factor = spread_groups(factor, PACKED)
+            middle = None if zero is None else spread_groups(zero, PACKED)
             low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
             if NATIVE:
                 low, high = times_bf16(low, factor), times_bf16(high, factor)

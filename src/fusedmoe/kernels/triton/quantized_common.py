@@ -35,6 +35,18 @@ def float_scale(scale):
 
 
 @triton.jit
+def spread_groups(groups, PACKED: tl.constexpr):
+    """Numbers of groups, [ROWS] or [ROWS, COUNT], one per stored element: [ROWS, PACKED]."""
+    ROWS: tl.constexpr = groups.shape[0]
+    if len(groups.shape) == 1:
+        return tl.broadcast_to(groups[:, None], (ROWS, PACKED))
+    else:
+        COUNT: tl.constexpr = groups.shape[1]
+        wide = tl.broadcast_to(groups[:, :, None], (ROWS, COUNT, PACKED // COUNT))
+        return tl.reshape(wide, (ROWS, PACKED))
+
+
+@triton.jit
 def half_scale_bits(scale):
     """The bits of a scale times 2^63 in bf16: what e2m1 numbers short of 2^-126 are multiplied by,
     the other 2^63 being left to their sum. An e8m0 exponent needs no arithmetic; one past 191 is
