@@ -77,9 +77,15 @@ def test_what_does_not_fit_is_refused():
         run(activation=MoEActivation.SILU_NO_MUL)
     with pytest.raises(ValueError, match="4 of 6 experts: an expert_map must say which"):
         run(global_num_experts=6)
-    with pytest.raises(ValueError, match=r"topk_weights \(7, 1\) and topk_ids \(7, 2\) differ"):
+    with pytest.raises(ValueError, match=r"topk_weights is \(7, 1\), topk_ids \(7, 2\)"):
         run(weights=weights[:, :1])
     with pytest.raises(ValueError, match="topk_ids"):
         run(ids=ids + 3)
+    with pytest.raises(ValueError, match=r"expert_map is \(4,\), for 6 experts"):
+        run(global_num_experts=6, expert_map=torch.arange(E, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"int32 or int64, got torch.float32"):
+        run(ids=ids.float())
+    with pytest.raises(ValueError, match="top-1 routing, got K = 2"):
+        run(apply_router_weight_on_input=True)
     with pytest.raises(ValueError, match=r"expected .*uint8, found"):
         run(a=a.float())

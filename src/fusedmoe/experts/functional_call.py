@@ -1,0 +1,153 @@
+"""One call of ``fused_experts`` as a record, and what its two kinds of weights share.
+
+T tokens, K picks, e local experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.selection import Selection, select
+
+Keys = tuple[QuantKey | None, QuantKey | None]
+"""Of the weights and the activations of one GEMM."""
+
+_UNQUANTIZED: Keys = (None, None)
+
+
+class ExpertsCall(NamedTuple):
+    """The arguments of ``fused_experts``, defaults resolved."""
+
+    hidden_states: torch.Tensor
+    w1: torch.Tensor
+    w2: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    activation: MoEActivation
+    apply_router_weight_on_input: bool
+    global_num_experts: int
+    expert_map: torch.Tensor | None
+    w1_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    activation_config: ApplyMoEActivationConfig
+    options: MoEOptions
+
+    @property
+    def num_experts(self) -> int:
+        if self.global_num_experts >= 0:
+            return self.global_num_experts
+        return self.w1.shape[0] if self.expert_map is None else self.expert_map.shape[0]
+
+
+def check_picks(call: ExpertsCall, num_local: int) -> None:
+    """Raise ValueError where ids, weights and expert map do not fit tokens and ``num_local``."""
+    x, ids, weights = call.hidden_states, call.topk_ids, call.topk_weights
+    if x.dim() != 2 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected hidden_states [T, H] and topk_ids [T, K], got {tuple(x.shape)} and "
+            f"{tuple(ids.shape)}"
+        )
+    if weights.shape != ids.shape:
+        raise ValueError(f"topk_weights is {tuple(weights.shape)}, topk_ids {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_ids must be int32 or int64, got {ids.dtype}")
+    if call.expert_map is None and call.num_experts != num_local:
+        raise ValueError(
+            f"w1 holds {num_local} of {call.num_experts} experts: an expert_map must say which"
+        )
+    if call.expert_map is not None and call.expert_map.shape != (call.num_experts,):
+        raise ValueError(
+            f"expert_map is {tuple(call.expert_map.shape)}, for {call.num_experts} experts"
+        )
+    if call.apply_router_weight_on_input and ids.shape[1] != 1:
+        raise ValueError(
+            f"apply_router_weight_on_input needs top-1 routing, got K = {ids.shape[1]}"
+        )
+
+
+def selection_for(
+    call: ExpertsCall,
+    num_local: int,
+    width: int,
+    up_keys: Keys = _UNQUANTIZED,
+    down_keys: Keys = _UNQUANTIZED,
+) -> Selection:
+    """What selection prefers for ``num_local`` experts of ``width`` = I in these formats."""
+    return _select(
+        call.num_experts,
+        num_local,
+        call.topk_ids.shape[1],
+        call.hidden_states.shape[1],
+        width,
+        call.activation,
+        call.activation_config,
+        call.hidden_states.dtype,
+        call.hidden_states.device,
+        call.w1_bias is not None or call.w2_bias is not None,
+        call.apply_router_weight_on_input,
+        call.options,
+        up_keys,
+        down_keys,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _select(
+    num_experts: int,
+    num_local: int,
+    K: int,
+    H: int,
+    width: int,
+    activation: MoEActivation,
+    activation_config: ApplyMoEActivationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool,
+    apply_router_weight_on_input: bool,
+    options: MoEOptions,
+    up_keys: Keys,
+    down_keys: Keys,
+) -> Selection:
+    moe = FusedMoEConfig(
+        num_experts=max(num_experts, K),  # a rank may hold fewer experts than a token picks
+        num_local_experts=num_local,
+        experts_per_token=K,
+        hidden_dim=H,
+        intermediate_size_per_partition=width,
+        activation=activation,
+        activation_config=activation_config,
+        in_dtype=dtype,
+        device=device,
+        has_bias=has_bias,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        require_modular=True,
+        options=options,
+    )
+    return select(moe, *up_keys, down_keys=down_keys)
+
+
+def run_selected(
+    call: ExpertsCall, selection: Selection, quant_config: FusedMoEQuantConfig
+) -> torch.Tensor:
+    """The output [T, H], by a kernel made for this call."""
+    kernel = selection.make_kernel(quant_config)
+    assert isinstance(kernel, FusedMoEKernel)
+    return kernel.apply(
+        call.hidden_states,
+        call.w1,
+        call.w2,
+        call.topk_weights,
+        call.topk_ids,
+        activation=call.activation,
+        global_num_experts=call.num_experts,
+        expert_map=call.expert_map,
+        apply_router_weight_on_input=call.apply_router_weight_on_input,
+    )

@@ -1,0 +1,135 @@
+"""``fused_experts`` for unquantized weights: checks, and the shortest way to the kernels.
+
+T tokens, K picks, e local experts, H hidden, I intermediate, S = 2 where the activation is gated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.experts.functional_call import (
+    ExpertsCall,
+    check_picks,
+    run_selected,
+    selection_for,
+)
+from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
+from fusedmoe.experts.triton import TritonExperts, triton_experts
+from fusedmoe.modular_kernel.kernel import check_ids
+from fusedmoe.quantization.config import biased_moe_quant_config
+from fusedmoe.tuning.choice import checked_table
+from fusedmoe.tuning.hopper_tiles import hopper_tiles
+
+
+def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
+    """As ``fused_experts``: the output [T, H] by what selection prefers for the call."""
+    _check(call)
+    x, (e, _, width) = call.hidden_states, call.w2.shape
+    if x.shape[0] == 0:
+        return x.new_empty(x.shape)
+    selection = selection_for(call, e, width)
+    if selection.chosen is HopperExperts and call.options.max_workspace_bytes is None:
+        return _on_hopper(call)
+    if selection.chosen is TritonExperts:
+        return _on_triton(call)
+    return run_selected(call, selection, biased_moe_quant_config(call.w1_bias, call.w2_bias))
+
+
+def _check(call: ExpertsCall) -> None:
+    x, w1, w2 = call.hidden_states, call.w1, call.w2
+    if w1.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} must be [e, S * I, H] and [e, H, I]"
+        )
+    e, _, width = w2.shape
+    check_picks(call, e)
+    H, S = x.shape[1], 2 if call.activation.is_gated else 1
+    wanted = (
+        ("w1", w1, (e, S * width, H)),
+        ("w2", w2, (e, H, width)),
+        ("w1_bias", call.w1_bias, (e, S * width)),
+        ("w2_bias", call.w2_bias, (e, H)),
+    )
+    for name, tensor, shape in wanted:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, but hidden_states {tuple(x.shape)}, w2 "
+                f"{tuple(w2.shape)} and {call.activation.value} ask for {shape}"
+            )
+    if not x.dtype == w1.dtype == w2.dtype or not x.is_floating_point():
+        raise ValueError(f"hidden_states, w1, w2 are {x.dtype}, {w1.dtype}, {w2.dtype}")
+
+
+def _on_hopper(call: ExpertsCall) -> torch.Tensor:
+    """Straight to the kernels: building a layer around them would cost more than they do."""
+    x, weights = call.hidden_states, call.topk_weights
+    check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
+    if call.apply_router_weight_on_input:
+        x = x * weights.to(x.dtype)
+    (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
+    invariant = call.options.batch_invariant
+    tiles = hopper_tiles(T, K, call.num_experts, e, H, width, batch_invariant=invariant)
+    rows = scratch_rows(tiles, T * K, e)
+    output = x.new_empty(T, H)
+    hopper_experts(
+        output,
+        x,
+        call.w1,
+        call.w2,
+        None if call.apply_router_weight_on_input else weights,
+        call.topk_ids,
+        call.activation,
+        call.activation_config,
+        call.num_experts,
+        call.expert_map,
+        call.w1_bias,
+        call.w2_bias,
+        x.new_empty(rows, width),
+        x.new_empty(rows, H),
+        batch_invariant=invariant,
+        tiles=tiles,
+    )
+    return output
+
+
+def _on_triton(call: ExpertsCall) -> torch.Tensor:
+    """As ``_on_hopper``, in passes where the scratch memory is bounded."""
+    x, weights = call.hidden_states, call.topk_weights
+    check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
+    if call.apply_router_weight_on_input:
+        x = x * weights.to(x.dtype)
+    (T, H), K, width = x.shape, call.topk_ids.shape[1], call.w2.shape[2]
+    table = checked_table(
+        call.options.table,
+        K,
+        call.w1.shape[0],
+        H,
+        width,
+        x.dtype,
+        call.activation,
+        x.device,
+    )
+    limit = call.options.max_workspace_bytes
+    chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
+    output = x.new_empty(T, H)
+    workspace13, workspace2 = x.new_empty(chunk, K, width), x.new_empty(chunk, K, H)
+    for start in range(0, T, chunk):
+        rows = slice(start, start + chunk)
+        triton_experts(
+            output[rows],
+            x[rows],
+            call.w1,
+            call.w2,
+            None if call.apply_router_weight_on_input else weights[rows],
+            call.topk_ids[rows],
+            call.activation,
+            call.activation_config,
+            call.expert_map,
+            call.w1_bias,
+            call.w2_bias,
+            workspace13,
+            workspace2,
+            batch_invariant=call.options.batch_invariant,
+            table=table,
+        )
+    return output
