@@ -42,10 +42,19 @@ class Place:
         return Percentiles.of([max(ns) / 1e3 for ns in zip(*told, strict=True)])
 
 
-def time_call(call: Call, place: Place, rounds: int, captured: bool) -> Percentiles:
+def time_call(
+    call: Call,
+    place: Place,
+    rounds: int,
+    captured: bool,
+    *,
+    repeats: int | None = None,
+    warm_up: bool = True,
+) -> Percentiles:
     """Microseconds of one call, ``rounds`` of them in each sample."""
     on_gpu = place.device.type == "cuda"
-    call()
+    if warm_up:
+        call()
     run: Call = lambda: [call() for _ in range(rounds)]  # noqa: E731
     if on_gpu:
         torch.cuda.synchronize()
@@ -55,7 +64,7 @@ def time_call(call: Call, place: Place, rounds: int, captured: bool) -> Percenti
             graph, _ = record_graph(lambda: [call() for _ in range(rounds)] and None, stream)
             run = graph.replay
     samples = []
-    for _ in range(place.repeats):
+    for _ in range(repeats or place.repeats):
         dist.barrier(place.group)
         samples.append((_gpu_us(run, place) if on_gpu else _cpu_us(run)) / rounds)
     return place.slowest(samples)
