@@ -126,7 +126,7 @@ def _fused_experts_op(
     max_workspace_bytes: int | None,
     experts: str | None,
     debug_checks: bool,
-    deterministic: bool,
+    deterministic: bool = True,
     tuned_table: str | None = None,
 ) -> torch.Tensor:
     """``fused_experts`` as torch.compile sees it: opaque."""
