@@ -21,10 +21,8 @@ from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.experts.deep_gemm import BatchedDeepGemmExperts, DeepGemmExperts
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.modular_kernel.forward import finish
-from fusedmoe.prepare_finalize.deepep import (
-    DeepEPHTPrepareAndFinalize,
-    DeepEPLLPrepareAndFinalize,
-)
+from fusedmoe.prepare_finalize.deepep_high_throughput import DeepEPHTPrepareAndFinalize
+from fusedmoe.prepare_finalize.deepep_low_latency import DeepEPLLPrepareAndFinalize
 from fusedmoe.prepare_finalize.dispatch import quantize_input
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.keys import (

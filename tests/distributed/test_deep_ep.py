@@ -11,10 +11,8 @@ import torch
 
 from fusedmoe import MoEOptions, ParallelGroups
 from fusedmoe.config import FusedMoEParallelConfig
-from fusedmoe.prepare_finalize.deepep import (
-    DeepEPHTPrepareAndFinalize,
-    DeepEPLLPrepareAndFinalize,
-)
+from fusedmoe.prepare_finalize.deepep_high_throughput import DeepEPHTPrepareAndFinalize
+from fusedmoe.prepare_finalize.deepep_low_latency import DeepEPLLPrepareAndFinalize
 from test_selection import config
 
 

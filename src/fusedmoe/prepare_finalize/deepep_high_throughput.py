@@ -1,0 +1,95 @@
+"""Tokens over DeepEP's high-throughput kernels: in Standard rows, for prefill.
+
+T tokens of this rank, K picks, H hidden. What both modes share: ``deepep``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult
+from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
+from fusedmoe.prepare_finalize.dispatch import quantize_input, weighted_input
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceContiguous
+
+
+class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
+    """[T, H] -> the rows that need an expert of this rank, with global ids, and back.
+
+    Rows in fp8 with scales per 128 columns travel like that; other formats are rounded on arrival.
+    How many rows arrive is known to the host, which waits for it: not for CUDA graphs.
+    """
+
+    name = "deepep_high_throughput"
+    low_latency = False
+
+    def prepare_async(
+        self,
+        a1: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        num_experts: int,
+        expert_map: torch.Tensor | None,
+        apply_router_weight_on_input: bool,
+        quant_config: FusedMoEQuantConfig,
+        defer_input_quant: bool = False,
+    ) -> Callable[[], PrepareResult]:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(f"{self.name} waits for counts of rows: it has no CUDA graphs")
+        self.check_tokens(a1.shape[0])
+        placement = self.placement(num_experts, expert_map)
+        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
+        blocks = quant_config.a1.key in BLOCK_FP8 and not defer_input_quant
+        x: Any = quantize_input(a1.contiguous(), quant_config) if blocks else a1.contiguous()
+        ids = placement.positions_of(topk_ids)
+        per_rank, per_node, per_expert, goes, _ = self.buffer.get_dispatch_layout(
+            ids, placement.num_positions
+        )
+        rows, local, weights, counts, self._handle, event = self.buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=goes,
+            num_tokens_per_expert=per_expert,
+            topk_idx=ids,
+            topk_weights=topk_weights.float().contiguous(),
+            async_finish=True,
+        )
+
+        def receive() -> PrepareResult:
+            event.current_stream_wait()
+            found, scale = rows if blocks else (rows, None)
+            if not blocks and not defer_input_quant:
+                found, scale = quantize_input(found, quant_config)
+            meta = ExpertTokensMetadata.make_from_list(counts, found.device)
+            here = placement.global_ids_of(local).to(topk_ids.dtype)
+            return PrepareResult(found, scale, meta, here, weights)
+
+        return receive
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> Callable[[], None]:
+        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
+        partial = reduce.apply(
+            None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        )
+        combined, _, event = self.buffer.combine(
+            partial.to(torch.bfloat16).contiguous(), self._handle, async_finish=True
+        )
+
+        def receive() -> None:
+            event.current_stream_wait()
+            output.copy_(combined)
+
+        return receive
