@@ -26,9 +26,10 @@ from h200_targets import SKEWED, TARGETS, print_verdicts, verdicts
 
 from fusedmoe.bench import SHAPES, BenchReport
 from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.measure import REST, Effort
 from fusedmoe.bench.problems import Cell, Scope
 from fusedmoe.bench.report import make_header
-from fusedmoe.bench.run import REST, Effort, run_cells
+from fusedmoe.bench.run import run_cells
 
 LEAST_READ_GBS, LEAST_BF16_TFLOPS = 4300.0, 710.0
 PEER_BYTES = 8 << 30

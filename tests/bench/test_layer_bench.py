@@ -15,6 +15,7 @@ from fusedmoe.bench import (
     ceilings,
     contestants,
     count_measurements,
+    measure,
     problems,
     run,
     run_layer_bench,
@@ -146,7 +147,7 @@ def test_yardsticks_and_the_experts_scope_have_rows_of_their_own():
 
 
 def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
-    monkeypatch.setattr(run, "_free_memory", lambda device: 100_000)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 100_000)
     report = run_layer_bench([TINY], [3], [torch.float32], repeats=1, experts=(None, "triton"))
     assert {r["impl"] for r in report.rows} == {
         "fusedmoe", "transformers_eager", "transformers_grouped_mm",
@@ -160,7 +161,7 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
 def test_a_peer_that_would_take_seconds_is_left_out():
     report = BenchReport(dict(CEILINGS))
     cells = [problems.Cell(TINY, torch.float32, "uniform", 9)]
-    effort = run.Effort(repeats=1, peer_bytes=1000)
+    effort = measure.Effort(repeats=1, peer_bytes=1000)
     device = torch.device("cpu")
     done = run.run_cells(
         cells, report, device, peers=lambda cell: ["transformers_batched_mm"], effort=effort

@@ -175,6 +175,8 @@ def test_an_unknown_activation(cli, broken: Path, verb: str) -> None:
             ["explain", "--top-k", "2"],
             "not complete: give --num-experts, --hidden-size, --intermediate",
         ),
+        (["bench", "--ep", "--scope", "experts", "--no-peers"], "--no-peers would have no effect"),
+        (["bench", "--max-workspace-bytes", "0"], "max_workspace_bytes must be positive, got 0"),
         ([], "VERB"),
         (["fly"], "invalid choice: 'fly'"),
     ],

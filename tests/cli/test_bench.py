@@ -48,6 +48,21 @@ def test_a_report_as_table_file_and_picture(cli, tmp_path: Path) -> None:
     assert all(report[key] > 0 for key in ("read_gbs", "fp32_tflops", "bf16_tflops"))
 
 
+def test_bounded_scratch_memory_shows_in_the_report(cli) -> None:
+    def scratch(*words: str) -> tuple[int, float]:
+        code, out, err = cli(
+            *("bench", *SIZES, "--tokens", "9", "--dtypes", "fp32", "--repeats", "1", "--json"),
+            *("--experts", "grouped_mm", "--no-peers", "--device", "cpu", *words),
+        )
+        assert code == 0, err
+        row = next(r for r in json.loads(out)["rows"] if r["impl"] == "fusedmoe:grouped_mm")
+        return row["workspace_bytes"], row["error"]
+
+    (whole, _), (bounded, error) = scratch(), scratch("--max-workspace-bytes", "1024")
+    assert bounded <= 1024 < whole
+    assert error < 1e-5
+
+
 def test_json_without_peers_on_a_checkpoints_own_layer(cli, mixtral: Path) -> None:
     code, out, err = cli(
         *("bench", mixtral, "--tokens", "3", "--dtypes", "fp32", "--repeats", "2"),

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
+# Options that mean nothing over ranks, where layers are timed as they are; and their defaults.
+_NOT_OVER_RANKS = {
+    "scope": "layer",
+    "experts": [],
+    "tuned_table": None,
+    "max_workspace_bytes": None,
+    "no_peers": False,
+    "plot": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also these implementations, by name or module:Class",
     )
     parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
+    parser.add_argument(
+        "--max-workspace-bytes",
+        type=int,
+        metavar="N",
+        help="bound the layer's scratch memory: tokens then run in passes",
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
     parser.add_argument(
         "--ep",
@@ -69,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     shapes, device = _shapes(args), device_of(args.device)
     dtypes = [dtype_of(name) or torch.bfloat16 for name in args.dtypes]
     if args.ep:
@@ -93,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             progress=show,
             experts=(None, *map(experts_of, args.experts)),
             scope=args.scope,
-            tuned_table=MoEOptions(tuned_table=args.tuned_table).table,
+            options=options,
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))
@@ -120,6 +136,10 @@ def _run_over_ranks(
     """The layers with their experts spread over the processes of torchrun."""
     from fusedmoe.bench.over_ranks import run_ranks_bench
 
+    given = [name for name, default in _NOT_OVER_RANKS.items() if getattr(args, name) != default]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options} would have no effect with --ep")
     check_launched("--ep")
     with launched_ranks(device) as ranks:
         reports = [
@@ -168,7 +188,9 @@ def _shapes(args: argparse.Namespace) -> list[LayerShape]:
 def _check_memory(
     shapes: list[LayerShape], dtypes: list[torch.dtype], device: torch.device
 ) -> None:
-    free = _free_bytes(device)
+    from fusedmoe.bench.measure import free_memory
+
+    free = free_memory(device)
     for shape in shapes:
         needed = shape.weight_elements * max(dtype.itemsize for dtype in dtypes)
         if free is not None and needed > free * MEMORY_SHARE:
@@ -176,17 +198,6 @@ def _check_memory(
                 f"{shape.name} has {format_bytes(needed)} of weights, "
                 f"{format_bytes(free)} are free on {device}"
             )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), None)
 
 
 def _print(record: dict[str, Any]) -> None:
