@@ -34,6 +34,27 @@ def triton_gemm(
     return c
 
 
+def triton_packed(
+    a: torch.Tensor,
+    w: Any,
+    c: torch.Tensor,
+    blocks: Any,
+    tile: Any,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: Any = None,
+    activation_config: Any = None,
+) -> torch.Tensor:
+    """As ``packed_gemm_reference``."""
+    from fusedmoe.kernels.triton.grouped_gemm_packed import launch
+
+    act = None if activation is None else device_activation(activation, activation_config)
+    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, False)
+    return c
+
+
 def triton_w8a8(
     a: torch.Tensor,
     scale: torch.Tensor | None,

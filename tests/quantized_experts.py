@@ -15,31 +15,41 @@ from fusedmoe.modular_kernel import FusedMoEActivationFormat, FusedMoEKernel
 from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
-from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import QuantKey
+from packed_weights import pack
 
 Tensors = dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer, the format of its weights and how its rows are quantized."""
+    """A layer, the format of its weights and how its rows are quantized.
+
+    ``down``: the format of w2, where it is another. ``one_order``: act-order columns of gate and up
+    are in the same groups.
+    """
 
     format: str
     rows: QuantKey | None = None
     layer: Layer = field(default_factory=lambda: Layer(H=64, I=32))
+    down: str | None = None
+    one_order: bool = False
 
     def config(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, FusedMoEQuantConfig]:
-        fmt, act = format_named(self.format), self.layer.activation
+        act = self.layer.activation
         shards = 2 if act.is_gated else 1
-        w1 = quantize(
-            tensors["w1"].float(), fmt, shards=shards, interleaved=act is MoEActivation.SWIGLUOAI
+        w1 = pack(
+            tensors["w1"].float(),
+            self.format,
+            shards=shards,
+            interleaved=act is MoEActivation.SWIGLUOAI,
+            one_order=self.one_order,
         )
-        w2 = quantize(tensors["w2"].float(), fmt)
+        w2 = pack(tensors["w2"].float(), self.down or self.format, seed=1)
         descs = [
             FusedMoEQuantDesc(
-                dtype=fmt.key_dtype, format=fmt, scale=w.scale, scale2=w.scale2,
-                zp=w.zero_point, bias=bias,
+                dtype=w.format.key_dtype, format=w.format, scale=w.scale, scale2=w.scale2,
+                zp=w.zero_point, group_index=w.group_index, bias=bias,
             )
             for w, bias in ((w1, tensors["w1_bias"]), (w2, tensors["w2_bias"]))
         ]  # fmt: skip

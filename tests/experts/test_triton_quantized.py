@@ -26,7 +26,7 @@ from fusedmoe.quantization.keys import (
     accepts,
     fp8_dynamic_group,
 )
-from quantized_bodies import triton_gemm, triton_w8a8
+from quantized_bodies import triton_gemm, triton_packed, triton_w8a8
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -35,6 +35,7 @@ NAN = float("nan")
 
 PLAIN = Layer(H=64, I=32)
 WIDE = Layer(H=256, I=128)
+BLOCKS = Layer(H=256, I=256, E=3)
 CASES = {
     "int4": Quantized("int4_g32", layer=replace(PLAIN, dtype=torch.float16)),
     "int4_zero_points": Quantized("int4_g32_zp"),
@@ -46,6 +47,21 @@ CASES = {
     "nvfp4": Quantized("nvfp4"),
     "nf4": Quantized("nf4", layer=replace(PLAIN, I=128)),
     "iq4_nl_bias": Quantized("iq4_nl", layer=replace(PLAIN, bias=True)),
+    "q4_k_by_q6_k": Quantized("q4_k", layer=BLOCKS, down="q6_k"),
+    "q5_k_bias_by_int8": Quantized("q5_k", layer=replace(BLOCKS, bias=True), down="int8_g32"),
+    "int4_by_q5_k": Quantized("int4_g32", layer=BLOCKS, down="q5_k"),
+    "q6_k_by_iq4_nl": Quantized("q6_k", layer=BLOCKS, down="iq4_nl"),
+    "mxfp6_e3m2": Quantized("mxfp6_e3m2"),
+    "mxfp6_e2m3_interleaved_bias": Quantized(
+        "mxfp6_e2m3", layer=replace(PLAIN, activation=MoEActivation.SWIGLUOAI, bias=True)
+    ),
+    "act_order": Quantized("int4_g32_act_order"),
+    "act_order_zp_bias_map": Quantized(
+        "int4_g32_zp_act_order", layer=replace(PLAIN, E=8, local=5, bias=True)
+    ),
+    "act_order_int8_no_gate": Quantized(
+        "int8_g32_act_order", layer=replace(PLAIN, activation=MoEActivation.RELU2_NO_MUL)
+    ),
     "fp8_weights": Quantized("fp8_channel"),
     "fp8_block": Quantized("fp8_block", FP8_DYNAMIC_128, WIDE),
     "fp8_small_blocks": Quantized("fp8_block_32x32", fp8_dynamic_group(32)),
@@ -74,10 +90,12 @@ def quantized_bodies(monkeypatch, bodies):
     """The launchers' own references, or Triton's bodies under the interpreter."""
     if bodies == "torch":
         return
+    from fusedmoe.kernels import grouped_gemm_packed as packed
     from fusedmoe.kernels import grouped_gemm_quantized as gemm
     from fusedmoe.kernels import grouped_gemm_quantized_w8a8 as w8a8
 
     monkeypatch.setattr(gemm, "quantized_gemm_reference", triton_gemm)
+    monkeypatch.setattr(packed, "packed_gemm_reference", triton_packed)
     monkeypatch.setattr(w8a8, "w8a8_gemm_reference", triton_w8a8)
 
 
@@ -109,7 +127,10 @@ def test_batched_layers(name):
     assert_right(out, case.expected(tensors), tolerance_of(case))
 
 
-@pytest.mark.parametrize("name", ["int4_zero_points", "nvfp4", "nf4", "fp8_block", "fp8_tensor"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4_zero_points", "nvfp4", "nf4", "fp8_block", "fp8_tensor", "q4_k_by_q6_k", "act_order"],
+)
 def test_compiled_without_graph_breaks(name):
     case = CASES[name]
     tensors = case.layer.tensors()
@@ -201,8 +222,9 @@ def test_pairs_are_what_the_reference_also_runs():
         ("fp8_block", FP8_DYNAMIC_128, True),
         ("fp8_block", FP8_DYNAMIC_TOKEN, True),
         ("int8_channel", FP8_DYNAMIC_TOKEN, False),
-        ("mxfp6_e3m2", None, False),
-        ("int4_g32_act_order", None, False),
+        ("mxfp6_e3m2", None, True),
+        ("int4_g32_act_order", None, True),
+        ("mxfp6_e3m2", FP8_DYNAMIC_TOKEN, False),
     ):
         key = format_named(name).key
         found = any(accepts(weight, key) and accepts(act, rows) for weight, act in PAIRS)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
+from fusedmoe.quantization.formats.keys import (
+    INTEGER_WEIGHTS,
+    SUPERBLOCK_WEIGHTS,
+    TABLE_WEIGHTS,
+)
 from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TENSOR,
@@ -38,8 +43,11 @@ WEIGHT_ONLY = (
     QuantKey("mxfp4", True, GroupShape(1, 32), scale_kind="e8m0"),
     QuantKey("mxfp8", True, GroupShape(1, 32), scale_kind="e8m0"),
     QuantKey("nvfp4", True, GroupShape(1, 16), scale_kind="e4m3", second_scale=True),
-    QuantKey("nf4", True, GroupShape(1, ANY)),
-    QuantKey("iq4_nl", True, GroupShape(1, ANY)),
+    *TABLE_WEIGHTS,
+    *SUPERBLOCK_WEIGHTS,
+    QuantKey("mxfp6_e3m2", True, GroupShape(1, 32), scale_kind="e8m0"),
+    QuantKey("mxfp6_e2m3", True, GroupShape(1, 32), scale_kind="e8m0"),
+    *(key for key in INTEGER_WEIGHTS if key.act_order),
 )
 _WHOLE_ROWS = (FP8_DYNAMIC_TENSOR, FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN)
 PAIRS: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset(
@@ -63,7 +71,7 @@ def unmet_by_groups(weight_key: QuantKey | None, activation_key: QuantKey | None
     """Why columns that share a scale do not fit the kernels' steps, None where they do."""
     least = 16 if activation_key is None else 32
     for key in (weight_key, activation_key):
-        columns = -1 if key is None else key.group_shape.col
+        columns = -1 if key is None or key.act_order else key.group_shape.col
         if columns > 0 and (columns < least or columns & (columns - 1)):
             return f"wants groups of a power of two of at least {least} columns, got {columns}"
     return None

@@ -1,11 +1,12 @@
 """The quantized Triton experts as torch.compile sees them: ops that take tensors and words.
 
-An operand is eight arguments: data, scale, second scale, zero point, bias, the scale of the rows
-that meet it, the format's name, and the key of those rows in words.
+An operand is nine arguments: data, scale, second scale, zero point, groups of columns, bias, the
+scale of the rows that meet it, the format in words, and the key of those rows in words.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fusedmoe.experts.triton_quantized_run import (
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import GroupShape, QuantKey
+from fusedmoe.quantization.tensor import QuantFormat
 
 Flat = tuple[Any, ...]
 
@@ -29,9 +31,18 @@ def flat(w1: torch.Tensor, w2: torch.Tensor, config: FusedMoEQuantConfig) -> Fla
     parts: list[Any] = []
     for data, weight, rows in ((w1, config.w1, config.a1), (w2, config.w2, config.a2)):
         assert weight.format is not None
-        parts += [data, weight.scale, weight.scale2, weight.zp, weight.bias, rows.scale]
-        parts += [weight.format.name, _key_words(rows.key)]
+        parts += [data, weight.scale, weight.scale2, weight.zp, weight.group_index, weight.bias]
+        parts += [rows.scale, _format_words(weight.format), _key_words(rows.key)]
     return tuple(parts)
+
+
+def _format_words(fmt: QuantFormat) -> str:
+    return f"{fmt.name} {fmt.group.row} {fmt.group.col}"
+
+
+def _format_of(words: str) -> QuantFormat:
+    name, row, col = words.split()
+    return replace(format_named(name), group=GroupShape(int(row), int(col)))
 
 
 def _key_words(key: QuantKey | None) -> str:
@@ -61,14 +72,15 @@ def _operands_of(
     parts: Flat, activation: MoEActivation, dtype: torch.dtype, emulate: bool
 ) -> Operands:
     sides = []
-    for data, scale, scale2, zp, bias, rows_scale, fmt, words in (parts[:8], parts[8:]):
+    for data, scale, scale2, zp, index, bias, rows_scale, fmt, words in (parts[:9], parts[9:]):
         weight = FusedMoEQuantDesc(
             dtype=data.dtype,
             scale=scale,
             scale2=scale2,
             zp=zp,
+            group_index=index,
             bias=bias,
-            format=format_named(fmt),
+            format=_format_of(fmt),
         )
         sides.append((data, weight, _key_of(words), rows_scale))
     (w1, desc1, key1, scale1), (w2, desc2, key2, scale2) = sides
@@ -88,6 +100,7 @@ def standard_op(
     w1_scale: torch.Tensor | None,
     w1_scale2: torch.Tensor | None,
     w1_zero_point: torch.Tensor | None,
+    w1_group_index: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     a1_scale: torch.Tensor | None,
     w1_format: str,
@@ -96,6 +109,7 @@ def standard_op(
     w2_scale: torch.Tensor | None,
     w2_scale2: torch.Tensor | None,
     w2_zero_point: torch.Tensor | None,
+    w2_group_index: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     a2_scale: torch.Tensor | None,
     w2_format: str,
@@ -116,8 +130,10 @@ def standard_op(
 ) -> None:
     """``quantized_experts`` as torch.compile sees it: opaque."""
     parts = (
-        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_bias, a1_scale, w1_format, a1_key),
-        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_bias, a2_scale, w2_format, a2_key),
+        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_group_index, w1_bias, a1_scale),
+        *(w1_format, a1_key),
+        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_group_index, w2_bias, a2_scale),
+        *(w2_format, a2_key),
     )
     numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     quantized_experts(
@@ -146,6 +162,7 @@ def batched_op(
     w1_scale: torch.Tensor | None,
     w1_scale2: torch.Tensor | None,
     w1_zero_point: torch.Tensor | None,
+    w1_group_index: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     a1_scale: torch.Tensor | None,
     w1_format: str,
@@ -154,6 +171,7 @@ def batched_op(
     w2_scale: torch.Tensor | None,
     w2_scale2: torch.Tensor | None,
     w2_zero_point: torch.Tensor | None,
+    w2_group_index: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     a2_scale: torch.Tensor | None,
     w2_format: str,
@@ -171,8 +189,10 @@ def batched_op(
 ) -> None:
     """``batched_quantized_experts`` as torch.compile sees it: opaque."""
     parts = (
-        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_bias, a1_scale, w1_format, a1_key),
-        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_bias, a2_scale, w2_format, a2_key),
+        *(w1, w1_scale, w1_scale2, w1_zero_point, w1_group_index, w1_bias, a1_scale),
+        *(w1_format, a1_key),
+        *(w2, w2_scale, w2_scale2, w2_zero_point, w2_group_index, w2_bias, a2_scale),
+        *(w2_format, a2_key),
     )
     numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     batched_quantized_experts(

@@ -19,6 +19,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import batched_moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_packed import SUPERBLOCKS, is_packed, packed_gemm
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
@@ -26,7 +27,13 @@ from fusedmoe.kernels.quantize import live_rows, quantize_rows
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles, weight_only_tiles
+from fusedmoe.tuning.quantized_tiles import (
+    QuantizedTile,
+    QuantizedTiles,
+    packed_tile,
+    w8a8_tiles,
+    weight_only_tiles,
+)
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32
@@ -140,19 +147,40 @@ def _floating(
 ) -> None:
     """Both products with rows in floating point, as they come or rounded to a format and back."""
     w1, w2 = operands.w1, operands.w2
-    planes = w2.format.element in NIBBLES
-    many = w1.format.element in NIBBLES and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
+    # The rows in between keep the order of their columns unless both products know another one.
+    planes = _in_planes(w2) and (operands.emulate or not is_packed(w1.format))
+    many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
     if operands.emulate:
         x = fake_quantize(x, operands.a1, operands.a1_scale).to(x.dtype)
     a = to_planes(x) if many else x
-    in_planes = planes and not operands.emulate
-    quantized_gemm(a, w1, act, blocks, tiles.gemm1, a_planes=many, c_planes=in_planes, **first)
+    _product(a, w1, act, blocks, tiles.gemm1, (many, planes and not operands.emulate), **first)
     if operands.emulate:
         if operands.a2 is not None and operands.a2.group_shape == PER_TENSOR:
             act = live_rows(act, num_local_experts=w1.shape[0], **live)
         act = fake_quantize(act, operands.a2, operands.a2_scale).to(act.dtype)
         act = to_planes(act) if planes else act
-    quantized_gemm(act, w2, rows, blocks, tiles.gemm2, a_planes=planes, **second)
+    _product(act, w2, rows, blocks, tiles.gemm2, (planes, False), **second)
+
+
+def _in_planes(w: QuantizedTensor) -> bool:
+    """Whether rows meet ``w`` sooner with the columns of even number first."""
+    return w.format.element in NIBBLES and not is_packed(w.format)
+
+
+def _product(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    planes: tuple[bool, bool],
+    **rest: Any,
+) -> None:
+    """By the kernel that reads ``w``; ``planes``: those of a and of c."""
+    if is_packed(w.format):
+        packed_gemm(a, w, c, blocks, tile, **rest)
+    else:
+        quantized_gemm(a, w, c, blocks, tile, a_planes=planes[0], c_planes=planes[1], **rest)
 
 
 def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
@@ -175,11 +203,18 @@ def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> Q
     """Tiles for T tokens of K picks."""
     (e, H, I), w1 = operands.w2.shape, operands.w1  # noqa: E741
     if operands.floating_rows:
-        bits = 4 if w1.format.element in NIBBLES else 8
-        return weight_only_tiles(
+        both = operands.w1, operands.w2
+        packed = any(is_packed(w.format) for w in both)
+        bits = 4 if w1.format.element in NIBBLES and not packed else 8
+        tiles = weight_only_tiles(
             T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
         )
+        return QuantizedTiles(*(_fitting(w, t) for w, t in zip(both, tiles, strict=True)))
     return w8a8_tiles(T, K, e, H, I, operands.columns, batch_invariant=batch_invariant)
+
+
+def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
+    return packed_tile(tile, w.format.element in SUPERBLOCKS) if is_packed(w.format) else tile
 
 
 def quantized_experts(

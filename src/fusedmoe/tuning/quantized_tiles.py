@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 LONGEST_FP8_SUM = 256
+SUPERBLOCK_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,13 @@ class QuantizedDecodeTiles(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class QuantizedPrefillTiles:
     """Tiles of 128 slots by 256 weight rows, ``stages`` steps of 128 columns in flight; ``group``
-    blocks of slots run side by side. ``promoted``, for each GEMM: products of a step are added to
-    the sums in fp32 even where no scale asks for it."""
+    blocks of slots run side by side. ``promoted``, for each GEMM: products of so many steps (1 or 2,
+    0: all) at a time are added to the sums in fp32, where no scale asks for every one."""
 
     stages: int = 4
     group: int = 16
-    promoted: tuple[bool, bool] = (False, False)
+    promoted: tuple[int, int] = (0, 0)
+    lead: int = 0
 
 
 def slots_block(R: int, E: int, most: int) -> int:
@@ -109,6 +111,15 @@ def weight_only_tiles(
     else:
         tile = QuantizedTile(128, slots, 64, 8, 8, 3 if bits == 4 else 4)
     return QuantizedTiles(_fit(tile, H, groups[0]), _fit(tile, I, groups[1]))
+
+
+def packed_tile(tile: QuantizedTile, superblocks: bool) -> QuantizedTile:
+    """For weights that take more instructions than reading them, instead of ``tile`` and with as
+    many slots: ``superblocks`` are read one per step, the rest 128 columns."""
+    rows = min(tile.rows, 64)
+    depth = SUPERBLOCK_COLUMNS if superblocks else 128
+    stages = 2 if superblocks else 3
+    return replace(tile, rows=rows, depth=depth, warps=min(tile.warps, 4), stages=stages)
 
 
 @lru_cache(maxsize=4096)
@@ -157,7 +168,7 @@ def prefill_tiles(H: int, I: int, element: str) -> QuantizedPrefillTiles:  # noq
     where they are all the same, as much as rounding the operands: the sum shrinks. Over
     LONGEST_FP8_SUM it is 2e-3, for promoted sums 6e-4.
     """
-    long = tuple(element == "e4m3" and D > LONGEST_FP8_SUM for D in (H, I))
+    long = tuple(int(element == "e4m3" and D > LONGEST_FP8_SUM) for D in (H, I))
     return QuantizedPrefillTiles(promoted=(long[0], long[1]))
 
 

@@ -1,0 +1,209 @@
+"""GGUF's superblocks (q4_k, q5_k, q6_k) as numbers in registers, 256 columns at a time.
+
+The layouts are those of ``quantization/formats/superblocks.py``. Byte p of a superblock's 128 bytes
+of nibbles holds a column of the low plane and one of the high plane: two products of 128 columns,
+without an interleaving. A group's columns lie together in a plane.
+
+Where the GPU has packed bf16 arithmetic, an integer becomes the mantissa of a number from 128 to
+255, its middle is subtracted, exactly, and one multiplication and addition gives the value: the
+group's scale and the value of its middle are rounded to bf16, as the numbers of other formats are.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.triton.quantized_common import (
+    int4_nibbles_bf16,
+    minus_bf16,
+    spread_groups,
+    times_bf16,
+)
+
+
+@triton.jit
+def superblock_columns(ELEMENT: tl.constexpr):
+    """The columns of the low and of the high plane, [128] each, by the place of their byte."""
+    at = tl.arange(0, 128)
+    RUN: tl.constexpr = 64 if ELEMENT == "q6_k" else 32
+    low = at // RUN * (2 * RUN) + at % RUN
+    return low, low + RUN
+
+
+@triton.jit
+def _sixths(below, above, ODD: tl.constexpr):
+    """Four of eight numbers of six bits, those of even or odd place, fp32 [ROWS, 4].
+
+    ``below`` and ``above`` [ROWS] hold four each, a byte for one.
+    """
+    at = tl.arange(0, 4)[None, :]
+    word = tl.where(at < 2, below[:, None], above[:, None])
+    return ((word >> (at % 2 * 16 + 8 * ODD)) & 63).to(tl.float32)
+
+
+@triton.jit
+def _scales_and_minima(block):
+    """(scale, minimum) of the low plane's groups, then of the high one's, fp32 [ROWS, 4] each."""
+    words = block.to(tl.pointer_type(tl.int32), bitcast=True)
+    both = tl.load(words)
+    d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+    first, second, third = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    scales = first & 0x3F3F3F3F
+    more_scales = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+    minima = second & 0x3F3F3F3F
+    more_minima = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
+    return (
+        d * _sixths(scales, more_scales, 0),
+        least * _sixths(minima, more_minima, 0),
+        d * _sixths(scales, more_scales, 1),
+        least * _sixths(minima, more_minima, 1),
+    )
+
+
+@triton.jit
+def _signed_scales(block):
+    """q6_k's scales of the low and of the high plane's groups, fp32 [ROWS, 8] each."""
+    d = tl.load((block + 208).to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
+    at = tl.arange(0, 8)
+    ptrs = (block + 192)[:, None] + (at // 4 * 8 + at % 4)[None, :]
+    low = tl.load(ptrs).to(tl.int8, bitcast=True).to(tl.float32)
+    high = tl.load(ptrs + 4).to(tl.int8, bitcast=True).to(tl.float32)
+    return d[:, None] * low, d[:, None] * high
+
+
+@triton.jit
+def fives_bf16(packed, more, shift):
+    """Nibbles with a fifth bit, plus 128: those of the low nibbles at bit ``shift`` of ``more``,
+    those of the high ones behind it. Four bytes at a time."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, h, t;
+            and.b32 a, $4, 0x0F0F0F0F;
+            shr.u32 b, $4, 4;
+            and.b32 b, b, 0x0F0F0F0F;
+            shr.u32 h, $5, $6;
+            shl.b32 t, h, 4;
+            lop3.b32 a, t, 0x10101010, a, 0xEA;
+            shl.b32 t, h, 3;
+            lop3.b32 b, t, 0x10101010, b, 0xEA;
+            prmt.b32 $0, a, 0x43, 0x4140;
+            prmt.b32 $1, a, 0x43, 0x4342;
+            prmt.b32 $2, b, 0x43, 0x4140;
+            prmt.b32 $3, b, 0x43, 0x4342;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r,r,r",
+        [packed, more, shift],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def sixes_bf16(packed, more, shift):
+    """Nibbles with two more bits, plus 128: those of the low nibbles at bit ``shift`` of ``more``,
+    those of the high ones four bits on. Four bytes at a time."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, h, t;
+            and.b32 a, $4, 0x0F0F0F0F;
+            shr.u32 b, $4, 4;
+            and.b32 b, b, 0x0F0F0F0F;
+            shr.u32 h, $5, $6;
+            shl.b32 t, h, 4;
+            lop3.b32 a, t, 0x30303030, a, 0xEA;
+            lop3.b32 b, h, 0x30303030, b, 0xEA;
+            prmt.b32 $0, a, 0x43, 0x4140;
+            prmt.b32 $1, a, 0x43, 0x4342;
+            prmt.b32 $2, b, 0x43, 0x4140;
+            prmt.b32 $3, b, 0x43, 0x4342;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r,r,r",
+        [packed, more, shift],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _integers(block, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
+    """The integers of the low and of the high plane, [ROWS, 128]: int32, or bf16 and 128 more."""
+    at = tl.arange(0, 128)
+    if ELEMENT == "q4_k":
+        packed = tl.load((block + 16)[:, None] + at[None, :])
+        if NATIVE:
+            return int4_nibbles_bf16(packed)
+        else:
+            return (packed & 15).to(tl.int32), (packed >> 4).to(tl.int32)
+    elif ELEMENT == "q5_k":
+        packed = tl.load((block + 48)[:, None] + at[None, :])
+        more = tl.load((block + 16)[:, None] + (at % 32)[None, :])
+        shift = (at // 32 * 2)[None, :]
+        if NATIVE:
+            return fives_bf16(packed, more, shift)
+        else:
+            bits = more.to(tl.int32) >> shift
+            low = (packed & 15).to(tl.int32) | (bits & 1) << 4
+            return low, (packed >> 4).to(tl.int32) | (bits >> 1 & 1) << 4
+    else:
+        packed = tl.load(block[:, None] + at[None, :])
+        more = tl.load((block + 128)[:, None] + (at // 64 * 32 + at % 32)[None, :])
+        shift = (at // 32 % 2 * 2)[None, :]
+        if NATIVE:
+            return sixes_bf16(packed, more, shift)
+        else:
+            bits = more.to(tl.int32) >> shift
+            low = (packed & 15).to(tl.int32) | (bits & 3) << 4
+            return low, (packed >> 4).to(tl.int32) | (bits >> 4 & 3) << 4
+
+
+@triton.jit
+def _times_plus_bf16(x, y, z):
+    """x * y + z for bf16, rounded once, two at a time."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [x, y, z],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _value(number, scale, minimum, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """number * scale - minimum of its group; ``minimum`` None: (number - MIDDLE) * scale."""
+    if NATIVE:
+        middle = tl.full(number.shape, 128.0 + MIDDLE, tl.bfloat16)
+        factor = spread_groups(scale.to(tl.bfloat16), 128)
+        if minimum is None:
+            return times_bf16(minus_bf16(number, middle), factor)
+        else:
+            rest = spread_groups((MIDDLE * scale - minimum).to(tl.bfloat16), 128)
+            return _times_plus_bf16(minus_bf16(number, middle), factor, rest)
+    else:
+        if minimum is None:
+            value = (number - MIDDLE).to(tl.float32) * spread_groups(scale, 128)
+        else:
+            value = number.to(tl.float32) * spread_groups(scale, 128) - spread_groups(minimum, 128)
+        return value.to(DTYPE)
+
+
+@triton.jit
+def superblock_numbers(block, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """The values of the low and of the high plane [ROWS, 128] of the superblocks at ``block``,
+    byte pointers [ROWS]. NATIVE: DTYPE is bf16, with packed arithmetic."""
+    low, high = _integers(block, ELEMENT, NATIVE)
+    if ELEMENT == "q6_k":
+        scale, high_scale = _signed_scales(block)
+        minimum = None
+        high_minimum = None
+        MIDDLE: tl.constexpr = 32
+    else:
+        scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
+        MIDDLE: tl.constexpr = 8 if ELEMENT == "q4_k" else 16
+    return (
+        _value(low, scale, minimum, MIDDLE, DTYPE, NATIVE),
+        _value(high, high_scale, high_minimum, MIDDLE, DTYPE, NATIVE),
+    )

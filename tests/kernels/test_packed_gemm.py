@@ -1,0 +1,154 @@
+"""The grouped GEMM on superblocks, floats of six bits and act-order, against the definition."""
+
+import pytest
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
+from fusedmoe.kernels.ids import local_ids
+from fusedmoe.quantization.formats.superblocks import CODECS
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
+from packed_weights import pack
+from quantized_bodies import triton_packed
+
+NAN = float("nan")
+E, N, TOP_K = 3, 24, 2
+# Columns: whole steps, cut steps.
+FORMATS = [
+    *((kind, 512) for kind in CODECS),
+    ("mxfp6_e3m2", 96),
+    ("mxfp6_e2m3", 288),
+    ("int4_g32_act_order", 96),
+    ("int4_g64_zp_act_order", 192),
+    ("int8_g32_act_order", 96),
+    ("int8_g32_zp_act_order", 160),
+]
+ONE_OF_EACH = ["q4_k", "q6_k", "mxfp6_e3m2", "int4_g32_act_order"]
+BOTH = pytest.mark.parametrize("function", [triton_packed, packed_gemm_reference])
+
+
+def weights(fmt, K, activation=None, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    shards = 2 if activation is not None and activation.is_gated else 1
+    values = torch.randn(E, shards * N, K, generator=gen) / K**0.5
+    return pack(values, fmt, shards=shards, interleaved=activation is MoEActivation.SWIGLUOAI)
+
+
+def tile_for(fmt, slots=16, rows=32):
+    return packed_tile(QuantizedTile(rows, slots, 64, 2, 4, 2), fmt in CODECS)
+
+
+def rows_and_ids(K, T=5, dtype=torch.float32):
+    gen = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, E + 1, (T, TOP_K), dtype=torch.int32, generator=gen)
+    return torch.randn(T, K, generator=gen).to(dtype), ids
+
+
+def by_slot(a, w, ids, activation=None, config=None, bias=None, row_weights=None):
+    """fp64, one slot at a time; NaN where no expert is here."""
+    values = w.dequantize(torch.float32).double()
+    rows = torch.full((ids.numel(), N), NAN, dtype=torch.float64)
+    for slot, expert in enumerate(local_ids(ids, E, None).flatten().tolist()):
+        if expert < 0:
+            continue
+        row = values[expert] @ a[slot // TOP_K].double()
+        if bias is not None:
+            row = row + bias[expert].double()
+        if activation is not None:
+            row = activation_reference(activation, row, config)
+        rows[slot] = row if row_weights is None else row * row_weights[slot].double()
+    return rows
+
+
+def assert_right(out, expected, tolerance=1e-5):
+    assert torch.equal(out.isnan(), expected.isnan())
+    error = (out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm()
+    assert error < tolerance, float(error)
+
+
+@BOTH
+@pytest.mark.parametrize(("fmt", "K"), FORMATS)
+def test_every_format_is_read(function, fmt, K):
+    w, tile = weights(fmt, K), tile_for(fmt)
+    a, ids = rows_and_ids(K)
+    out = torch.full((ids.numel(), N), NAN)
+    function(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    assert_right(out, by_slot(a, w, ids))
+
+
+@BOTH
+@pytest.mark.parametrize("fmt", ONE_OF_EACH)
+@pytest.mark.parametrize(
+    "activation",
+    [MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL],
+)
+def test_shards_biases_and_weights_in_the_epilogue(function, fmt, activation):
+    """Gate and up have scales, and act-order groups, of their own, stacked or row by row."""
+    w, tile = weights(fmt, 256, activation), tile_for(fmt, slots=8)
+    a, ids = rows_and_ids(256, T=7)
+    config = ApplyMoEActivationConfig(clamp_limit=0.8)
+    bias, row_weights = torch.randn(E, w.shape[1]), torch.rand(ids.numel())
+    out = torch.full((ids.numel(), N), NAN)
+    function(
+        a, w, out, moe_align_block_size(ids, 8, E), tile, top_k=TOP_K, bias=bias,
+        row_weights=row_weights, activation=activation, activation_config=config,
+    )  # fmt: skip
+    assert_right(out, by_slot(a, w, ids, activation, config, bias, row_weights))
+
+
+@BOTH
+@pytest.mark.parametrize("fmt", ONE_OF_EACH)
+def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
+    w, tile = weights(fmt, 256), tile_for(fmt, slots=8)
+    a, _ = rows_and_ids(256, dtype=torch.float16)
+    ids = torch.tensor([[0, 4], [9, -1], [5, 2], [1, 1], [3, -7]], dtype=torch.int32)
+    here = torch.tensor([2, -1, 0, -1, 1, 7], dtype=torch.int32)
+    out = torch.full((ids.numel(), N), NAN, dtype=torch.float16)
+    function(a, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K)
+    assert_right(out, by_slot(a, w, local_ids(ids, E, here)), 3e-3)
+
+
+@pytest.mark.parametrize("fmt", ONE_OF_EACH)
+def test_a_nan_row_harms_its_own_slots_alone_also_among_many(fmt):
+    w, tile = weights(fmt, 256, MoEActivation.SILU), tile_for(fmt, slots=64, rows=64)
+    a, ids = rows_and_ids(256, T=70)
+    out, dirty = torch.full((2, ids.numel(), N), NAN)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    triton_packed(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    assert_right(out, by_slot(a, w, ids, MoEActivation.SILU))
+    a[2] = NAN
+    triton_packed(a, w, dirty, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    others = torch.arange(ids.numel()) // TOP_K != 2
+    assert torch.equal(dirty[others].nan_to_num(), out[others].nan_to_num())
+    assert dirty[~others].isnan().all()
+
+
+def test_groups_out_of_range_read_nothing_outside():
+    """The functional form cannot look at a table on a GPU: such groups count as the nearest."""
+    w, tile = weights("int4_g32_act_order", 96), tile_for("int4_g32_act_order")
+    a, ids = rows_and_ids(96)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    expected, out = torch.full((2, ids.numel(), N), NAN)
+    w.group_index[:, :, :40] = 2
+    w.group_index[:, :, 40:50] = 0
+    triton_packed(a, w, expected, blocks, tile, top_k=TOP_K)
+    w.group_index[:, :, :40] = 2**31 - 1
+    w.group_index[:, :, 40:50] = -(2**31)
+    triton_packed(a, w, out, blocks, tile, top_k=TOP_K)
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+def test_what_the_kernel_cannot_read_is_named():
+    a, ids = rows_and_ids(256)
+    blocks, c = moe_align_block_size(ids, 16, E), torch.zeros(ids.numel(), N)
+
+    def refused(message, fmt="q4_k", tile=None, w=None, a=a):
+        with pytest.raises(ValueError, match=message):
+            packed_gemm(a, w or weights(fmt, 256), c, blocks, tile or tile_for(fmt), top_k=TOP_K)
+
+    refused("does not read int4_g32", "int4_g32")
+    refused("does not read nf4", "nf4")
+    refused("steps of 128 columns do not fit q4_k", tile=QuantizedTile(32, 16, 128, 1, 4, 2))
+    refused("steps of 32 columns", "mxfp6_e2m3", tile=QuantizedTile(32, 16, 32, 1, 4, 2))
+    refused("does not fit weights", a=a[:, :128])
