@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from fusedmoe.bench import LayerShape
+from fusedmoe.cli.layer_config import shapes_asked
 from fusedmoe.cli.plot import intensity, write_plot
+from fusedmoe.presets import write_preset
 
 DEVICES = ("cpu", "cuda")
 SIZES = ("--num-experts", "4", "--top-k", "2", "--hidden-size", "32", "--intermediate-size", "16")
+NOTHING_GIVEN = dict.fromkeys(
+    ("shapes", "num_experts", "top_k", "hidden_size", "intermediate_size", "activation", "device")
+) | {"bias": False}
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +129,22 @@ def test_an_implementation_of_ones_own(
         assert err.count("\n") == 1
 
 
+def test_activation_and_biases_are_the_checkpoints(cli, tmp_path: Path) -> None:
+    folder = write_preset("tiny-gpt-oss", tmp_path / "oss")
+    code, out, err = cli(
+        *("bench", folder, "--tokens", "3", "--dtypes", "fp32", "--repeats", "1"),
+        *("--device", "cpu", "--json"),
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    # Transformers' peer is the module of a family with biases and swigluoai, or is left out.
+    assert {row["impl"] for row in report["rows"]} >= {"fusedmoe", "transformers_grouped_mm"}
+    assert all(row["error"] < 1e-5 for row in report["rows"])
+    assert shapes_asked(Namespace(checkpoint=str(folder), **NOTHING_GIVEN))[0] == [
+        LayerShape("oss", 8, 2, 64, 64, activation="swigluoai", bias=True)
+    ]
+
+
 def test_what_could_not_be_measured_is_a_note(cli) -> None:
     code, out, _ = cli(
         *("bench", *SIZES, "--tokens", "1", "--dtypes", "fp32", "--repeats", "2"),
@@ -137,7 +160,8 @@ def test_what_could_not_be_measured_is_a_note(cli) -> None:
         (["--shapes", "gpt-7"], "unknown shape 'gpt-7'; known: qwen3-30b"),
         (["--shapes", "olmoe", "--top-k", "2"], "give --shapes, or sizes, or a checkpoint"),
         (["--top-k", "2"], "not complete: give --num-experts"),
-        ([*SIZES, "--top-k", "9"], "custom: E4 k9 H32 I16 is no layer"),
+        ([*SIZES, "--top-k", "9"], "experts_per_token 9 does not lie in [1, num_experts 4]"),
+        ([*SIZES, "--activation", "relu2_no_mul"], "only experts with a gate are measured"),
         ([*SIZES, "--tokens", "0"], "at least 1, got 0"),
         ([*SIZES, "--repeats", "0"], "--repeats must be at least 1, got 0"),
         ([*SIZES, "--dtypes", "int4"], "unsupported dtype 'int4'"),

@@ -165,9 +165,7 @@ def _builders(
     experts: Sequence[str | type | None], peers: Sequence[str], options: MoEOptions
 ) -> Mapping[str, Callable[..., Contestant]]:
     ours = {
-        contestant_name(one): partial(
-            our_layer, experts=one, options=replace(options, experts=one)
-        )
+        contestant_name(one): partial(our_layer, experts=one, options=replace(options, experts=one))
         for one in experts
     }
     return ours | {name: partial(peer, name) for name in peers}

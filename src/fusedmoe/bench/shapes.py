@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SWIGLUOAI_LIMIT = 7.0
@@ -77,3 +78,11 @@ SHAPES: dict[str, LayerShape] = {
         LayerShape("deepseek-v3-ep8", 32, 8, 7168, 2048),
     )
 }
+
+
+def named_shapes(names: Sequence[str]) -> list[LayerShape]:
+    """Those of ``SHAPES``; ValueError for a name that is not there."""
+    for name in names:
+        if name not in SHAPES:
+            raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+    return [SHAPES[name] for name in names]

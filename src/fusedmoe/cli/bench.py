@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.checkpoint import read_checkpoint
-from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of, experts_of, sizes_of
-from fusedmoe.cli.facts import model_facts
+from fusedmoe.cli.arguments import device_of, dtype_of, experts_of
+from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
 # Options that mean nothing over ranks, where layers are timed as they are; and their defaults.
-_NOT_OVER_RANKS = {
+_NOT_OVER_RANKS: dict[str, Any] = {
     "scope": "layer",
     "experts": [],
     "tuned_table": None,
@@ -36,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME", help=f"layers of known models ({DEFAULT_SHAPE})"
     )
-    add_sizes(parser)
+    add_layer_arguments(parser)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256], metavar="T")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], metavar="DTYPE")
     parser.add_argument(
@@ -85,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
-    shapes, device = _shapes(args), device_of(args.device)
+    shapes, _ = shapes_asked(args, DEFAULT_SHAPE, quantized_too=True)
+    device = device_of(args.device)
     dtypes = [dtype_of(name) or torch.bfloat16 for name in args.dtypes]
     if args.ep:
         return _run_over_ranks(args, shapes, dtypes, device)
@@ -163,26 +162,6 @@ def _run_over_ranks(
             for note in dict.fromkeys(note for one in reports for note in one.notes):
                 print(f"note: {note}")
     return 0
-
-
-def _shapes(args: argparse.Namespace) -> list[LayerShape]:
-    """The layers asked for: by name, by sizes, or a checkpoint's."""
-    from fusedmoe.bench import SHAPES, LayerShape
-
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    if args.shapes and (given or args.checkpoint):
-        raise ValueError("give --shapes, or sizes, or a checkpoint folder")
-    if given or args.checkpoint:
-        known: dict[str, Any] = {}
-        if args.checkpoint:
-            known = model_facts(read_checkpoint(args.checkpoint)).sizes._asdict()
-        name = Path(args.checkpoint).resolve().name if args.checkpoint else "custom"
-        return [LayerShape(name, *sizes_of(known | given))]
-    names = args.shapes or [DEFAULT_SHAPE]
-    for name in names:
-        if name not in SHAPES:
-            raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
-    return [SHAPES[name] for name in names]
 
 
 def _check_memory(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, dtype_of
+from fusedmoe.cli.arguments import device_of, dtype_of
+from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import Progress, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -27,11 +28,9 @@ PARTIAL = ".partial"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="tune for the layer of this folder")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="layers of known models")
-    add_sizes(parser)
-    parser.add_argument("--activation", metavar="NAME", help="silu where nothing else is known")
-    parser.add_argument("--bias", action="store_true", help="the experts have biases")
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="1, 2, 4, ... 8192")
+    add_layer_arguments(parser)
     parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="1, 2, 4, ... 8192")
     parser.add_argument("--device", help="cuda, cuda:1, ...")
     parser.add_argument(
         "--output", default="tuned", metavar="FOLDER", help="where tables are written (tuned)"
@@ -44,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", metavar="FILE", help="print what a table chooses, also another engine's"
     )
-    # What ``explain`` reads beside these.
-    parser.set_defaults(experts=None, batch_invariant=False, tuned_table=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from fusedmoe.tuning.tuner.search import DEFAULT_TOKENS
 
     tokens = checked_tokens(args.tokens or DEFAULT_TOKENS)
-    shapes, dtype, device = _layers(args)
+    shapes, stored = shapes_asked(args)
+    dtype, device = dtype_of(args.dtype) or stored, device_of(args.device)
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     facts = device_facts(device)
@@ -105,34 +103,6 @@ def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     from fusedmoe.bench.report import make_header
 
     return make_header(device, measure_ceilings(device, (dtype,)))
-
-
-def _layers(args: argparse.Namespace) -> tuple[list[LayerShape], torch.dtype, torch.device]:
-    """The layers asked for: by name, by sizes, or a checkpoint's."""
-    from fusedmoe.bench import SHAPES, LayerShape
-    from fusedmoe.cli.explain import layer_config
-
-    given = args.checkpoint or any(getattr(args, name) is not None for name in SIZES)
-    if args.shapes and given:
-        raise ValueError("give --shapes, or sizes, or a checkpoint folder")
-    if args.shapes:
-        for name in args.shapes:
-            if name not in SHAPES:
-                raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
-        dtype = dtype_of(args.dtype) or torch.bfloat16
-        return [SHAPES[name] for name in args.shapes], dtype, device_of(args.device)
-    config = layer_config(args)
-    name = Path(args.checkpoint).resolve().name if args.checkpoint else "custom"
-    shape = LayerShape(
-        name,
-        config.num_experts,
-        config.experts_per_token,
-        config.hidden_dim,
-        config.intermediate_size_per_partition,
-        activation=config.activation.value,
-        bias=config.has_bias,
-    )
-    return [shape], config.in_dtype, config.device
 
 
 def _tuned(

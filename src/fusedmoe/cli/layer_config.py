@@ -1,0 +1,124 @@
+"""A layer described on the command line: by sizes, by a checkpoint, or by both."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, sizes_of
+from fusedmoe.cli.facts import model_facts
+from fusedmoe.cli.layers import moe_layers
+from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.weights.families import EXPERT_PARTS, config_value
+
+if TYPE_CHECKING:
+    from fusedmoe.bench.shapes import LayerShape
+
+STORED_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``layer_config`` reads, but for the checkpoint and the device."""
+    add_sizes(parser)
+    parser.add_argument("--activation", metavar="NAME", help="silu where nothing else is known")
+    parser.add_argument("--bias", action="store_true", help="the experts have biases")
+
+
+def shapes_asked(
+    args: argparse.Namespace, default: str | None = None, *, quantized_too: bool = False
+) -> tuple[list[LayerShape], torch.dtype]:
+    """Layers to be measured: by name, by sizes, a checkpoint's; and the dtype of their rows.
+
+    ``default``: the name where the arguments say nothing. ``quantized_too``: as ``layer_config``.
+    """
+    from fusedmoe.bench.shapes import LayerShape, named_shapes
+
+    given = args.activation or args.bias or any(getattr(args, n) is not None for n in SIZES)
+    if args.shapes and (given or args.checkpoint):
+        raise ValueError("give --shapes, or sizes, or a checkpoint folder")
+    if args.shapes or (default and not (given or args.checkpoint)):
+        return named_shapes(args.shapes or [default]), torch.bfloat16
+    checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
+    config = layer_config(args, checkpoint, quantized_too=quantized_too)
+    if not config.activation.is_gated:
+        raise ValueError(f"{config.activation.value}: only experts with a gate are measured")
+    shape = LayerShape(
+        "custom" if checkpoint is None else checkpoint.folder.resolve().name,
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_dim,
+        config.intermediate_size_per_partition,
+        activation=config.activation.value,
+        bias=config.has_bias,
+    )
+    return [shape], config.in_dtype
+
+
+def layer_config(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype | None = None,
+    options: MoEOptions | None = None,
+    *,
+    quantized_too: bool = False,
+) -> FusedMoEConfig:
+    """The layer of ``checkpoint``, with the arguments in the place of what they say otherwise.
+
+    ``dtype`` None: the checkpoint's. Without ``quantized_too``, CheckpointError for experts that
+    are not stored as floats.
+    """
+    known = {} if checkpoint is None else _from_checkpoint(checkpoint, quantized_too)
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = sizes_of(known | given)
+    activation = known.get("activation")
+    if args.activation is not None or activation is None:
+        activation = MoEActivation.from_str(args.activation or "silu")
+    return FusedMoEConfig(
+        num_experts=sizes.num_experts,
+        num_local_experts=sizes.num_experts,
+        experts_per_token=sizes.top_k,
+        hidden_dim=sizes.hidden_size,
+        intermediate_size_per_partition=sizes.intermediate_size,
+        activation=activation,
+        in_dtype=dtype or known.get("dtype", torch.bfloat16),
+        device=device_of(args.device),
+        has_bias=args.bias or known.get("bias", False),
+        options=options or MoEOptions(),
+    )
+
+
+def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
+    """Sizes, activation, bias and dtype as the files have them."""
+    facts = model_facts(checkpoint)
+    layer = moe_layers(checkpoint, facts)[0]
+    if layer.format not in STORED_DTYPES and not (quantized_too and layer.dialect):
+        what = f"{checkpoint.folder}: the experts are stored as {layer.format}"
+        wanted = "of no known dialect" if quantized_too else "floats are wanted"
+        raise CheckpointError(layer.problem or f"{what}; {wanted}")
+    parts, leaves = set(), set()
+    for name in checkpoint.tensors:
+        role = None if facts.family is None else facts.family.classify(name)
+        if role is not None and role.part in EXPERT_PARTS:
+            parts.add(role.part)
+            leaves.add(role.leaf)
+    known: dict[str, Any] = {name: getattr(facts.sizes, name) for name in SIZES}
+    known |= {"dtype": _dtype(checkpoint, layer.format), "bias": "bias" in leaves}
+    if facts.family is not None and facts.family.interleaved:
+        known["activation"] = MoEActivation.SWIGLUOAI
+    elif facts.activation is not None:
+        activation = MoEActivation.from_str(facts.activation)
+        gated = facts.family is None or bool(parts & {"gate", "gate_up"})
+        known["activation"] = activation if gated else activation.without_mul()
+    return known
+
+
+def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
+    """Of the rows: that of experts stored as floats, else what config.json says of the model."""
+    named = config_value(checkpoint.config, ("dtype", "torch_dtype"))
+    found = getattr(torch, named, None) if isinstance(named, str) else None
+    default = found if isinstance(found, torch.dtype) else torch.bfloat16
+    return STORED_DTYPES.get(stored, default)
