@@ -197,13 +197,14 @@ def superblock_numbers(block, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE
     low, high = _integers(block, ELEMENT, NATIVE)
     if ELEMENT == "q6_k":
         scale, high_scale = _signed_scales(block)
-        minimum = None
-        high_minimum = None
-        MIDDLE: tl.constexpr = 32
+        return (
+            _value(low, scale, None, 32, DTYPE, NATIVE),
+            _value(high, high_scale, None, 32, DTYPE, NATIVE),
+        )
     else:
-        scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
         MIDDLE: tl.constexpr = 8 if ELEMENT == "q4_k" else 16
-    return (
-        _value(low, scale, minimum, MIDDLE, DTYPE, NATIVE),
-        _value(high, high_scale, high_minimum, MIDDLE, DTYPE, NATIVE),
-    )
+        scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
+        return (
+            _value(low, scale, minimum, MIDDLE, DTYPE, NATIVE),
+            _value(high, high_scale, high_minimum, MIDDLE, DTYPE, NATIVE),
+        )
