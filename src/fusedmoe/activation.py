@@ -83,6 +83,40 @@ class ApplyMoEActivationConfig:
     situ_beta: float | None = None
     situ_linear_beta: float | None = None
 
+    @classmethod
+    def of_layer(
+        cls,
+        activation: MoEActivation,
+        *,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float | None = None,
+        swiglu_beta: float | None = None,
+        activation_situ_beta: float | None = None,
+        activation_situ_linear_beta: float | None = None,
+    ) -> ApplyMoEActivationConfig:
+        """From a layer's arguments; ValueError for a number that ``activation`` does not have."""
+        is_swigluoai = activation in (
+            MoEActivation.SWIGLUOAI,
+            MoEActivation.SWIGLUOAI_UNINTERLEAVE,
+        )
+        is_situ = activation is MoEActivation.SITU
+        for name, value, has in (
+            ("swiglu_limit", swiglu_limit, activation.is_gated and not is_situ),
+            ("swiglu_alpha", swiglu_alpha, is_swigluoai),
+            ("swiglu_beta", swiglu_beta, is_swigluoai),
+            ("activation_situ_beta", activation_situ_beta, is_situ),
+            ("activation_situ_linear_beta", activation_situ_linear_beta, is_situ),
+        ):
+            if value is not None and not has:
+                raise ValueError(f"the activation {activation.value} has no {name} (got {value})")
+        return cls(
+            clamp_limit=swiglu_limit,
+            alpha=swiglu_alpha,
+            beta=swiglu_beta,
+            situ_beta=activation_situ_beta,
+            situ_linear_beta=activation_situ_linear_beta,
+        )
+
     def numbers(
         self,
     ) -> tuple[float | None, float | None, float | None, float | None, float | None]:

@@ -177,7 +177,7 @@ def FusedMoE(
         )
     act = MoEActivation.from_str(activation) if isinstance(activation, str) else activation
     counts = determine_expert_counts(num_experts, num_redundant_experts, n_shared_experts)
-    parallel_config = _parallel_config(place, is_sequence_parallel, groups)
+    parallel_config = FusedMoEParallelConfig.around(place, groups, is_sequence_parallel)
     placement = ExpertMapManager(
         counts.physical,
         num_redundant_experts,
@@ -195,13 +195,13 @@ def FusedMoE(
         hidden_dim=hidden_size,
         intermediate_size_per_partition=shard_size(intermediate_size, parallel_config.tp_size),
         activation=act,
-        activation_config=_activation_config(
+        activation_config=ApplyMoEActivationConfig.of_layer(
             act,
-            swiglu_limit,
-            swiglu_alpha,
-            swiglu_beta,
-            activation_situ_beta,
-            activation_situ_linear_beta,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_beta=swiglu_beta,
+            activation_situ_beta=activation_situ_beta,
+            activation_situ_linear_beta=activation_situ_linear_beta,
         ),
         in_dtype=dtype,
         device=torch.get_default_device() if device is None else torch.device(device),
@@ -256,82 +256,12 @@ def FusedMoE(
         routed_scaling_factor=routed_scaling_factor if apply_routed_scale_to_output else 1.0,
         router_logits_dtype=router_logits_dtype,
         num_router_logits=None if router is not None else routing.num_logits,
-        rank_sum=_rank_sum(place, is_sequence_parallel, groups, reduce_results),
+        rank_sum=RankSum.around(place, groups, is_sequence_parallel, enabled=reduce_results),
         shared_experts_sharded=shared_experts_sharded,
         skip_padding=skip_padding,
         enable_eplb=enable_eplb,
         prefix=prefix,
         **(runner_args or {}),
-    )
-
-
-def _rank_sum(
-    place: ParallelPlace, is_sequence_parallel: bool, groups: ParallelGroups, enabled: bool
-) -> RankSum:
-    """The ranks that hold the same tokens: what those with other tokens had has come back."""
-    if not groups.connected:
-        return RankSum(size=place.size, rank=place.rank, enabled=enabled)
-    if is_sequence_parallel:
-        return RankSum(enabled=enabled)
-    group = ParallelGroups.process_group(groups.tp)
-    return RankSum(size=place.tp_size, rank=place.tp_rank, group=group, enabled=enabled)
-
-
-def _parallel_config(
-    place: ParallelPlace, is_sequence_parallel: bool, groups: ParallelGroups
-) -> FusedMoEParallelConfig:
-    if is_sequence_parallel and place.tp_size > 1 and not place.enable_expert_parallel:
-        raise ValueError(
-            f"is_sequence_parallel gives {place.tp_size} tensor-parallel ranks different tokens, "
-            "which sharded experts cannot add up: it needs enable_expert_parallel"
-        )
-    config = FusedMoEParallelConfig.make(
-        place.tp_size,
-        place.pcp_size,
-        place.dp_size,
-        place.tp_size if is_sequence_parallel else 1,
-        place,
-    )
-    ep = ParallelGroups.size_and_rank(groups.ep)
-    if groups.ep is not None and ep != (config.ep_size, config.ep_rank):
-        raise ValueError(
-            f"the ep group has size {ep[0]} and rank {ep[1]}, but the dp, pcp and tp ranks make "
-            f"expert parallelism of size {config.ep_size} and rank {config.ep_rank} (with "
-            f"enable_expert_parallel={place.enable_expert_parallel}); give its ranks also as dp "
-            "(they hold different tokens) or tp (the same ones)"
-        )
-    return config
-
-
-def _activation_config(
-    activation: MoEActivation,
-    limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
-) -> ApplyMoEActivationConfig:
-    """The activation's numbers; ValueError for one that it does not have."""
-    is_swigluoai = activation in (
-        MoEActivation.SWIGLUOAI,
-        MoEActivation.SWIGLUOAI_UNINTERLEAVE,
-    )
-    is_situ = activation is MoEActivation.SITU
-    for name, value, has in (
-        ("swiglu_limit", limit, activation.is_gated and not is_situ),
-        ("swiglu_alpha", alpha, is_swigluoai),
-        ("swiglu_beta", beta, is_swigluoai),
-        ("activation_situ_beta", situ_beta, is_situ),
-        ("activation_situ_linear_beta", situ_linear_beta, is_situ),
-    ):
-        if value is not None and not has:
-            raise ValueError(f"the activation {activation.value} has no {name} (got {value})")
-    return ApplyMoEActivationConfig(
-        clamp_limit=limit,
-        alpha=alpha,
-        beta=beta,
-        situ_beta=situ_beta,
-        situ_linear_beta=situ_linear_beta,
     )
 
 

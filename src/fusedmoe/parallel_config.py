@@ -144,6 +144,33 @@ class FusedMoEParallelConfig:
         )
 
     @classmethod
+    def around(
+        cls, place: ParallelPlace, groups: ParallelGroups, is_sequence_parallel: bool
+    ) -> FusedMoEParallelConfig:
+        """``make`` for one process; ValueError where the groups contradict what it works out."""
+        if is_sequence_parallel and place.tp_size > 1 and not place.enable_expert_parallel:
+            raise ValueError(
+                f"is_sequence_parallel gives {place.tp_size} tensor-parallel ranks different "
+                "tokens, which sharded experts cannot add up: it needs enable_expert_parallel"
+            )
+        config = cls.make(
+            place.tp_size,
+            place.pcp_size,
+            place.dp_size,
+            place.tp_size if is_sequence_parallel else 1,
+            place,
+        )
+        ep = ParallelGroups.size_and_rank(groups.ep)
+        if groups.ep is not None and ep != (config.ep_size, config.ep_rank):
+            raise ValueError(
+                f"the ep group has size {ep[0]} and rank {ep[1]}, but the dp, pcp and tp ranks "
+                f"make expert parallelism of size {config.ep_size} and rank {config.ep_rank} "
+                f"(with enable_expert_parallel={place.enable_expert_parallel}); give its ranks "
+                "also as dp (they hold different tokens) or tp (the same ones)"
+            )
+        return config
+
+    @classmethod
     def make_no_parallel(cls) -> FusedMoEParallelConfig:
         return cls(1, 1, 1, 1, 0, 0, 0, 0)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fusedmoe.parallel_config import ParallelGroups, ParallelPlace
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -44,6 +46,23 @@ class RankSum:
     rank: int = 0
     group: ProcessGroup | None = None
     enabled: bool = True
+
+    @classmethod
+    def around(
+        cls,
+        place: ParallelPlace,
+        groups: ParallelGroups,
+        is_sequence_parallel: bool,
+        *,
+        enabled: bool = True,
+    ) -> RankSum:
+        """The ranks that hold the same tokens: what those with other tokens had has come back."""
+        if not groups.connected:
+            return cls(size=place.size, rank=place.rank, enabled=enabled)
+        if is_sequence_parallel:
+            return cls(enabled=enabled)
+        group = ParallelGroups.process_group(groups.tp)
+        return cls(size=place.tp_size, rank=place.tp_rank, group=group, enabled=enabled)
 
     @property
     def communicates(self) -> bool:
