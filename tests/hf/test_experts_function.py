@@ -297,6 +297,17 @@ def test_training_mode_has_gradients_and_eval_mode_refuses_to_pretend():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_left_to_transformers(dtype):
+    """Rows in fp32 between layers in bf16: no dtype that experts of ours could agree on."""
+    experts = tiny_experts("mixtral").to(torch.bfloat16)
+    x, ids, weights = routed(experts)
+    with torch.autocast("cpu", dtype=dtype):
+        got = ours(experts, x.float(), ids, weights)
+        experts.config._experts_implementation = "grouped_mm"
+        assert torch.equal(got, experts(x.float(), ids, weights))
+
+
 @pytest.fixture
 def one_rank():
     torch.distributed.init_process_group(

@@ -13,6 +13,7 @@ import torch
 
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.integrations.transformers.gates import Gate, gate_of
+from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.quantization.config import FusedMoEQuantConfig, biased_moe_quant_config
 from fusedmoe.runner.replay import GraphReplay
 
@@ -54,12 +55,14 @@ def experts_forward(
     """hidden_states [T, H], top_k_index int [T, K], top_k_weights float [T, K] -> [T, H].
 
     Index E with weight 0 marks a slot of another expert-parallel rank and counts as nothing.
-    Experts whose gate is unknown, and experts in training mode with gradients on, run through
-    Transformers' own ``grouped_mm`` instead; a backward pass through ours raises.
+    Transformers' own ``grouped_mm`` runs instead where the gate is unknown, under autocast (which
+    chooses dtypes by itself), and in training mode with gradients on; a backward pass through ours
+    raises.
     """
     gate = gate_of(self)
     needs_grad = torch.is_grad_enabled()
-    if gate.activation is None or (needs_grad and self.training):
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    if gate.activation is None or autocast or (needs_grad and self.training):
         return _transformers_grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     tensors = expert_tensors(self)
     ids = top_k_index
@@ -72,7 +75,7 @@ def experts_forward(
         return replay((hidden_states, top_k_weights, ids), tensors)[0]
     with torch.no_grad():
         output = run_experts(hidden_states, tensors, top_k_weights, ids, gate)
-    return _NoBackward.apply(output, hidden_states)
+    return NoBackward.apply(output, hidden_states)
 
 
 def run_experts(
@@ -136,18 +139,3 @@ def _transformers_grouped_mm(
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-
-
-class _NoBackward(torch.autograd.Function):
-    """Ties a result to its input, so that a backward pass fails instead of skipping it."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "the fusedmoe experts have no backward pass; put the model in training mode "
-            "(model.train()), which runs Transformers' grouped_mm, or use torch.no_grad()"
-        )

@@ -22,10 +22,10 @@ from fusedmoe.integrations.transformers.borrowed import ExpertWeights, borrow_ex
 from fusedmoe.integrations.transformers.containers import disagreement, read_experts
 from fusedmoe.integrations.transformers.experts_function import (
     ExpertTensors,
-    _NoBackward,
     run_experts,
 )
 from fusedmoe.integrations.transformers.gates import Gate
+from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.integrations.transformers.stacked import StackedWeights
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.families import SIZE_KEYS, config_value, read_sizes
@@ -118,7 +118,7 @@ class TransformersFusedMoE(nn.Module):
             return transformers_moe_forward(hidden_states, top_k_index, top_k_weights, self)
         with torch.no_grad():
             output = transformers_moe_forward(hidden_states, top_k_index, top_k_weights, self)
-        return _NoBackward.apply(output, hidden_states)
+        return NoBackward.apply(output, hidden_states)
 
     def get_expert_mapping(self) -> list[ExpertParamEntry]:
         """``get_expert_mapping`` for this layer's experts."""

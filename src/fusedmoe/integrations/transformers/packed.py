@@ -14,9 +14,9 @@ from torch import nn
 
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.borrowed import experts_config
-from fusedmoe.integrations.transformers.experts_function import _NoBackward
 from fusedmoe.integrations.transformers.families import is_fp8
 from fusedmoe.integrations.transformers.gates import gate_of
+from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.seats import ExpertsSeat
 from fusedmoe.integrations.transformers.sources import Source
@@ -185,7 +185,7 @@ class PackedExperts(nn.Module):
                 rank_sum = self.ranks.rank_sum
                 output = rank_sum.reduced(rank_sum.partial(output)).value
         if torch.is_grad_enabled():
-            output = _NoBackward.apply(output, x)
+            output = NoBackward.apply(output, x)
         return output.view(hidden_states.shape)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedmoe.integrations.transformers.block_router import is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts
-from fusedmoe.integrations.transformers.experts_function import _NoBackward
+from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.integrations.transformers.packed import HeldExperts
 
 
@@ -48,8 +48,8 @@ class Replacement(ABC):
         with torch.no_grad():
             result = self.run(*arguments)
         if isinstance(result, tuple):
-            return tuple(_NoBackward.apply(tensor, arguments[0]) for tensor in result)
-        return _NoBackward.apply(result, arguments[0])
+            return tuple(NoBackward.apply(tensor, arguments[0]) for tensor in result)
+        return NoBackward.apply(result, arguments[0])
 
     def _is_out_of_place(self, x: torch.Tensor) -> bool:
         module = self.module
