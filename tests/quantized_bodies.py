@@ -8,6 +8,9 @@ import torch
 
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.round_rows import ELEMENTS
+from fusedmoe.quantization.activations import quantize_activation
+from fusedmoe.quantization.keys import PER_TENSOR
 
 
 def triton_gemm(
@@ -80,3 +83,17 @@ def triton_w8a8(
         weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
     )  # fmt: skip
     return c
+
+
+def triton_round(
+    x: torch.Tensor, key: Any, scale: torch.Tensor | None = None, *, planes: bool = False
+) -> torch.Tensor:
+    """As ``round_rows_reference``; a scale for the whole tensor is made as on a GPU."""
+    from fusedmoe.kernels.triton.round_rows import launch
+
+    if scale is None and key.group_shape == PER_TENSOR:
+        _, scale = quantize_activation(x, key)
+    out = torch.full(x.shape, float("nan"), dtype=x.dtype)
+    e8m0 = key.scale_kind == "e8m0"
+    launch(x, out, scale, ELEMENTS[key.dtype], max(0, key.group_shape.col), e8m0, planes)
+    return out

@@ -22,8 +22,9 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.experts.hopper_quantized import runs_decode
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton import TritonExperts
-from fusedmoe.experts.triton_quantized_run import Operands, quantized_experts
+from fusedmoe.experts.triton_quantized_run import quantized_experts
 from fusedmoe.integrations.megatron import ActivationType, vllm_fused_moe
 from fusedmoe.kernels.activation import moe_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size

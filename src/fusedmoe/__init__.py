@@ -82,6 +82,7 @@ _HOME = {
     "TritonQuantizedExperts": "fusedmoe.experts.triton_quantized",
     "BatchedTritonQuantizedExperts": "fusedmoe.experts.triton_quantized_batched",
     "TritonEmulatedExperts": "fusedmoe.experts.triton_quantized",
+    "BatchedTritonEmulatedExperts": "fusedmoe.experts.triton_quantized_batched",
     "HopperQuantizedExperts": "fusedmoe.experts.hopper_quantized",
     "fused_experts": "fusedmoe.experts.functional",
     "FusedMoE": "fusedmoe.layer",

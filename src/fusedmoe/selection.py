@@ -45,6 +45,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized_batched:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonEmulatedExperts",
+    "fusedmoe.experts.triton_quantized_batched:BatchedTritonEmulatedExperts",
     "fusedmoe.experts.deep_gemm:DeepGemmExperts",
     "fusedmoe.experts.deep_gemm:BatchedDeepGemmExperts",
     "fusedmoe.experts.triton_or_deep_gemm:TritonOrDeepGemmExperts",

@@ -9,7 +9,10 @@ from expert_layers import Layer
 from fusedmoe import FusedMoEParallelConfig, MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
-from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_batched import (
+    BatchedTritonEmulatedExperts,
+    BatchedTritonQuantizedExperts,
+)
 from fusedmoe.experts.triton_quantized_formats import PAIRS, unmet_by_groups
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -21,12 +24,13 @@ from fusedmoe.quantization.keys import (
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
     MXFP4_DYNAMIC,
+    MXFP6_E2M3_DYNAMIC,
     MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
     accepts,
     fp8_dynamic_group,
 )
-from quantized_bodies import triton_gemm, triton_packed, triton_w8a8
+from quantized_bodies import triton_gemm, triton_packed, triton_round, triton_w8a8
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -93,9 +97,11 @@ def quantized_bodies(monkeypatch, bodies):
     from fusedmoe.kernels import grouped_gemm_packed as packed
     from fusedmoe.kernels import grouped_gemm_quantized as gemm
     from fusedmoe.kernels import grouped_gemm_quantized_w8a8 as w8a8
+    from fusedmoe.kernels import round_rows
 
     monkeypatch.setattr(gemm, "quantized_gemm_reference", triton_gemm)
     monkeypatch.setattr(packed, "packed_gemm_reference", triton_packed)
+    monkeypatch.setattr(round_rows, "round_rows_reference", triton_round)
     monkeypatch.setattr(w8a8, "w8a8_gemm_reference", triton_w8a8)
 
 
@@ -151,6 +157,8 @@ EMULATED = {
     ),
     "nvfp4_by_nvfp4": Quantized("nvfp4", NVFP4_DYNAMIC),
     "fp8_by_int8": Quantized("fp8_channel", INT8_DYNAMIC_TOKEN),
+    "mxfp6_by_mxfp6": Quantized("mxfp6_e2m3", MXFP6_E2M3_DYNAMIC),
+    "q4_k_by_fp8": Quantized("q4_k", FP8_DYNAMIC_TOKEN, BLOCKS, down="int4_g32"),
 }
 
 
@@ -162,6 +170,14 @@ def test_rows_of_other_formats_are_rounded_and_multiplied_as_floats(name, quanti
     out = case.run(tensors, TritonEmulatedExperts)
     assert_right(out, case.expected(tensors), 2e-2)
     assert case.run(tensors, TritonEmulatedExperts, compiled=True).equal(out)
+
+
+@pytest.mark.parametrize("name", [name for name in EMULATED if name != "int4_by_fp8_map"])
+def test_rows_of_other_formats_in_batches(name, quantized_bodies):
+    case = EMULATED[name]
+    tensors = case.layer.tensors()
+    out = case.run(tensors, BatchedTritonEmulatedExperts)
+    assert_right(out, case.expected(tensors), 2e-2)
 
 
 def test_emulation_is_said_and_a_scale_of_all_rows_is_no_batch_invariance():

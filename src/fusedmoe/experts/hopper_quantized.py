@@ -16,8 +16,8 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
-from fusedmoe.experts.triton_quantized_run import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill

@@ -7,18 +7,21 @@ T tokens, K picks, e local experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
 from typing import ClassVar
 
 import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_pair
-from fusedmoe.experts.triton_quantized_formats import WEIGHT_ONLY, capabilities, unmet_by_groups
+from fusedmoe.experts.triton_quantized_formats import (
+    capabilities,
+    emulated_capabilities,
+    unmet_by_groups,
+)
 from fusedmoe.experts.triton_quantized_ops import flat, standard_op
-from fusedmoe.experts.triton_quantized_run import Operands, quantized_experts, row_width
+from fusedmoe.experts.triton_quantized_run import quantized_experts, row_width
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -26,7 +29,6 @@ from fusedmoe.modular_kernel import (
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
-from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
@@ -192,8 +194,4 @@ class TritonEmulatedExperts(TritonQuantizedExperts):
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
-        return replace(
-            super().capabilities(),
-            weight_formats=frozenset(product(WEIGHT_ONLY, ACTIVATION_KEYS)),
-            emulated=frozenset(("activations", key) for key in ACTIVATION_KEYS),
-        )
+        return emulated_capabilities(FusedMoEActivationFormat.Standard)

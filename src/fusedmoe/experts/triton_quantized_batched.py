@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import QuantizedTritonExperts
-from fusedmoe.experts.triton_quantized_formats import capabilities
+from fusedmoe.experts.triton_quantized_formats import capabilities, emulated_capabilities
 from fusedmoe.experts.triton_quantized_ops import batched_op, flat
 from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
 from fusedmoe.modular_kernel import (
@@ -94,3 +94,14 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
             batch_invariant=batch_invariant,
             tiles=self.tiles,
         )
+
+
+class BatchedTritonEmulatedExperts(BatchedTritonQuantizedExperts):
+    """As ``TritonEmulatedExperts``, for batched rows."""
+
+    name = "triton_emulated_batched"
+    emulate = True
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        return emulated_capabilities(FusedMoEActivationFormat.BatchedExperts)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
 from fusedmoe.quantization.formats.keys import (
+    ACTIVATION_KEYS,
     INTEGER_WEIGHTS,
     SUPERBLOCK_WEIGHTS,
     TABLE_WEIGHTS,
@@ -50,7 +54,8 @@ WEIGHT_ONLY = (
     *(key for key in INTEGER_WEIGHTS if key.act_order),
 )
 _WHOLE_ROWS = (FP8_DYNAMIC_TENSOR, FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN)
-PAIRS: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset(
+Pairs = frozenset[tuple[QuantKey | None, QuantKey | None]]
+PAIRS: Pairs = frozenset(
     {
         *((weight, None) for weight in WEIGHT_ONLY),
         *((weight, rows) for weight in _FP8_WEIGHTS for rows in _WHOLE_ROWS),
@@ -78,15 +83,29 @@ def unmet_by_groups(weight_key: QuantKey | None, activation_key: QuantKey | None
 
 
 def capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
-    """Of the experts that read these pairs as they are, for rows in one of the two formats."""
+    """Of the experts that multiply these pairs as they are, for rows in one of the two formats."""
+    return _capabilities(rows, PAIRS)
+
+
+def emulated_capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
+    """Of the experts that round rows to their format and multiply floats, likewise."""
+    pairs = frozenset(product(WEIGHT_ONLY, ACTIVATION_KEYS))
+    return replace(
+        _capabilities(rows, pairs),
+        emulated=frozenset(("activations", key) for key in ACTIVATION_KEYS),
+    )
+
+
+def _capabilities(rows: FusedMoEActivationFormat, pairs: Pairs) -> ExpertsCapabilities:
     batched = rows is FusedMoEActivationFormat.BatchedExperts
-    # One scale for all rows would count the rows past each expert's number.
-    pairs = {pair for pair in PAIRS if not (batched and pair[1] == FP8_DYNAMIC_TENSOR)}
     return ExpertsCapabilities(
         activation_format=rows,
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
-        weight_formats=frozenset(pairs),
+        # One scale for all rows would count the rows past each expert's number.
+        weight_formats=frozenset(
+            pair for pair in pairs if not (batched and pair[1] == FP8_DYNAMIC_TENSOR)
+        ),
         min_capability=(8, 9),
         requires=("triton",),
         batch_invariant=True,

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_pair
-from fusedmoe.experts.triton_quantized_run import (
-    Operands,
-    batched_quantized_experts,
-    quantized_experts,
-)
+from fusedmoe.experts.triton_quantized_run import batched_quantized_experts, quantized_experts
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import GroupShape, QuantKey

@@ -2,79 +2,33 @@
 
     align -> GEMM1 with bias and activation -> GEMM2 with bias -> weighted sum over K
 
-Where activations are quantized too, x and the activation's output are rounded on the way: in the
-GEMM that reads them (few slots, groups of columns), in the epilogue that writes them, or, where a
-whole row shares a scale, by a launch of its own.
+Rows in floating point are the business of ``triton_quantized_floating``. Where activations are
+quantized too, x and the activation's output are rounded on the way: in the GEMM that reads them
+(few slots, groups of columns), in the epilogue that writes them, or, where a whole row shares a
+scale, by a launch of its own.
 
 T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2 where gated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.triton_quantized_floating import floating_products, floating_tiles
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import batched_moe_align_block_size
-from fusedmoe.kernels.grouped_gemm_packed import SUPERBLOCKS, is_packed, packed_gemm
-from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
-from fusedmoe.kernels.quantize import live_rows, quantize_rows
-from fusedmoe.quantization.activations import fake_quantize
-from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import (
-    QuantizedTile,
-    QuantizedTiles,
-    packed_tile,
-    w8a8_tiles,
-    weight_only_tiles,
-)
+from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32
 _FEW_ROWS = 4096
-_MANY_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The weights of a layer and how the rows that meet them are rounded.
-
-    The keys are those of the rows entering w1 and w2, None: not at all, both. The scales fp32 [1]
-    belong to static keys. ``emulate``: rows are rounded to their format, but multiplied as the
-    floats they came as.
-    """
-
-    w1: QuantizedTensor
-    w2: QuantizedTensor
-    a1: QuantKey | None = None
-    a2: QuantKey | None = None
-    a1_scale: torch.Tensor | None = None
-    a2_scale: torch.Tensor | None = None
-    w1_bias: torch.Tensor | None = None
-    w2_bias: torch.Tensor | None = None
-    emulate: bool = False
-
-    @property
-    def floating_rows(self) -> bool:
-        """Whether the products take rows in floating point."""
-        return self.emulate or self.a1 is None or self.a2 is None
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """Columns after which a scale changes in each GEMM, -1 for none."""
-        a1, a2 = (None, None) if self.floating_rows else (self.a1, self.a2)
-        return _columns(self.w1, a1), _columns(self.w2, a2)
-
-
-def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:
-    sizes = (w.format.group.col, -1 if key is None else key.group_shape.col)
-    return min((size for size in sizes if size > 0), default=-1)
 
 
 def two_gemms(
@@ -107,7 +61,8 @@ def two_gemms(
     second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
     live: dict[str, Any] = {"topk_ids": ids, "expert_map": expert_map}
     if operands.floating_rows:
-        _floating(x, operands, act, rows, blocks, tiles, first, second, live, batch_invariant)
+        given = first, second, live
+        floating_products(x, operands, act, rows, blocks, tiles, given, batch_invariant)
         return
     w1, w2, key, second_key = operands.w1, operands.w2, operands.a1, operands.a2
     assert key is not None
@@ -133,56 +88,6 @@ def two_gemms(
     w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
 
 
-def _floating(
-    x: torch.Tensor,
-    operands: Operands,
-    act: torch.Tensor,
-    rows: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tiles: QuantizedTiles,
-    first: dict[str, Any],
-    second: dict[str, Any],
-    live: dict[str, Any],
-    batch_invariant: bool,
-) -> None:
-    """Both products with rows in floating point, as they come or rounded to a format and back."""
-    w1, w2 = operands.w1, operands.w2
-    # The rows in between keep the order of their columns unless both products know another one.
-    planes = _in_planes(w2) and (operands.emulate or not is_packed(w1.format))
-    many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
-    if operands.emulate:
-        x = fake_quantize(x, operands.a1, operands.a1_scale).to(x.dtype)
-    a = to_planes(x) if many else x
-    _product(a, w1, act, blocks, tiles.gemm1, (many, planes and not operands.emulate), **first)
-    if operands.emulate:
-        if operands.a2 is not None and operands.a2.group_shape == PER_TENSOR:
-            act = live_rows(act, num_local_experts=w1.shape[0], **live)
-        act = fake_quantize(act, operands.a2, operands.a2_scale).to(act.dtype)
-        act = to_planes(act) if planes else act
-    _product(act, w2, rows, blocks, tiles.gemm2, (planes, False), **second)
-
-
-def _in_planes(w: QuantizedTensor) -> bool:
-    """Whether rows meet ``w`` sooner with the columns of even number first."""
-    return w.format.element in NIBBLES and not is_packed(w.format)
-
-
-def _product(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    planes: tuple[bool, bool],
-    **rest: Any,
-) -> None:
-    """By the kernel that reads ``w``; ``planes``: those of a and of c."""
-    if is_packed(w.format):
-        packed_gemm(a, w, c, blocks, tile, **rest)
-    else:
-        quantized_gemm(a, w, c, blocks, tile, a_planes=planes[0], c_planes=planes[1], **rest)
-
-
 def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
     """Elements of ``dtype`` for a row of the second GEMM: while rows are few they are kept in fp32
     until they are summed, which rounds once less and costs nothing; their dtype must not follow R
@@ -201,20 +106,10 @@ def _second_rows(workspace: torch.Tensor, R: int, H: int, batch_invariant: bool)
 
 def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:
     """Tiles for T tokens of K picks."""
-    (e, H, I), w1 = operands.w2.shape, operands.w1  # noqa: E741
     if operands.floating_rows:
-        both = operands.w1, operands.w2
-        packed = any(is_packed(w.format) for w in both)
-        bits = 4 if w1.format.element in NIBBLES and not packed else 8
-        tiles = weight_only_tiles(
-            T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
-        )
-        return QuantizedTiles(*(_fitting(w, t) for w, t in zip(both, tiles, strict=True)))
+        return floating_tiles(operands, T, K, batch_invariant)
+    e, H, I = operands.w2.shape  # noqa: E741
     return w8a8_tiles(T, K, e, H, I, operands.columns, batch_invariant=batch_invariant)
-
-
-def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
-    return packed_tile(tile, w.format.element in SUPERBLOCKS) if is_packed(w.format) else tile
 
 
 def quantized_experts(

@@ -1,0 +1,95 @@
+"""The two products of the quantized experts where rows are in floating point.
+
+Rows come as they are, or are rounded to their format and back ("emulated") before each product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_packed import SUPERBLOCKS, is_packed, packed_gemm
+from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
+from fusedmoe.kernels.round_rows import round_rows
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import (
+    QuantizedTile,
+    QuantizedTiles,
+    packed_tile,
+    weight_only_tiles,
+)
+
+_MANY_TOKENS = 512
+
+
+def floating_products(
+    x: torch.Tensor,
+    operands: Operands,
+    act: torch.Tensor,
+    rows: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tiles: QuantizedTiles,
+    given: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
+    batch_invariant: bool,
+) -> None:
+    """Both products with rows in floating point, as they come or rounded to a format and back.
+
+    Arguments as ``two_gemms`` has them; ``given``: those of the first product, of the second, and
+    which slots count.
+    """
+    first, second, live = given
+    w1, w2 = operands.w1, operands.w2
+    # The rows in between keep the order of their columns unless both products know another one.
+    planes = _in_planes(w2) and (operands.emulate or not is_packed(w1.format))
+    many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
+    a1, a2 = (operands.a1, operands.a2) if operands.emulate else (None, None)
+    if a1 is not None:
+        a = round_rows(x, a1, operands.a1_scale, planes=many)
+    else:
+        a = to_planes(x) if many else x
+    _product(a, w1, act, blocks, tiles.gemm1, (many, planes and a2 is None), **first)
+    if a2 is not None:
+        experts = w1.shape[0]
+        act = round_rows(
+            act, a2, operands.a2_scale, planes=planes, num_local_experts=experts, **live
+        )
+    _product(act, w2, rows, blocks, tiles.gemm2, (planes, False), **second)
+
+
+def _in_planes(w: QuantizedTensor) -> bool:
+    """Whether rows meet ``w`` sooner with the columns of even number first."""
+    return w.format.element in NIBBLES and not is_packed(w.format)
+
+
+def _product(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    planes: tuple[bool, bool],
+    **rest: Any,
+) -> None:
+    """By the kernel that reads ``w``; ``planes``: those of a and of c."""
+    if is_packed(w.format):
+        packed_gemm(a, w, c, blocks, tile, **rest)
+    else:
+        quantized_gemm(a, w, c, blocks, tile, a_planes=planes[0], c_planes=planes[1], **rest)
+
+
+def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:
+    """Tiles for T tokens of K picks."""
+    (e, H, I), both = operands.w2.shape, (operands.w1, operands.w2)  # noqa: E741
+    packed = any(is_packed(w.format) for w in both)
+    bits = 4 if both[0].format.element in NIBBLES and not packed else 8
+    tiles = weight_only_tiles(
+        T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
+    )
+    return QuantizedTiles(*(_fitting(w, t) for w, t in zip(both, tiles, strict=True)))
+
+
+def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
+    return packed_tile(tile, w.format.element in SUPERBLOCKS) if is_packed(w.format) else tile

@@ -1,0 +1,85 @@
+"""Rows of activations rounded to any format and multiplied back: what emulated products take.
+
+The definition is ``quantization.activations.fake_quantize``. Device code:
+``kernels/triton/round_rows.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.kernels.grouped_gemm_quantized import to_planes
+from fusedmoe.kernels.quantize import live_rows
+from fusedmoe.quantization.activations import fake_quantize, quantize_activation
+from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
+
+ELEMENTS: dict[torch.dtype | str, str] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "int8",
+    "mxfp8": "e4m3",
+    "mxfp4": "e2m1",
+    "nvfp4": "e2m1",
+    "mxfp6_e3m2": "e3m2",
+    "mxfp6_e2m3": "e2m3",
+}
+
+
+def round_rows(
+    x: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None = None,
+    *,
+    planes: bool = False,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    num_local_experts: int | None = None,
+) -> torch.Tensor:
+    """x [rows, D], 16 or 32 bits, as it is after rounding to ``key``: the same shape and dtype.
+
+    ``scale`` fp32 [1] belongs to a static key. ``planes``: the columns of even number first. With a
+    dynamic scale for the whole tensor, rows whose id in ``topk_ids`` [rows] names no expert of
+    ``num_local_experts`` (after ``expert_map``) do not count, and mean nothing afterwards. Raises
+    ValueError for keys of other elements and for groups that are no power of two of columns.
+    """
+    _check(x, key, scale, planes, topk_ids)
+    if scale is None and key.group_shape == PER_TENSOR:
+        x = live_rows(x, topk_ids, expert_map, num_local_experts)
+        if x.is_cuda:
+            _, scale = quantize_activation(x, key)
+    if not x.is_cuda:
+        return round_rows_reference(x, key, scale, planes=planes)
+    from fusedmoe.kernels.triton.round_rows import launch
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    e8m0 = key.scale_kind == "e8m0"
+    launch(x, out, scale, ELEMENTS[key.dtype], max(0, key.group_shape.col), e8m0, planes)
+    return out
+
+
+def round_rows_reference(
+    x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None = None, *, planes: bool = False
+) -> torch.Tensor:
+    """The definition, in plain torch."""
+    rounded = fake_quantize(x, key, scale).to(x.dtype)
+    return to_planes(rounded) if planes else rounded
+
+
+def _check(
+    x: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None,
+    planes: bool,
+    topk_ids: torch.Tensor | None,
+) -> None:
+    if x.dim() != 2 or (planes and x.shape[1] % 2):
+        raise ValueError(f"x must be [rows, D], with planes an even D, got {tuple(x.shape)}")
+    if key.dtype not in ELEMENTS:
+        raise ValueError(f"rows are rounded to {', '.join(map(str, ELEMENTS))}, not {key}")
+    group = key.group_shape.col
+    if group != -1 and (group < 1 or group & (group - 1)):
+        raise ValueError(f"a group must be a power of two of columns, got {group}")
+    if key.static != (scale is not None) or (scale is not None and scale.numel() != 1):
+        found = "none" if scale is None else f"{tuple(scale.shape)}"
+        raise ValueError(f"activations {key}: one scale belongs to a static key, got {found}")
+    if topk_ids is not None and topk_ids.numel() != x.shape[0]:
+        raise ValueError(f"{topk_ids.numel()} ids do not name the {x.shape[0]} rows of x")
