@@ -24,12 +24,12 @@ import torch.distributed as dist
 from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels.peer_all_to_all import (
-    PeerLayout,
     combine,
     combine_reference,
     dispatch,
     dispatch_reference,
 )
+from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.runner.capture import record_graph
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 

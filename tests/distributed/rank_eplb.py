@@ -15,7 +15,7 @@ from fusedmoe.eplb.balancer import EPLBConfig, ExpertBalancer
 from fusedmoe.eplb.executor import ExpertMover, expert_bytes, reshard_experts
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.transfer import make_transfer_plan
-from fusedmoe.kernels.peer_all_to_all import PeerLayout
+from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.runner.capture import record_graph
 from layer_oracle import Experts
 

@@ -12,12 +12,12 @@ from rank_layers import linear
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
 from fusedmoe.kernels.peer_all_to_all import (
-    PeerLayout,
     combine,
     combine_reference,
     dispatch,
     dispatch_reference,
 )
+from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.runner.capture import record_graph
 from layer_oracle import Experts

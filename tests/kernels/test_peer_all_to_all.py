@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from fusedmoe.kernels.peer_all_to_all import (
-    PeerLayout,
-    PeerView,
     announce_outputs,
     combine,
     combine_reference,
@@ -16,6 +14,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     wait_for_dispatch,
     wait_for_outputs,
 )
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 from fusedmoe.tuning.peer_tiles import PeerTiles
 
 pytest.importorskip("triton")

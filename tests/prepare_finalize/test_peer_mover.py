@@ -12,8 +12,10 @@ from fusedmoe import FusedMoEConfig, FusedMoEQuantConfig, MoEActivation, MoEOpti
 from fusedmoe.config import FusedMoEParallelConfig
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import views_of_regions
-from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView, combine_reference
+from fusedmoe.kernels.peer_all_to_all import combine_reference
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.modular_kernel.forward import finish
+from fusedmoe.prepare_finalize import peer
 from fusedmoe.prepare_finalize.dispatch import Hosts
 from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
@@ -74,8 +76,16 @@ def batch(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
+@pytest.fixture(params=[False, True])
+def sends_sums(request, monkeypatch):
+    """Whether the ranks leave their parts of sums to be fetched, or send them."""
+    if request.param:
+        monkeypatch.setattr(peer, "SEND_FROM", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("counts", [[3, 2], [5, 0], [0, 1]])
-def test_two_forwards_are_on_their_way_at_once(counts):
+def test_two_forwards_are_on_their_way_at_once(sends_sums, counts):
     """Each in its region: sent one after the other, announced, then fetched in either order."""
     everyone, maps = movers(regions=2)
     assert all(one.supports_async() and one.concurrent_forwards() == 2 for one in everyone)
@@ -93,6 +103,7 @@ def test_two_forwards_are_on_their_way_at_once(counts):
         done, written, back = [], [], []
         for rank, one in enumerate(started[part]):
             got = finish(pending[part][rank])
+            assert isinstance(got.output, PeerSums) == sends_sums
             used = (got.topk_ids >= 0).any(dim=1)
             got.output[used] = got.hidden_states[used] * (rank + 2) + part
             out = torch.full((counts[rank], H), float("nan"))
@@ -116,7 +127,7 @@ def test_two_forwards_are_on_their_way_at_once(counts):
             started[part][rank].memory.check()
 
 
-def test_outputs_elsewhere_are_weighted_into_the_buffer():
+def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):
     """Experts that leave every pick's output [rows, K, H] behind them."""
     everyone, maps = movers()
     counts = [2, 3]
@@ -165,6 +176,8 @@ def test_micro_batches_need_two_regions(regions, reason):
     found = PeerPrepareAndFinalize.unmet_requirement(config(micro_batch_tokens=4), groups)
     assert (found is None) == (reason is None)
     assert reason is None or reason in (found or "")
+    kept = PeerPrepareAndFinalize.make(config(batch_invariant=True), groups)
+    assert not kept._may_send_sums  # which way it is follows from the size of the batch
     room = PeerPrepareAndFinalize.make(config(micro_batch_tokens=4), groups).max_num_tokens
     assert room == 2 * LAYOUT.rows
     assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows

@@ -21,7 +21,7 @@ from fusedmoe.config import MoEOptions, ParallelGroups
 from fusedmoe.distributed.collectives import gather_vectors
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import PeerMemory
-from fusedmoe.kernels.peer_all_to_all import PeerLayout
+from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.runner.moe_runner import MoERunner

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fusedmoe.config import ParallelGroups
 from fusedmoe.distributed.agreement import check_agreement
-from fusedmoe.kernels.peer_all_to_all import PeerLayout, PeerView
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
 # One look at a flag in the GPU's own memory takes about this long.
 _SECONDS_PER_POLL = 0.2e-6

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.peer_layout import PeerSums
 
 
 def moe_fused_mul_sum(
@@ -27,13 +28,20 @@ def moe_fused_mul_sum(
     of the inputs' dtype. A slot counts as nothing, and its row is not read, where its id in
     ``topk_ids`` [T, K] is -1, lies outside ``expert_map`` (int32, global -> local id or -1) or maps
     to -1, or is not below ``num_local_experts``. ``num_valid_tokens`` int32 [1]: rows from there on
-    are neither read nor written.
+    are neither read nor written. ``outputs`` that are ``PeerSums`` go to their tokens' ranks.
 
     Raises ValueError where shapes disagree.
     """
     _check(inputs, topk_weights, outputs, topk_ids, expert_map, num_valid_tokens)
     if outputs is None:
         outputs = inputs.new_empty(inputs.shape[0], inputs.shape[2])
+    if isinstance(outputs, PeerSums) and inputs.is_contiguous() and num_valid_tokens is None:
+        from fusedmoe.kernels.peer_sums import send_sums
+
+        assert topk_ids is not None
+        rows = inputs.view(-1, inputs.shape[2])
+        send_sums(outputs, rows, topk_weights, topk_ids, expert_map, num_local_experts)
+        return outputs
     if inputs.is_cuda:
         from fusedmoe.kernels.triton.mul_sum import mul_sum
 

@@ -6,149 +6,12 @@ what those ranks made of it. Triton bodies and the protocol: ``kernels/triton/pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
-
 import torch
 
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerView, Received
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
-ALIGNMENT = 256
 FP8_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class PeerLayout:
-    """What one rank's buffer holds, and where (``*_at``: bytes from its beginning).
-
-    Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], scales
-    fp32 [world, rows, ceil(hidden / group)] (``group`` columns share one; 0: rows are sent as they
-    are), ids int32 and weights fp32 [world, rows, topk]; the experts' outputs [world, rows,
-    hidden]; two flags int32 per rank.
-    """
-
-    world: int
-    rows: int
-    hidden: int
-    topk: int
-    row_dtype: torch.dtype
-    output_dtype: torch.dtype
-    group: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.world, self.rows, self.hidden, self.topk) < 1 or self.group < 0:
-            raise ValueError(f"sizes must be positive: {self}")
-        if self.world & (self.world - 1):
-            raise ValueError(f"ranks must be a power of two, got {self.world}")
-        if (self.group > 0) != (self.row_dtype is torch.float8_e4m3fn):
-            raise ValueError(
-                f"{self.row_dtype} rows do not go with scales per {self.group} columns"
-            )
-        if self.group & (self.group - 1):
-            raise ValueError(f"group must be a power of two, got {self.group}")
-
-    @cached_property
-    def _ends(self) -> tuple[int, ...]:
-        slots = self.world * self.rows
-        sizes = (
-            slots * self.hidden * self.row_dtype.itemsize,
-            slots * self.groups * 4,
-            slots * self.topk * 4,
-            slots * self.topk * 4,
-            slots * self.hidden * self.output_dtype.itemsize,
-            self.world * 4,
-            self.world * 4,
-        )
-        ends, end = [], 0
-        for size in sizes:
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-            ends.append(end)
-        return tuple(ends)
-
-    @property
-    def groups(self) -> int:
-        """Scales of a row."""
-        return -(-self.hidden // self.group) if self.group else 0
-
-    @property
-    def rows_at(self) -> int:
-        return 0
-
-    @property
-    def scales_at(self) -> int:
-        return self._ends[0]
-
-    @property
-    def ids_at(self) -> int:
-        return self._ends[1]
-
-    @property
-    def weights_at(self) -> int:
-        return self._ends[2]
-
-    @property
-    def outputs_at(self) -> int:
-        return self._ends[3]
-
-    @property
-    def dispatch_flags_at(self) -> int:
-        return self._ends[4]
-
-    @property
-    def combine_flags_at(self) -> int:
-        return self._ends[5]
-
-    @property
-    def nbytes(self) -> int:
-        return self._ends[6]
-
-
-class Received(NamedTuple):
-    """What lies in a rank's buffer, R' = world * rows slots; those without ids hold anything.
-
-    hidden_states [R', H], scales fp32 [R', groups] or None, topk_ids int32 and topk_weights fp32
-    [R', K] (-1: not of this rank), outputs [R', H] to be written by the experts.
-    """
-
-    hidden_states: torch.Tensor
-    scales: torch.Tensor | None
-    topk_ids: torch.Tensor
-    topk_weights: torch.Tensor
-    outputs: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PeerView:
-    """One rank's sight of all buffers.
-
-    ``bases`` int64 [world]: where they begin. ``own`` uint8: its own. ``state`` int32 [4] on the
-    device: (1, 0, 0, 0) at first. ``error`` int32 [1], pinned: 1 + the rank that never came.
-    """
-
-    layout: PeerLayout
-    rank: int
-    bases: torch.Tensor
-    own: torch.Tensor
-    state: torch.Tensor
-    error: torch.Tensor
-
-    def received(self, rows: int) -> Received:
-        """Views of the buffer for ``rows`` slots per rank (at most those of the layout)."""
-        layout, own = self.layout, self.own
-        slots = layout.world * rows
-
-        def section(at: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-            size = slots * columns * dtype.itemsize
-            return own[at : at + size].view(dtype).view(slots, columns)
-
-        return Received(
-            section(layout.rows_at, layout.hidden, layout.row_dtype),
-            section(layout.scales_at, layout.groups, torch.float32) if layout.group else None,
-            section(layout.ids_at, layout.topk, torch.int32),
-            section(layout.weights_at, layout.topk, torch.float32),
-            section(layout.outputs_at, layout.hidden, layout.output_dtype),
-        )
 
 
 def dispatch(
@@ -225,12 +88,14 @@ def combine(
     *,
     max_polls: int,
     announce: bool = True,
+    sent: bool = False,
     tiles: PeerTiles | None = None,
 ) -> None:
     """out [T, H] = the sum of what each token's ranks left in ``received(rows).outputs``.
 
     Tokens, ids, owners and ``rows`` are those of the dispatch. fp32, in the order of the ranks,
-    rounded once. Without ``announce``, ``announce_outputs`` has been called.
+    rounded once. Without ``announce``, ``announce_outputs`` has been called. ``sent``: the ranks
+    have sent their parts here (``kernels.peer_sums``), instead of leaving them to be fetched.
     """
     _check(out, topk_ids, owners, here, rows)
     if out.stride(1) != 1:
@@ -246,6 +111,7 @@ def combine(
         tiles or peer_tiles(*out.shape),
         max_polls,
         announce,
+        sent,
     )
 
 

@@ -19,13 +19,14 @@ from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels.peer_all_to_all import (
-    PeerView,
     announce_outputs,
     combine,
     dispatch,
     wait_for_dispatch,
     wait_for_outputs,
 )
+from fusedmoe.kernels.peer_layout import PeerSums, PeerView
+from fusedmoe.kernels.peer_sums import send_rows
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighted_input
@@ -35,6 +36,7 @@ from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
 )
+from fusedmoe.tuning.peer_tiles import SEND_FROM
 
 
 class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
@@ -50,6 +52,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
     _rows: int = 0
+    _may_send_sums: bool = True
 
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
@@ -90,7 +93,13 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             max_num_tokens=min(room, moe.max_num_tokens or room),
         )
         made.memory, made._view = groups.peers, groups.peers.view
+        made._may_send_sums = not moe.options.batch_invariant
         return made
+
+    @property
+    def _sends_sums(self) -> bool:
+        """Whether parts of sums go to the tokens' ranks, or are fetched: on all ranks alike."""
+        return self._may_send_sums and self._rows >= SEND_FROM
 
     def set_lora_context(self, context: LoRAContext | None) -> None:
         """Raises ValueError for a context: the buffers have no room for adapter ids."""
@@ -172,8 +181,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
+        output = PeerSums.make(self._view, self._rows) if self._sends_sums else got.outputs
         return PrepareResult(
-            got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, got.outputs
+            got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
         )
 
     def finalize(
@@ -226,8 +236,16 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        """Where the tokens' ranks fetch them, unless the experts have written there."""
+        """Where the tokens' ranks look for them, unless the experts have written there."""
+        if isinstance(fused_expert_output, PeerSums) and fused_expert_output.sent:
+            return
         reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
+        if self._sends_sums:
+            sums = reduce.apply(
+                None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+            )
+            send_rows(self._view, self._rows, sums, topk_ids)
+            return
         outputs = self._view.received(self._rows).outputs
         if fused_expert_output.data_ptr() != outputs.data_ptr():
             reduce.apply(
@@ -241,4 +259,5 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             *(output, self._ids, self._owners, self._view, self._rows),
             max_polls=self.memory.max_polls,
             announce=announce,
+            sent=self._sends_sums,
         )

@@ -12,8 +12,9 @@ announce_kernel  grid (1,): raises the flag that this rank's outputs are ready.
 wait_kernel      grid (1,): waits for the others' flags of either kind, and keeps no more of the
                  GPU than that from what runs meanwhile.
 combine_kernel   grid (programs,): raises that flag, if ANNOUNCE, and waits for the others', then
-                 adds up each token's rows out of the peers' memory, in the order of the ranks, in
-                 fp32. A rank without tokens waits too: its next dispatch writes what others read.
+                 adds up each token's rows, in the order of the ranks, in fp32: out of the peers'
+                 memory, or with SENT out of its own (``peer_sums`` has brought them). A rank
+                 without tokens waits too: its next dispatch writes what others read.
 
 Flags hold an epoch, which lives in ``state`` on the device so that a graph can be replayed: a
 dispatch takes STATE_DISPATCH and hands it to the combine, whose last program moves it on. A rank
@@ -28,11 +29,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.peer_all_to_all import PeerView
+from fusedmoe.kernels.peer_layout import PeerView
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.peer_tiles import PeerTiles
 
-_TYPES = {
+TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -204,6 +205,7 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     row_dtype: tl.constexpr,
     ANNOUNCE: tl.constexpr,
+    SENT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
@@ -215,7 +217,6 @@ def combine_kernel(
     parts = tl.cdiv(H, BLOCK)
     for task in range(tl.program_id(0), T * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
-        slot = token.to(tl.int64) + me * rows
         _, owners = owners_of(ids_ptr, owners_ptr, token, T, num_experts, K, K2)
         if task < tl.num_programs(0):
             wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
@@ -224,7 +225,12 @@ def combine_kernel(
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for rank in tl.static_range(WORLD):
             used = tl.max((owners == rank).to(tl.int32), axis=0) > 0
-            there = peer_pointer(bases_ptr, rank, outputs_at, row_dtype)
+            if SENT:
+                slot = token.to(tl.int64) + rank * rows
+                there = peer_pointer(bases_ptr, me, outputs_at, row_dtype)
+            else:
+                slot = token.to(tl.int64) + me * rows
+                there = peer_pointer(bases_ptr, rank, outputs_at, row_dtype)
             row = tl.load(there + slot * H + column, (column < H) & used, 0.0)
             total += row.to(tl.float32)
         tl.store(out_ptr + token.to(tl.int64) * stride_t + column, total, column < H)
@@ -262,7 +268,7 @@ def dispatch(
             *(layout.rows_at, layout.scales_at, layout.ids_at, layout.weights_at),
             *(layout.dispatch_flags_at, max_polls),
         ),
-        (K, power_of_2(K), layout.world, block, layout.group, _TYPES[layout.row_dtype], wait),
+        (K, power_of_2(K), layout.world, block, layout.group, TYPES[layout.row_dtype], wait),
         tiles.num_warps,
     )
 
@@ -296,6 +302,7 @@ def combine(
     tiles: PeerTiles,
     max_polls: int,
     announce: bool,
+    sent: bool,
 ) -> None:
     (T, H), K, layout = out.shape, topk_ids.shape[1], here.layout
     tasks = T * -(-H // tiles.block)
@@ -306,6 +313,9 @@ def combine(
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank),
             *(layout.outputs_at, layout.combine_flags_at, max_polls),
         ),
-        (K, power_of_2(K), layout.world, tiles.block, _TYPES[layout.output_dtype], announce),
+        (
+            *(K, power_of_2(K), layout.world, tiles.block),
+            *(TYPES[layout.output_dtype], announce, sent),
+        ),
         tiles.num_warps,
     )

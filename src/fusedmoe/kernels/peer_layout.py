@@ -1,0 +1,172 @@
+"""What lies where in the memory that the ranks of a host share, and one rank's sight of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class PeerLayout:
+    """What one rank's buffer holds, and where (``*_at``: bytes from its beginning).
+
+    Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], scales
+    fp32 [world, rows, ceil(hidden / group)] (``group`` columns share one; 0: rows are sent as they
+    are), ids int32 and weights fp32 [world, rows, topk]; the experts' outputs for the ranks'
+    tokens, or from the ranks' experts, [world, rows, hidden]; two flags int32 per rank.
+    """
+
+    world: int
+    rows: int
+    hidden: int
+    topk: int
+    row_dtype: torch.dtype
+    output_dtype: torch.dtype
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.world, self.rows, self.hidden, self.topk) < 1 or self.group < 0:
+            raise ValueError(f"sizes must be positive: {self}")
+        if self.world & (self.world - 1):
+            raise ValueError(f"ranks must be a power of two, got {self.world}")
+        if (self.group > 0) != (self.row_dtype is torch.float8_e4m3fn):
+            raise ValueError(
+                f"{self.row_dtype} rows do not go with scales per {self.group} columns"
+            )
+        if self.group & (self.group - 1):
+            raise ValueError(f"group must be a power of two, got {self.group}")
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        slots = self.world * self.rows
+        sizes = (
+            slots * self.hidden * self.row_dtype.itemsize,
+            slots * self.groups * 4,
+            slots * self.topk * 4,
+            slots * self.topk * 4,
+            slots * self.hidden * self.output_dtype.itemsize,
+            self.world * 4,
+            self.world * 4,
+        )
+        ends, end = [], 0
+        for size in sizes:
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+            ends.append(end)
+        return tuple(ends)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return -(-self.hidden // self.group) if self.group else 0
+
+    @property
+    def rows_at(self) -> int:
+        return 0
+
+    @property
+    def scales_at(self) -> int:
+        return self._ends[0]
+
+    @property
+    def ids_at(self) -> int:
+        return self._ends[1]
+
+    @property
+    def weights_at(self) -> int:
+        return self._ends[2]
+
+    @property
+    def outputs_at(self) -> int:
+        return self._ends[3]
+
+    @property
+    def dispatch_flags_at(self) -> int:
+        return self._ends[4]
+
+    @property
+    def combine_flags_at(self) -> int:
+        return self._ends[5]
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends[6]
+
+
+class Received(NamedTuple):
+    """What lies in a rank's buffer, R' = world * rows slots; those without ids hold anything.
+
+    hidden_states [R', H], scales fp32 [R', groups] or None, topk_ids int32 and topk_weights fp32
+    [R', K] (-1: not of this rank), outputs [R', H] to be written by the experts.
+    """
+
+    hidden_states: torch.Tensor
+    scales: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    outputs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PeerView:
+    """One rank's sight of all buffers.
+
+    ``bases`` int64 [world]: where they begin. ``own`` uint8: its own. ``state`` int32 [4] on the
+    device: (1, 0, 0, 0) at first. ``error`` int32 [1], pinned: 1 + the rank that never came.
+    """
+
+    layout: PeerLayout
+    rank: int
+    bases: torch.Tensor
+    own: torch.Tensor
+    state: torch.Tensor
+    error: torch.Tensor
+
+    def received(self, rows: int) -> Received:
+        """Views of the buffer for ``rows`` slots per rank (at most those of the layout)."""
+        layout, own = self.layout, self.own
+        slots = layout.world * rows
+
+        def section(at: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+            size = slots * columns * dtype.itemsize
+            return own[at : at + size].view(dtype).view(slots, columns)
+
+        return Received(
+            section(layout.rows_at, layout.hidden, layout.row_dtype),
+            section(layout.scales_at, layout.groups, torch.float32) if layout.group else None,
+            section(layout.ids_at, layout.topk, torch.int32),
+            section(layout.weights_at, layout.topk, torch.float32),
+            section(layout.outputs_at, layout.hidden, layout.output_dtype),
+        )
+
+
+class PeerSums(torch.Tensor):
+    """Experts' output [world * rows, H]: in row r * rows + t this rank's part for rank r's token t.
+
+    Whoever does not know the class writes an ordinary tensor of this rank's memory. A sum that
+    knows it calls ``kernels.peer_sums.send_sums`` instead, which sets ``sent`` and leaves this
+    memory alone.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    here: PeerView
+    rows: int
+    sent: bool
+
+    @classmethod
+    def make(cls, here: PeerView, rows: int) -> PeerSums:
+        """Not yet written."""
+        layout, device = here.layout, here.own.device
+        shape = (layout.world * rows, layout.hidden)
+        return cls.over(torch.empty(shape, dtype=layout.output_dtype, device=device), here, rows)
+
+    @classmethod
+    def over(cls, sums: torch.Tensor, here: PeerView, rows: int) -> PeerSums:
+        """The memory of ``sums``."""
+        made = sums.as_subclass(cls)
+        made.here, made.rows, made.sent = here, rows, False
+        return made
