@@ -42,6 +42,7 @@ from fusedmoe.bench.report import BenchReport, Percentiles, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.formats import format_named
@@ -52,6 +53,7 @@ from fusedmoe.selection import explain, name_of
 from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
+UNLISTED: dict[str, type[Any]] = {"hopper_quantized": HopperQuantizedExperts}
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
 COMPILING_S = 60.0  # ranks compile their kernels at their own pace
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
@@ -84,7 +86,9 @@ def make_layer(
             dp=group, ep=group, enable_expert_parallel=group is not None, peers=memory
         ),
         options=MoEOptions(
-            prepare_finalize=way, experts=experts, micro_batch_tokens=2 if halves else None
+            prepare_finalize=way,
+            experts=UNLISTED.get(experts or "", experts),
+            micro_batch_tokens=2 if halves else None,
         ),
         device=place.device,
     )

@@ -11,6 +11,7 @@ from rank_layers import linear
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.kernels.peer_all_to_all import (
     combine,
     combine_reference,
@@ -134,7 +135,7 @@ def check_layer(tokens: list[int], halves: bool = False) -> None:
     memory.close()
 
 
-def check_fp8_layer(tokens: list[int]) -> None:
+def check_fp8_layer(tokens: list[int], on_hopper: bool = False) -> None:
     """Rows travel in fp8, as the experts take them."""
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens = tokens[:world]
@@ -152,7 +153,9 @@ def check_fp8_layer(tokens: list[int]) -> None:
         torch.bfloat16,
         quant_config=Scheme("fp8_block", FP8_DYNAMIC_128),
         parallel=groups,
-        options=MoEOptions(prepare_finalize="peer"),
+        options=MoEOptions(
+            prepare_finalize="peer", experts=HopperQuantizedExperts if on_hopper else None
+        ),
         device="cuda",
     )
     mine = slice(rank * E // world, (rank + 1) * E // world)

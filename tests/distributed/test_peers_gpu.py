@@ -21,9 +21,13 @@ def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves):
     gpu_ranks.run(rank_peers.check_layer, tokens, halves)
 
 
-@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1]])
+@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])
 def test_rows_travel_in_fp8(gpu_ranks, tokens):
     gpu_ranks.run(rank_peers.check_fp8_layer, tokens)
+
+
+def test_rows_in_fp8_reach_the_prefill_kernels(gpu_ranks):
+    gpu_ranks.run(rank_peers.check_fp8_layer, [600, 513, 700, 1], True)
 
 
 def test_a_missing_rank_is_named(gpu_ranks):

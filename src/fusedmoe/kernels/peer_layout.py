@@ -152,7 +152,7 @@ class PeerSums(torch.Tensor):
     memory alone.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     here: PeerView
     rows: int
     sent: bool

@@ -81,11 +81,14 @@ def send_sums_reference(
     (S, K), H = topk_ids.shape, y.shape[1]
     picked = y[: S * K] if position is None else y[position.long()]
     wide = picked.float().view(S, K, H)
-    kept = {"expert_map": expert_map, "num_local_experts": num_local_experts}
-    sums = moe_fused_mul_sum_reference(wide, topk_weights, None, topk_ids, **kept)
-    ones = torch.ones_like(wide)
-    live = moe_fused_mul_sum_reference(ones, None, None, topk_ids, **kept) > 0
+    e = num_local_experts
+    sums = moe_fused_mul_sum_reference(
+        wide, topk_weights, None, topk_ids, expert_map, num_local_experts=e
+    )
+    live = moe_fused_mul_sum_reference(
+        torch.ones_like(wide), None, None, topk_ids, expert_map, num_local_experts=e
+    )
     for home in range(layout.world):
         mine = slice(home * rows, (home + 1) * rows)
         inbox = inboxes[home][rank * rows : (rank + 1) * rows]
-        inbox.copy_(torch.where(live[mine], sums[mine].to(inbox.dtype), inbox))
+        inbox.copy_(torch.where(live[mine] > 0, sums[mine].to(inbox.dtype), inbox))
