@@ -97,3 +97,17 @@ def triton_round(
     e8m0 = key.scale_kind == "e8m0"
     launch(x, out, scale, ELEMENTS[key.dtype], max(0, key.group_shape.col), e8m0, planes)
     return out
+
+
+def triton_gather(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    out: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``gather_columns_reference``."""
+    from fusedmoe.kernels.triton.gather_columns import launch
+
+    launch(x, order, out, topk_ids, expert_map)
+    return out

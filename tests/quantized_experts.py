@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,17 +36,21 @@ class Quantized:
     down: str | None = None
     one_order: bool = False
 
-    def config(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, FusedMoEQuantConfig]:
+    def weights(self, tensors: Tensors) -> tuple[Any, Any]:
         act = self.layer.activation
-        shards = 2 if act.is_gated else 1
         w1 = pack(
             tensors["w1"].float(),
             self.format,
-            shards=shards,
+            shards=2 if act.is_gated else 1,
             interleaved=act is MoEActivation.SWIGLUOAI,
             one_order=self.one_order,
         )
-        w2 = pack(tensors["w2"].float(), self.down or self.format, seed=1)
+        return w1, pack(tensors["w2"].float(), self.down or self.format, seed=1)
+
+    def config(
+        self, tensors: Tensors, weights: tuple[Any, Any] | None = None
+    ) -> tuple[Any, Any, FusedMoEQuantConfig]:
+        w1, w2 = weights or self.weights(tensors)
         descs = [
             FusedMoEQuantDesc(
                 dtype=w.format.key_dtype, format=w.format, scale=w.scale, scale2=w.scale2,
@@ -80,8 +85,15 @@ class Quantized:
         tensors: Tensors,
         experts_class: type = TritonQuantizedExperts,
         compiled: bool = False,
+        *,
+        weights: tuple[Any, Any] | None = None,
+        prepare: bool = False,
     ) -> Callable[[], torch.Tensor]:
-        """The same, to be called again and again with what ``tensors`` hold then."""
+        """The same, to be called again and again with what ``tensors`` hold then.
+
+        ``weights`` are run instead of new ones; ``prepare``: as after loading. What is returned has
+        the ``experts`` and the ``weights`` as attributes.
+        """
         layer = self.layer
         batched = experts_class.activation_format() is FusedMoEActivationFormat.BatchedExperts
         mover = (
@@ -89,7 +101,7 @@ class Quantized:
             if batched
             else MoEPrepareAndFinalizeNoDPEPModular()
         )
-        w1, w2, config = self.config(tensors)
+        w1, w2, config = self.config(tensors, weights)
         experts = experts_class(
             layer.config(),
             config,
@@ -97,6 +109,10 @@ class Quantized:
             num_dispatchers=mover.num_dispatchers() if batched else None,
         )
         kernel = FusedMoEKernel(mover, experts)
+        if prepare:
+            module = torch.nn.Module()
+            module.w13_weight, module.w2_weight = w1.data, w2.data
+            experts.process_weights_after_loading(module)
 
         def apply(x, first, second, weights, ids):
             return kernel.apply(
@@ -116,6 +132,7 @@ class Quantized:
             x, weights, ids = (tensors[name] for name in names)
             return apply(x, w1.data, w2.data, weights, ids)
 
+        run.experts, run.weights = experts, (w1, w2)
         return run
 
     def expected(self, tensors: Tensors) -> torch.Tensor:

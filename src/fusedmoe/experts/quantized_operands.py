@@ -16,7 +16,8 @@ class Operands:
 
     The keys are those of the rows entering w1 and w2, None: not at all, both. The scales fp32 [1]
     belong to static keys. ``emulate``: rows are rounded to their format, but multiplied as the
-    floats they came as.
+    floats they came as. ``order`` int32 [e, H]: the column of x that meets each column of w1, where
+    they are not in x's order; for weights of 4 bits those of even number first (see ``act_order``).
     """
 
     w1: QuantizedTensor
@@ -28,6 +29,7 @@ class Operands:
     w1_bias: torch.Tensor | None = None
     w2_bias: torch.Tensor | None = None
     emulate: bool = False
+    order: torch.Tensor | None = None
 
     @property
     def floating_rows(self) -> bool:

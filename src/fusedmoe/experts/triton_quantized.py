@@ -7,12 +7,15 @@ T tokens, K picks, e local experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import logging
+from typing import Any, ClassVar
 
 import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.act_order import room_on, sorted_operands
+from fusedmoe.experts.cpu_source import Source
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_pair
 from fusedmoe.experts.triton_quantized_formats import (
@@ -20,7 +23,7 @@ from fusedmoe.experts.triton_quantized_formats import (
     emulated_capabilities,
     unmet_by_groups,
 )
-from fusedmoe.experts.triton_quantized_ops import flat, standard_op
+from fusedmoe.experts.triton_quantized_ops import Flat, flat, flat_sorted, standard_op
 from fusedmoe.experts.triton_quantized_run import quantized_experts, row_width
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -33,6 +36,8 @@ from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
 
+_log = logging.getLogger(__name__)
+
 
 class QuantizedTritonExperts(FusedMoEExpertsModular):
     """What standard and batched rows share. ``tiles``, if set, replaces the tuned choice."""
@@ -41,6 +46,8 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
     emulate: ClassVar[bool] = False
     _seen: tuple[torch.Tensor, torch.Tensor, MoEActivation, torch.dtype] | None = None
     _operands: Operands | None = None
+    _sorted: Operands | None = None
+    _sources: tuple[Source, ...] = ()
 
     @classmethod
     def is_supported_config(
@@ -91,6 +98,43 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
             self._seen = seen
         assert self._operands is not None
         return self._operands
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Sort act-order columns into groups, in a copy, while memory allows."""
+        self._sorted, self._sources = None, ()
+        formats = self.quant_config.w1.format, self.quant_config.w2.format
+        if torch.compiler.is_compiling() or self.emulate:
+            return
+        if not any(fmt is not None and fmt.act_order for fmt in formats):
+            return
+        weights: Any = layer
+        w1, w2 = weights.w13_weight.detach(), weights.w2_weight.detach()
+        if not room_on(w1.device, w1.nbytes + w2.nbytes):
+            _log.info("no memory to spare for sorted act-order weights: their tables are read")
+            return
+        moe = self.moe_config
+        self._sorted = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
+        self._sources = self._sources_of(w1, w2)
+
+    def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
+        parts = [w1, w2]
+        for desc in (self.quant_config.w1, self.quant_config.w2):
+            parts += [p for p in (desc.scale, desc.zp, desc.group_index) if p is not None]
+        return tuple(map(Source.of, parts))
+
+    def operands_to_run(
+        self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, dtype: torch.dtype
+    ) -> Operands:
+        """The sorted copy, where there is one of these weights as they are now."""
+        if self._sorted is not None and self._sources_of(w1, w2) == self._sources:
+            return self._sorted
+        return self.operands(w1, w2, activation, dtype)
+
+    def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> Flat:
+        """What runs, as a custom op takes it; while compiling, a sorted copy is not doubted."""
+        if self._sorted is not None:
+            return flat_sorted(self._sorted)
+        return flat(w1, w2, self.quant_config)
 
 
 class TritonQuantizedExperts(QuantizedTritonExperts):
@@ -156,7 +200,7 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
                 output,
                 hidden_states,
                 a1q_scale,
-                *flat(w1, w2, self.quant_config),
+                *self.flat_operands(w1, w2),
                 weights,
                 topk_ids,
                 activation.value,
@@ -171,7 +215,7 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
         quantized_experts(
             output,
             hidden_states,
-            self.operands(w1, w2, activation, output.dtype),
+            self.operands_to_run(w1, w2, activation, output.dtype),
             weights,
             topk_ids,
             activation,

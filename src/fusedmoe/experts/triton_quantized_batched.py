@@ -10,7 +10,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.triton_quantized import QuantizedTritonExperts
 from fusedmoe.experts.triton_quantized_formats import capabilities, emulated_capabilities
-from fusedmoe.experts.triton_quantized_ops import batched_op, flat
+from fusedmoe.experts.triton_quantized_ops import batched_op
 from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -74,7 +74,7 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
             batched_op(
                 output,
                 hidden_states,
-                *flat(w1, w2, self.quant_config),
+                *self.flat_operands(w1, w2),
                 counts,
                 activation.value,
                 *self.activation_config.numbers(),
@@ -86,7 +86,7 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
         batched_quantized_experts(
             output,
             hidden_states,
-            self.operands(w1, w2, activation, hidden_states.dtype),
+            self.operands_to_run(w1, w2, activation, hidden_states.dtype),
             counts,
             activation,
             self.activation_config,

@@ -11,6 +11,7 @@ import torch
 
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import SUPERBLOCKS, is_packed, packed_gemm
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
 from fusedmoe.kernels.round_rows import round_rows
@@ -46,7 +47,12 @@ def floating_products(
     planes = _in_planes(w2) and (operands.emulate or not is_packed(w1.format))
     many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
     a1, a2 = (operands.a1, operands.a2) if operands.emulate else (None, None)
-    if a1 is not None:
+    if operands.order is not None:
+        # The second product's rows are written after the first has read these.
+        a = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
+        gather_columns(x, operands.order, a, live["topk_ids"], live["expert_map"])
+        first, many = first | {"top_k": 1}, _in_planes(w1)
+    elif a1 is not None:
         a = round_rows(x, a1, operands.a1_scale, planes=many)
     else:
         a = to_planes(x) if many else x

@@ -1,7 +1,8 @@
 """The quantized Triton experts as torch.compile sees them: ops that take tensors and words.
 
 An operand is nine arguments: data, scale, second scale, zero point, groups of columns, bias, the
-scale of the rows that meet it, the format in words, and the key of those rows in words.
+scale of the rows that meet it, the format in words, and the key of those rows in words. Behind both
+comes the order of x's columns.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ Flat = tuple[Any, ...]
 
 
 def flat(w1: torch.Tensor, w2: torch.Tensor, config: FusedMoEQuantConfig) -> Flat:
-    """The operands as a custom op takes them; ``_operands_of`` is the inverse."""
+    """The operands as a custom op takes them, and no order; ``_operands_of`` is the inverse."""
     parts: list[Any] = []
     for data, weight, rows in ((w1, config.w1, config.a1), (w2, config.w2, config.a2)):
         assert weight.format is not None
         parts += [data, weight.scale, weight.scale2, weight.zp, weight.group_index, weight.bias]
         parts += [rows.scale, _format_words(weight.format), _key_words(rows.key)]
-    return tuple(parts)
+    return (*parts, None)
+
+
+def flat_sorted(operands: Operands) -> Flat:
+    """As ``flat``; rows are in floating point."""
+    parts: list[Any] = []
+    both = (operands.w1, operands.w1_bias), (operands.w2, operands.w2_bias)
+    for w, bias in both:
+        parts += [w.data, w.scale, w.scale2, w.zero_point, w.group_index, bias]
+        parts += [None, _format_words(w.format), ""]
+    return (*parts, operands.order)
 
 
 def _format_words(fmt: QuantFormat) -> str:
@@ -69,7 +80,7 @@ def _operands_of(
     parts: Flat, activation: MoEActivation, dtype: torch.dtype, emulate: bool
 ) -> Operands:
     sides = []
-    for data, scale, scale2, zp, index, bias, rows_scale, fmt, words in (parts[:9], parts[9:]):
+    for data, scale, scale2, zp, index, bias, rows_scale, fmt, words in (parts[:9], parts[9:18]):
         weight = FusedMoEQuantDesc(
             dtype=data.dtype,
             scale=scale,
@@ -83,7 +94,8 @@ def _operands_of(
     (w1, desc1, key1, scale1), (w2, desc2, key2, scale2) = sides
     config = FusedMoEQuantConfig(w1=desc1, w2=desc2)
     first, second = quantized_pair(w1, w2, config, activation, dtype)
-    return Operands(first, second, key1, key2, scale1, scale2, desc1.bias, desc2.bias, emulate)
+    biases = desc1.bias, desc2.bias
+    return Operands(first, second, key1, key2, scale1, scale2, *biases, emulate, parts[18])
 
 
 @torch.library.custom_op(
@@ -111,6 +123,7 @@ def standard_op(
     a2_scale: torch.Tensor | None,
     w2_format: str,
     a2_key: str,
+    order: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
@@ -130,7 +143,7 @@ def standard_op(
         *(w1, w1_scale, w1_scale2, w1_zero_point, w1_group_index, w1_bias, a1_scale),
         *(w1_format, a1_key),
         *(w2, w2_scale, w2_scale2, w2_zero_point, w2_group_index, w2_bias, a2_scale),
-        *(w2_format, a2_key),
+        *(w2_format, a2_key, order),
     )
     numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     quantized_experts(
@@ -173,6 +186,7 @@ def batched_op(
     a2_scale: torch.Tensor | None,
     w2_format: str,
     a2_key: str,
+    order: torch.Tensor | None,
     expert_num_tokens: torch.Tensor,
     activation: str,
     clamp_limit: float | None,
@@ -189,7 +203,7 @@ def batched_op(
         *(w1, w1_scale, w1_scale2, w1_zero_point, w1_group_index, w1_bias, a1_scale),
         *(w1_format, a1_key),
         *(w2, w2_scale, w2_scale2, w2_zero_point, w2_group_index, w2_bias, a2_scale),
-        *(w2_format, a2_key),
+        *(w2_format, a2_key, order),
     )
     numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     batched_quantized_experts(

@@ -152,7 +152,7 @@ def quantized_experts(
         K,
         activation,
         activation_config,
-        topk_ids,
+        topk_ids.reshape(-1).contiguous(),
         expert_map,
         x_scale=x_scale,
         batch_invariant=batch_invariant,
@@ -192,8 +192,16 @@ def batched_quantized_experts(
         1,
         activation,
         activation_config,
+        None if operands.order is None else _experts_of_rows(expert_num_tokens, M),
         batch_invariant=batch_invariant,
     )
+
+
+def _experts_of_rows(expert_num_tokens: torch.Tensor, M: int) -> torch.Tensor:
+    """int32 [e * M]: the expert of each batched row, -1 past its count."""
+    row = torch.arange(M, device=expert_num_tokens.device)
+    expert = torch.arange(expert_num_tokens.shape[0], device=row.device, dtype=torch.int32)
+    return torch.where(row < expert_num_tokens[:, None], expert[:, None], -1).flatten()
 
 
 # An expert's rows are known only on the device; blocks of more than this would mostly be padding.
