@@ -28,7 +28,7 @@ from fusedmoe.kernels.hopper_quantized import (
     quantized_decode,
     unmet_by_weights,
 )
-from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
+from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs, w8a8_decode
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -60,10 +60,14 @@ def runs_decode(R: int, num_local: int, operands: Operands, x: torch.Tensor) -> 
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
 
 
-def can_prefill(operands: Operands, x: torch.Tensor) -> bool:
-    """Whether the prefill kernels can run these weights and rows."""
+def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
+    """Whether the prefill kernels can run these weights and rows, rounded already or not."""
     a1, a2 = operands.a1, operands.a2
-    if a1 is None or a2 is None or operands.emulate or x.dtype != torch.bfloat16:
+    if a1 is None or a2 is None or operands.emulate:
+        return False
+    if x_scale is None and x.dtype != torch.bfloat16:
+        return False
+    if x_scale is not None and (a1.group_shape.col != STEP or not x.is_contiguous()):
         return False
     return unmet_by_prefill(operands.w1, operands.w2, (a1, a2)) is None
 
@@ -160,13 +164,14 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         R, H = T * K, hidden_states.shape[1]
         operands = None
         plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
-        if not plain and a1q_scale is None:
-            operands = self.operands(w1, w2, activation, hidden_states.dtype)
+        if not plain:
+            operands = self.operands(w1, w2, activation, output.dtype)
         run = None
         if operands is not None:
+            given_rows = hidden_states, a1q_scale
             if workspace2.numel() >= 2 * R * H and runs_decode(R, e, operands, hidden_states):
                 run = self._decode
-            elif runs_prefill(R, global_num_experts) and can_prefill(operands, hidden_states):
+            elif runs_prefill(R, global_num_experts) and can_prefill(operands, *given_rows):
                 run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
         if operands is None or run is None:
             super().apply(
@@ -198,6 +203,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             "expert_map": expert_map,
             "programs": multiprocessors_of(hidden_states.device),
         }
+        if a1q_scale is not None:
+            given["x_scale"] = a1q_scale
         with device_of(hidden_states):
             run(hidden_states, operands, workspace13, workspace2, given)
 

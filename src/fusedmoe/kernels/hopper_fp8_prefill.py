@@ -15,7 +15,7 @@ from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
@@ -60,24 +60,26 @@ def fp8_prefill(
     expert_map: torch.Tensor | None = None,
     tiles: QuantizedPrefillTiles | None = None,
     programs: int,
+    x_scale: torch.Tensor | None = None,
 ) -> None:
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
     x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in e4m3 or int8; ``keys`` say how the rows
     entering w1 and w2 are quantized, ``scales`` fp32 [1] belong to static ones. topk_ids int
     [T, K]; out [T, H] bf16; scratch act [P, I] and y [P, H] bf16, P = ``prefill_rows``.
-    ``programs``: the number of multiprocessors. Raises ValueError for pairs that the kernels cannot
+    ``programs``: the number of multiprocessors. ``x_scale``: x is rounded already, as
+    ``quantize_rows`` does it. Raises ValueError for pairs that the kernels cannot
     multiply and for tensors that do not fit.
     """
     reason = unmet_by_prefill(w1, w2, keys)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
-    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y)
+    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, keys[0], x_scale)
     if not x.is_cuda:
         fp8_prefill_reference(
             x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
             activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-            expert_map=expert_map, tiles=tiles, programs=programs,
+            expert_map=expert_map, tiles=tiles, programs=programs, x_scale=x_scale,
         )  # fmt: skip
         return
     from fusedmoe.kernels.triton.hopper_fp8_prefill import prefill
@@ -88,7 +90,7 @@ def fp8_prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
         _tables(topk_ids, w1.shape[0], expert_map),
-        tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs,
+        tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs, x_scale,
     )  # fmt: skip
 
 
@@ -111,12 +113,15 @@ def fp8_prefill_reference(
     expert_map: torch.Tensor | None = None,
     tiles: QuantizedPrefillTiles | None = None,
     programs: int,
+    x_scale: torch.Tensor | None = None,
 ) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
     (T, K), (e, H, I) = topk_ids.shape, w2.shape  # noqa: E741
     R, tables = T * K, _tables(topk_ids, e, expert_map)
     tile = QuantizedTile(128, PREFILL_BLOCK, STEP, 1, 4, 4)
-    rows, scale = quantize_rows_reference(x, keys[0], scales[0])
+    rows, scale = x, x_scale
+    if scale is None:
+        rows, scale = quantize_rows_reference(x, keys[0], scales[0])
     exact = torch.zeros(R, I, dtype=torch.float32, device=x.device)
     w8a8_gemm_reference(
         rows, scale, w1, exact, None, tables, tile, keys[0], top_k=K, bias=w1_bias,
@@ -155,6 +160,8 @@ def _check(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
+    key: QuantKey,
+    x_scale: torch.Tensor | None,
 ) -> None:
     (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     shards = 2 if activation.is_gated else 1
@@ -164,11 +171,12 @@ def _check(
         )
     P = prefill_rows(T * K, e)
     for name, tensor, shape, dtype in (
-        ("x", x, (T, H), torch.bfloat16),
+        ("x", x, (T, H), torch.bfloat16 if x_scale is None else STORED[key.dtype]),
         ("out", out, (T, H), torch.bfloat16),
         ("act", act, (P, I), torch.bfloat16),
         ("y", y, (P, H), torch.bfloat16),
         ("topk_weights", topk_weights, (T, K), torch.float32),
+        ("x_scale", x_scale, (T, -(-H // max(key.group_shape.col, 1))), torch.float32),
     ):
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
             raise ValueError(

@@ -66,10 +66,11 @@ def prefill(
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
     programs: int,
+    x_scale: torch.Tensor | None = None,
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``."""
     T, K = topk_ids.shape
-    q, q_scale = quantize_rows(x, keys[0], scales[0])
+    q, q_scale = quantize_rows(x, keys[0], scales[0]) if x_scale is None else (x, x_scale)
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     act, act_scale, strides = up(
         q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,

@@ -26,6 +26,8 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.peer_layout import PeerSums
+from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     gate_up_descriptors,
@@ -124,8 +126,12 @@ def sum_rows(
 ) -> None:
     """out [T, H]: the rows of y [P, H] at each token's positions, weighted, in one fixed order.
 
-    A program sums ``spans`` times SUM_COLUMNS columns of a token.
+    A program sums ``spans`` times SUM_COLUMNS columns of a token. An ``out`` that is
+    ``PeerSums`` goes to the tokens' ranks.
     """
+    if isinstance(out, PeerSums):
+        send_sums(out, y, topk_weights, topk_ids, expert_map, num_local, position)
+        return
     (T, K), H = topk_ids.shape, y.shape[1]
     _launch_sum(
         (T, -(-H // (SUM_COLUMNS * spans))),
