@@ -377,6 +377,27 @@ def test_ids_out_of_range_are_refused_on_the_cpu(bad):
         run(kernel(), x, weights, ids)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(7, H - 1)}, rf"rows \[T, {H}\] in torch.float32, got \(7, {H - 1}\)"),
+        ({"x": torch.zeros(1, 7, H)}, r"got \(1, 7, 6\)"),
+        ({"x": torch.zeros(7, H).half()}, "in torch.float16"),
+        ({"x": torch.zeros(3, H)}, r"got \(3, 6\) and \(7, 2\)"),
+        ({"ids": torch.zeros(3, K).int()}, r"got \(7, 6\) and \(3, 2\)"),
+        ({"ids": torch.zeros(7).int()}, r"and \(7,\)"),
+        ({"ids": torch.zeros(7, K)}, "int32 or int64, got torch.float32"),
+        ({"weights": torch.zeros(7, 1)}, r"topk_weights is \(7, 1\), topk_ids \(7, 2\)"),
+        ({"weights": torch.zeros(7, K).int()}, "floating point, got torch.int32"),
+    ],
+)
+@pytest.mark.parametrize("experts", [SlotExperts, TorchExperts])
+def test_tokens_that_do_not_fit_are_refused_whatever_the_experts(experts, changes, message):
+    given = dict(zip(("x", "weights", "ids"), inputs(), strict=True)) | changes
+    with pytest.raises(ValueError, match=message):
+        run(kernel(experts), **given)
+
+
 def test_the_output_is_contiguous_and_fresh_whatever_the_input():
     _, weights, ids = inputs()
     strided = torch.randn(H, 7).T
@@ -416,6 +437,16 @@ def test_monolithic_experts_get_logits_and_the_router():
     weights, ids, _ = router.select_experts(x, logits)
     torch.testing.assert_close(out, expected(x, weights, ids))
     assert not built.output_is_reduced
+    with pytest.raises(ValueError, match=r"\[T, E\] for hidden_states \(7, 6\), got \(6, 5\)"):
+        built.apply(
+            x,
+            W1,
+            W2,
+            logits[:6],
+            activation=MoEActivation.SILU,
+            global_num_experts=E,
+            router=router,
+        )
 
 
 @pytest.mark.parametrize("experts", [SlotExperts, SumExperts, LogitsExperts])

@@ -14,7 +14,7 @@ from writers import CASES, fp8
 
 import fusedmoe
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
-from fusedmoe.presets import preset_config
+from fusedmoe.presets import preset_config, write_preset
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
@@ -56,6 +56,19 @@ def test_whole_blocks_on_packed_experts(preset: str, case: str | None, tmp_path:
     fusedmoe.restore(model)
     assert accelerated_blocks(model) == {}
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_autocast_may_give_rows_another_dtype(whole_blocks: bool, tmp_path: Path) -> None:
+    """Packed experts have no original to fall back to: they convert the rows."""
+    folder = write_preset("tiny-mixtral", tmp_path / "model")
+    model = fusedmoe.from_pretrained(folder, quantize="int8", dtype=torch.bfloat16)
+    wanted = logits(model)
+    if whole_blocks:
+        fusedmoe.accelerate(model)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = logits(model)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.05
 
 
 def with_fp8_experts() -> Any:

@@ -280,6 +280,14 @@ def test_training_runs_the_original_and_eval_refuses_a_backward_pass(x):
         layer.eval()(x.requires_grad_(), ids, weights).sum().backward()
 
 
+def test_autocast_runs_the_original_where_it_has_a_forward(x):
+    experts = listed().to(torch.bfloat16)
+    layer = TransformersFusedMoE(experts, K)
+    ids, weights = torch.rand(T, E).topk(K).indices, torch.rand(T, K)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x, ids, weights), experts(x, ids, weights))
+
+
 class Odd(nn.Module):
     def forward(self, x):
         return torch.tanh(x) + 0.1

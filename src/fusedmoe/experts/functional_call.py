@@ -13,6 +13,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.modular_kernel.checks import check_picks
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.selection import Selection, select
@@ -47,18 +48,9 @@ class ExpertsCall(NamedTuple):
         return self.w1.shape[0] if self.expert_map is None else self.expert_map.shape[0]
 
 
-def check_picks(call: ExpertsCall, num_local: int) -> None:
+def check_call(call: ExpertsCall, num_local: int) -> None:
     """Raise ValueError where ids, weights and expert map do not fit tokens and ``num_local``."""
-    x, ids, weights = call.hidden_states, call.topk_ids, call.topk_weights
-    if x.dim() != 2 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"expected hidden_states [T, H] and topk_ids [T, K], got {tuple(x.shape)} and "
-            f"{tuple(ids.shape)}"
-        )
-    if weights.shape != ids.shape:
-        raise ValueError(f"topk_weights is {tuple(weights.shape)}, topk_ids {tuple(ids.shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"topk_ids must be int32 or int64, got {ids.dtype}")
+    check_picks(call.hidden_states, call.topk_weights, call.topk_ids)
     if call.expert_map is None and call.num_experts != num_local:
         raise ValueError(
             f"w1 holds {num_local} of {call.num_experts} experts: an expert_map must say which"
@@ -67,10 +59,9 @@ def check_picks(call: ExpertsCall, num_local: int) -> None:
         raise ValueError(
             f"expert_map is {tuple(call.expert_map.shape)}, for {call.num_experts} experts"
         )
-    if call.apply_router_weight_on_input and ids.shape[1] != 1:
-        raise ValueError(
-            f"apply_router_weight_on_input needs top-1 routing, got K = {ids.shape[1]}"
-        )
+    K = call.topk_ids.shape[1]
+    if call.apply_router_weight_on_input and K != 1:
+        raise ValueError(f"apply_router_weight_on_input needs top-1 routing, got K = {K}")
 
 
 def selection_for(

@@ -9,13 +9,13 @@ import torch
 
 from fusedmoe.experts.functional_call import (
     ExpertsCall,
-    check_picks,
+    check_call,
     run_selected,
     selection_for,
 )
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
-from fusedmoe.modular_kernel.kernel import check_ids
+from fusedmoe.modular_kernel.checks import check_ids
 from fusedmoe.quantization.config import biased_moe_quant_config
 from fusedmoe.tuning.choice import checked_table
 from fusedmoe.tuning.hopper_tiles import hopper_tiles
@@ -42,7 +42,7 @@ def _check(call: ExpertsCall) -> None:
             f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} must be [e, S * I, H] and [e, H, I]"
         )
     e, _, width = w2.shape
-    check_picks(call, e)
+    check_call(call, e)
     H, S = x.shape[1], 2 if call.activation.is_gated else 1
     wanted = (
         ("w1", w1, (e, S * width, H)),

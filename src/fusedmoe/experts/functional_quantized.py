@@ -6,7 +6,7 @@ import torch
 
 from fusedmoe.experts.functional_call import (
     ExpertsCall,
-    check_picks,
+    check_call,
     run_selected,
     selection_for,
 )
@@ -22,7 +22,7 @@ def quantized_fused_experts(call: ExpertsCall, quant_config: FusedMoEQuantConfig
     x, activation = call.hidden_states, call.activation
     first, second = quantized_pair(call.w1, call.w2, quant_config, activation, x.dtype)
     (e, N, H), width = first.shape, second.shape[-1]
-    check_picks(call, e)
+    check_call(call, e)
     if second.shape != (e, x.shape[1], N // (2 if activation.is_gated else 1)) or x.shape[1] != H:
         raise ValueError(
             f"w1 {list(first.shape)} and w2 {list(second.shape)} (unpacked) with "

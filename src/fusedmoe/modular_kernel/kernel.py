@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.modular_kernel.checks import check_ids, check_picks, check_rows
 from fusedmoe.modular_kernel.experts import (
     FusedMoEExperts,
     FusedMoEExpertsModular,
@@ -24,21 +25,6 @@ from fusedmoe.modular_kernel.records import PrepareResult, ProblemSize
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 _MAX_PLANS = 1024
-
-
-def check_ids(topk_ids: torch.Tensor, num_experts: int, debug_checks: bool) -> None:
-    """Raise ValueError for an id outside [-1, num_experts).
-
-    On the CPU always, on a GPU (where it waits for the device) with ``debug_checks``. Compiled
-    code has no such check: there, ids out of range count as -1.
-    """
-    if topk_ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if topk_ids.device.type != "cpu" and not debug_checks:
-        return
-    low, high = (int(bound) for bound in topk_ids.aminmax())
-    if low < -1 or high >= num_experts:
-        raise ValueError(f"topk_ids lie in [{low}, {high}], not in [-1, {num_experts})")
 
 
 class FusedMoEKernel:
@@ -82,6 +68,8 @@ class FusedMoEKernel:
         ``tokens_per_rank``: as ``FusedMoEPrepareAndFinalize.begin`` takes it.
         """
         options = self.experts.moe_config.options
+        check_rows(hidden_states, self.experts.moe_config)
+        check_picks(hidden_states, topk_weights, topk_ids)
         check_ids(topk_ids, global_num_experts, options.debug_checks)
         output = hidden_states.new_empty(hidden_states.shape)
 
@@ -250,6 +238,12 @@ class FusedMoEMonolithicKernel:
         input_ids: torch.Tensor | None = None,
         tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
+        check_rows(hidden_states, self.experts.moe_config)
+        if router_logits.dim() != 2 or router_logits.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"router_logits must be [T, E] for hidden_states {tuple(hidden_states.shape)}, got "
+                f"{tuple(router_logits.shape)}"
+            )
         mover = self.prepare_finalize.begin(tokens_per_rank)
         if input_ids is not None and mover.num_dispatchers() > 1:
             raise ValueError("input_ids stay on their rank, where experts route for all ranks")

@@ -108,9 +108,11 @@ class TransformersFusedMoE(nn.Module):
         """hidden_states [..., H], top_k_index int [T, K], top_k_weights [T, K] -> as hidden_states.
 
         Other keywords are dropped. Index E marks a slot that counts as nothing. In training with
-        gradients the original runs; where it has no forward of its own, that is an error.
+        gradients, and under autocast, the original runs; where it has no forward of its own, the
+        former is an error and the latter changes nothing.
         """
-        if self.training and torch.is_grad_enabled():
+        autocast = torch.is_autocast_enabled(hidden_states.device.type)
+        if (self.training and torch.is_grad_enabled()) or (autocast and self._has_own_forward):
             return self.original(hidden_states, top_k_index, top_k_weights, **kwargs)
         if isinstance(self.weights, StackedWeights) and not torch.compiler.is_compiling():
             self.weights.stack.refresh()
@@ -119,6 +121,10 @@ class TransformersFusedMoE(nn.Module):
         with torch.no_grad():
             output = transformers_moe_forward(hidden_states, top_k_index, top_k_weights, self)
         return NoBackward.apply(output, hidden_states)
+
+    @property
+    def _has_own_forward(self) -> bool:
+        return type(self.original).forward is not nn.ModuleList.forward
 
     def get_expert_mapping(self) -> list[ExpertParamEntry]:
         """``get_expert_mapping`` for this layer's experts."""

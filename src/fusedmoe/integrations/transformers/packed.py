@@ -179,14 +179,15 @@ class PackedExperts(nn.Module):
             raise ValueError(f"{self.seat.path}: these experts were not loaded")
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.masked_fill(top_k_index == self.num_experts, -1)
+        rows = x.to(experts.moe_config.in_dtype)  # under autocast they come in another one
         with torch.no_grad():
-            output = experts.forward_modular(x, top_k_weights.float(), ids)
+            output = experts.forward_modular(rows, top_k_weights.float(), ids)
             if self.ranks is not None:
                 rank_sum = self.ranks.rank_sum
                 output = rank_sum.reduced(rank_sum.partial(output)).value
         if torch.is_grad_enabled():
             output = NoBackward.apply(output, x)
-        return output.view(hidden_states.shape)
+        return output.view(hidden_states.shape).to(hidden_states.dtype)
 
 
 class HeldExperts(RoutedExperts):

@@ -1,0 +1,52 @@
+"""What enters the experts, checked before a kernel runs. T tokens, K picks, H hidden."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig
+
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+def check_picks(
+    hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> None:
+    """Raise ValueError unless these are [T, H], float [T, K] and int32 or int64 [T, K]."""
+    x, weights, ids = hidden_states, topk_weights, topk_ids
+    if x.dim() != 2 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected hidden_states [T, H] and topk_ids [T, K], got {tuple(x.shape)} and "
+            f"{tuple(ids.shape)}"
+        )
+    if weights.shape != ids.shape:
+        raise ValueError(f"topk_weights is {tuple(weights.shape)}, topk_ids {tuple(ids.shape)}")
+    if not weights.is_floating_point():
+        raise ValueError(f"topk_weights must be floating point, got {weights.dtype}")
+    if ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"topk_ids must be int32 or int64, got {ids.dtype}")
+
+
+def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:
+    """Raise ValueError unless hidden_states are rows [T, H] of the layer's width and dtype."""
+    x = hidden_states
+    if x.dim() != 2 or x.shape[1] != moe.hidden_dim or x.dtype != moe.in_dtype:
+        raise ValueError(
+            f"these experts take rows [T, {moe.hidden_dim}] in {moe.in_dtype}, got "
+            f"{tuple(x.shape)} in {x.dtype}"
+        )
+
+
+def check_ids(topk_ids: torch.Tensor, num_experts: int, debug_checks: bool) -> None:
+    """Raise ValueError for an id outside [-1, num_experts).
+
+    On the CPU always, on a GPU (where it waits for the device) with ``debug_checks``. Compiled
+    code has no such check: there, ids out of range count as -1.
+    """
+    if topk_ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if topk_ids.device.type != "cpu" and not debug_checks:
+        return
+    low, high = (int(bound) for bound in topk_ids.aminmax())
+    if low < -1 or high >= num_experts:
+        raise ValueError(f"topk_ids lie in [{low}, {high}], not in [-1, {num_experts})")
