@@ -12,6 +12,9 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.kernels.hopper_prefill import prefill_rows
+from fusedmoe.modular_kernel import PrepareResult
+from fusedmoe.prepare_finalize.dispatch import quantize_input
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import (
@@ -109,6 +112,24 @@ def test_many_rows_of_8_bits_fill_tiles(name, streamed):
     case = FILLED[name]
     assert error(case, case.layer.tensors()) < 3e-2
     assert streamed == ["fp8_prefill"]
+
+
+@pytest.mark.parametrize(("name", "ran"), [("block", ["fp8_prefill"]), ("token_map", [])])
+def test_rows_that_were_rounded_before_they_travelled(name, ran, streamed, monkeypatch):
+    """The same bits where the kernel takes them; a scale per row goes the Triton experts' way."""
+    case = FILLED[name]
+    tensors = case.layer.tensors()
+    whole = case.run(tensors, HopperQuantizedExperts)
+    streamed.clear()
+
+    def rounded(self, a1, *others):
+        return PrepareResult(*quantize_input(a1, others[5]))
+
+    monkeypatch.setattr(MoEPrepareAndFinalizeNoDPEPModular, "prepare", rounded)
+    found = case.run(tensors, HopperQuantizedExperts)
+    assert streamed == ran
+    assert error(case, tensors) < 3e-2
+    assert torch.equal(found, whole) == bool(ran)
 
 
 def test_many_rows_without_an_expert_and_nan_rows(streamed):
