@@ -3,6 +3,8 @@ what a chain of separate GEMMs computes, to the bit but for the order of its sum
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fusedmoe.activation import activation_reference
@@ -45,3 +47,36 @@ def assert_rounded(
     out, expected = out.float().nan_to_num(), expected.nan_to_num()
     error = (out - expected).norm() / expected.norm()
     assert error < tolerance, float(error)
+
+
+def check_dead_slots_and_nan_rows(case: Quantized, experts: type) -> None:
+    """``case`` has six tokens: slots of no expert are zero, and a NaN row harms no other."""
+    tensors = case.layer.tensors()
+    ids = tensors["topk_ids"]
+    ids[0], ids[1, 0] = -1, -1
+    clean = case.run(tensors, experts)
+    assert (clean[0] == 0).all()
+    assert_rounded(clean, case, tensors)
+    tensors["hidden_states"][3] = float("nan")
+    dirty = case.run(tensors, experts)
+    assert dirty[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    assert dirty[others].equal(clean[others])
+
+
+def check_one_expert_no_local_slot_and_no_tokens(case: Quantized, experts: type) -> None:
+    """``case`` has one pick per token."""
+    tensors = case.layer.tensors()
+    tensors["topk_ids"].fill_(2)
+    assert_rounded(case.run(tensors, experts), case, tensors)
+    tensors["topk_ids"].fill_(-1)
+    assert (case.run(tensors, experts) == 0).all()
+    empty = replace(case, layer=replace(case.layer, T=0))
+    assert empty.run(empty.layer.tensors(), experts).shape == (0, case.layer.H)
+
+
+def check_strange_strides_and_int64_ids(case: Quantized, experts: type) -> None:
+    tensors = case.layer.tensors()
+    tensors["hidden_states"] = tensors["hidden_states"].t().contiguous().t()
+    tensors["topk_ids"] = tensors["topk_ids"].long().t().contiguous().t()
+    assert_rounded(case.run(tensors, experts), case, tensors)

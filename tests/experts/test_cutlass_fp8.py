@@ -25,10 +25,14 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.selection import select
 from quantized_experts import Quantized
-from rounded_experts import assert_rounded
+from rounded_experts import (
+    assert_rounded,
+    check_dead_slots_and_nan_rows,
+    check_one_expert_no_local_slot_and_no_tokens,
+    check_strange_strides_and_int64_ids,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-NAN = float("nan")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 LAYER = Layer(T=7, K=2, E=4, H=64, I=48, dtype=BF16)
 PLAIN = Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, LAYER)
@@ -115,39 +119,12 @@ def test_layers(experts, name):
 
 
 @pytest.mark.parametrize("experts", BOTH)
-def test_ids_of_no_expert_and_nan_rows(experts):
-    case = replace(PLAIN, layer=replace(LAYER, T=6))
-    tensors = case.layer.tensors()
-    ids = tensors["topk_ids"]
-    ids[0], ids[1, 0] = -1, -1
-    clean = case.run(tensors, experts)
-    assert (clean[0] == 0).all()
-    assert_rounded(clean, case, tensors)
-    tensors["hidden_states"][3] = NAN
-    dirty = case.run(tensors, experts)
-    assert dirty[3].isnan().all()
-    others = [0, 1, 2, 4, 5]
-    assert dirty[others].equal(clean[others])
-
-
-@pytest.mark.parametrize("experts", BOTH)
-def test_all_tokens_on_one_expert_no_tokens_and_no_local_slot(experts):
-    case = replace(PLAIN, layer=replace(LAYER, T=37, K=1))
-    tensors = case.layer.tensors()
-    tensors["topk_ids"].fill_(2)
-    assert_rounded(case.run(tensors, experts), case, tensors)
-    tensors["topk_ids"].fill_(-1)
-    assert (case.run(tensors, experts) == 0).all()
-    empty = replace(case, layer=replace(LAYER, T=0))
-    assert empty.run(empty.layer.tensors(), experts).shape == (0, 64)
-
-
-@pytest.mark.parametrize("experts", BOTH)
-def test_strange_strides_and_int64_ids(experts):
-    tensors = LAYER.tensors()
-    tensors["hidden_states"] = tensors["hidden_states"].t().contiguous().t()
-    tensors["topk_ids"] = tensors["topk_ids"].long().t().contiguous().t()
-    assert_rounded(PLAIN.run(tensors, experts), PLAIN, tensors)
+def test_odd_inputs(experts):
+    check_dead_slots_and_nan_rows(replace(PLAIN, layer=replace(LAYER, T=6)), experts)
+    check_one_expert_no_local_slot_and_no_tokens(
+        replace(PLAIN, layer=replace(LAYER, T=37, K=1)), experts
+    )
+    check_strange_strides_and_int64_ids(PLAIN, experts)
 
 
 @pytest.mark.parametrize("experts", BOTH)
