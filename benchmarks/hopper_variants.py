@@ -1,19 +1,21 @@
 """What each optional field of the Hopper tiles is worth: every variant against the plain tiles, in
 turns, in one call, with its result checked.
 
-    python benchmarks/hopper_variants.py [--shapes qwen3 scout] [--tokens 8192] [--ranks 8]
-        [--routings balanced uniform] [--pause 1] [--out F]
+    python benchmarks/hopper_variants.py [--cells qwen3:8192 scout:2048:uniform qwen3-235b/8:8192]
+        [--only thin spread4] [--pause 1] [--workers 14] [--out F]
 
-From router logits, CUDA-graph replay, weights cold; microseconds. Every variant must give the bits
-of the plain tiles, and those are held against fp64 on 8 tokens. ``--ranks n``: the first of n ranks
-that hold E / n experts each, with the ids of the whole group. ``--pause``: rest after each sample
-as long as it took, times this, so that the card's power limit stays away.
+A cell is shape[/ranks]:tokens[:routing]. From router logits, CUDA-graph replay, weights cold;
+microseconds. Every variant must give the bits of the plain tiles, and those are held against fp64
+on 8 tokens. ``/n``: the first of n ranks that hold E / n experts each, with the ids of the whole
+group. ``--pause``: rest after each sample as long as it took, times this, so that the card's power
+limit stays away. ``--workers``: processes that compile everything first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,6 +26,7 @@ from hopper_kernels import (
     SHAPES,
     Layer,
     Shape,
+    balanced_ids,
     ceilings,
     error,
     graph_times,
@@ -37,10 +40,6 @@ from fusedmoe.kernels.routing import routing
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.tuning.hopper_tiles import (
-    ELEMENT_BYTES,
-    SHARED_BYTES,
-    DecodeGemmTile,
-    DecodeTiles,
     HopperTiles,
     PrefillTiles,
     hopper_tiles,
@@ -51,40 +50,12 @@ SHAPES_HERE = SHAPES | {"qwen3-235b": Shape("qwen3-235b", 128, 8, 4096, 1536)}
 CHECKED_TOKENS = 8
 
 
-def short_steps(plain: DecodeTiles) -> DecodeTiles:
-    """The same weight rows in steps of 64 columns, as many in flight as fit."""
-
-    def ring(tile: DecodeGemmTile, weights: int) -> DecodeGemmTile:
-        step = (weights * tile.rows + plain.block) * 64 * ELEMENT_BYTES
-        room = SHARED_BYTES - tile.rows * plain.block * ELEMENT_BYTES - 512
-        return replace(tile, depth=64, stages=room // step)
-
-    return replace(plain, up=ring(plain.up, 2), down=ring(plain.down, 1))
-
-
-def variants_of(plain: HopperTiles, H: int) -> dict[str, HopperTiles]:
+def variants_of(plain: HopperTiles) -> dict[str, HopperTiles]:
     """The plain tiles, each field by itself, and what is expected to be best."""
     out: dict[str, HopperTiles] = {"plain": plain}
     if isinstance(plain, PrefillTiles):
-        spans = min(4, -(-H // 1024))
-        out |= {
-            "thin": replace(plain, thin=True),
-            "spread2": replace(plain, spread=2),
-            "spread4": replace(plain, spread=4),
-            "spread8": replace(plain, spread=8),
-            "spans2": replace(plain, sum_spans=2),
-            f"spans{spans}": replace(plain, sum_spans=spans),
-            "ahead256": replace(plain, ahead=256),
-            "ahead512": replace(plain, ahead=512),
-            "thin+256": replace(plain, thin=True, ahead=256),
-            "all": replace(plain, thin=True, spread=4, sum_spans=2, ahead=256),
-        }
-    if isinstance(plain, DecodeTiles):
-        out |= {f"ahead{n}": replace(plain, ahead=n) for n in (128, 256, 512, 768)}
-        out |= {f"ask{n}": replace(plain, ask=n) for n in (128, 256, 512)}
-        out["both"] = replace(plain, ahead=256, ask=256)
-        out["short"] = short_steps(plain)
-        out["short+ask"] = replace(short_steps(plain), ask=256)
+        out |= {f"parts{n}": replace(plain, parts=n) for n in (2, 4)}
+        out |= {f"group{n}": replace(plain, group=n) for n in (8, 12, 24, 32)}
     return out
 
 
@@ -146,10 +117,11 @@ class Rank:
         return float(torch.stack(counts).float().mean())
 
 
-def compare(rank: Rank, routing_name: str, pause: float) -> list[dict[str, object]]:
+def compare(
+    rank: Rank, routing_name: str, kinds: dict[str, HopperTiles], pause: float, rounds: int
+) -> list[dict[str, object]]:
     """A row for each variant of this size."""
     shape = rank.shape
-    kinds = variants_of(rank.plain, shape.H)
     right = rank.result(rank.plain)
     wrong = error(right[:CHECKED_TOKENS], rank.reference())
     same = {name: rank.result(tiles).equal(right) for name, tiles in kinds.items()}
@@ -157,7 +129,7 @@ def compare(rank: Rank, routing_name: str, pause: float) -> list[dict[str, objec
     sets = range(len(rank.layers))
     calls = {name: [partial(rank.call, tiles, i) for i in sets] for name, tiles in kinds.items()}
     rows: list[dict[str, object]] = []
-    times = graph_times(calls, pause=pause)
+    times = graph_times(calls, rounds, pause=pause)
     for name, (us, p10, p90) in times.items():
         gain = times["plain"][0] / us - 1
         print(
@@ -175,26 +147,70 @@ def compare(rank: Rank, routing_name: str, pause: float) -> list[dict[str, objec
     return rows
 
 
+Cell = tuple[str, int, int, str]  # shape, ranks, tokens, routing
+
+
+def parse_cell(text: str) -> Cell:
+    """Raises ValueError for what is no cell."""
+    name, tokens, *routing_name = text.split(":")
+    name, _, ranks = name.partition("/")
+    chosen = routing_name[0] if routing_name else "balanced"
+    if name not in SHAPES_HERE or chosen not in ROUTINGS or len(routing_name) > 1:
+        raise ValueError(f"{text!r} is not shape[/ranks]:tokens[:routing]")
+    return name, int(ranks or 1), int(tokens), chosen
+
+
+def tiles_of(cell: Cell, only: list[str] | None) -> dict[str, HopperTiles]:
+    name, ranks, T, _ = cell
+    shape = SHAPES_HERE[name]
+    plain = hopper_tiles(T, shape.k, shape.E, shape.E // ranks, shape.H, shape.I)
+    kinds = variants_of(plain)
+    return {n: kinds[n] for n in kinds if n == "plain" or only is None or n in only}
+
+
+def compile_part(jobs: list[tuple[str, HopperTiles]]) -> None:
+    """Run these tiles once, on layers of two experts."""
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    for name, tiles in jobs:
+        layer = Layer(replace(SHAPES_HERE[name], E=2))
+        T = 16
+        layer.run(balanced_ids(T, 2, layer.shape.k), tiles, programs, layer.scratch(T))
+        torch.cuda.synchronize()
+
+
+def compile_all(cells: list[Cell], only: list[str] | None, workers: int) -> None:
+    """Before this process has touched the GPU: processes that do so cannot be forked."""
+    found = {(cell[0], tiles) for cell in cells for tiles in tiles_of(cell, only).values()}
+    jobs = sorted(found, key=str)
+    context = multiprocessing.get_context("fork")
+    parts = [jobs[i::workers] for i in range(min(workers, len(jobs)))]
+    running = [context.Process(target=compile_part, args=(part,)) for part in parts]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["qwen3"], choices=SHAPES_HERE)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--routings", nargs="+", default=list(ROUTINGS[:3]), choices=ROUTINGS)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--cells", nargs="+", type=parse_cell, default=[parse_cell("qwen3:8192")])
+    parser.add_argument("--only", nargs="+", help="these variants beside the plain tiles")
     parser.add_argument("--pause", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out")
     args = parser.parse_args()
+    if args.workers:
+        compile_all(args.cells, args.only, args.workers)
     peak = ceilings()
     print({name: round(value) for name, value in peak.items()}, flush=True)
     rows = []
-    for name in args.shapes:
-        for T in args.tokens:
-            for routing_name in args.routings:
-                copies = 3 if T <= 1024 else 2
-                rank = Rank(SHAPES_HERE[name], args.ranks, T, routing_name, copies)
-                rows += compare(rank, routing_name, args.pause)
-                del rank
-                torch.cuda.empty_cache()
+    for cell in args.cells:
+        name, ranks, T, routing_name = cell
+        rank = Rank(SHAPES_HERE[name], ranks, T, routing_name, 3 if T <= 1024 else 2)
+        rows += compare(rank, routing_name, tiles_of(cell, args.only), args.pause, args.rounds)
+        del rank
+        torch.cuda.empty_cache()
     if args.out:
         with open(args.out, "w") as file:
             json.dump(peak | {"rows": rows}, file, indent=1)

@@ -1,9 +1,5 @@
 """Slots grouped by expert in whole blocks: the table that every grouped GEMM walks."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +7,6 @@ from hypothesis import strategies as st
 
 from fusedmoe.kernels.align import (
     MoEAlignmentWithScatter,
-    WeightsAhead,
     align_reference,
     moe_align_block_size,
     padded_slots,
@@ -150,46 +145,11 @@ def test_bad_arguments_are_named(arguments):
         moe_align_block_size(*arguments)
 
 
-def test_weights_ahead_are_a_hint_within_bounds():
-    ids, weights = torch.tensor([[0, 1]]), torch.zeros(2, 4, 32, dtype=torch.bfloat16)
-    plain = moe_align_block_size(ids, 4, 2)
-    assert_same(plain, moe_align_block_size(ids, 4, 2, ahead=WeightsAhead(weights, 8, 32)))
-    for bad, what in (
-        (WeightsAhead(weights, 9, 32), "9 rows"),
-        (WeightsAhead(weights, 8, 40), "40 columns"),
-        (WeightsAhead(weights, 8, 12), "16-byte"),
-        (WeightsAhead(weights.transpose(1, 2), 8, 8), "contiguous"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            moe_align_block_size(ids, 4, 2, ahead=bad)
-
-
-AHEAD = """
-import triton
-from triton.backends.compiler import GPUTarget
-from fusedmoe.kernels.triton.align import align_once_kernel as kernel
-
-names = kernel.arg_names
-for weights in ("*bf16", None):
-    constants = {"BLOCK_R": 512, "BLOCK_G": 128, "LANES": 128, "CHAINED": True}
-    constants |= {"count_map_ptr": None, "label_map_ptr": None, "scatter_ptr": None}
-    if weights is None:
-        constants |= {"ahead_ptr": None}
-    known = {n: "*i32" for n in names if n.endswith("_ptr")} | {"ahead_ptr": weights}
-    signature = {n: "constexpr" if n in constants else known.get(n, "i32") for n in names}
-    at = {(names.index(n),): value for n, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, signature, at)
-    options = {"num_warps": 4, "launch_pdl": True}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    asked = ptx.find("cp.async.bulk.prefetch.L2")
-    assert (asked >= 0) == (weights is not None)
-    assert asked < ptx.find("griddepcontrol.wait")
-"""
-
-
-def test_weights_are_asked_for_before_the_launch_waits():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    built = subprocess.run(
-        [sys.executable, "-c", AHEAD], capture_output=True, text=True, env=environment
-    )
-    assert built.returncode == 0, built.stderr[-2000:]
+@pytest.mark.parametrize("R", [3, 5000])
+def test_spare_slots_are_padding(R):
+    ids = torch.arange(R, dtype=torch.int32)[:, None] % 2
+    plain = moe_align_block_size(ids, 4, 2, pad_sorted_ids=True)
+    spare = moe_align_block_size(ids, 4, 2, pad_sorted_ids=True, spare_slots=8)
+    assert spare.sorted_ids.tolist() == plain.sorted_ids.tolist() + 8 * [R]
+    assert spare.expert_ids.tolist() == plain.expert_ids.tolist() + 2 * [-1]
+    assert spare.num_tokens_post_pad.equal(plain.num_tokens_post_pad)

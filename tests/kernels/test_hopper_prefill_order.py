@@ -1,7 +1,9 @@
-"""Prefill: the order of tiles, weights asked ahead and the sum, as far as a CPU can run them."""
+"""Prefill: the order of tiles, the pieces of the last ones and the sum, as far as a CPU can run
+them."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import FunctionType, SimpleNamespace
 
 import pytest
@@ -9,134 +11,97 @@ import torch
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_common import ask_ahead, ask_weights
-from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
-from fusedmoe.tuning.hopper_tiles import PrefillTiles, block_of_task
-
-TILES = (
-    PrefillTiles(),
-    PrefillTiles(spread=2),
-    PrefillTiles(spread=4),
-    PrefillTiles(spread=16),
-    PrefillTiles(group=12, spread=3),
-)
+from fusedmoe.kernels.triton.hopper_prefill_common import piece_of, plan_of, tile_of
+from fusedmoe.tuning.hopper_tiles import LEAST_STEPS, flag_slots, pieces
 
 
-def device_tile_of(*arguments: int) -> tuple[int, int]:
-    """The body of the kernels' function, on Python's numbers."""
-    language = SimpleNamespace(minimum=min, where=lambda chosen, a, b: a if chosen else b)
-    return FunctionType(tile_of.fn.__code__, {"gl": language})(*arguments)
+def pieces_of_program(me: int, programs: int, tasks: int, steps: int, parts: int):
+    """The bodies of the kernels' functions, on Python's numbers: [(task, begin, end)]."""
+    language = SimpleNamespace(
+        minimum=min,
+        maximum=max,
+        where=lambda chosen, a, b: a if chosen else b,
+        program_id=lambda axis: me,
+        num_programs=lambda axis: programs,
+    )
+    plan = FunctionType(plan_of.fn.__code__, {"gl": language, "HANDING_ON": 4})(tasks, steps, parts)
+    run = FunctionType(piece_of.fn.__code__, {"gl": language})
+    return [run(index, plan, steps) for index in range(plan[0])]
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.group}/{tiles.spread}")
-@pytest.mark.parametrize("blocks", [0, 1, 15, 16, 17, 33, 64, 130])
-@pytest.mark.parametrize("column_tiles", [1, 6])
-def test_every_tile_is_one_task(tiles, blocks, column_tiles):
-    tasks = range(blocks * column_tiles)
-    order = [block_of_task(task, blocks, column_tiles, tiles) for task in tasks]
-    device = [device_tile_of(t, blocks, column_tiles, tiles.group, tiles.spread) for t in tasks]
-    assert order == device
-    assert sorted(order) == [(b, c) for b in range(blocks) for c in range(column_tiles)]
+SIZES = [
+    (tasks, steps, parts)
+    for tasks in (0, 1, 5, 131, 132, 133, 136, 190, 200, 240, 262, 264, 265, 500, 1280, 4096)
+    for steps in (1, 12, 32, 45)
+    for parts in (1, 2, 4)
+]
 
 
-def test_a_group_is_put_together_from_distant_neighbours():
-    tiles = PrefillTiles(group=8, spread=2)
-    first = [block_of_task(task, 33, 3, tiles)[0] for task in range(8)]
-    last = [block_of_task(task, 33, 3, tiles)[0] for task in range(32 * 3, 33 * 3)]
-    assert first == [0, 1, 2, 3, 16, 17, 18, 19]
-    assert last == [32, 32, 32]
-
-
-def test_an_expert_with_many_rows_no_longer_fills_whole_groups():
-    """Of 64 blocks 32 belong to one expert: half of every group, where groups are mixed."""
-    groups = {}
-    for spread in (1, 4):
-        tiles = PrefillTiles(spread=spread)
-        blocks = [block_of_task(task, 64, 1, tiles)[0] for task in range(64)]
-        groups[spread] = [
-            sum(16 <= block < 48 for block in blocks[first : first + 16])
-            for first in range(0, 64, 16)
-        ]
-    assert groups == {1: [0, 16, 16, 0], 4: [8, 8, 8, 8]}
+@pytest.mark.parametrize(("tasks", "steps", "parts"), SIZES)
+def test_every_step_is_done_once_and_in_order(tasks, steps, parts):
+    """Pieces of a task follow each other: from one program to the next, and in time, if all tasks
+    take equally long. Nobody waits for a program behind it, so that not all have to run at once."""
+    programs = 132
+    parts = pieces(64 * steps, 64, parts)
+    found: dict[int, list[tuple[int, int, int, int]]] = {}
+    share = []
+    for me in range(programs):
+        done = 0
+        for task, begin, end in pieces_of_program(me, programs, tasks, steps, parts):
+            assert 0 <= begin < end <= steps
+            found.setdefault(task, []).append((begin, end, me, done))
+            done += end - begin
+        share.append(done)
+    assert sorted(found) == list(range(tasks))
+    for task, ones in found.items():
+        ones.sort()
+        assert ones[0][0] == 0
+        assert ones[-1][1] == steps
+        assert len(ones) <= parts + 1
+        for (_, end, owner, start), (begin, _, me, later) in pairwise(ones):
+            assert end == begin
+            assert me == owner + 1, task
+            if tasks >= 3 * programs:
+                assert start + end - begin <= later or start < later
+    whole = -(-tasks // programs) * steps
+    assert max(share) <= whole
 
 
 @pytest.mark.parametrize(
-    ("bad", "what"),
-    [
-        ({"spread": 3}, "groups of 16"),
-        ({"spread": 0}, "from 0 places"),
-        ({"sum_spans": 0}, "0 spans"),
-        ({"ahead": 96}, "multiple of 64"),
-        ({"ahead": -64}, "-64 columns"),
-    ],
+    ("tasks", "steps", "most"),
+    [(320, 128, 2.45), (4096, 80, 31.3), (3072, 32, 23.3), (1024, 24, 7.8), (1024, 12, 8)],
 )
-def test_tiles_that_do_not_divide_are_named(bad, what):
-    with pytest.raises(ValueError, match=what):
-        PrefillTiles(**bad)
+def test_the_last_round_costs_what_it_holds(tasks, steps, most):
+    shares = [
+        sum(end - begin for _, begin, end in pieces_of_program(me, 132, tasks, steps, 4))
+        for me in range(132)
+    ]
+    assert max(shares) / steps <= most
 
 
-class Asked:
-    """The bodies of ``ask_weights`` and ``ask_ahead`` on torch's numbers; counts what they ask
-    for, element by element, of a matrix [rows, width] of 2-byte words at address 0."""
-
-    def __init__(self, rows: int, width: int, warps: int) -> None:
-        self.rows, self.width = rows, width
-        self.counts = torch.zeros(rows * width, dtype=torch.int64)
-
-        def tensors(function):
-            return lambda *given: function(*map(torch.as_tensor, given))
-
-        language = SimpleNamespace(
-            num_warps=lambda: warps,
-            BlockedLayout=lambda *given: None,
-            static_range=range,
-            arange=lambda first, last, layout: torch.arange(first, last),
-            minimum=tensors(torch.minimum),
-            where=tensors(torch.where),
-            int64=torch.int64,
-        )
-        known = {"gl": language, "ask_for": self.ask_for}
-        known["ask_weights"] = FunctionType(ask_weights.fn.__code__, known)
-        self.ask_ahead = FunctionType(ask_ahead.fn.__code__, known)
-
-    def ask_for(self, address: torch.Tensor, size: torch.Tensor) -> None:
-        assert (size % 16 == 0).all()
-        for first, words in zip(address.tolist(), (size // 2).tolist(), strict=True):
-            if words > 0:
-                assert first >= 0
-                assert first % 8 == 0
-                assert first + words <= self.counts.numel()
-                self.counts[first : first + words] += 1
+def test_short_tiles_are_not_cut():
+    assert pieces(64 * (2 * LEAST_STEPS - 1), 64, 4) == 1
+    assert pieces(64 * 2 * LEAST_STEPS, 64, 4) == 2
+    assert pieces(4096, 64, 4) == 4
+    assert flag_slots(132) % 128 == 0
+    assert flag_slots(132) >= 4 * 132
 
 
-@pytest.mark.parametrize("loaded", [64, 128, 256])
-@pytest.mark.parametrize("warps", [1, 4])
-@pytest.mark.parametrize(("ask", "step"), [(64, 64), (256, 128)])
-@pytest.mark.parametrize("kind", ["gate_then_up", "interleaved", "no_gate", "down"])
-def test_a_tile_asks_for_its_own_weights_once(kind, ask, step, warps, loaded):
-    """Each of ``loaded`` rows, every column once; the last tile reaches past the matrix."""
-    e, I, width = 2, 208, 272  # noqa: E741
-    gated = kind in ("gate_then_up", "interleaved")
-    rows = e * I * (2 if gated else 1)
-    tile_rows, expert_rows = (loaded // 2, 2 * I) if kind == "gate_then_up" else (loaded, rows // e)
-    for expert, tile in ((0, 0), (1, 0), (1, -(-expert_rows // (2 * tile_rows)))):
-        first = expert * expert_rows + tile * tile_rows
-        asked = Asked(rows, width, warps)
-        jump = I - loaded // 2 if kind == "gate_then_up" else 0
-        for k in range(0, width, step):
-            asked.ask_ahead(0, first, jump, rows, k, width, ask, loaded)
-        wanted = set(range(first, first + loaded))
-        if kind == "gate_then_up":
-            wanted = {first + row + add for row in range(loaded // 2) for add in (0, I)}
-        expected = torch.zeros(rows, dtype=torch.int64)
-        expected[[row for row in wanted if row < rows]] = 1
-        assert asked.counts.view(rows, width).equal(expected[:, None].expand(rows, width))
+@pytest.mark.parametrize("blocks", [0, 1, 15, 16, 17, 33, 64, 130])
+@pytest.mark.parametrize("column_tiles", [1, 6])
+@pytest.mark.parametrize("group", [12, 16])
+def test_every_tile_is_one_task(group, blocks, column_tiles):
+    run = FunctionType(tile_of.fn.__code__, {"gl": SimpleNamespace(minimum=min)})
+    order = [run(task, blocks, column_tiles, group) for task in range(blocks * column_tiles)]
+    assert sorted(order) == [(b, c) for b in range(blocks) for c in range(column_tiles)]
+    assert all(block // group <= later // group for (block, _), (later, _) in pairwise(order))
 
 
+@pytest.mark.parametrize(("E", "H"), [(5, 2576), (8, 2576), (8, 4112)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_wider_programs_add_the_same_bits(weighted):
-    """Also where H is no multiple of a pass, some slots are remote, and their rows are NaN."""
-    T, K, H, E, local = 5, 3, 2576, 8, 3
+def test_wider_programs_add_the_same_bits(weighted, E, H):
+    """Also where H is no multiple of a pass, some or most slots are remote, and their rows NaN."""
+    T, K, local = 5, 3, 3
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(-1, E + 1, (T, K), dtype=torch.int32, generator=generator)
     expert_map = torch.full((E,), -1, dtype=torch.int32)
@@ -151,9 +116,7 @@ def test_wider_programs_add_the_same_bits(weighted):
     sums = []
     for spans in (1, 2, 3, 4):
         out = torch.full((T, H), float("nan"))
-        hopper_prefill._sum_rows(
-            y, weights, position, ids, expert_map, out, local, PrefillTiles(sum_spans=spans)
-        )
+        hopper_prefill.sum_rows(y, weights, position, ids, expert_map, out, local, spans)
         sums.append(out)
     expected = torch.zeros(T, H)
     for t, k in live.nonzero().tolist():

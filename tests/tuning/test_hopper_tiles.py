@@ -1,12 +1,9 @@
 """The choice of Hopper kernel and tiles: a function of sizes that always fits the hardware."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
-import torch
 
-from fusedmoe.kernels.hopper_decode import first_weights
 from fusedmoe.tuning.hopper_tiles import (
     ELEMENT_BYTES,
     MAX_DIRECT_SLOTS,
@@ -14,8 +11,6 @@ from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
     DirectTiles,
     PrefillTiles,
-    decode_tiles,
-    decode_tiles_of,
     even_width,
     hopper_tiles,
 )
@@ -130,23 +125,3 @@ def test_remote_experts_count_where_they_are():
     assert isinstance(whole, DecodeTiles)
     assert isinstance(part, DecodeTiles)
     assert whole.block == part.block
-
-
-@pytest.mark.parametrize("bad", [{"ahead": -8}, {"ahead": 12}, {"ask": -128}, {"ask": 64}])
-def test_columns_ahead_are_whole_words_and_steps(bad):
-    with pytest.raises(ValueError, match="not a multiple of"):
-        replace(decode_tiles(512, 128, 2048, 768), **bad)
-
-
-@pytest.mark.parametrize(("ahead", "rows"), [(0, 0), (256, 132 * 128), (4096, 132 * 128)])
-def test_weights_ahead_are_those_of_the_first_tasks(ahead, rows):
-    """128 experts of 2 x 768 rows; a task reads 64 gate and 64 up rows."""
-    w1 = torch.empty(128, 1536, 2048, dtype=torch.bfloat16, device="meta")
-    found = first_weights(w1, replace(decode_tiles_of(8, 64, 128), ahead=ahead), 132)
-    if ahead:
-        assert found[1:] == (rows, min(ahead, 2048))
-        assert (
-            first_weights(w1[:2], replace(decode_tiles_of(8, 64, 128), ahead=8), 132).rows == 3072
-        )
-    else:
-        assert found is None

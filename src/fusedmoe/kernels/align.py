@@ -49,19 +49,6 @@ class LoneSlots(NamedTuple):
     expert_map: torch.Tensor | None = None
 
 
-class WeightsAhead(NamedTuple):
-    """Weights that the next launch will read first: ``columns`` of the first ``rows`` rows of
-    ``weights`` [e, N, H], contiguous, as a matrix [e * N, H]; rows of whole 16-byte words.
-
-    An alignment in one launch on a GPU of compute capability 9 asks for them before it begins, so
-    that they are in the L2 when they are wanted. A hint: it changes no number.
-    """
-
-    weights: torch.Tensor
-    rows: int
-    columns: int
-
-
 def moe_align_block_size(
     topk_ids: torch.Tensor,
     block_size: int,
@@ -72,7 +59,7 @@ def moe_align_block_size(
     return_scatter_idx: bool = False,
     *,
     num_local_experts: int | None = None,
-    ahead: WeightsAhead | None = None,
+    spare_slots: int = 0,
 ) -> MoEAlignment | MoEAlignmentWithScatter:
     """topk_ids int [T, K] -> blocks of slots by expert; ids outside [0, num_experts) are dropped.
 
@@ -82,8 +69,8 @@ def moe_align_block_size(
     ``expert_map`` (int32, global -> local id or -1) turns expert_ids into local ids. Slots of
     remote experts keep their blocks (expert_ids -1), unless ``ignore_invalid_experts`` drops them:
     then groups follow the local order, and ``num_local_experts`` takes the place of ``num_experts``
-    in P. ``ahead``: weights to fetch meanwhile. Raises ValueError for a bad block size, too many
-    slots, ids that are not integers, or more weights ahead than there are.
+    in P. So many ``spare_slots`` of padding follow, for the caller's own use. Raises ValueError for
+    a bad block size, too many slots, or ids that are not integers.
     """
     if block_size < 1 or num_experts < 1:
         raise ValueError(
@@ -93,13 +80,11 @@ def moe_align_block_size(
         raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if expert_map is not None and expert_map.dim() != 1:
         raise ValueError(f"expert_map must be one-dimensional, got {tuple(expert_map.shape)}")
-    if ahead is not None:
-        _check_ahead(ahead)
     drop_remote = expert_map is not None and ignore_invalid_experts
     groups = num_experts
     if drop_remote and num_local_experts is not None:
         groups = num_local_experts
-    P = padded_slots(topk_ids.numel(), block_size, groups, pad_sorted_ids)
+    P = padded_slots(topk_ids.numel(), block_size, groups, pad_sorted_ids) + spare_slots
     if P > MAX_SLOTS:
         raise ValueError(
             f"{topk_ids.numel()} slots padded to blocks of {block_size} pass {MAX_SLOTS}"
@@ -110,23 +95,11 @@ def moe_align_block_size(
     else:
         implementation = align_reference
     alignment, scatter_idx = implementation(
-        ids, block_size, groups, P, expert_map, drop_remote, return_scatter_idx, ahead=ahead
+        ids, block_size, groups, P, expert_map, drop_remote, return_scatter_idx
     )
     if scatter_idx is None:
         return alignment
     return MoEAlignmentWithScatter(*alignment, scatter_idx)
-
-
-def _check_ahead(ahead: WeightsAhead) -> None:
-    e, N, H = ahead.weights.shape
-    words = 16 // ahead.weights.element_size()
-    if not ahead.weights.is_contiguous() or H % words or ahead.columns % words:
-        raise ValueError(
-            f"weights ahead must be contiguous, in rows and columns of whole 16-byte words; got "
-            f"strides {ahead.weights.stride()}, {H} and {ahead.columns} columns"
-        )
-    if not (0 <= ahead.rows <= e * N and 0 <= ahead.columns <= H):
-        raise ValueError(f"{ahead.rows} rows and {ahead.columns} columns ahead, of {e * N} and {H}")
 
 
 def padded_slots(R: int, block_size: int, groups: int, whole_blocks: bool) -> int:
@@ -146,10 +119,8 @@ def align_reference(
     drop_remote: bool,
     with_scatter: bool,
     out: MoEAlignment | None = None,
-    ahead: WeightsAhead | None = None,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
-    """The definition, in plain torch, for flat ids [R]; ``out`` are tensors to write into, and
-    ``ahead`` means nothing here."""
+    """The definition, in plain torch, for flat ids [R]; ``out`` are tensors to write into."""
     R = ids.numel()
     group = local_ids(ids, groups, expert_map if drop_remote else None)
     label_map = None if drop_remote else expert_map

@@ -10,7 +10,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, WeightsAhead, moe_align_block_size
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
 
 # TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
@@ -64,7 +64,6 @@ def hopper_decode(
         expert_map,
         ignore_invalid_experts=True,
         num_local_experts=e,
-        ahead=first_weights(w1, tiles, programs),
     )
     assert isinstance(tables, MoEAlignment)
     decode(
@@ -72,17 +71,6 @@ def hopper_decode(
         device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, tables,
         tiles, programs,
     )  # fmt: skip
-
-
-def first_weights(w1: torch.Tensor, tiles: DecodeTiles, programs: int) -> WeightsAhead | None:
-    """What the programs load first where nearly every expert has one block: the first experts.
-
-    w1 [e, S * I, H]; a task reads 2 * ``tiles.up.rows`` of its rows.
-    """
-    if not tiles.ahead:
-        return None
-    rows = min(programs * 2 * tiles.up.rows, w1.shape[0] * w1.shape[1])
-    return WeightsAhead(w1, rows, min(tiles.ahead, w1.shape[2]))
 
 
 def hopper_decode_reference(

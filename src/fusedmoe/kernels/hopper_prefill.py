@@ -11,7 +11,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
 from fusedmoe.kernels.hopper_decode import check_experts, hopper_decode_reference
-from fusedmoe.tuning.hopper_tiles import PrefillTiles
+from fusedmoe.tuning.hopper_tiles import PrefillTiles, flag_slots
 
 PREFILL_BLOCK = 128
 
@@ -65,6 +65,8 @@ def hopper_prefill(
     e, R = w2.shape[0], topk_ids.numel()
     if R == 0:
         return
+    tiles = tiles or PrefillTiles()
+    flags = flag_slots(programs) if tiles.parts > 1 else 0
     tables = moe_align_block_size(
         topk_ids,
         PREFILL_BLOCK,
@@ -73,6 +75,7 @@ def hopper_prefill(
         pad_sorted_ids=True,
         ignore_invalid_experts=True,
         num_local_experts=e,
+        spare_slots=flags,
     )
     assert isinstance(tables, MoEAlignment)
     prefill(
@@ -90,6 +93,7 @@ def hopper_prefill(
         w2_bias,
         expert_map,
         tables,
-        tiles or PrefillTiles(),
+        tiles,
         programs,
+        tables.sorted_ids[-flags:] if flags else None,
     )

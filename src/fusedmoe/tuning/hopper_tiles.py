@@ -27,28 +27,11 @@ class DecodeGemmTile:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """``block`` slots share one pass over an expert's weights.
-
-    So many columns ``ahead`` of the weights that programs read first are asked into the L2 while
-    slots are sorted (up to ``align.ONE_LAUNCH_SLOTS`` slots). ``ask``: both GEMMs ask their
-    weights into the L2 in pieces of so many columns, a piece ahead (0: not at all). Raises
-    ValueError where the first is no multiple of 8, the second of a step.
-    """
+    """``block`` slots share one pass over an expert's weights."""
 
     block: int
     up: DecodeGemmTile
     down: DecodeGemmTile
-    ahead: int = 0
-    ask: int = 0
-
-    def __post_init__(self) -> None:
-        if self.ahead < 0 or self.ahead % 8:
-            raise ValueError(f"{self.ahead} columns ahead: not a multiple of 8")
-        if self.ask < 0 or self.ask % self.up.depth or self.ask % self.down.depth:
-            raise ValueError(
-                f"asked in pieces of {self.ask} columns: not a multiple of {self.up.depth} and "
-                f"{self.down.depth}"
-            )
 
 
 def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
@@ -95,48 +78,36 @@ def deepest_ring(rows: int, tiles: int, block: int) -> int:
 @dataclass(frozen=True)
 class PrefillTiles:
     """Steps of ``depth`` columns, ``stages`` in flight; ``group`` blocks of 128 rows run side by
-    side so that they share weights in the L2.
-
-    The blocks of a group come from ``spread`` places of the list, ``group / spread`` neighbours
-    each. ``thin``: of a block with at most 64 rows only the first 64 are loaded; ``ahead``: its
-    weights are asked into the L2 in pieces of so many columns (0: not at all). A program of the sum
-    adds ``sum_spans`` times 1024 columns. Raises ValueError for numbers that do not divide.
-    """
+    side so that they share weights in the L2. Tiles that do not fill a round of the programs are
+    cut into at most ``parts`` pieces each, 1 leaves them whole."""
 
     depth: int = 64
     stages: int = 4
     group: int = 16
-    spread: int = 1
-    thin: bool = False
-    sum_spans: int = 1
-    ahead: int = 0
-
-    def __post_init__(self) -> None:
-        if self.spread < 1 or self.group % self.spread or self.sum_spans < 1:
-            raise ValueError(
-                f"groups of {self.group} blocks from {self.spread} places, sums of "
-                f"{self.sum_spans} spans"
-            )
-        if self.ahead < 0 or self.ahead % self.depth:
-            raise ValueError(f"{self.ahead} columns ahead: not a multiple of {self.depth}")
+    parts: int = 1
 
 
-def block_of_task(
-    task: int,
-    blocks: int,
-    column_tiles: int,
-    tiles: PrefillTiles,
-) -> tuple[int, int]:
-    """(block, column tile) of a prefill task; the definition of the kernels' ``tile_of``."""
-    group, rest = divmod(task, tiles.group * column_tiles)
-    size = min(tiles.group, blocks - group * tiles.group)
-    tile, index = divmod(rest, size)
-    whole = blocks // tiles.group
-    if group >= whole:
-        return group * tiles.group + index, tile
-    run = tiles.group // tiles.spread
-    place, inside = divmod(index, run)
-    return (place * whole + group) * run + inside, tile
+LEAST_STEPS = 6  # of a piece of a tile: to hand products on costs about two
+
+
+def pieces(columns: int, depth: int, parts: int) -> int:
+    """Into how many pieces a tile of so many columns, ``depth`` a step, may be cut."""
+    return max(1, min(parts, -(-columns // depth) // LEAST_STEPS))
+
+
+def flag_slots(programs: int) -> int:
+    """Flags of both GEMMs, two for each program; whole blocks of 128."""
+    return 2 * -(-2 * programs // 64) * 64
+
+
+SUM_COLUMNS = 1024  # of one pass of a program of the prefill kernel's sum
+MOST_SUM_COLUMNS = 4096
+
+
+def sum_spans(H: int) -> int:
+    """Passes of one program of the sum: so that it finds the rows of a token once, in few
+    registers."""
+    return min(MOST_SUM_COLUMNS // SUM_COLUMNS, -(-H // SUM_COLUMNS))
 
 
 @dataclass(frozen=True)

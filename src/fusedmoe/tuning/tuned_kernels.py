@@ -74,7 +74,6 @@ KERNELS: dict[str, TunedKernel] = {
                 "kernels/triton/hopper_prefill_down.py",
                 "kernels/triton/hopper_prefill.py",
                 "kernels/triton/hopper_common.py",
-                "kernels/triton/ahead.py",
             ),
             digest=None,
         ),

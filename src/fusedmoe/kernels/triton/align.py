@@ -7,16 +7,13 @@ int32 [R] or None (contract: ``kernels/align.py``). ``count_map`` maps an id bef
 Few slots, one launch, grid (groups,): each program counts all groups for its own offset, then
 ranks its own slots by a prefix sum. Many slots, three launches: counts per chunk of slots, grid
 (chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,).
-
-The one launch can bring weights of the next to the L2 before it waits for the ids.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.align import MoEAlignment, WeightsAhead
-from fusedmoe.kernels.triton.ahead import ask_for
+from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
@@ -51,28 +48,17 @@ def align_once_kernel(
     expert_ids_ptr,
     num_post_ptr,
     scatter_ptr,
-    ahead_ptr,
     R,
     P,
     B,
     groups,
     num_mapped,
     block_size,
-    ahead_rows,
-    ahead_stride,
-    ahead_bytes,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    LANES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     me = tl.program_id(0)
-    if ahead_ptr is not None:
-        for first in range(me * LANES, ahead_rows, groups * LANES):
-            row = first + tl.arange(0, LANES)
-            there = row < ahead_rows
-            address = ahead_ptr + tl.where(there, row, 0).to(tl.int64) * ahead_stride
-            ask_for(address.to(tl.int64), tl.where(there, ahead_bytes, 0))
     follow_previous(CHAINED)
     counts = tl.zeros([BLOCK_G], dtype=tl.int32)
     for first in range(0, R, BLOCK_R):
@@ -228,7 +214,6 @@ def align(
     drop_remote: bool,
     with_scatter: bool,
     out: MoEAlignment | None = None,
-    ahead: WeightsAhead | None = None,
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
     """As ``align_reference``, on the device; ``out`` are tensors to write into."""
     R, B = ids.numel(), -(-P // block_size)
@@ -242,13 +227,11 @@ def align(
     if R <= ONE_LAUNCH_SLOTS:
         block_r = min(1024, max(32, power_of_2(R)))
         warps = max(1, min(8, block_r // 128))
-        weights, rows, columns = ahead or (None, 0, 0)
-        stride, size = (0, 0) if weights is None else (weights.shape[2], weights.element_size())
         _launch_once(
             (groups, 1),
-            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter, weights),
-            (R, P, B, groups, num_mapped, block_size, rows, stride, columns * size),
-            (block_r, block_g, 32 * warps),
+            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter),
+            (R, P, B, groups, num_mapped, block_size),
+            (block_r, block_g),
             warps,
         )
         return MoEAlignment(sorted_ids, expert_ids, num_post), scatter

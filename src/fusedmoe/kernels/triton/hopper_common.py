@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedmoe.kernels.triton.activation import gated_activation
-from fusedmoe.kernels.triton.ahead import ask_for
 
 
 @gluon.constexpr_function
@@ -95,34 +94,6 @@ def issue_tiles(descs, rings, rows, bars, stage, k):
     mbarrier.expect(bar, len(rings) * TILE * BK * 2)
     for i in gl.static_range(len(rings)):
         tma.async_copy_global_to_shared(descs[i], [rows[i], k], bar, rings[i].index(stage))
-
-
-@gluon.jit
-def ask_weights(
-    w_ptr, first, jump, w_rows, k, WIDTH: gl.constexpr, ASK: gl.constexpr, ROWS: gl.constexpr
-):
-    """Ask for ASK columns from k on of a tile's ROWS rows of w [w_rows, WIDTH]: they begin at
-    ``first``, and the second half ``jump`` rows after the end of the first. None past the last row
-    or column."""
-    LANES: gl.constexpr = min(32 * gl.num_warps(), ROWS)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    size = gl.minimum(WIDTH - k, ASK) * 2
-    for part in gl.static_range(ROWS // LANES):
-        lane = part * LANES + gl.arange(0, LANES, layout)
-        row = first + lane + gl.where(lane >= ROWS // 2, jump, 0)
-        address = w_ptr + (gl.minimum(row, w_rows - 1).to(gl.int64) * WIDTH + k)
-        ask_for(address.to(gl.int64), gl.where(row < w_rows, size, 0))
-
-
-@gluon.jit
-def ask_ahead(
-    w_ptr, first, jump, w_rows, k, WIDTH: gl.constexpr, ASK: gl.constexpr, ROWS: gl.constexpr
-):
-    """At the first step of each ASK columns, ask for the next; at the very first for both."""
-    if k % ASK == 0:
-        if k == 0:
-            ask_weights(w_ptr, first, jump, w_rows, k, WIDTH, ASK, ROWS)
-        ask_weights(w_ptr, first, jump, w_rows, k + ASK, WIDTH, ASK, ROWS)
 
 
 @gluon.jit

@@ -13,8 +13,6 @@ down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins
              waits for the rest of them: weights depend on nothing.
 sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order.
 
-With ASK, weights are asked into the L2 up to 2 * ASK columns before the ring loads them.
-
 A task is (block, tile of weight rows); tasks go round robin over the programs. Slots without an
 expert belong to no block, and their rows of act and y are neither written nor read.
 """
@@ -131,19 +129,19 @@ def decode_gemms(
     _launch_up(
         programs,
         (gate, up),
-        (w1_bias, x, act, expert_ids, sorted_ids, num_post, w1 if tiles.ask else None),
+        (w1_bias, x, act, expert_ids, sorted_ids, num_post),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
-            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, tiles.ask,
+            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages,
         ),
         num_warps=tiles.up.warps,
     )  # fmt: skip
     _launch_down(
         programs,
         (matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth)),),
-        (w2_bias, act, y, expert_ids, sorted_ids, num_post, w2 if tiles.ask else None),
+        (w2_bias, act, y, expert_ids, sorted_ids, num_post),
         (R, e),
-        (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages, tiles.ask),
+        (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages),
         num_warps=tiles.down.warps,
     )

@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import (
-    ask_ahead,
     columns_layout,
     find_block,
     issue_rows,
@@ -56,7 +55,6 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    w_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -65,9 +63,7 @@ def down_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
-    ASK: gl.constexpr,
 ):
-    """w_ptr: w2, None where ASK is 0."""
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
@@ -94,8 +90,6 @@ def down_kernel(
         if ahead < tasks:
             if ahead_k == 0:
                 state = find_down(ahead, act_ptr, tables, R, num_local, H, I, TILE, BN, rows)
-            if ASK > 0:
-                ask_ahead(w_ptr, state[0], 0, num_local * H, ahead_k * BK, I, ASK, TILE)
             issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
@@ -124,8 +118,6 @@ def down_kernel(
             if ahead < tasks:
                 if ahead_k == 0:
                     state = find_down(ahead, act_ptr, tables, R, num_local, H, I, TILE, BN, rows)
-                if ASK > 0:
-                    ask_ahead(w_ptr, state[0], 0, num_local * H, ahead_k * BK, I, ASK, TILE)
                 issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
                 issue_rows(state[1], state[2], x_ring, bars, stage, ahead_k * BK, I)
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)

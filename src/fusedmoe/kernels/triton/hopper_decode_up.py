@@ -11,7 +11,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
-    ask_ahead,
     columns_layout,
     find_block,
     hopper_activation,
@@ -40,20 +39,15 @@ def load_up(
     x,
     tables,
     sizes,
-    w,
     H: gl.constexpr,
     PICKS: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
-    FACTOR: gl.constexpr,
-    ASK: gl.constexpr,
 ):
     """Load step k of a task of up_kernel, if there is such a task.
 
-    w: (w1, its rows, from the end of a gate tile to its up tile), with FACTOR rows of it to one of
-    the descriptors. state: (row of the weights, rows of x [BN], which of them live), found anew
-    where k == 0.
+    state: (row of the weights, rows of x [BN], which of them live), found anew where k == 0.
     """
     rings, x_ring, bars = buffers
     R, num_local, desc_rows = sizes
@@ -67,9 +61,6 @@ def load_up(
             live = (slots >= 0) & (slots < R)
             x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
             row = expert * desc_rows + task % TILES * WIDE
-        if ASK > 0:
-            TILE: gl.constexpr = rings[0].shape[1]
-            ask_ahead(w[0], row * FACTOR, w[2], w[1], k * BK, H, ASK, 2 * TILE)
         issue_tiles(descs, rings, (row, row + BELOW), bars, stage, k * BK)
         issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
     return row, x_rows, live
@@ -85,7 +76,6 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    w_ptr,
     stride_x,
     R,
     num_local,
@@ -103,12 +93,10 @@ def up_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
-    ASK: gl.constexpr,
 ):
     """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
 
     Without a gate both descriptors are w1's and the second tile lies TILE rows below the first.
-    w_ptr: w1, None where ASK is 0.
     """
     dtype: gl.constexpr = gate_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
@@ -135,20 +123,14 @@ def up_kernel(
     x = (x_ptr, stride_x)
     tables = (expert_ids_ptr, sorted_ptr)
     sizes = (R, num_local, desc_rows)
-    FACTOR: gl.constexpr = 2 if INTERLEAVED else 1
-    w = (
-        w_ptr,
-        num_local * (2 * I if GATED else I),
-        I - TILE if GATED and not INTERLEAVED else 0,
-    )
 
     ahead = first
     ahead_k = 0
     state = (0, x_ptr + gl.zeros([BN], gl.int64, rows), gl.zeros([BN], gl.int1, rows))
     for stage in range(STAGES):
         state = load_up(
-            ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes, w,
-            H, PICKS, TILES, WIDE, BELOW, FACTOR, ASK,
+            ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
+            H, PICKS, TILES, WIDE, BELOW,
         )  # fmt: skip
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
@@ -165,8 +147,8 @@ def up_kernel(
             gate, up = warpgroup_mma_wait(0, deps=(gate, up))
             gl.thread_barrier()
             state = load_up(
-                ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes, w,
-                H, PICKS, TILES, WIDE, BELOW, FACTOR, ASK,
+                ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
+                H, PICKS, TILES, WIDE, BELOW,
             )  # fmt: skip
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
             stage, phase = next_stage(stage, phase, STAGES)

@@ -10,14 +10,12 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
              and position [R]: where a slot's row is.
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
-             order.
+             order. sum_few_kernel does the same where most slots are other ranks'.
 
 Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. With
-SPREAD > 1 a group is put together from so many places of the list, so that the blocks of experts
-with many rows, bound by the products, run beside those of experts with few, bound by memory. With
-THIN, the second half of a block that has no rows there is not loaded either. With ASK, the weights
-of such a block, which runs ahead of its neighbours with the same weights and so has to wait for
-memory, are asked into the L2 up to 2 * ASK columns before they are loaded.
+PARTS > 1, those that do not fill a round are cut along the columns: a program goes on from the sums
+that the one before has left (``plan_of``), so that the bits are those of whole tiles. Of a block
+with at most 64 rows the second half is not loaded.
 """
 
 import torch
@@ -38,7 +36,13 @@ from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
-from fusedmoe.tuning.hopper_tiles import PrefillTiles
+from fusedmoe.tuning.hopper_tiles import (
+    MOST_SUM_COLUMNS,
+    SUM_COLUMNS,
+    PrefillTiles,
+    pieces,
+    sum_spans,
+)
 
 
 @triton.jit
@@ -81,11 +85,53 @@ def sum_kernel(
         tl.store(out_ptr + token * stride_out + column, total, column < H)
 
 
-SUM_COLUMNS = 1024  # of one pass of the sum
+@triton.jit
+def sum_few_kernel(
+    y_ptr,
+    weights_ptr,
+    position_ptr,
+    ids_ptr,
+    map_ptr,
+    out_ptr,
+    H,
+    stride_out,
+    num_mapped,
+    num_local,
+    PICKS: tl.constexpr,
+    PADDED_PICKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    follow_previous(CHAINED)
+    token = tl.program_id(0).to(tl.int64)
+    pick = tl.arange(0, PADDED_PICKS)
+    slot = token * PICKS + pick
+    there = pick < PICKS
+    expert = tl.load(ids_ptr + slot, there, -1)
+    place = tl.load(position_ptr + slot, there, 0, cache_modifier=".cg")
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + slot, there, 0.0).to(tl.float32)
+    live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
+    chosen = tl.sum(tl.where(live, 1 << pick, 0), 0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros([BLOCK], tl.float32)
+    for one in tl.static_range(PICKS):
+        if (chosen >> one) & 1:
+            row = tl.sum(tl.where(pick == one, place, 0), 0).to(tl.int64)
+            values = tl.load(y_ptr + row * H + column, inside, 0.0, cache_modifier=".cg")
+            values = values.to(tl.float32)
+            if weights_ptr is not None:
+                values *= tl.sum(tl.where(pick == one, weights, 0.0), 0)
+            # The choice keeps product and sum from being contracted, as in sum_kernel.
+            total += tl.where(inside, values, 0.0)
+    tl.store(out_ptr + token * stride_out + column, total, inside)
+
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 _launch_sum = Launcher(sum_kernel, chained=True)
+_launch_sum_few = Launcher(sum_few_kernel, chained=True)
 
 
 def prefill(
@@ -105,13 +151,15 @@ def prefill(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
+    flags: torch.Tensor | None = None,
 ) -> None:
     """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
-    K = topk_ids.shape[1]
+    K, H = topk_ids.shape[1], w2.shape[1]
     prefill_gemms(
-        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
-    )
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], tiles.sum_spans)
+        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs,
+        flags,
+    )  # fmt: skip
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_spans(H))
 
 
 def sum_rows(
@@ -126,13 +174,24 @@ def sum_rows(
 ) -> None:
     """out [T, H]: the rows of y [P, H] at each token's positions, weighted, in one fixed order.
 
-    A program sums ``spans`` times SUM_COLUMNS columns of a token. An ``out`` that is
-    ``PeerSums`` goes to the tokens' ranks.
+    A program sums ``spans`` times SUM_COLUMNS columns of a token, or more where few slots are
+    local: then it goes from one local slot to the next instead of loading all at once. An ``out``
+    that is ``PeerSums`` goes to the tokens' ranks.
     """
     if isinstance(out, PeerSums):
         send_sums(out, y, topk_weights, topk_ids, expert_map, num_local, position)
         return
     (T, K), H = topk_ids.shape, y.shape[1]
+    if expert_map is not None and 2 * num_local <= expert_map.shape[0] and K < 32:
+        block = power_of_2(H) if H <= MOST_SUM_COLUMNS else MOST_SUM_COLUMNS // 2
+        _launch_sum_few(
+            (T, -(-H // block)),
+            (y, topk_weights, position, topk_ids, expert_map, out),
+            (H, out.stride(0), expert_map.shape[0], num_local),
+            (K, power_of_2(K), block),
+            4,
+        )
+        return
     _launch_sum(
         (T, -(-H // (SUM_COLUMNS * spans))),
         (y, topk_weights, position, topk_ids, expert_map, out),
@@ -156,36 +215,44 @@ def prefill_gemms(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
+    flags: torch.Tensor | None = None,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
-    [R], where each slot's row is."""
+    [R], where each slot's row is. ``flags`` int32 [``flag_slots``], all R: for tasks in pieces."""
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
-    rows, stored = BLOCK_M.value, (HALF_M.value, TILE_N.value // 2)
+    stored = (HALF_M.value, TILE_N.value // 2)
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
-    steps = (tiles.depth, tiles.stages, tiles.group, tiles.spread, tiles.thin, tiles.ahead)
-    loaded = HALF_M.value if tiles.thin else rows
+    steps = (tiles.depth, tiles.stages, tiles.group)
+    carry, up_flags, down_flags, parts = None, None, None, 1
+    if flags is not None:
+        size = programs * BLOCK_M.value * 2 * TILE_N.value
+        carry = torch.empty(size, dtype=torch.float32, device=x.device)
+        (up_flags, down_flags), parts = flags.chunk(2), tiles.parts
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post, w1 if tiles.ahead else None),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post, carry, up_flags),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
-        (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
+        (
+            H, I, K, activation.formula, activation.gated, activation.interleaved, *steps,
+            pieces(H, tiles.depth, parts),
+        ),
         num_warps=4,
         maxnreg=168,
-    )
+    )  # fmt: skip
     _launch_down(
         programs,
         (
-            matrix_descriptor(act, I, (loaded, tiles.depth)),
+            matrix_descriptor(act, I, (HALF_M.value, tiles.depth)),
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post, w2 if tiles.ahead else None),
+        (w2_bias, expert_ids, sorted_ids, num_post, carry, down_flags),
         (R, e),
-        (H, I, *steps),
+        (H, I, *steps, pieces(I, tiles.depth, parts)),
         num_warps=4,
         maxnreg=168,
     )

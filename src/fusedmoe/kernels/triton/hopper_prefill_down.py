@@ -5,16 +5,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import ask_ahead, next_stage
+from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
     half_is_live,
     halves,
+    leave,
     load_bias,
     multiply,
     open_rings,
+    piece_of,
+    plan_of,
     store_tile,
     tile_of,
 )
@@ -25,38 +28,24 @@ UNSPECIALIZED = ("R", "num_local")
 @gluon.jit
 def weight_row_of(
     task, blocks, expert_ids_ptr, num_local,
-    H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr, SPREAD: gl.constexpr,
+    H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
+    block, tile = tile_of(task, blocks, TILES, GROUP)
     expert = gl.load(expert_ids_ptr + block)
     return gl.minimum(gl.maximum(expert, 0), num_local - 1) * H + tile * (2 * TILE_N)
 
 
 @gluon.jit
-def expect_step(bar, whole, BK: gl.constexpr, THIN: gl.constexpr):
-    """What one step brings: weights, and the rows of the block or, ``THIN``, of its live halves."""
+def expect_step(bar, whole, BK: gl.constexpr):
+    """What one step brings: weights, and the rows of the block's live halves."""
     WEIGHTS: gl.constexpr = 2 * TILE_N * BK * 2
-    if THIN:
-        mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2, pred=whole)
-        mbarrier.expect(bar, WEIGHTS + HALF_M * BK * 2, pred=~whole)
-    else:
-        mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2)
-
-
-@gluon.jit
-def load_rows(act_desc, a, bar, row, k, whole, THIN: gl.constexpr):
-    if THIN:
-        tma.async_copy_global_to_shared(act_desc, [row, k], bar, a.slice(0, HALF_M, 0))
-        tma.async_copy_global_to_shared(
-            act_desc, [row + HALF_M, k], bar, a.slice(HALF_M, HALF_M, 0), pred=whole
-        )
-    else:
-        tma.async_copy_global_to_shared(act_desc, [row, k], bar, a)
+    mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2, pred=whole)
+    mbarrier.expect(bar, WEIGHTS + HALF_M * BK * 2, pred=~whole)
 
 
 @gluon.jit
 def down_producer(
-    weights,
+    descs,
     rings,
     bars,
     tables,
@@ -66,53 +55,52 @@ def down_producer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
-    THIN: gl.constexpr,
-    ASK: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
-    act_desc, w_desc, w_ptr = weights
+    act_desc, w_desc = descs
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
+    KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
-    tasks = blocks * TILES
-    first = gl.program_id(0)
+    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
-    EARLY: gl.constexpr = min(STAGES, (I + BK - 1) // BK)
-    whole = True
-    if THIN:
-        whole = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
-    if first < tasks:
-        weight_row = weight_row_of(
-            first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP, SPREAD
-        )
+    EARLY: gl.constexpr = min(STAGES, KSTEPS)
+    if plan[0] > 0:
+        task, begin, end = piece_of(0, plan, KSTEPS)
+        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         for stage in gl.static_range(EARLY):
-            bar = full.index(stage)
-            expect_step(bar, whole, BK, THIN)
-            tma.async_copy_global_to_shared(
-                w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
-            )
+            if begin + stage < end:
+                bar = full.index(stage)
+                expect_step(bar, whole, BK)
+                tma.async_copy_global_to_shared(
+                    w_desc, [weight_row, (begin + stage) * BK], bar, b_ring.index(stage)
+                )
     gdc_wait()
     gdc_launch_dependents()
     stage = 0
     phase = 1
-    for task in range(first, tasks, gl.num_programs(0)):
-        block, _ = tile_of(task, blocks, TILES, GROUP, SPREAD)
-        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP, SPREAD)
-        if THIN or ASK > 0:
-            whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
-        for k in range(0, I, BK):
-            if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
-                if ~whole:
-                    ask_ahead(w_ptr, weight_row, 0, num_local * H, k, I, ASK, 2 * TILE_N)
+    for index in range(plan[0]):
+        task, begin, end = piece_of(index, plan, KSTEPS)
+        block, _ = tile_of(task, blocks, TILES, GROUP)
+        row = block * BLOCK_M
+        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        for k in range(begin, end):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            if (task != first) | (k >= EARLY * BK):
-                expect_step(bar, whole, BK, THIN)
-                tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
-            load_rows(act_desc, a_ring.index(stage), bar, block * BLOCK_M, k, whole, THIN)
+            if (index > 0) | (k - begin >= EARLY):
+                expect_step(bar, whole, BK)
+                tma.async_copy_global_to_shared(
+                    w_desc, [weight_row, k * BK], bar, b_ring.index(stage)
+                )
+            low = a_ring.index(stage).slice(0, HALF_M, 0)
+            high = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
+            tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, low)
+            tma.async_copy_global_to_shared(act_desc, [row + HALF_M, k * BK], bar, high, pred=whole)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -121,6 +109,7 @@ def down_consumer(
     out_desc,
     buffers,
     bias_ptr,
+    carried,
     rings,
     bars,
     tables,
@@ -130,25 +119,34 @@ def down_consumer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
+    PARTS: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
+    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
-    for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
+    coming = False
+    if plan[0] > 0:
+        task, _, _ = piece_of(0, plan, KSTEPS)
+        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for index in range(plan[0]):
+        task, begin, end = piece_of(index, plan, KSTEPS)
+        block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
-        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
-        if live:
+        task, _, _ = piece_of(index + 1, plan, KSTEPS)
+        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(
+            rings, bars, stage, phase, live, end - begin, begin > 0, carried, R, WHICH, PARTS
+        )  # fmt: skip
+        if PARTS > 1:  # noqa: SIM102 (the outer one is settled at compile time)
+            if live & (end < KSTEPS):
+                leave(carried, acc, WHICH)
+        if live & (end == KSTEPS):
             low, high = halves(acc)
             column = tile * (2 * TILE_N)
             if bias_ptr is not None:
@@ -171,7 +169,8 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    w_ptr,
+    carry_ptr,
+    flags_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -179,35 +178,34 @@ def down_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
-    THIN: gl.constexpr,
-    ASK: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
-    """``act_desc`` views tiles of 64 rows where THIN, otherwise of 128; w_ptr None without ASK."""
+    """``act_desc`` views tiles of 64 rows. carry_ptr and flags_ptr as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    carried = (carry_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
-                    out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, SPREAD, 0,
+                    out_desc, out0, bias_ptr, carried, rings, bars, tables, R, num_local, H, I,
+                    TILES, GROUP, PARTS, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, SPREAD, 1,
+                    out_desc, out1, bias_ptr, carried, rings, bars, tables, R, num_local, H, I,
+                    TILES, GROUP, PARTS, 1,
                 ),
             ),
             (
                 down_producer,
                 (
-                    (act_desc, w_desc, w_ptr), rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, SPREAD, THIN, ASK,
+                    (act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, PARTS,
                 ),
             ),
         ],

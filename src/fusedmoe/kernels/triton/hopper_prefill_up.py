@@ -7,7 +7,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
-    ask_ahead,
     hopper_activation,
     next_stage,
     rows_layout,
@@ -18,9 +17,12 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     TILE_N,
     half_is_live,
     halves,
+    leave,
     load_bias,
     multiply,
     open_rings,
+    piece_of,
+    plan_of,
     store_tile,
     tile_of,
 )
@@ -53,7 +55,7 @@ def gather(a, x_rows, live, column, H: gl.constexpr, BK: gl.constexpr):
 
 @gluon.jit
 def up_producer(
-    weights,
+    descs,
     rings,
     bars,
     x,
@@ -69,45 +71,37 @@ def up_producer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
-    THIN: gl.constexpr,
-    ASK: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
-    low_desc, high_desc, w_ptr = weights
+    low_desc, high_desc = descs
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, desc_rows = sizes
-    # From a row of the descriptors to one of w1 [rows, H], and on to the tile's second half.
-    FACTOR: gl.constexpr = 2 if INTERLEAVED else 1
-    JUMP: gl.constexpr = I - TILE_N if GATED and not INTERLEAVED else 0
-    w_rows = num_local * (2 * I if GATED else I)
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
-    ROWS: gl.constexpr = HALF_M if THIN else BLOCK_M
-    layout: gl.constexpr = rows_layout(ROWS, BK, gl.num_warps())
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    KSTEPS: gl.constexpr = (H + BK - 1) // BK
+    layout: gl.constexpr = rows_layout(HALF_M, BK, gl.num_warps())
+    row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
 
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
-        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
+    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
+    for index in range(plan[0]):
+        task, begin, end = piece_of(index, plan, KSTEPS)
+        block, tile = tile_of(task, blocks, TILES, GROUP)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
         place = block * BLOCK_M + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        if THIN:
-            place += HALF_M
-            x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        if THIN or ASK > 0:
-            whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, 1)
+        place += HALF_M
+        x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
         weight_row = expert * desc_rows + tile * WIDE
-        for k in range(0, H, BK):
-            if ASK > 0:  # noqa: SIM102 (the outer one is settled at compile time)
-                if ~whole:
-                    ask_ahead(w_ptr, weight_row * FACTOR, JUMP, w_rows, k, H, ASK, 2 * TILE_N)
+        for step in range(begin, end):
+            k = step * BK
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
@@ -115,12 +109,10 @@ def up_producer(
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
             tma.async_copy_global_to_shared(low_desc, [weight_row, k], bar, low)
             tma.async_copy_global_to_shared(high_desc, [weight_row + BELOW, k], bar, high)
-            a = a_ring.index(stage).slice(0, ROWS, 0)
-            gather(a, x_rows, lives, k + column, H, BK)
-            if THIN:  # noqa: SIM102 (the outer one is settled at compile time)
-                if whole:
-                    rest = a_ring.index(stage).slice(ROWS, BLOCK_M - ROWS, 0)
-                    gather(rest, x_rest, lives_rest, k + column, H, BK)
+            gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, BK)
+            if whole:
+                rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
+                gather(rest, x_rest, lives_rest, k + column, H, BK)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -130,6 +122,7 @@ def up_consumer(
     out_desc,
     buffers,
     bias_ptr,
+    carried,
     rings,
     bars,
     tables,
@@ -144,7 +137,7 @@ def up_consumer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
+    PARTS: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -153,18 +146,27 @@ def up_consumer(
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (H + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
+    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
-    for task in range(first, blocks * TILES, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP, SPREAD)
+    coming = False
+    if plan[0] > 0:
+        task, _, _ = piece_of(0, plan, KSTEPS)
+        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for index in range(plan[0]):
+        task, begin, end = piece_of(index, plan, KSTEPS)
+        block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, SPREAD, WHICH)
-        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
-        if live:
+        task, _, _ = piece_of(index + 1, plan, KSTEPS)
+        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(
+            rings, bars, stage, phase, live, end - begin, begin > 0, carried, R, WHICH, PARTS
+        )  # fmt: skip
+        if PARTS > 1:  # noqa: SIM102 (the outer one is settled at compile time)
+            if live & (end < KSTEPS):
+                leave(carried, acc, WHICH)
+        if live & (end == KSTEPS):
             gate, up = halves(acc)
             column = tile * WIDE
             if bias_ptr is not None:
@@ -195,7 +197,8 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    w_ptr,
+    carry_ptr,
+    flags_ptr,
     stride_x,
     R,
     num_local,
@@ -212,12 +215,11 @@ def up_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    SPREAD: gl.constexpr,
-    THIN: gl.constexpr,
-    ASK: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate.
-    w_ptr: w1, None without ASK."""
+    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate. Where
+    PARTS > 1: carry_ptr fp32 [programs, 2, HALF_M * 2 * TILE_N], flags_ptr int32 [programs, 2], R
+    each."""
     WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
@@ -227,28 +229,29 @@ def up_kernel(
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
+    carried = (carry_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
                 up_consumer,
                 (
-                    out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, SPREAD, 0,
+                    out_desc, out0, bias_ptr, carried, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, PARTS, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
-                    out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, SPREAD, 1,
+                    out_desc, out1, bias_ptr, carried, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, PARTS, 1,
                 ),
             ),
             (
                 up_producer,
                 (
-                    (low_desc, high_desc, w_ptr), rings, bars, (x_ptr, stride_x), position_ptr,
+                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr,
                     tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP,
-                    SPREAD, THIN, ASK,
+                    PARTS,
                 ),
             ),
         ],
