@@ -195,8 +195,11 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton import hopper_quantized, hopper_w8a8
+from fusedmoe.kernels.triton.hopper_w8a8 import Rows
+from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.tuning.quantized_tiles import decode_tiles
+from fusedmoe.tuning.w8a8_tiles import stream_tiles
 
 TYPES = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32",
          torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
@@ -259,14 +262,24 @@ for name, act, blocks in (("int4_g128_zp", silu, table), ("mxfp4", oai, mapped),
     bias = torch.zeros(E, w.shape[1], dtype=torch.bfloat16) if act is oai else None
     hopper_quantized.gemm(
         x, w, out, bias, act, blocks, weight_addresses(w), K, tile, 132, act is None)
-for name, scale, act, blocks in (("fp8_block", None, silu, table),
-                                 ("fp8_channel", torch.zeros(T, 1), silu, mapped),
-                                 ("int8_channel", torch.zeros(1), None, table)):
+largest, counter = torch.zeros(T * K, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+for name, rounding, act, mean in (
+    ("fp8_block", "stored", silu, 1), ("fp8_block", "group", None, 6),
+    ("fp8_channel", "stored", oai, 10), ("fp8_channel", "largest", None, 24),
+    ("fp8_tensor", "given", silu, 4), ("int8_channel", "stored", silu, 24),
+    ("int8_channel", "largest", None, 4), ("int8_channel", "given", None, 10),
+):
     w = weights(name, act)
     out = torch.zeros(T * K, w.shape[1] // w.shards, dtype=torch.bfloat16 if act else torch.float32)
-    rows = x if scale is None else x.to(w.data.dtype)
+    scale = {"stored": torch.zeros(T, 2 if "block" in name else 1), "group": None,
+             "largest": largest, "given": torch.zeros(1)}[rounding]
+    rows = Rows(x, scale, K, rounding)
+    if rounding == "stored":
+        rows = Rows.stored(QuantizedRows(x.to(w.data.dtype), scale), K)
     hopper_w8a8.gemm(
-        rows, scale, w, out, None, act, blocks, weight_addresses(w), K, tile, 132, False, False)
+        rows, w, out, None, act, table, weight_addresses(w), stream_tiles(mean * E, E, H, I).gemm1,
+        132, counter=counter, largest=largest if act else None, early=act is None,
+        guess=act is not None)
 print("compiled")
 """
 
@@ -337,7 +350,7 @@ def test_what_the_kernels_cannot_read_is_named():
         quantized_decode(x.float(), w1, w2, None, ids, blocks=blocks, **given)
     keys, none = (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN), (None, None)
     with pytest.raises(ValueError, match="wants scales"):
-        w8a8_decode(x, w1, w2, keys, none, None, ids, blocks=blocks, **given)
+        w8a8_decode(x, w1, w2, keys, none, None, ids, **(given | {"tiles": None}))
     many = torch.zeros(MAX_LONE_SLOTS + 1, 1, dtype=torch.int32)
     x = torch.zeros(len(many), 256).bfloat16()
     given |= scratch(len(many), 1, 256, 128)

@@ -43,18 +43,24 @@ from fusedmoe.tuning.quantized_tiles import (
     prefill_tiles,
     runs_prefill,
 )
+from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
 
 
-def runs_decode(R: int, num_local: int, operands: Operands, x: torch.Tensor) -> bool:
-    """Whether the streaming kernels can run R slots, and should."""
-    if MAX_DECODE_MEAN * num_local < R or x.dtype != torch.bfloat16:
-        return False
-    if x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
+def runs_decode(
+    R: int, num_local: int, operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None
+) -> bool:
+    """Whether the streaming kernels can run R slots, and should; rows rounded already or not."""
+    if MAX_DECODE_MEAN * num_local < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
+    if x_scale is not None:
+        if x.dtype != w1.data.dtype or not (x.is_contiguous() and x_scale.is_contiguous()):
+            return False
+    elif x.dtype != torch.bfloat16:
+        return False
     if a1 is None or a2 is None:
         return unmet_by_weights(w1, w2) is None
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
@@ -75,11 +81,13 @@ def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | Non
 class HopperQuantizedExperts(TritonQuantizedExperts):
     """Standard rows in bf16, on GPUs of compute capability 9.
 
-    ``decode_tiles`` and ``prefill_tiles``, if set, replace what ``tuning.quantized_tiles`` chooses.
+    ``decode_tiles``, ``stream_tiles`` (rows quantized too) and ``prefill_tiles``, if set, replace
+    what ``tuning`` chooses.
     """
 
     name = "hopper_quantized"
     decode_tiles: QuantizedDecodeTiles | None = None
+    stream_tiles: StreamTiles | None = None
     prefill_tiles: QuantizedPrefillTiles | None = None
 
     @classmethod
@@ -169,7 +177,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         run = None
         if operands is not None:
             given_rows = hidden_states, a1q_scale
-            if workspace2.numel() >= 2 * R * H and runs_decode(R, e, operands, hidden_states):
+            if workspace2.numel() >= 2 * R * H and runs_decode(R, e, operands, *given_rows):
                 run = self._decode
             elif runs_prefill(R, global_num_experts) and can_prefill(operands, *given_rows):
                 run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
@@ -218,20 +226,19 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     ) -> None:
         topk_ids, expert_map = given["topk_ids"], given["expert_map"]
         R, (e, H, I) = topk_ids.numel(), operands.w2.shape  # noqa: E741
-        tiles = self.decode_tiles or decode_tiles(R, e)
         given |= {
             "act": workspace13.flatten()[: R * I].view(R, I),
             "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
-            "blocks": _blocks(topk_ids, e, expert_map, tiles.gemm1.slots),
-            "tiles": tiles,
         }
         weights = x, operands.w1, operands.w2
         if operands.a1 is None or operands.a2 is None:
-            quantized_decode(*weights, **given)
+            tiles = self.decode_tiles or decode_tiles(R, e)
+            blocks = _blocks(topk_ids, e, expert_map, tiles.gemm1.slots)
+            quantized_decode(*weights, blocks=blocks, tiles=tiles, **given)
         else:
             keys = operands.a1, operands.a2
             scales = operands.a1_scale, operands.a2_scale
-            w8a8_decode(*weights, keys=keys, scales=scales, **given)
+            w8a8_decode(*weights, keys=keys, scales=scales, tiles=self.stream_tiles, **given)
 
     def _prefill(
         self,

@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.activation import DeviceActivation, device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align_quantize import AlignedRows, align_and_quantize
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
-from fusedmoe.kernels.hopper_quantized import check_decode, unmet_by_weights
+from fusedmoe.kernels.hopper_quantized import unmet_by_weights
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.quantize import STORED, quantize_rows
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
+from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedDecodeTiles, QuantizedTile
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.w8a8_tiles import StreamTiles, stream_tiles
 
 STEP = 128
 
@@ -50,63 +52,118 @@ def w8a8_decode(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
     *,
     activation: MoEActivation = MoEActivation.SILU,
     activation_config: ApplyMoEActivationConfig | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
-    tiles: QuantizedDecodeTiles,
+    x_scale: torch.Tensor | None = None,
+    tiles: StreamTiles | None = None,
     programs: int,
 ) -> None:
-    """As ``quantized_decode``; ``keys`` say how the rows entering w1 and w2 are quantized, with
-    ``scales`` fp32 [1] for static ones.
+    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
-    Groups of 128 columns are quantized on their way into the product, whole rows by a launch of
-    their own. Raises ValueError for pairs that the kernel cannot multiply and for tensors that do
-    not fit.
+    x [T, H] bf16, or quantized already as the first key says, with ``x_scale`` fp32 [T, groups];
+    w1 [e, S * I, H], w2 [e, H, I]; ``keys`` say how the rows entering w1 and w2 are quantized,
+    ``scales`` fp32 [1] belong to static keys.
+    topk_ids int [T, K]; out [T, H] bf16; scratch act [R, I] bf16 and y [R, H] fp32, R = T * K.
+    ``programs``: the number of multiprocessors.
+
+    Raises ValueError for pairs that the kernel cannot multiply and for tensors that do not fit.
     """
     reason = unmet_by_pairs((w1, keys[0]), (w2, keys[1]))
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
-    check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
+    rows = x if x_scale is None else QuantizedRows(x, x_scale)
+    _check(rows, w1, w2, keys[0], topk_weights, topk_ids, out, act, y)
     if not x.is_cuda:
         w8a8_decode_reference(
-            x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, blocks,
-            activation=activation, activation_config=activation_config, w1_bias=w1_bias,
-            w2_bias=w2_bias, expert_map=expert_map, tiles=tiles, programs=programs,
+            x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
+            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+            expert_map=expert_map, x_scale=x_scale, tiles=tiles, programs=programs,
         )  # fmt: skip
         return
-    from fusedmoe.kernels.triton.hopper_quantized import weighted_sum
-    from fusedmoe.kernels.triton.hopper_w8a8 import gemm
-
     if topk_ids.numel() == 0:
         return
-    K = topk_ids.shape[1]
-    resolved = device_activation(activation, activation_config)
-    local = {"expert_map": expert_map, "num_local_experts": w1.shape[0]}
-    rows, scale = _rows(x, keys[0], scales[0])
-    gemm(
-        rows, scale, w1, act, w1_bias, resolved, blocks, weight_addresses(w1), K, tiles.gemm1,
-        programs, False, keys[0].scale_kind == "e8m0",
-    )  # fmt: skip
-    early = keys[1].group_shape.col == STEP
-    rows, scale = _rows(act, keys[1], scales[1], topk_ids=topk_ids, **local)
-    gemm(
-        rows, scale, w2, y, w2_bias, None, blocks, weight_addresses(w2), 1, tiles.gemm2,
-        programs, early, keys[1].scale_kind == "e8m0",
+    from fusedmoe.kernels.triton.hopper_quantized import weighted_sum
+
+    tiles = tiles or stream_tiles(topk_ids.numel(), *w2.shape)
+    _two_gemms(
+        rows, w1, w2, keys, scales, topk_ids, act, y,
+        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, tiles,
+        programs,
     )  # fmt: skip
     weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
 
 
-def _rows(
-    x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None, **live: object
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the kernel takes: 16-bit rows for groups, else quantized ones."""
-    if key.group_shape.col == STEP:
-        return x, None
-    return quantize_rows(x, key, scale, **live)  # type: ignore[arg-type]
+def _two_gemms(
+    x: torch.Tensor | QuantizedRows,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    keys: tuple[QuantKey, QuantKey],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    topk_ids: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    activation: DeviceActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    tiles: StreamTiles,
+    programs: int,
+) -> None:
+    """x -> act -> y, on a GPU."""
+    from fusedmoe.kernels.triton.hopper_w8a8 import Rows, gemm
+
+    e, K, key = w1.shape[0], topk_ids.shape[1], keys[1]
+    slots = tiles.gemm1.slots
+    if isinstance(x, QuantizedRows) or scales[0] is None:
+        aligned = _aligned(x, keys, None, topk_ids, expert_map, e, slots)
+        first = Rows.stored(aligned.rows, K)
+    else:
+        as_it_is = QuantizedRows(x, scales[0])
+        aligned = _aligned(as_it_is, keys, None, topk_ids, expert_map, e, slots)
+        first = Rows(*as_it_is, K, "given")
+    blocks = aligned.alignment
+    gemm(
+        first, w1, act, w1_bias, activation, blocks, weight_addresses(w1),
+        tiles.gemm1, programs, counter=aligned.counters[:1], largest=aligned.largest,
+        guess=topk_ids.numel() >= e,
+    )  # fmt: skip
+    e8m0 = key.scale_kind == "e8m0"
+    if not key.static and key.group_shape == PER_TENSOR:
+        live = {"topk_ids": topk_ids, "expert_map": expert_map, "num_local_experts": e}
+        second, early = Rows.stored(quantize_rows(act, key, **live), 1), False  # type: ignore[arg-type]
+    else:
+        rounding = "largest" if aligned.largest is not None else "given" if key.static else "group"
+        scale = scales[1] if aligned.largest is None else aligned.largest.view(-1)
+        second, early = Rows(act, scale, 1, rounding, e8m0), True
+    gemm(
+        second, w2, y, w2_bias, None, blocks, weight_addresses(w2), tiles.gemm2, programs,
+        counter=aligned.counters[1:], early=early,
+    )  # fmt: skip
+
+
+def _aligned(
+    x: torch.Tensor | QuantizedRows,
+    keys: tuple[QuantKey, QuantKey],
+    scale: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    e: int,
+    slots: int,
+) -> AlignedRows:
+    with_largest = keys[1].group_shape == PER_TOKEN and not keys[1].static
+    if not isinstance(x, QuantizedRows):
+        return align_and_quantize(
+            topk_ids, slots, expert_map, e, x, keys[0], scale, with_largest=with_largest
+        )
+    experts = e if expert_map is None else expert_map.shape[0]
+    alignment = moe_align_block_size(
+        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
+    )
+    return AlignedRows.of(MoEAlignment(*alignment[:3]), x, topk_ids, with_largest)
 
 
 def w8a8_decode_reference(
@@ -120,33 +177,74 @@ def w8a8_decode_reference(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
     *,
     activation: MoEActivation = MoEActivation.SILU,
     activation_config: ApplyMoEActivationConfig | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
-    tiles: QuantizedDecodeTiles,
+    x_scale: torch.Tensor | None = None,
+    tiles: StreamTiles | None = None,
     programs: int,
 ) -> None:
     """The definition, in plain torch."""
-    (T, K), H = topk_ids.shape, w2.shape[1]
-    tile = QuantizedTile(64, tiles.gemm1.slots, STEP, 1, 4, 2)
-    rows, scale = quantize_rows(x, keys[0], scales[0])
+    (T, K), (e, H, _) = topk_ids.shape, w2.shape
+    tile = QuantizedTile(64, 8, STEP, 1, 4, 2)
+    given = x if x_scale is None else QuantizedRows(x, x_scale)
+    blocks, (rows, scale), *_ = _aligned(given, keys, scales[0], topk_ids, expert_map, e, 8)
     w8a8_gemm_reference(
         rows, scale, w1, act, None, blocks, tile, keys[0], top_k=K, bias=w1_bias,
         activation=activation, activation_config=activation_config,
     )  # fmt: skip
     rows, scale = quantize_rows(
-        act,
-        keys[1],
-        scales[1],
-        topk_ids=topk_ids,
-        expert_map=expert_map,
-        num_local_experts=w1.shape[0],
+        act, keys[1], scales[1], topk_ids=topk_ids, expert_map=expert_map, num_local_experts=e
     )
     w8a8_gemm_reference(rows, scale, w2, y, None, blocks, tile, keys[1], top_k=1, bias=w2_bias)
     moe_fused_mul_sum_reference(
-        y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=w2.shape[0]
+        y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
+
+
+def _check(
+    x: torch.Tensor | QuantizedRows,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    key: QuantKey,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    R = T * K
+    rows, dtype = (x.data if isinstance(x, QuantizedRows) else x), torch.bfloat16
+    if isinstance(x, QuantizedRows):
+        dtype = w1.data.dtype
+        groups = 1 if key.group_shape.col == -1 else -(-H // key.group_shape.col)
+        allowed = [(T, groups)] if groups > 1 else [(T, 1), (1,), (T,)]
+        if tuple(x.scale.shape) not in allowed or x.scale.dtype != torch.float32:
+            raise ValueError(
+                f"scales of x are {tuple(x.scale.shape)} {x.scale.dtype}, expected "
+                f"{allowed[0]} {torch.float32}"
+            )
+    for name, tensor, shape, wanted in (
+        ("x", rows, (T, H), dtype),
+        ("out", out, (T, H), torch.bfloat16),
+        ("act", act, (R, I), torch.bfloat16),
+        ("y", y, (R, H), torch.float32),
+        ("topk_weights", topk_weights, (T, K), torch.float32),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != wanted):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {wanted}"
+            )
+    dense = {"topk_weights": topk_weights, "topk_ids": topk_ids, "act": act, "y": y}
+    if isinstance(x, QuantizedRows):
+        dense |= {"x": x.data, "scales of x": x.scale}
+    for name, one in dense.items():
+        if one is not None and not one.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {one.stride()}")
+    for name, one in (("x", rows), ("out", out)):
+        if one.stride(1) != 1:
+            raise ValueError(f"rows of {name} must be dense, its strides are {one.stride()}")

@@ -7,6 +7,8 @@ rounding of a tie the kernel may take the other neighbour. Device code:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fusedmoe.kernels.ids import local_ids
@@ -20,6 +22,13 @@ STORED: dict[torch.dtype | str, torch.dtype] = {
 }
 
 
+class QuantizedRows(NamedTuple):
+    """``data`` [rows, D] of a key's dtype, ``scale`` fp32 [rows, groups], [rows, 1] or [1]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+
 def quantize_rows(
     x: torch.Tensor,
     key: QuantKey,
@@ -28,7 +37,7 @@ def quantize_rows(
     topk_ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     num_local_experts: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> QuantizedRows:
     """x [rows, D] -> q [rows, D] of the key's dtype, scale fp32 [rows, groups] or [1].
 
     ``scale`` fp32 [1] belongs to a static key and is returned. With a dynamic scale for the whole
@@ -59,7 +68,7 @@ def quantize_rows(
         groups = 1 if group is None else -(-D // group)
         out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     quantize(x, q, out, group, key.scale_kind == "e8m0", scale is not None)
-    return q, out
+    return QuantizedRows(q, out)
 
 
 def quantize_rows_reference(
@@ -70,14 +79,14 @@ def quantize_rows_reference(
     topk_ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     num_local_experts: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> QuantizedRows:
     """The definition, in plain torch."""
     if scale is None and key.group_shape == PER_TENSOR:
         x = live_rows(x, topk_ids, expert_map, num_local_experts)
     elements, found = quantize_activation(x, key, scale)
     if key.dtype == torch.int8:
         elements = elements.nan_to_num(nan=0.0)
-    return elements.to(STORED[key.dtype]), found
+    return QuantizedRows(elements.to(STORED[key.dtype]), found)
 
 
 def live_rows(

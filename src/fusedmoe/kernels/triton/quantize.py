@@ -62,6 +62,43 @@ def quantized(x, scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def round_groups(
+    x_ptr, q_ptr, scale_ptr, row, first, D, groups, stride_xm, stride_xd, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, E8M0: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of a row from ``first`` on, with a scale for every GROUP of them."""
+    at = first + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_xm + at * stride_xd, at < D, 0.0).to(tl.float32)
+    x = tl.reshape(x, (BLOCK // GROUP, GROUP))
+    scale = scale_of(x, 1, q_ptr.dtype.element_ty, E8M0)
+    q = tl.reshape(quantized(x, scale[:, None], q_ptr.dtype.element_ty), (BLOCK,))
+    group = first // GROUP + tl.arange(0, BLOCK // GROUP)
+    tl.store(scale_ptr + row * groups + group, scale, group < groups)
+    tl.store(q_ptr + row * D + at, q, at < D)
+
+
+@triton.jit
+def round_row(
+    x_ptr, q_ptr, scale_ptr, row, D, stride_xm, stride_xd, BLOCK: tl.constexpr,
+    E8M0: tl.constexpr,
+):  # fmt: skip
+    """A row, with one scale."""
+    x_ptr += row * stride_xm
+    at = tl.arange(0, BLOCK)
+    most = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, D, BLOCK):
+        x = tl.load(x_ptr + (first + at) * stride_xd, first + at < D, 0.0).to(tl.float32)
+        most = _larger(most, tl.abs(x))
+    FLOOR: tl.constexpr = LEAST if q_ptr.dtype.element_ty == tl.int8 else LEAST_OF_ROW
+    scale = scale_from(largest_magnitude(most, 0), q_ptr.dtype.element_ty, E8M0, FLOOR)
+    tl.store(scale_ptr + row, scale)
+    for first in range(0, D, BLOCK):
+        x = tl.load(x_ptr + (first + at) * stride_xd, first + at < D, 0.0).to(tl.float32)
+        q = quantized(x, scale, q_ptr.dtype.element_ty)
+        tl.store(q_ptr + row * D + first + at, q, first + at < D)
+
+
+@triton.jit
 def quantize_groups_kernel(
     x_ptr,
     q_ptr,
@@ -76,16 +113,10 @@ def quantize_groups_kernel(
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * stride_xm + at * stride_xd, at < D, 0.0).to(tl.float32)
-    x = tl.reshape(x, (BLOCK // GROUP, GROUP))
-    scale = scale_of(x, 1, q_ptr.dtype.element_ty, E8M0)
-    q = tl.reshape(quantized(x, scale[:, None], q_ptr.dtype.element_ty), (BLOCK,))
-    group = first // GROUP + tl.arange(0, BLOCK // GROUP)
-    tl.store(scale_ptr + row * groups + group, scale, group < groups)
-    tl.store(q_ptr + row * D + at, q, at < D)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    round_groups(
+        x_ptr, q_ptr, scale_ptr, row, first, D, groups, stride_xm, stride_xd, GROUP, BLOCK, E8M0
+    )
 
 
 @triton.jit
@@ -102,19 +133,7 @@ def quantize_row_kernel(
 ):
     follow_previous(CHAINED)
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride_xm
-    at = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, D, BLOCK):
-        x = tl.load(x_ptr + (first + at) * stride_xd, first + at < D, 0.0).to(tl.float32)
-        most = _larger(most, tl.abs(x))
-    FLOOR: tl.constexpr = LEAST if q_ptr.dtype.element_ty == tl.int8 else LEAST_OF_ROW
-    scale = scale_from(largest_magnitude(most, 0), q_ptr.dtype.element_ty, E8M0, FLOOR)
-    tl.store(scale_ptr + row, scale)
-    for first in range(0, D, BLOCK):
-        x = tl.load(x_ptr + (first + at) * stride_xd, first + at < D, 0.0).to(tl.float32)
-        q = quantized(x, scale, q_ptr.dtype.element_ty)
-        tl.store(q_ptr + row * D + first + at, q, first + at < D)
+    round_row(x_ptr, q_ptr, scale_ptr, row, D, stride_xm, stride_xd, BLOCK, E8M0)
 
 
 @triton.jit

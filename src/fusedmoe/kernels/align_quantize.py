@@ -1,0 +1,85 @@
+"""Grouping routed slots by expert and rounding the tokens' rows, which wait for nothing of each
+other, in one launch. Device code: ``kernels/triton/align_quantize.py``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
+from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
+
+ONE_LAUNCH_SLOTS = 4096
+
+
+class AlignedRows(NamedTuple):
+    """``alignment`` of the slots, ``rows`` of the tokens; ``largest`` int32 [T, K], or None, and
+    ``counters`` int32 [2]: zeros."""
+
+    alignment: MoEAlignment
+    rows: QuantizedRows
+    largest: torch.Tensor | None
+    counters: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, alignment: MoEAlignment, rows: QuantizedRows, ids: torch.Tensor, with_largest: bool
+    ) -> AlignedRows:
+        """With zeros of their own."""
+        zeros = ids.new_zeros(2 + (ids.numel() if with_largest else 0), dtype=torch.int32)
+        largest = zeros[2:].view(ids.shape) if with_largest else None
+        return cls(alignment, rows, largest, zeros[:2])
+
+
+def align_and_quantize(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    expert_map: torch.Tensor | None,
+    num_local_experts: int,
+    x: torch.Tensor,
+    key: QuantKey,
+    scale: torch.Tensor | None = None,
+    *,
+    with_largest: bool = False,
+) -> AlignedRows:
+    """``moe_align_block_size`` of the slots of local experts, and ``quantize_rows`` of x [T, D].
+
+    ``with_largest``: also room for the largest magnitude of each slot's row, to be raised from
+    zero. One launch for at most ONE_LAUNCH_SLOTS slots and scales that a row's own values decide.
+    """
+    T, D = x.shape
+    R = topk_ids.numel()
+    fits = x.is_cuda and 0 < R <= ONE_LAUNCH_SLOTS and topk_ids.shape[0] == T
+    if not fits or key.static or key.group_shape == PER_TENSOR or not topk_ids.is_contiguous():
+        alignment = moe_align_block_size(
+            topk_ids,
+            block_size,
+            num_local_experts if expert_map is None else expert_map.shape[0],
+            expert_map,
+            ignore_invalid_experts=True,
+            num_local_experts=num_local_experts,
+        )
+        rows = quantize_rows(x, key, scale)
+        return AlignedRows.of(MoEAlignment(*alignment[:3]), rows, topk_ids, with_largest)
+    from fusedmoe.kernels.triton.align_quantize import align_and_quantize as launch
+
+    P = padded_slots(R, block_size, num_local_experts, False)
+    integers = {"dtype": torch.int32, "device": x.device}
+    tables = MoEAlignment(
+        *(torch.empty(size, **integers) for size in (P, -(-P // block_size), 1))  # type: ignore[call-overload]
+    )
+    group = max(key.group_shape.col, 0)
+    rows = QuantizedRows(
+        torch.empty(T, D, dtype=STORED[key.dtype], device=x.device),
+        torch.empty(T, -(-D // group) if group else 1, dtype=torch.float32, device=x.device),
+    )
+    largest = torch.empty(topk_ids.shape, **integers) if with_largest else None  # type: ignore[call-overload]
+    counters = torch.empty(2, **integers)  # type: ignore[call-overload]
+    launch(
+        topk_ids, tables, block_size, num_local_experts, expert_map, x, *rows, group,
+        key.scale_kind == "e8m0", largest, counters,
+    )  # fmt: skip
+    return AlignedRows(tables, rows, largest, counters)

@@ -1,0 +1,338 @@
+"""One GEMM of ``hopper_w8a8``: weights stream through a ring to the WGMMA, as they are stored.
+
+grid (programs,): x rows (row slot // TOP_K), w -> out [R, N], row = slot, after bias and
+activation. Weights are the M side of a product, the slots of a block its N side.
+
+Every product of 128 columns is added to the sum in fp32, with its scales: tensor cores cut off bits
+of longer fp8 sums. int8 sums are exact; where rows have one scale, they run through.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, open_barriers
+from fusedmoe.kernels.triton.hopper_quantized_common import row_number
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
+from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
+    are_all,
+    experts_of,
+    fill,
+    first_tasks,
+    guessed_experts,
+    known,
+    load_scales,
+    row_scales,
+    stored_expert,
+    take_task,
+)
+from fusedmoe.kernels.triton.quantize import largest_magnitude
+from fusedmoe.kernels.triton.quantized_common import float_scale
+
+UNSPECIALIZED = ("R", "num_local", "desc_rows")
+
+
+@gluon.constexpr_function
+def halves_layout(HALF, N, num_warps):
+    """[HALF, N, 2]: both halves of a feature in one thread."""
+    down = min(num_warps, HALF // 32)
+    across = num_warps // down
+    return gl.BlockedLayout([1, max(1, N // across), 2], [32, 1, 1], [down, across, 1], [2, 1, 0])
+
+
+@gluon.jit
+def upper_and_lower(acc):
+    """The two halves of the rows of acc, in one layout."""
+    HALF: gl.constexpr = acc.shape[0] // 2
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = halves_layout(HALF, N, gl.num_warps())
+    pairs = gl.permute(gl.reshape(acc, [2, HALF, N]), [1, 2, 0])
+    return gl.split(gl.convert_layout(pairs, layout))
+
+
+@gluon.jit
+def scaled(part, spans, step, BY_STEP: gl.constexpr):
+    """A step's product times the scales of its columns; the weights' own where BY_STEP."""
+    by_row: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+    by_slot: gl.constexpr = gl.SliceLayout(0, part.type.layout)
+    factor = gl.expand_dims(spans[1].index(step).load(by_slot), 0)
+    if BY_STEP:
+        factor *= gl.expand_dims(spans[2].index(step).load(by_row), 1)
+    return part.to(gl.float32) * factor
+
+
+@gluon.jit
+def add_products(
+    total, ring, spans, stage, k, DEPTH: gl.constexpr, STEPPED: gl.constexpr, BY_STEP: gl.constexpr
+):
+    """total + the products of a stage, DEPTH steps. spans: (rows, their scales, the weights')."""
+    SUM: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
+    first = ring.index(stage * DEPTH)
+    x_first = spans[0].index(k * DEPTH).permute((1, 0))
+    second = ring.index(stage * DEPTH + DEPTH - 1)
+    x_second = spans[0].index(k * DEPTH + DEPTH - 1).permute((1, 0))
+    if not STEPPED:
+        total = warpgroup_mma(first, x_first, total, is_async=True)
+        if DEPTH == 2:
+            total = warpgroup_mma(second, x_second, total, is_async=True)
+        return warpgroup_mma_wait(0, deps=(total,))
+    else:
+        layout: gl.constexpr = total.type.layout
+        none = gl.zeros([total.shape[0], total.shape[1]], SUM, layout)
+        part = warpgroup_mma(first, x_first, none, use_acc=False, is_async=True)
+        if DEPTH == 2:
+            other = warpgroup_mma(second, x_second, none, use_acc=False, is_async=True)
+            part, other = warpgroup_mma_wait(0, deps=(part, other))
+            total += scaled(part, spans, k * DEPTH, BY_STEP)
+            return total + scaled(other, spans, k * DEPTH + 1, BY_STEP)
+        else:
+            part = warpgroup_mma_wait(0, deps=(part,))
+            return total + scaled(part, spans, k, BY_STEP)
+
+
+@gluon.constexpr_function
+def features_layout(HALF, num_warps):
+    """[HALF, BN] with neighbouring features in a thread: the shape of a transposed store."""
+    return gl.BlockedLayout([8, 1], [HALF // 8, 256 // HALF], [1, num_warps], [0, 1])
+
+
+@gluon.jit
+def store_rows(out_ptr, value, slots, column, end, N: gl.constexpr):
+    """out[slot, column + m] = value[m, n] below ``end``, for slots [BN] that are not negative."""
+    layout: gl.constexpr = features_layout(value.shape[0], gl.num_warps())
+    column += gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
+    live = slots >= 0
+    row = gl.where(live, slots, 0).to(gl.int64) * N
+    at = out_ptr + gl.expand_dims(row, 0) + gl.expand_dims(column, 1)
+    value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), layout)
+    gl.store(at, value, gl.expand_dims(live, 0) & gl.expand_dims(column < end, 1))
+
+
+@gluon.jit
+def raise_largest(largest_ptr, value, slots, column, end):
+    """largest[slot] = max(largest[slot], |value[:, n]| as it is stored), as bits."""
+    layout: gl.constexpr = value.type.layout
+    m = column + gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
+    value = gl.where(gl.expand_dims(m < end, 1), value.to(gl.bfloat16).to(gl.float32), 0.0)
+    bits = largest_magnitude(value, 0).to(gl.int32, bitcast=True)
+    slots = gl.convert_layout(slots, gl.SliceLayout(0, layout))
+    gl.atomic_max(largest_ptr + gl.maximum(slots, 0), bits, mask=slots >= 0, sem="relaxed")
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def gemm_kernel(
+    low_desc,
+    high_desc,
+    x_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    largest_ptr,
+    counter_ptr,
+    experts_ptr,
+    sorted_ptr,
+    num_post_ptr,
+    R,
+    num_local,
+    desc_rows,
+    below,
+    stride_x,
+    stride_xs,
+    stride_xg,
+    stride_se,
+    stride_sn,
+    scale_shard_step,
+    scale_row_step,
+    scale_block,
+    row_shard_step,
+    row_step,
+    limit,
+    alpha,
+    beta,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ROUNDING: gl.constexpr,
+    STEPPED: gl.constexpr,
+    GROUP: gl.constexpr,
+    E8M0: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    EARLY: gl.constexpr,
+    GUESS: gl.constexpr,
+    TILE: gl.constexpr,
+    VALID: gl.constexpr,
+    BN: gl.constexpr,
+    DEPTH: gl.constexpr,
+    SPAN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """ROUNDING as in ``hopper_w8a8_rows``; GROUP: columns that share a weight's scale, 0: all.
+
+    EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
+    GUESS: they are loaded before the tables are there, as if every expert had one block; where that
+    was wrong, again. largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes
+    of out's rows. counter_ptr int32 [1], zero: tasks that were taken.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = low_desc.dtype
+    TOTAL: gl.constexpr = gl.int32 if gl.int8 == DTYPE and not STEPPED else gl.float32
+    HALF: gl.constexpr = TILE // 2
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    STAGE_COLUMNS: gl.constexpr = DEPTH * STEP
+    KSTEPS: gl.constexpr = (D + STAGE_COLUMNS - 1) // STAGE_COLUMNS
+    PER_SPAN: gl.constexpr = SPAN // DEPTH
+    SPANS: gl.constexpr = (KSTEPS + PER_SPAN - 1) // PER_SPAN
+    TILES: gl.constexpr = (N + WIDE - 1) // WIDE
+    LINES: gl.constexpr = SPAN * BN
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 32])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_slot: gl.constexpr = gl.SliceLayout(0, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, features_layout(HALF, WARPS))
+    x_shared: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=8, rank=2
+    )
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * DEPTH, TILE, STEP], low_desc.layout)
+    x_span = gl.allocate_shared_memory(DTYPE, [SPAN, BN, STEP], x_shared)
+    scale_span = gl.allocate_shared_memory(gl.float32, [SPAN, BN], flat)
+    BY_STEP: gl.constexpr = GROUP > 0
+    # A step of the weights' scales where they do not change by steps is never looked at.
+    w_span = gl.allocate_shared_memory(gl.float32, [SPAN if BY_STEP else 1, TILE], flat)
+    w_all = w_span._reinterpret(
+        gl.float32, [w_span.shape[0], TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    spans = (x_span, scale_span, w_span)
+    bars = open_barriers(STAGES, 0)
+    descs = (low_desc, high_desc)
+    x_from = (x_ptr, stride_x)
+    x_scales = (x_scale_ptr, stride_xs, stride_xg)
+    strides = (stride_se, stride_sn)
+    steps = (scale_shard_step, scale_row_step, scale_block)
+
+    sizes = (num_local, desc_rows, below)
+    # So many tasks the ring's first filling takes in, and so far ahead of the products it may be.
+    FILLED: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
+    queue = first_tasks(FILLED)
+    if GUESS:
+        guess = guessed_experts(queue, num_local, TILES)
+        guessed = queue[FILLED - 1] < TILES * num_local
+        if guessed:
+            for stage in range(STAGES):
+                fill(
+                    stage, stage, queue, guess, TILES * num_local, descs, ring, bars, sizes,
+                    KSTEPS, TILES, VALID, GATED,
+                )  # fmt: skip
+    if not EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    experts = experts_of(queue, tasks, experts_ptr, TILES)
+    phase = 0
+    filled = False
+    if GUESS:
+        filled = guessed & are_all(experts, guess, queue, tasks)
+        if guessed & (not filled):
+            phase = 1
+            for stage in range(STAGES):
+                mbarrier.wait(bars.index(stage), 0)
+    if not filled:
+        for stage in range(STAGES):
+            fill(
+                stage, stage, queue, experts, tasks, descs, ring, bars, sizes, KSTEPS, TILES,
+                VALID, GATED,
+            )  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    slots = find_rows(queue[0], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    values, known_scales = load_span(x_from, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
+    if BY_STEP:
+        w_scales = load_scales(
+            scale_ptr, strides, steps, queue[0], known(experts[0], num_local), 0, N, D, TILE,
+            VALID, TILES, SPAN, GATED, GROUP,
+        )  # fmt: skip
+    stage = 0
+    while queue[0] < tasks:
+        task = queue[0]
+        expert = known(experts[0], num_local)
+        coming = take_task(queue[FILLED - 1], counter_ptr, FILLED)
+        queue += (coming,)
+        experts += (stored_expert(coming, tasks, experts_ptr, TILES),)
+        next_slots = find_rows(queue[1], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+        out_slots = gl.load(
+            sorted_ptr + task // TILES * BN + gl.arange(0, BN, by_column), cache_modifier=".cg"
+        )
+        if not BY_STEP:
+            w_scale = row_scales(
+                scale_ptr, strides, steps, task, expert, N, TILE, VALID, TILES, GATED, by_row
+            )
+        total = gl.zeros([TILE, BN], TOTAL, mma)
+        for span in range(SPANS):
+            put_span(values, known_scales, x_span, scale_span, DTYPE, E8M0, ROUNDING)
+            if BY_STEP:
+                w_all.store(float_scale(w_scales))
+            fence_async_shared()
+            gl.thread_barrier()
+            last = span + 1 == SPANS
+            first = gl.where(last, 0, (span + 1) * SPAN)
+            slots = gl.where(last, next_slots, slots)
+            values, known_scales = load_span(x_from, x_scales, slots, first, D, TOP_K, BN, ROUNDING)
+            if BY_STEP:
+                w_scales = load_scales(
+                    scale_ptr, strides, steps, gl.where(last, queue[1], task),
+                    gl.where(last, known(experts[1], num_local), expert), first, N, D, TILE,
+                    VALID, TILES, SPAN, GATED, GROUP,
+                )  # fmt: skip
+            for k in range(gl.minimum(PER_SPAN, KSTEPS - span * PER_SPAN)):
+                mbarrier.wait(bars.index(stage), phase)
+                total = add_products(total, ring, spans, stage, k, DEPTH, STEPPED, BY_STEP)
+                gl.thread_barrier()
+                fill(
+                    span * PER_SPAN + k + STAGES, stage, queue, experts, tasks, descs, ring, bars,
+                    sizes, KSTEPS, TILES, VALID, GATED,
+                )  # fmt: skip
+                stage, phase = next_stage(stage, phase, STAGES)
+
+        column = task % TILES * WIDE
+        total = total.to(gl.float32)
+        if not STEPPED:
+            total *= gl.expand_dims(scale_span.index(0).load(by_slot), 0)
+        if not BY_STEP:
+            total *= gl.expand_dims(float_scale(w_scale), 1)
+        upper, lower = upper_and_lower(total)
+        rows: gl.constexpr = gl.SliceLayout(1, upper.type.layout)
+        m = column + gl.arange(0, HALF, rows)
+        high = m if GATED else m + VALID
+        if bias_ptr is not None:
+            bias_at = bias_ptr + expert.to(gl.int64) * (2 * N if GATED else N)
+            apart = row_shard_step if GATED else 0
+            upper += row_number(bias_at, m, row_step, m < N)
+            lower += row_number(bias_at + apart, high, row_step, high < N)
+        if GATED:
+            upper = hopper_activation(FORMULA, upper, lower, limit, alpha, beta)
+        elif FORMULA is not None:
+            upper = plain_activation(FORMULA, upper)
+            lower = plain_activation(FORMULA, lower)
+        out_slots = gl.where(out_slots < R, out_slots, -1)
+        end = gl.minimum(column + VALID, N)
+        if largest_ptr is not None:
+            raise_largest(largest_ptr, upper, out_slots, column, end)
+        store_rows(out_ptr, upper, out_slots, column, end, N)
+        if not GATED:
+            column += VALID
+            end = gl.minimum(column + VALID, N)
+            if largest_ptr is not None:
+                raise_largest(largest_ptr, lower, out_slots, column, end)
+            store_rows(out_ptr, lower, out_slots, column, end, N)
+        queue = queue[1:]
+        experts = experts[1:]

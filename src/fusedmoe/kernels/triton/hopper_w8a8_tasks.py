@@ -1,0 +1,157 @@
+"""The weights' side of ``hopper_w8a8``: tasks, their ring, and the scales of their rows.
+
+A task is (block of slots, tile of weight rows). A program begins with the tasks of its number, and
+then takes the next one that nobody has: multiprocessors do not all get the same share of the
+memory's rate. The ring never drains between tasks; a stage is DEPTH steps of 128 bytes of two times
+HALF rows, of which VALID are loaded.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+STEP_BYTES = gl.constexpr(128)
+
+
+@gluon.jit
+def stored_expert(task, tasks, experts_ptr, TILES: gl.constexpr):
+    """What the table says of a task's block; of any block, where there is no such task."""
+    block = gl.maximum(gl.minimum(task, tasks - 1), 0) // TILES
+    return gl.load(experts_ptr + block, cache_modifier=".cg")
+
+
+@gluon.jit
+def known(expert, num_local):
+    """The expert, which then has weights, whatever the table said."""
+    return gl.minimum(gl.maximum(expert, 0), num_local - 1)
+
+
+@gluon.jit
+def take_task(last, counter_ptr, FILLED: gl.constexpr):
+    """A task that nobody has, or, without a counter, the one a round after the ``last``."""
+    if counter_ptr is None:
+        return last + gl.num_programs(0)
+    else:
+        return gl.atomic_add(counter_ptr, 1, sem="relaxed") + FILLED * gl.num_programs(0)
+
+
+@gluon.jit
+def first_tasks(COUNT: gl.constexpr):
+    """The tasks that fill the ring at first."""
+    queue = (gl.program_id(0),)
+    for i in gl.static_range(1, COUNT):
+        queue += (gl.program_id(0) + i * gl.num_programs(0),)
+    return queue
+
+
+@gluon.jit
+def experts_of(queue, tasks, experts_ptr, TILES: gl.constexpr):
+    experts = (stored_expert(queue[0], tasks, experts_ptr, TILES),)
+    for i in gl.static_range(1, len(queue)):
+        experts += (stored_expert(queue[i], tasks, experts_ptr, TILES),)
+    return experts
+
+
+@gluon.jit
+def guessed_experts(queue, num_local, TILES: gl.constexpr):
+    """The same as if every expert had one block."""
+    experts = (gl.minimum(queue[0] // TILES, num_local - 1),)
+    for i in gl.static_range(1, len(queue)):
+        experts += (gl.minimum(queue[i] // TILES, num_local - 1),)
+    return experts
+
+
+@gluon.jit
+def are_all(experts, guess, queue, tasks):
+    """Whether these are the experts of the queue, and all of its tasks exist."""
+    right = queue[len(queue) - 1] < tasks
+    for i in gl.static_range(len(queue)):
+        right = right & (experts[i] == guess[i])
+    return right
+
+
+@gluon.jit
+def fill(
+    stages, stage, queue, experts, tasks, descs, ring, bars, sizes, KSTEPS: gl.constexpr,
+    TILES: gl.constexpr, VALID: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Load what comes so many ``stages`` after the first one of the queue's first task, if anything
+    does, into the ring's ``stage``.
+
+    sizes: (local experts, rows of one of them in the views, how far below the rows of the first
+    view those of the second lie).
+    """
+    DEPTH: gl.constexpr = ring.shape[0] // bars.shape[0]
+    HALF: gl.constexpr = ring.shape[1] // 2
+    BOX: gl.constexpr = descs[0].block_shape[0]
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    num_local, desc_rows, below = sizes
+    later = stages // KSTEPS
+    task = queue[0]
+    expert = experts[0]
+    for i in gl.static_range(1, len(queue)):
+        task = gl.where(later == i, queue[i], task)
+        expert = gl.where(later == i, experts[i], expert)
+    if task < tasks:
+        row = known(expert, num_local) * desc_rows + task % TILES * WIDE
+        byte = stages % KSTEPS * (DEPTH * STEP_BYTES)
+        bar = bars.index(stage)
+        mbarrier.expect(bar, DEPTH * 2 * VALID * STEP_BYTES)
+        for step in gl.static_range(DEPTH):
+            part = ring.index(stage * DEPTH + step)
+            at = byte + step * STEP_BYTES
+            for first in gl.static_range(0, VALID, BOX):
+                low, high = part.slice(first, BOX, 0), part.slice(HALF + first, BOX, 0)
+                tma.async_copy_global_to_shared(descs[0], [row + first, at], bar, low)
+                tma.async_copy_global_to_shared(descs[1], [row + below + first, at], bar, high)
+
+
+@gluon.jit
+def tile_features(
+    tile, N, TILE: gl.constexpr, VALID: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """(shard, feature) of the rows [TILE] of a tile; features past N - 1 are taken for it."""
+    HALF: gl.constexpr = TILE // 2
+    m = gl.arange(0, TILE, LAYOUT)
+    if GATED:
+        return m // HALF, gl.minimum(tile * VALID + m % HALF, N - 1)
+    else:
+        return m * 0, gl.minimum((2 * tile + m // HALF) * VALID + m % HALF, N - 1)
+
+
+@gluon.constexpr_function
+def scales_layout(TILE, num_warps):
+    """[SPAN, TILE]: a thread has the same row in several steps."""
+    across = min(num_warps, TILE // 32)
+    return gl.BlockedLayout([1, 1], [1, 32], [num_warps // across, across], [1, 0])
+
+
+@gluon.jit
+def load_scales(
+    scale_ptr, strides, steps, task, expert, first, N: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, VALID: gl.constexpr, TILES: gl.constexpr, SPAN: gl.constexpr,
+    GATED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Scales [SPAN, TILE] of a tile's rows, for each step from ``first`` on.
+
+    strides: (of experts, of rows); steps: (from shard to shard, from row to row, rows that share a
+    scale); GROUP: columns that do.
+    """
+    layout: gl.constexpr = scales_layout(TILE, gl.num_warps())
+    shard, feature = tile_features(task % TILES, N, TILE, VALID, GATED, gl.SliceLayout(0, layout))
+    at = shard * steps[0] + feature // steps[2] * steps[1]
+    column = (first + gl.arange(0, SPAN, gl.SliceLayout(1, layout))) * STEP_BYTES
+    group = gl.minimum(column, D - 1) // GROUP
+    row = scale_ptr + expert.to(gl.int64) * strides[0] + gl.expand_dims(at * strides[1], 0)
+    return gl.load(row + gl.expand_dims(group, 1))
+
+
+@gluon.jit
+def row_scales(
+    scale_ptr, strides, steps, task, expert, N: gl.constexpr, TILE: gl.constexpr,
+    VALID: gl.constexpr, TILES: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scales [TILE] of a tile's rows that have one each."""
+    shard, feature = tile_features(task % TILES, N, TILE, VALID, GATED, LAYOUT)
+    at = shard * steps[0] + feature // steps[2] * steps[1]
+    return gl.load(scale_ptr + expert.to(gl.int64) * strides[0] + at * strides[1])
