@@ -151,7 +151,7 @@ def test_a_copy_leaves_a_quarter_of_a_gpu_free(monkeypatch):
 def test_groups_that_a_rank_has_a_part_of_stay_in_their_table():
     """Half of w2's columns, of any group: nothing to sort there, w1 is sorted all the same."""
     case = CASES["plain"]
-    run, experts, tensors = loaded(case)
+    run, experts, _ = loaded(case)
     w1, w2 = run.weights
     operands = experts.operands(w1.data, w2.data, case.layer.activation, torch.float32)
     half = replace(

@@ -10,7 +10,7 @@ together, in any order), each number times its scale, rounded to the dtype of a:
     q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``); no scales beside it
     e3m2, e2m3         units of four columns in three bytes (``sextets``), e8m0 scales
     int4, int8         act-order: the group of a column comes from a table [e, S, D], so each number
-                       fetches its own scale; groups out of range count as the nearest one
+                       fetches its own scale; groups out of range count as the last one
 """
 
 import torch
@@ -25,11 +25,18 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantized_common import (
     activated,
     float_scale,
+    half_scale_bits,
     spread_groups,
     store_features,
     tile_rows,
+    times_bf16,
 )
-from fusedmoe.kernels.triton.sextets import four_planes, load_units, sextet_numbers
+from fusedmoe.kernels.triton.sextets import (
+    four_planes,
+    load_bytes,
+    sextet_numbers,
+    sextets_bf16,
+)
 from fusedmoe.kernels.triton.superblocks import superblock_columns, superblock_numbers
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -54,17 +61,25 @@ def _add_superblocks(
 @triton.jit
 def _add_sextets(
     total, w_rows, scale_rows, a_row, live, first, D, ELEMENT: tl.constexpr,
-    PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, NATIVE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """total + the products of DEPTH columns; D is a multiple of 32."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
     at, groups = tl.arange(0, DEPTH // 4), tl.arange(0, DEPTH // 32)
     inside = (at < (D - first) // 4)[None, :]
-    units = load_units(w_rows[:, None] + (first // 4 * 3 + 3 * at)[None, :], inside)
+    low, middle, high = load_bytes(w_rows[:, None] + (first // 4 * 3 + 3 * at)[None, :], inside)
     there = (groups < (D - first) // 32)[None, :]
     scale = tl.load(scale_rows[:, None] + (first // 32 + groups)[None, :], there, 127)
-    factor = spread_groups(float_scale(scale), DEPTH // 4)
-    w0, w1, w2, w3 = sextet_numbers(units, factor, ELEMENT, DTYPE)
+    if NATIVE:
+        # Of what the numbers are short of, half goes with the scales, and half with the sum.
+        bits = spread_groups(half_scale_bits(scale), DEPTH // 4)
+        factor = bits.to(tl.bfloat16, bitcast=True)
+        w0, w1, w2, w3 = sextets_bf16(low, middle, high, ELEMENT)
+        w0, w1 = times_bf16(w0, factor), times_bf16(w1, factor)
+        w2, w3 = times_bf16(w2, factor), times_bf16(w3, factor)
+    else:
+        factor = spread_groups(float_scale(scale), DEPTH // 4)
+        w0, w1, w2, w3 = sextet_numbers(low, middle, high, factor, ELEMENT, DTYPE)
     wide = tl.arange(0, DEPTH)
     a = tl.load(a_row + (first + wide)[None, :], live[:, None] & (wide < D - first)[None, :], 0.0)
     a0, a1, a2, a3 = four_planes(a)
@@ -79,11 +94,12 @@ def _by_group(number, column, index_rows, scale_rows, zero_rows, shard, groups, 
               MIDDLE: tl.constexpr, DTYPE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """Integers [ROWS, W] of the columns [W], less the zero point and times the scale of their
     groups."""
+    last = (groups - 1).to(tl.uint32)
     group = tl.load(index_rows + column, inside, 0)
-    group = tl.minimum(tl.maximum(group, 0), groups - 1)[None, :]
+    group = tl.minimum(group.to(tl.uint32, bitcast=True), last)[None, :]
     if GATED:
         other = tl.load(index_rows + D + column, inside, 0)
-        other = tl.minimum(tl.maximum(other, 0), groups - 1)[None, :]
+        other = tl.minimum(other.to(tl.uint32, bitcast=True), last)[None, :]
         group = tl.where((shard == 0)[:, None], group, other)
     number = number.to(tl.float32)
     if zero_rows is None:
@@ -200,7 +216,7 @@ def packed_gemm_kernel(
         elif ELEMENT == "e3m2" or ELEMENT == "e2m3":
             total = _add_sextets(
                 total, w_rows, scale_ptr + scales_at, a_row, live, first, D, ELEMENT, PRECISION,
-                DEPTH,
+                NATIVE, DEPTH,
             )  # fmt: skip
         else:
             zero_rows = None if zero_ptr is None else zero_ptr + scales_at
@@ -210,6 +226,10 @@ def packed_gemm_kernel(
                 GATED, PRECISION, DEPTH,
             )  # fmt: skip
 
+    if ELEMENT == "e3m2" and NATIVE:
+        total *= 2.0**61
+    elif ELEMENT == "e2m3" and NATIVE:
+        total *= 2.0**63
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
         total += bias.to(tl.float32)[:, None]

@@ -19,9 +19,10 @@ def _sextet(units, PLACE: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def sextet_numbers(units, factor, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
-    """Four planes of values [ROWS, UNITS] in DTYPE from 24 bits each, int32, times the scales
+def sextet_numbers(low, middle, high, factor, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
+    """Four planes of values [ROWS, UNITS] in DTYPE from three bytes each, times the scales
     ``factor``, fp32 [ROWS, UNITS]."""
+    units = low.to(tl.int32) | middle.to(tl.int32) << 8 | high.to(tl.int32) << 16
     lift = 2.0**124 if ELEMENT == "e3m2" else 2.0**126
     return (
         (_sextet(units, 0, ELEMENT) * lift * factor).to(DTYPE),
@@ -31,13 +32,56 @@ def sextet_numbers(units, factor, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     )
 
 
+def _planes_asm(mantissa: int) -> str:
+    """Three times four bytes, of four units -> their four planes in bf16, short of 2^124 or 2^126.
+
+    Codes are collected in the high six bits of a byte, four at a time; a byte becomes the high one
+    of a number, whose sign is then in place, and the rest moves behind an exponent of zeros.
+    """
+    collect = (
+        "shl.b32 c, $8, 2; and.b32 c, c, 0xFCFCFCFC;",
+        "shr.u32 c, $8, 4; and.b32 c, c, 0x0C0C0C0C; shl.b32 t, $9, 4;"
+        "lop3.b32 c, t, 0xF0F0F0F0, c, 0xEA;",
+        "shr.u32 c, $9, 2; and.b32 c, c, 0x3C3C3C3C; shl.b32 t, $10, 6;"
+        "lop3.b32 c, t, 0xC0C0C0C0, c, 0xEA;",
+        "and.b32 c, $10, 0xFCFCFCFC;",
+    )
+    mask = "0x03E003E0" if mantissa == 2 else "0x01F001F0"
+    lines = ["{ .reg .b32 c, t, v, s;"]
+    for plane, codes in enumerate(collect):
+        lines.append(codes)
+        for half, selector in enumerate(("0x1404", "0x3424")):
+            lines += [
+                f"prmt.b32 v, c, 0, {selector};",
+                "and.b32 s, v, 0x80008000;",
+                f"shr.u32 t, v, {mantissa + 3};",
+                f"lop3.b32 ${2 * plane + half}, t, {mask}, s, 0xEA;",
+            ]
+    return "\n".join([*lines, "}"])
+
+
+_E3M2_ASM = tl.constexpr(_planes_asm(2))
+_E2M3_ASM = tl.constexpr(_planes_asm(3))
+
+
 @triton.jit
-def load_units(ptrs, inside):
-    """The three bytes at ``ptrs`` as 24 bits of an int32, 0 where not ``inside``."""
-    low = tl.load(ptrs, inside, 0).to(tl.int32)
-    middle = tl.load(ptrs + 1, inside, 0).to(tl.int32)
-    high = tl.load(ptrs + 2, inside, 0).to(tl.int32)
-    return low | middle << 8 | high << 16
+def sextets_bf16(low, middle, high, ELEMENT: tl.constexpr):
+    """The four planes of numbers from three bytes each, in bf16, short of 2^124 or 2^126."""
+    ASM: tl.constexpr = _E3M2_ASM if ELEMENT == "e3m2" else _E2M3_ASM
+    return tl.inline_asm_elementwise(
+        ASM,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+        [low, middle, high],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def load_bytes(ptrs, inside):
+    """The three bytes of each unit at ``ptrs``, 0 where not ``inside``."""
+    return tl.load(ptrs, inside, 0), tl.load(ptrs + 1, inside, 0), tl.load(ptrs + 2, inside, 0)
 
 
 @triton.jit

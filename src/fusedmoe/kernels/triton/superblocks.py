@@ -71,26 +71,31 @@ def _signed_scales(block):
     return d[:, None] * low, d[:, None] * high
 
 
+_FIVES_ASM = tl.constexpr(
+    """{
+    .reg .b32 a, b, h, t;
+    and.b32 a, $4, 0x0F0F0F0F;
+    shr.u32 b, $4, 4;
+    and.b32 b, b, 0x0F0F0F0F;
+    shr.u32 h, $5, $6;
+    shl.b32 t, h, 4;
+    lop3.b32 a, t, 0x10101010, a, 0xEA;
+    shl.b32 t, h, 3;
+    lop3.b32 b, t, 0x10101010, b, 0xEA;
+    prmt.b32 $0, a, 0x43, 0x4140;
+    prmt.b32 $1, a, 0x43, 0x4342;
+    prmt.b32 $2, b, 0x43, 0x4140;
+    prmt.b32 $3, b, 0x43, 0x4342;
+}"""
+)
+
+
 @triton.jit
 def fives_bf16(packed, more, shift):
     """Nibbles with a fifth bit, plus 128: those of the low nibbles at bit ``shift`` of ``more``,
     those of the high ones behind it. Four bytes at a time."""
     return tl.inline_asm_elementwise(
-        """{
-            .reg .b32 a, b, h, t;
-            and.b32 a, $4, 0x0F0F0F0F;
-            shr.u32 b, $4, 4;
-            and.b32 b, b, 0x0F0F0F0F;
-            shr.u32 h, $5, $6;
-            shl.b32 t, h, 4;
-            lop3.b32 a, t, 0x10101010, a, 0xEA;
-            shl.b32 t, h, 3;
-            lop3.b32 b, t, 0x10101010, b, 0xEA;
-            prmt.b32 $0, a, 0x43, 0x4140;
-            prmt.b32 $1, a, 0x43, 0x4342;
-            prmt.b32 $2, b, 0x43, 0x4140;
-            prmt.b32 $3, b, 0x43, 0x4342;
-        }""",
+        _FIVES_ASM,
         "=r,=r,=r,=r,r,r,r,r,r,r",
         [packed, more, shift],
         dtype=(tl.bfloat16, tl.bfloat16),
@@ -99,25 +104,30 @@ def fives_bf16(packed, more, shift):
     )
 
 
+_SIXES_ASM = tl.constexpr(
+    """{
+    .reg .b32 a, b, h, t;
+    and.b32 a, $4, 0x0F0F0F0F;
+    shr.u32 b, $4, 4;
+    and.b32 b, b, 0x0F0F0F0F;
+    shr.u32 h, $5, $6;
+    shl.b32 t, h, 4;
+    lop3.b32 a, t, 0x30303030, a, 0xEA;
+    lop3.b32 b, h, 0x30303030, b, 0xEA;
+    prmt.b32 $0, a, 0x43, 0x4140;
+    prmt.b32 $1, a, 0x43, 0x4342;
+    prmt.b32 $2, b, 0x43, 0x4140;
+    prmt.b32 $3, b, 0x43, 0x4342;
+}"""
+)
+
+
 @triton.jit
 def sixes_bf16(packed, more, shift):
     """Nibbles with two more bits, plus 128: those of the low nibbles at bit ``shift`` of ``more``,
     those of the high ones four bits on. Four bytes at a time."""
     return tl.inline_asm_elementwise(
-        """{
-            .reg .b32 a, b, h, t;
-            and.b32 a, $4, 0x0F0F0F0F;
-            shr.u32 b, $4, 4;
-            and.b32 b, b, 0x0F0F0F0F;
-            shr.u32 h, $5, $6;
-            shl.b32 t, h, 4;
-            lop3.b32 a, t, 0x30303030, a, 0xEA;
-            lop3.b32 b, h, 0x30303030, b, 0xEA;
-            prmt.b32 $0, a, 0x43, 0x4140;
-            prmt.b32 $1, a, 0x43, 0x4342;
-            prmt.b32 $2, b, 0x43, 0x4140;
-            prmt.b32 $3, b, 0x43, 0x4342;
-        }""",
+        _SIXES_ASM,
         "=r,=r,=r,=r,r,r,r,r,r,r",
         [packed, more, shift],
         dtype=(tl.bfloat16, tl.bfloat16),

@@ -1,0 +1,187 @@
+"""Formats that take more than a mask, on a GPU: superblocks, six bits, tables, act-order; and rows
+of any format, rounded and multiplied as floats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe import MoEOptions
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_batched import (
+    BatchedTritonEmulatedExperts,
+    BatchedTritonQuantizedExperts,
+)
+from fusedmoe.kernels.round_rows import round_rows, round_rows_reference
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    MXFP6_E2M3_DYNAMIC,
+    MXFP6_E3M2_DYNAMIC,
+    MXFP8_DYNAMIC,
+    NVFP4_DYNAMIC,
+)
+from quantized_experts import Quantized
+
+pytestmark = pytest.mark.gpu
+NAN = float("nan")
+BF16 = torch.bfloat16
+WEIGHT_ONLY_ERROR = 4e-3
+# Up, down, whether the columns of up can be sorted.
+FORMATS = {
+    "nf4": ("nf4", None, False),
+    "iq4_nl": ("iq4_nl", None, False),
+    "q4_k": ("q4_k", None, False),
+    "q5_k": ("q5_k", None, False),
+    "q6_k": ("q6_k", None, False),
+    "q4_k_by_q6_k": ("q4_k", "q6_k", False),
+    "q5_k_by_int8": ("q5_k", "int8_g32", False),
+    "e3m2": ("mxfp6_e3m2", None, False),
+    "e2m3": ("mxfp6_e2m3", None, False),
+    "sorted": ("int4_g128_act_order", None, True),
+    "sorted_zp": ("int4_g32_zp_act_order", None, True),
+    "table": ("int4_g128_act_order", None, False),
+    "table_int8_zp": ("int8_g32_zp_act_order", None, False),
+}
+LAYER = Layer(device="cuda", dtype=BF16, T=60, K=4, E=16, H=512, I=256)
+LAYERS = {
+    "one_token": replace(LAYER, T=1, E=64),
+    "few_rows": LAYER,
+    "many_rows": replace(LAYER, T=700, E=8, K=2),
+    "interleaved": replace(LAYER, activation=MoEActivation.SWIGLUOAI, bias=True),
+    "no_gate_map": replace(
+        LAYER, activation=MoEActivation.RELU2_NO_MUL, bias=True, T=33, E=32, local=9
+    ),
+}
+EVERYWHERE = ["q4_k_by_q6_k", "e3m2", "nf4", "sorted_zp", "table"]
+MATRIX = [
+    (fmt, layer)
+    for layer in LAYERS
+    for fmt in (FORMATS if layer in ("one_token", "few_rows") else EVERYWHERE)
+]
+
+
+def case_of(fmt, layer):
+    up, down, one_order = FORMATS[fmt]
+    return Quantized(up, None, layer, down, one_order)
+
+
+def error(out, expected):
+    assert torch.equal(out.isnan(), expected.isnan())
+    apart = float((out.double() - expected).norm())
+    return apart / float(expected.norm()) if apart else 0.0
+
+
+def runner(case, tensors, experts=TritonQuantizedExperts):
+    return case.runner(tensors, experts, prepare=True)
+
+
+@pytest.mark.parametrize(("fmt", "layer"), MATRIX)
+def test_formats(fmt, layer):
+    case = case_of(fmt, LAYERS[layer])
+    tensors = case.layer.tensors()
+    run = runner(case, tensors)
+    out = run()
+    assert error(out, case.expected(tensors)) <= WEIGHT_ONLY_ERROR
+    assert run().equal(out)
+    assert (run.experts._sorted is not None) == ("sorted" in fmt or "table" in fmt)
+    if "sorted" in fmt:
+        assert run.experts._sorted.order is not None
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_batches(fmt):
+    case = case_of(fmt, replace(LAYER, bias=True))
+    tensors = case.layer.tensors()
+    out = runner(case, tensors, BatchedTritonQuantizedExperts)()
+    assert error(out, case.expected(tensors)) <= WEIGHT_ONLY_ERROR
+
+
+@pytest.mark.parametrize("fmt", ["q4_k", "nf4", "e2m3", "sorted"])
+def test_fp16(fmt):
+    case = case_of(fmt, replace(LAYER, dtype=torch.float16))
+    tensors = case.layer.tensors()
+    assert error(runner(case, tensors)(), case.expected(tensors)) <= 2e-3
+
+
+@pytest.mark.parametrize("T", [1, 300])
+@pytest.mark.parametrize("fmt", EVERYWHERE)
+def test_graphs_ids_of_no_expert_and_nan_rows(fmt, T):
+    case = case_of(fmt, replace(LAYER, T=T + 1))
+    tensors = case.layer.tensors()
+    tensors["topk_ids"][0] = torch.tensor([-1, 16, -5, 2**31 - 1])
+    run = runner(case, tensors)
+    clean = run().clone()
+    assert (clean[0] == 0).all()
+    assert error(clean, case.expected(tensors)) <= WEIGHT_ONLY_ERROR
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    tensors["hidden_states"][-1] = NAN
+    graph.replay()
+    assert out[-1].isnan().all()
+    assert out[:-1].equal(clean[:-1])
+
+
+@pytest.mark.parametrize("fmt", EVERYWHERE)
+def test_batch_invariance_is_bitwise(fmt):
+    layer = replace(LAYER, T=300, options=MoEOptions(batch_invariant=True), bias=True)
+    case = case_of(fmt, layer)
+    tensors = case.layer.tensors()
+    names = ("hidden_states", "topk_weights", "topk_ids")
+    given = {name: tensors[name] for name in names}
+    run = runner(case, tensors)
+    whole = run()
+    for part in (slice(0, 1), slice(5, 7), slice(100, 300)):
+        tensors |= {name: given[name][part] for name in names}
+        assert run().equal(whole[part])
+
+
+ROUNDED = [
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    MXFP6_E2M3_DYNAMIC,
+    MXFP6_E3M2_DYNAMIC,
+    MXFP8_DYNAMIC,
+    NVFP4_DYNAMIC,
+]
+
+
+@pytest.mark.parametrize("D", [96, 2048, 14336])
+@pytest.mark.parametrize("key", ROUNDED, ids=str)
+def test_rows_are_rounded_as_defined(key, D):
+    x = torch.randn(33, D, device="cuda", dtype=BF16)
+    out, expected = round_rows(x, key), round_rows_reference(x, key)
+    assert (out != expected).float().mean() < 1e-3
+    assert error(out, expected.double()) < 1e-2
+
+
+@pytest.mark.parametrize("experts", [TritonEmulatedExperts, BatchedTritonEmulatedExperts])
+@pytest.mark.parametrize(
+    ("fmt", "rows"),
+    [
+        ("int4_g128", FP8_DYNAMIC_TOKEN),
+        ("mxfp4", MXFP4_DYNAMIC),
+        ("nvfp4", NVFP4_DYNAMIC),
+        ("mxfp6_e2m3", MXFP6_E2M3_DYNAMIC),
+    ],
+    ids=str,
+)
+def test_emulated_rows(fmt, rows, experts):
+    """No worse than a torch computation on the same rounded rows, but for 16-bit rows between."""
+    case = Quantized(fmt, rows, LAYER)
+    tensors = case.layer.tensors()
+    exact = replace(case, rows=None).expected(tensors)
+    allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR
+    assert error(case.run(tensors, experts), exact) <= allowed
