@@ -47,11 +47,12 @@ def read_quantization(
     method = config.get("quant_method")
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = "bitsandbytes"
-    if method is None and "quant_algo" in config.get("quantization", config):
-        method = "modelopt"
+    if method is None:
+        inner = config.get("quantization", config)
+        method = "modelopt" if isinstance(inner, Mapping) and "quant_algo" in inner else None
     if method == "intel/auto-round":
         method = "auto-round"
-    if method not in _HOME:
+    if not isinstance(method, str) or method not in _HOME:
         raise ValueError(
             f"quantization_config: unknown quant_method {method!r}; known: {', '.join(_HOME)}"
         )
