@@ -107,6 +107,8 @@ def w8a8_gemm_kernel(
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     WHOLE: tl.constexpr = w_ptr.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    # After so many columns fp8 sums are added up in fp32: tensor cores cut bits of longer ones off.
+    IMPRECISE: tl.constexpr = None if WHOLE else 128
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS
     if tl.program_id(0) >= num_m * tl.cdiv(N, WIDTH):
         return
@@ -152,7 +154,7 @@ def w8a8_gemm_kernel(
             if a_scale_ptr is not None and A_GROUP != 0:
                 a_scale = tl.load(a_scale_ptrs + after // A_GROUP * stride_ag)
         else:
-            total = tl.dot(w, tl.trans(a), total, out_dtype=SUM)
+            total = tl.dot(w, tl.trans(a), total, max_num_imprecise_acc=IMPRECISE, out_dtype=SUM)
 
     if not STEPPED:
         total = total.to(tl.float32) * (float_scale(w_scale)[:, None] * a_scale[None, :])
