@@ -33,6 +33,15 @@ CALLABLES = {
     "fused_experts": "hidden_states w1 w2 topk_weights topk_ids activation "
     "apply_router_weight_on_input global_num_experts expert_map quant_config",
     "fused_moe_make_expert_params_mapping": _MAPPING,
+    "moe_align_block_size": "topk_ids block_size num_experts expert_map pad_sorted_ids "
+    "ignore_invalid_experts return_scatter_idx",
+    "moe_permute": "hidden_states a1q_scale topk_ids n_expert n_local_expert expert_map "
+    "permuted_hidden_states scratch",
+    "moe_unpermute": "out permuted_hidden_states topk_weights inv_permuted_idx "
+    "expert_first_token_offset",
+    "moe_fused_mul_sum": "inputs topk_weights outputs topk_ids expert_map num_valid_tokens",
+    "count_expert_num_tokens": "topk_ids num_local_experts expert_map",
+    "remap_topk_to_local": "topk_ids expert_map",
     "BatchedDeepGemmExperts": "moe_config quant_config max_num_tokens num_dispatchers",
     "BatchedDeepGemmExperts.supports_packed_ue8m0_act_scales": "",
     "FusedMoEExpertsModular.adjust_N_for_activation": "N activation",
