@@ -1,7 +1,7 @@
 """Speed of the 8-bit prefill kernels on one GPU, launch by launch and tile by tile.
 
     PYTHONPATH=src python benchmarks/quantized_prefill.py [--shapes qwen3-30b deepseek-v3-ep8]
-        [--formats fp8_block fp8_channel int8_channel] [--tokens 8192] [--out F.json]
+        [--formats fp8_block fp8_channel fp8_tensor int8_channel] [--tokens 8192] [--out F.json]
 
 CUDA-graph replays in turns with a dense product of the same element type, so that all of them see
 the same clock; balanced routing, ids given. ``whole`` is everything behind the routing,
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
+from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, prefill_tiles
@@ -41,14 +43,13 @@ Calls = dict[str, tuple[Callable[[], torch.Tensor], float]]
 DENSE = 8192
 
 
-def tile_variants(element: str, standard: QuantizedPrefillTiles) -> Iterator[tuple[str, Any]]:
+def tile_variants(name: str, standard: QuantizedPrefillTiles) -> Iterator[tuple[str, Any]]:
     """What else to try: (label, tiles)."""
     yield "", standard
-    for group in (8, 32):
-        yield f" group {group}", QuantizedPrefillTiles(group=group, promoted=standard.promoted)
-    yield " 3 stages", QuantizedPrefillTiles(stages=3, promoted=standard.promoted)
-    if element == "e4m3":
-        yield " not promoted", QuantizedPrefillTiles()
+    yield " group 32", replace(standard, group=32)
+    if name != "fp8_block" and max(standard.promoted):
+        yield " promoted at once", replace(standard, promoted=(1, 1))
+        yield " not promoted", replace(standard, promoted=(0, 0))
 
 
 def parts(
@@ -62,7 +63,7 @@ def parts(
     """Every launch by itself and all of them, and the floating point operations of each."""
     (w1, w2), key = weights, ROWS[name]
     (e, H, I), (T, K) = w2.shape, one.topk_ids.shape  # noqa: E741
-    scale = torch.full((1,), 0.02, device=DEVICE) if key.static else None
+    scale = torch.full((1,), 0.1, device=DEVICE) if key.static else None
     P, R = prefill_rows(T * K, e), T * K
     activation = MoEActivation.from_str(shape.activation)
     act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
@@ -78,7 +79,7 @@ def parts(
     flops = shape.flops(T)
     calls: Calls = {"quantize x": (lambda: quantize_rows(x, key, scale)[0], 0.0)}
 
-    def first(tiles: QuantizedPrefillTiles) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    def first(tiles: QuantizedPrefillTiles) -> tuple[torch.Tensor, torch.Tensor]:
         return up(
             q, q_scale, w1, K, act, position, key, scale, device_activation(activation), None,
             tables, tiles, programs,
@@ -95,9 +96,18 @@ def parts(
         )  # fmt: skip
         return out
 
-    for label, tiles in tile_variants(w1.format.element, prefill_tiles(H, I, w1.format.element)):
-        if tiles.promoted == (False, False) and name == "fp8_block" and label:
-            continue
+    def add() -> torch.Tensor:
+        sum_rows(y, one.topk_weights, position, one.topk_ids, None, out, e, 1)
+        return out
+
+    def align() -> torch.Tensor:
+        return moe_align_block_size(
+            one.topk_ids, PREFILL_BLOCK, e, pad_sorted_ids=True, num_local_experts=e
+        )[0]
+
+    calls["sum"] = add, 0.0
+    calls["align"] = align, 0.0
+    for label, tiles in tile_variants(name, prefill_tiles(H, I, w1.format.element)):
         calls[f"up{label}"] = (lambda t=tiles: first(t)[0]), flops * w1.shards / (w1.shards + 1)
         made = first(tiles)
         calls[f"down{label}"] = partial(second, made, tiles), flops / (w1.shards + 1)
@@ -147,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b", "deepseek-v3-ep8"])
     parser.add_argument(
-        "--formats", nargs="+", default=["fp8_block", "fp8_channel", "int8_channel"]
+        "--formats", nargs="+", default=["fp8_block", "fp8_channel", "fp8_tensor", "int8_channel"]
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--out")

@@ -158,11 +158,11 @@ def test_promoted_sums_of_one_sign_do_not_shrink(monkeypatch):
     for name in ("hidden_states", "w1", "w2"):
         tensors[name] = tensors[name].abs()
     found = []
-    for promoted in (False, True):
-        tiles = QuantizedPrefillTiles(promoted=(promoted, promoted))
+    for steps in (0, 1, 2):
+        tiles = QuantizedPrefillTiles(promoted=(steps, steps))
         monkeypatch.setattr(HopperQuantizedExperts, "prefill_tiles", tiles)
         found.append(error(case.run(tensors, HopperQuantizedExperts), case.expected(tensors)))
-    assert found[1] < min(1e-2, found[0] / 2), found
+    assert max(found[1:]) < min(1e-2, found[0] / 2), found
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,28 @@
 their scales lie, and what their launcher refuses."""
 
 import types
+from functools import partial
 
 import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN,
+    PER_TOKEN,
+    GroupShape,
+    QuantKey,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 
@@ -36,8 +42,13 @@ class OnTensors:
         return torch.as_tensor(x).clamp(min=y)
 
     @staticmethod
-    def load(pointer):
-        return pointer.tensor.reshape(-1)[pointer.offset]
+    def arange(start, end, layout):
+        return torch.arange(start, end)
+
+    @staticmethod
+    def load(pointer, mask=True, other=0.0):
+        offset = torch.where(torch.as_tensor(mask), torch.as_tensor(pointer.offset), 0)
+        return torch.where(torch.as_tensor(mask), pointer.tensor.reshape(-1)[offset], other)
 
 
 class Pointer:
@@ -58,7 +69,11 @@ def device_function(name):
     from fusedmoe.kernels.triton import hopper_fp8_prefill_common
 
     function = getattr(hopper_fp8_prefill_common, name).fn
-    names = {"gl": type("gl", (OnTensors,), {"int64": torch.int64})}
+    numbers = {"int64": torch.int64, "float32": torch.float32}
+    names = {"gl": type("gl", (OnTensors,), numbers), "TILE_N": 128}
+    for called in ("load_features",):
+        if called != name:
+            names[called] = device_function(called)
     return types.FunctionType(function.__code__, function.__globals__ | names)
 
 
@@ -102,6 +117,29 @@ def test_scales_lie_where_the_kernels_read_them(fmt, interleaved, I):  # noqa: E
             torch.testing.assert_close(found, exact[expert, rows])
     past = scale_row(scales, Number(0), 0, torch.tensor(I + 5), I).offset
     assert past == scale_row(scales, Number(0), 0, torch.tensor(I - 1), I).offset
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fmt", ["fp8_channel", "fp8_tensor", "int8_channel"])
+@pytest.mark.parametrize("I", [256, 208])
+def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I):  # noqa: E741
+    w = weights(fmt, 2, 2 * I, 64, shards=2, interleaved=interleaved)
+    exact = w.dequantize(torch.float32)
+    load = device_function("load_weight_scales")
+    by, to_high = (2, 1) if interleaved else (1, I)
+    for expert in range(2):
+        for column in range(0, I, 128):
+            feature = torch.arange(column, min(column + 128, I))
+            found = load(
+                Pointer(w.scale), Number(expert), column, 0, by, to_high, 2, I, w.scale.dim() == 3
+            )
+            for shard, scale in enumerate(found):
+                scale = scale.expand(128)
+                if w.scale.dim() == 3:
+                    assert (scale[len(feature) :] == 0).all()
+                rows = feature * 2 + shard if interleaved else shard * I + feature
+                value = w.data[expert, rows].float() * scale[: len(feature), None]
+                torch.testing.assert_close(value, exact[expert, rows])
 
 
 def as_the_kernels_do(x, w1, w2, topk_ids, tables, programs=7):
@@ -198,12 +236,52 @@ def test_tiles_and_gathers_add_up_to_the_definition():
     assert error < 5e-3
 
 
+@pytest.mark.parametrize("spread", [1.0, 64.0])
+def test_token_rows_with_a_scale_per_tile_are_no_worse(spread):
+    """act's columns vary by ``spread`` from one tile to the next, or not."""
+    torch.manual_seed(1)
+    T, K, H, I = 40, 2, 256, 512  # noqa: E741
+    up = torch.randn(3, 2 * I, H) / 16
+    up[:, I:] *= spread ** (torch.arange(I) // 128 % 2)[None, :, None]
+    w1 = quantize(up, format_named("fp8_channel"), shards=2)
+    w2 = weights("fp8_channel", 3, H, I)
+    x = torch.randn(T, H).bfloat16()
+    ids, picked = torch.randint(0, 3, (T, K), dtype=torch.int32), torch.rand(T, K)
+    given, keys = scratch(T, K, 3, H, I), (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN)
+    fp8_prefill(x, w1, w2, keys, (None, None), picked, ids, programs=7, **given)
+    rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=PER_TOKEN)
+    reference = partial(
+        quantized_experts_reference, x.double(), w1, w2, picked.double(), ids,
+        compute_dtype=torch.float64,
+    )  # fmt: skip
+    exact = reference()
+    found, allowed = (
+        (out.double() - exact).norm() / exact.norm()
+        for out in (given["out"], reference(a1=rows, a2=rows))
+    )
+    assert found <= 1.05 * allowed
+
+
+@pytest.mark.parametrize("I", [48, 800])
+def test_rounding_leaves_rows_alone_that_the_tables_do_not_have(I):  # noqa: E741
+    from fusedmoe.kernels.triton.hopper_fp8_prefill import _round_rows
+
+    act = torch.randn(384, I).bfloat16()
+    act[256:] = float("nan")
+    q, scale = _round_rows(act, torch.tensor([256], dtype=torch.int32))
+    expected, expected_scale = quantize_rows_reference(act[:256], INT8_DYNAMIC_TOKEN)
+    torch.testing.assert_close(scale[:256, None], expected_scale)
+    assert (q[:256].int() - expected.int()).abs().max() <= 1
+
+
 def test_what_the_kernels_cannot_multiply_is_named():
     both = FP8_DYNAMIC_128, FP8_DYNAMIC_128
     assert unmet_by_prefill(*layer("fp8_block"), both) is None
     assert unmet_by_prefill(*layer("int8_channel"), (INT8_DYNAMIC_TOKEN,) * 2) is None
     assert "wants scales per row" in unmet_by_prefill(*layer("fp8_block"), (FP8_DYNAMIC_TOKEN,) * 2)
     assert "does not run" in unmet_by_prefill(*layer("int4_g128", I=256), both)
+    int8 = QuantKey(torch.int8, False, GroupShape(1, 128))
+    assert "fp8 scales" in unmet_by_prefill(*layer("int8_g128", I=256), (int8, int8))
     assert "in time" in unmet_by_prefill(*layer("fp8_tensor"), (FP8_DYNAMIC_TENSOR,) * 2)
     w1, w2 = layer("fp8_block")
     x, ids = torch.zeros(4, 384).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
@@ -222,5 +300,5 @@ def test_what_the_kernels_cannot_multiply_is_named():
 def test_tiles_say_what_is_promoted():
     from fusedmoe.tuning.quantized_tiles import prefill_tiles
 
-    assert prefill_tiles(7168, 256, "e4m3") == QuantizedPrefillTiles(promoted=(True, False))
+    assert prefill_tiles(7168, 256, "e4m3") == QuantizedPrefillTiles(promoted=(2, 0))
     assert prefill_tiles(7168, 18432, "int8") == QuantizedPrefillTiles()

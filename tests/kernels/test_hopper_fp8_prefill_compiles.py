@@ -19,7 +19,7 @@ from fusedmoe.kernels.triton import hopper_fp8_prefill as module
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR,
-    INT8_DYNAMIC_TOKEN)
+    INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR)
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 
 TYPES = {torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32", torch.bfloat16: "bf16",
@@ -66,12 +66,13 @@ def compile_as_launched(kernel):
 
 module._launch_up = compile_as_launched(module.up_kernel)
 module._launch_down = compile_as_launched(module.down_kernel)
-module._launch_sum = lambda *arguments: None
+module._launch_round = module.sum_rows = lambda *arguments: None
 
 T, K, E, P = 4, 2, 3, 384
 ids = torch.zeros(T * K, dtype=torch.int32)
 table = MoEAlignment(torch.zeros(P, dtype=torch.int32), ids[:3], ids[:1])
-plain, promoted = QuantizedPrefillTiles(), QuantizedPrefillTiles(promoted=(True, True))
+plain, promoted = QuantizedPrefillTiles(), QuantizedPrefillTiles(promoted=(1, 1))
+pairs = QuantizedPrefillTiles(promoted=(2, 2))
 
 
 def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=768):
@@ -93,10 +94,10 @@ def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=76
 run("fp8_block", FP8_DYNAMIC_128)
 run("fp8_block", FP8_DYNAMIC_128_UE8M0, act=MoEActivation.SWIGLUOAI, bias=True, H=272, I=208)
 run("fp8_block", FP8_DYNAMIC_128, act=MoEActivation.RELU2_NO_MUL, bias=True)
-run("fp8_channel", FP8_DYNAMIC_TOKEN, promoted)
-SPILL = 128
-run("fp8_channel", FP8_DYNAMIC_TOKEN)
+run("fp8_channel", FP8_DYNAMIC_TOKEN, pairs)
+run("fp8_tensor", FP8_STATIC_TENSOR, promoted)
 run("int8_channel", INT8_DYNAMIC_TOKEN, bias=True)
+run("int8_channel", INT8_STATIC_TENSOR, act=MoEActivation.SWIGLUOAI, bias=True)
 run("fp8_tensor", FP8_STATIC_TENSOR)
 print("compiled")
 """
@@ -104,7 +105,7 @@ print("compiled")
 
 def test_every_variant_compiles_and_keeps_its_sums_in_registers():
     """With the very arguments that a launch would have. A few words of stack hold what is read
-    once per tile; without scales in the loop, a part of some epilogues."""
+    once per tile."""
     triton = pytest.importorskip("triton")
     if not triton.__version__.startswith("3.6."):
         pytest.skip("written for the Gluon of Triton 3.6")

@@ -6,6 +6,8 @@ The whole layer but routing: fp8 by fp8 and int8 by int8. Device code:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -16,7 +18,7 @@ from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
-from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
+from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
 
@@ -32,13 +34,21 @@ def unmet_by_prefill(
         return reason
     for w in (w1, w2):
         rows, columns = w.format.group
-        if columns > 0 and rows % TILE_ROWS:
-            return f"wants scales per {TILE_ROWS} weight rows, not {w.format.name}"
+        if columns > 0 and (rows % TILE_ROWS or w.format.element != "e4m3"):
+            return f"wants fp8 scales per {TILE_ROWS} weight rows, not {w.format.name}"
         if w.scale is None or not w.scale.is_contiguous():
             return "wants scales that are contiguous"
     if keys[1].group_shape == PER_TENSOR and not keys[1].static:
         return f"cannot know one scale for all rows of w2's input, {keys[1]}, in time"
     return None
+
+
+def rounds_by_tile(key: QuantKey) -> bool:
+    """Whether rows of w2's input have a scale per 128 columns, not only where ``key`` asks for it:
+    fp8 rows that would share one too. A tile of act holds 128 of a row's columns, so a scale per
+    row would be known only after the launch, at the price of a pass over act. Finer scales
+    round no worse, and every 128 columns are added to the sums in fp32 anyway."""
+    return key.group_shape.col == STEP or (not key.static and key.dtype != torch.int8)
 
 
 def fp8_prefill(
@@ -128,10 +138,13 @@ def fp8_prefill_reference(
         activation=activation, activation_config=activation_config,
     )  # fmt: skip
     act[:R] = exact.to(act.dtype)
-    in_the_epilogue = keys[1].static or keys[1].group_shape.col == STEP
-    rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], keys[1], scales[1])
+    key = keys[1]
+    if rounds_by_tile(key):
+        key = replace(key, group_shape=GroupShape(1, STEP))
+    in_the_epilogue = key.static or rounds_by_tile(key)
+    rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], key, scales[1])
     y[:R] = 0
-    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, keys[1], top_k=1, bias=w2_bias)
+    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, key, top_k=1, bias=w2_bias)
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )

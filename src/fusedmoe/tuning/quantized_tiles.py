@@ -68,13 +68,12 @@ class QuantizedDecodeTiles(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class QuantizedPrefillTiles:
     """Tiles of 128 slots by 256 weight rows, ``stages`` steps of 128 columns in flight; ``group``
-    blocks of slots run side by side. ``promoted``, for each GEMM: products of so many steps (1 or 2,
-    0: all) at a time are added to the sums in fp32, where no scale asks for every one."""
+    blocks of slots run side by side. ``promoted``, for each GEMM: products of so many steps at a
+    time (1 or 2; 0: all) are added to the sums in fp32, where no scale asks for every one."""
 
     stages: int = 4
     group: int = 16
     promoted: tuple[int, int] = (0, 0)
-    lead: int = 0
 
 
 def slots_block(R: int, E: int, most: int) -> int:
@@ -166,10 +165,10 @@ def prefill_tiles(H: int, I: int, element: str) -> QuantizedPrefillTiles:  # noq
     Tensor cores add fp8 products with 13 bits behind the largest one's first and cut the rest off.
     Simulated over 2048 columns, that costs a relative 0.9e-3 where signs are random, but 3.3e-2
     where they are all the same, as much as rounding the operands: the sum shrinks. Over
-    LONGEST_FP8_SUM it is 2e-3, for promoted sums 6e-4.
+    LONGEST_FP8_SUM it is 2e-3, so longer sums are promoted as often.
     """
-    long = tuple(int(element == "e4m3" and D > LONGEST_FP8_SUM) for D in (H, I))
-    return QuantizedPrefillTiles(promoted=(long[0], long[1]))
+    promoted = tuple(2 if element == "e4m3" and D > LONGEST_FP8_SUM else 0 for D in (H, I))
+    return QuantizedPrefillTiles(promoted=(promoted[0], promoted[1]))
 
 
 def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:

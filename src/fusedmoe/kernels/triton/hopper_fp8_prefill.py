@@ -2,21 +2,27 @@
 
 As ``hopper_prefill``: tiles of 128 rows of one expert by 2 x 128 weight rows, producer warps that
 fill a ring, two consumer warpgroups of 64 rows each, tiles in groups that share weights in the L2.
-A step is 128 columns of one byte. The rows of act stay in the order of ``sorted_ids``.
+A step is 128 columns of one byte. The rows of act stay in the order of ``sorted_ids``. Scales that
+change from step to step come through the ring, and what an epilogue needs is asked for before the
+products: a consumer waits for no load.
 
 up_kernel    grid (programs,): x [T, H] in 8 bits with its scales, w1 -> act [P, I]; and position
              [R]. act is rounded to 8 bits in the epilogue, with own scales [I / 128, P] or a given
-             one; where a whole row shares a scale it is 16-bit and rounded by a launch of its own.
+             one. int8 with a scale per row leaves it 16-bit.
+round_kernel grid (P / ROWS,): such rows of act -> int8 with their scales.
 down_kernel  grid (programs,): act in 8 bits with its scales, w2 -> y [P, H].
 sum_kernel   that of ``hopper_prefill``.
 """
 
 import torch
+import triton
+import triton.language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
 from fusedmoe.kernels.quantize import STORED, quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
@@ -29,12 +35,41 @@ from fusedmoe.kernels.triton.hopper_quantized_tasks import (
     rows_descriptor,
     weight_descriptors,
 )
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 
+
+@triton.jit
+def round_kernel(
+    act_ptr,
+    q_ptr,
+    scale_ptr,
+    num_post_ptr,
+    I,  # noqa: E741
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """act [P, I] -> q int8 [P, I], scale fp32 [P], of the rows that the tables have."""
+    follow_previous(CHAINED)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if first >= tl.load(num_post_ptr):
+        return
+    column = tl.arange(0, BLOCK)[None, :]
+    at = (first + tl.arange(0, ROWS))[:, None] * I + column
+    act = tl.load(act_ptr + at, column < I, 0.0).to(tl.float32)
+    scale = scale_of(act, 1, q_ptr.dtype.element_ty, False)
+    tl.store(scale_ptr + first + tl.arange(0, ROWS), scale)
+    tl.store(q_ptr + at, quantized(act, scale[:, None], q_ptr.dtype.element_ty), column < I)
+
+
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+_launch_round = Launcher(round_kernel, chained=True)
+_ROUNDED_AT_ONCE = 4096  # elements of act
 
 
 def _bytes_descriptor(matrix: torch.Tensor, tile_rows: int) -> TensorDescriptor:
@@ -47,6 +82,11 @@ def _bytes_descriptor(matrix: torch.Tensor, tile_rows: int) -> TensorDescriptor:
 def _steps_per_scale(w: QuantizedTensor) -> int:
     """Steps that share a scale; 0: all of them."""
     return max(w.format.group.col, 0) // STEP.value
+
+
+def _by_feature(w: QuantizedTensor) -> bool:
+    """Whether each weight row has a scale, rather than all of a shard one."""
+    return w.scale is not None and w.scale.dim() == 3
 
 
 def prefill(
@@ -72,11 +112,11 @@ def prefill(
     T, K = topk_ids.shape
     q, q_scale = quantize_rows(x, keys[0], scales[0]) if x_scale is None else (x, x_scale)
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
-    act, act_scale, strides = up(
+    act, act_scale = up(
         q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,
         programs,
     )  # fmt: skip
-    down(act, act_scale, strides, w2, y, position.shape[0], biases[1], tables, tiles, programs)
+    down(act, act_scale, w2, y, position.shape[0], biases[1], tables, tiles, programs)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)
 
 
@@ -94,11 +134,11 @@ def up(
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
     programs: int,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """The first product: act [P, I] as ``key`` says, its scales, and their strides by row and by
-    128 columns. The 16-bit ``act`` is where it is put, or its first half."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first product: act [P, I] as ``key`` says and its scales: one, [P], or [I / 128, P]. The
+    16-bit ``act`` is where it is put, or its first half."""
     (P, I), H = act.shape, q.shape[1]  # noqa: E741
-    own, rounded = key.group_shape.col == STEP.value, act
+    own, rounded = rounds_by_tile(key), act
     if own or key.static:
         rounded = act.view(STORED[key.dtype]).view(-1)[: P * I].view(P, I)
         out_desc = _bytes_descriptor(rounded, HALF_M.value)
@@ -125,24 +165,34 @@ def up(
         ),
         (
             *(H, I, K, activation.formula, activation.gated, w1.interleaved),
-            *(tiles.promoted[0], _steps_per_scale(w1), own, key.scale_kind == "e8m0"),
-            *(tiles.stages, tiles.group),
+            *(tiles.promoted[0], _steps_per_scale(w1), _by_feature(w1)),
+            *(own, key.scale_kind == "e8m0", tiles.stages, tiles.group),
         ),
         num_warps=4,
         maxnreg=168,
     )
     if own:
         assert act_scale is not None
-        return rounded, act_scale, (1, P)
+        return rounded, act_scale
     if act_scale is None:
-        rounded, act_scale = quantize_rows(act, key)
-    return rounded, act_scale, (0 if act_scale.numel() == 1 else 1, 0)
+        rounded, act_scale = _round_rows(act, tables.num_tokens_post_pad)
+    return rounded, act_scale
+
+
+def _round_rows(act: torch.Tensor, num_post: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    P, I = act.shape  # noqa: E741
+    q = torch.empty(P, I, dtype=torch.int8, device=act.device)
+    scale = torch.empty(P, dtype=torch.float32, device=act.device)
+    block = power_of_2(I)
+    rows = min(max(_ROUNDED_AT_ONCE // block, 1), BLOCK_M.value)
+    warps = max(4, min(16, block // 1024))
+    _launch_round((P // rows, 1), (act, q, scale, num_post), (I,), (rows, block), warps)
+    return q, scale
 
 
 def down(
     act: torch.Tensor,
     act_scale: torch.Tensor,
-    strides: tuple[int, int],
     w2: QuantizedTensor,
     y: torch.Tensor,
     R: int,
@@ -157,6 +207,7 @@ def down(
         Memory(w2.data.data_ptr(), w2.data.dtype), e * H, I, I, 2 * TILE_N.value
     )
     stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
+    own = act_scale.dim() == 2
     _launch_down(
         programs,
         (
@@ -165,8 +216,14 @@ def down(
             matrix_descriptor(y, H, (HALF_M.value, TILE_N.value // 2)),
         ),
         (bias, act_scale, w2.scale, *_read(tables)),
-        (*strides, stride_se, stride_sn, row_step, block, R, e),
-        (H, I, tiles.promoted[1], _steps_per_scale(w2), tiles.stages, tiles.group),
+        (
+            *(0 if act_scale.numel() == 1 else 1, act.shape[0] // BLOCK_M.value),
+            *(stride_se, stride_sn, row_step, block, R, e),
+        ),
+        (
+            *(H, I, tiles.promoted[1], _steps_per_scale(w2), _by_feature(w2), own),
+            *(tiles.stages, tiles.group),
+        ),
         num_warps=4,
         maxnreg=168,
     )

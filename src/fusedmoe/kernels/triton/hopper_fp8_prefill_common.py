@@ -1,46 +1,33 @@
-"""What both kernels of ``hopper_fp8_prefill`` do: products of 8-bit operands, scales, the rings.
-
-A step is 128 columns: 128 token rows and 256 weight rows, 48 KiB. A consumer warpgroup multiplies
-64 rows by 128 weight rows at a time, ``low`` (gate) and then ``high`` (up).
-
-Scales that change along the columns (``multiply_stepped``): every product is added to the fp32
-sums with row scale x block scale, which is what keeps fp8 sums exact as well, because the tensor
-cores add fp8 products in about 14 bits. Two sums and one product take 192 registers; two products
-would not fit, so one warpgroup's additions overlap the other one's products.
-
-Scales of whole rows (``multiply_whole``): one product of 256 weight rows per step runs through all
-columns. int8 sums are exact; fp8 sums have the tensor cores' own precision, so rows of fp8 take the
-other way, with a factor of one (PROMOTED), unless they are short.
-"""
+"""What the kernels of ``hopper_fp8_prefill`` do beside products: rings, tasks, scales, stores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fusedmoe.kernels.triton.hopper_common import next_stage
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, store_tile
+from fusedmoe.kernels.triton.quantize import quantized, scale_of
 
 STEP = gl.constexpr(128)
-SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
-WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32]))
-BY_ROW = gl.constexpr(gl.SliceLayout(1, SUM.value))
+BUFFER_WORDS = gl.constexpr(2048)  # an output buffer: 8 KiB
+IN_ORDER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 
 
 @gluon.jit
-def open_rings(w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr):
-    """(rings, barriers, the output buffers of both warpgroups); FILLERS threads gather beside the
-    TMA arrival. 8-bit results leave in one part per tile of 128 columns, others in two."""
+def open_rings(
+    w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr, STEPPED: gl.constexpr
+):
+    """(rings, barriers, the output buffers of both warpgroups). Rings hold rows, weights and, if
+    STEPPED, the rows' scales; FILLERS threads copy beside the TMA arrival. 8-bit results leave in
+    one part per tile of 128 columns, others in two."""
     dtype: gl.constexpr = w_desc.dtype
+    SCALES: gl.constexpr = BLOCK_M if STEPPED else 1
     rings = (
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, STEP], w_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, STEP], w_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, SCALES], IN_ORDER),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -60,120 +47,25 @@ def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: g
     """(block, column tile, expert) of a task: the columns of GROUP blocks, blocks innermost."""
     first = task // (GROUP * TILES) * GROUP
     rest = task - first * TILES
-    size = gl.minimum(blocks - first, GROUP)
+    size = gl.maximum(gl.minimum(blocks - first, GROUP), 1)
     block = first + rest % size
     expert = gl.load(expert_ids_ptr + block)
     return block, rest // size, gl.minimum(gl.maximum(expert, 0), num_local - 1)
 
 
 @gluon.jit
-def is_live(
+def look_up(
     task, blocks, tables, R, num_local,
     TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Whether a task's rows of this warpgroup hold a slot: places fill from the front."""
-    live = False
-    if task < blocks * TILES:
-        block, _, _ = place(task, blocks, tables[0], num_local, TILES, GROUP)
-        slot = gl.load(tables[1] + block * BLOCK_M + WHICH * HALF_M)
-        live = (slot >= 0) & (slot < R)
-    return live
-
-
-@gluon.jit
-def skip(bars, stage, phase, KSTEPS: gl.constexpr, STAGES: gl.constexpr):
-    """Give a tile's steps back unread."""
-    full, empty = bars
-    for _ in range(KSTEPS):
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-    return stage, phase
-
-
-@gluon.jit
-def multiply_stepped(
-    rings, bars, stage, phase, live, row_scales, row_step, low_scales, high_scales,
-    KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """One tile's (low, high), [HALF_M, TILE_N] fp32 each, scales included.
-
-    ``row_scales`` [HALF_M] are pointers that advance by ``row_step`` per step, those to the
-    weights' scales by one every PER_SCALE steps. None stands for factors of one.
-    """
-    a_ring, b_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = a_ring.shape[0]
-    low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-    high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-    SCALED: gl.constexpr = row_scales is not None
-    if live:
-        if SCALED:
-            row_scale = gl.load(row_scales, cache_modifier=".cg")
-            low_scale = gl.load(low_scales).to(gl.float32)
-            high_scale = gl.load(high_scales).to(gl.float32)
-        for k in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-            b = b_ring.index(stage)
-            part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-            to_low = b.slice(0, TILE_N, 0).permute((1, 0))
-            part = warpgroup_mma(a, to_low, part, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            if SCALED:
-                low += part * gl.expand_dims(row_scale * low_scale, 1)
-            else:
-                low += part
-            part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-            to_high = b.slice(TILE_N, TILE_N, 0).permute((1, 0))
-            part = warpgroup_mma(a, to_high, part, use_acc=False, is_async=True)
-            if SCALED:
-                factor = gl.expand_dims(row_scale * high_scale, 1)
-                ahead = gl.minimum(k + 1, KSTEPS - 1)
-                row_scales += row_step
-                row_scale = gl.load(row_scales, ahead > k, 0.0, cache_modifier=".cg")
-                low_scale = gl.load(low_scales + ahead // PER_SCALE).to(gl.float32)
-                high_scale = gl.load(high_scales + ahead // PER_SCALE).to(gl.float32)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            mbarrier.arrive(empty.index(stage), count=1)
-            if SCALED:
-                high += part * factor
-            else:
-                high += part
-            stage, phase = next_stage(stage, phase, STAGES)
-    else:
-        stage, phase = skip(bars, stage, phase, KSTEPS, STAGES)
-    return low, high, stage, phase
-
-
-@gluon.jit
-def multiply_whole(rings, bars, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
-    """One tile's (low, high), [HALF_M, TILE_N] fp32 each, without scales. Each step is freed when
-    the next one has been issued."""
-    a_ring, b_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = a_ring.shape[0]
-    # Triton has no int8 product of 256 columns.
-    WHOLE: gl.constexpr = a_ring.dtype == gl.int8
-    NUMBER: gl.constexpr = gl.int32 if WHOLE else gl.float32
-    acc = gl.zeros([HALF_M, 2 * TILE_N], NUMBER, SUM if WHOLE else WIDE_SUM)
-    if live:
-        for k in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            before = (stage + STAGES - 1) % STAGES
-            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-            stage, phase = next_stage(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
-    else:
-        stage, phase = skip(bars, stage, phase, KSTEPS, STAGES)
-    pairs = gl.permute(gl.reshape(acc.to(gl.float32), [HALF_M, 2, TILE_N]), [0, 2, 1])
-    low, high = gl.split(pairs)
-    low = gl.convert_layout(low, SUM, assert_trivial=True)
-    return low, gl.convert_layout(high, SUM, assert_trivial=True), stage, phase
+    """(row, column tile, expert, live) of a task: this warpgroup's first row, and whether its rows
+    hold a slot, as places fill from the front. Of some other task where there is none: asked for a
+    task ahead, it is never waited for."""
+    task = gl.minimum(task, gl.maximum(blocks * TILES - 1, 0))
+    block, tile, expert = place(task, blocks, tables[0], num_local, TILES, GROUP)
+    row = block * BLOCK_M + WHICH * HALF_M
+    slot = gl.load(tables[1] + row)
+    return row, tile, expert, (slot >= 0) & (slot < R)
 
 
 @gluon.jit
@@ -185,29 +77,76 @@ def scale_row(scales, expert, shard, feature, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def tile_columns():
-    return gl.arange(0, TILE_N, BY_COLUMN)
+def load_features(pointer, step, limit):
+    """pointer[step * n] for n < TILE_N, one for each thread, 0 from n = limit on: to be asked for
+    before the products, which take all registers but a few."""
+    n = gl.arange(0, TILE_N, ONE_EACH)
+    return gl.load(pointer + step * n, mask=n < limit, other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def with_row_scales(low, high, scales, expert, row_scales, SHARD, column, apart,
-                    WIDTH: gl.constexpr):  # fmt: skip
-    """Both sums with the scales of their rows [HALF_M] and weight rows, loaded here. ``high`` is of
-    shard SHARD and ``apart`` columns further on."""
-    n = column + tile_columns()
-    row_scale = gl.expand_dims(gl.load(row_scales, cache_modifier=".cg"), 1)
-    of_low = gl.load(scale_row(scales, expert, 0, n, WIDTH)).to(gl.float32)
-    of_high = gl.load(scale_row(scales, expert, SHARD, n + apart, WIDTH)).to(gl.float32)
-    low = low * (row_scale * gl.expand_dims(of_low, 0))
-    return low, high * (row_scale * gl.expand_dims(of_high, 0))
+def load_weight_scales(
+    scale_ptr, expert, column, apart,
+    STEP_BY: gl.constexpr, TO_HIGH: gl.constexpr, SHARDS: gl.constexpr,
+    WIDTH: gl.constexpr, BY_FEATURE: gl.constexpr,
+):  # fmt: skip
+    """The scales of a tile's weight rows or, not BY_FEATURE, of its shards: (low's, high's).
+    ``high`` lies ``apart`` columns further on; the scale of its column n is TO_HIGH behind that of
+    low's."""
+    at = scale_ptr + expert.to(gl.int64) * (SHARDS * (WIDTH if BY_FEATURE else 1))
+    if BY_FEATURE:
+        at += column * STEP_BY
+        low = load_features(at, STEP_BY, WIDTH - column)
+        return low, load_features(at + TO_HIGH, STEP_BY, WIDTH - column - apart)
+    else:
+        return gl.load(at).to(gl.float32), gl.load(at + (SHARDS - 1)).to(gl.float32)
 
 
 @gluon.jit
-def load_bias(bias_ptr, step, limit):
-    """bias[step * n] as fp32 [1, TILE_N], 0 from n = limit on."""
-    n = tile_columns()
-    bias = gl.load(bias_ptr + step * n, mask=n < limit, other=0.0)
-    return gl.expand_dims(bias.to(gl.float32), 0)
+def put_features(buffer, found, AT: gl.constexpr):
+    """Leave what ``load_features`` found in an output buffer of this warpgroup, for
+    ``get_features`` behind a barrier."""
+    words = buffer._reinterpret(gl.float32, [BUFFER_WORDS], IN_ORDER)
+    words.slice(AT * TILE_N, TILE_N).store(found)
+
+
+@gluon.jit
+def get_features(buffer, AT: gl.constexpr):
+    """[1, TILE_N] beside the sums."""
+    words = buffer._reinterpret(gl.float32, [BUFFER_WORDS], IN_ORDER)
+    return gl.expand_dims(words.slice(AT * TILE_N, TILE_N).load(BY_COLUMN), 0)
+
+
+@gluon.jit
+def finished(
+    low, high, row_scale, of_low, of_high, low_bias, high_bias, buffer,
+    SCALED: gl.constexpr, BY_FEATURE: gl.constexpr, BIASED: gl.constexpr,
+):  # fmt: skip
+    """Both sums with the scales of their rows (None: contained) and weights if SCALED, and biases
+    if BIASED: what ``load_features`` found, or one number each (not BY_FEATURE)."""
+    if BIASED or (SCALED and BY_FEATURE):
+        tma.store_wait(0)
+        gl.thread_barrier()
+        if SCALED and BY_FEATURE:
+            put_features(buffer, of_low, 0)
+            put_features(buffer, of_high, 1)
+        if BIASED:
+            put_features(buffer, low_bias, 2)
+            put_features(buffer, high_bias, 3)
+        gl.thread_barrier()
+    if SCALED:
+        if BY_FEATURE:
+            of_low = get_features(buffer, 0)
+            of_high = get_features(buffer, 1)
+        if row_scale is not None:
+            of_low *= gl.expand_dims(row_scale, 1)
+            of_high *= gl.expand_dims(row_scale, 1)
+        low *= of_low
+        high *= of_high
+    if BIASED:
+        low += get_features(buffer, 2)
+        high += get_features(buffer, 3)
+    return low, high
 
 
 @gluon.jit
@@ -219,3 +158,37 @@ def store_whole(desc, buffer, value, row, column):
     fence_async_shared()
     gl.thread_barrier()
     tma.async_copy_shared_to_global(desc, [row, column], buffer)
+
+
+@gluon.jit
+def store_rounded(
+    out, act, row, column, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
+):
+    """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
+    or with the given one. Columns from WIDTH on do not count."""
+    desc, buffers, scale_ptr, P = out
+    DTYPE: gl.constexpr = buffers.dtype
+    if OWN:
+        if WIDTH % TILE_N != 0:
+            inside = column + gl.arange(0, TILE_N, BY_COLUMN) < WIDTH
+            act = gl.where(gl.expand_dims(inside, 0), act, 0.0)
+        scale = scale_of(act, 1, DTYPE, E8M0)
+        at = (column // TILE_N).to(gl.int64) * P + row
+        gl.store(scale_ptr + at + gl.arange(0, HALF_M, BY_ROW), scale)
+        # No magnitude is beyond the range, and conversion to fp8 saturates.
+        stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
+    else:
+        stored = quantized(act, gl.load(scale_ptr), DTYPE)
+    store_whole(desc, buffers.index(0), stored, row, column)
+
+
+@gluon.jit
+def store_act(
+    out, act, row, column,
+    WIDTH: gl.constexpr, ROUNDED: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr,
+):  # fmt: skip
+    if ROUNDED:
+        if column < WIDTH:
+            store_rounded(out, act, row, column, WIDTH, OWN, E8M0)
+    else:
+        store_tile(out[0], out[1], act, row, column)

@@ -2,22 +2,21 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
-    BY_ROW,
     STEP,
-    is_live,
-    load_bias,
-    multiply_stepped,
-    multiply_whole,
+    finished,
+    load_features,
+    load_weight_scales,
+    look_up,
     open_rings,
     place,
     scale_row,
-    with_row_scales,
 )
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
@@ -26,7 +25,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
 )
 
 UNSPECIALIZED = (
-    "stride_am", "stride_ak", "stride_se", "stride_sn", "scale_row_step", "scale_block", "R",
+    "stride_am", "scale_blocks", "stride_se", "stride_sn", "scale_row_step", "scale_block", "R",
     "num_local",
 )  # fmt: skip
 
@@ -34,6 +33,7 @@ UNSPECIALIZED = (
 @gluon.jit
 def down_producer(
     descs,
+    act_scales,
     rings,
     bars,
     tables,
@@ -42,11 +42,14 @@ def down_producer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
+    OWN: gl.constexpr,
 ):
     """As ``hopper_prefill_down.down_producer``, of bytes."""
-    a_ring, b_ring = rings
+    a_ring, b_ring, scale_ring = rings
     full, empty = bars
     act_desc, w_desc = descs
+    act_scale_ptr, _, scale_blocks = act_scales
+    row = gl.arange(0, BLOCK_M, gl.BlockedLayout([4], [32], [1], [0]))
     expert_ids_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = a_ring.shape[0]
     blocks = gl.load(num_post_ptr) // BLOCK_M
@@ -80,6 +83,10 @@ def down_producer(
             tma.async_copy_global_to_shared(
                 act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
             )
+            if OWN:
+                at = (k // STEP * scale_blocks + block) * BLOCK_M + row
+                async_copy.async_copy_global_to_shared(scale_ring.index(stage), act_scale_ptr + at)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -99,52 +106,62 @@ def down_consumer(
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
     PER_SCALE: gl.constexpr,
+    BY_FEATURE: gl.constexpr,
+    OWN: gl.constexpr,
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    expert_ids_ptr, _, num_post_ptr = tables
-    act_scale_ptr, stride_am, stride_ak = act_scales
+    act_scale_ptr, stride_am, _ = act_scales
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
-    blocks = gl.load(num_post_ptr) // BLOCK_M
+    blocks = gl.load(tables[2]) // BLOCK_M
     stage = 0
     phase = 0
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    coming = is_live(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+    coming = look_up(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
     # The scales of act are read here, not only by the producer.
     gdc_wait()
     for task in range(first, blocks * TILES, programs):
-        block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        row = block * BLOCK_M + WHICH * HALF_M
-        column = tile * (2 * TILE_N)
-        live = coming & True
-        coming = is_live(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
-        row_scales = act_scale_ptr + (row + gl.arange(0, HALF_M, BY_ROW)) * stride_am
-        if PER_SCALE > 0:
-            low, high, stage, phase = multiply_stepped(
-                rings, bars, stage, phase, live, row_scales, stride_ak.to(gl.int64),
-                scale_row(scales, expert, 0, column, H),
-                scale_row(scales, expert, 0, column + TILE_N, H),
-                KSTEPS, PER_SCALE, WHICH,
-            )  # fmt: skip
-        elif PROMOTED:
-            low, high, stage, phase = multiply_stepped(
-                rings, bars, stage, phase, live, None, 0, None, None, KSTEPS, 1, WHICH
-            )
-        else:
-            low, high, stage, phase = multiply_whole(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        row = coming[0] + 0
+        column = coming[1] * (2 * TILE_N)
+        expert = coming[2] + 0
+        live = coming[3] & True
+        coming = look_up(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
         if live:
-            if PER_SCALE == 0:
-                low, high = with_row_scales(
-                    low, high, scales, expert, row_scales, 0, column, TILE_N, H
+            low_scales = None
+            high_scales = None
+            row_scale = None
+            of_low = None
+            of_high = None
+            low_bias = None
+            high_bias = None
+            if not OWN:
+                rows = row + gl.arange(0, HALF_M, BY_ROW)
+                row_scale = gl.load(act_scale_ptr + rows * stride_am, cache_modifier=".cg")
+            if PER_SCALE > 0:
+                low_scales = scale_row(scales, expert, 0, column, H)
+                high_scales = scale_row(scales, expert, 0, column + TILE_N, H)
+            else:
+                of_low, of_high = load_weight_scales(
+                    scales[0], expert, column, TILE_N, 1, TILE_N, 1, H, BY_FEATURE
                 )
             if bias_ptr is not None:
                 at = bias_ptr + expert.to(gl.int64) * H + column
-                low += load_bias(at, 1, H - column)
-                high += load_bias(at + TILE_N, 1, H - column - TILE_N)
+                low_bias = load_features(at, 1, H - column)
+                high_bias = load_features(at + TILE_N, 1, H - column - TILE_N)
+            low, high, stage, phase = multiply(
+                rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE, OWN,
+                PROMOTED, WHICH,
+            )  # fmt: skip
+            low, high = finished(
+                low, high, row_scale, of_low, of_high, low_bias, high_bias, buffers.index(0),
+                PER_SCALE == 0, BY_FEATURE, bias_ptr is not None,
+            )  # fmt: skip
             store_tile(out_desc, buffers, low, row, column)
             store_tile(out_desc, buffers, high, row, column + TILE_N)
+        else:
+            stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
     tma.store_wait(0)
 
 
@@ -160,7 +177,7 @@ def down_kernel(
     sorted_ptr,
     num_post_ptr,
     stride_am,
-    stride_ak,
+    scale_blocks,
     stride_se,
     stride_sn,
     scale_row_step,
@@ -171,36 +188,39 @@ def down_kernel(
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
     PER_SCALE: gl.constexpr,
+    BY_FEATURE: gl.constexpr,
+    OWN: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """act_scale_ptr: strides per row and per 128 columns. PER_SCALE as in ``up_kernel``."""
+    """act_scale_ptr: one number, one per row (``stride_am`` apart), or OWN: [I / 128, P] with P =
+    128 * scale_blocks. Others as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
-    rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 0)
+    rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 32 if OWN else 0, OWN)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     scales = (scale_ptr, stride_se, stride_sn, 0, scale_row_step, scale_block)
-    act_scales = (act_scale_ptr, stride_am, stride_ak)
+    act_scales = (act_scale_ptr, stride_am, scale_blocks)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
                     out_desc, out0, bias_ptr, act_scales, scales, rings, bars, tables, R,
-                    num_local, H, I, PROMOTED, PER_SCALE, TILES, GROUP, 0,
+                    num_local, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, TILES, GROUP, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
                     out_desc, out1, bias_ptr, act_scales, scales, rings, bars, tables, R,
-                    num_local, H, I, PROMOTED, PER_SCALE, TILES, GROUP, 1,
+                    num_local, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, TILES, GROUP, 1,
                 ),
             ),
             (
                 down_producer,
                 (
-                    (act_desc, w_desc), rings, bars, (expert_ids_ptr, num_post_ptr), num_local,
-                    H, I, TILES, GROUP,
+                    (act_desc, w_desc), act_scales, rings, bars, (expert_ids_ptr, num_post_ptr),
+                    num_local, H, I, TILES, GROUP, OWN,
                 ),
             ),
         ],

@@ -8,26 +8,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
-    BY_ROW,
+    ONE_EACH,
     STEP,
-    is_live,
-    load_bias,
-    multiply_stepped,
-    multiply_whole,
+    finished,
+    load_features,
+    load_weight_scales,
+    look_up,
     open_rings,
     place,
     scale_row,
-    store_whole,
-    tile_columns,
-    with_row_scales,
+    store_act,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import (
-    BLOCK_M,
-    HALF_M,
-    TILE_N,
-    store_tile,
-)
-from fusedmoe.kernels.triton.quantize import quantized, scale_of
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
@@ -36,11 +29,20 @@ UNSPECIALIZED = (
 
 
 @gluon.jit
+def tokens_at(row, ROWS: gl.constexpr, tables, R, PICKS: gl.constexpr, LAYOUT: gl.constexpr):
+    """(tokens, which of them live) of ROWS places from ``row`` on; token 0 where there is none."""
+    slots = gl.load(tables[1] + row + gl.arange(0, ROWS, LAYOUT))
+    live = (slots >= 0) & (slots < R)
+    return gl.where(live, slots, 0) // PICKS, live
+
+
+@gluon.jit
 def up_producer(
     descs,
     rings,
     bars,
     x_ptr,
+    x_scales,
     position_ptr,
     tables,
     sizes,
@@ -50,10 +52,12 @@ def up_producer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
+    STEPPED: gl.constexpr,
 ):
     """As ``hopper_prefill_up.up_producer``, of bytes."""
-    a_ring, b_ring = rings
+    a_ring, b_ring, scale_ring = rings
     full, empty = bars
+    x_scale_ptr, stride_xs = x_scales
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = a_ring.shape[0]
@@ -73,6 +77,9 @@ def up_producer(
             gl.store(position_ptr + slots, block * BLOCK_M + row, live)
         x_rows = gl.expand_dims(x_ptr + (slots // PICKS).to(gl.int64) * H, 1)
         lives = gl.expand_dims(live, 1)
+        if STEPPED:
+            token, scaled_row = tokens_at(block * BLOCK_M, BLOCK_M, tables, R, PICKS, ONE_EACH)
+            row_scales = x_scale_ptr + token.to(gl.int64) * stride_xs
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, STEP):
             mbarrier.wait(empty.index(stage), phase)
@@ -89,40 +96,12 @@ def up_producer(
             async_copy.async_copy_global_to_shared(
                 a_ring.index(stage), x_rows + (k + column), inside
             )
+            if STEPPED:
+                async_copy.async_copy_global_to_shared(
+                    scale_ring.index(stage), row_scales + k // STEP, scaled_row
+                )
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def store_rounded(
-    out, act, row, column, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
-):
-    """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
-    or with the given one. Columns from WIDTH on do not count."""
-    desc, buffers, scale_ptr, P = out
-    DTYPE: gl.constexpr = buffers.dtype
-    if OWN:
-        if WIDTH % TILE_N != 0:
-            act = gl.where(gl.expand_dims(column + tile_columns() < WIDTH, 0), act, 0.0)
-        scale = scale_of(act, 1, DTYPE, E8M0)
-        at = (column // TILE_N).to(gl.int64) * P + row
-        gl.store(scale_ptr + at + gl.arange(0, HALF_M, BY_ROW), scale)
-        stored = quantized(act, gl.expand_dims(scale, 1), DTYPE)
-    else:
-        stored = quantized(act, gl.load(scale_ptr), DTYPE)
-    store_whole(desc, buffers.index(0), stored, row, column)
-
-
-@gluon.jit
-def store_act(
-    out, act, row, column,
-    WIDTH: gl.constexpr, ROUNDED: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr,
-):  # fmt: skip
-    if ROUNDED:
-        if column < WIDTH:
-            store_rounded(out, act, row, column, WIDTH, OWN, E8M0)
-    else:
-        store_tile(out[0], out[1], act, row, column)
 
 
 @gluon.jit
@@ -144,6 +123,7 @@ def up_consumer(
     INTERLEAVED: gl.constexpr,
     PROMOTED: gl.constexpr,
     PER_SCALE: gl.constexpr,
+    BY_FEATURE: gl.constexpr,
     ROUNDED: gl.constexpr,
     OWN: gl.constexpr,
     E8M0: gl.constexpr,
@@ -153,51 +133,57 @@ def up_consumer(
     GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, _ = sizes
     limit, alpha, beta = numbers
     x_scale_ptr, stride_xs = x_scales
     KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
-    SHARD: gl.constexpr = 1 if GATED else 0
-    blocks = gl.load(num_post_ptr) // BLOCK_M
+    SHARDS: gl.constexpr = 2 if GATED else 1
+    # From a feature to the next, and from one of low to its partner of high.
+    BY: gl.constexpr = 2 if INTERLEAVED else 1
+    TO_HIGH: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
+    blocks = gl.load(tables[2]) // BLOCK_M
     stage = 0
     phase = 0
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    coming = is_live(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+    coming = look_up(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+    coming_token, _ = tokens_at(coming[0], HALF_M, tables, R, PICKS, BY_ROW)
     for task in range(first, blocks * TILES, programs):
-        block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        row = block * BLOCK_M + WHICH * HALF_M
-        column = tile * WIDE
-        live = coming & True
-        coming = is_live(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
-        slots = gl.load(sorted_ptr + row + gl.arange(0, HALF_M, BY_ROW))
-        token = gl.where((slots >= 0) & (slots < R), slots, 0) // PICKS
-        row_scales = x_scale_ptr + token.to(gl.int64) * stride_xs
-        if PER_SCALE > 0:
-            low, high, stage, phase = multiply_stepped(
-                rings, bars, stage, phase, live, row_scales, 1,
-                scale_row(scales, expert, 0, column, I),
-                scale_row(scales, expert, SHARD, column + BELOW, I),
-                KSTEPS, PER_SCALE, WHICH,
-            )  # fmt: skip
-        elif PROMOTED:
-            low, high, stage, phase = multiply_stepped(
-                rings, bars, stage, phase, live, None, 0, None, None, KSTEPS, 1, WHICH
-            )
-        else:
-            low, high, stage, phase = multiply_whole(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        row = coming[0] + 0
+        column = coming[1] * WIDE
+        expert = coming[2] + 0
+        live = coming[3] & True
+        row_scales = x_scale_ptr + coming_token.to(gl.int64) * stride_xs
+        coming = look_up(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+        coming_token, _ = tokens_at(coming[0], HALF_M, tables, R, PICKS, BY_ROW)
         if live:
-            if PER_SCALE == 0:
-                low, high = with_row_scales(
-                    low, high, scales, expert, row_scales, SHARD, column, BELOW, I
+            low_scales = None
+            high_scales = None
+            row_scale = None
+            of_low = None
+            of_high = None
+            low_bias = None
+            high_bias = None
+            if PER_SCALE > 0:
+                low_scales = scale_row(scales, expert, 0, column, I)
+                high_scales = scale_row(scales, expert, SHARDS - 1, column + BELOW, I)
+            else:
+                row_scale = gl.load(row_scales, cache_modifier=".cg")
+                of_low, of_high = load_weight_scales(
+                    scales[0], expert, column, BELOW, BY, TO_HIGH, SHARDS, I, BY_FEATURE
                 )
             if bias_ptr is not None:
-                BY: gl.constexpr = 2 if INTERLEAVED else 1
-                TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
-                at = bias_ptr + expert.to(gl.int64) * (2 * I if GATED else I) + column * BY
-                low += load_bias(at, BY, I - column)
-                high += load_bias(at + TO_UP, BY, I - column - BELOW)
+                at = bias_ptr + expert.to(gl.int64) * (SHARDS * I) + column * BY
+                low_bias = load_features(at, BY, I - column)
+                high_bias = load_features(at + TO_HIGH, BY, I - column - BELOW)
+            low, high, stage, phase = multiply(
+                rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE,
+                PER_SCALE > 0, PROMOTED, WHICH,
+            )  # fmt: skip
+            low, high = finished(
+                low, high, row_scale, of_low, of_high, low_bias, high_bias, out[1].index(0),
+                PER_SCALE == 0, BY_FEATURE, bias_ptr is not None,
+            )  # fmt: skip
             if GATED:
                 act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
                 store_act(out, act, row, column, I, ROUNDED, OWN, E8M0)
@@ -206,6 +192,8 @@ def up_consumer(
                 store_act(out, low, row, column, I, ROUNDED, OWN, E8M0)
                 high = plain_activation(FORMULA, high)
                 store_act(out, high, row, column + TILE_N, I, ROUNDED, OWN, E8M0)
+        else:
+            stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
     tma.store_wait(0)
 
 
@@ -244,18 +232,21 @@ def up_kernel(
     INTERLEAVED: gl.constexpr,
     PROMOTED: gl.constexpr,
     PER_SCALE: gl.constexpr,
+    BY_FEATURE: gl.constexpr,
     OWN: gl.constexpr,
     E8M0: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_prefill_up``. PER_SCALE: so many steps share a scale (0: all).
+    """Descriptors as in ``hopper_prefill_up``. PROMOTED: products of so many steps are added to the
+    sums at a time (0: all). PER_SCALE: so many steps share a scale of the weights; 0: all of them,
+    and scales belong to weight rows (BY_FEATURE) or shards.
     act_scale_ptr: fp32 [I / 128, P], written (OWN), or one number, or None where act is 16-bit."""
     WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     ROUNDED: gl.constexpr = act_scale_ptr is not None
-    rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128)
+    rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128, PER_SCALE > 0)
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
@@ -270,7 +261,7 @@ def up_kernel(
                 (
                     (out_desc, out0, act_scale_ptr, P), bias_ptr, x_scales, scales, rings, bars,
                     tables, sizes, numbers, H, I, PICKS, FORMULA, GATED, INTERLEAVED, PROMOTED,
-                    PER_SCALE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 0,
+                    PER_SCALE, BY_FEATURE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 0,
                 ),
             ),
             (
@@ -278,14 +269,14 @@ def up_kernel(
                 (
                     (out_desc, out1, act_scale_ptr, P), bias_ptr, x_scales, scales, rings, bars,
                     tables, sizes, numbers, H, I, PICKS, FORMULA, GATED, INTERLEAVED, PROMOTED,
-                    PER_SCALE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 1,
+                    PER_SCALE, BY_FEATURE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 1,
                 ),
             ),
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), rings, bars, x_ptr, position_ptr, tables, sizes, H,
-                    PICKS, TILES, WIDE, BELOW, GROUP,
+                    (low_desc, high_desc), rings, bars, x_ptr, x_scales, position_ptr, tables,
+                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP, PER_SCALE > 0,
                 ),
             ),
         ],

@@ -1,0 +1,181 @@
+"""The products of one tile of ``hopper_fp8_prefill``: 8-bit operands from the rings, fp32 sums.
+
+A step is 128 columns: 128 token rows and 256 weight rows, 48 KiB. A consumer warpgroup multiplies
+64 rows by 128 weight rows at a time, ``low`` (gate) and then ``high`` (up).
+
+``multiply_promoted`` adds every product of one step or two to the sums in fp32, with row scale x
+block scale where scales change along the columns. That is also what keeps fp8 sums exact, because
+the tensor cores add fp8 products in about 14 bits. Two sums and one product take 192 registers; two
+products would not fit, so one warpgroup's additions overlap the other one's products.
+
+``multiply_whole`` runs one product of 256 weight rows per step through all columns: int8, whose
+sums are exact, and rows of fp8 that are short.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
+
+SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
+BY_ROW = gl.constexpr(gl.SliceLayout(1, SUM.value))
+WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32]))
+
+
+@gluon.jit
+def skip(bars, stage, phase, KSTEPS: gl.constexpr, STAGES: gl.constexpr):
+    """Give a tile's steps back unread."""
+    full, empty = bars
+    for _ in range(KSTEPS):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def product(rings, stage, part, FIRST: gl.constexpr, HIGH: gl.constexpr, WHICH: gl.constexpr):
+    """Issue one step's product of 64 rows and the low or HIGH 128 weight rows, onto ``part`` unless
+    it is the FIRST."""
+    a = rings[0].index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+    b = rings[1].index(stage).slice(HIGH * TILE_N, TILE_N, 0).permute((1, 0))
+    return warpgroup_mma(a, b, part, use_acc=not FIRST, is_async=True)
+
+
+@gluon.jit
+def multiply_promoted(
+    rings, bars, stage, phase, low_scales, high_scales,
+    KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """One tile's (low, high), [HALF_M, TILE_N] fp32 each, every step promoted.
+
+    ROWS: the third ring brings scales of rows. ``low_scales`` and ``high_scales`` point to those of
+    the weights, one for PER_SCALE steps; None: no such scales.
+    """
+    full, empty = bars
+    STAGES: gl.constexpr = rings[0].shape[0]
+    BLOCKS: gl.constexpr = low_scales is not None
+    low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+    high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+    if BLOCKS:
+        low_scale = gl.load(low_scales).to(gl.float32)
+        high_scale = gl.load(high_scales).to(gl.float32)
+    for k in range(KSTEPS):
+        mbarrier.wait(full.index(stage), phase)
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 0, WHICH)
+        if ROWS:
+            of_low = rings[2].index(stage).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
+            of_high = of_low
+        if BLOCKS:
+            of_high = of_low * high_scale
+            of_low *= low_scale
+            ahead = gl.minimum(k + 1, KSTEPS - 1)
+            low_scale = gl.load(low_scales + ahead // PER_SCALE).to(gl.float32)
+            high_scale = gl.load(high_scales + ahead // PER_SCALE).to(gl.float32)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        if ROWS:
+            low += part * gl.expand_dims(of_low, 1)
+        else:
+            low += part
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 1, WHICH)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        if ROWS:
+            high += part * gl.expand_dims(of_high, 1)
+        else:
+            high += part
+        stage, phase = next_stage(stage, phase, STAGES)
+    return low, high, stage, phase
+
+
+@gluon.jit
+def multiply_in_pairs(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+    """As ``multiply_promoted`` without scales, two steps at a time."""
+    full, empty = bars
+    STAGES: gl.constexpr = rings[0].shape[0]
+    low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+    high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+    for _ in range(KSTEPS // 2):
+        second, second_phase = next_stage(stage, phase, STAGES)
+        mbarrier.wait(full.index(stage), phase)
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 0, WHICH)
+        mbarrier.wait(full.index(second), second_phase)
+        part = product(rings, second, part, False, 0, WHICH)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        low += part
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 1, WHICH)
+        part = product(rings, second, part, False, 1, WHICH)
+        part = warpgroup_mma_wait(1, deps=(part,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        mbarrier.arrive(empty.index(second), count=1)
+        high += part
+        stage, phase = next_stage(second, second_phase, STAGES)
+    if KSTEPS % 2 == 1:
+        mbarrier.wait(full.index(stage), phase)
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 0, WHICH)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        low += part
+        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = product(rings, stage, part, True, 1, WHICH)
+        part = warpgroup_mma_wait(0, deps=(part,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        high += part
+        stage, phase = next_stage(stage, phase, STAGES)
+    return low, high, stage, phase
+
+
+@gluon.jit
+def multiply_whole(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+    """One tile's (low, high), [HALF_M, TILE_N] fp32 each, without scales. Each step is freed when
+    the next one has been issued."""
+    a_ring, b_ring, _ = rings
+    full, empty = bars
+    STAGES: gl.constexpr = a_ring.shape[0]
+    # Triton has no int8 product of 256 columns.
+    WHOLE: gl.constexpr = a_ring.dtype == gl.int8
+    NUMBER: gl.constexpr = gl.int32 if WHOLE else gl.float32
+    acc = gl.zeros([HALF_M, 2 * TILE_N], NUMBER, SUM if WHOLE else WIDE_SUM)
+    for k in range(KSTEPS):
+        mbarrier.wait(full.index(stage), phase)
+        a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+        acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        before = (stage + STAGES - 1) % STAGES
+        mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    pairs = gl.permute(gl.reshape(acc.to(gl.float32), [HALF_M, 2, TILE_N]), [0, 2, 1])
+    low, high = gl.split(pairs)
+    low = gl.convert_layout(low, SUM, assert_trivial=True)
+    return low, gl.convert_layout(high, SUM, assert_trivial=True), stage, phase
+
+
+@gluon.jit
+def multiply(
+    rings, bars, stage, phase, low_scales, high_scales,
+    KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, PROMOTED: gl.constexpr,
+    WHICH: gl.constexpr,
+):  # fmt: skip
+    """As ``multiply_promoted``; without scales every PROMOTED steps (0: never)."""
+    if ROWS or PROMOTED == 1:
+        low, high, stage, phase = multiply_promoted(
+            rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE, ROWS, WHICH
+        )
+    elif PROMOTED == 2:
+        low, high, stage, phase = multiply_in_pairs(rings, bars, stage, phase, KSTEPS, WHICH)
+    else:
+        low, high, stage, phase = multiply_whole(rings, bars, stage, phase, KSTEPS, WHICH)
+    return low, high, stage, phase
