@@ -159,6 +159,18 @@ def test_the_largest_stored_activation_scale_is_used():
     assert make_layer("fp8_tensor")[0].routed_experts.quant_method.supports_eplb
 
 
+def test_asking_for_the_config_again_gives_the_scale_that_runs():
+    layer, _, _ = make_layer("fp8_tensor", keys.FP8_STATIC_TENSOR)
+    experts = layer.routed_experts
+    method = experts.quant_method
+    runs = method.kernel(experts).experts.quant_config
+    assert method.get_fused_moe_quant_config(experts).a2_scale.equal(runs.a2_scale)
+    experts.w2_input_scale.data[1] = 5.0
+    experts.process_weights_after_loading()
+    for config in (runs, method.get_fused_moe_quant_config(experts)):
+        assert config.a2_scale.tolist() == [5.0]
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf, torch.nan])
 def test_activation_scales_must_be_positive(bad):
     with pytest.raises(ValueError, match="w13_input_scale: expected finite numbers above 0, found"):

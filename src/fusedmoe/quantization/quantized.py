@@ -164,7 +164,6 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         weights = self._weight_descs(layer)
-        self._activation_scales = {}
         return FusedMoEQuantConfig(
             a1=self._activation_desc("w13", layer),
             a2=self._activation_desc("w2", layer),
@@ -203,8 +202,11 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
             return FusedMoEQuantDesc()
         scale = None
         if key.static:
-            scale = torch.ones(1, dtype=torch.float32, device=layer.w13_weight.device)
-            self._activation_scales[owner] = scale
+            # Kernels keep the tensor: whoever asks again gets the same one, or it moved.
+            held = self._activation_scales.get(owner)
+            if held is None or held.is_meta:
+                held = torch.ones(1, dtype=torch.float32, device=layer.w13_weight.device)
+            scale = self._activation_scales[owner] = held.to(layer.w13_weight.device)
         return FusedMoEQuantDesc(
             dtype=key.dtype, shape=key.group_shape, scale=scale, scale_kind=key.scale_kind
         )
