@@ -17,9 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, open_barriers
-from fusedmoe.kernels.triton.hopper_quantized_common import row_number
+from fusedmoe.kernels.triton.hopper_common import next_stage, open_barriers
+from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_task
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
 from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     are_all,
@@ -33,28 +32,9 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     stored_expert,
     take_task,
 )
-from fusedmoe.kernels.triton.quantize import largest_magnitude
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 UNSPECIALIZED = ("R", "num_local", "desc_rows")
-
-
-@gluon.constexpr_function
-def halves_layout(HALF, N, num_warps):
-    """[HALF, N, 2]: both halves of a feature in one thread."""
-    down = min(num_warps, HALF // 32)
-    across = num_warps // down
-    return gl.BlockedLayout([1, max(1, N // across), 2], [32, 1, 1], [down, across, 1], [2, 1, 0])
-
-
-@gluon.jit
-def upper_and_lower(acc):
-    """The two halves of the rows of acc, in one layout."""
-    HALF: gl.constexpr = acc.shape[0] // 2
-    N: gl.constexpr = acc.shape[1]
-    layout: gl.constexpr = halves_layout(HALF, N, gl.num_warps())
-    pairs = gl.permute(gl.reshape(acc, [2, HALF, N]), [1, 2, 0])
-    return gl.split(gl.convert_layout(pairs, layout))
 
 
 @gluon.jit
@@ -95,35 +75,6 @@ def add_products(
         else:
             part = warpgroup_mma_wait(0, deps=(part,))
             return total + scaled(part, spans, k, BY_STEP)
-
-
-@gluon.constexpr_function
-def features_layout(HALF, num_warps):
-    """[HALF, BN] with neighbouring features in a thread: the shape of a transposed store."""
-    return gl.BlockedLayout([8, 1], [HALF // 8, 256 // HALF], [1, num_warps], [0, 1])
-
-
-@gluon.jit
-def store_rows(out_ptr, value, slots, column, end, N: gl.constexpr):
-    """out[slot, column + m] = value[m, n] below ``end``, for slots [BN] that are not negative."""
-    layout: gl.constexpr = features_layout(value.shape[0], gl.num_warps())
-    column += gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
-    live = slots >= 0
-    row = gl.where(live, slots, 0).to(gl.int64) * N
-    at = out_ptr + gl.expand_dims(row, 0) + gl.expand_dims(column, 1)
-    value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), layout)
-    gl.store(at, value, gl.expand_dims(live, 0) & gl.expand_dims(column < end, 1))
-
-
-@gluon.jit
-def raise_largest(largest_ptr, value, slots, column, end):
-    """largest[slot] = max(largest[slot], |value[:, n]| as it is stored), as bits."""
-    layout: gl.constexpr = value.type.layout
-    m = column + gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
-    value = gl.where(gl.expand_dims(m < end, 1), value.to(gl.bfloat16).to(gl.float32), 0.0)
-    bits = largest_magnitude(value, 0).to(gl.int32, bitcast=True)
-    slots = gl.convert_layout(slots, gl.SliceLayout(0, layout))
-    gl.atomic_max(largest_ptr + gl.maximum(slots, 0), bits, mask=slots >= 0, sem="relaxed")
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -309,30 +260,9 @@ def gemm_kernel(
             total *= gl.expand_dims(scale_span.index(0).load(by_slot), 0)
         if not BY_STEP:
             total *= gl.expand_dims(float_scale(w_scale), 1)
-        upper, lower = upper_and_lower(total)
-        rows: gl.constexpr = gl.SliceLayout(1, upper.type.layout)
-        m = column + gl.arange(0, HALF, rows)
-        high = m if GATED else m + VALID
-        if bias_ptr is not None:
-            bias_at = bias_ptr + expert.to(gl.int64) * (2 * N if GATED else N)
-            apart = row_shard_step if GATED else 0
-            upper += row_number(bias_at, m, row_step, m < N)
-            lower += row_number(bias_at + apart, high, row_step, high < N)
-        if GATED:
-            upper = hopper_activation(FORMULA, upper, lower, limit, alpha, beta)
-        elif FORMULA is not None:
-            upper = plain_activation(FORMULA, upper)
-            lower = plain_activation(FORMULA, lower)
-        out_slots = gl.where(out_slots < R, out_slots, -1)
-        end = gl.minimum(column + VALID, N)
-        if largest_ptr is not None:
-            raise_largest(largest_ptr, upper, out_slots, column, end)
-        store_rows(out_ptr, upper, out_slots, column, end, N)
-        if not GATED:
-            column += VALID
-            end = gl.minimum(column + VALID, N)
-            if largest_ptr is not None:
-                raise_largest(largest_ptr, lower, out_slots, column, end)
-            store_rows(out_ptr, lower, out_slots, column, end, N)
+        finish_task(
+            total, expert, column, gl.where(out_slots < R, out_slots, -1), bias_ptr, out_ptr,
+            largest_ptr, (row_shard_step, row_step), (limit, alpha, beta), FORMULA, GATED, VALID, N,
+        )  # fmt: skip
         queue = queue[1:]
         experts = experts[1:]
