@@ -8,7 +8,8 @@
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
 ranks (the first so many of the processes), two kinds of rows:
 
-    layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches
+    layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches,
+               ``+sent``: sums go to their tokens' ranks as they are made
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
@@ -77,7 +78,7 @@ def make_layer(
     experts: str | None = None,
 ) -> MoERunner:
     """With random weights; ``name`` is one of ``ways_of``, "no_ep" a layer of one rank."""
-    way, _, halves = name.partition("+")
+    way, *how = name.split("+")
     group = None if way == "no_ep" else place.group
     layer = FusedMoE(
         *(shape.num_experts, shape.k, shape.H, shape.I, torch.bfloat16),
@@ -88,7 +89,7 @@ def make_layer(
         options=MoEOptions(
             prepare_finalize=way,
             experts=UNLISTED.get(experts or "", experts),
-            micro_batch_tokens=2 if halves else None,
+            micro_batch_tokens=2 if "halves" in how else None,
         ),
         device=place.device,
     )
@@ -164,35 +165,48 @@ class LocalExperts:
         return self.place.slowest([max(by_bytes, flops / rate / 1e6)]).us
 
 
-def ways_of(place: Place, memory: PeerMemory | None, wanted: list[str] | None) -> list[str]:
-    """What can be measured there, ``+halves`` being in two micro-batches."""
+def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[str]:
+    """What can be measured there. ``+halves``: in two micro-batches; ``+sent``: sums go to their
+    tokens' ranks as they are made."""
     if place.ranks == 1:
         return ["no_ep"]
-    able = ["naive_dp_ep", "peer" if memory is not None else "all_to_all"]
-    found = [way + how for way in reversed(able) for how in ("", "+halves")]
+    peers = ["peer", "peer+halves", "peer+sent", "peer+halves+sent"]
+    found = peers if with_peers else ["all_to_all", "all_to_all+halves"]
+    found = [*found, "naive_dp_ep", "naive_dp_ep+halves"]
     return [name for name in found if wanted is None or name in wanted]
+
+
+def make_memory(
+    shape: LayerShape, args: argparse.Namespace, place: Place, sent: bool
+) -> PeerMemory:
+    group = GROUP if args.format == "fp8_block" else 0
+    layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
+    least = 1 if sent else None
+    return PeerMemory(place.group, layout, regions=2, send_sums_from=least, timeout_s=COMPILING_S)
 
 
 def measure(
     shape: LayerShape, args: argparse.Namespace, place: Place, rates: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape over the ranks of ``place``, as they come."""
-    memory = None
-    if place.ranks > 1 and no_peer_memory(place.group, place.device) is None:
-        group = GROUP if args.format == "fp8_block" else 0
-        layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
-        memory = PeerMemory(place.group, layout, regions=2, timeout_s=COMPILING_S)
-    gbs = wire_gbs(place, memory) if place.ranks > 1 else None
+    with_peers = place.ranks > 1 and no_peer_memory(place.group, place.device) is None
+    memories: dict[bool, PeerMemory] = {}
+    if with_peers:
+        memories[False] = make_memory(shape, args, place, False)
+    gbs = wire_gbs(place, memories.get(False)) if place.ranks > 1 else None
     experts_us: dict[int, float] = {}
-    for name in ways_of(place, memory, args.ways):
-        layer = make_layer(shape, args.format, place, name, memory, args.experts)
+    for name in ways_of(place, with_peers, args.ways):
+        sent = name.endswith("+sent")
+        if sent and sent not in memories:
+            memories[sent] = make_memory(shape, args, place, sent)
+        layer = make_layer(shape, args.format, place, name, memories.get(sent), args.experts)
         for T in args.tokens:
             yield from measure_way(shape, args, place, rates, layer, name, T, gbs, experts_us)
         del layer
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
-    if memory is not None:
+    for memory in memories.values():
         memory.check()
         memory.close()
 

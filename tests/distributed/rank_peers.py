@@ -28,7 +28,12 @@ E, K, H, I = 16, 3, 256, 128  # noqa: E741
 
 
 def memory_for(
-    rows: int, fp8: bool = False, timeout_s: float = 4.0, regions: int = 1, **fields
+    rows: int,
+    fp8: bool = False,
+    timeout_s: float = 4.0,
+    regions: int = 1,
+    send_sums_from: int | None = None,
+    **fields,
 ) -> PeerMemory:
     row_dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     sizes = {"hidden": H, "topk": K} | fields
@@ -40,7 +45,13 @@ def memory_for(
         group=128 if fp8 else 0,
         **sizes,
     )
-    return PeerMemory(dist.group.WORLD, layout, timeout_s=timeout_s, regions=regions)
+    return PeerMemory(
+        dist.group.WORLD,
+        layout,
+        timeout_s=timeout_s,
+        regions=regions,
+        send_sums_from=send_sums_from,
+    )
 
 
 def picks(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,12 +97,14 @@ def check_kernels(fp8: bool) -> None:
     memory.close()
 
 
-def check_layer(tokens: list[int], halves: bool = False) -> None:
+def check_layer(tokens: list[int], halves: bool = False, sent: bool = False) -> None:
     """A data- and expert-parallel layer gives what one rank with all experts gives, also from a
-    graph that is replayed with other tokens. In halves: with room for half of the tokens."""
+    graph that is replayed with other tokens. In halves: with room for half of the tokens.
+    ``sent``: sums go to their tokens' ranks, whatever the experts know of that."""
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens = tokens[:world]
-    memory = memory_for(-(-max(tokens) // 2) if halves else max(tokens), regions=1 + halves)
+    rows = -(-max(tokens) // 2) if halves else max(tokens)
+    memory = memory_for(rows, regions=1 + halves, send_sums_from=1 if sent else None)
     groups = ParallelGroups(
         dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
     )
@@ -139,7 +152,7 @@ def check_fp8_layer(tokens: list[int], on_hopper: bool = False) -> None:
     """Rows travel in fp8, as the experts take them."""
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens = tokens[:world]
-    memory = memory_for(max(tokens), fp8=True)
+    memory = memory_for(max(tokens), fp8=True, send_sums_from=64)
     groups = ParallelGroups(
         dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
     )

@@ -13,12 +13,13 @@ def test_rows_arrive_and_sums_come_back(gpu_ranks, fp8):
     gpu_ranks.run(rank_peers.check_kernels, fp8)
 
 
+@pytest.mark.parametrize("sent", [False, True])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize(
     "tokens", [[5, 5, 5, 5], [7, 0, 3, 1], [9, 0, 0, 0], [1, 1, 1, 1], [600, 513, 700, 1]]
 )
-def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves):
-    gpu_ranks.run(rank_peers.check_layer, tokens, halves)
+def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves, sent):
+    gpu_ranks.run(rank_peers.check_layer, tokens, halves, sent)
 
 
 @pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])

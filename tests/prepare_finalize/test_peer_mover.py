@@ -15,7 +15,6 @@ from fusedmoe.distributed.peer_memory import views_of_regions
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.modular_kernel.forward import finish
-from fusedmoe.prepare_finalize import peer
 from fusedmoe.prepare_finalize.dispatch import Hosts
 from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
@@ -33,6 +32,7 @@ class Memory:
 
     max_polls = 0
     layout = LAYOUT
+    send_sums_from: int | None = None
 
     def __init__(self, views: tuple[PeerView, ...]) -> None:
         self.views = views
@@ -80,7 +80,7 @@ def batch(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def sends_sums(request, monkeypatch):
     """Whether the ranks leave their parts of sums to be fetched, or send them."""
     if request.param:
-        monkeypatch.setattr(peer, "SEND_FROM", 1)
+        monkeypatch.setattr(Memory, "send_sums_from", 1)
     return request.param
 
 

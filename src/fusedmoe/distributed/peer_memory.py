@@ -37,6 +37,8 @@ class PeerMemory:
     at the same time. One object serves all layers of a model, one after the other on one stream.
     ``regions``: so many such buffers, each with flags of its own (``views``); layers that run their
     tokens in two halves at once (``MoEOptions.micro_batch_tokens``) need two.
+    ``send_sums_from``: with so many tokens on some rank, experts' sums go to their tokens' ranks as
+    they are made, instead of being fetched from where they were left; None: never.
 
     A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
     launch to notice ends, later ones in its region do not wait at all, and a thread calls
@@ -52,6 +54,7 @@ class PeerMemory:
         layout: PeerLayout,
         *,
         regions: int = 1,
+        send_sums_from: int | None = None,
         timeout_s: float = 4.0,
         on_error: OnError | None = None,
     ) -> None:
@@ -64,13 +67,14 @@ class PeerMemory:
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
             )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
-        facts["regions"] = str(regions)
+        facts |= {"regions": str(regions), "send_sums_from": str(send_sums_from)}
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(regions * layout.nbytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.group = group
+        self.send_sums_from = send_sums_from
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
         self.views = views_of_regions(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)

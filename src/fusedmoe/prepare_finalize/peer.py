@@ -2,7 +2,8 @@
 
 As ``all_to_all``, but nothing is counted beforehand and the host waits for nothing: the launches
 can be captured in a CUDA graph. The ranks' tokens stand in slots, ``rows`` for each rank, most of
-which may be empty; the experts' sums stay where they are and are fetched by the tokens' ranks.
+which may be empty. The experts' sums stay where they are and are fetched by the tokens' ranks; or,
+where tokens are many and the memory says so, go there as they are made (``kernels.peer_sums``).
 
 One launch sends and waits, one fetches; the async forms are two each, so that the wait comes later.
 The launches themselves are the wire: what is to run beside them needs another stream.
@@ -36,7 +37,6 @@ from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
 )
-from fusedmoe.tuning.peer_tiles import SEND_FROM
 
 
 class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
@@ -99,7 +99,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     @property
     def _sends_sums(self) -> bool:
         """Whether parts of sums go to the tokens' ranks, or are fetched: on all ranks alike."""
-        return self._may_send_sums and self._rows >= SEND_FROM
+        least = self.memory.send_sums_from
+        return self._may_send_sums and least is not None and self._rows >= least
 
     def set_lora_context(self, context: LoRAContext | None) -> None:
         """Raises ValueError for a context: the buffers have no room for adapter ids."""

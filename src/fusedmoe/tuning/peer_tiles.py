@@ -24,10 +24,6 @@ def peer_tiles(rows: int, hidden: int) -> PeerTiles:
     return PeerTiles(132 if few else 264, block, 8)
 
 
-SEND_FROM = 512
-"""Tokens per rank from which on experts send their sums instead of leaving them to be fetched."""
-
-
 def sum_tile(hidden: int, picks: int) -> tuple[int, int]:
     """Columns (a power of two) of one token that a program sums and sends, and its warps."""
     block = max(32, min(1024, 1 << (hidden - 1).bit_length()))
