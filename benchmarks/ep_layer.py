@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ep_wire import GROUP, Place, time_call, wire_gbs, wire_limit_us
+from quantized_layer import BY_CLASS, OneFormat, eight_bit_rates
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.bench.ceilings import measure_ceilings
@@ -43,30 +44,16 @@ from fusedmoe.bench.report import BenchReport, Percentiles, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
-from fusedmoe.quantization.formats import format_named
-from fusedmoe.quantization.keys import FP8_DYNAMIC_128
-from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.selection import explain, name_of
 from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
-UNLISTED: dict[str, type[Any]] = {"hopper_quantized": HopperQuantizedExperts}
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
 COMPILING_S = 60.0  # ranks compile their kernels at their own pace
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
-
-
-class OneFormat:
-    """A QuantizationConfig: fp8 weights and rows, scales per 128 columns."""
-
-    def get_quant_method(self, moe_config: Any, prefix: str) -> QuantizedFusedMoEMethod:
-        return QuantizedFusedMoEMethod(
-            moe_config, format_named("fp8_block"), activation=FP8_DYNAMIC_128
-        )
 
 
 def make_layer(
@@ -82,13 +69,13 @@ def make_layer(
     group = None if way == "no_ep" else place.group
     layer = FusedMoE(
         *(shape.num_experts, shape.k, shape.H, shape.I, torch.bfloat16),
-        quant_config=OneFormat() if fmt == "fp8_block" else None,
+        quant_config=OneFormat(fmt) if fmt == "fp8_block" else None,
         parallel=ParallelGroups(
             dp=group, ep=group, enable_expert_parallel=group is not None, peers=memory
         ),
         options=MoEOptions(
             prepare_finalize=way,
-            experts=UNLISTED.get(experts or "", experts),
+            experts=BY_CLASS.get(experts or "", experts),
             micro_batch_tokens=2 if "halves" in how else None,
         ),
         device=place.device,
@@ -309,8 +296,6 @@ def rates_of(device: torch.device, fmt: str) -> dict[str, float]:
     """What one GPU can do by itself, all of them being asked at once."""
     found = measure_ceilings(device, (torch.bfloat16,))
     if fmt == "fp8_block" and device.type == "cuda":
-        from quantized_layer import eight_bit_rates
-
         found["fp8_tflops"] = eight_bit_rates()["fp8_tflops"]
     elif fmt == "fp8_block":
         found["fp8_tflops"] = found["bf16_tflops"]

@@ -1,4 +1,4 @@
-"""The benchmark of whole layers over ranks, at toy size; runs inside a RankPool."""
+"""The benchmarks of whole layers over ranks, at toy size; runs inside a RankPool."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fusedmoe.bench import ceilings
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
-def run_script(words: list[str]) -> None:
+def run_script(name: str, words: list[str]) -> None:
     with mock.patch.object(sys, "path", [BENCHMARKS, *sys.path]):
-        module = importlib.import_module("ep_layer")
+        module = importlib.import_module(name)
     with (
-        mock.patch.object(sys, "argv", ["ep_layer.py", *words]),
+        mock.patch.object(sys, "argv", [f"{name}.py", *words]),
         mock.patch.object(ceilings, "_ELEMENTS", {"cpu": 1 << 12}),
         mock.patch.object(ceilings, "_MATMUL", {"cpu": 64}),
-        mock.patch.object(module, "OVERLAP_FROM", 40),
+        mock.patch.object(module, "OVERLAP_FROM", 40, create=True),
     ):
         module.main()

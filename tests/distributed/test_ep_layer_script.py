@@ -1,4 +1,4 @@
-"""benchmarks/ep_layer.py runs from end to end over gloo, and says what it promises."""
+"""benchmarks/ep_layer.py and ep_balance.py run from end to end over gloo, as they promise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import rank_ep_layer
 def test_rows_of_layers_and_of_their_experts_alone(ranks, tmp_path, fmt):
     out = tmp_path / "ep_layer.json"
     words = f"--tiny --device cpu --tokens 1 40 --repeats 1 --format {fmt} --out {out}"
-    ranks.run(rank_ep_layer.run_script, [*words.split(), "--ranks", "1", "4"])
+    ranks.run(rank_ep_layer.run_script, "ep_layer", [*words.split(), "--ranks", "1", "4"])
     report = json.loads(out.read_text(), parse_constant=pytest.fail)
     rows = report["rows"]
     layers = [row for row in rows if row["scope"] == "layer"]
@@ -33,3 +33,16 @@ def test_rows_of_layers_and_of_their_experts_alone(ranks, tmp_path, fmt):
         assert (row["target_met"] is not None) == asked
         assert (row["wire_limit_us"] > 0) == (row["ranks"] > 1)
         assert row["ranks"] > 1 or row["scaling"] == 1
+
+
+def test_experts_move_under_skewed_load(ranks, tmp_path):
+    out = tmp_path / "balance.json"
+    words = "--tiny --device cpu --tokens 64 --redundant 8 --layers 2 --repeats 1"
+    ranks.run(rank_ep_layer.run_script, "ep_balance", [*words.split(), "--out", str(out)])
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)
+    before, moving, after = report["rows"]
+    assert [row["phase"] for row in report["rows"]] == ["before", "moving", "after"]
+    assert before["imbalance"] > 1.3
+    assert after["planned_for"] < 1 + (before["imbalance"] - 1) / 3
+    assert moving["slots_changed"] > 0
+    assert max(moving["error"], after["error"]) < 1e-2
