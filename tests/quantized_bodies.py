@@ -111,3 +111,25 @@ def triton_gather(
 
     launch(x, order, out, topk_ids, expert_map)
     return out
+
+
+def triton_w4a8(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    w: Any,
+    c: torch.Tensor,
+    blocks: Any,
+    tile: Any,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: Any = None,
+    activation_config: Any = None,
+) -> torch.Tensor:
+    """As ``w4a8_gemm_reference``."""
+    from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
+
+    act = None if activation is None else device_activation(activation, activation_config)
+    launch(a, a_scale, w, c, blocks, tile, top_k, bias, row_weights, act, False)
+    return c

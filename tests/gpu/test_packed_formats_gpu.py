@@ -171,7 +171,7 @@ def test_rows_are_rounded_as_defined(key, D):
 @pytest.mark.parametrize(
     ("fmt", "rows"),
     [
-        ("int4_g128", FP8_DYNAMIC_TOKEN),
+        ("int4_g32", FP8_DYNAMIC_TOKEN),
         ("mxfp4", MXFP4_DYNAMIC),
         ("nvfp4", NVFP4_DYNAMIC),
         ("mxfp6_e2m3", MXFP6_E2M3_DYNAMIC),
@@ -185,3 +185,17 @@ def test_emulated_rows(fmt, rows, experts):
     exact = replace(case, rows=None).expected(tensors)
     allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR
     assert error(case.run(tensors, experts), exact) <= allowed
+
+
+@pytest.mark.parametrize("experts", [TritonQuantizedExperts, BatchedTritonQuantizedExperts])
+@pytest.mark.parametrize("T", [1, 60, 700])
+@pytest.mark.parametrize("fmt", ["int4_g128", "int4_g64_zp", "int4_channel"])
+def test_int4_by_fp8(fmt, T, experts):
+    """Few slots in 16 bits, many in fp8."""
+    case = Quantized(fmt, FP8_DYNAMIC_TOKEN, replace(LAYER, T=T, bias=True))
+    tensors = case.layer.tensors()
+    exact = replace(case, rows=None).expected(tensors)
+    allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR
+    out = case.run(tensors, experts)
+    assert error(out, exact) <= allowed
+    assert case.run(tensors, experts).equal(out)

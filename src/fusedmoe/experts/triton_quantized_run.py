@@ -12,6 +12,7 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,17 @@ from fusedmoe.experts.triton_quantized_floating import floating_products, floati
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
+from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.quantize import quantize_rows
-from fusedmoe.tuning.quantized_tiles import QuantizedTiles, w8a8_tiles
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import (
+    QuantizedTile,
+    QuantizedTiles,
+    slots_block,
+    w8a8_tiles,
+)
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32
@@ -81,11 +90,39 @@ def two_gemms(
         scale = torch.empty(act.shape[0], groups, dtype=torch.float32, device=x.device)
         w8a8_gemm(a, a_scale, w1, q, scale, blocks, tiles.gemm1, key, **first)
     else:
-        w8a8_gemm(a, a_scale, w1, act, None, blocks, tiles.gemm1, key, **first)
+        _rounded_product(a, a_scale, w1, act, blocks, tiles.gemm1, key, **first)
         q, scale = quantize_rows(
             act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **live
         )
-    w8a8_gemm(q, scale, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
+    _rounded_product(q, scale, w2, rows, blocks, tiles.gemm2, second_key, **second)
+
+
+def _rounded_product(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    blocks: MoEAlignment | LoneSlots,
+    tile: QuantizedTile,
+    key: QuantKey,
+    **rest: Any,
+) -> None:
+    if w.format.element == "int4":
+        w4a8_gemm(a, a_scale, w, c, blocks, tile, **rest)
+    else:
+        w8a8_gemm(a, a_scale, w, c, None, blocks, tile, key, **rest)
+
+
+def as_run(
+    operands: Operands, R: int, x_scale: torch.Tensor | None, batch_invariant: bool
+) -> Operands:
+    """What runs R slots: int4 weights with few rounded ones meet them in 16 bits, for tensor cores
+    take 8-bit rows in blocks of 64 and more; the products are the same."""
+    int4 = "int4" in (operands.w1.format.element, operands.w2.format.element)
+    few = slots_block(R, operands.w1.shape[0], 64) <= _FEW_SLOTS
+    if int4 and few and not operands.floating_rows and x_scale is None and not batch_invariant:
+        return replace(operands, emulate=True)
+    return operands
 
 
 def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
@@ -137,6 +174,7 @@ def quantized_experts(
     (T, K), (e, H, I) = topk_ids.shape, operands.w2.shape  # noqa: E741
     R = T * K
     if tiles is None:
+        operands = as_run(operands, R, x_scale, batch_invariant)
         tiles = choose_tiles(operands, T, K, batch_invariant)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
@@ -181,6 +219,7 @@ def batched_quantized_experts(
         return
     if tiles is None:
         rows = e * min(M, _LIKELY_ROWS)
+        operands = as_run(operands, rows, None, batch_invariant)
         tiles = choose_tiles(operands, rows, 1, batch_invariant)
     two_gemms(
         hidden_states.contiguous().view(e * M, H),
