@@ -27,6 +27,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig
 from fusedmoe.config import RoutingMethodType
 from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.spec import RoutingResult
+from fusedmoe.router.substitution import ExpertSubstitution
 from layer_oracle import Experts, Rule, routed_oracle
 from toy_stages import BatchedExperts
 
@@ -488,6 +489,15 @@ def test_zero_experts_and_an_input_transform_exclude_each_other():
             e_score_correction_bias=torch.zeros(E + 1),
             routed_input_transform=nn.Linear(H, H),
         )
+
+
+def test_expert_substitution_gives_constants_for_removed_experts():
+    """Its own tests are in router/test_substitution.py."""
+    constants = torch.ones(E - 1, H)
+    runner = layer(expert_substitution=ExpertSubstitution(E, range(1, E), constants), top_k=1)
+    x, logits = rows()
+    logits[:, 0] = -100.0
+    close(runner(x, logits), torch.ones_like(x))
 
 
 def test_skip_padding_routes_marked_rows_nowhere():

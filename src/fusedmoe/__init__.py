@@ -60,6 +60,7 @@ _HOME = {
     "fused_topk_bias": "fusedmoe.router.named",
     "grouped_topk": "fusedmoe.router.named",
     "CustomRouter": "fusedmoe.router.routers",
+    "ExpertSubstitution": "fusedmoe.router.substitution",
     "SpecRouter": "fusedmoe.router.routers",
     "RoutingResult": "fusedmoe.router.spec",
     "RoutingSpec": "fusedmoe.router.spec",

@@ -24,6 +24,7 @@ from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.arguments import RoutingArguments
 from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.routers import CustomRoutingFunction
+from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.runner.reduction import RankSum
 from fusedmoe.weights.expert_map import ExpertMapManager, Placement, determine_expert_counts
@@ -92,6 +93,7 @@ def FusedMoE(
     bias_vl: torch.Tensor | None = None,
     image_sentinel_lo: int = 0,
     skip_padding: bool = False,
+    expert_substitution: ExpertSubstitution | None = None,
     max_num_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> MoERunner:
@@ -106,6 +108,8 @@ def FusedMoE(
     [E]; ``hash_indices_table`` [vocab, K]; ``bias_vl`` [E] for tokens whose id lies in
     [``image_sentinel_lo``, + 5); ``zero_expert_type="identity"``, where the bias also covers the
     zero experts; ``skip_padding`` routes rows that forward's ``is_padding`` marks nowhere.
+    ``expert_substitution`` has constants in the place of experts that were removed, of
+    ``num_experts`` that are still routed to.
     ``custom_routing_function(hidden_states, logits, topk, renormalize)`` replaces the rule,
     ``router`` all of it. ``routed_scaling_factor`` multiplies the router's weights, or with
     ``apply_routed_scale_to_output`` the routed output and the zero experts' term.
@@ -175,8 +179,20 @@ def FusedMoE(
             f"{n_shared_experts} shared experts as routed ids and a shared_experts module: "
             "give one of the two"
         )
+    stored = num_experts
+    if expert_substitution is not None:
+        stored = _experts_left(
+            expert_substitution,
+            num_experts,
+            hidden_size,
+            {
+                "enable_eplb": enable_eplb,
+                "n_shared_experts": bool(n_shared_experts),
+                "batch_invariant": options.batch_invariant,
+            },
+        )
     act = MoEActivation.from_str(activation) if isinstance(activation, str) else activation
-    counts = determine_expert_counts(num_experts, num_redundant_experts, n_shared_experts)
+    counts = determine_expert_counts(stored, num_redundant_experts, n_shared_experts)
     parallel_config = FusedMoEParallelConfig.around(place, groups, is_sequence_parallel)
     placement = ExpertMapManager(
         counts.physical,
@@ -214,7 +230,8 @@ def FusedMoE(
         max_num_tokens=max_num_tokens,
         require_modular=skip_padding
         or zero_expert_type is not None
-        or routed_input_transform is not None,
+        or routed_input_transform is not None
+        or expert_substitution is not None,
         options=options,
     )
     method = _make_method(moe_config, quant_config, prefix, groups)
@@ -226,6 +243,7 @@ def FusedMoE(
             "intermediate_size": str(intermediate_size),
             "router": repr(getattr(layer_router, "spec", type(layer_router).__name__)),
             "placement": expert_placement,
+            "removed_experts": str(expert_substitution and expert_substitution.removed),
             "shared_experts": str(shared_experts is not None),
             "reduce_results": str(reduce_results),
         }
@@ -260,9 +278,26 @@ def FusedMoE(
         shared_experts_sharded=shared_experts_sharded,
         skip_padding=skip_padding,
         enable_eplb=enable_eplb,
+        expert_substitution=expert_substitution,
         prefix=prefix,
         **(runner_args or {}),
     )
+
+
+def _experts_left(
+    substitution: ExpertSubstitution, num_experts: int, hidden_size: int, others: dict[str, bool]
+) -> int:
+    """How many experts have weights; ValueError for what goes with a substitution of none."""
+    given = [name for name, is_given in others.items() if is_given]
+    if given:
+        raise ValueError(f"expert_substitution and {', '.join(given)} exclude each other")
+    found = substitution.num_experts, substitution.constants.shape[1]
+    if found != (num_experts, hidden_size):
+        raise ValueError(
+            f"expert_substitution is for {found[0]} experts of hidden size {found[1]}, the layer "
+            f"has {num_experts} of {hidden_size}"
+        )
+    return substitution.num_left
 
 
 def _make_method(

@@ -4,6 +4,8 @@ x ─┬─ shared experts ─────────────────�
    ├─ gate ── logits ─┐                                             │
    └─ input transform ┴ pad ── route ── experts ── truncate ── scale ── output transform ── +
       ── sum over ranks ── + zero experts
+
+Experts that were removed from the model add their constants before the scale.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import nn
 
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.router.base import FusedMoERouter
+from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
@@ -63,6 +66,7 @@ class MoERunner(nn.Module):
         shared_experts_sharded: bool = False,
         skip_padding: bool = False,
         enable_eplb: bool = False,
+        expert_substitution: ExpertSubstitution | None = None,
         prefix: str = "",
         shared_overlap_token_limit: int = OVERLAP_TOKENS,
     ) -> None:
@@ -82,6 +86,7 @@ class MoERunner(nn.Module):
         self.shared_experts_sharded = shared_experts_sharded
         self.skip_padding = skip_padding
         self.enable_eplb = enable_eplb
+        self.expert_substitution = expert_substitution
         self.prefix = prefix
         self.shared_overlap_token_limit = shared_overlap_token_limit
         routed_experts.set_router(router)
@@ -202,14 +207,14 @@ class MoERunner(nn.Module):
             x, moe.hidden_dim_unpadded, method.input_dtype(experts), experts.w13_weight.device
         )
         logits = (
-            self.compute_logits(batch.x) if batch.router_logits is None else (batch.router_logits)
+            self.compute_logits(batch.x) if batch.router_logits is None else batch.router_logits
         )
         if self.router_logits_dtype is not None:
             logits = logits.to(self.router_logits_dtype)
         if not method.skip_forward_padding and moe.hidden_dim != moe.hidden_dim_unpadded:
             x = F.pad(x, (0, moe.hidden_dim - moe.hidden_dim_unpadded))
         kernel = method.kernel(experts)
-        zero_expert_weight = None
+        zero_expert_weight = constant_term = None
         ranks: dict[str, Any] = (
             {} if tokens_per_rank is None else {"tokens_per_rank": tokens_per_rank}
         )
@@ -222,12 +227,19 @@ class MoERunner(nn.Module):
             weights, ids, zero_expert_weight = self.router.select_experts(
                 batch.x, logits, method.topk_indices_dtype, input_ids=batch.input_ids, **masks
             )
+            if self.expert_substitution is not None:
+                weights, ids, constant_term = self.expert_substitution(weights, ids)
             output = experts.forward_modular(x, weights, ids, shared, batch.x, **ranks)
         if not method.has_unpadded_output:
             output = output[:, : moe.hidden_dim_unpadded]
-        if kernel.output_is_reduced:
-            return Summand(output, Extent.WHOLE), zero_expert_weight
-        return self.rank_sum.partial(output), zero_expert_weight
+        routed = (
+            Summand(output, Extent.WHOLE)
+            if kernel.output_is_reduced
+            else self.rank_sum.partial(output)
+        )
+        if constant_term is not None:
+            routed = self.rank_sum.plus_whole(routed, constant_term)
+        return routed, zero_expert_weight
 
     def _combine(self, routed: Summand, shared_output: torch.Tensor | None) -> Summand:
         """Scale, transform, add the shared experts, sum over ranks; as few sums as are exact."""
@@ -259,11 +271,7 @@ class MoERunner(nn.Module):
     ) -> Summand:
         """output + weight * x in fp32, weighted as the routed output is."""
         factor = self.routed_scaling_factor if self._scales_routed(x.dtype) else 1.0
-        identity = (zero_expert_weight * factor)[:, None] * x.float()
-        value = output.value.float()
-        if output.extent is Extent.WHOLE or self.rank_sum.rank == 0:
-            value = value + identity
-        return output.with_value(value.to(output.value.dtype))
+        return self.rank_sum.plus_whole(output, (zero_expert_weight * factor)[:, None] * x.float())
 
     @property
     def expert_map_manager(self) -> ExpertMapManager:

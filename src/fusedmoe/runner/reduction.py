@@ -91,6 +91,14 @@ class RankSum:
         whole, partial = (left, right) if left.extent is Extent.WHOLE else (right, left)
         return partial if self.rank else partial.with_value(partial.value + whole.value)
 
+    def plus_whole(self, summand: Summand, term: torch.Tensor) -> Summand:
+        """summand + term fp32 [T, H], which every rank has whole; rounded once."""
+        if summand.extent is Extent.PARTIAL and self.rank:
+            return summand
+        value = summand.value
+        wide = torch.promote_types(value.dtype, term.dtype)
+        return summand.with_value((value.to(wide) + term).to(value.dtype))
+
 
 def commutes_with_sum(transform: nn.Module | None) -> bool:
     """Whether transforming summands and adding equals adding and transforming.
