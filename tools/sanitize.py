@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.act_order import sorted_operands
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.experts.hopper_quantized import runs_decode
@@ -39,7 +40,14 @@ from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.read_all import read_all
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from fusedmoe.quantization.formats.superblocks import CODECS
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    NVFP4_DYNAMIC,
+)
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.router import rules
 from fusedmoe.router.functional import route
@@ -227,6 +235,54 @@ def quantized(H: int, width: int) -> None:
             print("quantized", name, rows, T, flush=True)
 
 
+def packed(H: int, width: int) -> None:
+    """Superblocks, six bits, tables, act-order (sorted and not), int4 by fp8, emulated rows."""
+    e, picks, act = 6, 3, MoEActivation.SILU
+
+    def weight(name: str, shards: int, N: int, D: int) -> QuantizedTensor:
+        fmt = format_named(name)
+        if name in CODECS:
+            raw = torch.randint(0, 256, (e, N, fmt.data_columns(D)), dtype=torch.uint8)
+            scales = slice(208, 210) if name == "q6_k" else slice(0, 4)
+            raw.view(e, N, D // 256, -1)[..., scales] = 16  # two bytes of a small number
+            shape = (e, N, D)
+            return QuantizedTensor(
+                format=fmt, data=raw.cuda(), scale=None, shape=shape, shards=shards
+            )
+        index = None
+        if fmt.act_order:
+            order = torch.rand(e, 1, D, device="cuda").argsort(-1) // fmt.group.col
+            index = order.int().expand(e, shards, D).contiguous()
+        values = torch.randn(e, N, D, device="cuda") / 16
+        return quantize(values, fmt, shards=shards, group_index=index)
+
+    for name, rows, emulate in (
+        *((name, None, False) for name in CODECS),
+        *((name, None, False) for name in ("mxfp6_e3m2", "mxfp6_e2m3", "nf4", "iq4_nl")),
+        *(("int4_g32_zp_act_order", None, False), ("int8_g32_act_order", None, False)),
+        *(("int4_g64", FP8_DYNAMIC_TOKEN, False), ("int4_channel_zp", FP8_DYNAMIC_TOKEN, False)),
+        *(("mxfp4", MXFP4_DYNAMIC, True), ("nvfp4", NVFP4_DYNAMIC, True)),
+    ):
+        fmt = format_named(name)
+        if width % max(1, fmt.group.col) or width % fmt.values or H % fmt.values:
+            continue
+        pair = weight(name, 2, 2 * width, H), weight(name, 1, H, width)
+        operands = Operands(*pair, rows, rows, emulate=emulate)
+        ways = [operands, *[one for one in (sorted_operands(operands),) if one is not None]]
+        for T in (1, 5, 300):
+            ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
+            weights, R = torch.rand(T, picks, device="cuda"), T * picks
+            for dtype in (torch.bfloat16, torch.float16):
+                x = torch.randn(T, H, device="cuda", dtype=dtype)
+                act_rows = torch.empty(R, width, device="cuda", dtype=dtype)
+                y, out = torch.empty(R, 2 * H, device="cuda", dtype=dtype), torch.empty_like(x)
+                config = ApplyMoEActivationConfig()
+                for way in ways:
+                    quantized_experts(out, x, way, weights, ids, act, config, None, act_rows, y)
+            torch.cuda.synchronize()
+            print("packed", name, rows, T, flush=True)
+
+
 def bounded() -> None:
     """Megatron's function: without a table and with one, in Triton and, where it fits, Hopper's."""
     e, picks, first = 6, 3, 5
@@ -270,6 +326,8 @@ def main() -> None:
     if args.only != "hopper":
         quantized(288, 160)
         quantized(256, 256)  # whole steps: loads without a mask
+        packed(288, 160)
+        packed(512, 256)
     if args.only:
         return
     routing()
