@@ -32,6 +32,7 @@ from fusedmoe.bench.report import BenchRow, Percentiles, make_header
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.runner.moe_runner import MoERunner
@@ -42,6 +43,9 @@ DEVICE = torch.device("cuda")
 # Not in the table that selection reads, so asked for by class.
 BY_CLASS: dict[str, type] = {"hopper_quantized": HopperQuantizedExperts}
 SITUATIONS, REPEATS, CHECKED = 4, 30, 3
+# Of random bytes as numbers; with superblocks' own scales, likewise.
+DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
+DEVIATIONS |= {"e3m2": 9.2, "e2m3": 3.4, "q4_k": 310.0, "q5_k": 650.0, "q6_k": 1370.0}
 RATE_OF = {"e4m3": "fp8_tflops", "int8": "int8_tops"}
 
 
@@ -85,8 +89,14 @@ def eight_bit_rates() -> dict[str, float]:
 def fill(parameter: torch.nn.Parameter, fmt: QuantFormat, suffix: str, K: int) -> None:
     """Random bytes for data, scales that keep the size of what goes through."""
     data, shape = parameter.data, parameter.shape
-    size = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0}[fmt.element] * K**0.5
-    if suffix == "weight" and fmt.element == "e4m3":
+    size = DEVIATIONS[fmt.element] * K**0.5
+    if fmt.element in CODECS:
+        # Scales lie in the superblocks, as fp16: that of all, and that of all minima.
+        data.copy_(torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE))
+        where = slice(208, 210) if fmt.element == "q6_k" else slice(0, 4)
+        scale = torch.full(((where.stop - where.start) // 2,), 1 / size, device=DEVICE)
+        data.unflatten(-1, (-1, fmt.type.stored))[..., where] = scale.half().view(torch.uint8)
+    elif suffix == "weight" and fmt.element == "e4m3":
         for part in data:
             part.copy_(torch.randn(part.shape, device=DEVICE))
     elif suffix == "weight":
@@ -100,6 +110,10 @@ def fill(parameter: torch.nn.Parameter, fmt: QuantFormat, suffix: str, K: int) -
         data.copy_(spread if fmt.second_scale else spread / size)
     elif suffix == "weight_scale_2":
         data.fill_(1 / size)
+    elif suffix == "weight_group_index":
+        # All shards of an expert have one order: they see the same rows.
+        order = torch.rand(shape[0], shape[-1], device=DEVICE).argsort(-1) // fmt.group.col
+        data.copy_(order.view(shape[0], *(1,) * (data.dim() - 2), -1).expand(shape))
     elif suffix == "weight_zero_point":
         data.copy_(torch.randint(6, 11, shape, device=DEVICE))
     elif suffix == "input_scale":
