@@ -64,6 +64,8 @@ _OPERATIONS = {
     "or.b32": lambda a, b: a | b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "min.u32": min,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "sub.rn.bf16x2": lambda a, b: _word(pair(a).float() - pair(b).float()),

@@ -1,0 +1,196 @@
+"""The experts of a large batch on Hopper, 16-bit rows and quantized weights, bound by the products.
+
+The whole layer but routing. Device code: ``kernels/triton/hopper_mixed_prefill.py`` (Gluon). The
+definition is the weighted sum of ``quantized_gemm_reference`` twice.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
+from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
+
+MAX_BLOCK = 256
+ALIGNED_BYTES = 16
+MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
+
+
+def mixed_prefill_rows(R: int, num_local: int) -> int:
+    """How many rows the scratch of R slots over ``num_local`` experts has at most."""
+    return padded_slots(R, MAX_BLOCK, num_local, whole_blocks=True)
+
+
+def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | None:
+    """Why the kernels cannot read these weights, None where they can."""
+    for w in (w1, w2):
+        fmt, group = w.format, w.format.group.col
+        packed = fmt.element in NIBBLES
+        if fmt.element not in ELEMENTS or fmt.act_order or not (packed or fmt.symmetric):
+            return f"does not read {fmt.name}"
+        if fmt.scale_dtype is None or (fmt.element == "e2m1" and group < 0):
+            return f"wants scales of its own for groups of columns, not {fmt.name}"
+        least = 16 if packed else 32
+        if group > 0 and (group < least or group & (group - 1)):
+            return f"wants groups of a power of two of at least {least} columns, not {fmt.name}"
+        parts = {"data": w.data, "scale": w.scale, "zero_point": w.zero_point, "scale2": w.scale2}
+        for name, part in parts.items():
+            if part is not None and not part.is_contiguous():
+                return f"wants {name} to be contiguous"
+        if w.data.data_ptr() % ALIGNED_BYTES or w.data.shape[-1] % ALIGNED_BYTES:
+            return f"wants rows of a multiple of {ALIGNED_BYTES} bytes, got {w.data.shape[-1]}"
+        if w.shape[1] * w.shape[2] > MAX_NUMBERS:
+            return f"wants experts of at most {MAX_NUMBERS} numbers, not {w.shape[1:]}"
+    return None
+
+
+def mixed_prefill(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: MixedPrefillTiles,
+    programs: int,
+) -> None:
+    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+
+    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in 4 or 8 bits; topk_ids int [T, K]; out [T, H]
+    bf16; scratch act [P, I] and y [P, H] bf16, P = ``mixed_prefill_rows``. ``programs``: the number
+    of multiprocessors. Raises ValueError for weights that the kernels cannot read and for tensors
+    that do not fit.
+    """
+    reason = unmet_by_mixed_prefill(w1, w2)
+    if reason is not None:
+        raise ValueError(f"the Hopper kernel {reason}")
+    if tiles.gemm1.slots != tiles.gemm2.slots:
+        raise ValueError(f"blocks of {tiles.gemm1.slots} and {tiles.gemm2.slots} slots differ")
+    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y)
+    if not x.is_cuda:
+        mixed_prefill_reference(
+            x, w1, w2, topk_weights, topk_ids, out, act, y, activation=activation,
+            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
+            expert_map=expert_map, tiles=tiles, programs=programs,
+        )  # fmt: skip
+        return
+    from fusedmoe.kernels.triton.hopper_mixed_prefill import prefill
+
+    if topk_ids.numel() == 0:
+        return
+    prefill(
+        x, w1, w2, topk_weights, topk_ids, out, act, y,
+        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
+        _tables(topk_ids, w1.shape[0], expert_map, tiles.gemm1.slots), tiles, programs,
+    )  # fmt: skip
+
+
+def mixed_prefill_reference(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    activation: MoEActivation = MoEActivation.SILU,
+    activation_config: ApplyMoEActivationConfig | None = None,
+    w1_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    tiles: MixedPrefillTiles,
+    programs: int,
+) -> None:
+    """The definition, in plain torch; rows of act and y are slots."""
+    (T, K), (e, H, _) = topk_ids.shape, w2.shape
+    R, slots = T * K, tiles.gemm1.slots
+    tables, tile = _tables(topk_ids, e, expert_map, slots), QuantizedTile(64, slots, 64, 1, 4, 2)
+    y[:R] = 0
+    quantized_gemm_reference(
+        x, w1, act[:R], tables, tile, top_k=K, bias=w1_bias, activation=activation,
+        activation_config=activation_config,
+    )  # fmt: skip
+    quantized_gemm_reference(act[:R], w2, y[:R], tables, tile, top_k=1, bias=w2_bias)
+    moe_fused_mul_sum_reference(
+        y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
+    )
+
+
+def _tables(
+    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
+) -> MoEAlignment:
+    alignment = moe_align_block_size(
+        topk_ids,
+        slots,
+        e if expert_map is None else expert_map.shape[0],
+        expert_map,
+        pad_sorted_ids=True,
+        ignore_invalid_experts=True,
+        num_local_experts=e,
+    )
+    return MoEAlignment(*alignment[:3])
+
+
+def _check(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    activation: MoEActivation,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    shards = 2 if activation.is_gated else 1
+    if w1.shape != (e, shards * I, H) or w1.shards != shards or w2.shards != 1:
+        raise ValueError(
+            f"w1 is {w1.shape} of {w1.shards} shards, w2 of {w2.shards}; expected "
+            f"{(e, shards * I, H)} of {shards}, and 1"
+        )
+    P = mixed_prefill_rows(T * K, e)
+    for name, tensor, shape, dtype in (
+        ("x", x, (T, H), torch.bfloat16),
+        ("out", out, (T, H), torch.bfloat16),
+        ("act", act, (P, I), torch.bfloat16),
+        ("y", y, (P, H), torch.bfloat16),
+        ("topk_weights", topk_weights, (T, K), torch.float32),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
+            )
+    for name, dense in (
+        ("topk_weights", topk_weights),
+        ("topk_ids", topk_ids),
+        ("act", act),
+        ("y", y),
+    ):
+        if dense is not None and not dense.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    if x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError(
+            f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
+        )
+    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % ALIGNED_BYTES:
+        raise ValueError(
+            f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows a multiple of so many "
+            f"elements apart, not {x.stride(0)}"
+        )

@@ -1,0 +1,181 @@
+"""Many rows per expert on Hopper, 16-bit rows and quantized weights: two persistent GEMMs, a sum.
+
+Weights are read as they are stored and become numbers in registers, on their way to the WGMMA. A
+tile is 256 weight rows by 128 slots of one expert (a block of ``moe_align_block_size``), or 128 by
+256. Four or one producer warps fill a ring of steps of 64 columns: weights by TMA, as words of 32
+bits, token rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of two consumer
+warpgroups has half of the weight rows and makes numbers of them while products run on the tensor
+cores, its own or the other one's.
+
+Where groups of columns share a scale, a number times its scale is rounded to bf16; a scale for all
+columns multiplies the sum.
+
+up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of ``sorted_ids``; and
+             position [R]: where a slot's row is.
+down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
+sum_kernel   that of ``hopper_prefill``.
+
+Tiles go round robin over the programs, in groups of blocks that share weights in the L2.
+"""
+
+from functools import lru_cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT
+from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
+from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
+from fusedmoe.kernels.triton.hopper_prefill import sum_rows
+from fusedmoe.kernels.triton.hopper_quantized_tasks import Memory
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
+
+_launch_up = HopperLauncher(up_kernel)
+_launch_down = HopperLauncher(down_kernel)
+
+
+@lru_cache(maxsize=4096)
+def _words(
+    address: int, rows: int, width: int, stride: int, tile: tuple[int, int]
+) -> TensorDescriptor:
+    """TMA view of [rows, width] words of 32 bits, ``stride`` words apart."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.int32)
+    memory = Memory(address, torch.int32)
+    return TensorDescriptor(memory, [rows, width], [stride, 1], list(tile), layout)
+
+
+def _weight_words(
+    w: QuantizedTensor, tile: MixedPrefillTile
+) -> tuple[TensorDescriptor, TensorDescriptor, int]:
+    """Two views of the data in which gate and up of a feature have the same row number, and how
+    many rows one expert has in them; of a single shard, the same view twice."""
+    address, width = w.data.data_ptr(), w.data.shape[-1] // 4
+    e, N = w.shape[:2]
+    box = tile.rows // 2, words_of_step(w.format.element)
+    if w.shards == 1:
+        both = _words(address, e * N, width, width, box)
+        return both, both, N
+    row = 4 * width
+    if w.interleaved:
+        gate = _words(address, e * N // 2, width, 2 * width, box)
+        return gate, _words(address + row, e * N // 2, width, 2 * width, box), N // 2
+    gate = _words(address, e * N, width, width, box)
+    return gate, _words(address + N // 2 * row, e * N - N // 2, width, width, box), N
+
+
+def _group(w: QuantizedTensor) -> int:
+    """Columns that share a scale, 0: all of them. Numbers of e2m1 need theirs before the sum."""
+    group, D = w.format.group.col, w.shape[-1]
+    whole = group == -1 or (group >= D and w.format.element != "e2m1")
+    return 0 if whole else group
+
+
+def _parts(w: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
+    return w.scale, w.zero_point, w.scale2
+
+
+def up(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    K: int,
+    act: torch.Tensor,
+    position: torch.Tensor,
+    activation: DeviceActivation,
+    bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tile: MixedPrefillTile,
+    programs: int,
+) -> None:
+    """act [P, I] and position [R]."""
+    H, I = x.shape[1], act.shape[1]  # noqa: E741
+    sorted_ids, expert_ids, num_post = tables
+    low, high, desc_rows = _weight_words(w1, tile)
+    stride_expert, _, *steps = weight_addresses(w1)[4:]
+    _launch_up(
+        programs,
+        (low, high, matrix_descriptor(act, I, (UNIT.value, SIDE.value))),
+        (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post),
+        (
+            x.stride(0),
+            stride_expert,
+            *steps,
+            position.shape[0],
+            w1.shape[0],
+            desc_rows,
+            activation.limit,
+            activation.alpha,
+            activation.beta,
+        ),
+        (
+            *(H, I, K, w1.format.element, _group(w1)),
+            *(activation.formula, activation.gated, w1.interleaved),
+            *(tile.rows, tile.slots, tile.stages, tile.group),
+        ),
+        num_warps=4,
+        maxnreg=168,
+    )
+
+
+def down(
+    act: torch.Tensor,
+    w2: QuantizedTensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    tables: MoEAlignment,
+    tile: MixedPrefillTile,
+    programs: int,
+) -> None:
+    """y [P, H]."""
+    e, H, I = w2.shape  # noqa: E741
+    _, expert_ids, num_post = tables
+    low, high, _ = _weight_words(w2, tile)
+    stride_expert, _, _, row_step, block = weight_addresses(w2)[4:]
+    _launch_down(
+        programs,
+        (
+            low,
+            high,
+            matrix_descriptor(act, I, (tile.slots, STEP.value)),
+            matrix_descriptor(y, H, (UNIT.value, SIDE.value)),
+        ),
+        (*_parts(w2), bias, expert_ids, num_post),
+        (stride_expert, row_step, block, e),
+        (
+            *(H, I, w2.format.element, _group(w2)),
+            *(tile.rows, tile.slots, tile.stages, tile.group),
+        ),
+        num_warps=4,
+        maxnreg=168,
+    )
+
+
+def prefill(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    activation: DeviceActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    tables: MoEAlignment,
+    tiles: MixedPrefillTiles,
+    programs: int,
+) -> None:
+    """Launch the three kernels; arguments as checked by ``kernels.hopper_mixed_prefill``."""
+    T, K = topk_ids.shape
+    position = torch.empty(T * K, dtype=torch.int32, device=x.device)
+    up(x, w1, K, act, position, activation, w1_bias, tables, tiles.gemm1, programs)
+    down(act, w2, y, w2_bias, tables, tiles.gemm2, programs)
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)

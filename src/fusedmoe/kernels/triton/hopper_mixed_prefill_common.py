@@ -1,0 +1,132 @@
+"""What both kernels of ``hopper_mixed_prefill`` do besides products: the order of tiles, the rings,
+what becomes of a product's sums."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from fusedmoe.kernels.triton.hopper_mixed_multiply import scale_rows
+from fusedmoe.kernels.triton.hopper_mixed_numbers import HALF_EXPONENT, SIDE, STEP
+from fusedmoe.kernels.triton.quantized_common import float_scale
+
+UNIT = gl.constexpr(128)  # slots that are stored at once
+
+
+@gluon.jit
+def tile_of(task, blocks, TILES: gl.constexpr, GROUP_M: gl.constexpr):
+    """(block of slots, tile of rows): groups of GROUP_M blocks, tiles outer, blocks inner."""
+    first = task // (GROUP_M * TILES) * GROUP_M
+    size = gl.minimum(blocks - first, GROUP_M)
+    rest = task - first * TILES
+    return first + rest % size, rest // size
+
+
+@gluon.jit
+def expert_at(expert_ids_ptr, block, num_local):
+    expert = gl.load(expert_ids_ptr + block)
+    return gl.minimum(gl.maximum(expert, 0), num_local - 1)
+
+
+@gluon.jit
+def open_rings(
+    w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr,
+    STAGES: gl.constexpr, FILLERS: gl.constexpr,
+):  # fmt: skip
+    """((weights, rows), barriers, the output buffers of both warpgroups); FILLERS threads gather
+    beside the TMA arrival."""
+    x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
+    rings = (
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, WORDS], w_desc.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, SLOTS, STEP], x_shared),
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    out0 = gl.allocate_shared_memory(gl.bfloat16, [2, UNIT, SIDE], out_desc.layout)
+    out1 = gl.allocate_shared_memory(gl.bfloat16, [2, UNIT, SIDE], out_desc.layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + FILLERS)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    return rings, (full, empty), out0, out1
+
+
+@gluon.jit
+def load_words(descs, words, bar, row, below, k):
+    """TMA of the step's words of a tile's weight rows, half of them from ``row`` on, half from
+    ``row + below`` on."""
+    HALF: gl.constexpr = words.shape[0] // 2
+    WORDS: gl.constexpr = words.shape[1]
+    low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
+    tma.async_copy_global_to_shared(descs[0], [row, k * WORDS], bar, low)
+    tma.async_copy_global_to_shared(descs[1], [row + below, k * WORDS], bar, high)
+
+
+@gluon.jit
+def sides(acc):
+    """The rows of low and those of high in a product's sums, [32, SLOTS] each; moves no data."""
+    SLOTS: gl.constexpr = acc.shape[1]
+    eights = gl.permute(gl.reshape(acc, [SIDE // 8, 2, 8, SLOTS]), [0, 2, 3, 1])
+    low, high = gl.split(eights)
+    return gl.reshape(low, [SIDE, SLOTS]), gl.reshape(high, [SIDE, SLOTS])
+
+
+@gluon.jit
+def load_bias(bias_ptr, at, inside):
+    return gl.expand_dims(gl.load(bias_ptr + at, inside, 0.0).to(gl.float32), 1)
+
+
+@gluon.jit
+def finished(
+    acc, scale_ptr, scale2_ptr, bias_ptr, scales, bias_steps, expert, first, N: gl.constexpr,
+    D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """(low, high) [32, SLOTS] of a product's sums with the scales of whole rows, the second scale
+    and the biases, whose steps from gate to up and from row to row are ``bias_steps``."""
+    low, high = sides(acc)
+    by_row: gl.constexpr = gl.SliceLayout(1, low.type.layout)
+    r = gl.arange(0, SIDE, by_row)
+    SHARD: gl.constexpr = 1 if GATED else 0
+    if GROUP == 0:
+        base, at_low = scale_rows(scales, expert, 0, first[0] + r, N, D, GROUP)
+        base, at_high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
+        low *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_low)), 1)
+        high *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_high)), 1)
+    if ELEMENT == "e2m1":
+        low *= HALF_EXPONENT
+        high *= HALF_EXPONENT
+    if scale2_ptr is not None:
+        at = scale2_ptr + expert.to(gl.int64) * (SHARD + 1)
+        low *= gl.load(at)
+        high *= gl.load(at + SHARD)
+    if bias_ptr is not None:
+        to_shard, step = bias_steps
+        at = bias_ptr + expert.to(gl.int64) * ((SHARD + 1) * N)
+        low += load_bias(at, (first[0] + r) * step, first[0] + r < N)
+        high += load_bias(at + SHARD * to_shard, (first[1] + r) * step, first[1] + r < N)
+    return low, high
+
+
+@gluon.jit
+def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr):
+    """TMA store of value [32, SLOTS], slots as rows, UNIT of them at a time, by way of this
+    warpgroup's two buffers in turn, from number FIRST on."""
+    SLOTS: gl.constexpr = value.shape[1]
+    value = value.to(buffers.dtype)
+    if SLOTS == UNIT:
+        store_unit(desc, buffers.index(FIRST), value, row, column)
+    else:
+        parts = gl.permute(gl.reshape(value, [SIDE, 2, UNIT]), [0, 2, 1])
+        left, right = gl.split(parts)
+        store_unit(desc, buffers.index(0), left, row, column)
+        store_unit(desc, buffers.index(1), right, row + UNIT, column)
+
+
+@gluon.jit
+def store_unit(desc, buffer, value, row, column):
+    """The part before the last has left its buffer when a part is written."""
+    tma.store_wait(1)
+    gl.thread_barrier()
+    buffer.store(gl.permute(value, [1, 0]))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, [row, column], buffer)

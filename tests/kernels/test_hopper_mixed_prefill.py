@@ -1,0 +1,263 @@
+"""What can be known of the prefill kernels for quantized weights without a GPU: their bit tricks,
+which column and row a thread holds, the choice of tiles, and what their launcher refuses."""
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.hopper_mixed_prefill import (
+    mixed_prefill,
+    mixed_prefill_rows,
+    unmet_by_mixed_prefill,
+)
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.testing.tolerances import relative_error
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles, mixed_prefill_tiles
+from small_ptx import pair, run_ptx, words_of
+
+BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
+
+
+SOURCE = (BODIES / "hopper_mixed_numbers.py").read_text()
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E2M1 = torch.cat([E2M1, -E2M1])
+
+
+def execute(function, *words):
+    """What the inline assembly of a device function makes of words, as numbers."""
+    body = SOURCE[SOURCE.index(f"def {function}(") :]
+    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    outputs = 2 if "{$0, $1}" in text else 1
+    text = text.replace("mov.b32 {$0, $1}, a", "mov.b32 $0, a; mov.b32 $1, a")
+    return pair(run_ptx(text, list(words), outputs)[0]).float()
+
+
+def selector(element, lane):
+    """What ``selectors`` computes for a lane."""
+    formulas = re.findall(r"chosen = (.*)", SOURCE[SOURCE.index("def selectors(") :])
+    chosen = dict(zip(("int4", "e2m1", "int8", "e4m3"), formulas, strict=True))
+    return eval(chosen[element], {"lane": lane})
+
+
+WORDS = [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0x807F01FE, 0]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("lane", range(4))
+def test_a_lane_takes_two_neighbouring_nibbles(word, lane):
+    nibbles = torch.tensor([word >> 4 * (2 * lane + i) & 15 for i in range(2)])
+    taken = execute("take_int4", word, selector("int4", lane), 0x43084308)
+    assert taken.equal(nibbles - 8.0)
+    taken = execute("take_e2m1", word, selector("e2m1", lane))
+    assert (taken * 2.0**126).equal(E2M1[nibbles])
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("lane", range(2))
+def test_a_lane_takes_two_neighbouring_bytes(word, lane):
+    stored = torch.tensor([word >> 8 * (2 * lane + i) & 255 for i in range(2)], dtype=torch.uint8)
+    taken = execute("take_int8", word, selector("int8", lane))
+    assert taken.equal(stored.view(torch.int8).float())
+    taken = execute("take_e4m3", word, selector("e4m3", lane))
+    exact = stored.view(torch.float8_e4m3fn).float()
+    assert taken.equal(torch.where(exact.isnan(), 480.0 * (1 - 2 * (stored > 127).float()), exact))
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 64, 127, 191])
+def test_e8m0_scales_are_powers_of_two(exponent):
+    assert execute("power_pair", exponent).tolist() == [2.0 ** (exponent - 127 + 63)] * 2
+
+
+def test_e8m0_scales_past_bf16_and_nan_are_infinite():
+    for exponent in (192, 254, 255):
+        assert execute("power_pair", exponent).tolist() == [float("inf")] * 2
+
+
+def test_numbers_of_eight_bits_are_rounded_once():
+    """Times a scale in two parts they are what rounding the exact product gives; times the scale
+    rounded before, which is what one part would be, they are further off."""
+    torch.manual_seed(0)
+    number = torch.randint(-127, 128, (400,)).float()
+    scale = torch.rand(400) + 0.01
+    factor = scale.bfloat16().float()
+    rest = (scale - factor).bfloat16().float()
+
+    def halves(x):
+        return words_of(x.bfloat16().repeat_interleave(2))
+
+    both = zip(halves(number), halves(factor), halves(rest), strict=True)
+    found = torch.stack([execute("times_both", *words)[0] for words in both])
+    exact = number.double() * scale.double()
+    twice = (number * factor).bfloat16().double()
+    error = (found - exact).norm()
+    assert error < 1.02 * (exact.bfloat16() - exact).norm()
+    assert error < 0.8 * (twice - exact).norm()
+
+
+class OnTensors:
+    """Gluon's operations that only name or move values, on torch tensors."""
+
+    reshape = staticmethod(torch.reshape)
+    permute = staticmethod(torch.permute)
+
+    @staticmethod
+    def join(x, y):
+        return torch.stack([x, y], -1)
+
+    @staticmethod
+    def split(x):
+        return x[..., 0], x[..., 1]
+
+    @staticmethod
+    def convert_layout(x, layout, assert_trivial=False):
+        return x
+
+    @staticmethod
+    def DotOperandLayout(*arguments):
+        return None
+
+
+def device_function(module, name):
+    """The body of a device function, to be run on torch tensors."""
+    from fusedmoe.kernels.triton import hopper_mixed_numbers, hopper_mixed_prefill_common
+
+    modules = {"numbers": hopper_mixed_numbers, "common": hopper_mixed_prefill_common}
+    function = getattr(modules[module], name).fn
+    names = {"gl": OnTensors, "SIDE": 32, "STEP": 64}
+    return types.FunctionType(function.__code__, function.__globals__ | names)
+
+
+@pytest.mark.parametrize(("words", "lanes"), [(8, 4), (16, 2)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_columns_keep_their_order(words, lanes, count):
+    """[32, scales, words, lanes] pairs, flattened, are the columns of a step."""
+    shape = 32, count, words // count, lanes
+    column = torch.arange(64).view(1, count, words // count, lanes, 2).expand(*shape, 2)
+    both = OnTensors.reshape(OnTensors.join(column[..., 0], column[..., 1]), [32, 64])
+    assert both.equal(torch.arange(64).expand(32, 64))
+
+
+def test_rows_of_low_and_high_alternate_in_eights_and_come_apart_again():
+    low = torch.arange(32)[:, None].expand(32, 64)
+    rows = device_function("numbers", "fragment")(low, low + 32, None)[:, 0]
+    eights = rows.view(4, 2, 8)
+    assert eights[:, 0].flatten().equal(torch.arange(32))
+    assert eights[:, 1].flatten().equal(torch.arange(32, 64))
+    sums = rows[:, None].expand(64, 128).clone()
+    low, high = device_function("common", "sides")(sums)
+    assert low[:, 5].equal(torch.arange(32))
+    assert high[:, 5].equal(torch.arange(32, 64))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [128, 256])
+def test_the_products_of_a_tile_have_all_of_its_rows(rows, gated):
+    from fusedmoe.kernels.triton import hopper_mixed_multiply as module
+
+    place, rows_of = module.place_of, module.rows_of.fn
+    names = rows_of.__globals__ | {"SIDE": 32}
+    rows_of = types.FunctionType(rows_of.__code__, names)
+    found, features = [], []
+    for index in range(rows // 64):
+        for high in (0, 1):
+            first = place(index, rows, gated, high)
+            found += range(first, first + 32)
+            feature = rows_of(0, index, rows, gated)[high]
+            features += [(r, feature + i) for i, r in enumerate(range(first, first + 32))]
+    assert sorted(found) == list(range(rows))
+    half = rows // 2
+    assert all(f == (r % half if gated else r) for r, f in features)
+
+
+def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
+    torch.manual_seed(0)
+    w1 = quantize(torch.randn(e, shards * I, H) / H**0.5, format_named(fmt), shards=shards)
+    return w1, quantize(torch.randn(e, H, I) / I**0.5, format_named(fmt))
+
+
+def scratch(T, K, e, H, I):  # noqa: E741
+    P = mixed_prefill_rows(T * K, e)
+    return {
+        "out": torch.full((T, H), float("nan")).bfloat16(),
+        "act": torch.full((P, I), float("nan")).bfloat16(),
+        "y": torch.full((P, H), float("nan")).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("fmt", ["int4_g32", "mxfp4", "int8_channel"])
+def test_the_reference_is_two_products_and_a_weighted_sum(fmt):
+    w1, w2 = layer(fmt)
+    T, K = 5, 2
+    x, weights = torch.randn(T, 64).bfloat16(), torch.rand(T, K)
+    ids = torch.tensor([[0, 1], [2, -1], [1, 2], [0, 9], [-1, -1]], dtype=torch.int32)
+    given = scratch(T, K, 3, 64, 32)
+    tiles = mixed_prefill_tiles(T * K, 3, int(w1.format.bits))
+    mixed_prefill(x, w1, w2, weights, ids, tiles=tiles, programs=1, **given)
+    expected = torch.zeros(T, 64)
+    gate_up, down = w1.dequantize(torch.float32), w2.dequantize(torch.float32)
+    for t in range(T):
+        for k in range(K):
+            if 0 <= ids[t, k] < 3:
+                gate, up = (x[t].float() @ gate_up[ids[t, k]].T).chunk(2)
+                act = (torch.nn.functional.silu(gate) * up).bfloat16().float()
+                expected[t] += weights[t, k] * (act @ down[ids[t, k]].T)
+    assert relative_error(given["out"], expected).frobenius < 5e-3
+    assert given["out"][4].eq(0).all()
+
+
+def test_what_the_kernels_cannot_read_is_named():
+    for fmt in ("int4_g32", "int4_g32_zp", "int4_channel", "nvfp4", "mxfp8", "int8_channel"):
+        assert unmet_by_mixed_prefill(*layer(fmt)) is None
+    assert "mxfp6" in unmet_by_mixed_prefill(*layer("mxfp6_e3m2"))
+    assert "int8" in unmet_by_mixed_prefill(*layer("int8_g32_zp"))
+    assert "multiple" in unmet_by_mixed_prefill(*layer("int4_channel", I=8))
+    w1, w2 = layer("int4_g32")
+    object.__setattr__(w1, "scale", w1.scale.transpose(0, 1).contiguous().transpose(0, 1))
+    assert "scale to be contiguous" in unmet_by_mixed_prefill(w1, w2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"x": torch.zeros(4, 64)}, "x is"),
+        ({"act": torch.zeros(9, 32).bfloat16()}, "act is"),
+        ({"y": torch.zeros(9, 64).bfloat16()}, "y is"),
+        ({"out": torch.zeros(4, 63).bfloat16()}, "out is"),
+        ({"topk_weights": torch.zeros(4, 3)}, "topk_weights is"),
+        ({"activation": MoEActivation.SILU_NO_MUL}, "shards"),
+        ({"x": torch.zeros(4, 72).bfloat16()[:, :64]}, "72"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, words):
+    w1, w2 = layer("int4_g32")
+    given = {"x": torch.zeros(4, 64).bfloat16(), "topk_weights": None, **scratch(4, 2, 3, 64, 32)}
+    ids = torch.zeros(4, 2, dtype=torch.int32)
+    given |= {"tiles": mixed_prefill_tiles(8, 3, 4), "programs": 1} | changed
+    with pytest.raises(ValueError, match=words):
+        mixed_prefill(w1=w1, w2=w2, topk_ids=ids, **given)
+
+
+def test_tiles():
+    few, many = mixed_prefill_tiles(128 * 8, 8, 4), mixed_prefill_tiles(129 * 8, 8, 4)
+    assert (few.gemm1.rows, few.gemm1.slots) == (256, 128)
+    assert (many.gemm1.rows, many.gemm1.slots) == (128, 256)
+    for bits, words in ((4, 8), (8, 16)):
+        for tiles in (mixed_prefill_tiles(1, 1, bits), mixed_prefill_tiles(999, 1, bits)):
+            tile = tiles.gemm1
+            ring = tile.stages * (tile.rows * words * 4 + tile.slots * 128)
+            assert ring + 4 * 128 * 64 + 512 <= 227 * 1024
+    with pytest.raises(ValueError, match="128 by 128"):
+        MixedPrefillTile(128, 128, 4, 8)
+    with pytest.raises(ValueError, match="1 stages"):
+        MixedPrefillTile(128, 256, 1, 8)
+    w1, w2 = layer("int4_g32")
+    unequal = MixedPrefillTiles(few.gemm1, many.gemm1)
+    with pytest.raises(ValueError, match="128 and 256 slots"):
+        mixed_prefill(
+            torch.zeros(4, 64).bfloat16(), w1, w2, None, torch.zeros(4, 2, dtype=torch.int32),
+            tiles=unequal, programs=1, **scratch(4, 2, 3, 64, 32),
+        )  # fmt: skip
