@@ -28,7 +28,7 @@ _HOME = {
     "FusedMoEPrepareAndFinalizeMonolithic": "fusedmoe.modular_kernel",
     "FusedMoEQuantConfig": "fusedmoe.quantization.config",
     "FusedMoEQuantDesc": "fusedmoe.quantization.config",
-    "QuantFormat": "fusedmoe.quantization.tensor",
+    "QuantFormat": "fusedmoe.quantization.quant_format",
     "QuantizedTensor": "fusedmoe.quantization.tensor",
     "QuantizedFusedMoEMethod": "fusedmoe.quantization.quantized",
     "quantize_layer": "fusedmoe.quantization.quantize_layer",

@@ -1,21 +1,15 @@
 """``quant_method: compressed-tensors`` (LLM Compressor): one scheme per group of layers.
 
-    integers, packed    weight_packed int32 [N, ceil(K * bits / 32)], weight_scale [N, K / g] or
-                        [N, 1], weight_shape [2], weight_zero_point int32
-                        [ceil(N * bits / 32), K / g] (packed along N), weight_g_idx [K]
-    integers            weight int8 [N, K], weight_scale, weight_zero_point int8
-    fp8                 weight e4m3 [N, K], weight_scale [1], [N, 1] or blocks, input_scale [1]
-    nvfp4               weight_packed uint8 [N, K / 2], weight_scale e4m3 [N, K / 16],
-                        weight_global_scale and input_global_scale [1], both INVERSES
-    mxfp4, mxfp6 (e2m3), mxfp8   weight_packed or weight, weight_scale uint8 (e8m0) [N, K / 32]
-
-Stored integers are signed with half the range added, zero points likewise.
+integers            see compressed_tensors_integers.py
+fp8                 weight e4m3 [N, K], weight_scale [1], [N, 1] or blocks, input_scale [1]
+nvfp4               weight_packed uint8 [N, K / 2], weight_scale e4m3 [N, K / 16],
+                    weight_global_scale and input_global_scale [1], both INVERSES
+mxfp4, mxfp6 (e2m3), mxfp8   weight_packed or weight, weight_scale uint8 (e8m0) [N, K / 32]
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +17,14 @@ import torch
 from fusedmoe.quantization.dialects.base import (
     CheckpointQuantization,
     Leaves,
-    Matrix,
-    Rule,
     Scheme,
 )
-from fusedmoe.quantization.dialects.expressions import matches
-from fusedmoe.quantization.dialects.packing import (
-    element_of,
-    integers,
-    pack_nibbles,
-    unpack_words,
-    zero_points,
+from fusedmoe.quantization.dialects.compressed_tensors_integers import (
+    DIALECT,
+    IGNORED,
+    integer_scheme,
 )
+from fusedmoe.quantization.dialects.expressions import matches
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import (
     flag,
@@ -49,17 +39,14 @@ from fusedmoe.quantization.dialects.rules import (
     BIAS,
     e4m3_scale_rule,
     e8m0_rule,
-    expect,
     plain_weight_rule,
     scalar_rule,
     scale_rule,
-    shape_scale,
 )
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
-    INT8_DYNAMIC_TOKEN,
     MXFP4_DYNAMIC,
     MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
@@ -69,11 +56,9 @@ from fusedmoe.quantization.keys import (
     QuantKey,
     fp8_dynamic_group,
 )
-from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.quantization.quant_format import QuantFormat
 
-DIALECT = "compressed-tensors"
 _LINEAR = ("Linear", "FusedMoE")
-_IGNORED = ("weight_shape", "weight_observer", "input_zero_point", "output_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +121,7 @@ def scheme_of(
     if flag(weights, "dynamic", False):
         raise ValueError("quantization_config: weights cannot be dynamic")
     if kind == "int":
-        return _integers(weights, inputs, bits, packing, leaves)
+        return integer_scheme(weights, inputs, bits, _group(weights), packing, leaves)
     group = _group(weights)
     if bits == 8 and not _is_mx(weights):
         return _fp8(group, inputs)
@@ -185,7 +170,7 @@ def _fp8(group: GroupShape, inputs: dict[str, Any]) -> Scheme:
         format=QuantFormat(element="e4m3", group=group),
         activation=_fp8_activation(inputs, static),
         rules=tuple(rules),
-        ignored=_IGNORED,
+        ignored=IGNORED,
     )
 
 
@@ -220,7 +205,7 @@ def _nvfp4(inputs: dict[str, Any]) -> Scheme:
             scalar_rule("input_global_scale", "", inverse=True, optional=True),
             BIAS,
         ),
-        ignored=_IGNORED,
+        ignored=IGNORED,
     )
 
 
@@ -244,109 +229,5 @@ def _mx(element: str, inputs: dict[str, Any]) -> Scheme:
         format=format_,
         activation=activation,
         rules=(weight, e8m0_rule("weight_scale", 32), BIAS),
-        ignored=_IGNORED,
+        ignored=IGNORED,
     )
-
-
-def _integers(
-    weights: dict[str, Any], inputs: dict[str, Any], bits: int, packing: Any, leaves: Leaves
-) -> Scheme:
-    if not 2 <= bits <= 8:
-        raise ValueError(f"quantization_config: integers of {bits} bits are not known")
-    group = _group(weights)
-    if group.row > 1 or (group == PER_TENSOR and bits < 8):
-        raise ValueError(
-            f"quantization_config: unknown scheme: {bits}-bit integers by "
-            f"{weights.get('strategy')!r}"
-        )
-    symmetric = flag(weights, "symmetric", True)
-    packed = "weight_packed" in leaves or (packing == "pack-quantized" and "weight" not in leaves)
-    act_order = packed and "weight_g_idx" in leaves and group.col > 0
-    scale_dtype = leaves.get("weight_scale", torch.float32)
-    rules = [
-        Rule(
-            needs=("weight_packed" if packed else "weight",),
-            gives="weight",
-            convert=partial(_packed if packed else _one_byte_each, bits),
-            size=partial(_size, 32 // bits if packed else 1),
-        ),
-        scale_rule("weight_scale", group, scale_dtype),
-        BIAS,
-    ]
-    if not symmetric:
-        convert = partial(_packed_zeros if packed else _plain_zeros, bits, group)
-        rules.append(Rule(needs=("weight_zero_point",), gives="weight_zero_point", convert=convert))
-    if act_order:
-        convert = partial(_group_index, group.col)
-        rules.append(Rule(needs=("weight_g_idx",), gives="weight_group_index", convert=convert))
-    return Scheme(
-        dialect=DIALECT,
-        format=QuantFormat(
-            element=element_of(bits),
-            group=group,
-            scale_dtype=scale_dtype,
-            symmetric=symmetric,
-            act_order=act_order,
-        ),
-        activation=_activation_of_integers(inputs),
-        rules=tuple(rules),
-        ignored=(*_IGNORED, *["weight_zero_point"] * symmetric, "weight_g_idx"),
-    )
-
-
-def _activation_of_integers(inputs: dict[str, Any]) -> QuantKey | None:
-    if not inputs:
-        return None
-    kind, bits = one_of(inputs, "type", "int", "float"), integer(inputs, "num_bits", 8)
-    dynamic = bool(inputs.get("dynamic", False))
-    strategy = one_of(inputs, "strategy", "token", "tensor", "group")
-    if bits != 8 or not dynamic or strategy != "token":
-        raise ValueError(
-            f"quantization_config: unknown scheme: {'dynamic' if dynamic else 'static'} {bits}-bit "
-            f"{kind} activations per {strategy} with integer weights"
-        )
-    return INT8_DYNAMIC_TOKEN if kind == "int" else FP8_DYNAMIC_TOKEN
-
-
-def _size(values: int, stored: tuple[int, ...]) -> tuple[int, int]:
-    return stored[0], stored[1] * values
-
-
-def _packed(bits: int, matrix: Matrix, packed: torch.Tensor) -> torch.Tensor:
-    words = -(-matrix.K * bits // 32)
-    expect(matrix, "weight_packed", packed, (matrix.N, words), torch.int32)
-    return integers(unpack_words(packed, bits, matrix.K), bits)
-
-
-def _one_byte_each(bits: int, matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
-    """int8 numbers, of which 4-bit ones are packed."""
-    expect(matrix, "weight", weight, (matrix.N, matrix.K), torch.int8)
-    if bits > 4:
-        return weight
-    return pack_nibbles((weight.to(torch.int16) + 8).clamp(0, 15).to(torch.uint8))
-
-
-def _packed_zeros(
-    bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tensor
-) -> torch.Tensor:
-    columns = 1 if group.col == -1 else matrix.K // group.col
-    shape = (-(-matrix.N * bits // 32), columns)
-    expect(matrix, "weight_zero_point", zeros, shape, torch.int32)
-    return zero_points(unpack_words(zeros.T.contiguous(), bits, matrix.N).T, bits)
-
-
-def _plain_zeros(bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tensor) -> torch.Tensor:
-    expect(matrix, "weight_zero_point", zeros, None, torch.int8)
-    zeros = shape_scale(matrix, "weight_zero_point", zeros, group)
-    return zeros if bits > 4 else (zeros + 8).to(torch.uint8)
-
-
-def _group_index(columns: int, matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
-    expect(matrix, "weight_g_idx", index, (matrix.K,), torch.int32, torch.int64)
-    low, high, groups = int(index.min()), int(index.max()), matrix.K // columns
-    if low < 0 or high >= groups:
-        raise ValueError(
-            f"{matrix.path('weight_g_idx')}: expected groups in [0, {groups}), found "
-            f"{low if low < 0 else high}"
-        )
-    return index.to(torch.int32).expand(matrix.shards, -1)

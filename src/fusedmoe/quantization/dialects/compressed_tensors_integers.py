@@ -1,0 +1,145 @@
+"""The integers of compressed-tensors: signed, stored with half the range added, zeros likewise.
+
+packed        weight_packed int32 [N, ceil(K * bits / 32)], weight_scale [N, K / g] or [N, 1],
+              weight_shape [2], weight_zero_point int32 [ceil(N * bits / 32), K / g] (packed
+              along N), weight_g_idx [K]
+one byte each weight int8 [N, K], weight_scale, weight_zero_point int8
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from fusedmoe.quantization.dialects.base import Leaves, Matrix, Rule, Scheme
+from fusedmoe.quantization.dialects.packing import (
+    element_of,
+    integers,
+    pack_nibbles,
+    unpack_words,
+    zero_points,
+)
+from fusedmoe.quantization.dialects.reading import flag, integer, one_of
+from fusedmoe.quantization.dialects.rules import BIAS, expect, scale_rule, shape_scale
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN,
+    PER_TENSOR,
+    GroupShape,
+    QuantKey,
+)
+from fusedmoe.quantization.quant_format import QuantFormat
+
+DIALECT = "compressed-tensors"
+IGNORED = ("weight_shape", "weight_observer", "input_zero_point", "output_scale")
+
+
+def integer_scheme(
+    weights: dict[str, Any],
+    inputs: dict[str, Any],
+    bits: int,
+    group: GroupShape,
+    packing: Any,
+    leaves: Leaves,
+) -> Scheme:
+    """The scheme of ``bits``-bit integers whose scales are shared by ``group``."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantization_config: integers of {bits} bits are not known")
+    if group.row > 1 or (group == PER_TENSOR and bits < 8):
+        raise ValueError(
+            f"quantization_config: unknown scheme: {bits}-bit integers by "
+            f"{weights.get('strategy')!r}"
+        )
+    symmetric = flag(weights, "symmetric", True)
+    packed = "weight_packed" in leaves or (packing == "pack-quantized" and "weight" not in leaves)
+    act_order = packed and "weight_g_idx" in leaves and group.col > 0
+    scale_dtype = leaves.get("weight_scale", torch.float32)
+    rules = [
+        Rule(
+            needs=("weight_packed" if packed else "weight",),
+            gives="weight",
+            convert=partial(_packed if packed else _one_byte_each, bits),
+            size=partial(_size, 32 // bits if packed else 1),
+        ),
+        scale_rule("weight_scale", group, scale_dtype),
+        BIAS,
+    ]
+    if not symmetric:
+        convert = partial(_packed_zeros if packed else _plain_zeros, bits, group)
+        rules.append(Rule(needs=("weight_zero_point",), gives="weight_zero_point", convert=convert))
+    if act_order:
+        convert = partial(_group_index, group.col)
+        rules.append(Rule(needs=("weight_g_idx",), gives="weight_group_index", convert=convert))
+    return Scheme(
+        dialect=DIALECT,
+        format=QuantFormat(
+            element=element_of(bits),
+            group=group,
+            scale_dtype=scale_dtype,
+            symmetric=symmetric,
+            act_order=act_order,
+        ),
+        activation=_activation_of_integers(inputs),
+        rules=tuple(rules),
+        ignored=(*IGNORED, *["weight_zero_point"] * symmetric, "weight_g_idx"),
+    )
+
+
+def _activation_of_integers(inputs: dict[str, Any]) -> QuantKey | None:
+    if not inputs:
+        return None
+    kind, bits = one_of(inputs, "type", "int", "float"), integer(inputs, "num_bits", 8)
+    dynamic = bool(inputs.get("dynamic", False))
+    strategy = one_of(inputs, "strategy", "token", "tensor", "group")
+    if bits != 8 or not dynamic or strategy != "token":
+        raise ValueError(
+            f"quantization_config: unknown scheme: {'dynamic' if dynamic else 'static'} {bits}-bit "
+            f"{kind} activations per {strategy} with integer weights"
+        )
+    return INT8_DYNAMIC_TOKEN if kind == "int" else FP8_DYNAMIC_TOKEN
+
+
+def _size(values: int, stored: tuple[int, ...]) -> tuple[int, int]:
+    return stored[0], stored[1] * values
+
+
+def _packed(bits: int, matrix: Matrix, packed: torch.Tensor) -> torch.Tensor:
+    words = -(-matrix.K * bits // 32)
+    expect(matrix, "weight_packed", packed, (matrix.N, words), torch.int32)
+    return integers(unpack_words(packed, bits, matrix.K), bits)
+
+
+def _one_byte_each(bits: int, matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
+    """int8 numbers, of which 4-bit ones are packed."""
+    expect(matrix, "weight", weight, (matrix.N, matrix.K), torch.int8)
+    if bits > 4:
+        return weight
+    return pack_nibbles((weight.to(torch.int16) + 8).clamp(0, 15).to(torch.uint8))
+
+
+def _packed_zeros(
+    bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tensor
+) -> torch.Tensor:
+    columns = 1 if group.col == -1 else matrix.K // group.col
+    shape = (-(-matrix.N * bits // 32), columns)
+    expect(matrix, "weight_zero_point", zeros, shape, torch.int32)
+    return zero_points(unpack_words(zeros.T.contiguous(), bits, matrix.N).T, bits)
+
+
+def _plain_zeros(bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tensor) -> torch.Tensor:
+    expect(matrix, "weight_zero_point", zeros, None, torch.int8)
+    zeros = shape_scale(matrix, "weight_zero_point", zeros, group)
+    return zeros if bits > 4 else (zeros + 8).to(torch.uint8)
+
+
+def _group_index(columns: int, matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
+    expect(matrix, "weight_g_idx", index, (matrix.K,), torch.int32, torch.int64)
+    low, high, groups = int(index.min()), int(index.max()), matrix.K // columns
+    if low < 0 or high >= groups:
+        raise ValueError(
+            f"{matrix.path('weight_g_idx')}: expected groups in [0, {groups}), found "
+            f"{low if low < 0 else high}"
+        )
+    return index.to(torch.int32).expand(matrix.shards, -1)
