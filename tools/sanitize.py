@@ -34,7 +34,7 @@ from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import prefill_rows
-from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode
+from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
@@ -60,7 +60,6 @@ from fusedmoe.tuning.hopper_tiles import (
     decode_tiles_of,
     direct_tiles,
 )
-from fusedmoe.tuning.quantized_tiles import decode_tiles as stream_tiles
 
 E, K = 24, 4
 
@@ -202,18 +201,17 @@ def quantized(H: int, width: int) -> None:
                 quantized_experts(*fp16, operands, weights, ids, act, config, None, *scratch)
             pair = operands.w1, operands.w2
             if streams and runs_decode(R, e, operands, x):
-                tiles = stream_tiles(R, e)
-                table = moe_align_block_size(ids, tiles.gemm1.slots, e)
-                for blocks in (MoEAlignment(*table[:3]), LoneSlots(ids.flatten())):
-                    if isinstance(blocks, LoneSlots) and R > MAX_LONE_SLOTS:
-                        continue
-                    common = {"activation": act, "tiles": tiles, "programs": 132}
-                    common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
-                    tensors = weights, ids, out, act_rows, y, blocks
-                    if rows is None:
-                        quantized_decode(x, *pair, *tensors, **common)
-                    else:
-                        w8a8_decode(x, *pair, (rows, rows), (None, None), *tensors, **common)
+                common = {"activation": act, "programs": 132}
+                common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
+                tensors = weights, ids, out, act_rows, y
+                if rows is not None:
+                    w8a8_decode(x, *pair, (rows, rows), (None, None), *tensors, **common)
+                else:
+                    for lone in (False, True)[: 1 + (R <= MAX_LONE_SLOTS)]:
+                        tiles = decode_tiles_for(R, *pair, lone, 132)
+                        table = moe_align_block_size(ids, tiles.gemm1.slots, e)
+                        blocks = LoneSlots(ids.flatten()) if lone else MoEAlignment(*table[:3])
+                        quantized_decode(x, *pair, *tensors, blocks, tiles=tiles, **common)
             if streams and rows is not None and not unmet_by_prefill(*pair, (rows, rows)):
                 P = prefill_rows(R, e)
                 prefilled = torch.empty(P, width, device="cuda", dtype=torch.bfloat16)

@@ -157,6 +157,7 @@ def test_it_is_for_compute_capability_9_and_bf16(monkeypatch):
     weight, rows = format_named("int4_g32").key, HopperQuantizedExperts.activation_format()
     for capability, word in (((9, 0), None), ((10, 0), "9"), ((8, 9), "compute capability")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(hopper_quantized, "missing_nvrtc", lambda: None)
         found, reason = HopperQuantizedExperts.is_supported_config(moe, weight, None, rows)
         assert found == (word is None), reason
         assert word is None or word in reason

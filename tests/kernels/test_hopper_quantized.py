@@ -5,7 +5,6 @@ import re
 import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode, 
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
-from fusedmoe.tuning.quantized_tiles import QuantizedTile, decode_tiles
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
 MASK = 0xFFFFFFFF
@@ -90,18 +89,6 @@ E2M1 += [-value for value in E2M1]
 
 @pytest.mark.parametrize("word", [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0])
 @pytest.mark.parametrize("element", ["int4", "e2m1"])
-def test_nibbles_of_a_word(word, element):
-    """Nibbles 0, 4, 1, 5 and then 2, 6, 3, 7: the order that ``columns_of_words`` stands on."""
-    nibbles = [word >> 4 * i & 15 for i in (0, 4, 1, 5, 2, 6, 3, 7)]
-    out = as_floats(*execute(assembly("hopper_quantized_common", f"{element}_words"), word))
-    if element == "int4":
-        assert out == [128.0 + nibble for nibble in nibbles]
-    else:
-        assert [value * 2.0**126 for value in out] == [E2M1[nibble] for nibble in nibbles]
-
-
-@pytest.mark.parametrize("word", [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0])
-@pytest.mark.parametrize("element", ["int4", "e2m1"])
 def test_nibbles_of_four_bytes(word, element):
     """Low nibbles of the four bytes, then high ones."""
     out = as_floats(*execute(assembly("quantized_common", f"{element}_nibbles_bf16"), word))
@@ -127,78 +114,18 @@ def test_bytes_as_numbers(first):
     )
 
 
-class OnTensors:
-    """Gluon's operations that only name or move values, on torch tensors."""
-
-    reshape = staticmethod(torch.reshape)
-    permute = staticmethod(torch.permute)
-
-    @staticmethod
-    def split(x):
-        return x[..., 0], x[..., 1]
-
-    @staticmethod
-    def convert_layout(x, layout):
-        return x
-
-    @staticmethod
-    def DotOperandLayout(*arguments):
-        return None
-
-
-class Buffer:
-    def store(self, x):
-        self.value = x
-
-
-def device_function(name):
-    """The body of a device function, to be run on torch tensors."""
-    from fusedmoe.kernels.triton import hopper_quantized_common
-
-    function = getattr(hopper_quantized_common, name).fn
-    return types.FunctionType(function.__code__, function.__globals__ | {"gl": OnTensors})
-
-
-def columns_of_words(t):
-    """Which column of a step each stored value [128] of a row is, in half ``t`` of the nibbles."""
-    place = torch.arange(128)
-    word, pair, odd = place // 4, place // 2 % 2, place % 2
-    return 8 * word + 2 * t + pair + 4 * odd
-
-
-@pytest.mark.parametrize("HALVES", [True, False])
-def test_weights_and_rows_meet_column_by_column(HALVES):
-    columns = 256 if HALVES else 128
-    low, high = Buffer(), Buffer()
-    x = torch.arange(columns).expand(8, columns)
-    device_function("put_x")(low, high, x, HALVES)
-    fragment = device_function("fragment")
-    halves = [(columns_of_words(0), low), (columns_of_words(1), high)]
-    for stored, buffer in halves if HALVES else [(torch.arange(128), low)]:
-        operand = fragment(stored.expand(64, 128), None)
-        assert operand.equal(buffer.value[:1].expand(64, 128))
-
-
-def test_rows_of_gate_and_up_alternate_in_eights():
-    rows = device_function("fragment")(torch.arange(64)[:, None].expand(64, 128), None)[:, 0]
-    eights = rows.view(4, 2, 8)
-    assert eights[:, 0].flatten().equal(torch.arange(32))
-    assert eights[:, 1].flatten().equal(torch.arange(32, 64))
-
-
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
-from fusedmoe.kernels.triton import hopper_quantized, hopper_w8a8
+from fusedmoe.kernels.triton import hopper_w8a8
 from fusedmoe.kernels.triton.hopper_w8a8 import Rows
 from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.tuning.quantized_tiles import decode_tiles
 from fusedmoe.tuning.w8a8_tiles import stream_tiles
 
 TYPES = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32",
@@ -234,14 +161,11 @@ def compile_as_launched(kernel):
     return launch
 
 
-for module in (hopper_quantized, hopper_w8a8):
-    module._launch_gemm = compile_as_launched(module.gemm_kernel)
+hopper_w8a8._launch_gemm = compile_as_launched(hopper_w8a8.gemm_kernel)
 
 T, K, E, H, I = 4, 2, 3, 256, 128
 ids = torch.zeros(T * K, dtype=torch.int32)
 table = MoEAlignment(torch.zeros(16, dtype=torch.int32), ids[:2], ids[:1])
-mapped = LoneSlots(ids, torch.zeros(9, dtype=torch.int32))
-tile = decode_tiles(T * K, E).gemm1
 silu, oai = (device_activation(a) for a in (MoEActivation.SILU, MoEActivation.SWIGLUOAI))
 x = torch.zeros(T, H, dtype=torch.bfloat16)
 
@@ -254,14 +178,6 @@ def weights(name, act):
     return quantize(values, format_named(name), shards=shards, interleaved=interleaved)
 
 
-for name, act, blocks in (("int4_g128_zp", silu, table), ("mxfp4", oai, mapped),
-                          ("nvfp4", None, table), ("int8_channel", silu, LoneSlots(ids)),
-                          ("fp8_block", None, table)):
-    w = weights(name, act)
-    out = torch.zeros(T * K, w.shape[1] // w.shards, dtype=torch.bfloat16 if act else torch.float32)
-    bias = torch.zeros(E, w.shape[1], dtype=torch.bfloat16) if act is oai else None
-    hopper_quantized.gemm(
-        x, w, out, bias, act, blocks, weight_addresses(w), K, tile, 132, act is None)
 largest, counter = torch.zeros(T * K, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
 for name, rounding, act, mean in (
     ("fp8_block", "stored", silu, 1), ("fp8_block", "group", None, 6),
@@ -323,9 +239,7 @@ def test_the_reference_is_two_products_and_a_weighted_sum():
     ids = torch.tensor([[0, 1], [2, -1], [1, 1], [0, 2]], dtype=torch.int32)
     weights, blocks = torch.rand(T, K), LoneSlots(ids.flatten())
     given = scratch(T, K, 64, 32)
-    quantized_decode(
-        x, w1, w2, weights, ids, blocks=blocks, tiles=decode_tiles(8, 3), programs=1, **given
-    )
+    quantized_decode(x, w1, w2, weights, ids, blocks=blocks, programs=1, **given)
     rows = torch.zeros(8, 64)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(given["act"], w2, rows, blocks, tile, top_k=1)
@@ -344,13 +258,13 @@ def test_what_the_kernels_cannot_read_is_named():
     assert "wants scales" in unmet_by_pairs((w1, FP8_DYNAMIC_TOKEN))
     assert "does not run" in unmet_by_pairs((w1, INT8_DYNAMIC_TOKEN))
     x, ids = torch.zeros(2, 256).bfloat16(), torch.zeros(2, 1, dtype=torch.int32)
-    given = scratch(2, 1, 256, 128) | {"tiles": decode_tiles(2, 3), "programs": 1}
+    given = scratch(2, 1, 256, 128) | {"programs": 1}
     blocks = LoneSlots(ids.flatten())
     with pytest.raises(ValueError, match="expected"):
         quantized_decode(x.float(), w1, w2, None, ids, blocks=blocks, **given)
     keys, none = (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN), (None, None)
     with pytest.raises(ValueError, match="wants scales"):
-        w8a8_decode(x, w1, w2, keys, none, None, ids, **(given | {"tiles": None}))
+        w8a8_decode(x, w1, w2, keys, none, None, ids, **given)
     many = torch.zeros(MAX_LONE_SLOTS + 1, 1, dtype=torch.int32)
     x = torch.zeros(len(many), 256).bfloat16()
     given |= scratch(len(many), 1, 256, 128)

@@ -18,16 +18,11 @@ from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import prefill_rows
-from fusedmoe.kernels.hopper_quantized import (
-    ALIGNED_BYTES,
-    MAX_LONE_SLOTS,
-    quantized_decode,
-    unmet_by_weights,
-)
+from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, quantized_decode, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs, w8a8_decode
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -36,10 +31,9 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
 from fusedmoe.tuning.quantized_tiles import (
-    QuantizedDecodeTiles,
     QuantizedPrefillTiles,
-    decode_tiles,
     prefill_tiles,
     runs_prefill,
 )
@@ -62,7 +56,7 @@ def runs_decode(
     elif x.dtype != torch.bfloat16:
         return False
     if a1 is None or a2 is None:
-        return unmet_by_weights(w1, w2) is None
+        return x.stride(0) % 8 == 0 and unmet_by_stream(w1, w2) is None
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
 
 
@@ -86,7 +80,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     """
 
     name = "hopper_quantized"
-    decode_tiles: QuantizedDecodeTiles | None = None
+    decode_tiles: CudaDecodeTiles | None = None
     stream_tiles: StreamTiles | None = None
     prefill_tiles: QuantizedPrefillTiles | None = None
 
@@ -119,6 +113,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if capability[0] != 9:
             return False, f"is written for compute capability 9, this GPU has {capability}"
         reason = missing_gluon()
+        if activation_key is None:
+            reason = reason or missing_nvrtc()
         return reason is None, reason
 
     def workspace_shapes(
@@ -224,17 +220,14 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         workspace2: torch.Tensor,
         given: dict[str, Any],
     ) -> None:
-        topk_ids, expert_map = given["topk_ids"], given["expert_map"]
-        R, (e, H, I) = topk_ids.numel(), operands.w2.shape  # noqa: E741
+        R, (_, H, I) = given["topk_ids"].numel(), operands.w2.shape  # noqa: E741
         given |= {
             "act": workspace13.flatten()[: R * I].view(R, I),
             "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
         }
         weights = x, operands.w1, operands.w2
         if operands.a1 is None or operands.a2 is None:
-            tiles = self.decode_tiles or decode_tiles(R, e)
-            blocks = _blocks(topk_ids, e, expert_map, tiles.gemm1.slots)
-            quantized_decode(*weights, blocks=blocks, tiles=tiles, **given)
+            quantized_decode(*weights, tiles=self.decode_tiles, **given)
         else:
             keys = operands.a1, operands.a2
             scales = operands.a1_scale, operands.a2_scale
@@ -263,16 +256,3 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             tiles=self.prefill_tiles or prefill_tiles(H, I, operands.w1.format.element),
             **given,
         )
-
-
-def _blocks(
-    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
-) -> MoEAlignment | LoneSlots:
-    """No table, and a launch less, where slots are so few that two rarely share an expert."""
-    experts = e if expert_map is None else expert_map.shape[0]
-    if topk_ids.numel() <= min(MAX_LONE_SLOTS, experts // 4):
-        return LoneSlots(topk_ids.reshape(-1), expert_map)
-    alignment = moe_align_block_size(
-        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
-    )
-    return MoEAlignment(*alignment[:3])

@@ -1,7 +1,7 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
-The whole layer but routing. Device code: ``kernels/triton/hopper_quantized.py`` (Gluon). The
-definition is the weighted sum of ``quantized_gemm_reference`` twice.
+The whole layer but routing. Device code: ``kernels/cuda/quantized_decode.cu``, compiled when it is
+first needed. The definition is the weighted sum of ``quantized_gemm_reference`` twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
     quantized_gemm_reference,
@@ -18,10 +18,12 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 )
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedDecodeTiles, QuantizedTile
+from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 ALIGNED_BYTES = 16
 MAX_LONE_SLOTS = 32
+FEWEST_FEATURES = 16
 
 
 def unmet_by_weights(*weights: QuantizedTensor) -> str | None:
@@ -43,6 +45,54 @@ def unmet_by_weights(*weights: QuantizedTensor) -> str | None:
     return None
 
 
+def unmet_by_stream(*weights: QuantizedTensor) -> str | None:
+    """Why the streaming kernel cannot read these, None where it can."""
+    reason = unmet_by_weights(*weights)
+    if reason is not None:
+        return reason
+    for w in weights:
+        fmt, scale, zero, N = w.format, w.scale, w.zero_point, w.shape[1] // w.shards
+        assert scale is not None
+        if fmt.group.col == 16 and fmt.scale_kind != "e4m3":
+            return f"reads groups of 16 columns with scales in e4m3 alone, not {fmt.name}"
+        if fmt.scale_kind == "e4m3" and (fmt.element != "e2m1" or fmt.group.col != 16):
+            return f"does not read {fmt.name}"
+        if N < FEWEST_FEATURES or w.shape[1] * w.data.shape[-1] >= 2**31:
+            return f"wants {FEWEST_FEATURES} features and experts of less than 2 GiB, not {w.shape}"
+        for part in (scale, zero):
+            if part is None:
+                continue
+            if not part.is_contiguous() or part.data_ptr() % 4 or part.nbytes % 4:
+                return "wants scales and zero points that are contiguous, of whole 4-byte words"
+    return None
+
+
+def stream_blocks(
+    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
+) -> MoEAlignment | LoneSlots:
+    """Blocks of ``slots`` slots for e local experts; no table, and a launch less, where slots are
+    so few that two rarely share an expert."""
+    if lone_slots(topk_ids.numel(), e, expert_map):
+        return LoneSlots(topk_ids.reshape(-1), expert_map)
+    experts = e if expert_map is None else expert_map.shape[0]
+    alignment = moe_align_block_size(
+        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
+    )
+    return MoEAlignment(*alignment[:3])
+
+
+def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:
+    return min(MAX_LONE_SLOTS, (e if expert_map is None else expert_map.shape[0]) // 4) >= R
+
+
+def decode_tiles_for(
+    R: int, w1: QuantizedTensor, w2: QuantizedTensor, lone: bool, programs: int
+) -> CudaDecodeTiles:
+    """Tiles for R slots and these weights; ``lone``: every slot is a block."""
+    rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
+    return cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
+
+
 def quantized_decode(
     x: torch.Tensor,
     w1: QuantizedTensor,
@@ -52,26 +102,34 @@ def quantized_decode(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
+    blocks: MoEAlignment | LoneSlots | None = None,
     *,
     activation: MoEActivation = MoEActivation.SILU,
     activation_config: ApplyMoEActivationConfig | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
-    tiles: QuantizedDecodeTiles,
+    tiles: CudaDecodeTiles | None = None,
     programs: int,
 ) -> None:
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
     x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I]; topk_ids int [T, K]; out [T, H]; scratch act
     [R, I] bf16 and y [R, H] fp32, R = T * K. ``blocks`` hold the tiles' slots, or one (at most 32
-    ``LoneSlots``). ``programs``: the number of multiprocessors. Raises ValueError for weights that
-    the kernel cannot read and for tensors that do not fit.
+    ``LoneSlots``); both are chosen here where they are not given. ``programs``: the number of
+    multiprocessors. Raises ValueError for weights that the kernel cannot read and for tensors that
+    do not fit.
     """
-    reason = unmet_by_weights(w1, w2)
+    reason = unmet_by_stream(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
+    if tiles is None:
+        if isinstance(blocks, MoEAlignment):
+            raise ValueError("a table of blocks comes with the tiles it was made for")
+        lone = blocks is not None or lone_slots(topk_ids.numel(), w2.shape[0], expert_map)
+        tiles = decode_tiles_for(topk_ids.numel(), w1, w2, lone, programs)
+    if blocks is None:
+        blocks = stream_blocks(topk_ids, w2.shape[0], expert_map, tiles.gemm1.slots)
     check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
     if not x.is_cuda:
         quantized_decode_reference(
@@ -80,7 +138,7 @@ def quantized_decode(
             expert_map=expert_map, tiles=tiles, programs=programs,
         )  # fmt: skip
         return
-    from fusedmoe.kernels.triton.hopper_quantized import decode
+    from fusedmoe.kernels.cuda.quantized_decode import decode
 
     if topk_ids.numel() == 0:
         return
@@ -100,19 +158,22 @@ def quantized_decode_reference(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
+    blocks: MoEAlignment | LoneSlots | None = None,
     *,
     activation: MoEActivation = MoEActivation.SILU,
     activation_config: ApplyMoEActivationConfig | None = None,
     w1_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
-    tiles: QuantizedDecodeTiles,
+    tiles: CudaDecodeTiles | None = None,
     programs: int,
 ) -> None:
     """The definition, in plain torch."""
     (T, K), H = topk_ids.shape, w2.shape[1]
-    tile = QuantizedTile(64, tiles.gemm1.slots, 64, 1, 4, 2)
+    slots = 8 if tiles is None else tiles.gemm1.slots
+    if blocks is None:
+        blocks = stream_blocks(topk_ids, w2.shape[0], expert_map, slots)
+    tile = QuantizedTile(64, slots, 64, 1, 4, 2)
     quantized_gemm_reference(
         x, w1, act, blocks, tile, top_k=K, bias=w1_bias, activation=activation,
         activation_config=activation_config,
@@ -159,5 +220,7 @@ def check_decode(
         raise ValueError(
             f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
         )
+    if x.stride(0) % 8 or x.data_ptr() % ALIGNED_BYTES:
+        raise ValueError(f"rows of x must begin at multiples of 16 bytes, strides {x.stride()}")
     if isinstance(blocks, LoneSlots) and R > MAX_LONE_SLOTS:
         raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")

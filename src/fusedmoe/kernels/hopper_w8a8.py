@@ -86,7 +86,7 @@ def w8a8_decode(
         return
     if topk_ids.numel() == 0:
         return
-    from fusedmoe.kernels.triton.hopper_quantized import weighted_sum
+    from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     tiles = tiles or stream_tiles(topk_ids.numel(), *w2.shape)
     _two_gemms(

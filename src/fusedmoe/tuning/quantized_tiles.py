@@ -47,25 +47,6 @@ class QuantizedTiles(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedDecodeTile:
-    """``rows`` weight rows, 128 bytes of each per step, ``stages`` steps in flight; so many
-    programs per multiprocessor, with ``registers`` for a thread of each."""
-
-    rows: int
-    slots: int
-    stages: int
-    per_multiprocessor: int
-    registers: int
-
-
-class QuantizedDecodeTiles(NamedTuple):
-    """Of a layer's two GEMMs; slots are the same."""
-
-    gemm1: QuantizedDecodeTile
-    gemm2: QuantizedDecodeTile
-
-
-@dataclass(frozen=True, slots=True)
 class QuantizedPrefillTiles:
     """Tiles of 128 slots by 256 weight rows, ``stages`` steps of 128 columns in flight; ``group``
     blocks of slots run side by side. ``promoted``, for each GEMM: products of so many steps at a
@@ -142,15 +123,6 @@ def w8a8_tiles(
         tile = QuantizedTile(128, slots, 128, group, 4, 4)
     depths = [tile.depth if group == -1 else min(group, tile.depth) for group in groups]
     return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
-
-
-def decode_tiles(R: int, E: int) -> QuantizedDecodeTiles:
-    """Tiles of the streaming kernels on Hopper for R slots over E local experts; a whole number of
-    rings fills a multiprocessor's shared memory."""
-    mean = R / E
-    slots = 8 if mean <= 6 else 16 if mean <= 12 else 32 if mean <= 24 else 64
-    tile = QuantizedDecodeTile(128, slots, 6 if slots <= 16 else 5 if slots == 32 else 4, 2, 128)
-    return QuantizedDecodeTiles(tile, tile)
 
 
 def runs_prefill(R: int, num_experts: int) -> bool:

@@ -1,56 +1,15 @@
-"""Streaming weight rows of quantized matrices through a ring of shared memory, task after task.
-
-A task is (block of slots, tile of weight rows); tasks go round robin over the programs, and the
-ring never drains between them. Blocks come from tables, or (LONE) every slot is one, and the ids
-are held in registers.
-"""
+"""Matrices of 8-bit elements, and of bytes that hold two, as TMA views them."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmoe.kernels.triton.hopper_direct_common import live_task, pick_out
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 STEP_BYTES = gl.constexpr(128)
-
-
-@gluon.jit
-def issue_rows(descs, ring, bars, stage, rows, byte):
-    """128 bytes of TILE / 2 weight rows from each of both places."""
-    HALF: gl.constexpr = ring.shape[1] // 2
-    bar = bars.index(stage)
-    mbarrier.expect(bar, 2 * HALF * STEP_BYTES)
-    low = ring.index(stage).slice(0, HALF, 0)
-    high = ring.index(stage).slice(HALF, HALF, 0)
-    tma.async_copy_global_to_shared(descs[0], [rows[0], byte], bar, low)
-    tma.async_copy_global_to_shared(descs[1], [rows[1], byte], bar, high)
-
-
-@gluon.jit
-def expert_of(
-    task, tasks, experts, experts_ptr, num_local, TILES: gl.constexpr, LONE: gl.constexpr
-):
-    """The expert of a task; any, where there is no such task."""
-    if LONE:
-        return pick_out(experts, task // TILES)
-    else:
-        block = gl.minimum(task, tasks - 1) // TILES
-        expert = gl.load(experts_ptr + block, cache_modifier=".cg")
-        return gl.minimum(gl.maximum(expert, 0), num_local - 1)
-
-
-@gluon.jit
-def next_task(task, tasks, programs, experts, TILES: gl.constexpr, LONE: gl.constexpr):
-    if LONE:
-        return live_task(task + programs, tasks, experts, programs, TILES)
-    else:
-        return task + programs
 
 
 class Memory(NamedTuple):

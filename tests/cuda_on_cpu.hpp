@@ -1,0 +1,184 @@
+// What kernels/cuda/instructions.cuh declares, on a CPU: every thread of a block is a fiber, and a
+// fiber runs until it has to wait for others. Copies become visible where they are waited for; until
+// then their target holds ones (as bits), as all shared memory does before it is written.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <vector>
+
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+typedef long long i64;
+typedef unsigned long long u64;
+using std::max;
+using std::min;
+
+#define DEVICE inline
+#define __global__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(name) u8* name = dynamic_memory.data()
+
+struct Index { int x; };
+struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
+struct float4 { float x, y, z, w; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct Copy { u32 to; std::vector<u8> bytes; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool ended = false;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+struct Meeting { int arrived = 0; int generation = 0; };
+
+static std::vector<u8> dynamic_memory;
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static Index threadIdx, blockIdx, gridDim;
+static Meeting warps[32], barriers[32];
+static u32 operands[32][32][8];
+
+static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+static void meet_at(Meeting& meeting, int count) {
+  const int generation = meeting.generation;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    meeting.generation++;
+  }
+  while (meeting.generation == generation) yield();
+}
+inline void __syncwarp() { meet_at(warps[threadIdx.x / 32], 32); }
+inline void __syncthreads() { meet_at(barriers[0], (int)fibers.size()); }
+template <int THREADS>
+void meet(int id) { meet_at(barriers[id], THREADS); }
+
+inline float as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
+inline u32 as_bits(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
+inline float bf16_float(u16 bits) { return as_float((u32)bits << 16); }
+inline float half_float(u16 bits) { _Float16 value; memcpy(&value, &bits, 2); return (float)value; }
+inline u16 float_bf16(float value) {
+  if (value != value) return 0x7FFF;
+  u32 bits = as_bits(value);
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline u32 both(u32 a, u32 b, float (*f)(float, float)) {
+  u32 low = float_bf16(f(bf16_float(a), bf16_float(b)));
+  return low | (u32)float_bf16(f(bf16_float(a >> 16), bf16_float(b >> 16))) << 16;
+}
+inline u32 multiply2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x * y; }); }
+inline u32 minus2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x - y; }); }
+inline u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
+inline u32 select(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+  const u64 source = a | (u64)b << 32;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) result |= (u32)(source >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
+}
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __expf(float x) { return expf(x); }
+
+inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 own[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(operands[warp][lane], own, sizeof own);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 16; k++) {
+      const u32* a = operands[warp][row % 8 * 4 + k % 8 / 2];
+      const u32* b = operands[warp][column * 4 + k % 8 / 2];
+      const u32 left = a[k / 8 * 2 + row / 8], right = b[4 + k / 8];
+      sum += (double)bf16_float(left >> 16 * (k % 2)) * bf16_float(right >> 16 * (k % 2));
+    }
+    d[i] = (float)sum;
+  }
+  __syncwarp();
+}
+inline u8* shared_at(u32 address, u32 size) {
+  if (address % size || address + size > dynamic_memory.size()) {
+    fprintf(stderr, "shared address %u of %zu, %u bytes\n", address, dynamic_memory.size(), size);
+    abort();
+  }
+  return dynamic_memory.data() + address;
+}
+inline void ldmatrix(u32 (&w)[4], u32 address) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  operands[warp][lane][0] = address;
+  __syncwarp();
+  for (int i = 0; i < 4; i++)
+    memcpy(&w[i], shared_at(operands[warp][i * 8 + lane / 4][0], 16) + lane % 4 * 4, 4);
+  __syncwarp();
+}
+inline u32 shared_u8(u32 address) { return *shared_at(address, 1); }
+inline u32 shared_u16(u32 address) { u16 v; memcpy(&v, shared_at(address, 2), 2); return v; }
+inline u32 shared_u32(u32 address) { u32 v; memcpy(&v, shared_at(address, 4), 4); return v; }
+inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
+inline void copy(u32 to, const void* from, u32 size, bool inside) {
+  std::vector<u8> bytes(size, 0);
+  if (inside && (u64)from % size) {
+    fprintf(stderr, "a copy of %u bytes from %p\n", size, from);
+    abort();
+  }
+  if (inside) memcpy(bytes.data(), from, size);
+  memset(shared_at(to, size), 0xFF, size);
+  fibers[current].open.push_back({to, bytes});
+}
+inline void copy16(u32 to, const void* from, bool inside) { copy(to, from, 16, inside); }
+inline void copy4(u32 to, const void* from, bool inside) { copy(to, from, 4, inside); }
+inline void commit() {
+  fibers[current].groups.push_back(std::move(fibers[current].open));
+  fibers[current].open.clear();
+}
+template <int N>
+void wait_groups() {
+  auto& groups = fibers[current].groups;
+  while (groups.size() > N) {
+    for (Copy& one : groups.front()) memcpy(shared_at(one.to, 1), one.bytes.data(), one.bytes.size());
+    groups.pop_front();
+  }
+}
+inline void wait_for_previous() {}
+inline void let_next_begin() {}
+
+static void run_block(int threads, int shared, const std::function<void()>& body) {
+  dynamic_memory.assign(shared, 0xFF);
+  fibers.assign(threads, Fiber());
+  static const std::function<void()>* entry;
+  entry = &body;
+  for (Fiber& fiber : fibers) {
+    fiber.stack.resize(1 << 17);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, +[] { (*entry)(); fibers[current].ended = true; }, 0);
+  }
+  for (int left = threads; left;) {
+    left = 0;
+    for (current = 0; current < threads; current++) {
+      if (fibers[current].ended) continue;
+      left++;
+      threadIdx.x = current;
+      swapcontext(&scheduler, &fibers[current].context);
+    }
+  }
+}

@@ -1,0 +1,41 @@
+"""CUDA kernels of ``fusedmoe/kernels/cuda`` compiled for the CPU, for tests without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+
+from fusedmoe.kernels.cuda.program import source_of
+
+HEADER = Path(__file__).with_suffix(".hpp")
+LAUNCH = """
+extern "C" void launch(const Arguments* a, int blocks, int threads, int shared) {
+  gridDim.x = blocks;
+  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+    run_block(threads, shared, [&] { %s(*a); });
+}
+"""
+
+
+class KernelOnCpu:
+    """Stands in for ``CudaKernel``; ``file`` is compiled without the instructions' own text."""
+
+    def __init__(self, file, entry, defines, threads, shared):
+        text = HEADER.read_text() + source_of(file) + LAUNCH % entry
+        flags = [f"-D{name}={value}" for name, value in defines]
+        name = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()
+        library = Path(tempfile.gettempdir()) / f"fusedmoe-{name}.so"
+        if not library.exists():
+            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
+            subprocess.run(
+                [*command, *flags, "-xc++", "-", "-o", str(library)],
+                input=text, text=True, check=True, capture_output=True,
+            )  # fmt: skip
+        self._library = ctypes.CDLL(str(library))
+        self._sizes = threads, shared
+
+    def launch(self, blocks, parameters, device):
+        self._library.launch(ctypes.byref(parameters), blocks, *self._sizes)
