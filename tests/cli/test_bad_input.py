@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fusedmoe.presets import find_preset, write_preset
 
@@ -214,6 +215,31 @@ def test_a_preset_is_not_written_over_a_folder_in_use(cli, tmp_path: Path) -> No
 def test_the_traceback_is_there_when_asked_for(cli, tmp_path: Path) -> None:
     _, _, err = cli("inspect", tmp_path, "--traceback")
     assert "Traceback" in err
+
+
+def too_large() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def no_more() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 2 GiB")
+
+
+@pytest.mark.parametrize("fill", [too_large, no_more])
+def test_too_little_memory_is_one_line_too(
+    cli, fill: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusedmoe.cli.env.run", lambda args: fill())
+    fails(cli("env"), "out of memory", "llocate")
+
+
+def test_a_defect_of_ours_is_not_called_bad_input(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: Any) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("fusedmoe.cli.env.run", run)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli("env")
 
 
 def test_find_preset_and_write_preset_say_what_is_known(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0, 1 where a comparison failed, 2 for bad input, 130 when interrupted, 141 where nobody reads
-    on (``| head``).
+    0, 1 where a comparison failed, 2 for bad input and too little memory, 130 when interrupted, 141
+    where nobody reads on (``| head``).
     """
     args = make_parser().parse_args(argv)
     try:
@@ -67,8 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered goes nowhere, or Python would complain when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        no_memory = isinstance(error, MemoryError) or _is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
         if args.traceback:
             traceback.print_exc()
-        print(f"fusedmoe {args.verb}: error: {_one_line(error)}", file=sys.stderr)
+        what = f"out of memory: {_one_line(error)}" if no_memory else _one_line(error)
+        print(f"fusedmoe {args.verb}: error: {what}", file=sys.stderr)
         return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch's own class on a GPU; on a CPU its allocator's words."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
