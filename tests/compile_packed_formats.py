@@ -1,0 +1,147 @@
+"""A program: compiles the kernels of packed formats for Hopper with the arguments of a launch.
+
+Prints a line for each, and raises where one takes more shared memory than a multiprocessor has,
+spills its sums, or flushes subnormal numbers (the floats of six bits start as such).
+"""
+
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.triton import (
+    gather_columns,
+    grouped_gemm_packed,
+    grouped_gemm_quantized,
+    grouped_gemm_w4a8,
+    round_rows,
+)
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
+from packed_weights import pack
+
+TYPES = {
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+SHARED_BYTES, SPILL = 227 * 1024, 64
+BF16 = torch.bfloat16
+
+
+def compile_as_launched(kernel):
+    def launch(grid, tensors, numbers, constants, num_warps, num_stages=3):
+        signature, values, attributes = {}, {}, {}
+        names = iter(enumerate(kernel.arg_names))
+        for value in (*tensors, *numbers):
+            index, name = next(names)
+            if value is None:
+                signature[name], values[(index,)] = "constexpr", None
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif value == 1 and isinstance(value, int):
+                signature[name], values[(index,)] = "constexpr", 1
+            else:
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
+                if isinstance(value, int) and value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        for value in (*constants, True):
+            index, name = next(names)
+            signature[name], values[(index,)] = "constexpr", value
+        assert next(names, None) is None
+        compiled = triton.compile(
+            triton.compiler.ASTSource(kernel, signature, values, attributes),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": True},
+        )
+        assert compiled.metadata.shared <= SHARED_BYTES, compiled.metadata.shared
+        assert "ftz" not in compiled.asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            used = subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        spilled = int(re.search(r"STACK:(\d+)", used)[1])
+        assert spilled <= SPILL, (kernel.__name__, constants, spilled)
+        print(kernel.__name__, constants, flush=True)
+
+    return launch
+
+
+for module, kernel in (
+    (grouped_gemm_packed, grouped_gemm_packed.packed_gemm_kernel),
+    (grouped_gemm_quantized, grouped_gemm_quantized.quantized_gemm_kernel),
+    (grouped_gemm_w4a8, grouped_gemm_w4a8.w4a8_gemm_kernel),
+    (round_rows, round_rows.round_rows_kernel),
+    (gather_columns, gather_columns.gather_columns_kernel),
+):
+    module._launch = compile_as_launched(kernel)
+
+E, T, K, D, N = 2, 200, 2, 768, 64
+ids = torch.zeros(T * K, dtype=torch.int32)
+FEW, SOME, MANY = (
+    QuantizedTile(32, 8, 128, 1, 2, 5),
+    QuantizedTile(64, 16, 128, 1, 4, 4),
+    QuantizedTile(128, 128, 64, 8, 8, 4),
+)
+
+
+def arguments(name, tile, dtype, act):
+    act = device_activation(act)
+    w = pack(
+        torch.randn(E, N * (2 if act.gated else 1), D),
+        name,
+        shards=2 if act.gated else 1,
+        interleaved=act.interleaved,
+    )
+    blocks = LoneSlots(ids, None) if tile.slots == 8 else MoEAlignment(ids, ids[:50], ids[:1])
+    return torch.zeros(T, D, dtype=dtype), w, torch.zeros(T * K, N, dtype=dtype), blocks, act
+
+
+def packed(name, tile, dtype=BF16, act=MoEActivation.SILU):
+    a, w, c, blocks, act = arguments(name, tile, dtype, act)
+    fitting = packed_tile(tile, w.scale is None)
+    native = dtype == BF16
+    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, None, act, native)
+
+
+packed("q4_k", FEW)
+packed("q4_k", MANY)
+packed("q5_k", SOME, act=MoEActivation.SWIGLUOAI)
+packed("q6_k", SOME)
+packed("q6_k", MANY)
+packed("q6_k", FEW, torch.float16)
+packed("mxfp6_e3m2", FEW)
+packed("mxfp6_e2m3", SOME, torch.float16, MoEActivation.RELU2_NO_MUL)
+packed("int4_g32_zp_act_order", SOME)
+packed("int8_g32_act_order", FEW)
+for name in ("nf4", "iq4_nl"):
+    a, w, c, blocks, act = arguments(name, SOME, BF16, MoEActivation.SILU)
+    grouped_gemm_quantized.launch(
+        a, w, c, blocks, SOME, K, None, None, act, weight_addresses(w), False, True, True
+    )
+for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 64, 128, 4, 4, 4))):
+    a, w, c, blocks, act = arguments(name, tile, BF16, MoEActivation.SILU)
+    rows, scale = a.to(torch.float8_e4m3fn), torch.ones(T, 1)
+    grouped_gemm_w4a8.launch(rows, scale, w, c, blocks, tile, K, None, None, act, True)
+x = torch.zeros(T, D, dtype=BF16)
+for element, group, e8m0 in (("e4m3", 0, False), ("e2m1", 16, False), ("e3m2", 32, True)):
+    round_rows.launch(x, x, None, element, group, e8m0, True)
+order = torch.zeros(E, D, dtype=torch.int32)
+gather_columns.launch(x, order, torch.zeros(T * K, D, dtype=BF16), ids, None)
+print("compiled")
