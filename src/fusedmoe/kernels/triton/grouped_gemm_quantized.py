@@ -160,6 +160,8 @@ def quantized_gemm_kernel(
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     HALVES: tl.constexpr = ELEMENT != "int8" and ELEMENT != "e4m3"
     PACKED: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
+    # Blocks of one size have scales of one size: rounded, they would all be wrong the same way.
+    EXACT: tl.constexpr = scale_ptr.dtype.element_ty == tl.float32 and ELEMENT != "e2m1"
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS
     if tl.program_id(0) >= num_m * tl.cdiv(N, WIDTH):
@@ -206,12 +208,14 @@ def quantized_gemm_kernel(
         if SCALING == "each":
             if ELEMENT == "e2m1" and NATIVE:
                 factor = half_scale_bits(scale).to(tl.bfloat16, bitcast=True)
+            elif EXACT:
+                factor = float_scale(scale)
             else:
                 factor = float_scale(scale).to(DTYPE)
             factor = spread_groups(factor, PACKED)
             middle = None if zero is None else spread_groups(zero, PACKED)
             low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
-            if NATIVE:
+            if NATIVE and not EXACT:
                 low, high = times_bf16(low, factor), times_bf16(high, factor)
             else:
                 low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
