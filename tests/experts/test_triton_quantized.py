@@ -17,7 +17,9 @@ from fusedmoe.experts.triton_quantized_formats import PAIRS, unmet_by_groups
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
 from fusedmoe.quantization.keys import (
+    ANY,
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -248,6 +250,32 @@ def test_rows_that_are_not_contiguous(quantized_bodies):
     tensors["hidden_states"] = tensors["hidden_states"].t().contiguous().t()
     tensors["topk_ids"] = tensors["topk_ids"].long().t().contiguous().t()
     assert_right(case.run(tensors), expected, 2e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_no_format_is_dequantized_on_a_gpu(batched, monkeypatch):
+    """Every weight format meets rows as they come, and rows of every format, without the
+    reference; but one scale for all batched rows would count rows of nobody."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    layer = replace(PLAIN, dtype=torch.bfloat16)
+    moe = replace(layer.config(), device=torch.device("cuda"))
+    classes = [BatchedTritonQuantizedExperts, BatchedTritonEmulatedExperts]
+    if not batched:
+        classes = [TritonQuantizedExperts, TritonEmulatedExperts]
+    names = (
+        *("fp8_tensor", "fp8_channel", "fp8_block", "int8_channel", "int8_g32_zp", "int4_g32"),
+        *("int4_channel_zp", "int4_g32_act_order", "int8_g32_zp_act_order", "mxfp4", "mxfp8"),
+        *("mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl", "q4_k", "q5_k", "q6_k"),
+    )
+    for name in names:
+        weight = format_named(name).key
+        for rows in (None, *(key for key in ACTIVATION_KEYS if key.group_shape.col != ANY)):
+            able = [
+                cls.is_supported_config(moe, weight, rows, cls.activation_format())[0]
+                for cls in classes
+            ]
+            assert any(able) == (not batched or rows != FP8_DYNAMIC_TENSOR), (name, str(rows))
+            assert able[0] or rows is not None
 
 
 def test_pairs_are_what_the_reference_also_runs():
