@@ -11,6 +11,7 @@ from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.dispatch import quantize_input
@@ -26,6 +27,7 @@ from fusedmoe.quantization.keys import (
     INT8_DYNAMIC_TOKEN,
     GroupShape,
 )
+from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -169,7 +171,9 @@ def test_workspaces_follow_from_sizes():
     experts = HopperQuantizedExperts(BF16.config(), FusedMoEQuantConfig())
     act = MoEActivation.SILU
     assert experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, act).workspace2 == (7, 2, 128)
-    assert experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act).workspace2 == (9000, 2, 64)
+    shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)
+    P = mixed_prefill_rows(18000, 4, mixed_prefill_tiles(18000, 4, (4, 4)))
+    assert shapes == ((P, 32), (P, 64), (9000, 64))
     rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=GroupShape(1, 128))
     config = FusedMoEQuantConfig(a1=rows, a2=rows)
     experts = HopperQuantizedExperts(BF16.config(), config)

@@ -180,7 +180,7 @@ def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
 
 
 def scratch(T, K, e, H, I):  # noqa: E741
-    P = mixed_prefill_rows(T * K, e)
+    P = mixed_prefill_rows(T * K, e, mixed_prefill_tiles(T * K, e, (4, 4)))
     return {
         "out": torch.full((T, H), float("nan")).bfloat16(),
         "act": torch.full((P, I), float("nan")).bfloat16(),
@@ -195,7 +195,7 @@ def test_the_reference_is_two_products_and_a_weighted_sum(fmt):
     x, weights = torch.randn(T, 64).bfloat16(), torch.rand(T, K)
     ids = torch.tensor([[0, 1], [2, -1], [1, 2], [0, 9], [-1, -1]], dtype=torch.int32)
     given = scratch(T, K, 3, 64, 32)
-    tiles = mixed_prefill_tiles(T * K, 3, int(w1.format.bits))
+    tiles = mixed_prefill_tiles(T * K, 3, (w1.format.bits, w2.format.bits))
     mixed_prefill(x, w1, w2, weights, ids, tiles=tiles, programs=1, **given)
     expected = torch.zeros(T, 64)
     gate_up, down = w1.dequantize(torch.float32), w2.dequantize(torch.float32)
@@ -236,18 +236,17 @@ def test_what_does_not_fit_is_refused(changed, words):
     w1, w2 = layer("int4_g32")
     given = {"x": torch.zeros(4, 64).bfloat16(), "topk_weights": None, **scratch(4, 2, 3, 64, 32)}
     ids = torch.zeros(4, 2, dtype=torch.int32)
-    given |= {"tiles": mixed_prefill_tiles(8, 3, 4), "programs": 1} | changed
+    given |= {"tiles": mixed_prefill_tiles(8, 3, (4, 4)), "programs": 1} | changed
     with pytest.raises(ValueError, match=words):
         mixed_prefill(w1=w1, w2=w2, topk_ids=ids, **given)
 
 
 def test_tiles():
-    few, many = mixed_prefill_tiles(128 * 8, 8, 4), mixed_prefill_tiles(129 * 8, 8, 4)
+    few, many = (mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in (128, 129))
     assert (few.gemm1.rows, few.gemm1.slots) == (256, 128)
     assert (many.gemm1.rows, many.gemm1.slots) == (128, 256)
-    for bits, words in ((4, 8), (8, 16)):
-        for tiles in (mixed_prefill_tiles(1, 1, bits), mixed_prefill_tiles(999, 1, bits)):
-            tile = tiles.gemm1
+    for tiles in (few, many):
+        for tile, words in zip(tiles, (8, 16), strict=True):
             ring = tile.stages * (tile.rows * words * 4 + tile.slots * 128)
             assert ring + 4 * 128 * 64 + 512 <= 227 * 1024
     with pytest.raises(ValueError, match="128 by 128"):

@@ -82,7 +82,7 @@ def run(name, many, act=MoEActivation.SILU, bias=False, H=2048, I=768):
     if bias:
         biases = torch.zeros(E, shards * I).bfloat16(), torch.zeros(E, H).bfloat16()
     x, out = torch.zeros(T, H).bfloat16(), torch.zeros(T, H).bfloat16()
-    tiles = mixed_prefill_tiles(1000 if many else 1, 1, int(fmt.bits))
+    tiles = mixed_prefill_tiles(1000 if many else 1, 1, (fmt.bits, fmt.bits))
     module.prefill(x, w1, w2, None, ids.view(T, K), out, torch.zeros(P, I).bfloat16(),
                    torch.zeros(P, H).bfloat16(), act, *biases, None, table, tiles, 132)
 

@@ -1,14 +1,15 @@
 """Quantized experts on Hopper's own units: TMA, WGMMA and dependent launches, written in Gluon.
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
-quantized too, ``kernels.hopper_w8a8``; many of them, with both in 8 bits, run
-``kernels.hopper_fp8_prefill``. What lies between, weights that TMA cannot view, compiled code and
-batch invariance take the quantized Triton experts' way.
+quantized too, ``kernels.hopper_w8a8``; many of them run ``kernels.hopper_mixed_prefill`` or, with
+both in 8 bits, ``kernels.hopper_fp8_prefill``. What lies between, weights that TMA cannot view,
+compiled code and batch invariance take the quantized Triton experts' way.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
+from fusedmoe.kernels.hopper_mixed_prefill import (
+    mixed_prefill,
+    mixed_prefill_rows,
+    unmet_by_mixed_prefill,
+)
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, quantized_decode, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs, w8a8_decode
@@ -32,6 +38,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
 from fusedmoe.tuning.quantized_tiles import (
     QuantizedPrefillTiles,
     prefill_tiles,
@@ -72,17 +79,29 @@ def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | Non
     return unmet_by_prefill(operands.w1, operands.w2, (a1, a2)) is None
 
 
+def can_prefill_mixed(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
+    """Whether the prefill kernels can run these weights with rows as they are."""
+    if operands.a1 is not None or operands.a2 is not None or x_scale is not None:
+        return False
+    if x.dtype != torch.bfloat16 or x.stride(1) != 1:
+        return False
+    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % ALIGNED_BYTES:
+        return False
+    return unmet_by_mixed_prefill(operands.w1, operands.w2) is None
+
+
 class HopperQuantizedExperts(TritonQuantizedExperts):
     """Standard rows in bf16, on GPUs of compute capability 9.
 
     ``decode_tiles``, ``stream_tiles`` (rows quantized too) and ``prefill_tiles``, if set, replace
-    what ``tuning`` chooses.
+    what ``tuning`` chooses, and so do ``mixed_tiles`` where rows are not quantized.
     """
 
     name = "hopper_quantized"
     decode_tiles: CudaDecodeTiles | None = None
     stream_tiles: StreamTiles | None = None
     prefill_tiles: QuantizedPrefillTiles | None = None
+    mixed_tiles: MixedPrefillTiles | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -138,9 +157,13 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             return shapes
         if MAX_DECODE_MEAN * local_num_experts >= R:
             return shapes._replace(workspace2=(M, topk, 2 * K))
-        if self.quant_config.a1.key is None or not runs_prefill(R, global_num_experts):
+        if not runs_prefill(R, global_num_experts):
             return shapes
         P = prefill_rows(R, local_num_experts)
+        if self.quant_config.a1.key is None:
+            # Stages differ by the width of weights, blocks of slots do not.
+            tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, (4, 4))
+            P = mixed_prefill_rows(R, local_num_experts, tiles)
         second = max((P, K), shapes.workspace2, key=math.prod)
         return shapes._replace(workspace13=(P, shapes.workspace13[-1]), workspace2=second)
 
@@ -177,6 +200,11 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
                 run = self._decode
             elif runs_prefill(R, global_num_experts) and can_prefill(operands, *given_rows):
                 run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
+            elif runs_prefill(R, global_num_experts) and can_prefill_mixed(operands, *given_rows):
+                bits = operands.w1.format.bits, operands.w2.format.bits
+                tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, bits)
+                if workspace2.numel() >= mixed_prefill_rows(R, e, tiles) * H:
+                    run = partial(self._prefill_mixed, tiles)
         if operands is None or run is None:
             super().apply(
                 output,
@@ -254,5 +282,26 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             act=workspace13.flatten()[: P * I].view(P, I),
             y=workspace2.flatten()[: P * H].view(P, H),
             tiles=self.prefill_tiles or prefill_tiles(H, I, operands.w1.format.element),
+            **given,
+        )
+
+    def _prefill_mixed(
+        self,
+        tiles: MixedPrefillTiles,
+        x: torch.Tensor,
+        operands: Operands,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        given: dict[str, Any],
+    ) -> None:
+        e, H, I = operands.w2.shape  # noqa: E741
+        P = mixed_prefill_rows(given["topk_ids"].numel(), e, tiles)
+        mixed_prefill(
+            x,
+            operands.w1,
+            operands.w2,
+            act=workspace13.flatten()[: P * I].view(P, I),
+            y=workspace2.flatten()[: P * H].view(P, H),
+            tiles=tiles,
             **given,
         )

@@ -17,14 +17,13 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
-MAX_BLOCK = 256
 ALIGNED_BYTES = 16
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
 
-def mixed_prefill_rows(R: int, num_local: int) -> int:
+def mixed_prefill_rows(R: int, num_local: int, tiles: MixedPrefillTiles) -> int:
     """How many rows the scratch of R slots over ``num_local`` experts has at most."""
-    return padded_slots(R, MAX_BLOCK, num_local, whole_blocks=True)
+    return padded_slots(R, tiles.gemm1.slots, num_local, whole_blocks=True)
 
 
 def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | None:
@@ -80,7 +79,7 @@ def mixed_prefill(
         raise ValueError(f"the Hopper kernel {reason}")
     if tiles.gemm1.slots != tiles.gemm2.slots:
         raise ValueError(f"blocks of {tiles.gemm1.slots} and {tiles.gemm2.slots} slots differ")
-    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y)
+    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, tiles)
     if not x.is_cuda:
         mixed_prefill_reference(
             x, w1, w2, topk_weights, topk_ids, out, act, y, activation=activation,
@@ -157,6 +156,7 @@ def _check(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
+    tiles: MixedPrefillTiles,
 ) -> None:
     (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     shards = 2 if activation.is_gated else 1
@@ -165,7 +165,7 @@ def _check(
             f"w1 is {w1.shape} of {w1.shards} shards, w2 of {w2.shards}; expected "
             f"{(e, shards * I, H)} of {shards}, and 1"
         )
-    P = mixed_prefill_rows(T * K, e)
+    P = mixed_prefill_rows(T * K, e, tiles)
     for name, tensor, shape, dtype in (
         ("x", x, (T, H), torch.bfloat16),
         ("out", out, (T, H), torch.bfloat16),

@@ -35,12 +35,16 @@ class MixedPrefillTiles(NamedTuple):
     gemm2: MixedPrefillTile
 
 
-def mixed_prefill_tiles(R: int, E: int, bits: int) -> MixedPrefillTiles:
-    """Tiles for R slots over E experts, local or not, and weights of 4 or 8 bits.
+def mixed_prefill_tiles(R: int, E: int, bits: tuple[float, float]) -> MixedPrefillTiles:
+    """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
     Numbers are made once per block: blocks of 256 slots need half as many, unless they would be
     half empty.
     """
     rows = 256 if R <= 128 * E else 128
-    tile = MixedPrefillTile(rows, 384 - rows, _STAGES[rows, bits], 16 if rows == 256 else 8)
-    return MixedPrefillTiles(tile, tile)
+    group = 16 if rows == 256 else 8
+    first, second = (
+        MixedPrefillTile(rows, 384 - rows, _STAGES[rows, 4 if width <= 4 else 8], group)
+        for width in bits
+    )
+    return MixedPrefillTiles(first, second)

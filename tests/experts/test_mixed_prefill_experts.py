@@ -1,0 +1,79 @@
+"""What leads to the prefill kernels for quantized weights with 16-bit rows, on CPU tensors: their
+reference runs."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import hopper_quantized
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
+from quantized_experts import Quantized
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+MANY = Layer(T=100, E=3, K=2, H=256, I=128, dtype=torch.bfloat16)
+PREFILLED = {
+    "int4": Quantized("int4_g32", layer=MANY),
+    "zero_points": Quantized("int4_g128_zp", layer=replace(MANY, T=250)),
+    "gpt_oss": Quantized(
+        "mxfp4", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=288, I=160)
+    ),
+    "no_gate": Quantized("nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL)),
+    "map": Quantized("int8_channel", layer=replace(MANY, T=300, E=8, local=3)),
+    "weight_on_input": Quantized(
+        "fp8_block", layer=replace(MANY, T=200, K=1, weight_on_input=True)
+    ),
+}
+
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """The slots per block of each launch."""
+    ran, launcher = [], hopper_quantized.mixed_prefill
+
+    def run(*args, **kwargs):
+        ran.append(kwargs["tiles"].gemm1.slots)
+        launcher(*args, **kwargs)
+
+    monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
+    monkeypatch.setattr(hopper_quantized, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(hopper_quantized, "multiprocessors_of", lambda device: 132)
+    return ran
+
+
+def error(case):
+    tensors = case.layer.tensors()
+    out, expected = case.run(tensors, HopperQuantizedExperts).double(), case.expected(tensors)
+    assert not out.isnan().any()
+    return float((out - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", PREFILLED)
+def test_many_rows_fill_tiles(name, prefilled):
+    assert error(PREFILLED[name]) < 6e-3
+    assert prefilled == [256 if name == "zero_points" else 128]
+
+
+def test_tiles_may_be_given(prefilled, monkeypatch):
+    tile = MixedPrefillTile(128, 256, 4, 2)
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", MixedPrefillTiles(tile, tile))
+    assert error(PREFILLED["int4"]) < 6e-3
+    assert prefilled == [256]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Quantized("int4_g32", layer=replace(MANY, T=90)),
+        Quantized("int4_g32", layer=replace(MANY, dtype=torch.float16)),
+        Quantized("int8_channel", layer=replace(MANY, I=24)),
+    ],
+    ids=["fewer", "fp16", "narrow"],
+)
+def test_the_rest_goes_the_triton_experts_way(case, prefilled):
+    assert error(case) < 6e-3
+    assert not prefilled
