@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,6 +47,28 @@ def test_what_is_right_passes_and_says_how_exact_it_is():
     assert [result.case for result in results] == CASES
     assert all(result.error < 1e-6 for result in results)
     assert "fp32: error" in str(results[0])
+
+
+class Wavering(Honest):
+    """Other bits each time, as sums in an order of their own would have."""
+
+    calls = 0
+
+    def compute(self, *args):
+        type(self).calls += 1
+        return super().compute(*args) * (1 + 1e-7 * self.calls)
+
+
+class AdmitsIt(Wavering):
+    @classmethod
+    def capabilities(cls):
+        return replace(super().capabilities(), deterministic=False)
+
+
+def test_only_who_does_not_promise_the_same_bits_may_change_them():
+    with pytest.raises(AssertionError, match="a second run gave other bits"):
+        check_experts(Wavering, CASES)
+    assert all(result.error < 1e-5 for result in check_experts(AdmitsIt, CASES))
 
 
 class RunsDroppedSlots(Honest):

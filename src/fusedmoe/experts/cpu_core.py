@@ -56,11 +56,7 @@ def cpu_fused_experts(
             topk_weights,
             topk_ids,
             activation.value,
-            config.clamp_limit,
-            config.alpha,
-            config.beta,
-            config.situ_beta,
-            config.situ_linear_beta,
+            *config.numbers(),
             w1_bias,
             w2_bias,
             expert_map,
@@ -142,12 +138,8 @@ def _op(
         topk_weights,
         topk_ids,
         activation=MoEActivation(activation),
-        activation_config=ApplyMoEActivationConfig(
-            clamp_limit=clamp_limit,
-            alpha=alpha,
-            beta=beta,
-            situ_beta=situ_beta,
-            situ_linear_beta=situ_linear_beta,
+        activation_config=ApplyMoEActivationConfig.from_numbers(
+            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
         ),
         w1_bias=w1_bias,
         w2_bias=w2_bias,

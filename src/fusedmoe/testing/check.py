@@ -56,11 +56,13 @@ def check_experts(
     other one must: agree with the reference in fp64 within ``TOLERANCES``, with scratch memory full
     of NaN; give the same bits twice; leave its inputs alone; keep a row of NaN to its own token;
     heed neither weights of slots with id -1 nor rows of tokens that have no others; and, where it
-    claims batch invariance, give a token the same bits alone and among others.
+    claims batch invariance, give a token the same bits alone and among others. Experts that are
+    not ``deterministic`` are held to the reference alone: all else compares bits.
 
     Raises AssertionError at the first case that fails. Returns what was run and what was skipped.
     """
-    options = replace(options or MoEOptions(), experts=experts_class)
+    deterministic = experts_class.capabilities().deterministic
+    options = replace(options or MoEOptions(), experts=experts_class, deterministic=deterministic)
     results = []
     for case in cases:
         for dtype in dtypes:
@@ -90,6 +92,8 @@ def _check_case(
         if old is not None and not torch.equal(old, new):
             raise AssertionError(f"{name}: {field} was written to")
     error = assert_close(name, first, expected, dtype)
+    if not options.deterministic:
+        return CaseResult(case, dtype, error=error.frobenius)
     if not torch.equal(first, layer.run()):
         raise AssertionError(f"{name}: a second run gave other bits")
     if case.T > 1:
