@@ -1,0 +1,143 @@
+"""Speed of prefill with quantized weights and 16-bit rows on one GPU, launch by launch and tile by
+tile.
+
+    PYTHONPATH=src python benchmarks/mixed_prefill.py [--shapes qwen3-30b gpt-oss-120b mixtral]
+        [--formats int4_g128 mxfp4] [--tokens 2048 4096 8192] [--routing balanced] [--out F.json]
+
+CUDA-graph replays in turns with a dense bf16 product, so that all of them see the same clock; ids
+given. Formats that a shape's columns do not fit are left out. ``whole`` is everything behind the
+routing, ``triton_quantized`` the layer on plain Triton. The errors are against fp64, on a few
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from functools import partial
+
+import torch
+from quantized_layer import DEVICE, REPEATS, build, errors, weights_of
+from quantized_prefill import Calls
+from quantized_targets import SHAPES
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.bench import BenchReport, LayerShape
+from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.replays import record, time_in_turns
+from fusedmoe.bench.report import Percentiles, make_header
+from fusedmoe.experts.hopper import multiprocessors_of
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
+from fusedmoe.kernels.triton.hopper_mixed_prefill import down, up
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.testing.routing import routing_logits
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
+
+DENSE = 8192
+
+
+def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
+    return {
+        "256 x 128": mixed_prefill_tiles(1, 1, (bits, bits)),
+        "128 x 256": mixed_prefill_tiles(1000, 1, (bits, bits)),
+    }
+
+
+def parts(
+    shape: LayerShape,
+    name: str,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    one: Situation,
+    out: torch.Tensor,
+) -> Calls:
+    """Every launch by itself and all of them, and the floating point operations of each."""
+    w1, w2 = weights_of(layer)
+    method = layer.routed_experts.quant_method
+    config = method.get_fused_moe_quant_config(layer.routed_experts)
+    (e, H, I), (T, K) = w2.shape, one.topk_ids.shape  # noqa: E741
+    activation = MoEActivation.from_str(shape.activation)
+    position = torch.empty(T * K, dtype=torch.int32, device=DEVICE)
+    programs, flops, calls = multiprocessors_of(DEVICE), shape.flops(T), {}
+    for label, tiles in tile_variants(w1.format.bits).items():
+        P = mixed_prefill_rows(T * K, e, tiles)
+        act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
+        y = torch.empty(P, H, dtype=torch.bfloat16, device=DEVICE)
+        tables = MoEAlignment(
+            *moe_align_block_size(
+                one.topk_ids, tiles.gemm1.slots, e, pad_sorted_ids=True, num_local_experts=e
+            )[:3]
+        )
+        first = (
+            x, w1, K, act, position, device_activation(activation), config.w1_bias, tables,
+            tiles.gemm1, programs,
+        )  # fmt: skip
+        second = act, w2, y, config.w2_bias, tables, tiles.gemm2, programs
+        whole = partial(
+            mixed_prefill, x, w1, w2, one.topk_weights, one.topk_ids, out, act, y,
+            activation=activation, w1_bias=config.w1_bias, w2_bias=config.w2_bias, tiles=tiles,
+            programs=programs,
+        )  # fmt: skip
+        share = w1.shards / (w1.shards + 1)
+        calls[f"up {label}"] = partial(up, *first), flops * share
+        calls[f"down {label}"] = partial(down, *second), flops * (1 - share)
+        calls[f"whole {label}"] = whole, flops
+    return calls
+
+
+def measure(shape: LayerShape, name: str, T: int, routing: str, report: BenchReport) -> None:
+    layer = build(shape, name, "triton_quantized")
+    x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
+    logits = routing_logits(routing, T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
+    one, out = pick(logits, shape.k), torch.empty_like(x)
+    calls = parts(shape, name, layer, x, one, out)
+    calls["triton_quantized"] = partial(layer, x, one.logits), shape.flops(T)
+    a, b = (torch.randn(DENSE, DENSE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    calls["dense"] = partial(torch.mm, a, b), 2.0 * DENSE**3
+    recorded = {
+        label: record([call], max(flops / 1e9, 20.0), REPEATS)
+        for label, (call, flops) in calls.items()
+    }
+    samples = time_in_turns(recorded)
+    for label in tile_variants(weights_of(layer)[0].format.bits):
+        calls[f"whole {label}"][0]()
+        found, _ = errors(shape, layer, x, one, out)
+        accuracy = {"part": f"error {label}", "error": found}
+        report.rows.append({"shape": shape.name, "format": name, "T": T} | accuracy)
+        print(f"{label}: error {found:.1e}", flush=True)
+    for label, (_, flops) in calls.items():
+        timed = Percentiles.of(samples[label])
+        row = {"shape": shape.name, "format": name, "T": T, "routing": routing, "part": label}
+        report.rows.append(row | {"us": timed.us, "tflops": flops / timed.us / 1e6})
+        print(f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
+              f"{flops / timed.us / 1e6:7.1f} TF", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["qwen3-30b", "gpt-oss-120b", "mixtral"])
+    parser.add_argument("--formats", nargs="+", default=["int4_g128", "mxfp4"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192])
+    parser.add_argument("--routing", default="balanced")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    report = BenchReport(make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,))))
+    for shape in (SHAPES[name] for name in args.shapes):
+        for name in args.formats:
+            group = format_named(name).group.col
+            if group > 0 and (shape.H % group or shape.I % group):
+                continue
+            for T in args.tokens:
+                with torch.inference_mode():
+                    measure(shape, name, T, args.routing, report)
+                gc.collect()
+                torch.cuda.empty_cache()
+                if args.out:
+                    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

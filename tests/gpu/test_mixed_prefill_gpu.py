@@ -1,0 +1,105 @@
+"""Prefill with quantized weights and 16-bit rows on a Hopper GPU: every format in both shapes of
+tiles, odd sizes, graphs, slots without an expert, rows that are NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expert_layers import Layer
+from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import hopper_quantized
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.testing.tolerances import TOLERANCES
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
+from quantized_experts import Quantized
+
+pytestmark = pytest.mark.gpu
+MANY = Layer(device="cuda", dtype=torch.bfloat16, T=500, K=2, E=5, H=512, I=384)
+CASES = {
+    "int4_g128": Quantized("int4_g128", layer=MANY),
+    "int4_g32_zp": Quantized("int4_g32_zp", layer=replace(MANY, H=544, I=288)),
+    "int4_channel_zp": Quantized("int4_channel_zp", layer=replace(MANY, E=16, local=5, T=900)),
+    "mxfp4": Quantized(
+        "mxfp4",
+        layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=576, I=320, T=700),
+    ),
+    "nvfp4": Quantized(
+        "nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL, bias=True, I=320)
+    ),
+    "int8_channel": Quantized("int8_channel", layer=replace(MANY, K=1, weight_on_input=True)),
+    "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
+    "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),
+    "fp8_block": Quantized("fp8_block", layer=replace(MANY, H=576, I=320)),
+    "fp8_tensor": Quantized("fp8_tensor", layer=MANY),
+    "two_formats": Quantized("int4_g64", down="int8_channel", layer=MANY),
+    "many_tiles": Quantized("int4_g128", layer=replace(MANY, T=6000, H=2048, I=768)),
+}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """One entry for each launch."""
+    launches = []
+
+    def run(*args, **kwargs):
+        launches.append(kwargs["tiles"])
+        mixed_prefill(*args, **kwargs)
+
+    monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
+    return launches
+
+
+def error(out, expected):
+    assert torch.equal(out.isnan(), expected.isnan())
+    return float((out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm())
+
+
+@pytest.mark.parametrize("rows", [256, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_formats(name, rows, ran, monkeypatch):
+    case = CASES[name]
+    wide = [format_named(fmt).values == 1 for fmt in (case.format, case.down or case.format)]
+    stages = [(5 if rows == 256 else 4) if eight else 5 for eight in wide]
+    tiles = MixedPrefillTiles(*(MixedPrefillTile(rows, 384 - rows, n, 4) for n in stages))
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles)
+    tensors = case.layer.tensors()
+    run = case.runner(tensors, HopperQuantizedExperts)
+    out = run().clone()
+    assert ran
+    assert error(out, case.expected(tensors)) < TOLERANCES["weight_only"].frobenius
+    assert run().equal(out)
+
+
+@pytest.mark.parametrize("rows", [256, 128])
+def test_in_a_graph_with_no_expert_and_nan_rows(rows, ran, monkeypatch):
+    tile = MixedPrefillTile(rows, 384 - rows, 5, 8)
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", MixedPrefillTiles(tile, tile))
+    case = CASES["mxfp4"]
+    tensors = case.layer.tensors()
+    tensors["topk_ids"][0], tensors["topk_ids"][1] = -1, 2**31 - 1
+    run = case.runner(tensors, HopperQuantizedExperts)
+    clean = run().clone()
+    assert ran
+    assert (clean[:2] == 0).all()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = run()
+    tensors["hidden_states"][-1] = float("nan")
+    graph.replay()
+    assert out[:-1].equal(clean[:-1])
+    assert out[-1].isnan().all()
+
+
+def test_all_tokens_to_one_expert(ran):
+    case = CASES["int4_g128"]
+    tensors = case.layer.tensors()
+    tensors["topk_ids"][:, 0], tensors["topk_ids"][:, 1] = 3, -1
+    out = case.run(tensors, HopperQuantizedExperts)
+    assert ran
+    assert error(out, case.expected(tensors)) < TOLERANCES["weight_only"].frobenius
