@@ -33,6 +33,11 @@ from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
 from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
 from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
+from fusedmoe.kernels.hopper_mixed_prefill import (
+    mixed_prefill,
+    mixed_prefill_rows,
+    unmet_by_mixed_prefill,
+)
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
@@ -60,6 +65,7 @@ from fusedmoe.tuning.hopper_tiles import (
     decode_tiles_of,
     direct_tiles,
 )
+from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 
 E, K = 24, 4
 
@@ -200,7 +206,7 @@ def quantized(H: int, width: int) -> None:
                 scratch = act_rows.half(), halves.half()
                 quantized_experts(*fp16, operands, weights, ids, act, config, None, *scratch)
             pair = operands.w1, operands.w2
-            if streams and runs_decode(R, e, operands, x):
+            if streams and runs_decode(R, e, operands, x, None):
                 common = {"activation": act, "programs": 132}
                 common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
                 tensors = weights, ids, out, act_rows, y
@@ -229,6 +235,26 @@ def quantized(H: int, width: int) -> None:
                     programs=132,
                 )
                 print("prefill", end=" ")
+            if streams and rows is None and not unmet_by_mixed_prefill(*pair):
+                bits = tuple(w.format.bits for w in pair)
+                for slots in (1, 1000):
+                    tiles = mixed_prefill_tiles(slots, 1, bits)
+                    P = mixed_prefill_rows(R, e, tiles)
+                    mixed_prefill(
+                        x,
+                        *pair,
+                        weights,
+                        ids,
+                        out,
+                        torch.empty(P, width, device="cuda", dtype=torch.bfloat16),
+                        torch.empty(P, H, device="cuda", dtype=torch.bfloat16),
+                        activation=act,
+                        w1_bias=operands.w1_bias,
+                        w2_bias=operands.w2_bias,
+                        tiles=tiles,
+                        programs=132,
+                    )
+                print("mixed prefill", end=" ")
             torch.cuda.synchronize()
             print("quantized", name, rows, T, flush=True)
 

@@ -31,7 +31,7 @@ CASES = {
     "nvfp4": Quantized(
         "nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL, bias=True, I=320)
     ),
-    "int8_channel": Quantized("int8_channel", layer=replace(MANY, K=1, weight_on_input=True)),
+    "int8_channel": Quantized("int8_channel", layer=MANY),
     "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
     "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),
     "fp8_block": Quantized("fp8_block", layer=replace(MANY, H=576, I=320)),
