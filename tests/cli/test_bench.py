@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_activation_and_biases_are_the_checkpoints(cli, tmp_path: Path) -> None:
     assert shapes_asked(Namespace(checkpoint=str(folder), **NOTHING_GIVEN))[0] == [
         LayerShape("oss", 8, 2, 64, 64, activation="swigluoai", bias=True)
     ]
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(
+    cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("fusedmoe.bench.run_layer_bench", None)
+    code, out, err = cli("bench", *SIZES, "--device", "cpu", "--plot", "x.png")
+    assert (code, out) == (2, "")
+    assert "pip install 'fusedmoe[bench]'" in err
 
 
 def test_what_could_not_be_measured_is_a_note(cli) -> None:

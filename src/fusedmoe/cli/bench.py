@@ -79,9 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fusedmoe.bench import count_measurements, run_layer_bench
+    from fusedmoe.cli.plot import check_can_draw, write_plot
 
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    if args.plot:
+        check_can_draw()
     options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     shapes, _ = shapes_asked(args, DEFAULT_SHAPE, quantized_too=True)
     device = device_of(args.device)
@@ -116,8 +119,6 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         report.write(args.output)
     if args.plot:
-        from fusedmoe.cli.plot import write_plot
-
         write_plot(record, args.plot)
     if args.json:
         print_json(record)

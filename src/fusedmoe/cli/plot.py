@@ -6,6 +6,7 @@ month draws like one of today. Per shape, format and routing there are two axes.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
 
 
+def check_can_draw() -> None:
+    """Raise ValueError without matplotlib: to be asked before minutes of measuring."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib: pip install 'fusedmoe[bench]'")
+
+
 def write_plot(report: dict[str, Any], path: str | Path) -> None:
     """Draw ``report`` into an image file; ValueError without matplotlib or without rows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install 'fusedmoe[bench]'") from None
+    check_can_draw()
+    from matplotlib.figure import Figure
+
     groups = _groups(report["rows"])
     if not groups:
         raise ValueError("the report has no rows to draw")
