@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Quantized:
         """The same, to be called again and again with what ``tensors`` hold then.
 
         ``weights`` are run instead of new ones; ``prepare``: as after loading. What is returned has
-        the ``experts`` and the ``weights`` as attributes.
+        ``experts``, ``weights`` and ``prepare`` (to be called again) as attributes.
         """
         layer = self.layer
         batched = experts_class.activation_format() is FusedMoEActivationFormat.BatchedExperts
@@ -109,9 +110,9 @@ class Quantized:
             num_dispatchers=mover.num_dispatchers() if batched else None,
         )
         kernel = FusedMoEKernel(mover, experts)
+        module = torch.nn.Module()
+        module.w13_weight, module.w2_weight = w1.data, w2.data
         if prepare:
-            module = torch.nn.Module()
-            module.w13_weight, module.w2_weight = w1.data, w2.data
             experts.process_weights_after_loading(module)
 
         def apply(x, first, second, weights, ids):
@@ -133,6 +134,7 @@ class Quantized:
             return apply(x, w1.data, w2.data, weights, ids)
 
         run.experts, run.weights = experts, (w1, w2)
+        run.prepare = partial(experts.process_weights_after_loading, module)
         return run
 
     def expected(self, tensors: Tensors) -> torch.Tensor:

@@ -129,6 +129,21 @@ def test_weights_written_since_are_read_as_they_are():
     assert_right(after, fresh().double())
 
 
+@pytest.mark.parametrize("name", ["zero_points_bias", "down_alone"])
+def test_weights_prepared_again_keep_their_place(name):
+    """Experts that moved in while a graph was captured: it goes on reading the same memory."""
+    case = CASES[name]
+    run, experts, tensors = loaded(case)
+    before = experts._sorted
+    other = case.weights({n: t.flip(0) if n in ("w1", "w2") else t for n, t in tensors.items()})
+    for mine, theirs in zip(run.weights, other, strict=True):
+        for part, tensor in theirs.parts().items():
+            getattr(mine, part).copy_(tensor)
+    run.prepare()
+    assert experts._sorted is before
+    assert_right(run(), case.runner(tensors, weights=other)().double())
+
+
 def test_without_memory_and_emulated_the_table_is_read(monkeypatch):
     _, experts, _ = loaded(replace(CASES["plain"], rows=FP8_DYNAMIC_TOKEN), TritonEmulatedExperts)
     assert experts._sorted is None

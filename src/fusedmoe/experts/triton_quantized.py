@@ -14,7 +14,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.act_order import room_on, sorted_operands
+from fusedmoe.experts.act_order import in_place_of, room_on, sorted_operands
 from fusedmoe.experts.cpu_source import Source
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_pair
@@ -101,7 +101,7 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Sort act-order columns into groups, in a copy, while memory allows."""
-        self._sorted, self._sources = None, ()
+        before, self._sorted, self._sources = self._sorted, None, ()
         formats = self.quant_config.w1.format, self.quant_config.w2.format
         if torch.compiler.is_compiling() or self.emulate:
             return
@@ -109,11 +109,12 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
             return
         weights: Any = layer
         w1, w2 = weights.w13_weight.detach(), weights.w2_weight.detach()
-        if not room_on(w1.device, w1.nbytes + w2.nbytes):
+        if before is None and not room_on(w1.device, w1.nbytes + w2.nbytes):
             _log.info("no memory to spare for sorted act-order weights: their tables are read")
             return
         moe = self.moe_config
-        self._sorted = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
+        found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
+        self._sorted = None if found is None else in_place_of(before, found)
         self._sources = self._sources_of(w1, w2)
 
     def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
