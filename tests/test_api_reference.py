@@ -76,6 +76,7 @@ CALLABLES = {
     "MoEPrepareAndFinalizeNaiveDPEPModular": "is_sequence_parallel num_dispatchers",
     "MoEPrepareAndFinalizeNaiveDPEPModular.finalize": _FINALIZE,
     "MoEPrepareAndFinalizeNaiveDPEPModular.prepare": _PREPARE,
+    "MoEPrepareAndFinalizeNaiveDPEPModular.set_lora_context": "ctx",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic": "is_sequence_parallel num_dispatchers",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic.finalize": "fused_expert_output",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic.prepare": "a1 router_logits quant_config "

@@ -89,9 +89,9 @@ class DeepEPDispatching(DispatchingModular):
     def topk_indices_dtype(self) -> torch.dtype | None:
         return torch.int64
 
-    def set_lora_context(self, context: LoRAContext | None) -> None:
+    def set_lora_context(self, ctx: LoRAContext | None) -> None:
         """Raises ValueError: nothing travels beside the activations."""
-        if context is not None:
+        if ctx is not None:
             raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
 
     def placement(self, num_experts: int, expert_map: torch.Tensor | None) -> Placement:

@@ -123,9 +123,9 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         one._given_sizes = tokens_per_rank
         return one
 
-    def set_lora_context(self, context: LoRAContext | None) -> None:
-        """Send the adapter ids of ``context`` along with the tokens; None stops it."""
-        self.lora_context = context
+    def set_lora_context(self, ctx: LoRAContext | None) -> None:
+        """Send the adapter ids of ``ctx`` along with the tokens; None stops it."""
+        self.lora_context = ctx
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         return None

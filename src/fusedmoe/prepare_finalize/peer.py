@@ -102,9 +102,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         least = self.memory.send_sums_from
         return self._may_send_sums and least is not None and self._rows >= least
 
-    def set_lora_context(self, context: LoRAContext | None) -> None:
+    def set_lora_context(self, ctx: LoRAContext | None) -> None:
         """Raises ValueError for a context: the buffers have no room for adapter ids."""
-        if context is not None:
+        if ctx is not None:
             raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
 
     def concurrent_forwards(self) -> int:
