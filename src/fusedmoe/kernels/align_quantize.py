@@ -16,22 +16,11 @@ ONE_LAUNCH_SLOTS = 4096
 
 
 class AlignedRows(NamedTuple):
-    """``alignment`` of the slots, ``rows`` of the tokens; ``largest`` int32 [T, K], or None, and
-    ``counters`` int32 [2]: zeros."""
+    """``alignment`` of the slots, ``rows`` of the tokens, ``largest`` int32 [T, K] zeros or None."""
 
     alignment: MoEAlignment
     rows: QuantizedRows
     largest: torch.Tensor | None
-    counters: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, alignment: MoEAlignment, rows: QuantizedRows, ids: torch.Tensor, with_largest: bool
-    ) -> AlignedRows:
-        """With zeros of their own."""
-        zeros = ids.new_zeros(2 + (ids.numel() if with_largest else 0), dtype=torch.int32)
-        largest = zeros[2:].view(ids.shape) if with_largest else None
-        return cls(alignment, rows, largest, zeros[:2])
 
 
 def align_and_quantize(
@@ -63,7 +52,8 @@ def align_and_quantize(
             num_local_experts=num_local_experts,
         )
         rows = quantize_rows(x, key, scale)
-        return AlignedRows.of(MoEAlignment(*alignment[:3]), rows, topk_ids, with_largest)
+        largest = topk_ids.new_zeros(topk_ids.shape, dtype=torch.int32) if with_largest else None
+        return AlignedRows(MoEAlignment(*alignment[:3]), rows, largest)
     from fusedmoe.kernels.triton.align_quantize import align_and_quantize as launch
 
     P = padded_slots(R, block_size, num_local_experts, False)
@@ -77,9 +67,8 @@ def align_and_quantize(
         torch.empty(T, -(-D // group) if group else 1, dtype=torch.float32, device=x.device),
     )
     largest = torch.empty(topk_ids.shape, **integers) if with_largest else None  # type: ignore[call-overload]
-    counters = torch.empty(2, **integers)  # type: ignore[call-overload]
     launch(
         topk_ids, tables, block_size, num_local_experts, expert_map, x, *rows, group,
-        key.scale_kind == "e8m0", largest, counters,
+        key.scale_kind == "e8m0", largest,
     )  # fmt: skip
-    return AlignedRows(tables, rows, largest, counters)
+    return AlignedRows(tables, rows, largest)

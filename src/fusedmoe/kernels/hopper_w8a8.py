@@ -128,7 +128,7 @@ def _two_gemms(
     blocks = aligned.alignment
     gemm(
         first, w1, act, w1_bias, activation, blocks, weight_addresses(w1),
-        tiles.gemm1, programs, counter=aligned.counters[:1], largest=aligned.largest,
+        tiles.gemm1, programs, largest=aligned.largest,
         guess=topk_ids.numel() >= e,
     )  # fmt: skip
     e8m0 = key.scale_kind == "e8m0"
@@ -141,7 +141,7 @@ def _two_gemms(
         second, early = Rows(act, scale, 1, rounding, e8m0), True
     gemm(
         second, w2, y, w2_bias, None, blocks, weight_addresses(w2), tiles.gemm2, programs,
-        counter=aligned.counters[1:], early=early,
+        early=early,
     )  # fmt: skip
 
 
@@ -163,7 +163,8 @@ def _aligned(
     alignment = moe_align_block_size(
         topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
     )
-    return AlignedRows.of(MoEAlignment(*alignment[:3]), x, topk_ids, with_largest)
+    largest = topk_ids.new_zeros(topk_ids.shape, dtype=torch.int32) if with_largest else None
+    return AlignedRows(MoEAlignment(*alignment[:3]), x, largest)
 
 
 def w8a8_decode_reference(
@@ -191,7 +192,7 @@ def w8a8_decode_reference(
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
     tile = QuantizedTile(64, 8, STEP, 1, 4, 2)
     given = x if x_scale is None else QuantizedRows(x, x_scale)
-    blocks, (rows, scale), *_ = _aligned(given, keys, scales[0], topk_ids, expert_map, e, 8)
+    blocks, (rows, scale), _ = _aligned(given, keys, scales[0], topk_ids, expert_map, e, 8)
     w8a8_gemm_reference(
         rows, scale, w1, act, None, blocks, tile, keys[0], top_k=K, bias=w1_bias,
         activation=activation, activation_config=activation_config,

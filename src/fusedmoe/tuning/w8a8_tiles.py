@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+MULTIPROCESSORS = 132
+
 
 @dataclass(frozen=True, slots=True)
 class StreamTile:
     """Two times ``valid`` weight rows, in room for ``rows``, by ``slots`` slots.
 
     A stage holds ``depth`` steps of 128 columns, 1 or 2, and ``stages`` are in flight; ``span``
-    steps of the slots' rows are brought to shared memory at once. ``programs`` per multiprocessor;
-    they take tasks as they get ready for them, or (``dealt``) every so manyth.
+    steps of the slots' rows are brought to shared memory at once. ``programs`` per multiprocessor.
+    ``roles``: warps of their own fill the ring and bring the rows.
     """
 
     rows: int
@@ -23,7 +25,7 @@ class StreamTile:
     span: int
     stages: int
     programs: int
-    dealt: bool = False
+    roles: bool = False
 
     @property
     def warps(self) -> int:
@@ -44,9 +46,27 @@ class StreamTiles(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def stream_tiles(R: int, E: int, H: int, I: int) -> StreamTiles:  # noqa: E741
-    """Tiles for R slots over E local experts."""
+    """Tiles for R slots over E local experts, as measured on an H200.
+
+    Tiles of 256 rows, one ring on a multiprocessor, where there are two of them for each; of 128
+    rows and two rings otherwise, and wherever a quarter of the larger would be empty. A token or
+    two have tiles of 64 rows, so that every multiprocessor has one.
+    """
     mean = R / E
-    slots = 8 if mean <= 6 else 16 if mean <= 12 else 32 if mean <= 24 else 64
-    depth, stages = (2, 3) if slots <= 16 else (1, 5)
-    tile = StreamTile(128, 64, slots, depth, 8 if slots == 8 else 2, stages, 2)
-    return StreamTiles(tile, tile)
+    slots = 8 if mean <= 6 else 16 if mean <= 12 else 32
+    blocks = min(R, E)
+    return StreamTiles(_tile(slots, blocks, I, 1), _tile(slots, blocks, H, 2))
+
+
+def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
+    """``halves``: parts of a tile that are features of their own (2), or gate and up of one (1)."""
+    if slots == 32:
+        return StreamTile(128, 64, slots, 1, 2, 5, 2)
+    span = 8 if slots == 8 else 2
+    tiles = blocks * -(-features // (64 * halves))
+    if tiles <= MULTIPROCESSORS:
+        return StreamTile(128, 32 if halves == 1 else 64, slots, 2, span, 3, 3 - halves)
+    whole = -(-features // (128 * halves)) * 128 * halves * 3 <= features * 4
+    if whole and tiles >= 4 * MULTIPROCESSORS:
+        return StreamTile(256, 128, slots, 2, span, 3, 1)
+    return StreamTile(128, 64, slots, 2, span, 3, 2)

@@ -2,7 +2,7 @@
 
 Grid (groups + T,): the first programs are ``align_once_kernel``'s, each of the others rounds a row
 of x [T, D] -> q [T, D] with scale [T, groups of columns], and sets largest [K] of its token, if
-there is one, and counters [2] to zero. Neither needs anything of the other.
+there is one, to zero. Neither needs anything of the other.
 """
 
 import torch
@@ -26,7 +26,6 @@ def align_and_quantize_kernel(
     q_ptr,
     scale_ptr,
     largest_ptr,
-    counters_ptr,
     R,
     P,
     B,
@@ -54,8 +53,6 @@ def align_and_quantize_kernel(
     else:
         follow_previous(CHAINED)
         row = (tl.program_id(0) - groups).to(tl.int64)
-        if row == 0:
-            tl.store(counters_ptr + tl.arange(0, 2), 0)
         if largest_ptr is not None:
             for pick in tl.static_range(K):
                 tl.store(largest_ptr + row * K + pick, 0)
@@ -84,7 +81,6 @@ def align_and_quantize(
     group: int,
     e8m0: bool,
     largest: torch.Tensor | None,
-    counters: torch.Tensor,
 ) -> None:
     """As ``kernels.align_quantize``, with its outputs."""
     (T, K), D = topk_ids.shape, x.shape[1]
@@ -92,7 +88,7 @@ def align_and_quantize(
     block_r = min(1024, max(32, power_of_2(R)))
     _launch(
         (groups + T, 1),
-        (topk_ids, expert_map, *out, x, q, scale, largest, counters),
+        (topk_ids, expert_map, *out, x, q, scale, largest),
         (
             R,
             P,

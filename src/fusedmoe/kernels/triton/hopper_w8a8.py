@@ -16,6 +16,7 @@ from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
 from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import gemm_kernel
+from fusedmoe.kernels.triton.hopper_w8a8_roles import roles_kernel
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
 
@@ -23,6 +24,7 @@ from fusedmoe.tuning.w8a8_tiles import StreamTile
 MAX_REGISTERS = 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)
+_launch_roles = HopperLauncher(roles_kernel)
 
 
 class Rows(NamedTuple):
@@ -60,15 +62,11 @@ def gemm(
     tile: StreamTile,
     programs: int,
     *,
-    counter: torch.Tensor,
     largest: torch.Tensor | None = None,
     early: bool = False,
     guess: bool = False,
 ) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``, the rest as in ``gemm_kernel``.
-
-    ``counter`` int32 [1], zero.
-    """
+    """One launch; ``addresses`` from ``weight_addresses``, the rest as in ``gemm_kernel``."""
     (R, N), D = out.shape, w.shape[2]
     row_shard_step, row_step, *of_scales = addresses[2:]
     low, high, desc_rows, _ = weight_descriptors(w, tile.box, as_bytes=False)
@@ -77,11 +75,12 @@ def gemm(
     columns = w.format.group.col
     group = columns if 0 < columns < D else 0
     by_groups = group > 0 or x.rounding == "group" or x.strides[2] > 0
-    _launch_gemm(
+    launch = _launch_roles if tile.roles else _launch_gemm
+    launch(
         programs * tile.programs,
         (low, high),
         (
-            x.data, x.scale, w.scale, bias, out, largest, None if tile.dealt else counter,
+            x.data, x.scale, w.scale, bias, out, largest,
             blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad,
         ),
         (

@@ -30,7 +30,6 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     load_scales,
     row_scales,
     stored_expert,
-    take_task,
 )
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
@@ -87,7 +86,6 @@ def gemm_kernel(
     bias_ptr,
     out_ptr,
     largest_ptr,
-    counter_ptr,
     experts_ptr,
     sorted_ptr,
     num_post_ptr,
@@ -131,7 +129,7 @@ def gemm_kernel(
     EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
     GUESS: they are loaded before the tables are there, as if every expert had one block; where that
     was wrong, again. largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes
-    of out's rows. counter_ptr int32 [1], zero: tasks that were taken.
+    of out's rows.
     """
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = low_desc.dtype
@@ -170,7 +168,8 @@ def gemm_kernel(
     steps = (scale_shard_step, scale_row_step, scale_block)
 
     sizes = (num_local, desc_rows, below)
-    # So many tasks the ring's first filling takes in, and so far ahead of the products it may be.
+    # So many tasks the ring's first filling takes in, and so far ahead of the products it may be;
+    # slots and experts are asked for a task before that.
     FILLED: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
     queue = first_tasks(FILLED)
     if GUESS:
@@ -205,8 +204,11 @@ def gemm_kernel(
         gdc_wait()
         gdc_launch_dependents()
 
+    queue += (queue[FILLED - 1] + gl.num_programs(0),)
+    experts += (stored_expert(queue[FILLED], tasks, experts_ptr, TILES),)
     slots = find_rows(queue[0], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
     values, known_scales = load_span(x_from, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
+    next_slots = find_rows(queue[1], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
     if BY_STEP:
         w_scales = load_scales(
             scale_ptr, strides, steps, queue[0], known(experts[0], num_local), 0, N, D, TILE,
@@ -216,10 +218,9 @@ def gemm_kernel(
     while queue[0] < tasks:
         task = queue[0]
         expert = known(experts[0], num_local)
-        coming = take_task(queue[FILLED - 1], counter_ptr, FILLED)
+        coming = queue[FILLED] + gl.num_programs(0)
         queue += (coming,)
         experts += (stored_expert(coming, tasks, experts_ptr, TILES),)
-        next_slots = find_rows(queue[1], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
         out_slots = gl.load(
             sorted_ptr + task // TILES * BN + gl.arange(0, BN, by_column), cache_modifier=".cg"
         )
@@ -244,6 +245,8 @@ def gemm_kernel(
                     gl.where(last, known(experts[1], num_local), expert), first, N, D, TILE,
                     VALID, TILES, SPAN, GATED, GROUP,
                 )  # fmt: skip
+            if last:
+                next_slots = find_rows(queue[2], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
             for k in range(gl.minimum(PER_SPAN, KSTEPS - span * PER_SPAN)):
                 mbarrier.wait(bars.index(stage), phase)
                 total = add_products(total, ring, spans, stage, k, DEPTH, STEPPED, BY_STEP)

@@ -1,9 +1,8 @@
 """The weights' side of ``hopper_w8a8``: tasks, their ring, and the scales of their rows.
 
-A task is (block of slots, tile of weight rows). A program begins with the tasks of its number, and
-then takes the next one that nobody has: multiprocessors do not all get the same share of the
-memory's rate. The ring never drains between tasks; a stage is DEPTH steps of 128 bytes of two times
-HALF rows, of which VALID are loaded.
+A task is (block of slots, tile of weight rows); tasks go round robin over the programs. The ring
+never drains between them; a stage is DEPTH steps of 128 bytes of two times HALF rows, of which
+VALID are loaded.
 """
 
 from triton.experimental import gluon
@@ -24,15 +23,6 @@ def stored_expert(task, tasks, experts_ptr, TILES: gl.constexpr):
 def known(expert, num_local):
     """The expert, which then has weights, whatever the table said."""
     return gl.minimum(gl.maximum(expert, 0), num_local - 1)
-
-
-@gluon.jit
-def take_task(last, counter_ptr, FILLED: gl.constexpr):
-    """A task that nobody has, or, without a counter, the one a round after the ``last``."""
-    if counter_ptr is None:
-        return last + gl.num_programs(0)
-    else:
-        return gl.atomic_add(counter_ptr, 1, sem="relaxed") + FILLED * gl.num_programs(0)
 
 
 @gluon.jit

@@ -1,0 +1,422 @@
+"""The GEMM of ``hopper_w8a8_gemm`` with a role for each kind of waiting.
+
+One warp keeps the ring filled, four bring the rows of slots and all scales to shared memory, a span
+ahead and in two buffers, and eight multiply and store: what they wait for is in shared memory, so
+that neither tables nor rows on their way, nor TMA's own queue, holds up a product.
+
+grid (programs,), arguments as there.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_task
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
+from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
+    STEP_BYTES,
+    known,
+    load_scales,
+    row_scales,
+    scales_layout,
+    stored_expert,
+)
+from fusedmoe.kernels.triton.quantized_common import float_scale
+
+UNSPECIALIZED = ("R", "num_local", "desc_rows")
+
+
+@gluon.jit
+def issue(descs, ring, bar, stage, row, below, byte, DEPTH: gl.constexpr, VALID: gl.constexpr):
+    """Load DEPTH steps of two times VALID rows."""
+    HALF: gl.constexpr = ring.shape[1] // 2
+    BOX: gl.constexpr = descs[0].block_shape[0]
+    mbarrier.expect(bar, DEPTH * 2 * VALID * STEP_BYTES)
+    for step in gl.static_range(DEPTH):
+        part = ring.index(stage * DEPTH + step)
+        at = byte + step * STEP_BYTES
+        for first in gl.static_range(0, VALID, BOX):
+            low, high = part.slice(first, BOX, 0), part.slice(HALF + first, BOX, 0)
+            tma.async_copy_global_to_shared(descs[0], [row + first, at], bar, low)
+            tma.async_copy_global_to_shared(descs[1], [row + below + first, at], bar, high)
+
+
+@gluon.jit
+def weights_role(
+    descs, ring, bars, tables, sizes, KSTEPS: gl.constexpr, TILES: gl.constexpr,
+    VALID: gl.constexpr, BN: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr,
+    GUESS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring. bars: (full, empty, guessed): what was loaded before the tables were there
+    arrives on barriers of its own, and is passed on or loaded again."""
+    full, empty, early_bars = bars
+    experts_ptr, num_post_ptr = tables
+    num_local, desc_rows, below = sizes
+    STAGES: gl.constexpr = full.shape[0]
+    DEPTH: gl.constexpr = ring.shape[0] // STAGES
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    FILLED: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
+    programs = gl.num_programs(0)
+    task = gl.program_id(0)
+    guessed = False
+    if GUESS:
+        guessed = task + (FILLED - 1) * programs < TILES * num_local
+        if guessed:
+            for ahead in range(STAGES):
+                target = task + ahead // KSTEPS * programs
+                row = target // TILES * desc_rows + target % TILES * WIDE
+                byte = ahead % KSTEPS * (DEPTH * STEP_BYTES)
+                issue(descs, ring, early_bars.index(ahead), ahead, row, below, byte, DEPTH, VALID)
+    if not EARLY:
+        gdc_wait()
+    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    there = 0
+    if guessed:
+        right = task + (FILLED - 1) * programs < tasks
+        for i in gl.static_range(FILLED):
+            target = task + i * programs
+            expert = stored_expert(target, tasks, experts_ptr, TILES)
+            right = right & (expert == target // TILES)
+        if right:
+            there = STAGES
+        for ahead in range(STAGES):
+            mbarrier.wait(early_bars.index(ahead), 0)
+            if right:
+                mbarrier.arrive(full.index(ahead), count=1)
+    stage = 0
+    phase = 1
+    expert = stored_expert(task, tasks, experts_ptr, TILES)
+    while task < tasks:
+        row = known(expert, num_local) * desc_rows + task % TILES * WIDE
+        task += programs
+        expert = stored_expert(task, tasks, experts_ptr, TILES)
+        for k in range(KSTEPS):
+            if there > 0:
+                there -= 1
+            else:
+                mbarrier.wait(empty.index(stage), phase)
+                byte = k * (DEPTH * STEP_BYTES)
+                issue(descs, ring, full.index(stage), stage, row, below, byte, DEPTH, VALID)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def rows_role(
+    x, x_scales, scale_ptr, strides, steps, spans, bars, tables, R, num_local, N: gl.constexpr,
+    D: gl.constexpr, TOP_K: gl.constexpr, ROUNDING: gl.constexpr, GROUP: gl.constexpr,
+    E8M0: gl.constexpr, GATED: gl.constexpr, SPANS: gl.constexpr, TILES: gl.constexpr,
+    TILE: gl.constexpr, VALID: gl.constexpr,
+):  # fmt: skip
+    """Bring spans of rows, their scales and the weights' to shared memory, in turns to two buffers.
+
+    What a span needs is asked for when the one before it is put down, slots and experts a task
+    before that. spans: (rows [2 * SPAN, BN, 128], scales [2 * SPAN, BN], weights' [2 * SPAN or 2,
+    TILE], slots [2, BN]); bars: (ready, free).
+    """
+    x_span, scale_span, w_span, slot_span = spans
+    ready, free = bars
+    experts_ptr, sorted_ptr, num_post_ptr = tables
+    SPAN: gl.constexpr = x_span.shape[0] // 2
+    BN: gl.constexpr = x_span.shape[1]
+    LINES: gl.constexpr = SPAN * BN
+    BY_STEP: gl.constexpr = GROUP > 0
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    W_STEPS: gl.constexpr = SPAN if BY_STEP else 1
+    by_line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    x_lines = x_span._reinterpret(x_span.dtype, [2, LINES, STEP], x_span.layout)
+    scale_lines = scale_span._reinterpret(gl.float32, [2, LINES], flat)
+    w_steps = w_span._reinterpret(
+        gl.float32, [2, W_STEPS, TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+
+    gdc_wait()
+    gdc_launch_dependents()
+    programs = gl.num_programs(0)
+    task = gl.program_id(0)
+    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    slots = find_rows(task, tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    next_slots = find_rows(task + programs, tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    expert = stored_expert(task, tasks, experts_ptr, TILES)
+    next_expert = stored_expert(task + programs, tasks, experts_ptr, TILES)
+    values, scales = load_span(x, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
+    w_scales = span_scales(
+        scale_ptr, strides, steps, task, known(expert, num_local), 0, N, D, TILE, VALID, TILES,
+        SPAN, GATED, GROUP,
+    )  # fmt: skip
+    turn = 0
+    phase = 1
+    while task < tasks:
+        place = task // TILES * BN + gl.arange(0, BN, by_line)
+        out_slots = gl.load(sorted_ptr + place, cache_modifier=".cg")
+        coming = stored_expert(task + 2 * programs, tasks, experts_ptr, TILES)
+        for span in range(SPANS):
+            mbarrier.wait(free.index(turn), phase)
+            put_span(
+                values, scales, x_lines.index(turn), scale_lines.index(turn), x_span.dtype, E8M0,
+                ROUNDING,
+            )  # fmt: skip
+            w_steps.index(turn).store(float_scale(w_scales))
+            slot_span.index(turn).store(gl.where(out_slots < R, out_slots, -1))
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(ready.index(turn), count=1)
+            turn ^= 1
+            phase ^= turn == 0
+            last = span + 1 == SPANS
+            first = gl.where(last, 0, (span + 1) * SPAN)
+            slots = gl.where(last, next_slots, slots)
+            values, scales = load_span(x, x_scales, slots, first, D, TOP_K, BN, ROUNDING)
+            w_scales = span_scales(
+                scale_ptr, strides, steps, gl.where(last, task + programs, task),
+                known(gl.where(last, next_expert, expert), num_local), first, N, D, TILE, VALID,
+                TILES, SPAN, GATED, GROUP,
+            )  # fmt: skip
+            if last:
+                next_slots = find_rows(
+                    task + 2 * programs, tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING
+                )
+        task += programs
+        expert = next_expert
+        next_expert = coming
+
+
+@gluon.jit
+def span_scales(
+    scale_ptr, strides, steps, task, expert, first, N: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, VALID: gl.constexpr, TILES: gl.constexpr, SPAN: gl.constexpr,
+    GATED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """The scales of a tile's rows [SPAN, TILE] by steps, or [1, TILE] where they have one each."""
+    if GROUP > 0:
+        return load_scales(
+            scale_ptr, strides, steps, task, expert, first, N, D, TILE, VALID, TILES, SPAN, GATED,
+            GROUP,
+        )  # fmt: skip
+    else:
+        layout: gl.constexpr = gl.SliceLayout(0, scales_layout(TILE, gl.num_warps()))
+        one = row_scales(
+            scale_ptr, strides, steps, task, expert, N, TILE, VALID, TILES, GATED, layout
+        )
+        return gl.expand_dims(one, 0)
+
+
+@gluon.jit
+def products_role(
+    bias_ptr, out_ptr, largest_ptr, ring, spans, bars, tables, num_local, bias_steps, numbers,
+    N: gl.constexpr, FORMULA: gl.constexpr, GATED: gl.constexpr, STEPPED: gl.constexpr,
+    BY_STEP: gl.constexpr, KSTEPS: gl.constexpr, TILES: gl.constexpr, VALID: gl.constexpr,
+):  # fmt: skip
+    """Multiply what is in shared memory, and store. bars: (full, empty, ready, free)."""
+    full, empty, ready, free = bars
+    x_span, scale_span, w_span, slot_span = spans
+    experts_ptr, num_post_ptr = tables
+    STAGES: gl.constexpr = full.shape[0]
+    DEPTH: gl.constexpr = ring.shape[0] // STAGES
+    TILE: gl.constexpr = ring.shape[1]
+    SPAN: gl.constexpr = x_span.shape[0] // 2
+    BN: gl.constexpr = x_span.shape[1]
+    PER_SPAN: gl.constexpr = SPAN // DEPTH
+    SPANS: gl.constexpr = (KSTEPS + PER_SPAN - 1) // PER_SPAN
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    SUM: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BN, 32])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_slot: gl.constexpr = gl.SliceLayout(0, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, features_layout(TILE // 2, gl.num_warps()))
+    W_STEPS: gl.constexpr = SPAN if BY_STEP else 1
+
+    gdc_wait()
+    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    stage = 0
+    phase = 0
+    turn = 0
+    span_phase = 0
+    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+        expert = stored_expert(task, tasks, experts_ptr, TILES)
+        total = gl.zeros([TILE, BN], gl.float32 if STEPPED else SUM, mma)
+        slots = gl.zeros([BN], gl.int32, by_column)
+        w_scale = gl.zeros([TILE], gl.float32, by_row)
+        x_scale = gl.zeros([BN], gl.float32, by_slot)
+        for span in range(SPANS):
+            mbarrier.wait(ready.index(turn), span_phase)
+            slots = slot_span.index(turn).load(by_column)
+            if not BY_STEP:
+                w_scale = w_span.index(turn * W_STEPS).load(by_row)
+            if not STEPPED:
+                x_scale = scale_span.index(turn * SPAN).load(by_slot)
+            for k in range(gl.minimum(PER_SPAN, KSTEPS - span * PER_SPAN)):
+                at = turn * SPAN + k * DEPTH
+                mbarrier.wait(full.index(stage), phase)
+                x_tile = x_span.index(at).permute((1, 0))
+                x_other = x_span.index(at + DEPTH - 1).permute((1, 0))
+                first = ring.index(stage * DEPTH)
+                second = ring.index(stage * DEPTH + DEPTH - 1)
+                if STEPPED:
+                    none = gl.zeros([TILE, BN], SUM, mma)
+                    part = warpgroup_mma(first, x_tile, none, use_acc=False, is_async=True)
+                    if DEPTH == 2:
+                        other = warpgroup_mma(second, x_other, none, use_acc=False, is_async=True)
+                        factor = step_factor(scale_span, w_span, at, BY_STEP, mma)
+                        factor_other = step_factor(scale_span, w_span, at + 1, BY_STEP, mma)
+                        part, other = warpgroup_mma_wait(0, deps=(part, other))
+                        gl.thread_barrier()
+                        mbarrier.arrive(empty.index(stage), count=1)
+                        total += part.to(gl.float32) * factor
+                        total += other.to(gl.float32) * factor_other
+                    else:
+                        factor = step_factor(scale_span, w_span, at, BY_STEP, mma)
+                        part = warpgroup_mma_wait(0, deps=(part,))
+                        gl.thread_barrier()
+                        mbarrier.arrive(empty.index(stage), count=1)
+                        total += part.to(gl.float32) * factor
+                else:
+                    total = warpgroup_mma(first, x_tile, total, is_async=True)
+                    if DEPTH == 2:
+                        total = warpgroup_mma(second, x_other, total, is_async=True)
+                    total = warpgroup_mma_wait(0, deps=(total,))
+                    gl.thread_barrier()
+                    mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = next_stage(stage, phase, STAGES)
+            gl.thread_barrier()
+            mbarrier.arrive(free.index(turn), count=1)
+            turn ^= 1
+            span_phase ^= turn == 0
+        total = total.to(gl.float32)
+        if not STEPPED:
+            total *= gl.expand_dims(x_scale, 0)
+        if not BY_STEP:
+            total *= gl.expand_dims(w_scale, 1)
+        finish_task(
+            total, known(expert, num_local), task % TILES * WIDE, slots, bias_ptr, out_ptr,
+            largest_ptr, bias_steps, numbers, FORMULA, GATED, VALID, N,
+        )  # fmt: skip
+
+
+@gluon.jit
+def step_factor(scale_span, w_span, step, BY_STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scales of a step's columns, [1, BN] or [TILE, BN]."""
+    factor = gl.expand_dims(scale_span.index(step).load(gl.SliceLayout(0, LAYOUT)), 0)
+    if BY_STEP:
+        w_scale = w_span.index(step).load(gl.SliceLayout(1, LAYOUT))
+        factor = factor * gl.expand_dims(w_scale, 1)
+    return factor
+
+
+@gluon.jit
+def open_pairs(COUNT: gl.constexpr):
+    """COUNT barriers that one arrival opens."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def roles_kernel(
+    low_desc,
+    high_desc,
+    x_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    largest_ptr,
+    experts_ptr,
+    sorted_ptr,
+    num_post_ptr,
+    R,
+    num_local,
+    desc_rows,
+    below,
+    stride_x,
+    stride_xs,
+    stride_xg,
+    stride_se,
+    stride_sn,
+    scale_shard_step,
+    scale_row_step,
+    scale_block,
+    row_shard_step,
+    row_step,
+    limit,
+    alpha,
+    beta,
+    N: gl.constexpr,
+    D: gl.constexpr,
+    TOP_K: gl.constexpr,
+    ROUNDING: gl.constexpr,
+    STEPPED: gl.constexpr,
+    GROUP: gl.constexpr,
+    E8M0: gl.constexpr,
+    FORMULA: gl.constexpr,
+    GATED: gl.constexpr,
+    EARLY: gl.constexpr,
+    GUESS: gl.constexpr,
+    TILE: gl.constexpr,
+    VALID: gl.constexpr,
+    BN: gl.constexpr,
+    DEPTH: gl.constexpr,
+    SPAN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    DTYPE: gl.constexpr = low_desc.dtype
+    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
+    KSTEPS: gl.constexpr = (D + DEPTH * STEP - 1) // (DEPTH * STEP)
+    SPANS: gl.constexpr = (KSTEPS * DEPTH + SPAN - 1) // SPAN
+    TILES: gl.constexpr = (N + WIDE - 1) // WIDE
+    BY_STEP: gl.constexpr = GROUP > 0
+    W_STEPS: gl.constexpr = SPAN if BY_STEP else 1
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    x_shared: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=8, rank=2
+    )
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * DEPTH, TILE, STEP], low_desc.layout)
+    spans = (
+        gl.allocate_shared_memory(DTYPE, [2 * SPAN, BN, STEP], x_shared),
+        gl.allocate_shared_memory(gl.float32, [2 * SPAN, BN], flat),
+        gl.allocate_shared_memory(gl.float32, [2 * W_STEPS, TILE], flat),
+        gl.allocate_shared_memory(gl.int32, [2, BN], flat),
+    )
+    full, empty, early_bars = open_pairs(STAGES), open_pairs(STAGES), open_pairs(STAGES)
+    ready, free = open_pairs(2), open_pairs(2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                products_role,
+                (
+                    bias_ptr, out_ptr, largest_ptr, ring, spans, (full, empty, ready, free),
+                    (experts_ptr, num_post_ptr), num_local, (row_shard_step, row_step),
+                    (limit, alpha, beta), N, FORMULA, GATED, STEPPED, BY_STEP, KSTEPS, TILES,
+                    VALID,
+                ),
+            ),
+            (
+                rows_role,
+                (
+                    (x_ptr, stride_x), (x_scale_ptr, stride_xs, stride_xg), scale_ptr,
+                    (stride_se, stride_sn), (scale_shard_step, scale_row_step, scale_block),
+                    spans, (ready, free), (experts_ptr, sorted_ptr, num_post_ptr), R, num_local,
+                    N, D, TOP_K, ROUNDING, GROUP, E8M0, GATED, SPANS, TILES, TILE, VALID,
+                ),
+            ),
+            (
+                weights_role,
+                (
+                    (low_desc, high_desc), ring, (full, empty, early_bars),
+                    (experts_ptr, num_post_ptr), (num_local, desc_rows, below), KSTEPS, TILES,
+                    VALID, BN, GATED, EARLY, GUESS,
+                ),
+            ),
+        ],
+        [4, 1],
+        [120, 32],
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""The streaming kernels of 8 bits on a CPU, role by role: tables guessed right and wrong, more
+tasks than programs, odd sizes, every way rows are rounded."""
+
+import pytest
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import align_reference, padded_slots
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
+from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.kernels.triton import hopper_w8a8
+from fusedmoe.kernels.triton.hopper_w8a8 import Rows
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+)
+from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.w8a8_tiles import StreamTile
+from gluon_threads import Matrix, block, run
+
+E = 4
+
+
+def largest_magnitude(x, axis):
+    return block(x.abs().amax(axis))
+
+
+def scale_from(amax, dtype, e8m0, floor):
+    return block(amax.clamp(min=floor) / (127.0 if dtype == torch.int8 else 448.0))
+
+
+def quantized(x, scale, dtype):
+    ratio = x * (1.0 / scale)
+    if dtype == torch.int8:
+        return block(ratio.round().clamp(-128, 127).to(dtype))
+    return block(torch.Tensor.to(ratio.clamp(-448, 448), dtype))
+
+
+INSTEAD = {
+    "hopper_activation": lambda formula, gate, up, *_: block(
+        torch.nn.functional.silu(gate.float()) * up
+    ),
+    "float_scale": lambda x: x.float(),
+    "largest_magnitude": largest_magnitude,
+    "scale_from": scale_from,
+    "scale_of": lambda x, axis, dtype, e8m0: scale_from(x.abs().amax(axis), dtype, e8m0, 1e-10),
+    "quantized": quantized,
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches run here, on so many programs."""
+
+    def launcher(kernel):
+        def launch(programs, matrices, tensors, numbers, constants, **options):
+            views = [Matrix(view, launched.weights) for view in matrices]
+            run(kernel, 3, (*views, *tensors, *numbers, *constants), INSTEAD)
+
+        return launch
+
+    def launched():
+        pass
+
+    monkeypatch.setattr(hopper_w8a8, "_launch_gemm", launcher(hopper_w8a8.gemm_kernel))
+    monkeypatch.setattr(hopper_w8a8, "_launch_roles", launcher(hopper_w8a8.roles_kernel))
+    return launched
+
+
+def tables(ids, slots):
+    P = padded_slots(ids.numel(), slots, E, False)
+    return align_reference(ids.flatten(), slots, E, P, None, False, False)[0]
+
+
+ROUTES = {
+    "an_expert_a_block": torch.arange(8) % E,
+    "one_expert_idle": torch.tensor([0, 0, 1, 3, 3, 3, 1, 0]),
+    "one_expert_alone": torch.full((8,), 2),
+    "two_blocks_of_one": torch.tensor([1] * 9 + [0, 3]),
+    "nobody": torch.full((5,), -1),
+}
+TILES = {
+    "roles": StreamTile(128, 64, 8, 2, 2, 2, 1, True),
+    "roles_by_steps": StreamTile(128, 64, 8, 1, 4, 3, 1, True),
+    "roles_part": StreamTile(128, 48, 8, 2, 2, 3, 1, True),
+    "in_step": StreamTile(128, 64, 8, 2, 2, 2, 1),
+    "in_step_part": StreamTile(128, 48, 8, 1, 2, 3, 1),
+}
+
+
+def up(fmt, key, ids, tile, launched, H=400, I=144):  # noqa: E741
+    torch.manual_seed(0)
+    w = quantize(torch.randn(E, 2 * I, H), format_named(fmt), shards=2)
+    x = torch.randn(len(ids), H).bfloat16()
+    scale = torch.full((1,), 0.02) if key.static else None
+    rows, blocks = quantize_rows_reference(x, key, scale), tables(ids, tile.slots)
+    out, largest = torch.full((len(ids), I), 7.0).bfloat16(), torch.zeros(len(ids)).int()
+    launched.weights = w.data
+    act = device_activation(MoEActivation.SILU, None)
+    given = Rows(x, scale, 1, "given") if key.static else Rows.stored(rows, 1)
+    hopper_w8a8.gemm(
+        given, w, out, None, act, blocks, weight_addresses(w), tile, 3, largest=largest,
+        guess=True,
+    )  # fmt: skip
+    expected = torch.full((len(ids), I), 7.0).bfloat16()
+    w8a8_gemm_reference(
+        *rows, w, expected, None, blocks, QuantizedTile(64, tile.slots, 128, 1, 4, 2), key,
+        top_k=1, activation=MoEActivation.SILU,
+    )  # fmt: skip
+    return out, expected, largest
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_up(route, tile, launched):
+    ids = ROUTES[route].int()[:, None]
+    out, expected, largest = up("fp8_block", FP8_DYNAMIC_128, ids, TILES[tile], launched)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    found = largest.view(torch.float32)
+    live = ids[:, 0] >= 0
+    torch.testing.assert_close(found[live], out[live].float().abs().amax(1))
+    assert not found[~live].any()
+
+
+@pytest.mark.parametrize("tile", ["roles", "in_step"])
+@pytest.mark.parametrize(
+    ("fmt", "key"),
+    [
+        *(("fp8_channel", FP8_DYNAMIC_TOKEN), ("int8_channel", INT8_DYNAMIC_TOKEN)),
+        ("fp8_tensor", FP8_STATIC_TENSOR),
+    ],
+    ids=str,
+)
+def test_up_with_scales_of_rows(fmt, key, tile, launched):
+    ids = ROUTES["one_expert_idle"].int()[:, None]
+    out, expected, _ = up(fmt, key, ids, TILES[tile], launched)
+    torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    ("fmt", "key"),
+    [
+        *(("fp8_block", FP8_DYNAMIC_128), ("fp8_channel", FP8_DYNAMIC_TOKEN)),
+        ("int8_channel", INT8_DYNAMIC_TOKEN),
+    ],
+    ids=str,
+)
+def test_down(fmt, key, tile, launched):
+    torch.manual_seed(0)
+    H, I = 336, 272  # noqa: E741
+    w = quantize(torch.randn(E, H, I), format_named(fmt))
+    ids = ROUTES["two_blocks_of_one"].int()[:, None]
+    act, blocks = torch.randn(len(ids), I).bfloat16(), tables(ids, 8)
+    y, expected = (torch.full((len(ids), H), 7.0) for _ in range(2))
+    launched.weights = w.data
+    largest = act.float().abs().amax(1).view(torch.int32)
+    rows = Rows(act, None, 1, "group")
+    if key.group_shape.col == -1:
+        rows = Rows(act, largest, 1, "largest")
+    hopper_w8a8.gemm(
+        rows, w, y, None, None, blocks, weight_addresses(w), TILES[tile], 3, early=True
+    )
+    w8a8_gemm_reference(
+        *quantize_rows_reference(act, key), w, expected, None, blocks,
+        QuantizedTile(64, 8, 128, 1, 4, 2), key, top_k=1,
+    )  # fmt: skip
+    # A value within rounding of a tie may take the other neighbour.
+    assert float((y - expected).norm() / expected.norm()) < 5e-3
