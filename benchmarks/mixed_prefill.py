@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,8 +41,10 @@ DENSE = 8192
 
 
 def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
+    tall = mixed_prefill_tiles(1, 1, (bits, bits))
     return {
-        "256 x 128": mixed_prefill_tiles(1, 1, (bits, bits)),
+        "256 x 128": tall,
+        "256 x 128 ahead": MixedPrefillTiles(*(replace(tile, ahead=True) for tile in tall)),
         "128 x 256": mixed_prefill_tiles(1000, 1, (bits, bits)),
     }
 

@@ -59,13 +59,13 @@ def error(out, expected):
     return float((out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm())
 
 
-@pytest.mark.parametrize("rows", [256, 128])
+@pytest.mark.parametrize(("rows", "ahead"), [(256, False), (256, True), (128, False)])
 @pytest.mark.parametrize("name", CASES)
-def test_formats(name, rows, ran, monkeypatch):
+def test_formats(name, rows, ahead, ran, monkeypatch):
     case = CASES[name]
     wide = [format_named(fmt).values == 1 for fmt in (case.format, case.down or case.format)]
     stages = [(5 if rows == 256 else 4) if eight else 5 for eight in wide]
-    tiles = MixedPrefillTiles(*(MixedPrefillTile(rows, 384 - rows, n, 4) for n in stages))
+    tiles = MixedPrefillTiles(*(MixedPrefillTile(rows, 384 - rows, n, 4, ahead) for n in stages))
     monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles)
     tensors = case.layer.tensors()
     run = case.runner(tensors, HopperQuantizedExperts)

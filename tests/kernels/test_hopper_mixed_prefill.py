@@ -251,6 +251,8 @@ def test_tiles():
             assert ring + 4 * 128 * 64 + 512 <= 227 * 1024
     with pytest.raises(ValueError, match="128 by 128"):
         MixedPrefillTile(128, 128, 4, 8)
+    with pytest.raises(ValueError, match="ahead anyway"):
+        MixedPrefillTile(128, 256, 4, 8, ahead=True)
     with pytest.raises(ValueError, match="1 stages"):
         MixedPrefillTile(128, 256, 1, 8)
     w1, w2 = layer("int4_g32")

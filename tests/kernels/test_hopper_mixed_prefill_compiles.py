@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 COMPILE = """
 import re, subprocess, sys, tempfile
+from dataclasses import replace
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -22,7 +23,7 @@ from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 
 TYPES = {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.float32: "fp32",
          torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
-TOOLS = triton.knobs.nvidia
+TOOLS, SPILL = triton.knobs.nvidia, 0
 
 
 def compile_as_launched(kernel):
@@ -59,7 +60,7 @@ def compile_as_launched(kernel):
                 capture_output=True, text=True, check=True)
         told = told.stdout + told.stderr
         assert "serialized" not in told, told
-        assert " 0 bytes spill stores" in told, told
+        assert int(re.search(r"(\\d+) bytes spill stores", told)[1]) <= SPILL, told
 
     return launch
 
@@ -73,7 +74,7 @@ ids = torch.zeros(T * K, dtype=torch.int32)
 table = MoEAlignment(torch.zeros(P, dtype=torch.int32), ids[:3], ids[:1])
 
 
-def run(name, many, act=MoEActivation.SILU, bias=False, H=2048, I=768):
+def run(name, many, act=MoEActivation.SILU, bias=False, H=2048, I=768, **fields):
     act, fmt = device_activation(act), format_named(name)
     shards = 2 if act.gated else 1
     w1 = quantize(torch.zeros(E, shards * I, H), fmt, shards=shards, interleaved=act.interleaved)
@@ -83,6 +84,7 @@ def run(name, many, act=MoEActivation.SILU, bias=False, H=2048, I=768):
         biases = torch.zeros(E, shards * I).bfloat16(), torch.zeros(E, H).bfloat16()
     x, out = torch.zeros(T, H).bfloat16(), torch.zeros(T, H).bfloat16()
     tiles = mixed_prefill_tiles(1000 if many else 1, 1, (fmt.bits, fmt.bits))
+    tiles = type(tiles)(*(replace(tile, **fields) for tile in tiles))
     module.prefill(x, w1, w2, None, ids.view(T, K), out, torch.zeros(P, I).bfloat16(),
                    torch.zeros(P, H).bfloat16(), act, *biases, None, table, tiles, 132)
 
@@ -94,6 +96,8 @@ run("int4_g32_zp", False, H=544, I=288)
 run("nvfp4", True, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", False)
 run("fp8_block", True)
+SPILL = 32
+run("mxfp4", False, MoEActivation.SWIGLUOAI, True, 576, 320, ahead=True)
 print("compiled")
 """
 

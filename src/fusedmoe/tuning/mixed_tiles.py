@@ -12,18 +12,22 @@ _STAGES = {(256, 4): 7, (256, 8): 5, (128, 4): 5, (128, 8): 4}
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
     """``rows`` weight rows by ``slots`` slots: 256 by 128 or 128 by 256. ``stages`` steps of 64
-    columns in flight; ``group`` blocks of slots are finished before the next ones begin."""
+    columns in flight; ``group`` blocks of slots are finished before the next ones begin. ``ahead``:
+    256 rows are prepared while the step before is multiplied, as 128 always are."""
 
     rows: int
     slots: int
     stages: int
     group: int
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if (self.rows, self.slots) not in ((256, 128), (128, 256)):
             raise ValueError(
                 f"tiles are 256 rows by 128 slots or 128 by 256, not {self.rows} by {self.slots}"
             )
+        if self.ahead and self.rows == 128:
+            raise ValueError("128 rows are prepared ahead anyway")
         if self.stages < 2 or self.group < 1:
             raise ValueError(f"{self.stages} stages and groups of {self.group} are too few")
 

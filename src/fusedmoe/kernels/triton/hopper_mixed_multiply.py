@@ -190,37 +190,68 @@ def multiply_one(
 
 
 @gluon.jit
-def multiply_two(
-    rings, bars, stage, phase, first, second, D: gl.constexpr, ELEMENT: gl.constexpr,
+def prepare_two(
+    rings, bars, stage, phase, of_first, of_second, selector, ELEMENT: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
+    """``prepare``, for products INDEX and INDEX + 1 of the step that this waits for."""
+    mbarrier.wait(bars[0].index(stage), phase)
+    words = rings[0].index(stage)
+    first = prepare(words, of_first, selector, INDEX, ELEMENT, GROUP, GATED)
+    return first, prepare(words, of_second, selector, INDEX + 1, ELEMENT, GROUP, GATED)
+
+
+@gluon.jit
+def multiply_two(
+    rings, bars, stage, phase, first, second, D: gl.constexpr, ELEMENT: gl.constexpr,
+    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
     """The sums [64, SLOTS] of products INDEX and INDEX + 1 of a tile; ``first`` and ``second`` are
-    their ``group_pointers``. Both operands are made, then multiplied: the other warpgroup's
-    products fill the time."""
-    w_ring, x_ring = rings
-    full, empty = bars
+    their ``group_pointers``.
+
+    Both operands are made, then multiplied: the other warpgroup's products fill the time. AHEAD:
+    they are prepared as in ``multiply_one``, which takes 32 registers more.
+    """
+    x_ring, empty = rings[1], bars[1]
     STAGES: gl.constexpr = x_ring.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
+    LEAD: gl.constexpr = 1 if AHEAD else 0
     selector = selectors(ELEMENT, scales_of_step(GROUP))
     upper = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     lower = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     of_first = groups_at(first, 0, D, ELEMENT, GROUP)
     of_second = groups_at(second, 0, D, ELEMENT, GROUP)
+    if AHEAD:
+        ready, other = prepare_two(
+            rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP, GATED, INDEX
+        )
+        of_first = groups_at(first, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
+        of_second = groups_at(second, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
-        ahead = gl.minimum(k + 1, KSTEPS - 1)
-        mbarrier.wait(full.index(stage), phase)
-        words = w_ring.index(stage)
+        ahead = gl.minimum(k + 1 + LEAD, KSTEPS - 1)
+        if not AHEAD:
+            ready, other = prepare_two(
+                rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP, GATED,
+                INDEX,
+            )  # fmt: skip
+            of_first = groups_at(first, ahead, D, ELEMENT, GROUP)
+            of_second = groups_at(second, ahead, D, ELEMENT, GROUP)
         x = x_ring.index(stage).permute((1, 0))
-        ready = prepare(words, of_first, selector, INDEX, ELEMENT, GROUP, GATED)
         a = operand(ready, GROUP, SLOTS)
-        of_first = groups_at(first, ahead, D, ELEMENT, GROUP)
-        ready = prepare(words, of_second, selector, INDEX + 1, ELEMENT, GROUP, GATED)
-        b = operand(ready, GROUP, SLOTS)
-        of_second = groups_at(second, ahead, D, ELEMENT, GROUP)
+        b = operand(other, GROUP, SLOTS)
         upper = warpgroup_mma(a, x, upper, is_async=True)
         lower = warpgroup_mma(b, x, lower, is_async=True)
-        upper, lower = warpgroup_mma_wait(0, deps=(upper, lower))
-        mbarrier.arrive(empty.index(stage), count=1)
+        done = stage + 0
         stage, phase = next_stage(stage, phase, STAGES)
+        if AHEAD:  # noqa: SIM102 (the outer one is settled at compile time)
+            if k + 1 < KSTEPS:
+                ready, other = prepare_two(
+                    rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP,
+                    GATED, INDEX,
+                )  # fmt: skip
+                of_first = groups_at(first, ahead, D, ELEMENT, GROUP)
+                of_second = groups_at(second, ahead, D, ELEMENT, GROUP)
+        upper, lower = warpgroup_mma_wait(0, deps=(upper, lower))
+        mbarrier.arrive(empty.index(done), count=1)
     return upper, lower, stage, phase

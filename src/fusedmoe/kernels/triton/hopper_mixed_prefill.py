@@ -116,7 +116,7 @@ def up(
         (
             *(H, I, K, w1.format.element, _group(w1)),
             *(activation.formula, activation.gated, w1.interleaved),
-            *(tile.rows, tile.slots, tile.stages, tile.group),
+            *(tile.rows, tile.slots, tile.stages, tile.group, tile.ahead),
         ),
         num_warps=4,
         maxnreg=168,
@@ -149,7 +149,7 @@ def down(
         (stride_expert, row_step, block, e),
         (
             *(H, I, w2.format.element, _group(w2)),
-            *(tile.rows, tile.slots, tile.stages, tile.group),
+            *(tile.rows, tile.slots, tile.stages, tile.group, tile.ahead),
         ),
         num_warps=4,
         maxnreg=168,

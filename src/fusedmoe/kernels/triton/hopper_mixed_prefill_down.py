@@ -110,6 +110,7 @@ def down_consumer(
     GROUP: gl.constexpr,
     TILES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    AHEAD: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     scale_ptr, zero_ptr, _, _ = pointers
@@ -138,7 +139,7 @@ def down_consumer(
                 ELEMENT, GROUP, False,
             )  # fmt: skip
             acc, more, stage, phase = multiply_two(
-                rings, bars, stage, phase, one, other, I, ELEMENT, GROUP, False, INDEX
+                rings, bars, stage, phase, one, other, I, ELEMENT, GROUP, False, INDEX, AHEAD
             )
         row = block * SLOTS
         finish_product(
@@ -177,6 +178,7 @@ def down_kernel(
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
     """As ``up_kernel``, of w2; both descriptors are the same."""
     TILES: gl.constexpr = (H + ROWS - 1) // ROWS
@@ -191,14 +193,14 @@ def down_kernel(
                 down_consumer,
                 (
                     out_desc, out0, pointers, scales, rings, bars, tables, num_local, H, I,
-                    ELEMENT, GROUP, TILES, GROUP_M, 0,
+                    ELEMENT, GROUP, TILES, GROUP_M, AHEAD, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
                     out_desc, out1, pointers, scales, rings, bars, tables, num_local, H, I,
-                    ELEMENT, GROUP, TILES, GROUP_M, 1,
+                    ELEMENT, GROUP, TILES, GROUP_M, AHEAD, 1,
                 ),
             ),
             (
@@ -210,5 +212,5 @@ def down_kernel(
             ),
         ],
         [4, 1],
-        [216, 72],
+        [232, 40] if AHEAD else [216, 72],
     )  # fmt: skip

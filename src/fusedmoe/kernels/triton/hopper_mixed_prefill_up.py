@@ -139,6 +139,7 @@ def up_consumer(
     GATED: gl.constexpr,
     TILES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    AHEAD: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     scale_ptr, zero_ptr, _, _ = pointers
@@ -168,7 +169,7 @@ def up_consumer(
                 ELEMENT, GROUP, GATED,
             )  # fmt: skip
             acc, more, stage, phase = multiply_two(
-                rings, bars, stage, phase, one, other, H, ELEMENT, GROUP, GATED, INDEX
+                rings, bars, stage, phase, one, other, H, ELEMENT, GROUP, GATED, INDEX, AHEAD
             )
         row = block * SLOTS
         finish_product(
@@ -220,6 +221,7 @@ def up_kernel(
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
     """low_desc, high_desc: words of gate and of up, or w1 twice, with ``desc_rows`` rows for each
     expert. GROUP columns share a scale (0: a row does)."""
@@ -243,14 +245,14 @@ def up_kernel(
                 up_consumer,
                 (
                     out_desc, out0, pointers, scales, bias_steps, rings, bars, tables, sizes,
-                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, 0,
+                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, AHEAD, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
                     out_desc, out1, pointers, scales, bias_steps, rings, bars, tables, sizes,
-                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, 1,
+                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, AHEAD, 1,
                 ),
             ),
             (
@@ -262,5 +264,5 @@ def up_kernel(
             ),
         ],
         [4, 4],
-        [216, 72],
+        [224, 56] if AHEAD else [216, 72],
     )  # fmt: skip
