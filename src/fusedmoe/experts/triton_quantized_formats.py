@@ -8,6 +8,8 @@ from itertools import product
 import torch
 
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
+from fusedmoe.modular_kernel.experts import Operand
+from fusedmoe.quantization.formats import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.keys import (
     ACTIVATION_KEYS,
     FP8_WEIGHTS,
@@ -69,10 +71,9 @@ def capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
 def emulated_capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
     """Of the experts that round rows to their format and multiply floats, likewise."""
     pairs = frozenset(product(WEIGHT_KEYS, ACTIVATION_KEYS))
-    return replace(
-        _capabilities(rows, pairs),
-        emulated=frozenset(("activations", key) for key in ACTIVATION_KEYS),
-    )
+    can = _capabilities(rows, pairs)
+    activations = frozenset[tuple[Operand, QuantKey]](("activations", k) for k in ACTIVATION_KEYS)
+    return replace(can, emulated=can.emulated | activations)
 
 
 def _capabilities(rows: FusedMoEActivationFormat, pairs: Pairs) -> ExpertsCapabilities:
@@ -88,4 +89,6 @@ def _capabilities(rows: FusedMoEActivationFormat, pairs: Pairs) -> ExpertsCapabi
         min_capability=(8, 9),
         requires=("triton",),
         batch_invariant=True,
+        # No GPU of compute capability 9 multiplies floats of six bits.
+        emulated=frozenset({("weights", MXFP6_E3M2.key), ("weights", MXFP6_E2M3.key)}),
     )
