@@ -16,7 +16,7 @@ ONE_LAUNCH_SLOTS = 4096
 
 
 class AlignedRows(NamedTuple):
-    """``alignment`` of the slots, ``rows`` of the tokens, ``largest`` int32 [T, K] zeros or None."""
+    """``alignment`` of slots, ``rows`` of tokens, ``largest`` zeros int32 [T, K] or None."""
 
     alignment: MoEAlignment
     rows: QuantizedRows
