@@ -1,6 +1,6 @@
 // What kernels/cuda/instructions.cuh declares, on a CPU: every thread of a block is a fiber, and a
-// fiber runs until it has to wait for others. Copies become visible where they are waited for; until
-// then their target holds ones (as bits), as all shared memory does before it is written.
+// fiber runs until it has to wait for others. Copies become visible where they are waited for;
+// until then their target holds ones (as bits), as shared memory does before it is written.
 
 #include <ucontext.h>
 
@@ -89,7 +89,8 @@ inline u32 select(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   const u64 source = a | (u64)b << 32;
   u32 result = 0;
-  for (int i = 0; i < 4; i++) result |= (u32)(source >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  for (int i = 0; i < 4; i++)
+    result |= (u32)(source >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
   return result;
 }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -152,7 +153,8 @@ template <int N>
 void wait_groups() {
   auto& groups = fibers[current].groups;
   while (groups.size() > N) {
-    for (Copy& one : groups.front()) memcpy(shared_at(one.to, 1), one.bytes.data(), one.bytes.size());
+    for (Copy& one : groups.front())
+      memcpy(shared_at(one.to, 1), one.bytes.data(), one.bytes.size());
     groups.pop_front();
   }
 }

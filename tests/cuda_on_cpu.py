@@ -21,10 +21,10 @@ extern "C" void launch(const Arguments* a, int blocks, int threads, int shared) 
 
 
 class KernelOnCpu:
-    """Stands in for ``CudaKernel``; ``file`` is compiled without the instructions' own text."""
+    """Stands in for ``CudaKernel``; ``files`` do without the instructions' own text."""
 
-    def __init__(self, file, entry, defines, threads, shared):
-        text = HEADER.read_text() + source_of(file) + LAUNCH % entry
+    def __init__(self, files, entry, defines, threads, shared):
+        text = HEADER.read_text() + source_of(*files) + LAUNCH % entry
         flags = [f"-D{name}={value}" for name, value in defines]
         name = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()
         library = Path(tempfile.gettempdir()) / f"fusedmoe-{name}.so"

@@ -35,7 +35,8 @@ def tile(along=1, across=4, slots=8, stages=4, tiles=2, step=64):
 @pytest.fixture
 def on_cpu(monkeypatch):
     def kernel(defines, threads, shared):
-        return KernelOnCpu("quantized_decode.cu", "quantized_decode", defines, threads, shared)
+        given = quantized_decode.SOURCES, quantized_decode.ENTRY, defines, threads, shared
+        return KernelOnCpu(*given)
 
     monkeypatch.setattr(quantized_decode, "_kernel", kernel)
 
@@ -80,6 +81,7 @@ ONE_GEMM = {
     "blocks": ("fp8_block", SILU, 9, 2, 4, 1040, 200, tile(2, 2), {}),
     "tensor": ("fp8_tensor", None, 9, 2, 4, 272, 48, tile(), {"bias": True}),
     "many_slots": ("mxfp4", OAI, 60, 2, 4, 576, 48, tile(slots=32), {"local": 3, "bias": True}),
+    "lines_split": ("mxfp8", SILU, 9, 2, 4, 160, 24, tile(2, 2, tiles=1, step=128), {}),
     "steps_of_a_line": ("int4_g128", None, 9, 2, 4, 1024, 48, tile(tiles=1, step=128), {}),
     "few_steps": ("int4_g32", None, 9, 2, 4, 256, 200, tile(), {"programs": 1}),
 }
@@ -146,7 +148,7 @@ def test_a_layer_whose_last_row_is_nan(on_cpu):
 
 
 def test_arguments_and_constants_are_those_of_the_source():
-    source = program.source_of("quantized_decode.cu")
+    source = program.source_of("quantized_tasks.cuh")
     fields = re.search(r"struct Arguments \{(.*?)\};", source, re.DOTALL)[1]
     fields = re.sub(r"//.*", "", fields)
     names = [name for line in fields.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line)]

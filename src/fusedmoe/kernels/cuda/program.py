@@ -62,9 +62,9 @@ class CudaKernel:
         if function is None:
             function = self._functions[device] = self._load(device)
         address = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        config = _config(blocks, self._threads, self._shared)
-        config.hStream = torch._C._cuda_getCurrentRawStream(device)
-        _driver().cuLaunchKernelEx(config, function, ctypes.addressof(address), 0)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        config = _config(blocks, self._threads, self._shared, stream)
+        _checked(_driver().cuLaunchKernelEx(config, function, ctypes.addressof(address), 0))
 
     def _load(self, device: int) -> Any:
         driver = _driver()
@@ -85,7 +85,7 @@ def _driver() -> Any:
 
 
 @lru_cache(maxsize=256)
-def _config(blocks: int, threads: int, shared: int) -> Any:
+def _config(blocks: int, threads: int, shared: int, stream: int) -> Any:
     driver = _driver()
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -93,7 +93,7 @@ def _config(blocks: int, threads: int, shared: int) -> Any:
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared
+    config.sharedMemBytes, config.hStream = shared, stream
     config.attrs, config.numAttrs = [attribute], 1
     return config
 
@@ -106,9 +106,9 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     return results[0] if results else None
 
 
-def source_of(name: str) -> str:
-    """The text of a ``.cu`` file of this folder."""
-    return (files(__package__) / name).read_text()
+def source_of(*names: str) -> str:
+    """The text of files of this folder, one after the other."""
+    return "".join((files(__package__) / name).read_text() for name in names)
 
 
 def compiled(

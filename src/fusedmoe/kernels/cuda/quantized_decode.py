@@ -14,6 +14,11 @@ from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTile, CudaDecodeTiles
 
+ENTRY = "quantized_decode"
+SOURCES = (
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_tasks.cuh", "quantized_loads.cuh"),
+    "quantized_decode.cu",
+)
 ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 SCALES[torch.float8_e4m3fn] = 4
@@ -40,8 +45,7 @@ class Arguments(ctypes.Structure):
 @lru_cache(maxsize=1024)
 def _kernel(defines: tuple[tuple[str, int | str], ...], threads: int, shared: int) -> CudaKernel:
     text = tuple((name, str(value)) for name, value in defines)
-    source = source_of("instructions.cuh") + source_of("quantized_decode.cu")
-    return CudaKernel(source, "quantized_decode", text, threads, shared)
+    return CudaKernel(source_of("instructions.cuh", *SOURCES), ENTRY, text, threads, shared)
 
 
 SPAN_BYTES = 32  # of a row's scales, and of its zero points, that travel together

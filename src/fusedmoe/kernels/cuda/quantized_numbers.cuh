@@ -1,0 +1,80 @@
+// From stored weights, scales, zero points and biases to numbers.
+//
+// A thread's word holds 8 columns of a 4-bit type or 4 of an 8-bit one, and becomes XR registers of
+// two bf16 each: columns (i, i + XR) in register i. What a type leaves out of its numbers, UNIT
+// makes up for in the epilogue; RAISED ones need x times 2^64, or sums would pass below fp32.
+
+constexpr int INT4 = 0, E2M1 = 1, INT8 = 2, E4M3 = 3;
+constexpr bool FOUR = ELEMENT <= E2M1;
+constexpr int XR = FOUR ? 4 : 2;
+// Groups of 16 (nvfp4) scale the weights: e2m1 times e4m3 is exact in bf16.
+constexpr bool SCALED = ELEMENT == E2M1 && GROUP == 16;
+constexpr bool RAISED = (ELEMENT == E2M1 && !SCALED) || ELEMENT == E4M3;
+constexpr float UNIT =
+    SCALED ? 0x1p63f : ELEMENT == E2M1 ? 0x1p62f : ELEMENT == E4M3 ? 0x1p56f : 1.0f;
+
+// int4: plus 128. e2m1: times 2^-126. int8. e4m3: times 2^-120, NaN as 480.
+DEVICE void numbers(u32 (&v)[XR], u32 word) {
+  if (ELEMENT == INT4) {
+#pragma unroll
+    for (int i = 0; i < XR; i++) v[i] = and_or(word >> 4 * i, 0x000F000Fu, 0x43004300u);
+  } else if (ELEMENT == E2M1) {
+    // Bits 8 to 6 are taken from a shifted word, all others from its signs alone, in one lop3;
+    // those signs that miss bit 15 fall on bit 7, or off the end.
+    const u32 even = word & 0x08080808u, odd = word & 0x80808080u, size = 0x01C001C0u;
+    v[0] = select(size, word << 6, even << 12);
+    v[1] = select(size, word << 2, odd << 8);
+    v[XR - 2] = select(size, word >> 2, even << 4);
+    v[XR - 1] = select(size, word >> 6, odd);
+  } else if (ELEMENT == INT8) {
+    // (128 + low seven bits) - (128 or, where negative, 256)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 bytes = word >> 8 * i;
+      v[i] = minus2(and_or(bytes, 0x007F007Fu, 0x43004300u),
+                    and_or(bytes, 0x00800080u, 0x43004300u));
+    }
+  } else {
+    v[0] = and_or(word << 4, 0x07F007F0u, (word << 8) & 0x80008000u);
+    v[1] = and_or(word >> 4, 0x07F007F0u, word & 0x80008000u);
+  }
+}
+
+// SCALED numbers, times 2^63 for what e2m1 lacks: e4m3 as bf16 is short of 2^-120.
+DEVICE void scale_numbers(u32 (&v)[XR], u32 e4m3) {
+  const u32 two = multiply2(multiply2(e4m3 << 4 | e4m3 << 20, 0x6D806D80u), 0x6D006D00u);
+#pragma unroll
+  for (int i = 0; i < XR; i++) v[i] = multiply2(v[i], two);
+}
+
+// x of 8 or 4 neighbouring columns in the order of numbers().
+DEVICE void pair_up(u32 (&to)[XR], const u32* x) {
+#pragma unroll
+  for (int i = 0; i < XR; i++) {
+    const u32 two = __byte_perm(x[i / 2], x[i / 2 + XR / 2], i % 2 ? 0x7632 : 0x5410);
+    to[i] = RAISED ? multiply2(two, 0x5F805F80u) : two;
+  }
+}
+
+// SCALE: fp32, bf16, fp16, e8m0 (e4m3 is read by scale_numbers).
+DEVICE float stored_scale(u32 address) {
+  if (SCALE == 0) return as_float(shared_u32(address));
+  if (SCALE == 1) return as_float(shared_u16(address) << 16);
+  if (SCALE == 2) return half_float((u16)shared_u16(address));
+  return as_float(shared_u8(address) << 23);
+}
+DEVICE float global_scale(const u8* at, i64 index) {
+  if (SCALE == 0) return ((const float*)at)[index];
+  if (SCALE == 1) return bf16_float(((const u16*)at)[index]);
+  if (SCALE == 2) return half_float(((const u16*)at)[index]);
+  return as_float((u32)at[index] << 23);
+}
+// 128 + a stored zero point.
+DEVICE float stored_middle(u32 address) { return as_float(0x43000000u | shared_u8(address) << 16); }
+
+// BIAS: none, fp32, bf16, fp16.
+DEVICE float bias_at(const void* bias, i64 index) {
+  if (BIAS == 1) return ((const float*)bias)[index];
+  if (BIAS == 2) return bf16_float(((const u16*)bias)[index]);
+  return half_float(((const u16*)bias)[index]);
+}
