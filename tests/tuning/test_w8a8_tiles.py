@@ -1,0 +1,28 @@
+"""Which tiles stream 8-bit weights: enough of them for every multiprocessor, few of their rows
+empty, slots with room."""
+
+import pytest
+
+from fusedmoe.tuning.w8a8_tiles import MULTIPROCESSORS, stream_tiles
+
+SHAPES = [(128, 2048, 768), (8, 4096, 14336), (256, 4096, 2048), (384, 7168, 256), (64, 2048, 1408)]
+
+
+@pytest.mark.parametrize("R", [1, 8, 16, 64, 512, 1024, 3000])
+@pytest.mark.parametrize(("E", "H", "I"), SHAPES)
+def test_tiles_fit_the_problem(R, E, H, I):  # noqa: E741
+    first, second = stream_tiles(R, E, H, I)
+    assert first.slots == second.slots >= R / E or first.slots == 32
+    for tile, features in ((first, I), (second, H / 2)):
+        assert tile.span % tile.depth == 0
+        assert tile.valid <= tile.rows // 2
+        assert tile.valid % tile.box == 0
+        empty = -(-features // tile.valid) * tile.valid - features
+        assert empty <= features / 3 or tile.valid <= 64
+        if tile.rows == 256:
+            assert min(R, E) * features / tile.valid >= 2 * MULTIPROCESSORS
+
+
+def test_a_token_occupies_more_multiprocessors():
+    first, second = stream_tiles(8, 128, 2048, 768)
+    assert (first.valid, second.valid, second.programs) == (32, 64, 1)
