@@ -23,6 +23,9 @@
 constexpr bool FOLD = RINGED || ELEMENT == INT4;
 constexpr bool FROM_SUMS = ELEMENT == INT4 && GC == 1 && !ZERO;
 
+// Threads of a warp whose sums are wanted: a lone slot has the first column, of every fourth.
+constexpr int SUMMERS = LONE ? 8 : 32;
+
 typedef float Accumulators[MT][NT][4];
 
 DEVICE void clear(Accumulators& acc) {
@@ -179,11 +182,12 @@ DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulat
     for (int i = 0; i < MT * NT; i++) store(p, tasks, task, i / NT, i % NT, acc[i / NT][i % NT]);
     return;
   }
-  parts += p.wm * KW * MT * NT * 32 + p.lane;
+  parts += p.wm * KW * MT * NT * SUMMERS + (LONE ? p.g : p.lane);
 #pragma unroll
   for (int i = 0; i < MT * NT; i++) {
     const float(&own)[4] = acc[i / NT][i % NT];
-    parts[(i * KW + p.kw) * 32] = make_float4(own[0], own[1], own[2], own[3]);
+    if (!LONE || p.t == 0)
+      parts[(i * KW + p.kw) * SUMMERS] = make_float4(own[0], own[1], own[2], own[3]);
   }
   meet<KW * 32>(1 + p.wm);
 #pragma unroll
@@ -192,7 +196,7 @@ DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulat
     float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < KW; j++) {
-      const float4 part = parts[(i * KW + j) * 32];
+      const float4 part = parts[(i * KW + j) * SUMMERS];
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
     store(p, tasks, task, i / NT, i % NT, v);
@@ -252,7 +256,7 @@ quantized_decode(const __grid_constant__ Arguments a) {
     }
     // Two buffers in turns: whoever writes one again has met the others at the barrier between.
     finish(p, tasks, task, acc, (float4*)(memory + WARPS * RING_BYTES) + parity);
-    parity ^= WARPS * MT * NT * 32;
+    parity ^= WARPS * MT * NT * SUMMERS;
   }
   wait_groups<0>();
 }

@@ -48,6 +48,8 @@ def _kernel(defines: tuple[tuple[str, int | str], ...], threads: int, shared: in
     return CudaKernel(source_of("instructions.cuh", *SOURCES), ENTRY, text, threads, shared)
 
 
+# Shared memory of a multiprocessor, and what every program costs beside its own.
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 SPAN_BYTES = 32  # of a row's scales, and of its zero points, that travel together
 
 
@@ -153,7 +155,7 @@ def stream(
         shared += spans.alive * rows * 36 * (1 if fmt.symmetric else 2)
     shared *= warps
     if tile.along > 1:
-        shared += 2 * warps * tile.tiles * (tile.slots // 8) * 512
+        shared += 2 * warps * tile.tiles * (tile.slots // 8) * (128 if lone else 512)
     ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
     defines = (
         ("FEATURES", N),
@@ -213,4 +215,5 @@ def stream(
         act.alpha,
         act.beta,
     )
-    kernel.launch(programs * tile.per_multiprocessor, parameters, x.get_device())
+    resident = min(tile.per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
+    kernel.launch(programs * resident, parameters, x.get_device())
