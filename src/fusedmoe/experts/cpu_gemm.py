@@ -5,6 +5,7 @@ was measured (two Zen 5 cores with AVX-512 BF16, torch 2.13; ``benchmarks/cpu_la
 
 - fp32, M = 1: MKL runs a matrix-vector product on one core. A batched product over slices of the
   weights runs on all of them: 2 to 3 times faster.
+- fp32, weights of up to 2^16 elements: what stands around a product costs more than the product.
 - fp32, M > 2: oneDNN has AVX-512 kernels on every x86, MKL only on some: 2 to 2.5 times faster.
 - bf16: oneDNN repacks the weights in each call, which takes longer than reading them up to M = 32.
   No other product avoids it; weights packed beforehand do (``cpu_packed.py``).
@@ -28,6 +29,7 @@ _MIN_SLICE_ROWS = 32
 _FP32_SLICED_ROWS = 2
 _FP32_SLICED_ROWS_NARROW = 4
 _FP32_NARROW = 1024
+_FP32_SMALL = 1 << 16
 _EMULATED_ROWS = 4
 
 
@@ -63,6 +65,9 @@ def _native_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
 
 
 def _fp32_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    if weight.numel() <= _FP32_SMALL:
+        torch.mm(x, weight.t(), out=out)
+        return
     M, K = x.shape
     most = _FP32_SLICED_ROWS_NARROW if K <= _FP32_NARROW else _FP32_SLICED_ROWS
     out.copy_(_sliced(x, weight) if most >= M else onednn_linear(x, weight))

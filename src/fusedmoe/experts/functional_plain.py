@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.experts.cpu import CpuExperts
+from fusedmoe.experts.cpu_core import cpu_fused_experts
+from fusedmoe.experts.cpu_packed import CpuPackedExperts
+from fusedmoe.experts.cpu_run import scratch_rows as scratch_rows_on_cpu
 from fusedmoe.experts.functional_call import (
     ExpertsCall,
     check_call,
@@ -32,6 +36,8 @@ def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
         return _on_hopper(call)
     if selection.chosen is TritonExperts:
         return _on_triton(call)
+    if selection.chosen in (CpuExperts, CpuPackedExperts):
+        return _on_cpu(call)
     return run_selected(call, selection, biased_moe_quant_config(call.w1_bias, call.w2_bias))
 
 
@@ -133,3 +139,28 @@ def _on_triton(call: ExpertsCall) -> torch.Tensor:
             table=table,
         )
     return output
+
+
+def _on_cpu(call: ExpertsCall) -> torch.Tensor:
+    """As ``_on_hopper``; what ``CpuPackedExperts`` gain by packing first is no use for one call."""
+    x, K, options = call.hidden_states, call.topk_ids.shape[1], call.options
+    scratch = None
+    if options.max_workspace_bytes is not None:
+        rows = scratch_rows_on_cpu(x.shape[0], K, x.shape[1], options.max_workspace_bytes)
+        scratch = x.new_empty(rows, x.shape[1], dtype=torch.float32)
+    return cpu_fused_experts(
+        x,
+        call.w1,
+        call.w2,
+        call.topk_weights,
+        call.topk_ids,
+        activation=call.activation,
+        activation_config=call.activation_config,
+        w1_bias=call.w1_bias,
+        w2_bias=call.w2_bias,
+        expert_map=call.expert_map,
+        global_num_experts=call.num_experts,
+        apply_router_weight_on_input=call.apply_router_weight_on_input,
+        batch_invariant=options.batch_invariant,
+        scratch=scratch,
+    )
