@@ -30,7 +30,7 @@ def first_tasks(COUNT: gl.constexpr):
     """The tasks that fill the ring at first."""
     queue = (gl.program_id(0),)
     for i in gl.static_range(1, COUNT):
-        queue += (gl.program_id(0) + i * gl.num_programs(0),)
+        queue += (gl.program_id(0) + i * gl.num_programs(0),)  # type: ignore[assignment]
     return queue
 
 
@@ -38,7 +38,7 @@ def first_tasks(COUNT: gl.constexpr):
 def experts_of(queue, tasks, experts_ptr, TILES: gl.constexpr):
     experts = (stored_expert(queue[0], tasks, experts_ptr, TILES),)
     for i in gl.static_range(1, len(queue)):
-        experts += (stored_expert(queue[i], tasks, experts_ptr, TILES),)
+        experts += (stored_expert(queue[i], tasks, experts_ptr, TILES),)  # type: ignore[assignment]
     return experts
 
 
@@ -47,7 +47,7 @@ def guessed_experts(queue, num_local, TILES: gl.constexpr):
     """The same as if every expert had one block."""
     experts = (gl.minimum(queue[0] // TILES, num_local - 1),)
     for i in gl.static_range(1, len(queue)):
-        experts += (gl.minimum(queue[i] // TILES, num_local - 1),)
+        experts += (gl.minimum(queue[i] // TILES, num_local - 1),)  # type: ignore[assignment]
     return experts
 
 
