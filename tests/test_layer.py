@@ -836,6 +836,10 @@ def test_enable_eplb_routes_to_replicas_and_counts_their_load():
     per_logical = load[1, :E].clone()
     per_logical[:2] += load[1, E:]
     assert per_logical.tolist() == torch.bincount(picked.flatten(), minlength=E).tolist()
+    unpadded = torch.tensor(5)
+    runner.set_eplb_state(1, load.zero_(), table, count, num_unpadded_tokens=unpadded)
+    close(runner(x, logits), expected)
+    assert load[1].sum() == 5 * K
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         runner.set_eplb_state(3, load, table, count)
     with pytest.raises(ValueError, match="expert_load_view"):

@@ -295,13 +295,15 @@ class MoERunner(nn.Module):
         logical_replica_count: torch.Tensor,
         *,
         should_record: torch.Tensor | None = None,
+        num_unpadded_tokens: torch.Tensor | None = None,
     ) -> None:
         """Route to physical replicas and count their load from now on.
 
         expert_load_view int32 [layers, E], logical_to_physical_map int [layers, logical, max
         replicas] and logical_replica_count int [layers, logical]; this layer uses views of row
         ``moe_layer_idx``, so that writing into the tensors rebalances it. Nothing is counted
-        while ``should_record`` (one element) is zero.
+        while ``should_record`` (one element) is zero, nor in rows from ``num_unpadded_tokens`` (one
+        integer) on; both are read on the device.
         """
         if not self.enable_eplb:
             raise ValueError("this layer was built with enable_eplb=False")
@@ -314,11 +316,12 @@ class MoERunner(nn.Module):
                 f"expert_load_view must be [layers, {moe.num_experts}], "
                 f"got {tuple(expert_load_view.shape)}"
             )
+        counted = {"should_record": should_record, "num_unpadded_tokens": num_unpadded_tokens}
         self.router.set_eplb_state(  # type: ignore[attr-defined]
             expert_load_view[moe_layer_idx],
             logical_to_physical_map[moe_layer_idx],
             logical_replica_count[moe_layer_idx],
-            **({} if should_record is None else {"should_record": should_record}),
+            **{name: tensor for name, tensor in counted.items() if tensor is not None},
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
