@@ -88,7 +88,7 @@ TILES = {
     "roles": StreamTile(128, 64, 8, 2, 2, 2, 1, True),
     "roles_by_steps": StreamTile(128, 64, 8, 1, 4, 3, 1, True),
     "roles_part": StreamTile(128, 48, 8, 2, 2, 3, 1, True),
-    "in_step": StreamTile(128, 64, 8, 2, 2, 2, 1),
+    "in_step": StreamTile(256, 128, 8, 2, 2, 3, 1),
     "in_step_part": StreamTile(128, 48, 8, 1, 2, 3, 1),
 }
 
