@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
-from fusedmoe.experts import cpu_integer
+from fusedmoe.experts import cpu_int4, cpu_int8, cpu_quantized
 from fusedmoe.experts.cpu_memory import Memory
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.formats import format_named, quantize
 from quantized_layers import Scheme, draw, fill, make_layer
 
 pytestmark = pytest.mark.skipif(
-    cpu_integer.unmet_int8() is not None or cpu_integer.unmet_int4(16, 32, 32) is not None,
+    cpu_int8.unmet_int8() is not None or cpu_int4.unmet_int4(16, 32, 32) is not None,
     reason="this CPU has neither VNNI nor AVX-512",
 )
 
@@ -181,11 +181,11 @@ def test_zero_points_are_exact_where_rows_have_a_mean():
     q = draw("int4_g32_zp", 1, 64, 1024)
     x = torch.ones(8, 1024) + torch.randn(8, 1024) / 8
     out = torch.empty(8, 64)
-    weight = cpu_integer.int4_weights(q)[0]
-    cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), weight, out)
+    weight = cpu_int4.int4_weights(q)[0]
+    cpu_int4.int4_linear(cpu_quantized.row_encoder(q, exact=False)(x), weight, out)
     without = weight._replace(offset=None)
     rounded = torch.empty(8, 64)
-    cpu_integer.int4_linear(cpu_integer.row_encoder(q, exact=False)(x), without, rounded)
+    cpu_int4.int4_linear(cpu_quantized.row_encoder(q, exact=False)(x), without, rounded)
     ref = x.double() @ q.dequantize(torch.float64)[0].T
     assert error(out, ref) < 5e-3
     assert error(rounded, ref) > 1.4 * error(out, ref)
@@ -232,7 +232,7 @@ def test_what_the_kernels_cannot_take_is_said(name, sizes, reason):
 def test_sixteen_bit_rows_hold_the_row():
     x = torch.randn(3, 64)
     x[1, 0] = -500.0
-    rows = cpu_integer.half_rows(x)
+    rows = cpu_int8.half_rows(x)
     codes = rows.codes.float().unflatten(0, (-1, 2)) - 128
     again = (codes * rows.scale[..., None]).sum(1)
     assert ((again - x).abs() <= x.abs().amax(-1, keepdim=True) / 65000).all()

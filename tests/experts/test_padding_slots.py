@@ -15,7 +15,7 @@ from test_triton_quantized import Quantized
 
 from expert_layers import Layer
 from fusedmoe import MoEOptions
-from fusedmoe.experts import cpu_integer
+from fusedmoe.experts import cpu_int4, cpu_int8
 from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_gemm import has_native
 from fusedmoe.experts.cpu_packed import CpuPackedExperts
@@ -127,7 +127,7 @@ def test_quantized_weights_in_plain_torch(name, layer):
 
 @pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp"])
 def test_packed_integers(name):
-    if cpu_integer.unmet_int8() or cpu_integer.unmet_int4(16, 32, 32):
+    if cpu_int8.unmet_int8() or cpu_int4.unmet_int4(16, 32, 32):
         pytest.skip("this CPU has neither VNNI nor AVX-512")
     layer = Layer(T=9, K=2, H=128, I=128)
     experts = make_layer(name, None, options=MoEOptions())[0].routed_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.cpu_integer import (
-    byte_rows,
+from fusedmoe.experts.cpu_int4 import (
+    float_rows,
     int4_linear,
+    int4_linears,
     int4_weights,
-    int8_linear,
-    int8_weights,
-    row_encoder,
     unmet_int4,
+)
+from fusedmoe.experts.cpu_int8 import (
+    byte_rows,
+    half_rows,
+    int8_linear,
+    int8_linears,
+    int8_weights,
     unmet_int8,
 )
 from fusedmoe.experts.cpu_memory import room_for
@@ -114,7 +120,8 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         exact = self.moe_config.in_dtype is torch.bfloat16
         first, second = _product(up, config.a1, exact), _product(down, config.a2, False)
         if first[0] is second[0]:
-            return Products(first[0], first[1], second[1], first[2], second[2])
+            linears: Any = int8_linears if first[0] is int8_linear else int4_linears
+            return Products(first[0], first[1], second[1], first[2], second[2], linears)
 
         def linear(rows: Any, weight: Any, out: torch.Tensor) -> None:
             """The two weights are of different kinds: each names its own product."""
@@ -216,3 +223,12 @@ def _product(
     if activation.key is not None:
         encode = partial(byte_rows, scale=activation.scale)
     return int8_linear, int8_weights(q), encode
+
+
+def row_encoder(q: QuantizedTensor, *, exact: bool) -> Callable[[torch.Tensor], Any]:
+    """What makes the rows of floats that enter products with ``q``; ``exact``: they are bf16."""
+    columns = q.shape[-1] if q.format.group.col == -1 else q.format.group.col
+    g = 0 if q.zero_point is None else columns
+    if q.format.element == "int8":
+        return partial(half_rows, g=g)
+    return partial(float_rows, g=g, exact=exact)

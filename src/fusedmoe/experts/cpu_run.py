@@ -38,6 +38,7 @@ class Products(NamedTuple):
 
     A weight is whatever ``linear`` takes as one: usually [S * I, H] and [H, I]. ``encode_up`` and
     ``encode_down`` make of many rows at once what ``linear`` takes as rows, if not the tensor.
+    ``linears``, where there is one, takes rows and n weights: a row for each, or one for all.
     """
 
     linear: Callable[[Any, Any, torch.Tensor], None]
@@ -45,6 +46,7 @@ class Products(NamedTuple):
     down: Sequence[Any] | torch.Tensor
     encode_up: Callable[[torch.Tensor], Rows] | None = None
     encode_down: Callable[[torch.Tensor], Rows] | None = None
+    linears: Callable[[Any, Sequence[Any]], torch.Tensor] | None = None
 
     def entering(self, rows: torch.Tensor) -> Rows:
         return rows if self.encode_up is None else self.encode_up(rows)
@@ -172,16 +174,32 @@ def _run_one_token(
     products = layer.products
     # A row of its own, so that its address, on which a BLAS may depend, is aligned in any company.
     x = x.clone(memory_format=torch.contiguous_format)
-    up, down = x.new_empty(len(experts), layer.width), x.new_empty(len(experts), x.shape[1])
-    row = products.entering(x)
-    for expert, target in zip(experts, up.split(1), strict=True):
-        products.linear(row, products.up[expert], target)
+    up = _one_row_each(products, products.entering(x), products.up, experts, layer.width, x)
     up = _biased(up, layer.up_bias, experts)
     middle = activation_reference(layer.activation, up, layer.config).to(x.dtype)
-    rows = products.between(middle).split(1)
-    for expert, row, target in zip(experts, rows, down.split(1), strict=True):
-        products.linear(row, products.down[expert], target)
+    rows = products.between(middle)
+    down = _one_row_each(products, rows, products.down, experts, x.shape[1], middle)
     return torch.mm(weights, _biased(down, layer.down_bias, experts).float()).to(x.dtype)
+
+
+def _one_row_each(
+    products: Products,
+    rows: Any,
+    weights: Sequence[Any] | torch.Tensor,
+    experts: list[int],
+    width: int,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """[n, width]: each expert's weight times its row, or times the only row, of those that are
+    ``like`` [n or 1, ...] before they are encoded."""
+    mine = [weights[expert] for expert in experts]
+    if products.linears is not None:
+        return products.linears(rows, mine)
+    out = like.new_empty(len(mine), width)
+    pieces = rows.split(1) if like.shape[0] == len(mine) else [rows] * len(mine)
+    for row, weight, target in zip(pieces, mine, out.split(1), strict=True):
+        products.linear(row, weight, target)
+    return out
 
 
 def _run_block(

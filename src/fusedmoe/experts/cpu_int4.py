@@ -1,0 +1,153 @@
+"""Products with int4 weights on a CPU, in torch's own kernel, weights packed once.
+
+torch's packed kernel takes and gives bf16. Rows that bf16 does not hold enter as two.
+The kernel adds (8 - zero point) * scale in bf16; what that rounding loses is added afterwards.
+Where bf16 does not hold the scales of groups, a second product brings what it lost of them: without
+it a layer's error would be 4.3e-3 to 4.9e-3; so it is 3.0e-3 to 3.7e-3, as with scales in bf16.
+
+M rows, N and K of a weight [N, K], g columns to a group, G = K / g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
+from fusedmoe.quantization.formats.int4 import OFFSET, unpack_nibbles
+from fusedmoe.quantization.tensor import QuantizedTensor
+
+_KERNEL_GROUPS = (256, 128, 64, 32)
+_KERNEL_ROWS = 16
+
+
+def unmet_int4(N: int, K: int, g: int) -> str | None:
+    """Why torch's int4 kernel cannot multiply by [N, K] in groups of ``g`` (-1: whole rows)."""
+    if not torch.cpu._is_avx512_supported():
+        return "needs a CPU with AVX-512"
+    least = _KERNEL_GROUPS[-1]
+    if N % _KERNEL_ROWS or K % least or (g > 0 and g % least):
+        return (
+            f"needs {_KERNEL_ROWS} to divide the rows, and {least} the columns and groups, of "
+            f"weights [{N}, {K}] in groups of {g}"
+        )
+    return None
+
+
+class FloatRows(NamedTuple):
+    """Rows in bf16 [2 * M, K], each followed by what its rounding lost ([M, K] if that is nothing).
+
+    ``sums`` fp32 [M, G] over groups of columns, where zero points need them.
+    """
+
+    x: torch.Tensor
+    sums: torch.Tensor | None = None
+    parts: int = 2
+
+    @property
+    def rows(self) -> int:
+        """M"""
+        return self.x.shape[0] // self.parts
+
+    def split(self, counts: int | Sequence[int]) -> list[FloatRows]:
+        x = self.x.split(sizes_in_parts(counts, self.parts))
+        sums = (None,) * len(x) if self.sums is None else self.sums.split(counts)
+        return [FloatRows(*pieces, self.parts) for pieces in zip(x, sums, strict=True)]
+
+
+def float_rows(x: torch.Tensor, g: int, exact: bool) -> FloatRows:
+    """x [M, K] as bf16, which holds it exactly or not; sums over ``g`` columns unless that is 0."""
+    sums = x.float().unflatten(-1, (-1, g)).sum(-1) if g else None
+    high = x.bfloat16()
+    if exact:
+        return FloatRows(high, sums, 1)
+    return FloatRows(torch.stack([high, (x - high).bfloat16()], 1).flatten(0, 1), sums)
+
+
+class Int4Weight(NamedTuple):
+    """Nibbles in the kernel's layout, scales bf16 [K / group, N, 2]: (scale, what is added).
+
+    ``rest``, as ``scales``, is what rounding took from these, None where that is nothing.
+    ``offset`` fp32 [G, N] is what rounding took from what is added, None without zero points.
+    ``factor`` fp32 [N] multiplies the product where rows have one scale; ``scales`` leave it out.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    rest: torch.Tensor | None
+    group: int
+    offset: torch.Tensor | None
+    factor: torch.Tensor | None
+
+
+def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
+    """Each expert of an int4 tensor with scales per row or group of columns."""
+    K, g = q.shape[-1], q.format.group.col
+    group = next(size for size in _KERNEL_GROUPS if (K if g < 0 else g) % size == 0)
+    return [_int4_weight(q[expert], group) for expert in range(q.shape[0])]
+
+
+def _int4_weight(q: QuantizedTensor, group: int) -> Int4Weight:
+    assert q.scale is not None
+    scale = q.scale.float().T  # [G, N]
+    repeats, factor = q.shape[-1] // group // scale.shape[0], None
+    if scale.shape[0] == 1:
+        factor, scale = scale[0].contiguous(), torch.ones_like(scale)
+    added, offset = torch.zeros_like(scale), None
+    if q.zero_point is not None:
+        exact = (OFFSET - q.zero_point.float()).T * scale
+        added = exact.bfloat16().float()
+        offset = None if factor is not None else exact - added  # small integers are exact
+    lost = scale - scale.bfloat16().float()
+    codes = unpack_nibbles(q.data).int().contiguous()
+    return Int4Weight(
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
+        _kernel_scales(scale, added, repeats),
+        _kernel_scales(lost, torch.zeros_like(lost), repeats) if lost.any() else None,
+        group,
+        offset,
+        factor,
+    )
+
+
+def _kernel_scales(scale: torch.Tensor, added: torch.Tensor, repeats: int) -> torch.Tensor:
+    """[G, N] each to bf16 [G * repeats, N, 2]."""
+    return torch.stack([scale, added], -1).repeat_interleave(repeats, 0).bfloat16().contiguous()
+
+
+def int4_linear(rows: FloatRows, weight: Int4Weight, out: torch.Tensor) -> None:
+    """Write rows times the transposed weight into ``out`` [M, N]."""
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        rows.x, weight.packed, weight.group, weight.scales
+    )
+    if rows.parts == 2:
+        y = y.float().unflatten(0, (-1, 2)).sum(1)
+    if weight.rest is not None:
+        high = rows.x[:: rows.parts].contiguous()  # of what is lost, the first bits are enough
+        y = y.float() + torch.ops.aten._weight_int4pack_mm_for_cpu(
+            high, weight.packed, weight.group, weight.rest
+        )
+    if weight.offset is not None:
+        assert rows.sums is not None
+        y = torch.addmm(y.float(), rows.sums, weight.offset)
+    if weight.factor is not None:
+        y = y * weight.factor
+    out.copy_(y)
+
+
+def int4_linears(rows: FloatRows, weights: Sequence[Int4Weight]) -> torch.Tensor:
+    """[n, N] fp32: each of n weights times its row, or times the only one; see ``int8_linears``."""
+    n = len(weights)
+    if any(not (w.rest is w.offset is w.factor is None) for w in weights):
+        return one_by_one(int4_linear, rows, weights, weights[0].scales.shape[1])
+    pieces = rows.x.split(rows.parts) if rows.rows == n else (rows.x,) * n
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    y = torch.cat(
+        [
+            product(one, weight.packed, weight.group, weight.scales)
+            for one, weight in zip(pieces, weights, strict=True)
+        ]
+    ).float()
+    return y if rows.parts == 1 else y.unflatten(0, (n, 2)).sum(1)
