@@ -140,7 +140,7 @@ def compiled(
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedmoe"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fusedmoe"
 
 
 def _compile(source: str, options: list[bytes]) -> bytes:
