@@ -241,3 +241,26 @@ def test_sixteen_bit_rows_hold_the_row():
 def test_a_scheme_written_by_hand_is_enough():
     layer = FusedMoE(E, 2, H, I, torch.bfloat16, quant_config=Scheme("int4_g32"))
     assert explain(layer).chosen.name == "cpu_quantized"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", [*PLAIN, "int8_by_int8"])
+def test_products_collected_are_products_one_by_one(name, rows):
+    """A row for each weight, or one for all, also where both are one."""
+    torch.manual_seed(rows)
+    q = draw(name.replace("_by_int8", "_channel"), 3, 48, 128)
+    x = torch.randn(rows, 128)
+    encode = cpu_int8.byte_rows if "_by_" in name else cpu_quantized.row_encoder(q, exact=False)
+    if q.format.element == "int8":
+        weights, linear, linears = (
+            cpu_int8.int8_weights(q), cpu_int8.int8_linear, cpu_int8.int8_linears,
+        )  # fmt: skip
+    else:
+        weights, linear, linears = (
+            cpu_int4.int4_weights(q), cpu_int4.int4_linear, cpu_int4.int4_linears,
+        )  # fmt: skip
+    for some in (weights, weights[:1]) if rows == 1 else (weights,):
+        expected = torch.empty(len(some), 48)
+        for k, weight in enumerate(some):
+            linear(encode(x[k : k + 1] if rows > 1 else x), weight, expected[k : k + 1])
+        torch.testing.assert_close(linears(encode(x), some), expected, rtol=1e-6, atol=1e-6)
