@@ -1,4 +1,4 @@
-"""Quantized experts on Hopper's own units: TMA, WGMMA and dependent launches, in Gluon and CUDA C++.
+"""Quantized experts on Hopper's own units: TMA, WGMMA, dependent launches, in Gluon and CUDA C++.
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; many of them run ``kernels.hopper_mixed_prefill`` or, with
