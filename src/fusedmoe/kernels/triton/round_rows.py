@@ -50,7 +50,7 @@ def _power_of_two(amax, ELEMENT: tl.constexpr):
     LARGEST: tl.constexpr = 4 if ELEMENT == "e3m2" else 2
     exponent = amax.to(tl.int32, bitcast=True) >> 23
     code = tl.maximum(exponent - LARGEST, 0)
-    code = tl.where(amax == 0, 127, tl.where(exponent == 255, 255, code))
+    code = tl.where(exponent == 255, 255, code)
     return float_scale(code.to(tl.uint8))
 
 
