@@ -98,16 +98,13 @@ def packed_tile(tile: QuantizedTile, superblocks: bool) -> QuantizedTile:
     many slots: ``superblocks`` are read one per step, the rest 128 columns. Steps of many slots are
     large: one of a superblock at a time leaves room for a second program, and for smaller GPUs."""
     many = tile.slots > 64
-    if superblocks:
-        stages = 1 if tile.slots >= 64 else 2
-    else:
-        stages = 2 if many else 3
+    crowded = tile.slots >= 64 if superblocks else many
     return replace(
         tile,
         rows=128 if many else min(tile.rows, 64),
         depth=SUPERBLOCK_COLUMNS if superblocks else 128,
         warps=8 if many else min(tile.warps, 4),
-        stages=stages,
+        stages=(2 if superblocks else 3) - crowded,
     )
 
 
