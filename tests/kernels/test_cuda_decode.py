@@ -73,6 +73,8 @@ def routed(T, K, E, local):
 ONE_GEMM = {
     "groups_of_32_split": ("int4_g32", None, 3, 2, 9, 1024, 80, tile(4, 1, stages=5), {}),
     "zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, tile(2, 2), {"bias": True}),
+    "zero_points_of_rows": ("int4_channel_zp", SILU, 9, 2, 4, 416, 40, tile(2, 2), {"bias": True}),
+    "zero_points_of_short_rows": ("int4_channel_zp", None, 3, 2, 9, 96, 40, tile(), {}),
     "one_scale_per_row": ("int4_channel", SILU, 2, 2, 9, 416, 40, tile(2, 2), {"local": 5}),
     "bytes_in_groups": ("int8_g32", SILU, 9, 2, 4, 320, 40, tile(2, 2), {}),
     "scales_inside_words": ("mxfp4", OAI, 2, 4, 16, 2880, 24, tile(4, 1, stages=5), {"bias": True}),
@@ -145,6 +147,15 @@ def test_a_layer_whose_last_row_is_nan(on_cpu):
         found.append(outs[0])
     assert found[0][:-1].equal(found[1][:-1])
     assert found[1][-1].isnan().all()
+
+
+def test_warps_without_a_step_are_refused():
+    w, x = weights("int4_g32", 2, 32, 256, None), torch.zeros(1, 256).bfloat16()
+    blocks, out = LoneSlots(torch.zeros(1, dtype=torch.int32)), torch.zeros(1, 32)
+    with pytest.raises(ValueError, match="4 warps share a row of 2 steps"):
+        quantized_decode.stream(
+            x, w, out, None, None, blocks, weight_addresses(w), 1, tile(4, 1), 1, early=False
+        )
 
 
 def test_arguments_and_constants_are_those_of_the_source():

@@ -142,10 +142,14 @@ def stream(
     fmt, scale = w.format, w.scale
     assert scale is not None
     group = fmt.group.col
-    group = 0 if group == -1 or group >= D else group
+    if group == -1 or group >= D:
+        # Zero points travel as groups' do: a row is one group, of a size that the kernel knows.
+        group = 0 if fmt.symmetric else 1 << (D - 1).bit_length()
     unit = scale.element_size()
     step_columns = tile.step * fmt.values
     steps = -(-w.data.shape[-1] // tile.step)
+    if tile.along > steps:
+        raise ValueError(f"{tile.along} warps share a row of {steps} steps of {tile.step} bytes")
     stride = scale_stride if scale.dim() == 3 else 4
     spans = spans_of(steps, step_columns, group, unit, stride, tile.along, tile.stages)
     warps = tile.along * tile.across
