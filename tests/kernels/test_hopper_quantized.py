@@ -277,3 +277,30 @@ def test_what_the_kernels_cannot_read_is_named():
     given |= scratch(len(many), 1, 256, 128)
     with pytest.raises(ValueError, match="table"):
         quantized_decode(x, w1, w2, None, many, blocks=LoneSlots(many.flatten()), **given)
+
+
+@pytest.mark.parametrize("rows", [None, FP8_DYNAMIC_TOKEN])
+def test_weights_and_ids_that_do_not_fit_are_refused(rows):
+    """Before a launch: what a kernel would read past a tensor's end, or as other numbers."""
+    w1, w2 = layer("int4_g32" if rows is None else "fp8_channel")
+    x, ids = torch.zeros(4, 64).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
+
+    def refused(match, first=w1, ids=ids, **change):
+        given = scratch(4, 2, 64, 32) | {"programs": 1} | change
+        with pytest.raises(ValueError, match=match):
+            if rows is None:
+                quantized_decode(x, first, w2, None, ids, **given)
+            else:
+                none = (None, None)
+                w8a8_decode(x, first, w2, (rows, rows), none, None, ids, **given)
+
+    fmt = w1.format.name
+    refused("does not fit w2", layer(fmt, e=2)[0])
+    refused("does not fit w2", layer(fmt, H=32)[0])
+    refused("asks for weights", layer(fmt, I=64)[0])
+    refused("two shards", layer(fmt, I=64, shards=1)[0])
+    refused("int32 or int64", ids=ids.short())
+    refused("expert_map", expert_map=torch.zeros(3, dtype=torch.int64))
+    refused("bias", w1_bias=torch.zeros(3, 32))
+    refused("bias", w2_bias=torch.zeros(64, 3).T)
+    refused("multiples of 16 bytes", y=torch.zeros(8 * 64 + 1)[1:].view(8, 64))

@@ -13,6 +13,7 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
+    check_weights,
     quantized_gemm_reference,
     weight_addresses,
 )
@@ -24,6 +25,7 @@ from fusedmoe.tuning.quantized_tiles import QuantizedTile
 ALIGNED_BYTES = 16
 MAX_LONE_SLOTS = 32
 FEWEST_FEATURES = 16
+BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unmet_by_weights(*weights: QuantizedTensor) -> str | None:
@@ -131,6 +133,7 @@ def quantized_decode(
     if blocks is None:
         blocks = stream_blocks(topk_ids, w2.shape[0], expert_map, tiles.gemm1.slots)
     check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
+    check_layer(w1, w2, topk_ids, act, y, activation, (w1_bias, w2_bias), expert_map)
     if not x.is_cuda:
         quantized_decode_reference(
             x, w1, w2, topk_weights, topk_ids, out, act, y, blocks, activation=activation,
@@ -222,5 +225,48 @@ def check_decode(
         )
     if x.stride(0) % 8 or x.data_ptr() % ALIGNED_BYTES:
         raise ValueError(f"rows of x must begin at multiples of 16 bytes, strides {x.stride()}")
-    if isinstance(blocks, LoneSlots) and R > MAX_LONE_SLOTS:
-        raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")
+    if isinstance(blocks, LoneSlots):
+        ids = blocks.topk_ids
+        if R > MAX_LONE_SLOTS:
+            raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")
+        if ids.shape != (R,) or ids.dtype != topk_ids.dtype or not ids.is_contiguous():
+            raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype} are not those of {R} slots")
+
+
+def check_layer(
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    topk_ids: torch.Tensor,
+    act: torch.Tensor,
+    y: torch.Tensor,
+    activation: MoEActivation,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    expert_map: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where the weights of a streamed layer fit neither each other nor its scratch,
+    whose shapes are right, and where ids or biases are not what the kernels read."""
+    check_weights(w1, act, activation)
+    check_weights(w2, y, None)
+    e, H, _ = w2.shape
+    if w1.shape[0] != e or w1.shape[2] != H:
+        raise ValueError(f"w1 {tuple(w1.shape)} does not fit w2 {tuple(w2.shape)}")
+    if topk_ids.shape[1] < 1 or topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"topk_ids must be int32 or int64 [T, K], got {tuple(topk_ids.shape)} {topk_ids.dtype}"
+        )
+    if expert_map is not None and (
+        expert_map.dim() != 1 or expert_map.dtype != torch.int32 or not expert_map.is_contiguous()
+    ):
+        raise ValueError(
+            f"expert_map must be int32 and dense, got {tuple(expert_map.shape)} {expert_map.dtype}"
+        )
+    for w, bias in zip((w1, w2), biases, strict=True):
+        if bias is None:
+            continue
+        if bias.shape != w.shape[:2] or bias.dtype not in BIAS_DTYPES or not bias.is_contiguous():
+            raise ValueError(
+                f"bias is {tuple(bias.shape)} {bias.dtype}, expected dense floats "
+                f"{tuple(w.shape[:2])}"
+            )
+    if act.data_ptr() % ALIGNED_BYTES or y.data_ptr() % ALIGNED_BYTES:
+        raise ValueError(f"act and y must begin at multiples of {ALIGNED_BYTES} bytes")

@@ -14,7 +14,7 @@ from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.align_quantize import AlignedRows, align_and_quantize
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
-from fusedmoe.kernels.hopper_quantized import unmet_by_weights
+from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
@@ -77,6 +77,7 @@ def w8a8_decode(
         raise ValueError(f"the Hopper kernel {reason}")
     rows = x if x_scale is None else QuantizedRows(x, x_scale)
     _check(rows, w1, w2, keys[0], topk_weights, topk_ids, out, act, y)
+    check_layer(w1, w2, topk_ids, act, y, activation, (w1_bias, w2_bias), expert_map)
     if not x.is_cuda:
         w8a8_decode_reference(
             x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
