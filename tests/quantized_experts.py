@@ -28,7 +28,7 @@ class Quantized:
     """A layer, the format of its weights and how its rows are quantized.
 
     ``down``: the format of w2, where it is another. ``one_order``: act-order columns of gate and up
-    are in the same groups.
+    are in the same groups. ``only``: whose rows are quantized, "w1" or "w2"; "": both.
     """
 
     format: str
@@ -36,6 +36,7 @@ class Quantized:
     layer: Layer = field(default_factory=lambda: Layer(H=64, I=32))
     down: str | None = None
     one_order: bool = False
+    only: str = ""
 
     def weights(self, tensors: Tensors) -> tuple[Any, Any]:
         act = self.layer.activation
@@ -60,7 +61,8 @@ class Quantized:
             for w, bias in ((w1, tensors["w1_bias"]), (w2, tensors["w2_bias"]))
         ]  # fmt: skip
         rows = self.rows_desc(tensors["hidden_states"].device)
-        config = FusedMoEQuantConfig(a1=rows, a2=rows, w1=descs[0], w2=descs[1])
+        a1, a2 = (rows if self.only in ("", name) else FusedMoEQuantDesc() for name in ("w1", "w2"))
+        config = FusedMoEQuantConfig(a1=a1, a2=a2, w1=descs[0], w2=descs[1])
         return w1, w2, config
 
     def rows_desc(self, device: torch.device) -> FusedMoEQuantDesc:

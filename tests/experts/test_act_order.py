@@ -129,6 +129,30 @@ def test_weights_written_since_are_read_as_they_are():
     assert_right(after, fresh().double())
 
 
+def test_a_bias_written_since_is_read_as_it_is():
+    case = CASES["zero_points_bias"]
+    run, _, tensors = loaded(case)
+    before = run()
+    tensors["w1_bias"].add_(1)
+    after = run()
+    assert not after.equal(before)
+    assert_right(after, case.expected(tensors))
+
+
+def test_a_copy_made_again_takes_no_more_memory(monkeypatch):
+    run, experts, _ = loaded(CASES["plain"])
+    like = torch.empty_like
+    made = []
+    monkeypatch.setattr(torch, "empty_like", lambda x: made.append(x.shape) or like(x))
+    old = experts._sorted
+    again = sorted_operands(
+        experts.operands(*(w.data for w in run.weights), *experts._seen[2:]), old
+    )
+    assert not made
+    assert again.w1.data is old.w1.data
+    assert again.w2.data is old.w2.data
+
+
 @pytest.mark.parametrize("name", ["zero_points_bias", "down_alone"])
 def test_weights_prepared_again_keep_their_place(name):
     """Experts that moved in while a graph was captured: it goes on reading the same memory."""

@@ -157,6 +157,35 @@ def test_batched_layers(name):
     assert_right(out, case.expected(tensors), tolerance_of(case))
 
 
+@pytest.mark.parametrize("only", ["w1", "w2"])
+@pytest.mark.parametrize("experts", [TritonQuantizedExperts, BatchedTritonQuantizedExperts])
+@pytest.mark.parametrize(
+    ("fmt", "down"),
+    [("fp8_channel", "int4_g32"), ("int4_g32", "fp8_channel"), ("int4_g64", "int4_g64")],
+)
+def test_rows_of_one_product_alone_are_rounded(fmt, down, experts, only, quantized_bodies):
+    """The other product takes floats, so both do; what was asked for is rounded all the same."""
+    case = Quantized(fmt, FP8_DYNAMIC_TOKEN, replace(PLAIN, I=64, T=40), down, only=only)
+    tensors = case.layer.tensors()
+    assert_right(case.run(tensors, experts), case.expected(tensors), 2e-5)
+
+
+@pytest.mark.parametrize("part", ["scale", "scale2"])
+def test_one_scale_for_gate_and_up(part, quantized_bodies):
+    """As the API reference has scales per tensor: one number per expert."""
+    case = Quantized("fp8_tensor" if part == "scale" else "nvfp4")
+    tensors = case.layer.tensors()
+    w1, w2 = case.weights(tensors)
+    shared = getattr(w1, part)[:, :1]
+    run = case.runner(tensors, weights=(replace(w1, **{part: shared.repeat(1, 2)}), w2))
+    desc = run.experts.quant_config.w1
+    run.experts.quant_config = replace(
+        run.experts.quant_config, w1=replace(desc, **{part: shared[:, 0]})
+    )
+    expected = case.runner(tensors, weights=(replace(w1, **{part: shared.repeat(1, 2)}), w2))()
+    assert run().equal(expected)
+
+
 @pytest.mark.parametrize(
     "name",
     ["int4_zero_points", "nvfp4", "nf4", "fp8_block", "fp8_tensor", "q4_k_by_q6_k", "act_order"],
@@ -382,3 +411,8 @@ def test_rows_are_rounded_before_they_travel_where_their_scales_can():
         for parallel, deferred in ((ranks, here), (apart, travelling)):
             moe = replace(case.layer.config(), moe_parallel_config=parallel)
             assert TritonQuantizedExperts(moe, config).expects_unquantized_inputs is deferred
+    # Rounded rows would meet a product of floats.
+    case = replace(CASES["fp8_channel"], only="w1")
+    config = case.config(case.layer.tensors())[2]
+    moe = replace(case.layer.config(), moe_parallel_config=apart)
+    assert TritonQuantizedExperts(moe, config).expects_unquantized_inputs

@@ -207,6 +207,15 @@ def test_fp16(fmt):
 
 
 @pytest.mark.parametrize("experts", CLASSES)
+@pytest.mark.parametrize("T", [1, 60])
+@pytest.mark.parametrize(("fmt", "width"), [("mxfp4", 32), ("nvfp4", 16), ("int4_g32", 32)])
+def test_rows_of_one_group(fmt, width, T, experts):
+    case = Quantized(fmt, None, replace(LAYER, T=T, I=width))
+    tensors = case.layer.tensors()
+    assert_right(case, case.run(tensors, experts), tensors)
+
+
+@pytest.mark.parametrize("experts", CLASSES)
 @pytest.mark.parametrize("T", [1, 50])
 @pytest.mark.parametrize(("fmt", "rows"), [("int4_g128", None), ("fp8_block", FP8_DYNAMIC_128)])
 def test_graph_replay_follows_new_routing(fmt, rows, T, experts):

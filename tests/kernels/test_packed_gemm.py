@@ -1,5 +1,7 @@
 """The grouped GEMM on superblocks, floats of six bits and act-order, against the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -151,3 +153,6 @@ def test_what_the_kernel_cannot_read_is_named():
     refused("steps of 128 columns do not fit q4_k", tile=QuantizedTile(32, 16, 128, 1, 4, 2))
     refused("steps of 32 columns", "mxfp6_e2m3", tile=QuantizedTile(32, 16, 32, 1, 4, 2))
     refused("does not fit weights", a=a[:, :128])
+    ordered = weights("int4_g32_act_order", 256)
+    none = replace(ordered, scale=ordered.scale[..., :0].contiguous())
+    refused("no groups to belong to", "int4_g32_act_order", w=none)

@@ -14,6 +14,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm, w8a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.kernels.triton.grouped_gemm_quantized import scaling_of
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -42,7 +43,9 @@ WEIGHT_ONLY = [
     ("int8_channel", 96, 64),
     ("int8_g32", 96, 32),
     ("mxfp4", 96, 64),
+    ("mxfp4", 32, 32),
     ("nvfp4", 96, 64),
+    ("nvfp4", 16, 32),
     ("nf4", 192, 128),
     ("nf4", 192, 64),
     ("iq4_nl", 96, 64),
@@ -122,6 +125,17 @@ def test_every_format_is_read(function, fmt, K, depth):
     out = torch.full((ids.numel(), N), NAN)
     function(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
     assert_right(out, by_slot(a, w, ids))
+
+
+def test_scales_of_fp4_numbers_always_multiply_these():
+    """Packed bf16 arithmetic leaves half of the numbers' exponent to their scales: also where a
+    row is one group, whose scale could as well multiply the sum."""
+    for fmt, K, depth in (("mxfp4", 32, 32), ("mxfp4", 96, 32), ("nvfp4", 16, 32)):
+        assert scaling_of("e2m1", format_named(fmt).group.col, K, tile_of(depth)) == "each"
+    assert scaling_of("int4", 32, 32, tile_of(32)) == "end"
+    assert scaling_of("int4", 128, 256, tile_of(64)) == "step"
+    assert scaling_of("int4", 32, 96, tile_of(64)) == "each"
+    assert scaling_of("int4", 128, 256, tile_of(64, slots=128)) == "each"
 
 
 @BOTH

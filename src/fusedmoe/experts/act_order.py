@@ -39,10 +39,11 @@ def room_on(device: torch.device, size: int) -> bool:
     return free + held - size >= RESERVED_SHARE * total
 
 
-def sorted_operands(operands: Operands) -> Operands | None:
+def sorted_operands(operands: Operands, old: Operands | None = None) -> Operands | None:
     """The same layer as plain formats, with ``order`` for x; None where nothing can be sorted.
 
-    Waits for the GPU: it is for loading.
+    Weights are written over those of ``old``, an earlier copy of the same layer, where these are
+    alike: there is never a third. Waits for the GPU: it is for loading.
     """
     w1, w2 = operands.w1, operands.w2
     down, up = _order(w2), _order(w1)
@@ -61,8 +62,8 @@ def sorted_operands(operands: Operands) -> Operands | None:
         order = (to_planes(up) if even else up).to(torch.int32).contiguous()
     return replace(
         operands,
-        w1=_rearranged(w1, rows, up),
-        w2=_rearranged(w2, None, features),
+        w1=_rearranged(w1, rows, up, None if old is None else old.w1.data),
+        w2=_rearranged(w2, None, features, None if old is None else old.w2.data),
         w1_bias=bias,
         order=order,
     )
@@ -78,13 +79,17 @@ def in_place_of(old: Operands | None, new: Operands) -> Operands:
         if mine is None or theirs is None:
             if mine is not theirs:
                 return new
-        elif mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        elif not _alike(mine, theirs):
             return new
     with torch.inference_mode():  # where the old ones may have been made
         for mine, theirs in pairs:
             if mine is not None and theirs is not None and mine.data_ptr() != theirs.data_ptr():
                 mine.copy_(theirs)
     return old
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _tensors(operands: Operands) -> list[torch.Tensor | None]:
@@ -119,21 +124,27 @@ def _rows(features: torch.Tensor, w: QuantizedTensor) -> torch.Tensor:
 
 
 def _rearranged(
-    w: QuantizedTensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    w: QuantizedTensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    into: torch.Tensor | None,
 ) -> QuantizedTensor:
     """A copy with rows [e, N] and columns [e, K] in these orders, one expert at a time; columns by
-    their groups make the format a plain one."""
+    their groups make the format a plain one. Its data are ``into`` where that fits."""
     if rows is None and columns is None:
         return w
     packed = w.format.element == "int4"
-    data = torch.empty_like(w.data)
-    for expert, stored in enumerate(w.data):
-        one = stored if rows is None else stored[rows[expert]]
-        if columns is not None:
-            one = unpack_nibbles(one) if packed else one
-            one = one[:, columns[expert]]
-            one = pack_nibbles(one) if packed else one
-        data[expert] = one
+    data = into
+    if data is None or not _alike(data, w.data) or data.data_ptr() == w.data.data_ptr():
+        data = torch.empty_like(w.data)
+    with torch.inference_mode():  # where the old ones may have been made
+        for expert, stored in enumerate(w.data):
+            one = stored if rows is None else stored[rows[expert]]
+            if columns is not None:
+                one = unpack_nibbles(one) if packed else one
+                one = one[:, columns[expert]]
+                one = pack_nibbles(one) if packed else one
+            data[expert].copy_(one)
 
     def by_row(part: torch.Tensor | None) -> torch.Tensor | None:
         if part is None or rows is None:

@@ -14,10 +14,11 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 class Operands:
     """The weights of a layer and how the rows that meet them are rounded.
 
-    The keys are those of the rows entering w1 and w2, None: not at all, both. The scales fp32 [1]
-    belong to static keys. ``emulate``: rows are rounded to their format, but multiplied as the
-    floats they came as. ``order`` int32 [e, H]: the column of x that meets each column of w1, where
-    they are not in x's order; for weights of 4 bits those of even number first (see ``act_order``).
+    The keys are those of the rows entering w1 and w2, None: not at all. The scales fp32 [1] belong
+    to static keys. ``emulate``: rows are rounded to their format, but multiplied as the floats they
+    came as; so they are where one of the keys is None. ``order`` int32 [e, H]: the column of x that
+    meets each column of w1, where they are not in x's order; for weights of 4 bits those of even
+    number first (see ``act_order``).
     """
 
     w1: QuantizedTensor

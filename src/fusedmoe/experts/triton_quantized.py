@@ -113,14 +113,15 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
             _log.info("no memory to spare for sorted act-order weights: their tables are read")
             return
         moe = self.moe_config
-        found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
+        found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype), before)
         self._sorted = None if found is None else in_place_of(before, found)
         self._sources = self._sources_of(w1, w2)
 
     def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
         parts = [w1, w2]
         for desc in (self.quant_config.w1, self.quant_config.w2):
-            parts += [p for p in (desc.scale, desc.zp, desc.group_index) if p is not None]
+            given = desc.scale, desc.zp, desc.group_index, desc.bias
+            parts += [part for part in given if part is not None]
         return tuple(map(Source.of, parts))
 
     def operands_to_run(
@@ -150,9 +151,9 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
 
     @property
     def expects_unquantized_inputs(self) -> bool:
-        key = self.quant_config.a1.key
+        key, floating = self.quant_config.a1.key, self.emulate or self.quant_config.a2.key is None
         travels = self.moe_config.moe_parallel_config.use_all2all_kernels
-        return self.emulate or not travels or key is None or key.static or key == FP8_DYNAMIC_TENSOR
+        return floating or not travels or key is None or key.static or key == FP8_DYNAMIC_TENSOR
 
     def workspace_shapes(
         self,

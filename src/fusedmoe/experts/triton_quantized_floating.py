@@ -44,9 +44,9 @@ def floating_products(
     first, second, live = given
     w1, w2 = operands.w1, operands.w2
     # The rows in between keep the order of their columns unless both products know another one.
-    planes = _in_planes(w2) and (operands.emulate or not is_packed(w1.format))
+    a1, a2 = operands.a1, operands.a2
+    planes = _in_planes(w2) and (a2 is not None or not is_packed(w1.format))
     many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
-    a1, a2 = (operands.a1, operands.a2) if operands.emulate else (None, None)
     if operands.order is not None:
         # The second product's rows are written after the first has read these.
         a = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)

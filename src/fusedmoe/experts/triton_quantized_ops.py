@@ -35,12 +35,15 @@ def flat(w1: torch.Tensor, w2: torch.Tensor, config: FusedMoEQuantConfig) -> Fla
 
 
 def flat_sorted(operands: Operands) -> Flat:
-    """As ``flat``; rows are in floating point."""
+    """As ``flat``."""
     parts: list[Any] = []
-    both = (operands.w1, operands.w1_bias), (operands.w2, operands.w2_bias)
-    for w, bias in both:
+    both = (
+        (operands.w1, operands.w1_bias, operands.a1_scale, operands.a1),
+        (operands.w2, operands.w2_bias, operands.a2_scale, operands.a2),
+    )
+    for w, bias, rows_scale, key in both:
         parts += [w.data, w.scale, w.scale2, w.zero_point, w.group_index, bias]
-        parts += [None, _format_words(w.format), ""]
+        parts += [rows_scale, _format_words(w.format), _key_words(key)]
     return (*parts, operands.order)
 
 

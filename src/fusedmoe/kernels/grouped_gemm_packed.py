@@ -90,3 +90,5 @@ def _check_format(w: QuantizedTensor, tile: QuantizedTile) -> None:
         raise ValueError(f"superblocks must lie at a multiple of {_ALIGNED_BYTES} bytes")
     if index is not None and not index.is_contiguous():
         raise ValueError(f"group_index must be contiguous, its strides are {index.stride()}")
+    if index is not None and w.scale is not None and w.scale.shape[-1] == 0 and w.shape[2] > 0:
+        raise ValueError(f"{w.shape[2]} columns of {fmt.name} have no groups to belong to")

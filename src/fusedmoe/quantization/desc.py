@@ -95,7 +95,7 @@ def _by_shard(scale: torch.Tensor | None, shards: int) -> torch.Tensor | None:
     if scale is None or scale.dim() == 0:
         return scale
     flat = scale.flatten(1) if scale.dim() > 1 else scale.unsqueeze(1)
-    return flat.expand(-1, shards) if flat.shape[1] == 1 else flat
+    return flat.expand(-1, shards).contiguous() if flat.shape[1] == 1 else flat
 
 
 _OWN_COLUMNS = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32, "mxfp6_e3m2": 32, "mxfp6_e2m3": 32}

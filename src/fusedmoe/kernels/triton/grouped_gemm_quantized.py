@@ -274,6 +274,16 @@ def block_tables(
     return blocks.sorted_ids.shape[0] // slots, (*blocks, None), 0
 
 
+def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
+    """Where the scales of groups of ``group`` columns go (SCALING)."""
+    if element == "e2m1":
+        return "each"  # half of what their numbers are short of goes with the scales
+    if group >= D:
+        return "end"
+    crowded = tile.slots > 64 or (group == tile.depth and tile.slots > 32)
+    return "step" if group % tile.depth == 0 and not crowded else "each"
+
+
 def launch(
     a: torch.Tensor,
     w: QuantizedTensor,
@@ -303,9 +313,7 @@ def launch(
     if native and element == "e4m3":
         data = data.view(torch.uint8)
     group = D if group == -1 else group
-    scaling = "end" if group >= D else "step" if group % tile.depth == 0 else "each"
-    if scaling == "step" and (tile.slots > 64 or (group == tile.depth and tile.slots > 32)):
-        scaling = "each"
+    scaling = scaling_of(element, group, D, tile)
     width = tile.rows // 2 if act.gated else tile.rows
     _launch(
         (num_blocks * -(-N // width), 1),
