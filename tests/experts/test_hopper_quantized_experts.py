@@ -75,6 +75,7 @@ ELSEWHERE = {
     "one_scale_for_all_rows": Quantized("fp8_tensor", FP8_DYNAMIC_TENSOR, MANY),
     "neither_few_nor_many": Quantized("fp8_block", FP8_DYNAMIC_128, replace(MANY, T=60)),
     "other_pairs": Quantized("fp8_block", FP8_DYNAMIC_TOKEN, WIDE),
+    "rows_of_one_product": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, WIDE, only="w2"),
 }
 
 

@@ -57,6 +57,8 @@ def runs_decode(
     if MAX_DECODE_MEAN * num_local < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
+    if (a1 is None) != (a2 is None):
+        return False
     if x_scale is not None:
         if x.dtype != w1.data.dtype or not (x.is_contiguous() and x_scale.is_contiguous()):
             return False
