@@ -287,12 +287,10 @@ def test_weights_and_ids_that_do_not_fit_are_refused(rows):
 
     def refused(match, first=w1, ids=ids, **change):
         given = scratch(4, 2, 64, 32) | {"programs": 1} | change
+        more = () if rows is None else ((rows, rows), (None, None))
+        decode = quantized_decode if rows is None else w8a8_decode
         with pytest.raises(ValueError, match=match):
-            if rows is None:
-                quantized_decode(x, first, w2, None, ids, **given)
-            else:
-                none = (None, None)
-                w8a8_decode(x, first, w2, (rows, rows), none, None, ids, **given)
+            decode(x, first, w2, *more, None, ids, **given)
 
     fmt = w1.format.name
     refused("does not fit w2", layer(fmt, e=2)[0])

@@ -243,7 +243,7 @@ def check_layer(
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     expert_map: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError where the weights of a streamed layer fit neither each other nor its scratch,
+    """Raise ValueError where the weights of a streamed layer do not fit each other or its scratch,
     whose shapes are right, and where ids or biases are not what the kernels read."""
     check_weights(w1, act, activation)
     check_weights(w2, y, None)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fusedmoe.kernels.capture import loads_code
+
 
 @lru_cache
 def missing_nvrtc() -> str | None:
@@ -60,13 +62,16 @@ class CudaKernel:
         """On torch's current stream of ``device``, which has to be the current device."""
         function = self._functions.get(device)
         if function is None:
-            function = self._functions[device] = self._load(device)
+            with loads_code():
+                function = self._functions[device] = self._load(device)
         address = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = torch._C._cuda_getCurrentRawStream(device)
         config = _config(blocks, self._threads, self._shared, stream)
         _checked(_driver().cuLaunchKernelEx(config, function, ctypes.addressof(address), 0))
 
     def _load(self, device: int) -> Any:
+        if device != torch.cuda.current_device():
+            raise RuntimeError(f"device {device} is not current, {torch.cuda.current_device()} is")
         driver = _driver()
         image = compiled(self._source, self._defines, torch.cuda.get_device_capability(device))
         library = _checked(driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.capture import loads_code
 
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
@@ -112,7 +113,8 @@ class HopperLauncher:
         key = (*tiles, *dtypes, numbers, constants, *options.values(), device)
         variant = None if bits % _ALIGNMENT else self._variants.get(key)
         if variant is None:
-            compiled = self.kernel[(programs,)](*arguments, **options, launch_pdl=True)
+            with loads_code():
+                compiled = self.kernel[(programs,)](*arguments, **options, launch_pdl=True)
             if not bits % _ALIGNMENT:
                 if len(self._variants) >= _MAX_VARIANTS:
                     self._variants.clear()

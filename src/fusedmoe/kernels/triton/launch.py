@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.capture import loads_code
+
 # The calling convention of a compiled kernel is private to Triton; other releases go its own way.
 _KNOWS_CALLING_CONVENTION = triton.__version__.startswith("3.6.")
 _MAX_VARIANTS = 4096
@@ -92,7 +94,8 @@ class Launcher:
         key = (*dtypes, numbers, constants, num_warps, num_stages, device)
         variant = self._variants.get(key)
         if variant is None:
-            compiled = self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
+            with loads_code():
+                compiled = self._launch(grid, tensors, numbers, constants, num_warps, num_stages)
             if len(self._variants) >= _MAX_VARIANTS:
                 self._variants.clear()
             self._variants[key] = compiled.run, compiled.function, compiled.packed_metadata
