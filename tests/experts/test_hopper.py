@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from expert_layers import Layer
+from fusedmoe.experts import hopper
 from fusedmoe.experts.hopper import HopperExperts
 from fusedmoe.experts.hopper import _readable as readable
 from fusedmoe.kernels.hopper_decode import hopper_decode
@@ -69,6 +71,9 @@ def test_on_a_cpu_the_launchers_are_the_definition(launch):
         ({"topk_ids": torch.zeros(2, 3, dtype=torch.int32).T}, "topk_ids must be contiguous"),
         ({"w1": torch.empty(4, 48, 64, dtype=torch.bfloat16).mT}, "w1 must be contiguous"),
         ({"x": torch.empty(3, 50, dtype=torch.bfloat16)[:, :48]}, "multiples of 16"),
+        ({"w1": torch.empty(4, 64, 32, dtype=torch.bfloat16)}, r"w1 is \(4, 64, 32\)"),
+        ({"w1_bias": torch.empty(4, 32)}, r"w1_bias is \(4, 32\)"),
+        ({"w2_bias": torch.empty(1, 48).expand(4, 48)}, r"w2_bias is .* strides \(0, 1\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(changes, match):
@@ -90,6 +95,28 @@ def test_which_rows_are_read_where_they_are():
     assert readable(x[:, 16:48])
     for other in (x[:, 3:19], x[:, ::2], x.T, x[:1].expand(6, 64), x.flatten()[1:321].view(5, 64)):
         assert not readable(other)
+
+
+@pytest.mark.parametrize("T", [1, 3, 130])
+def test_biases_and_maps_may_be_strided(T, monkeypatch):
+    """The kernels read them without strides."""
+    layer = replace(LAYER, T=T, local=2, bias=True)
+    tensors = layer.tensors()
+    expected = layer.expected(tensors)
+    for name in ("w1_bias", "w2_bias", "expert_map"):
+        tensors[name] = torch.stack((tensors[name], tensors[name] - 1), -1)[..., 0]
+    monkeypatch.setattr(hopper, "multiprocessors_of", lambda device: 132)
+    monkeypatch.setattr(hopper, "device_of", lambda tensor: nullcontext())
+    out = torch.full_like(tensors["hidden_states"], float("nan"))
+    tiles = hopper.hopper_tiles(T, layer.K, layer.E, 2, layer.H, layer.I)
+    rows = hopper.scratch_rows(tiles, T * layer.K, 2)
+    hopper.hopper_experts(
+        out, *(tensors[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
+        layer.activation, layer.numbers, layer.E,
+        *(tensors[n] for n in ("expert_map", "w1_bias", "w2_bias")),
+        out.new_empty(rows, layer.I), out.new_empty(rows, layer.H), tiles=tiles,
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_direct_takes_few_slots():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.hopper_quantized import can_prefill
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
@@ -283,6 +285,17 @@ def test_what_the_kernels_cannot_multiply_is_named():
         fp8_prefill(*call, **given | {"act": given["act"][1:]})
     with pytest.raises(ValueError, match="contiguous"):
         fp8_prefill(*call, **given | {"y": given["y"].T.contiguous().T})
+    q, scale = torch.zeros(4, 384, dtype=torch.float8_e4m3fn), torch.ones(4, 3)
+    fp8_prefill(q, *call[1:], **given, x_scale=scale)
+    assert can_prefill(Operands(w1, w2, *both), q, scale)
+    for rows, scales in ((q, scale.T.contiguous().T), (q, scale[:, :1].expand(4, 3))):
+        assert not can_prefill(Operands(w1, w2, *both), rows, scales)
+    with pytest.raises(ValueError, match="x_scale must be contiguous"):
+        fp8_prefill(q, *call[1:], **given, x_scale=scale.T.contiguous().T)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        fp8_prefill(q[:1].expand(4, 384), *call[1:], **given, x_scale=scale)
+    with pytest.raises(ValueError, match="w2_bias"):
+        fp8_prefill(*call, w2_bias=torch.ones(1, 384).expand(3, 384), **given)
     with pytest.raises(ValueError, match="shards"):
         fp8_prefill(*call, activation=MoEActivation.RELU2_NO_MUL, **given)
     with pytest.raises(ValueError, match="cannot know"):

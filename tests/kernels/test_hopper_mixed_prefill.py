@@ -230,6 +230,7 @@ def test_what_the_kernels_cannot_read_is_named():
         ({"topk_weights": torch.zeros(4, 3)}, "topk_weights is"),
         ({"activation": MoEActivation.SILU_NO_MUL}, "shards"),
         ({"x": torch.zeros(4, 72).bfloat16()[:, :64]}, "72"),
+        ({"w1_bias": torch.zeros(64, 3).T}, "w1_bias is"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, words):

@@ -56,6 +56,11 @@ def multiprocessors_of(device: torch.device) -> int:
     return int(properties.multi_processor_count)
 
 
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What kernels read without strides."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
     """Rows of the activation's output and of the second GEMM's."""
     return prefill_rows(R, num_local) if isinstance(tiles, PrefillTiles) else R
@@ -117,15 +122,15 @@ def hopper_experts(
         "x": hidden_states,
         "w1": w1,
         "w2": w2,
-        "topk_weights": None if topk_weights is None else topk_weights.contiguous(),
+        "topk_weights": dense(topk_weights),
         "topk_ids": topk_ids.contiguous(),
         "out": output,
         "act": act,
         "activation": activation,
         "activation_config": activation_config,
-        "w1_bias": w1_bias,
-        "w2_bias": w2_bias,
-        "expert_map": expert_map,
+        "w1_bias": dense(w1_bias),
+        "w2_bias": dense(w2_bias),
+        "expert_map": dense(expert_map),
         "programs": multiprocessors_of(hidden_states.device),
     }
     with device_of(hidden_states):

@@ -16,7 +16,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.hopper import dense, missing_gluon, multiprocessors_of
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.cuda.program import missing_nvrtc
@@ -76,8 +76,10 @@ def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | Non
         return False
     if x_scale is None and x.dtype != torch.bfloat16:
         return False
-    if x_scale is not None and (a1.group_shape.col != STEP or not x.is_contiguous()):
-        return False
+    if x_scale is not None:
+        dense_rows = x.is_contiguous() and x_scale.is_contiguous()
+        if a1.group_shape.col != STEP or not dense_rows or x.data_ptr() % ALIGNED_BYTES:
+            return False
     return unmet_by_prefill(operands.w1, operands.w2, (a1, a2)) is None
 
 
@@ -232,9 +234,9 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             "out": output,
             "activation": activation,
             "activation_config": self.activation_config,
-            "w1_bias": operands.w1_bias,
-            "w2_bias": operands.w2_bias,
-            "expert_map": expert_map,
+            "w1_bias": dense(operands.w1_bias),
+            "w2_bias": dense(operands.w2_bias),
+            "expert_map": dense(expert_map),
             "programs": multiprocessors_of(hidden_states.device),
         }
         if a1q_scale is not None:

@@ -11,6 +11,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
 
 # TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
@@ -43,6 +44,7 @@ def hopper_decode(
     Raises ValueError for sizes that are not multiples of 16 and for tensors that do not fit.
     """
     check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, topk_ids.numel())
+    check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
         hopper_decode_reference(
             x, w1, w2, topk_weights, topk_ids, out, activation=activation,
@@ -110,7 +112,7 @@ def check_experts(
     rows: int,
 ) -> None:
     """Raise ValueError where the tensors of a Hopper launch do not fit; ``rows`` of act and y."""
-    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     if H % ALIGNED_ELEMENTS or I % ALIGNED_ELEMENTS:
         raise ValueError(f"H {H} and I {I} must be multiples of {ALIGNED_ELEMENTS}")
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -125,6 +127,8 @@ def check_experts(
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {x.dtype}"
             )
+    if w1.shape not in ((e, I, H), (e, 2 * I, H)):
+        raise ValueError(f"w1 is {tuple(w1.shape)}, w2 {tuple(w2.shape)} asks for {(e, 2 * I, H)}")
     if topk_weights is not None and topk_weights.shape != (T, K):
         raise ValueError(f"topk_weights is {tuple(topk_weights.shape)}, expected {(T, K)}")
     for name, dense in (
@@ -142,3 +146,20 @@ def check_experts(
             f"rows of x must start at multiples of {ALIGNED_ELEMENTS} elements and rows of x and "
             f"out must be dense, strides are {x.stride()} and {out.stride()}"
         )
+
+
+def check_biases(
+    w1: torch.Tensor | QuantizedTensor,
+    w2: torch.Tensor | QuantizedTensor,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for biases that are not dense with a number for each row of the weights."""
+    for name, bias, shape in (("w1_bias", w1_bias, w1.shape), ("w2_bias", w2_bias, w2.shape)):
+        if bias is None:
+            continue
+        if bias.shape != shape[:2] or not bias.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(bias.shape)} of strides {bias.stride()}, expected a contiguous "
+                f"{tuple(shape[:2])}"
+            )

@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.hopper_decode import check_experts, hopper_decode_reference
+from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
 from fusedmoe.tuning.hopper_tiles import (
     MAX_DIRECT_PICKS,
     MAX_DIRECT_SLOTS,
@@ -47,6 +47,7 @@ def hopper_direct(
             f"with {MAX_DIRECT_PICKS} picks each, got T {T} and K {K}"
         )
     check_experts(x, w1, w2, topk_weights, topk_ids, out, act, None, R)
+    check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
         hopper_decode_reference(
             x,

@@ -14,6 +14,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
+from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
@@ -23,6 +24,7 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
 
 TILE_ROWS = 128
+ALIGNED_BYTES = 16  # that a gather copies at once
 
 
 def unmet_by_prefill(
@@ -85,6 +87,7 @@ def fp8_prefill(
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, keys[0], x_scale)
+    check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
         fp8_prefill_reference(
             x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
@@ -200,8 +203,12 @@ def _check(
         ("topk_ids", topk_ids),
         ("act", act),
         ("y", y),
+        ("x", None if x_scale is None else x),
+        ("x_scale", x_scale),
     ):
         if dense is not None and not dense.is_contiguous():
             raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    if x_scale is not None and x.data_ptr() % ALIGNED_BYTES:
+        raise ValueError(f"rounded x must lie at a multiple of {ALIGNED_BYTES} bytes")
     if out.stride(1) != 1:
         raise ValueError(f"rows of out must be dense, its strides are {out.stride()}")

@@ -12,6 +12,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
+from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
@@ -80,6 +81,7 @@ def mixed_prefill(
     if tiles.gemm1.slots != tiles.gemm2.slots:
         raise ValueError(f"blocks of {tiles.gemm1.slots} and {tiles.gemm2.slots} slots differ")
     _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, tiles)
+    check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
         mixed_prefill_reference(
             x, w1, w2, topk_weights, topk_ids, out, act, y, activation=activation,

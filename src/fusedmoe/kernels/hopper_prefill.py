@@ -10,7 +10,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
-from fusedmoe.kernels.hopper_decode import check_experts, hopper_decode_reference
+from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, flag_slots
 
 PREFILL_BLOCK = 128
@@ -45,6 +45,7 @@ def hopper_prefill(
     """
     P = prefill_rows(topk_ids.numel(), w2.shape[0])
     check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, P)
+    check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
         hopper_decode_reference(
             x,
