@@ -183,6 +183,16 @@ def test_micro_batches_need_two_regions(regions, reason):
     assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows
 
 
+def test_nobody_is_asked_within_a_graph(monkeypatch):
+    """Who has which expert is learnt before: in a graph it is known only once that has run."""
+    everyone, maps = movers()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert everyone[0].hosts_of(E, maps[0]).owners is OWNERS
+    with pytest.raises(ValueError, match="which of 4 experts"):
+        everyone[0].hosts_of(E, maps[0].clone())
+
+
 def test_adapter_ids_are_not_silently_dropped():
     one = movers()[0][0]
     one.set_lora_context(None)

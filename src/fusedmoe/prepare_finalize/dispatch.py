@@ -153,7 +153,7 @@ class Dispatching(FusedMoEPrepareAndFinalize):
             sizes = check_sizes(self._given_sizes, self.ranks, num_tokens)
         elif self.ranks.size == 1:
             sizes = [num_tokens]
-        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        elif _captures():
             raise ValueError("a CUDA graph cannot ask other ranks: give tokens_per_rank")
         else:
             sizes = gather_counts(num_tokens, self.ranks)
@@ -161,13 +161,22 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         return sizes
 
     def hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> Hosts:
-        """Asks the other ranks the first time, and again where the map is another tensor."""
+        """Asks the other ranks the first time, and again where the map is another tensor.
+
+        Raises ValueError if it would have to while a CUDA graph is captured: what is learnt then
+        is not there before the graph has been replayed, and other graphs would read it.
+        """
         if expert_map is None or expert_map.shape[0] != num_experts:
             raise ValueError(
                 f"{self.name} needs the expert map of {num_experts} experts, got "
                 f"{None if expert_map is None else tuple(expert_map.shape)}"
             )
         if not self._learnt or self._learnt[0].expert_map is not expert_map:
+            if _captures():
+                raise ValueError(
+                    f"a CUDA graph cannot ask other ranks which of {num_experts} experts they "
+                    "have: run the layer once before"
+                )
             mine = (expert_map >= 0)[None]
             table = all_gather_rows(mine, [1] * self.ranks.size, self.ranks)()
             first = table.int().argmax(dim=0).int()
@@ -275,6 +284,10 @@ class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
             weight_and_reduce_impl,
         )
         finish(pending)
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def is_per_row(scale: torch.Tensor | None) -> bool:
