@@ -100,6 +100,16 @@ def test_a_sum_that_knows_sends_and_one_that_does_not_is_sent(knows):
         torch.testing.assert_close(view.received(2).outputs, one, equal_nan=True)
 
 
+def test_a_sum_without_ids_stays_here():
+    """Whose sums are wanted is then not known."""
+    layout, views, _, _ = made((2, 2, 1, 0), torch.float32)
+    out = PeerSums.make(views[0], 2).fill_(NAN)
+    slots = torch.randn(8, layout.topk, layout.hidden)
+    moe_fused_mul_sum(slots, None, out)
+    assert not out.sent
+    torch.testing.assert_close(out[:], slots.sum(1))
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "picks", "message"),
     [(11, 160, 3, "12 tokens of 3 picks"), (36, 96, 3, "do not sum"), (36, 160, 2, "do not sum")],

@@ -35,10 +35,10 @@ def moe_fused_mul_sum(
     _check(inputs, topk_weights, outputs, topk_ids, expert_map, num_valid_tokens)
     if outputs is None:
         outputs = inputs.new_empty(inputs.shape[0], inputs.shape[2])
-    if isinstance(outputs, PeerSums) and inputs.is_contiguous() and num_valid_tokens is None:
+    whole = num_valid_tokens is None and inputs.is_contiguous()
+    if isinstance(outputs, PeerSums) and whole and topk_ids is not None:
         from fusedmoe.kernels.peer_sums import send_sums
 
-        assert topk_ids is not None
         rows = inputs.view(-1, inputs.shape[2])
         send_sums(outputs, rows, topk_weights, topk_ids, expert_map, num_local_experts)
         return outputs
