@@ -22,84 +22,21 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
-from fusedmoe.kernels.triton.lookup import looked_up, looked_up_bf16
 from fusedmoe.kernels.triton.quantized_common import (
     activated,
-    e2m1_nibbles_bf16,
-    e4m3_bf16,
     float_scale,
     half_scale_bits,
-    int4_nibbles_bf16,
-    int8_bf16,
-    minus_bf16,
-    nibbles,
     spread_groups,
     store_features,
     tile_rows,
     times_bf16,
 )
+from fusedmoe.kernels.triton.stored_numbers import load_groups, stored_numbers
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 # What e2m1_nibbles_bf16 leaves out, in two halves: one goes with the scales, one with the sum.
 HALF_EXPONENT = tl.constexpr(2.0**63)
-
-
-@triton.jit
-def _load_groups(
-    ptr, rows, first, count, stride, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr
-):
-    """Scales or zero points from column ``first`` on: [ROWS] where a step has one group, else
-    [ROWS, DEPTH / GROUP]; 0 past ``count`` groups."""
-    group = first // GROUP
-    if DEPTH <= GROUP:
-        return tl.load(ptr + rows * stride + tl.minimum(group, count - 1))
-    else:
-        at = group + tl.arange(0, DEPTH // GROUP)
-        ptrs = ptr + (rows * stride)[:, None] + at[None, :]
-        if EVEN:
-            return tl.load(ptrs)
-        else:
-            return tl.load(ptrs, (at < count)[None, :], 0.0)
-
-
-@triton.jit
-def _numbers(packed, zero, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """The stored elements as numbers, zero points subtracted: low and high nibbles, or the same
-    tensor twice. ``zero`` broadcasts to ``packed`` or is None."""
-    if ELEMENT == "int4":
-        if NATIVE:
-            low, high = int4_nibbles_bf16(packed)
-            if zero is None:
-                middle = tl.full(packed.shape, 136.0, tl.bfloat16)
-            else:
-                middle = tl.broadcast_to((zero.to(tl.float32) + 128.0).to(DTYPE), packed.shape)
-            return minus_bf16(low, middle), minus_bf16(high, middle)
-        else:
-            low, high = nibbles(packed, ELEMENT, DTYPE)
-            middle = 8.0 if zero is None else zero.to(DTYPE)
-            return (low - middle).to(DTYPE), (high - middle).to(DTYPE)
-    elif ELEMENT == "e2m1":
-        if NATIVE:
-            return e2m1_nibbles_bf16(packed)
-        else:
-            return nibbles(packed, ELEMENT, DTYPE)
-    elif ELEMENT == "nf4" or ELEMENT == "iq4_nl":
-        if NATIVE:
-            return looked_up_bf16(packed, ELEMENT)
-        else:
-            low, high = (packed & 15).to(tl.int32), (packed >> 4).to(tl.int32)
-            return looked_up(low, ELEMENT, DTYPE), looked_up(high, ELEMENT, DTYPE)
-    else:
-        if not NATIVE:
-            value = packed.to(tl.float32).to(DTYPE)
-        elif ELEMENT == "int8":
-            value = int8_bf16(packed)
-        else:
-            value = e4m3_bf16(packed)
-        if zero is not None:
-            value = value - zero.to(DTYPE)
-        return value, value
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -185,10 +122,10 @@ def quantized_gemm_kernel(
     if zero_ptr is not None:
         zero_ptr += expert * stride_se
 
-    scale = _load_groups(scale_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
+    scale = load_groups(scale_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
     zero = None
     if zero_ptr is not None:
-        zero = _load_groups(zero_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
+        zero = load_groups(zero_ptr, scale_row, 0, groups, stride_sn, DEPTH, GROUP, EVEN_D)
     total = tl.zeros([ROWS, SLOTS], dtype=tl.float32)
     for first in range(0, D, DEPTH):
         first_at = first // 2 if HALVES else first
@@ -214,7 +151,7 @@ def quantized_gemm_kernel(
                 factor = float_scale(scale).to(DTYPE)
             factor = spread_groups(factor, PACKED)
             middle = None if zero is None else spread_groups(zero, PACKED)
-            low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
+            low, high = stored_numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
             if NATIVE and not EXACT:
                 low, high = times_bf16(low, factor), times_bf16(high, factor)
             else:
@@ -224,7 +161,7 @@ def quantized_gemm_kernel(
                 total = tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)
         else:
             middle = None if zero is None else zero[:, None]
-            low, high = _numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
+            low, high = stored_numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
             part = total if SCALING == "end" else tl.zeros([ROWS, SLOTS], dtype=tl.float32)
             part = tl.dot(low, tl.trans(even), part, input_precision=PRECISION)
             if HALVES:
@@ -236,11 +173,11 @@ def quantized_gemm_kernel(
         if SCALING != "end":
             # Behind the last step the last groups are read once more, and not used.
             after = tl.minimum(first + DEPTH, D - DEPTH if EVEN_D else D - 1)
-            scale = _load_groups(
+            scale = load_groups(
                 scale_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
             )
             if zero_ptr is not None:
-                zero = _load_groups(
+                zero = load_groups(
                     zero_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
                 )
 
