@@ -133,6 +133,8 @@ inline u32 shared_u8(u32 address) { return *shared_at(address, 1); }
 inline u32 shared_u16(u32 address) { u16 v; memcpy(&v, shared_at(address, 2), 2); return v; }
 inline u32 shared_u32(u32 address) { u32 v; memcpy(&v, shared_at(address, 4), 4); return v; }
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
+template <typename T>
+T load_past_l1(const T* from) { return *from; }
 inline void copy(u32 to, const void* from, u32 size, bool inside) {
   std::vector<u8> bytes(size, 0);
   if (inside && (u64)from % size) {

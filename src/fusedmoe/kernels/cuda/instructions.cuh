@@ -79,6 +79,17 @@ DEVICE void copy4(u32 to, const void* from, bool inside) {  // zeros where it is
                "r"(inside ? 4 : 0)
                : "memory");
 }
+// Past the L1, which may hold lines from before the launch that wrote them.
+DEVICE int load_past_l1(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+DEVICE i64 load_past_l1(const i64* from) {
+  i64 value;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
 DEVICE u32 shared_address(const void* memory) { return (u32)__cvta_generic_to_shared(memory); }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>

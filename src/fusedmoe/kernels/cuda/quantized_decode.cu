@@ -15,7 +15,8 @@
 // A group's products are summed by themselves and multiplied by the scale in fp32. What 128 + q and
 // the zero point of int4 add, a product of x with a constant takes away.
 //
-// EARLY: the launch before is the first GEMM; weights and tables are read before it has ended.
+// EARLY: the launch before is the first GEMM; weights and tables are read before it has ended. The
+// launch that wrote the tables has, because the first GEMM waits for it before it lets this begin.
 // Other constants come from the launcher as macros; quantized_decode.py names them, and the files
 // whose text stands before this one.
 
@@ -217,7 +218,7 @@ quantized_decode(const __grid_constant__ Arguments a) {
     if (threadIdx.x < 32) lone_experts[threadIdx.x] = lone_expert(a, threadIdx.x);
     __syncthreads();
   }
-  const Tasks tasks{a, lone_experts, (LONE ? a.R : *a.num_post / BN) * TILES};
+  const Tasks tasks{a, lone_experts, (LONE ? a.R : load_past_l1(a.num_post) / BN) * TILES};
   int task = tasks.live(blockIdx.x);
 
   Weights weights{p, tasks, ring, Walk{task, p.k_begin}, a.weights};

@@ -15,7 +15,7 @@ struct Weights {
 
   DEVICE void aim() {
     if (at.task >= tasks.count) return;
-    const int expert = tasks.expert(at.task), first = feature(p, at.task, 0);
+    const int expert = tasks.expert(at.task, EARLY), first = feature(p, at.task, 0);
     const int own = p.lane / CPR * ROW_STRIDE + p.lane % CPR * 16 + at.k * STEP;
     from = tasks.a.weights + expert * (EXPERT_ROWS * ROW_BYTES) + (first * (i64)ROW_STRIDE + own);
     if (FEATURES % FT) {

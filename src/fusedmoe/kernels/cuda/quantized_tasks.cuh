@@ -75,9 +75,11 @@ struct Tasks {
     return task;
   }
   DEVICE int next(int task) const { return live(task + gridDim.x); }
-  DEVICE int expert(int task) const {
+  // ``early``: before the launch in front has ended.
+  DEVICE int expert(int task, bool early = false) const {
     if (LONE) return lone[task / TILES];
-    return min(max(a.experts[min(task / TILES, a.last_block)], 0), a.num_local - 1);
+    const int* at = a.experts + min(task / TILES, a.last_block);
+    return min(max(early ? load_past_l1(at) : *at, 0), a.num_local - 1);
   }
 };
 
@@ -107,7 +109,7 @@ struct Walk {
 // The expert of a slot as kernels/ids.py has it.
 DEVICE int lone_expert(const Arguments& a, int slot) {
   if (slot >= a.R) return -1;
-  i64 id = ID64 ? ((const i64*)a.ids)[slot] : (i64)((const int*)a.ids)[slot];
+  i64 id = ID64 ? load_past_l1((const i64*)a.ids + slot) : load_past_l1((const int*)a.ids + slot);
   if (a.map) id = id >= 0 && id < a.num_mapped ? a.map[id] : -1;
   return id >= 0 && id < a.num_local ? (int)id : -1;
 }
