@@ -11,8 +11,10 @@ from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
+    INT8_STATIC_TENSOR,
     MXFP4_DYNAMIC,
     MXFP6_E2M3_DYNAMIC,
+    MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
     GroupShape,
     QuantKey,
@@ -65,6 +67,19 @@ def test_planes_other_strides_and_16_bits(key):
     assert close.float().mean() > 0.99
     assert round_rows(x, key, planes=True).equal(to_planes(expected))
     assert triton_round(x[:0], key).shape == (0, 96)
+
+
+@pytest.mark.parametrize("key", [MXFP8_DYNAMIC, INT8_STATIC_TENSOR], ids=str)
+def test_large_fp16_rows_stay_finite(key):
+    """The nearest number of the format may be one that fp16 has not."""
+    x = torch.full((2, 32), 65504.0, dtype=torch.float16)
+    x[1, :3] = torch.tensor([-65504.0, 1.0, NAN])
+    scale = torch.tensor([592.0]) if key.static else None
+    wide = fake_quantize(x.float(), key, scale)
+    assert wide[0].max() > 65520
+    for out in (triton_round(x, key, scale), round_rows(x, key, scale)):
+        assert (out[0] == 65504).all()
+        assert out[1, 2].isnan()
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)

@@ -34,7 +34,8 @@ def round_rows(
     expert_map: torch.Tensor | None = None,
     num_local_experts: int | None = None,
 ) -> torch.Tensor:
-    """x [rows, D], 16 or 32 bits, as it is after rounding to ``key``: the same shape and dtype.
+    """x [rows, D], 16 or 32 bits, as it is after rounding to ``key``: the same shape and dtype, of
+    which numbers rounded past its largest become that.
 
     ``scale`` fp32 [1] belongs to a static key. ``planes``: the columns of even number first. With a
     dynamic scale for the whole tensor, rows whose id in ``topk_ids`` [rows] names no expert of
@@ -60,7 +61,8 @@ def round_rows_reference(
     x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None = None, *, planes: bool = False
 ) -> torch.Tensor:
     """The definition, in plain torch."""
-    rounded = fake_quantize(x, key, scale).to(x.dtype)
+    most = torch.finfo(x.dtype).max
+    rounded = fake_quantize(x, key, scale).clamp(-most, most).to(x.dtype)
     return to_planes(rounded) if planes else rounded
 
 

@@ -20,6 +20,7 @@ from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, largest_magnit
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 NVFP4_GROUP = tl.constexpr(16)
+MOST_FP16 = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -112,6 +113,8 @@ def round_rows_kernel(
             x = tl.reshape(x, (BLOCK // GROUP, GROUP))
             scale = _scale_of_groups(x, whole, ELEMENT, GROUP, E8M0)[:, None]
             value = tl.reshape(_nearest(tl.div_rn(x, scale), ELEMENT) * scale, (BLOCK,))
+        if out_ptr.dtype.element_ty == tl.float16:
+            value = tl.clamp(value, -MOST_FP16, MOST_FP16, propagate_nan=tl.PropagateNan.ALL)
         place = column
         if PLANES:
             place = column // 2 + column % 2 * (D // 2)
