@@ -1,5 +1,5 @@
-"""What both kernels of ``hopper_mixed_prefill`` do besides products: the order of tiles, the rings,
-what becomes of a product's sums."""
+"""What both kernels of ``hopper_mixed_prefill`` do besides products: the rings, what becomes of a
+product's sums."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,15 +10,6 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import HALF_EXPONENT, SIDE, ST
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 UNIT = gl.constexpr(128)  # slots that are stored at once
-
-
-@gluon.jit
-def tile_of(task, blocks, TILES: gl.constexpr, GROUP_M: gl.constexpr):
-    """(block of slots, tile of rows): groups of GROUP_M blocks, tiles outer, blocks inner."""
-    first = task // (GROUP_M * TILES) * GROUP_M
-    size = gl.minimum(blocks - first, GROUP_M)
-    rest = task - first * TILES
-    return first + rest % size, rest // size
 
 
 @gluon.jit

@@ -19,8 +19,8 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     load_words,
     open_rings,
     store_side,
-    tile_of,
 )
+from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
 
 UNSPECIALIZED = ("scale_row_step", "scale_block", "num_local")
 

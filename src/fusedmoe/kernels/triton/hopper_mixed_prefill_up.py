@@ -20,35 +20,13 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     load_words,
     open_rings,
     store_side,
-    tile_of,
 )
+from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
+from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
     "scale_shard_step", "scale_row_step", "scale_block", "R", "num_local", "desc_rows",
 )  # fmt: skip
-
-
-@gluon.jit
-def rows_at(place, store, x, position_ptr, sorted_ptr, R, PICKS: gl.constexpr):
-    """(rows of x [n, 1], which of them live) at these places [n] of the table; the place of each
-    slot is noted if ``store``."""
-    slots = gl.load(sorted_ptr + place)
-    live = (slots >= 0) & (slots < R)
-    slots = gl.where(live, slots, 0)
-    if store:
-        gl.store(position_ptr + slots, place, live)
-    x_rows = x[0] + (slots // PICKS).to(gl.int64) * x[1]
-    return gl.expand_dims(x_rows, 1), gl.expand_dims(live, 1)
-
-
-@gluon.jit
-def gather(rows, x_rows, live, column, H: gl.constexpr):
-    """Columns [1, STEP] of these rows; dead rows and columns past H become zero."""
-    if H % STEP == 0:  # noqa: SIM108 (a compile-time branch)
-        inside = live
-    else:
-        inside = live & (column < H)
-    async_copy.async_copy_global_to_shared(rows, x_rows + column, inside)
 
 
 @gluon.jit
@@ -91,7 +69,7 @@ def up_producer(
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
             load_words(descs, w_ring.index(stage), bar, weight_row, BELOW, k)
-            gather(x_ring.index(stage), x_rows, lives, k * STEP + column, H)
+            gather(x_ring.index(stage), x_rows, lives, k * STEP + column, H, STEP)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
 
