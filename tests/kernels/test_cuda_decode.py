@@ -205,6 +205,16 @@ def test_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
     assert along(90, 8, (28672, 4096), (2048, 7168))[2] == 16
 
 
+BAD_TILES = {"slots": 12, "tiles": 0, "across": 17, "step": 256, "stages": 1}
+BAD_TILES |= {"per_multiprocessor": 0, "prefetch": ".L1"}
+
+
+@pytest.mark.parametrize(("name", "size"), BAD_TILES.items())
+def test_tiles_that_the_kernel_does_not_have_are_refused(name, size):
+    with pytest.raises(ValueError, match=str(size)):
+        replace(tile(), **{name: size})
+
+
 def test_what_the_kernel_cannot_read_is_named():
     assert unmet_by_stream(weights("mxfp4", 2, 16, 64, None)) is None
     assert "16 columns" in unmet_by_stream(weights("int4_g16", 2, 16, 64, None))

@@ -1,9 +1,11 @@
 """Which tiles stream 8-bit weights: enough of them for every multiprocessor, few of their rows
 empty, slots with room."""
 
+from dataclasses import replace
+
 import pytest
 
-from fusedmoe.tuning.w8a8_tiles import MULTIPROCESSORS, stream_tiles
+from fusedmoe.tuning.w8a8_tiles import MULTIPROCESSORS, StreamTile, stream_tiles
 
 SHAPES = [(128, 2048, 768), (8, 4096, 14336), (256, 4096, 2048), (384, 7168, 256), (64, 2048, 1408)]
 
@@ -26,3 +28,14 @@ def test_tiles_fit_the_problem(R, E, H, I):  # noqa: E741
 def test_a_token_occupies_more_multiprocessors():
     first, second = stream_tiles(8, 128, 2048, 768)
     assert (first.valid, second.valid, second.programs) == (32, 64, 1)
+
+
+BAD_TILES = [("rows", 96), ("slots", 4), ("valid", 80), ("valid", 24), ("valid", 0), ("depth", 3)]
+BAD_TILES += [("span", 1), ("stages", 0), ("programs", 0)]
+
+
+@pytest.mark.parametrize(("name", "size"), BAD_TILES)
+def test_tiles_that_do_not_fit_themselves_are_refused(name, size):
+    """They would be loaded past the shared memory that a stage has."""
+    with pytest.raises(ValueError, match=str(size)):
+        replace(StreamTile(128, 64, 8, 2, 8, 3, 2), **{name: size})

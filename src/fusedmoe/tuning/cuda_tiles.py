@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 WARPS = 4
+PREFETCHES = ("", ".L2::64B", ".L2::128B", ".L2::256B")
 # A launch whose last round of tasks is so full wants no more warps per task.
 FULL_ENOUGH = 0.85
 # (slots of a block, the most slots per expert on average)
@@ -27,6 +28,21 @@ class CudaDecodeTile:
     stages: int
     per_multiprocessor: int
     prefetch: str = ".L2::128B"
+
+    def __post_init__(self) -> None:
+        warps = self.along * self.across
+        if self.tiles < 1 or self.slots < 8 or self.slots % 8 or not 1 <= warps <= 16:
+            raise ValueError(
+                f"{self.tiles} tiles, {self.slots} slots and {warps} warps: tiles are positive, "
+                "slots a multiple of 8, warps at most 16"
+            )
+        if self.step not in (64, 128) or self.stages < 2 or self.per_multiprocessor < 1:
+            raise ValueError(
+                f"got {self.stages} steps of {self.step} bytes in {self.per_multiprocessor} "
+                "programs: steps are of 64 or 128, two at least, programs positive"
+            )
+        if self.prefetch not in PREFETCHES:
+            raise ValueError(f"prefetch is one of {PREFETCHES}, got {self.prefetch!r}")
 
 
 class CudaDecodeTiles(NamedTuple):

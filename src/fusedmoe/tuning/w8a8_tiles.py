@@ -27,6 +27,18 @@ class StreamTile:
     programs: int
     roles: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 64), ("slots", 8), ("span", 1)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least {least}, got {size}")
+        if not 0 < 2 * self.valid <= self.rows or self.valid % 16:
+            raise ValueError(f"two times {self.valid} rows, whole 16, do not fit {self.rows}")
+        if self.depth not in (1, 2) or self.span % self.depth:
+            raise ValueError(f"a span of {self.span} steps is not of whole stages of {self.depth}")
+        if self.stages < 1 or self.programs < 1:
+            raise ValueError(f"stages {self.stages} and programs {self.programs} must be positive")
+
     @property
     def warps(self) -> int:
         return min(8, self.rows // 16)
