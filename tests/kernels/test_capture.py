@@ -12,6 +12,7 @@ from fusedmoe.kernels import capture
 from fusedmoe.kernels.cuda import program
 
 GLOBAL, RELAXED = 0, 2
+NO_CONTEXT = 201
 
 
 @pytest.fixture
@@ -47,22 +48,24 @@ def test_a_driver_that_refuses_and_none_at_all(monkeypatch):
         pass
 
 
-def test_a_cuda_program_is_loaded_relaxed_once_and_for_the_current_device(modes, monkeypatch):
-    calls = []
+def test_a_cuda_program_is_loaded_once_for_the_current_device(modes, monkeypatch):
+    calls, answers = [], {"cuLaunchKernelEx": [0, NO_CONTEXT, 0]}
 
-    def driver_call(name, result):
+    def driver_call(name):
         def call(*_):
             calls.append((name, modes[-1]))
-            return (0, result)
+            return (answers[name].pop(0),) if name in answers else (0, 1)
 
         return call
 
     attributes = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    names = {"cuLibraryLoadData", "cuLibraryGetKernel", "cuDeviceGet", "cuKernelSetAttribute"}
+    bind = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    load = ["cuLibraryLoadData", "cuLibraryGetKernel", "cuDeviceGet", "cuKernelSetAttribute"]
+    load.append("cuKernelGetFunction")
     driver = SimpleNamespace(
         CUfunction_attribute=attributes,
-        **{name: driver_call(name, 1) for name in names | {"cuKernelGetFunction"}},
-        cuLaunchKernelEx=driver_call("cuLaunchKernelEx", None),
+        CUresult=SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=NO_CONTEXT),
+        **{name: driver_call(name) for name in {*bind, *load, "cuLaunchKernelEx"}},
     )
     monkeypatch.setattr(program, "_driver", lambda: driver)
     monkeypatch.setattr(program, "_config", lambda *_: None)
@@ -79,7 +82,7 @@ def test_a_cuda_program_is_loaded_relaxed_once_and_for_the_current_device(modes,
         kernel.launch(1, Nothing(), 0)
     for _ in range(2):
         kernel.launch(1, Nothing(), 1)
-    launches = [mode for name, mode in calls if name == "cuLaunchKernelEx"]
-    loads = [mode for name, mode in calls if name != "cuLaunchKernelEx"]
-    assert launches == [GLOBAL, GLOBAL]
-    assert loads == [RELAXED] * 5
+    first = [(name, RELAXED) for name in bind + load]
+    # The second launch comes from a thread that has not used the GPU.
+    second = [(name, GLOBAL) for name in ["cuLaunchKernelEx", *bind, "cuLaunchKernelEx"]]
+    assert calls == [*first, ("cuLaunchKernelEx", GLOBAL), *second]

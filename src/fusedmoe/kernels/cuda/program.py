@@ -67,11 +67,17 @@ class CudaKernel:
         address = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = torch._C._cuda_getCurrentRawStream(device)
         config = _config(blocks, self._threads, self._shared, stream)
-        _checked(_driver().cuLaunchKernelEx(config, function, ctypes.addressof(address), 0))
+        driver, call = _driver(), (config, function, ctypes.addressof(address), 0)
+        answer = driver.cuLaunchKernelEx(*call)
+        if answer[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            _enter_context(device)
+            answer = driver.cuLaunchKernelEx(*call)
+        _checked(answer)
 
     def _load(self, device: int) -> Any:
         if device != torch.cuda.current_device():
             raise RuntimeError(f"device {device} is not current, {torch.cuda.current_device()} is")
+        _enter_context(device)
         driver = _driver()
         image = compiled(self._source, self._defines, torch.cuda.get_device_capability(device))
         library = _checked(driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))
@@ -87,6 +93,13 @@ def _driver() -> Any:
     from cuda.bindings import driver
 
     return driver
+
+
+def _enter_context(device: int) -> None:
+    """What the runtime does on a thread's first use of a GPU, and the driver does not."""
+    driver = _driver()
+    handle = _checked(driver.cuDeviceGet(device))
+    _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(handle))))
 
 
 @lru_cache(maxsize=256)
