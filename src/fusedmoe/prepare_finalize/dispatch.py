@@ -287,7 +287,10 @@ class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
 
 def _captures() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether launches are recorded as a CUDA graph; a compiler could not ask."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def is_per_row(scale: torch.Tensor | None) -> bool:
