@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusedmoe.kernels import align
 from fusedmoe.kernels.align import (
+    LoneSlots,
     MoEAlignmentWithScatter,
     align_reference,
     moe_align_block_size,
@@ -28,6 +30,29 @@ def both(ids, block_size, groups, expert_map=None, drop_remote=False):
 def assert_same(left, right):
     for a, b in zip((*left[0], left[1]), (*right[0], right[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_strided_ids_and_maps_are_read_by_their_values(monkeypatch):
+    """Flattened, ids [T, 1] and [1, K] keep their strides, which no kernel asks for."""
+    seen = []
+
+    def implementation(ids, *rest):
+        seen.append((ids, rest[3]))
+        return triton_align(ids, *rest)
+
+    monkeypatch.setattr(align, "align_reference", implementation)
+    here = torch.tensor([[1, 7], [0, 7], [-1, 7]], dtype=torch.int32)[:, 0]
+    columns = torch.tensor([[0, 2], [1, 2], [2, 0], [1, 0]], dtype=torch.int32)
+    one = torch.zeros((), dtype=torch.int32)
+    for ids in (columns[:, :1], columns.view(1, 8)[:, ::2], one.expand(6, 1)):
+        found = moe_align_block_size(ids, 2, 3, here, ignore_invalid_experts=True)
+        expected = align_reference(ids.flatten(), 2, 3, len(found.sorted_ids), here, True, False)
+        assert all(map(torch.equal, found, expected[0]))
+        lone = LoneSlots.of(ids, here)
+        for numbers, mapped in (*seen, lone):
+            assert numbers.is_contiguous()
+            assert mapped.is_contiguous()
+        assert lone.topk_ids.tolist() == ids.flatten().tolist()
 
 
 def test_the_layout_spelled_out():

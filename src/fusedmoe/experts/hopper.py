@@ -17,6 +17,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.triton import triton_experts
+from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
@@ -54,11 +55,6 @@ def missing_gluon() -> str | None:
 def multiprocessors_of(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.multi_processor_count)
-
-
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What kernels read without strides."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:

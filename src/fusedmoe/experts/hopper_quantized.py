@@ -16,9 +16,10 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.hopper import dense, missing_gluon, multiprocessors_of
+from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
+from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill

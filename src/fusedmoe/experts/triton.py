@@ -113,7 +113,7 @@ def slot_blocks(
 ) -> MoEAlignment | LoneSlots:
     """No table, and a launch less, where slots are few."""
     if slots_are_alone(topk_ids.numel(), e) and not batch_invariant:
-        return LoneSlots(topk_ids.reshape(-1), expert_map)
+        return LoneSlots.of(topk_ids, expert_map)
     alignment = moe_align_block_size(
         topk_ids,
         block_m,

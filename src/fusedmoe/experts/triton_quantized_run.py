@@ -256,7 +256,7 @@ def _blocks(
 ) -> MoEAlignment | LoneSlots:
     """No table, and a launch less, where slots are so few that two rarely share an expert."""
     if topk_ids.numel() * 4 <= e and not batch_invariant:
-        return LoneSlots(topk_ids.reshape(-1), expert_map)
+        return LoneSlots.of(topk_ids, expert_map)
     alignment = moe_align_block_size(
         topk_ids,
         slots,

@@ -41,12 +41,23 @@ class MoEAlignmentWithScatter(NamedTuple):
 class LoneSlots(NamedTuple):
     """In place of an alignment where slots are few: every slot is a block by itself, no table.
 
-    topk_ids int [R]; expert_map int32 global -> local id or -1, or None. Ids of no local expert
-    are skipped.
+    topk_ids int [R]; expert_map int32 global -> local id or -1, or None; both dense. Ids of no
+    local expert are skipped.
     """
 
     topk_ids: torch.Tensor
     expert_map: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> LoneSlots:
+        """From ids [T, K], of any strides both."""
+        # Flattened, [T, 1] and [1, K] keep their strides.
+        return cls(topk_ids.reshape(-1).contiguous(), dense(expert_map))
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What kernels read without strides."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def moe_align_block_size(
@@ -89,7 +100,7 @@ def moe_align_block_size(
         raise ValueError(
             f"{topk_ids.numel()} slots padded to blocks of {block_size} pass {MAX_SLOTS}"
         )
-    ids = topk_ids.reshape(-1)
+    ids, expert_map = topk_ids.reshape(-1).contiguous(), dense(expert_map)
     if topk_ids.is_cuda:
         from fusedmoe.kernels.triton.align import align as implementation
     else:

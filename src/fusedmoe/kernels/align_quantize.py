@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.align import MoEAlignment, dense, moe_align_block_size, padded_slots
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
@@ -68,7 +68,7 @@ def align_and_quantize(
     )
     largest = torch.empty(topk_ids.shape, **integers) if with_largest else None  # type: ignore[call-overload]
     launch(
-        topk_ids, tables, block_size, num_local_experts, expert_map, x, *rows, group,
+        topk_ids, tables, block_size, num_local_experts, dense(expert_map), x, *rows, group,
         key.scale_kind == "e8m0", largest,
     )  # fmt: skip
     return AlignedRows(tables, rows, largest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.ids import local_ids
 
 
@@ -36,7 +37,7 @@ def gather_columns(
         return gather_columns_reference(x, order, out, topk_ids, expert_map)
     from fusedmoe.kernels.triton.gather_columns import launch
 
-    launch(x, order, out, topk_ids, expert_map)
+    launch(x, order, out, topk_ids, dense(expert_map))
     return out
 
 

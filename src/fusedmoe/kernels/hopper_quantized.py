@@ -75,7 +75,7 @@ def stream_blocks(
     """Blocks of ``slots`` slots for e local experts; no table, and a launch less, where slots are
     so few that two rarely share an expert."""
     if lone_slots(topk_ids.numel(), e, expert_map):
-        return LoneSlots(topk_ids.reshape(-1), expert_map)
+        return LoneSlots.of(topk_ids, expert_map)
     experts = e if expert_map is None else expert_map.shape[0]
     alignment = moe_align_block_size(
         topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.peer_layout import PeerSums
 
@@ -33,6 +34,7 @@ def moe_fused_mul_sum(
     Raises ValueError where shapes disagree.
     """
     _check(inputs, topk_weights, outputs, topk_ids, expert_map, num_valid_tokens)
+    expert_map = dense(expert_map)
     if outputs is None:
         outputs = inputs.new_empty(inputs.shape[0], inputs.shape[2])
     whole = num_valid_tokens is None and inputs.is_contiguous()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.kernels.align import MoEAlignment, align_reference
+from fusedmoe.kernels.align import MoEAlignment, align_reference, dense
 from fusedmoe.kernels.ids import local_ids
 
 
@@ -83,7 +83,7 @@ def moe_permute(
         permuted_hidden_states = hidden_states.new_empty(R, H)
     tables = MoEAlignment(scratch.permuted_idx[:R], scratch.row_experts[:R], scratch.num_rows)
     inverse, offsets = scratch.inv_permuted_idx[:R], scratch.expert_first_token_offset
-    ids = topk_ids.reshape(-1)
+    ids, expert_map = topk_ids.reshape(-1).contiguous(), dense(expert_map)
     if hidden_states.is_cuda:
         from fusedmoe.kernels.triton.align import align
         from fusedmoe.kernels.triton.permute import gather_rows as gather
