@@ -11,14 +11,13 @@ from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
-from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.dispatch import quantize_input
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
-from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_128_UE8M0,
@@ -154,16 +153,6 @@ def test_everything_else_takes_the_triton_experts_way(name, streamed):
     case = ELSEWHERE[name]
     assert error(case, case.layer.tensors()) < (6e-3 if case.rows is None else 3e-2)
     assert not streamed
-
-
-def test_a_strided_bias_does_not_stream():
-    """The kernels read a dense one; the Triton experts read any."""
-    w1 = quantize(torch.randn(2, 64, 32), format_named("int4_g32"), shards=2)
-    w2 = quantize(torch.randn(2, 32, 32), format_named("int4_g32"))
-    x, bias = torch.zeros(3, 32, dtype=torch.bfloat16), torch.zeros(2, 64)
-    assert hopper_quantized.runs_decode(3, 2, Operands(w1, w2, w1_bias=bias), x, None)
-    strided = Operands(w1, w2, w1_bias=bias.T.contiguous().T)
-    assert not hopper_quantized.runs_decode(3, 2, strided, x, None)
 
 
 def test_it_is_for_compute_capability_9_and_bf16(monkeypatch):

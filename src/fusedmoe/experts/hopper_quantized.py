@@ -60,9 +60,6 @@ def runs_decode(
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
     if (a1 is None) != (a2 is None):
         return False
-    for bias in (operands.w1_bias, operands.w2_bias):
-        if bias is not None and not bias.is_contiguous():
-            return False
     if x_scale is not None:
         if x.dtype != w1.data.dtype or not (x.is_contiguous() and x_scale.is_contiguous()):
             return False

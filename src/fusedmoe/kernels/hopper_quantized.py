@@ -17,6 +17,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
     weight_addresses,
 )
+from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
@@ -260,13 +261,9 @@ def check_layer(
         raise ValueError(
             f"expert_map must be int32 and dense, got {tuple(expert_map.shape)} {expert_map.dtype}"
         )
-    for w, bias in zip((w1, w2), biases, strict=True):
-        if bias is None:
-            continue
-        if bias.shape != w.shape[:2] or bias.dtype not in BIAS_DTYPES or not bias.is_contiguous():
-            raise ValueError(
-                f"bias is {tuple(bias.shape)} {bias.dtype}, expected dense floats "
-                f"{tuple(w.shape[:2])}"
-            )
+    check_biases(w1, w2, *biases)
+    for bias in biases:
+        if bias is not None and bias.dtype not in BIAS_DTYPES:
+            raise ValueError(f"a bias is {bias.dtype}, expected one of {BIAS_DTYPES}")
     if act.data_ptr() % ALIGNED_BYTES or y.data_ptr() % ALIGNED_BYTES:
         raise ValueError(f"act and y must begin at multiples of {ALIGNED_BYTES} bytes")
