@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
-from fusedmoe.kernels.align import moe_align_block_size, padded_slots
+from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.permute import moe_unpermute
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
@@ -142,15 +142,7 @@ def aligned_rows(
 ) -> AlignedRows:
     """topk_ids int [T, K] -> the rows; ids that name no local expert have none."""
     R, K = topk_ids.numel(), topk_ids.shape[1]
-    slots, experts, _ = moe_align_block_size(
-        topk_ids,
-        alignment,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        pad_sorted_ids=True,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )[:3]
+    slots, experts, _ = align_local_slots(topk_ids, alignment, e, expert_map, whole_blocks=True)
     P = slots.shape[0]
     expert = experts.repeat_interleave(alignment, output_size=experts.shape[0] * alignment)[:P]
     expert = torch.where(slots < R, expert, -1)

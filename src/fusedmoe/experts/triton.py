@@ -13,7 +13,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.modular_kernel import (
@@ -114,15 +114,7 @@ def slot_blocks(
     """No table, and a launch less, where slots are few."""
     if slots_are_alone(topk_ids.numel(), e) and not batch_invariant:
         return LoneSlots.of(topk_ids, expert_map)
-    alignment = moe_align_block_size(
-        topk_ids,
-        block_m,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )
-    return MoEAlignment(*alignment[:3])
+    return align_local_slots(topk_ids, block_m, e, expert_map)
 
 
 class TritonExperts(FusedMoEExpertsModular):

@@ -20,7 +20,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized_floating import floating_products, floating_tiles
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm
@@ -257,12 +257,4 @@ def _blocks(
     """No table, and a launch less, where slots are so few that two rarely share an expert."""
     if topk_ids.numel() * 4 <= e and not batch_invariant:
         return LoneSlots.of(topk_ids, expert_map)
-    alignment = moe_align_block_size(
-        topk_ids,
-        slots,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )
-    return MoEAlignment(*alignment[:3])
+    return align_local_slots(topk_ids, slots, e, expert_map)

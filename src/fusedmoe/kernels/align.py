@@ -113,6 +113,32 @@ def moe_align_block_size(
     return MoEAlignmentWithScatter(*alignment, scatter_idx)
 
 
+def align_local_slots(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_local_experts: int,
+    expert_map: torch.Tensor | None,
+    *,
+    whole_blocks: bool = False,
+    spare_slots: int = 0,
+) -> MoEAlignment:
+    """``moe_align_block_size`` of the slots of local experts alone, by local ids.
+
+    ``whole_blocks``: the tables are as long as if every block were in use.
+    """
+    alignment = moe_align_block_size(
+        topk_ids,
+        block_size,
+        num_local_experts if expert_map is None else expert_map.shape[0],
+        expert_map,
+        pad_sorted_ids=whole_blocks,
+        ignore_invalid_experts=True,
+        num_local_experts=num_local_experts,
+        spare_slots=spare_slots,
+    )
+    return MoEAlignment(*alignment[:3])
+
+
 def padded_slots(R: int, block_size: int, groups: int, whole_blocks: bool) -> int:
     """The most entries that R slots in ``groups`` groups can take, each padded to whole blocks."""
     P = R + groups * (block_size - 1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.kernels.align import MoEAlignment, dense, moe_align_block_size, padded_slots
+from fusedmoe.kernels.align import MoEAlignment, align_local_slots, dense, padded_slots
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
@@ -28,35 +28,26 @@ def align_and_quantize(
     block_size: int,
     expert_map: torch.Tensor | None,
     num_local_experts: int,
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     key: QuantKey,
     scale: torch.Tensor | None = None,
     *,
     with_largest: bool = False,
 ) -> AlignedRows:
-    """``moe_align_block_size`` of the slots of local experts, and ``quantize_rows`` of x [T, D].
+    """``align_local_slots``, and ``quantize_rows`` of x [T, D] unless it was rounded before.
 
     ``with_largest``: also room for the largest magnitude of each slot's row, to be raised from
     zero. One launch for at most ONE_LAUNCH_SLOTS slots and scales that a row's own values decide.
     """
-    T, D = x.shape
-    R = topk_ids.numel()
-    fits = x.is_cuda and 0 < R <= ONE_LAUNCH_SLOTS and topk_ids.shape[0] == T
-    if not fits or key.static or key.group_shape == PER_TENSOR or not topk_ids.is_contiguous():
-        alignment = moe_align_block_size(
-            topk_ids,
-            block_size,
-            num_local_experts if expert_map is None else expert_map.shape[0],
-            expert_map,
-            ignore_invalid_experts=True,
-            num_local_experts=num_local_experts,
-        )
-        rows = quantize_rows(x, key, scale)
+    if isinstance(x, QuantizedRows) or not _takes_one_launch(topk_ids, x, key):
+        alignment = align_local_slots(topk_ids, block_size, num_local_experts, expert_map)
+        rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, key, scale)
         largest = topk_ids.new_zeros(topk_ids.shape, dtype=torch.int32) if with_largest else None
-        return AlignedRows(MoEAlignment(*alignment[:3]), rows, largest)
+        return AlignedRows(alignment, rows, largest)
     from fusedmoe.kernels.triton.align_quantize import align_and_quantize as launch
 
-    P = padded_slots(R, block_size, num_local_experts, False)
+    T, D = x.shape
+    P = padded_slots(topk_ids.numel(), block_size, num_local_experts, False)
     integers = {"dtype": torch.int32, "device": x.device}
     tables = MoEAlignment(
         *(torch.empty(size, **integers) for size in (P, -(-P // block_size), 1))  # type: ignore[call-overload]
@@ -72,3 +63,9 @@ def align_and_quantize(
         key.scale_kind == "e8m0", largest,
     )  # fmt: skip
     return AlignedRows(tables, rows, largest)
+
+
+def _takes_one_launch(topk_ids: torch.Tensor, x: torch.Tensor, key: QuantKey) -> bool:
+    few = 0 < topk_ids.numel() <= ONE_LAUNCH_SLOTS and topk_ids.shape[0] == x.shape[0]
+    rows_decide = not key.static and key.group_shape != PER_TENSOR
+    return x.is_cuda and few and rows_decide and topk_ids.is_contiguous()

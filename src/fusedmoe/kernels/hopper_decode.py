@@ -10,7 +10,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
 
@@ -58,20 +58,10 @@ def hopper_decode(
     if R == 0:
         return
     tiles = tiles or decode_tiles(R, e, H, I)
-    experts = e if expert_map is None else expert_map.shape[0]
-    tables = moe_align_block_size(
-        topk_ids,
-        tiles.block,
-        experts,
-        expert_map,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )
-    assert isinstance(tables, MoEAlignment)
     decode(
         x, w1, w2, topk_weights, topk_ids, out, act, y,
-        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, tables,
-        tiles, programs,
+        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
+        align_local_slots(topk_ids, tiles.block, e, expert_map), tiles, programs,
     )  # fmt: skip
 
 

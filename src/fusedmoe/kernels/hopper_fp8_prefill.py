@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
@@ -102,7 +102,7 @@ def fp8_prefill(
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        _tables(topk_ids, w1.shape[0], expert_map),
+        align_local_slots(topk_ids, PREFILL_BLOCK, w1.shape[0], expert_map, whole_blocks=True),
         tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs, x_scale,
     )  # fmt: skip
 
@@ -130,7 +130,8 @@ def fp8_prefill_reference(
 ) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
     (T, K), (e, H, I) = topk_ids.shape, w2.shape  # noqa: E741
-    R, tables = T * K, _tables(topk_ids, e, expert_map)
+    R = T * K
+    tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True)
     tile = QuantizedTile(128, PREFILL_BLOCK, STEP, 1, 4, 4)
     rows, scale = x, x_scale
     if scale is None:
@@ -151,19 +152,6 @@ def fp8_prefill_reference(
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
-
-
-def _tables(topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None) -> MoEAlignment:
-    alignment = moe_align_block_size(
-        topk_ids,
-        PREFILL_BLOCK,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        pad_sorted_ids=True,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )
-    return MoEAlignment(*alignment[:3])
 
 
 def _check(

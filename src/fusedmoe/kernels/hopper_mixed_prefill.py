@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
@@ -96,7 +96,10 @@ def mixed_prefill(
     prefill(
         x, w1, w2, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
-        _tables(topk_ids, w1.shape[0], expert_map, tiles.gemm1.slots), tiles, programs,
+        align_local_slots(
+            topk_ids, tiles.gemm1.slots, w1.shape[0], expert_map, whole_blocks=True
+        ),
+        tiles, programs,
     )  # fmt: skip
 
 
@@ -121,7 +124,8 @@ def mixed_prefill_reference(
     """The definition, in plain torch; rows of act and y are slots."""
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
     R, slots = T * K, tiles.gemm1.slots
-    tables, tile = _tables(topk_ids, e, expert_map, slots), QuantizedTile(64, slots, 64, 1, 4, 2)
+    tables = align_local_slots(topk_ids, slots, e, expert_map, whole_blocks=True)
+    tile = QuantizedTile(64, slots, 64, 1, 4, 2)
     y[:R] = 0
     quantized_gemm_reference(
         x, w1, act[:R], tables, tile, top_k=K, bias=w1_bias, activation=activation,
@@ -131,21 +135,6 @@ def mixed_prefill_reference(
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
-
-
-def _tables(
-    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
-) -> MoEAlignment:
-    alignment = moe_align_block_size(
-        topk_ids,
-        slots,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        pad_sorted_ids=True,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-    )
-    return MoEAlignment(*alignment[:3])
 
 
 def _check(

@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size, padded_slots
+from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, flag_slots
 
@@ -68,17 +68,9 @@ def hopper_prefill(
         return
     tiles = tiles or PrefillTiles()
     flags = flag_slots(programs) if tiles.parts > 1 else 0
-    tables = moe_align_block_size(
-        topk_ids,
-        PREFILL_BLOCK,
-        e if expert_map is None else expert_map.shape[0],
-        expert_map,
-        pad_sorted_ids=True,
-        ignore_invalid_experts=True,
-        num_local_experts=e,
-        spare_slots=flags,
+    tables = align_local_slots(
+        topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True, spare_slots=flags
     )
-    assert isinstance(tables, MoEAlignment)
     prefill(
         x,
         w1,

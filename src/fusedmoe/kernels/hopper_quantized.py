@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
     check_weights,
@@ -77,11 +77,7 @@ def stream_blocks(
     so few that two rarely share an expert."""
     if lone_slots(topk_ids.numel(), e, expert_map):
         return LoneSlots.of(topk_ids, expert_map)
-    experts = e if expert_map is None else expert_map.shape[0]
-    alignment = moe_align_block_size(
-        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
-    )
-    return MoEAlignment(*alignment[:3])
+    return align_local_slots(topk_ids, slots, e, expert_map)
 
 
 def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:

@@ -10,8 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import DeviceActivation, device_activation
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
-from fusedmoe.kernels.align_quantize import AlignedRows, align_and_quantize
+from fusedmoe.kernels.align_quantize import align_and_quantize
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
@@ -118,14 +117,14 @@ def _two_gemms(
     from fusedmoe.kernels.triton.hopper_w8a8 import Rows, gemm
 
     e, K, key = w1.shape[0], topk_ids.shape[1], keys[1]
-    slots = tiles.gemm1.slots
-    if isinstance(x, QuantizedRows) or scales[0] is None:
-        aligned = _aligned(x, keys, None, topk_ids, expert_map, e, slots)
-        first = Rows.stored(aligned.rows, K)
-    else:
-        as_it_is = QuantizedRows(x, scales[0])
-        aligned = _aligned(as_it_is, keys, None, topk_ids, expert_map, e, slots)
-        first = Rows(*as_it_is, K, "given")
+    # By a stored scale, rows are rounded on their way into the GEMM.
+    later = not isinstance(x, QuantizedRows) and scales[0] is not None
+    given = QuantizedRows(x, scales[0]) if later else x  # type: ignore[arg-type]
+    aligned = align_and_quantize(
+        topk_ids, tiles.gemm1.slots, expert_map, e, given, keys[0],
+        with_largest=_counts_largest(key),
+    )  # fmt: skip
+    first = Rows(*aligned.rows, K, "given") if later else Rows.stored(aligned.rows, K)
     blocks = aligned.alignment
     gemm(
         first, w1, act, w1_bias, activation, blocks, weight_addresses(w1),
@@ -146,26 +145,9 @@ def _two_gemms(
     )  # fmt: skip
 
 
-def _aligned(
-    x: torch.Tensor | QuantizedRows,
-    keys: tuple[QuantKey, QuantKey],
-    scale: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    e: int,
-    slots: int,
-) -> AlignedRows:
-    with_largest = keys[1].group_shape == PER_TOKEN and not keys[1].static
-    if not isinstance(x, QuantizedRows):
-        return align_and_quantize(
-            topk_ids, slots, expert_map, e, x, keys[0], scale, with_largest=with_largest
-        )
-    experts = e if expert_map is None else expert_map.shape[0]
-    alignment = moe_align_block_size(
-        topk_ids, slots, experts, expert_map, ignore_invalid_experts=True, num_local_experts=e
-    )
-    largest = topk_ids.new_zeros(topk_ids.shape, dtype=torch.int32) if with_largest else None
-    return AlignedRows(MoEAlignment(*alignment[:3]), x, largest)
+def _counts_largest(key: QuantKey) -> bool:
+    """Whether the first GEMM finds what the rows entering the second one are divided by."""
+    return key.group_shape == PER_TOKEN and not key.static
 
 
 def w8a8_decode_reference(
@@ -193,7 +175,9 @@ def w8a8_decode_reference(
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
     tile = QuantizedTile(64, 8, STEP, 1, 4, 2)
     given = x if x_scale is None else QuantizedRows(x, x_scale)
-    blocks, (rows, scale), _ = _aligned(given, keys, scales[0], topk_ids, expert_map, e, 8)
+    blocks, (rows, scale), _ = align_and_quantize(
+        topk_ids, 8, expert_map, e, given, keys[0], scales[0]
+    )
     w8a8_gemm_reference(
         rows, scale, w1, act, None, blocks, tile, keys[0], top_k=K, bias=w1_bias,
         activation=activation, activation_config=activation_config,
