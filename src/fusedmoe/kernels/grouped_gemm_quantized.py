@@ -8,7 +8,6 @@ As ``kernels/grouped_gemm.py``: slots, blocks and results are the same; the weig
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activat
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.tensor_checks import check_contiguous
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -193,15 +193,7 @@ def check_weights(w: QuantizedTensor, c: torch.Tensor, activation: MoEActivation
         raise ValueError(f"a gated activation takes two shards, these weights have {w.shards}")
     if shards == 1 and w.shards != 1:
         raise ValueError(f"without a gate there is one shard, these weights have {w.shards}")
-    parts: dict[str, Any] = {
-        "data": w.data,
-        "scale": w.scale,
-        "scale2": w.scale2,
-        "zero_point": w.zero_point,
-    }
-    for name, part in parts.items():
-        if part is not None and not part.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {part.stride()}")
+    check_contiguous(data=w.data, scale=w.scale, scale2=w.scale2, zero_point=w.zero_point)
 
 
 def check_rows(

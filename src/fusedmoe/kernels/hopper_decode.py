@@ -11,6 +11,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
 
@@ -107,30 +108,19 @@ def check_experts(
         raise ValueError(f"H {H} and I {I} must be multiples of {ALIGNED_ELEMENTS}")
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"the Hopper kernels compute in fp16 or bf16, got {x.dtype}")
-    for name, tensor, shape in (
-        ("x", x, (T, H)),
-        ("out", out, (T, H)),
-        ("act", act, (rows, I)),
-        ("y", y, (rows, H)),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {x.dtype}"
-            )
+    check_tensors(
+        (
+            ("x", x, (T, H), x.dtype),
+            ("out", out, (T, H), x.dtype),
+            ("act", act, (rows, I), x.dtype),
+            ("y", y, (rows, H), x.dtype),
+        )
+    )
     if w1.shape not in ((e, I, H), (e, 2 * I, H)):
         raise ValueError(f"w1 is {tuple(w1.shape)}, w2 {tuple(w2.shape)} asks for {(e, 2 * I, H)}")
     if topk_weights is not None and topk_weights.shape != (T, K):
         raise ValueError(f"topk_weights is {tuple(topk_weights.shape)}, expected {(T, K)}")
-    for name, dense in (
-        ("w1", w1),
-        ("w2", w2),
-        ("topk_weights", topk_weights),
-        ("topk_ids", topk_ids),
-        ("act", act),
-        ("y", y),
-    ):
-        if dense is not None and not dense.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    check_contiguous(w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
     if x.stride(1) != 1 or x.stride(0) % ALIGNED_ELEMENTS or out.stride(1) != 1:
         raise ValueError(
             f"rows of x must start at multiples of {ALIGNED_ELEMENTS} elements and rows of x and "

@@ -19,6 +19,7 @@ from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
@@ -174,28 +175,24 @@ def _check(
             f"w1 is {w1.shape} of {w1.shards} shards, expected {(e, shards * I, H)} of {shards}"
         )
     P = prefill_rows(T * K, e)
-    for name, tensor, shape, dtype in (
-        ("x", x, (T, H), torch.bfloat16 if x_scale is None else STORED[key.dtype]),
-        ("out", out, (T, H), torch.bfloat16),
-        ("act", act, (P, I), torch.bfloat16),
-        ("y", y, (P, H), torch.bfloat16),
-        ("topk_weights", topk_weights, (T, K), torch.float32),
-        ("x_scale", x_scale, (T, -(-H // max(key.group_shape.col, 1))), torch.float32),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
-            )
-    for name, dense in (
-        ("topk_weights", topk_weights),
-        ("topk_ids", topk_ids),
-        ("act", act),
-        ("y", y),
-        ("x", None if x_scale is None else x),
-        ("x_scale", x_scale),
-    ):
-        if dense is not None and not dense.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    check_tensors(
+        (
+            ("x", x, (T, H), torch.bfloat16 if x_scale is None else STORED[key.dtype]),
+            ("out", out, (T, H), torch.bfloat16),
+            ("act", act, (P, I), torch.bfloat16),
+            ("y", y, (P, H), torch.bfloat16),
+            ("topk_weights", topk_weights, (T, K), torch.float32),
+            ("x_scale", x_scale, (T, -(-H // max(key.group_shape.col, 1))), torch.float32),
+        )
+    )
+    check_contiguous(
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        act=act,
+        y=y,
+        x=None if x_scale is None else x,
+        x_scale=x_scale,
+    )
     if x_scale is not None and x.data_ptr() % ALIGNED_BYTES:
         raise ValueError(f"rounded x must lie at a multiple of {ALIGNED_BYTES} bytes")
     if out.stride(1) != 1:

@@ -14,6 +14,7 @@ from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -157,25 +158,16 @@ def _check(
             f"{(e, shards * I, H)} of {shards}, and 1"
         )
     P = mixed_prefill_rows(T * K, e, tiles)
-    for name, tensor, shape, dtype in (
-        ("x", x, (T, H), torch.bfloat16),
-        ("out", out, (T, H), torch.bfloat16),
-        ("act", act, (P, I), torch.bfloat16),
-        ("y", y, (P, H), torch.bfloat16),
-        ("topk_weights", topk_weights, (T, K), torch.float32),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
-            )
-    for name, dense in (
-        ("topk_weights", topk_weights),
-        ("topk_ids", topk_ids),
-        ("act", act),
-        ("y", y),
-    ):
-        if dense is not None and not dense.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    check_tensors(
+        (
+            ("x", x, (T, H), torch.bfloat16),
+            ("out", out, (T, H), torch.bfloat16),
+            ("act", act, (P, I), torch.bfloat16),
+            ("y", y, (P, H), torch.bfloat16),
+            ("topk_weights", topk_weights, (T, K), torch.float32),
+        )
+    )
+    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError(
             f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"

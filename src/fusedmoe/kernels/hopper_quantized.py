@@ -19,6 +19,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 )
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -197,25 +198,16 @@ def check_decode(
     """Raise ValueError where the tensors of a streaming launch do not fit."""
     (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     R = T * K
-    for name, tensor, shape, dtype in (
-        ("x", x, (T, H), torch.bfloat16),
-        ("out", out, (T, H), torch.bfloat16),
-        ("act", act, (R, I), torch.bfloat16),
-        ("y", y, (R, H), torch.float32),
-        ("topk_weights", topk_weights, (T, K), torch.float32),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
-            )
-    for name, dense in (
-        ("topk_weights", topk_weights),
-        ("topk_ids", topk_ids),
-        ("act", act),
-        ("y", y),
-    ):
-        if dense is not None and not dense.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {dense.stride()}")
+    check_tensors(
+        (
+            ("x", x, (T, H), torch.bfloat16),
+            ("out", out, (T, H), torch.bfloat16),
+            ("act", act, (R, I), torch.bfloat16),
+            ("y", y, (R, H), torch.float32),
+            ("topk_weights", topk_weights, (T, K), torch.float32),
+        )
+    )
+    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError(
             f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"

@@ -16,6 +16,7 @@ from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -122,7 +123,7 @@ def _two_gemms(
     given = QuantizedRows(x, scales[0]) if later else x  # type: ignore[arg-type]
     aligned = align_and_quantize(
         topk_ids, tiles.gemm1.slots, expert_map, e, given, keys[0],
-        with_largest=_counts_largest(key),
+        with_largest=key.group_shape == PER_TOKEN and not key.static,
     )  # fmt: skip
     first = Rows(*aligned.rows, K, "given") if later else Rows.stored(aligned.rows, K)
     blocks = aligned.alignment
@@ -143,11 +144,6 @@ def _two_gemms(
         second, w2, y, w2_bias, None, blocks, weight_addresses(w2), tiles.gemm2, programs,
         early=early,
     )  # fmt: skip
-
-
-def _counts_largest(key: QuantKey) -> bool:
-    """Whether the first GEMM finds what the rows entering the second one are divided by."""
-    return key.group_shape == PER_TOKEN and not key.static
 
 
 def w8a8_decode_reference(
@@ -214,23 +210,18 @@ def _check(
                 f"scales of x are {tuple(x.scale.shape)} {x.scale.dtype}, expected "
                 f"{allowed[0]} {torch.float32}"
             )
-    for name, tensor, shape, wanted in (
-        ("x", rows, (T, H), dtype),
-        ("out", out, (T, H), torch.bfloat16),
-        ("act", act, (R, I), torch.bfloat16),
-        ("y", y, (R, H), torch.float32),
-        ("topk_weights", topk_weights, (T, K), torch.float32),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != wanted):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {wanted}"
-            )
-    dense = {"topk_weights": topk_weights, "topk_ids": topk_ids, "act": act, "y": y}
+    check_tensors(
+        (
+            ("x", rows, (T, H), dtype),
+            ("out", out, (T, H), torch.bfloat16),
+            ("act", act, (R, I), torch.bfloat16),
+            ("y", y, (R, H), torch.float32),
+            ("topk_weights", topk_weights, (T, K), torch.float32),
+        )
+    )
+    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
     if isinstance(x, QuantizedRows):
-        dense |= {"x": x.data, "scales of x": x.scale}
-    for name, one in dense.items():
-        if one is not None and not one.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {one.stride()}")
+        check_contiguous(x=x.data, x_scale=x.scale)
     for name, one in (("x", rows), ("out", out)):
         if one.stride(1) != 1:
             raise ValueError(f"rows of {name} must be dense, its strides are {one.stride()}")
