@@ -42,6 +42,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
+    "fusedmoe.experts.hopper_quantized:HopperQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized_batched:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonEmulatedExperts",
