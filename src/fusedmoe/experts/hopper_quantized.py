@@ -47,8 +47,17 @@ from fusedmoe.tuning.quantized_tiles import (
 )
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
+_WEIGHTS = (torch.float8_e4m3fn, torch.int8, "int4", "mxfp4", "nvfp4", "mxfp8")
+
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
+
+
+def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
+    """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
+    if weight.act_order or weight.dtype not in _WEIGHTS:
+        return False
+    return rows is None or weight.dtype not in ("int4", "mxfp4", "nvfp4")
 
 
 def runs_decode(
@@ -114,7 +123,11 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         return ExpertsCapabilities(
             devices=can.devices,
             dtypes=frozenset({torch.bfloat16}),
-            weight_formats=can.weight_formats,
+            weight_formats=frozenset(
+                (weight, rows)
+                for weight, rows in can.weight_formats
+                if weight is not None and _has_kernels(weight, rows)
+            ),
             min_capability=(9, 0),
             requires=can.requires,
             batch_invariant=True,
