@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ep_wire import GROUP, Place, time_call, wire_gbs, wire_limit_us
-from quantized_layer import BY_CLASS, OneFormat, eight_bit_rates
+from quantized_layer import OneFormat, eight_bit_rates
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.bench.ceilings import measure_ceilings
@@ -75,7 +75,7 @@ def make_layer(
         ),
         options=MoEOptions(
             prepare_finalize=way,
-            experts=BY_CLASS.get(experts or "", experts),
+            experts=experts,
             micro_batch_tokens=2 if "halves" in how else None,
         ),
         device=place.device,

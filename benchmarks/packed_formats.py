@@ -15,7 +15,7 @@ import gc
 
 import torch
 from quantized_layer import DEVICE, eight_bit_rates, measure
-from quantized_targets import SHAPES
+from quantized_targets import SHAPES, Cell
 
 from fusedmoe.bench import BenchReport
 from fusedmoe.bench.ceilings import measure_ceilings
@@ -39,7 +39,8 @@ def main() -> None:
     for shape in args.shapes:
         for name in args.formats:
             with torch.inference_mode():
-                measure(SHAPES[shape], name, args.tokens, ["triton_quantized"], "balanced", report)
+                cells = [Cell("balanced", "layer", T) for T in args.tokens]
+                measure(SHAPES[shape], name, cells, ["triton_quantized"], report)
             gc.collect()
             torch.cuda.empty_cache()
             if args.out:

@@ -1,10 +1,12 @@
 """Quantized layers from router logits on one GPU, against what ``quantized_targets`` asks.
 
     PYTHONPATH=src python benchmarks/quantized_layer.py [--formats int4_g128 ...] [--shapes ...]
-        [--tokens 1 8 ...] [--experts triton_quantized hopper_quantized] [--out F.json]
+        [--tokens 1 8 ...] [--routings balanced ...] [--experts triton_quantized hopper_quantized]
+        [--out benchmarks/results/h200/quantized.json]
 
 Weights are random bytes with random scales; the rows go in as bf16. Ceilings are measured in the
-same run, those of fp8 and int8 products too. Errors are relative (Frobenius) against fp64 on the
+same run, those of fp8 and int8 products too. Uniform routing is measured from given picks, as the
+peers in ``peers_h200_quantized.json`` were. Errors are relative (Frobenius) against fp64 on the
 dequantized weights; ``rounding_error`` is what rounding the rows alone costs.
 """
 
@@ -13,23 +15,23 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
-from quantized_targets import ROWS, SHAPES, TARGETS, Target
+from quantized_targets import ROWS, SHAPES, Cell, cells_asked, verdicts
 
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod
 from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.problems import Scope, Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, make_header
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.bench.timing import Call
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
@@ -40,8 +42,6 @@ from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import relative_error
 
 DEVICE = torch.device("cuda")
-# Not in the table that selection reads, so asked for by class.
-BY_CLASS: dict[str, type] = {"hopper_quantized": HopperQuantizedExperts}
 SITUATIONS, REPEATS, CHECKED = 4, 30, 3
 # Of random bytes as numbers; with superblocks' own scales, likewise.
 DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
@@ -123,7 +123,6 @@ def fill(parameter: torch.nn.Parameter, fmt: QuantFormat, suffix: str, K: int) -
 
 
 def build(shape: LayerShape, name: str, experts: str | None) -> MoERunner:
-    chosen = BY_CLASS.get(experts or "", experts)
     with DEVICE:
         layer = FusedMoE(
             shape.num_experts,
@@ -134,7 +133,7 @@ def build(shape: LayerShape, name: str, experts: str | None) -> MoERunner:
             quant_config=OneFormat(name),
             activation=shape.activation,
             has_bias=shape.bias,
-            options=MoEOptions(experts=chosen),
+            options=MoEOptions(experts=experts),
         )
     routed, fmt = layer.routed_experts, format_named(name)
     for full, parameter in routed.named_parameters():
@@ -197,10 +196,10 @@ def limit_us(
 
 
 def measure(
-    shape: LayerShape, name: str, tokens: list[int], experts: list[str | None], routing: str,
+    shape: LayerShape, name: str, cells: Sequence[Cell], experts: Sequence[str | None],
     report: BenchReport,
 ) -> None:  # fmt: skip
-    """All token counts of one shape and format."""
+    """All problems of one shape and format; results are checked where a layer is measured."""
     copies = [build(shape, name, experts[0])]
     free, _ = torch.cuda.mem_get_info()
     size = sum(w.nbytes for w in weights_of(copies[0]))
@@ -212,7 +211,7 @@ def measure(
         layers[other or "fusedmoe"] = [build(shape, name, other) for _ in copies]
         for source, target in zip(copies, layers[other or "fusedmoe"], strict=True):
             share_weights(source, target)
-    for T in tokens:
+    for routing, scope, T in cells:
         x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
         picked = [
             pick(
@@ -225,18 +224,20 @@ def measure(
         limit = limit_us(shape, weights_of(copies[0]), ROWS.get(name), active, T, report.header)
         recorded = {}
         for impl, own in layers.items():
-            calls = [partial(own[i % len(own)], x, one.logits) for i, one in enumerate(picked)]
+            calls = [call(own[i % len(own)], scope, x, one) for i, one in enumerate(picked)]
             recorded[impl] = record(calls, limit, REPEATS)
         samples = time_in_turns(recorded, 1.0 if T * shape.k > 64 * active else 0.0)
         for impl, replays in recorded.items():
             timed = Percentiles.of(samples[impl])
             own = layers[impl][0]
-            found, rounding = errors(shape, own, x, picked[0], replays.graphs[0]())
+            found, rounding = None, None
+            if scope == "layer":
+                found, rounding = errors(shape, own, x, picked[0], replays.graphs[0]())
             row = BenchRow(
                 impl=impl if impl == "fusedmoe" else f"fusedmoe:{impl}",
                 shape=shape.name, E=shape.E, num_experts=shape.num_experts, k=shape.k, H=shape.H,
                 I=shape.I, T=T, format=name, routing=routing, active_experts=active,
-                pairs=float(T * shape.k), scope="layer", timed="graph", **asdict(timed),
+                pairs=float(T * shape.k), scope=scope, timed="graph", **asdict(timed),
                 limit_us=limit, fraction_of_limit=limit / timed.us,
                 tflops=shape.flops(T) / timed.us / 1e6, error=found, runs=len(samples[impl]),
                 workspace_bytes=None,
@@ -245,8 +246,8 @@ def measure(
             report.rows[-1]["rounding_error"] = rounding
             print(
                 f"{shape.name:16} {name:12} {impl:18} T={T:6} {timed.us:9.1f} us "
-                f"{100 * limit / timed.us:5.1f} % {row.tflops:7.1f} TF  error {found:.1e} "
-                f"(rows alone {rounding:.1e})",
+                f"{100 * limit / timed.us:5.1f} % {row.tflops:7.1f} TF  {routing}"
+                + (f" error {found:.1e} (rows alone {rounding:.1e})" if found else " (experts)"),
                 flush=True,
             )
         del recorded
@@ -254,33 +255,10 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def met(target: Target, row: dict[str, Any]) -> bool:
-    if target.kind == "us":
-        return bool(row["us"] <= target.value)
-    key = "fraction_of_limit" if target.kind == "fraction" else "tflops"
-    return bool(row[key] >= target.value)
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per target and measured problem, the fastest of ours counting."""
-    lines = []
-    for target in TARGETS:
-        for T in target.tokens:
-            own = [
-                row
-                for row in rows
-                if (row["shape"], row["format"], row["T"]) == (target.shape, target.format, T)
-            ]
-            if not own:
-                continue
-            best = min(own, key=lambda row: row["us"])
-            outcome = "met" if met(target, best) else "MISSED"
-            lines.append(
-                f"{outcome:6} {target.shape} {target.format} T={T}: {best['us']:.1f} us, "
-                f"{100 * best['fraction_of_limit']:.0f} % of the limit, {best['tflops']:.0f} TF "
-                f"({best['impl']}); asked {target.kind} {target.value:g}"
-            )
-    return lines
+def call(layer: MoERunner, scope: Scope, x: torch.Tensor, one: Situation) -> Call:
+    if scope == "layer":
+        return partial(layer, x, one.logits)
+    return partial(layer.routed_experts.forward_modular, x, *one[1:], None, x)
 
 
 def main() -> None:
@@ -288,32 +266,34 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+")
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--experts", nargs="+", default=["triton_quantized"])
-    parser.add_argument("--routing", default="balanced")
+    parser.add_argument("--routings", nargs="+", default=["balanced", "power_law_1.2", "uniform"])
+    parser.add_argument("--experts", nargs="+", default=[None], help="default: what is selected")
+    parser.add_argument("--seconds", type=float, help="start no new layer after so long")
     parser.add_argument("--out")
     args = parser.parse_args()
+    begin = time.monotonic()
     header = make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,)) | eight_bit_rates())
     report = BenchReport(header)
-    wanted = [
-        target
-        for target in TARGETS
-        if (args.formats is None or target.format in args.formats)
-        and (args.shapes is None or target.shape in args.shapes)
-    ]
-    by_layer = sorted(wanted, key=lambda target: (target.shape, target.format))
-    for (name, fmt), group in groupby(by_layer, key=lambda target: (target.shape, target.format)):
-        tokens = sorted({T for target in group for T in target.tokens})
-        if args.tokens is not None:
-            tokens = [T for T in tokens if T in args.tokens]
-        if not tokens:
+    for (shape, fmt), asked in cells_asked().items():
+        cells = [
+            cell
+            for cell in asked
+            if cell.routing in args.routings and (args.tokens is None or cell.T in args.tokens)
+        ]
+        if args.formats is not None and fmt not in args.formats:
+            continue
+        if (args.shapes is not None and shape not in args.shapes) or not cells:
+            continue
+        if args.seconds is not None and time.monotonic() - begin > args.seconds:
+            report.notes.append(f"{shape} {fmt}: left out, time was up")
             continue
         with torch.inference_mode():
-            measure(SHAPES[name], fmt, tokens, args.experts, args.routing, report)
+            measure(SHAPES[shape], fmt, cells, args.experts, report)
         gc.collect()
         torch.cuda.empty_cache()
         if args.out:
             report.write(args.out)
-    print(*verdicts(report.rows), sep="\n")
+    print(*report.notes, *verdicts(report.rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What a quantized layer has to reach on one H200: balanced routing, from router logits."""
+"""What quantized layers have to reach on one H200, as data, and which of a report's rows do."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from fusedmoe.bench import LayerShape
+from fusedmoe.bench.problems import Scope
 from fusedmoe.bench.shapes import SHAPES as KNOWN
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
@@ -14,10 +18,30 @@ from fusedmoe.quantization.keys import (
     QuantKey,
 )
 
+Row = dict[str, Any]
+
+PEER_CELLS = Path(__file__).with_name("peers_h200_quantized.json")
+PEER_SHARE = PEER_LIMIT = 0.97
+BLOCK, BESIDE_BLOCK = "fp8_block", ("fp8_channel", "fp8_tensor")
+"""Scales that cover more are to be no slower than blocks', and faster where products decide."""
+BESIDE_SHAPE, FASTER_FROM, FASTER = "qwen3-30b", 8192, 1.1
+SKEWED, SKEW_LOSS, SKEW_FROM = "power_law_1.2", 0.10, 2048
+BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8_tensor": 8, "int4_g128": 4, "mxfp4": 4}
+"""Formats that are held against measured peers, by the width of weights that these share."""
+
+
+class Cell(NamedTuple):
+    """One problem of one layer."""
+
+    routing: str
+    scope: Scope
+    T: int
+
 
 @dataclass(frozen=True)
 class Target:
-    """``kind``: ``us`` at most, ``fraction`` (of the limit) or ``tflops`` at least."""
+    """Balanced routing, from router logits. ``kind``: ``us`` at most, ``fraction`` (of the limit)
+    or ``tflops`` at least."""
 
     shape: str
     format: str
@@ -52,10 +76,6 @@ TARGETS = (
     Target("deepseek-v3-ep8", "fp8_block", (8192,), "tflops", 1150),
     Target("256x6x4096x2048", "fp8_block", (64,), "fraction", 0.95),
     Target("256x6x4096x2048", "fp8_block", (16384,), "tflops", 1000),
-    Target("qwen3-30b", "fp8_channel", (1,), "us", 17),
-    Target("qwen3-30b", "fp8_channel", (8192,), "tflops", 935),
-    Target("qwen3-30b", "fp8_tensor", (1,), "us", 17),
-    Target("qwen3-30b", "fp8_tensor", (8192,), "tflops", 935),
     Target("gpt-oss-120b", "mxfp4", (1,), "us", 22),
     Target("gpt-oss-120b", "mxfp4", (8,), "us", 125),
     Target("gpt-oss-120b", "mxfp4", (32, 64, 128), "us", 455),
@@ -77,3 +97,74 @@ TARGETS = (
     Target("mixtral", "int8_channel", (64,), "fraction", 0.90),
     Target("mixtral", "int8_channel", (8192,), "tflops", 1000),
 )
+
+
+def cells_asked() -> dict[tuple[str, str], list[Cell]]:
+    """By (shape, format): the targets' problems, the same ones skewed, and those of the peers."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for target in TARGETS:
+        own = found.setdefault((target.shape, target.format), [])
+        own += [Cell("balanced", "layer", T) for T in target.tokens]
+        own += [Cell(SKEWED, "layer", T) for T in target.tokens if T >= SKEW_FROM]
+    for fmt in BESIDE_BLOCK:
+        found[BESIDE_SHAPE, fmt] = list(found[BESIDE_SHAPE, BLOCK])
+    peers = json.loads(PEER_CELLS.read_text())
+    for fmt, bits in BITS.items():
+        for shape in peers["bits"][str(bits)]:
+            own = found.setdefault((shape, fmt), [])
+            own += [Cell("uniform", "experts", T) for T in peers["tokens"]]
+    return {key: list(dict.fromkeys(found[key])) for key in sorted(found)}
+
+
+def met(target: Target, row: Row) -> bool:
+    if target.kind == "us":
+        return bool(row["us"] <= target.value)
+    key = "fraction_of_limit" if target.kind == "fraction" else "tflops"
+    return bool(row[key] >= target.value)
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """One line per thing asked of a measured problem, the fastest of ours counting."""
+    best: dict[tuple[str, str, Cell], Row] = {}
+    for row in sorted(rows, key=lambda row: -row["us"]):
+        best[row["shape"], row["format"], Cell(row["routing"], row["scope"], row["T"])] = row
+    lines = []
+    for target in TARGETS:
+        for T in target.tokens:
+            row = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
+            if row is not None:
+                asked = f"{target.kind} {target.value:g}"
+                lines.append(_line(met(target, row), row, asked))
+    for (shape, fmt, cell), row in best.items():
+        even = best.get((shape, fmt, cell._replace(routing="balanced")))
+        block = best.get((shape, BLOCK, cell))
+        if (shape, cell.routing) == (BESIDE_SHAPE, "balanced") and fmt in BESIDE_BLOCK and block:
+            least = FASTER if cell.T >= FASTER_FROM else 1.0
+            have = block["us"] / row["us"]
+            lines.append(_line(have >= least, row, f"{least:g} x blocks' speed, has {have:.2f} x"))
+        if cell.routing == SKEWED and cell.scope == "layer" and even is not None:
+            loss = 1 - row["tflops"] / even["tflops"]
+            lines.append(_line(loss < SKEW_LOSS, row, f"to lose < 10 %, loses {100 * loss:.1f} %"))
+        if cell.routing == "uniform" and cell.scope == "experts" and fmt in BITS:
+            lines += _on_peers(row, BITS[fmt])
+    return lines
+
+
+def _line(is_met: bool, row: Row, asked: str) -> str:
+    return (
+        f"{'met' if is_met else 'MISSED':6} {row['shape']} {row['format']} {row['routing']} "
+        f"T={row['T']}: {row['us']:.1f} us, {100 * row['fraction_of_limit']:.0f} % of the limit, "
+        f"{row['tflops']:.0f} TF ({row['impl']}); asked {asked}"
+    )
+
+
+def _on_peers(row: Row, bits: int) -> list[str]:
+    cells = json.loads(PEER_CELLS.read_text())
+    peers = cells["bits"][str(bits)].get(row["shape"])
+    if peers is None or row["T"] not in cells["tokens"]:
+        return []
+    times = {name: values[cells["tokens"].index(row["T"])] for name, values in peers.items()}
+    name = min(times, key=lambda one: times[one])
+    share = row["us"] / times[name]
+    is_met = share <= PEER_SHARE or row["fraction_of_limit"] >= PEER_LIMIT
+    return [_line(is_met, row, f"<= {PEER_SHARE} x {name}'s {times[name]:g} us, is {share:.2f} x")]
