@@ -1,0 +1,175 @@
+"""README's numbers, out of the files under benchmarks/results.
+
+    python benchmarks/readme_tables.py [--check]
+
+Rewrites what lies between ``<!-- measured: NAME -->`` and ``<!-- end -->`` for every NAME of
+``SECTIONS``; with ``--check`` it only says whether README is what the files say (exit code 1: no).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+Row = dict[str, Any]
+
+LAYERS = {
+    "qwen3-30b": "Qwen3-30B",
+    "qwen3.6-35b": "Qwen3.6-35B",
+    "olmoe": "OLMoE",
+    "gpt-oss-120b": "gpt-oss-120b",
+    "mixtral": "Mixtral-8x7B",
+    "llama4-scout": "Llama-4-Scout",
+}
+QUANTIZED = (
+    ("qwen3-30b", "fp8_block", "Qwen3-30B, fp8 blocks", (1, 8, 64, 8192)),
+    ("qwen3-30b", "int4_g128", "Qwen3-30B, int4 groups of 128", (1, 8, 64, 8192)),
+    ("mixtral", "int4_g128", "Mixtral-8x7B, int4 groups of 128", (1, 8, 64, 8192)),
+    ("gpt-oss-120b", "mxfp4", "gpt-oss-120b, MXFP4", (1, 8, 64, 8192)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = renewed(text)
+    if args.check:
+        sys.exit(int(new != text))
+    path.write_text(new)
+
+
+def renewed(text: str) -> str:
+    """``text`` with every marked section as the results say it now."""
+    return MARKED.sub(lambda found: found[1] + SECTIONS[found[2]]() + found[3], text)
+
+
+def rows_of(name: str) -> list[Row]:
+    rows: list[Row] = json.loads((RESULTS / name).read_text())["rows"]
+    return rows
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = "|" + "---|" * len(head) + "\n"
+    first, *rest = (f"| {' | '.join(line)} |\n" for line in (head, *body))
+    return first + rule + "".join(rest)
+
+
+def time_of(us: float) -> str:
+    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
+
+
+def cell_of(row: Row) -> str:
+    """Time, then what it is a large part of: memory's rate, or a rate of products."""
+    rate = f"{row['tflops']:.0f} TFLOP/s"
+    share = f"{100 * row['fraction_of_limit']:.0f} %"
+    return f"{time_of(row['us'])}, {rate if row['T'] >= 2048 else share}"
+
+
+def layer_section() -> str:
+    rows = [
+        row
+        for row in rows_of("h200/layer_table.json")
+        if (row["routing"], row["scope"]) == ("balanced", "layer")
+    ]
+    body = []
+    for shape, title in LAYERS.items():
+        line = []
+        for T in (1, 64, 8192):
+            here = {row["impl"]: row for row in rows if (row["shape"], row["T"]) == (shape, T)}
+            ours = here["fusedmoe"]
+            peer = min(row["us"] for name, row in here.items() if name.startswith("transformers_"))
+            line.append(f"{cell_of(ours)} ({peer / ours['us']:.1f})")
+        sizes = f"E{ours['num_experts']} k{ours['k']} H{ours['H']} I{ours['I']}"
+        body.append([f"{title} ({sizes})", *line])
+    return table(["tokens", "1", "64", "8192"], body)
+
+
+def quantized_section() -> str:
+    found = {
+        (row["shape"], row["format"], row["T"]): row
+        for row in rows_of("h200/quantized.json")
+        if (row["routing"], row["scope"], row["impl"]) == ("balanced", "layer", "fusedmoe")
+    }
+    body = [
+        [title, *(cell_of(found[shape, fmt, T]) for T in tokens)]
+        for shape, fmt, title, tokens in QUANTIZED
+    ]
+    return table(["tokens", "1", "8", "64", "8192"], body)
+
+
+def wire_section() -> str:
+    rows = [row for row in rows_of("h200-x4/all_to_all.json") if row["ranks"] == 4]
+    rows = sorted((r for r in rows if r["impl"] == "fusedmoe:peer"), key=lambda row: row["T"])
+    head = ["tokens per rank", *(str(row["T"]) for row in rows)]
+    return table(
+        head,
+        [
+            ["dispatch + combine", *(f"{row['us']:.1f} us" for row in rows)],
+            [
+                "times faster than NCCL's all-gather and reduce-scatter",
+                *(f"{row['speedup_over_nccl']:.1f}" for row in rows),
+            ],
+        ],
+    )
+
+
+def cpu_section() -> str:
+    problems: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows_of("cpu/layer.json"):
+        key = tuple(row[name] for name in ("shape", "format", "routing", "T"))
+        problems.setdefault(key, {})[row["impl"]] = row["us"]
+    ratios = [
+        min(us for name, us in times.items() if name.startswith("transformers_"))
+        / times["fusedmoe"]
+        for times in problems.values()
+    ]
+    return (
+        f"On a 2-core CPU the layer takes between 1/{min(ratios):.1f} and 1/{max(ratios):.1f} of the "
+        "time of the fastest of\nTransformers' three ways, in fp32 and bf16, at 1, 16 and 256 tokens\n"
+        "([benchmarks/results/cpu/layer.json](benchmarks/results/cpu/layer.json)).\n"
+    )
+
+
+def model_section() -> str:
+    rows = [row for row in rows_of("h200/model_qwen3_30b.json") if row["cache"] == "dynamic"]
+    speed = {(row["impl"], row["batch"]): row["tokens_per_s"] for row in rows}
+    baseline, ours = "transformers_grouped_mm", "fusedmoe:accelerate"
+    forced = [row["teacher_forced"] for row in rows if row["impl"] == ours]
+    differ = sum(one["argmax_differs"] for one in forced)
+    positions = sum(one["positions"] for one in forced)
+    gap = max(one["gap_ulps_max"] for one in forced)
+    parts = [
+        f"{speed[ours, batch]:.3g} tokens/s of {speed[baseline, batch]:.3g} at batch {batch}"
+        for batch in sorted({batch for impl, batch in speed if impl == ours})
+    ]
+    return (
+        "A model of Qwen3-30B-A3B's sizes with random bf16 weights, `generate` with the default "
+        "cache and\nnothing compiled, against `grouped_mm` in the same run: `accelerate(model)` makes\n"
+        f"{' and '.join(parts)}. Teacher-forced on the\nbaseline's tokens, the argmax differs at "
+        f"{differ} of {positions} positions, each with a top-2 gap of at most\n{gap:g} bf16 ulps\n"
+        "([benchmarks/results/h200/model_qwen3_30b.json]"
+        "(benchmarks/results/h200/model_qwen3_30b.json)).\n"
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "layer": layer_section,
+    "quantized": quantized_section,
+    "wire": wire_section,
+    "cpu": cpu_section,
+    "model": model_section,
+}
+
+if __name__ == "__main__":
+    main()
