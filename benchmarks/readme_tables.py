@@ -135,8 +135,9 @@ def cpu_section() -> str:
         for times in problems.values()
     ]
     return (
-        f"On a 2-core CPU the layer takes between 1/{min(ratios):.1f} and 1/{max(ratios):.1f} of the "
-        "time of the fastest of\nTransformers' three ways, in fp32 and bf16, at 1, 16 and 256 tokens\n"
+        f"On a 2-core CPU the layer takes between 1/{min(ratios):.1f} and 1/{max(ratios):.1f} of "
+        "the time of the fastest of\nTransformers' three ways, in fp32 and bf16, "
+        "at 1, 16 and 256 tokens\n"
         "([benchmarks/results/cpu/layer.json](benchmarks/results/cpu/layer.json)).\n"
     )
 
@@ -155,7 +156,8 @@ def model_section() -> str:
     ]
     return (
         "A model of Qwen3-30B-A3B's sizes with random bf16 weights, `generate` with the default "
-        "cache and\nnothing compiled, against `grouped_mm` in the same run: `accelerate(model)` makes\n"
+        "cache and\nnothing compiled, against `grouped_mm` in the same run: "
+        "`accelerate(model)` makes\n"
         f"{' and '.join(parts)}. Teacher-forced on the\nbaseline's tokens, the argmax differs at "
         f"{differ} of {positions} positions, each with a top-2 gap of at most\n{gap:g} bf16 ulps\n"
         "([benchmarks/results/h200/model_qwen3_30b.json]"
