@@ -8,8 +8,9 @@ each in an order of its own (seed: the layer's number), with copies of the busie
 ``--redundant`` more slots. The forward of all of them is captured once. Phases:
 
     before   experts in order
-    moving   one replay per step of the balancer, which plans, sends a layer and puts it in place;
-             ``us``: of one step, ``error``: the worst
+    moving   steps of the balancer, each of which plans, or puts a layer in place and sends the next,
+             and a replay behind it; ``us``: of both, ``error``: the worst, ``beside_messages``: steps
+             whose replay was launched while experts were on their way from or to this rank
     after    the new placement, on as many later tokens (``planned_for``: on those it was made for)
 
 ``imbalance``: maximal over mean picks of a rank, summed over layers, as counted on the GPUs.
@@ -184,10 +185,13 @@ def move(
     """Steps until all experts are in place; every output on the way is looked at."""
     start, samples, errors = balancer.physical_to_logical.clone(), [], []
     balancer.should_record.fill_(1)
+    model.replay()
+    beside = [0]
 
     def step() -> None:
-        model.replay()
         balancer.step()
+        beside[0] += balancer.mover.is_sending
+        model.replay()
 
     while len(samples) < MOST_STEPS:
         samples.append(time_call(step, model.place, 1, False, repeats=1, warm_up=False).us)
@@ -197,6 +201,7 @@ def move(
     moved = int((balancer.physical_to_logical != start).sum())
     return Percentiles.of(samples), {
         "steps": len(samples),
+        "beside_messages": beside[0],
         "slots_changed": moved,
         "error": max(errors),
     }

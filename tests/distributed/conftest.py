@@ -25,6 +25,16 @@ def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def ranks_on_one_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four processes that take turns on the GPU."""
+    if torch.cuda.device_count() != 1:
+        pytest.skip("needs one GPU; several have a rank each")
+    pool = RankPool(4, str(tmp_path_factory.mktemp("one_gpu")), "cuda")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four processes over gloo, for all tests here; groups of two are halves of them."""
     if not torch.distributed.is_gloo_available():

@@ -2,6 +2,7 @@
 
 ``RankPool(4).run(function, *args)`` calls a module-level function on every rank of a gloo (or NCCL)
 group and returns the results in rank order; what one rank raises fails the test with its traceback.
+Where there are fewer GPUs than ranks, they share them: by turns, with gloo for what NCCL would do.
 """
 
 from __future__ import annotations
@@ -95,8 +96,12 @@ def _serve(pipe: Any, rank: int, size: int, store: str, device: str) -> None:
     torch.set_num_threads(1)
     backend = "gloo"
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
         backend = "cpu:gloo,cuda:nccl"
+        if gpus < size:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+            backend = "cpu:gloo,cuda:gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:

@@ -24,6 +24,7 @@ class ExpertMover:
     together. The buffer for what arrives has room for a whole layer of this rank and is made once.
 
     ``group`` should not be the one that the layers use, so that the two do not wait for each other.
+    All of its ranks make their movers together.
     """
 
     def __init__(
@@ -33,10 +34,18 @@ class ExpertMover:
         self.rank = group.rank()
         self.arrived = torch.empty(slots, bytes_per_expert, dtype=torch.uint8, device=device)
         self._moving: _Moving | None = None
+        # NCCL connects all ranks at a group's first call, and in a batch some may have none to send.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def is_moving(self) -> bool:
+        """Whether a layer was sent and is not in place yet."""
         return self._moving is not None
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether messages of this rank are still on their way, as far as the host can see."""
+        return self._moving is not None and not all(w.is_completed() for w in self._moving.works)
 
     def start(self, source: Sequence[torch.Tensor], plan: TransferPlan) -> None:
         """Send what other ranks need of ``source`` ([e, width] per parameter) and receive.

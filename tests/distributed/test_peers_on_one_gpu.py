@@ -1,0 +1,29 @@
+"""Peer memory where four ranks take turns on one GPU: the same launches, without the wire."""
+
+from __future__ import annotations
+
+import pytest
+import rank_peers
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_arrive_and_sums_come_back(ranks_on_one_gpu, fp8):
+    ranks_on_one_gpu.run(rank_peers.check_kernels, fp8)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("tokens", [[7, 0, 3, 1], [600, 513, 700, 1]])
+def test_a_layer_over_ranks_is_the_layer_of_one(ranks_on_one_gpu, tokens, halves, sent):
+    ranks_on_one_gpu.run(rank_peers.check_layer, tokens, halves, sent)
+
+
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_rows_travel_in_fp8(ranks_on_one_gpu, on_hopper):
+    ranks_on_one_gpu.run(rank_peers.check_fp8_layer, [600, 513, 700, 1], on_hopper)
+
+
+def test_ranks_that_disagree_are_told(ranks_on_one_gpu):
+    ranks_on_one_gpu.run(rank_peers.check_disagreement)
