@@ -8,9 +8,9 @@ each in an order of its own (seed: the layer's number), with copies of the busie
 ``--redundant`` more slots. The forward of all of them is captured once. Phases:
 
     before   experts in order
-    moving   steps of the balancer, each of which plans, or puts a layer in place and sends the next,
-             and a replay behind it; ``us``: of both, ``error``: the worst, ``beside_messages``: steps
-             whose replay was launched while experts were on their way from or to this rank
+    moving   steps of the balancer, which plans, or puts a layer in place and sends the next, and a
+             replay behind each; ``us``: of both, ``error``: the worst, ``beside_messages``: replays
+             that were launched while experts were on their way from or to this rank
     after    the new placement, on as many later tokens (``planned_for``: on those it was made for)
 
 ``imbalance``: maximal over mean picks of a rank, summed over layers, as counted on the GPUs.

@@ -17,7 +17,11 @@ from fusedmoe.modular_kernel.records import (
     Receiver,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceContiguous,
+    TopKWeightAndReduceNaiveBatched,
+)
 
 
 class FusedMoEPrepareAndFinalize(ABC):
@@ -122,6 +126,26 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
         """Weight, sum over K and combine into ``output`` [T, H], in place."""
+
+    def weight_and_sum(
+        self,
+        output: torch.Tensor | None,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> torch.Tensor:
+        """What of this the experts have left to do here: [rows, H], in ``output`` if one is given.
+
+        Where they leave open how, it is done as rows of ``row_format`` need it.
+        """
+        own: TopKWeightAndReduce = TopKWeightAndReduceContiguous()
+        if self.row_format is FusedMoEActivationFormat.BatchedExperts:
+            own = TopKWeightAndReduceNaiveBatched(rank=0)
+        return weight_and_reduce_impl.or_else(own).apply(
+            output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        )
 
     def prepare_async(
         self,

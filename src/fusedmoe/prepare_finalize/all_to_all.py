@@ -18,10 +18,7 @@ from fusedmoe.distributed.groups import check_sizes, token_ranks
 from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceContiguous,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 @dataclass
@@ -110,9 +107,13 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Callable[[], None]:
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
-        partial = reduce.apply(
-            None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        partial = self.weight_and_sum(
+            None,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )
         self.restore_lora_ids()
         journey = self._journey

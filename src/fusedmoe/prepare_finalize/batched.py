@@ -17,10 +17,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceNaiveBatched,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
@@ -112,7 +109,11 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceNaiveBatched(rank=0))
-        reduce.apply(
-            output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        self.weight_and_sum(
+            output,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )

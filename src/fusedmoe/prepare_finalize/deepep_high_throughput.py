@@ -14,7 +14,7 @@ from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
 from fusedmoe.prepare_finalize.dispatch import quantize_input, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceContiguous
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
@@ -80,9 +80,13 @@ class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Callable[[], None]:
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
-        partial = reduce.apply(
-            None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        partial = self.weight_and_sum(
+            None,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )
         combined, _, event = self.buffer.combine(
             partial.to(torch.bfloat16).contiguous(), self._handle, async_finish=True

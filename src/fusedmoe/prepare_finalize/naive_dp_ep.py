@@ -19,10 +19,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceContiguous,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
@@ -67,9 +64,13 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Callable[[], None]:
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
-        partial = reduce.apply(
-            None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        partial = self.weight_and_sum(
+            None,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )
         self.restore_lora_ids()
         combined = reduce_scatter_rows(partial, self._sizes, self.ranks)

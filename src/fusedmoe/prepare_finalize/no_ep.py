@@ -13,10 +13,7 @@ from fusedmoe.modular_kernel import (
     PrepareResult,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceContiguous,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 def weight_input(
@@ -82,9 +79,13 @@ class MoEPrepareAndFinalizeNoDPEPModular(_OneRank, FusedMoEPrepareAndFinalizeMod
         apply_router_weight_on_input: bool,
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
-        reduce.apply(
-            output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        self.weight_and_sum(
+            output,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )
 
 

@@ -33,10 +33,7 @@ from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import fp8_dynamic_group
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceContiguous,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
@@ -240,18 +237,19 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         """Where the tokens' ranks look for them, unless the experts have written there."""
         if isinstance(fused_expert_output, PeerSums) and fused_expert_output.sent:
             return
-        reduce = weight_and_reduce_impl.or_else(TopKWeightAndReduceContiguous())
-        if self._sends_sums:
-            sums = reduce.apply(
-                None, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
-            )
-            send_rows(self._view, self._rows, sums, topk_ids)
+        outputs = None if self._sends_sums else self._view.received(self._rows).outputs
+        if outputs is not None and fused_expert_output.data_ptr() == outputs.data_ptr():
             return
-        outputs = self._view.received(self._rows).outputs
-        if fused_expert_output.data_ptr() != outputs.data_ptr():
-            reduce.apply(
-                outputs, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
-            )
+        sums = self.weight_and_sum(
+            outputs,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        if outputs is None:
+            send_rows(self._view, self._rows, sums, topk_ids)
 
     def _fetch(self, output: torch.Tensor, announce: bool) -> None:
         assert self._owners is not None
