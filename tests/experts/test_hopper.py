@@ -146,7 +146,7 @@ def build(kernel, types, constants, **options):
     ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
     pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
-    known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32", "carry_ptr": "*fp32"}
+    known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}
     known |= types
     signature = {
         n: "constexpr" if n in constants else known.get(n, "*i32") for n in names
@@ -191,18 +191,16 @@ build(hopper_direct.down_kernel,
                "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
       maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
-for parts in (1, 4):
-    step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group, "PARTS": parts}
-    step |= {} if parts > 1 else {"carry_ptr": None, "flags_ptr": None}
-    weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
-    assert runs_ahead(build(
-        hopper_prefill.up_kernel,
-        {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
-        sizes | formula | step, maxnreg=168))
-    assert runs_ahead(build(
-        hopper_prefill.down_kernel,
-        {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
-        sizes | step, maxnreg=168))
+step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
+weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
+assert runs_ahead(build(
+    hopper_prefill.up_kernel,
+    {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
+    sizes | formula | step, maxnreg=168))
+assert runs_ahead(build(
+    hopper_prefill.down_kernel,
+    {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
+    sizes | step, maxnreg=168))
 """
 
 

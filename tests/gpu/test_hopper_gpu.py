@@ -12,7 +12,6 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, missing_gluon, scratch_rows
-from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (
@@ -67,7 +66,6 @@ KINDS = {
     "wide64": decode_tiles_of(64, 128, 256),
     "prefill": PrefillTiles(),
     "prefill_shallow": PrefillTiles(stages=3, group=2),
-    "prefill_in_pieces": PrefillTiles(parts=4),
 }
 
 
@@ -160,43 +158,8 @@ def test_half_empty_blocks_give_the_bits_of_streamed_ones(counts, name):
         tensors["topk_ids"].copy_(shuffled[:, None])
     expected = run(layer, tensors, decode_tiles_of(64, 64, 128))
     assert_right(expected, layer, tensors)
-    for tiles in (PrefillTiles(), PrefillTiles(stages=3), PrefillTiles(group=4, parts=4)):
+    for tiles in (PrefillTiles(), PrefillTiles(stages=3), PrefillTiles(group=4)):
         assert run(layer, tensors, tiles).equal(expected)
-
-
-@pytest.mark.parametrize("programs", [2, 5, 7, 16, 33, 100, 132])
-@pytest.mark.parametrize("name", ["plain", "bias", "no_gate"])
-def test_tiles_in_pieces_give_the_bits_of_whole_ones(name, programs):
-    """Each piece goes on from the sums of the one before, in whatever program that was."""
-    plain = replace(GPU, T=777, K=2, E=5, H=1040, I=784)
-    layer = {
-        "plain": plain,
-        "bias": replace(plain, bias=True, activation=MoEActivation.SWIGLUOAI),
-        "no_gate": replace(plain, activation=MoEActivation.RELU2_NO_MUL),
-    }[name]
-    tensors = layer.tensors()
-    expected = run(layer, tensors, PrefillTiles())
-    assert_right(expected, layer, tensors)
-    x, rows = tensors["hidden_states"], prefill_rows(layer.T * layer.K, layer.E)
-    for parts in (1, 2, 4, 9):
-        out = torch.full_like(x, NAN)
-        hopper_prefill(
-            x,
-            tensors["w1"],
-            tensors["w2"],
-            tensors["topk_weights"],
-            tensors["topk_ids"],
-            out,
-            x.new_full((rows, layer.I), NAN),
-            x.new_full((rows, layer.H), NAN),
-            activation=layer.activation,
-            activation_config=layer.numbers,
-            w1_bias=tensors["w1_bias"],
-            w2_bias=tensors["w2_bias"],
-            tiles=PrefillTiles(parts=parts),
-            programs=programs,
-        )
-        assert out.equal(expected), parts
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8])

@@ -1,5 +1,4 @@
-"""Prefill: the order of tiles, the pieces of the last ones and the sum, as far as a CPU can run
-them."""
+"""Prefill: the order of tiles and the sum, as far as a CPU can run them."""
 
 from __future__ import annotations
 
@@ -11,80 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_prefill_common import piece_of, plan_of, tile_of
-from fusedmoe.tuning.hopper_tiles import LEAST_STEPS, flag_slots, pieces
-
-
-def pieces_of_program(me: int, programs: int, tasks: int, steps: int, parts: int):
-    """The bodies of the kernels' functions, on Python's numbers: [(task, begin, end)]."""
-    language = SimpleNamespace(
-        minimum=min,
-        maximum=max,
-        where=lambda chosen, a, b: a if chosen else b,
-        program_id=lambda axis: me,
-        num_programs=lambda axis: programs,
-    )
-    plan = FunctionType(plan_of.fn.__code__, {"gl": language, "HANDING_ON": 4})(tasks, steps, parts)
-    run = FunctionType(piece_of.fn.__code__, {"gl": language})
-    return [run(index, plan, steps) for index in range(plan[0])]
-
-
-SIZES = [
-    (tasks, steps, parts)
-    for tasks in (0, 1, 5, 131, 132, 133, 136, 190, 200, 240, 262, 264, 265, 500, 1280, 4096)
-    for steps in (1, 12, 32, 45)
-    for parts in (1, 2, 4)
-]
-
-
-@pytest.mark.parametrize(("tasks", "steps", "parts"), SIZES)
-def test_every_step_is_done_once_and_in_order(tasks, steps, parts):
-    """Pieces of a task follow each other: from one program to the next, and in time, if all tasks
-    take equally long. Nobody waits for a program behind it, so that not all have to run at once."""
-    programs = 132
-    parts = pieces(64 * steps, 64, parts)
-    found: dict[int, list[tuple[int, int, int, int]]] = {}
-    share = []
-    for me in range(programs):
-        done = 0
-        for task, begin, end in pieces_of_program(me, programs, tasks, steps, parts):
-            assert 0 <= begin < end <= steps
-            found.setdefault(task, []).append((begin, end, me, done))
-            done += end - begin
-        share.append(done)
-    assert sorted(found) == list(range(tasks))
-    for task, ones in found.items():
-        ones.sort()
-        assert ones[0][0] == 0
-        assert ones[-1][1] == steps
-        assert len(ones) <= parts + 1
-        for (_, end, owner, start), (begin, _, me, later) in pairwise(ones):
-            assert end == begin
-            assert me == owner + 1, task
-            if tasks >= 3 * programs:
-                assert start + end - begin <= later or start < later
-    whole = -(-tasks // programs) * steps
-    assert max(share) <= whole
-
-
-@pytest.mark.parametrize(
-    ("tasks", "steps", "most"),
-    [(320, 128, 2.45), (4096, 80, 31.3), (3072, 32, 23.3), (1024, 24, 7.8), (1024, 12, 8)],
-)
-def test_the_last_round_costs_what_it_holds(tasks, steps, most):
-    shares = [
-        sum(end - begin for _, begin, end in pieces_of_program(me, 132, tasks, steps, 4))
-        for me in range(132)
-    ]
-    assert max(shares) / steps <= most
-
-
-def test_short_tiles_are_not_cut():
-    assert pieces(64 * (2 * LEAST_STEPS - 1), 64, 4) == 1
-    assert pieces(64 * 2 * LEAST_STEPS, 64, 4) == 2
-    assert pieces(4096, 64, 4) == 4
-    assert flag_slots(132) % 128 == 0
-    assert flag_slots(132) >= 4 * 132
+from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 15, 16, 17, 33, 64, 130])

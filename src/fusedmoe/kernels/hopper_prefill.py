@@ -11,7 +11,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
-from fusedmoe.tuning.hopper_tiles import PrefillTiles, flag_slots
+from fusedmoe.tuning.hopper_tiles import PrefillTiles
 
 PREFILL_BLOCK = 128
 
@@ -66,11 +66,7 @@ def hopper_prefill(
     e, R = w2.shape[0], topk_ids.numel()
     if R == 0:
         return
-    tiles = tiles or PrefillTiles()
-    flags = flag_slots(programs) if tiles.parts > 1 else 0
-    tables = align_local_slots(
-        topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True, spare_slots=flags
-    )
+    tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True)
     prefill(
         x,
         w1,
@@ -86,7 +82,6 @@ def hopper_prefill(
         w2_bias,
         expert_map,
         tables,
-        tiles,
+        tiles or PrefillTiles(),
         programs,
-        tables.sorted_ids[-flags:] if flags else None,
     )

@@ -78,26 +78,11 @@ def deepest_ring(rows: int, tiles: int, block: int) -> int:
 @dataclass(frozen=True)
 class PrefillTiles:
     """Steps of ``depth`` columns, ``stages`` in flight; ``group`` blocks of 128 rows run side by
-    side so that they share weights in the L2. Tiles that do not fill a round of the programs are
-    cut into at most ``parts`` pieces each, 1 leaves them whole."""
+    side so that they share weights in the L2."""
 
     depth: int = 64
     stages: int = 4
     group: int = 16
-    parts: int = 1
-
-
-LEAST_STEPS = 6  # of a piece of a tile: to hand products on costs about two
-
-
-def pieces(columns: int, depth: int, parts: int) -> int:
-    """Into how many pieces a tile of so many columns, ``depth`` a step, may be cut."""
-    return max(1, min(parts, -(-columns // depth) // LEAST_STEPS))
-
-
-def flag_slots(programs: int) -> int:
-    """Flags of both GEMMs, two for each program; whole blocks of 128."""
-    return 2 * -(-2 * programs // 64) * 64
 
 
 SUM_COLUMNS = 1024  # of one pass of a program of the prefill kernel's sum

@@ -12,10 +12,8 @@ down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
              order. sum_few_kernel does the same where most slots are other ranks'.
 
-Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. With
-PARTS > 1, those that do not fill a round are cut along the columns: a program goes on from the sums
-that the one before has left (``plan_of``), so that the bits are those of whole tiles. Of a block
-with at most 64 rows the second half is not loaded.
+Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. Of a
+block with at most 64 rows the second half is not loaded.
 """
 
 import torch
@@ -31,7 +29,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     gate_up_descriptors,
     matrix_descriptor,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
@@ -40,7 +38,6 @@ from fusedmoe.tuning.hopper_tiles import (
     MOST_SUM_COLUMNS,
     SUM_COLUMNS,
     PrefillTiles,
-    pieces,
     sum_spans,
 )
 
@@ -151,13 +148,11 @@ def prefill(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
-    flags: torch.Tensor | None = None,
 ) -> None:
     """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
     K, H = topk_ids.shape[1], w2.shape[1]
     prefill_gemms(
-        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs,
-        flags,
+        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
     )  # fmt: skip
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_spans(H))
 
@@ -215,10 +210,9 @@ def prefill_gemms(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
-    flags: torch.Tensor | None = None,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
-    [R], where each slot's row is. ``flags`` int32 [``flag_slots``], all R: for tasks in pieces."""
+    [R], where each slot's row is."""
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
@@ -226,20 +220,12 @@ def prefill_gemms(
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
     steps = (tiles.depth, tiles.stages, tiles.group)
-    carry, up_flags, down_flags, parts = None, None, None, 1
-    if flags is not None:
-        size = programs * BLOCK_M.value * 2 * TILE_N.value
-        carry = torch.empty(size, dtype=torch.float32, device=x.device)
-        (up_flags, down_flags), parts = flags.chunk(2), tiles.parts
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post, carry, up_flags),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
-        (
-            H, I, K, activation.formula, activation.gated, activation.interleaved, *steps,
-            pieces(H, tiles.depth, parts),
-        ),
+        (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
         num_warps=4,
         maxnreg=168,
     )  # fmt: skip
@@ -250,9 +236,9 @@ def prefill_gemms(
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post, carry, down_flags),
+        (w2_bias, expert_ids, sorted_ids, num_post),
         (R, e),
-        (H, I, *steps, pieces(I, tiles.depth, parts)),
+        (H, I, *steps),
         num_warps=4,
         maxnreg=168,
     )

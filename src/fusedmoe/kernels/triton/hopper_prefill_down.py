@@ -12,12 +12,9 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     TILE_N,
     half_is_live,
     halves,
-    leave,
     load_bias,
     multiply,
     open_rings,
-    piece_of,
-    plan_of,
     store_tile,
     tile_of,
 )
@@ -55,7 +52,6 @@ def down_producer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
@@ -65,34 +61,31 @@ def down_producer(
     BK: gl.constexpr = a_ring.shape[2]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
-    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
     EARLY: gl.constexpr = min(STAGES, KSTEPS)
-    if plan[0] > 0:
-        task, begin, end = piece_of(0, plan, KSTEPS)
-        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
-        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
+    first = gl.program_id(0)
+    if first < blocks * TILES:
+        whole = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        weight_row = weight_row_of(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         for stage in gl.static_range(EARLY):
-            if begin + stage < end:
-                bar = full.index(stage)
-                expect_step(bar, whole, BK)
-                tma.async_copy_global_to_shared(
-                    w_desc, [weight_row, (begin + stage) * BK], bar, b_ring.index(stage)
-                )
+            bar = full.index(stage)
+            expect_step(bar, whole, BK)
+            tma.async_copy_global_to_shared(
+                w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
+            )
     gdc_wait()
     gdc_launch_dependents()
     stage = 0
     phase = 1
-    for index in range(plan[0]):
-        task, begin, end = piece_of(index, plan, KSTEPS)
+    for task in range(first, blocks * TILES, gl.num_programs(0)):
         block, _ = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M
         weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
-        for k in range(begin, end):
+        for k in range(KSTEPS):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            if (index > 0) | (k - begin >= EARLY):
+            if (task != first) | (k >= EARLY):
                 expect_step(bar, whole, BK)
                 tma.async_copy_global_to_shared(
                     w_desc, [weight_row, k * BK], bar, b_ring.index(stage)
@@ -109,7 +102,6 @@ def down_consumer(
     out_desc,
     buffers,
     bias_ptr,
-    carried,
     rings,
     bars,
     tables,
@@ -119,34 +111,24 @@ def down_consumer(
     I: gl.constexpr,  # noqa: E741
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
-    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     stage = 0
     phase = 0
-    coming = False
-    if plan[0] > 0:
-        task, _, _ = piece_of(0, plan, KSTEPS)
-        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for index in range(plan[0]):
-        task, begin, end = piece_of(index, plan, KSTEPS)
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        task, _, _ = piece_of(index + 1, plan, KSTEPS)
-        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-        acc, stage, phase = multiply(
-            rings, bars, stage, phase, live, end - begin, begin > 0, carried, R, WHICH, PARTS
-        )  # fmt: skip
-        if PARTS > 1:  # noqa: SIM102 (the outer one is settled at compile time)
-            if live & (end < KSTEPS):
-                leave(carried, acc, WHICH)
-        if live & (end == KSTEPS):
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        if live:
             low, high = halves(acc)
             column = tile * (2 * TILE_N)
             if bias_ptr is not None:
@@ -169,8 +151,6 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    carry_ptr,
-    flags_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -178,35 +158,30 @@ def down_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
-    """``act_desc`` views tiles of 64 rows. carry_ptr and flags_ptr as in ``up_kernel``."""
+    """``act_desc`` views tiles of 64 rows."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    carried = (carry_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
-                    out_desc, out0, bias_ptr, carried, rings, bars, tables, R, num_local, H, I,
-                    TILES, GROUP, PARTS, 0,
+                    out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, bias_ptr, carried, rings, bars, tables, R, num_local, H, I,
-                    TILES, GROUP, PARTS, 1,
+                    out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    GROUP, 1,
                 ),
             ),
             (
                 down_producer,
-                (
-                    (act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES,
-                    GROUP, PARTS,
-                ),
+                ((act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES, GROUP),
             ),
         ],
         [4, 1],

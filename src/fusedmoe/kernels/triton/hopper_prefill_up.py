@@ -17,12 +17,9 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     TILE_N,
     half_is_live,
     halves,
-    leave,
     load_bias,
     multiply,
     open_rings,
-    piece_of,
-    plan_of,
     store_tile,
     tile_of,
 )
@@ -71,7 +68,6 @@ def up_producer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
     a_ring, b_ring = rings
     full, empty = bars
@@ -80,7 +76,6 @@ def up_producer(
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
-    KSTEPS: gl.constexpr = (H + BK - 1) // BK
     layout: gl.constexpr = rows_layout(HALF_M, BK, gl.num_warps())
     row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
@@ -88,9 +83,7 @@ def up_producer(
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 1
-    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
-    for index in range(plan[0]):
-        task, begin, end = piece_of(index, plan, KSTEPS)
+    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
         block, tile = tile_of(task, blocks, TILES, GROUP)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
@@ -100,8 +93,7 @@ def up_producer(
         x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
         weight_row = expert * desc_rows + tile * WIDE
-        for step in range(begin, end):
-            k = step * BK
+        for k in range(0, H, BK):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
@@ -122,7 +114,6 @@ def up_consumer(
     out_desc,
     buffers,
     bias_ptr,
-    carried,
     rings,
     bars,
     tables,
@@ -137,7 +128,6 @@ def up_consumer(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -146,27 +136,18 @@ def up_consumer(
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (H + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
-    plan = plan_of(blocks * TILES, KSTEPS, PARTS)
     stage = 0
     phase = 0
-    coming = False
-    if plan[0] > 0:
-        task, _, _ = piece_of(0, plan, KSTEPS)
-        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for index in range(plan[0]):
-        task, begin, end = piece_of(index, plan, KSTEPS)
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+    for task in range(first, blocks * TILES, programs):
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
         live = coming & True
-        task, _, _ = piece_of(index + 1, plan, KSTEPS)
-        coming = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-        acc, stage, phase = multiply(
-            rings, bars, stage, phase, live, end - begin, begin > 0, carried, R, WHICH, PARTS
-        )  # fmt: skip
-        if PARTS > 1:  # noqa: SIM102 (the outer one is settled at compile time)
-            if live & (end < KSTEPS):
-                leave(carried, acc, WHICH)
-        if live & (end == KSTEPS):
+        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
+        acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
+        if live:
             gate, up = halves(acc)
             column = tile * WIDE
             if bias_ptr is not None:
@@ -197,8 +178,6 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
-    carry_ptr,
-    flags_ptr,
     stride_x,
     R,
     num_local,
@@ -215,11 +194,8 @@ def up_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate. Where
-    PARTS > 1: carry_ptr fp32 [programs, 2, HALF_M * 2 * TILE_N], flags_ptr int32 [programs, 2], R
-    each."""
+    """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
     WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
@@ -229,21 +205,20 @@ def up_kernel(
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
-    carried = (carry_ptr, flags_ptr)
     gl.warp_specialize(
         [
             (
                 up_consumer,
                 (
-                    out_desc, out0, bias_ptr, carried, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, PARTS, 0,
+                    out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
-                    out_desc, out1, bias_ptr, carried, rings, bars, tables, sizes, numbers, H, I,
-                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, PARTS, 1,
+                    out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 1,
                 ),
             ),
             (
@@ -251,7 +226,6 @@ def up_kernel(
                 (
                     (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr,
                     tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP,
-                    PARTS,
                 ),
             ),
         ],
