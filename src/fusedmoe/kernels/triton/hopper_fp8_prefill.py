@@ -27,14 +27,10 @@ from fusedmoe.kernels.quantize import STORED, quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, Memory, matrix_descriptor
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
-from fusedmoe.kernels.triton.hopper_quantized_tasks import (
-    Memory,
-    rows_descriptor,
-    weight_descriptors,
-)
+from fusedmoe.kernels.triton.hopper_quantized_tasks import rows_descriptor, weight_descriptors
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.quantization.keys import QuantKey
@@ -147,7 +143,7 @@ def up(
     act_scale = scale
     if own:
         act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=q.device)
-    low, high, desc_rows, _ = weight_descriptors(w1, TILE_N.value, as_bytes=False)
+    low, high, desc_rows = weight_descriptors(w1, TILE_N.value)
     _launch_up(
         programs,
         (low, high, out_desc),

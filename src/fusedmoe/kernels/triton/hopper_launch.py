@@ -21,7 +21,7 @@ _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """Stands in for a tensor in a descriptor."""
 
     address: int
@@ -33,7 +33,7 @@ class _Memory(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _descriptor(
-    memory: _Memory, rows: int, columns: int, stride: int, tile_rows: int, tile_columns: int
+    memory: Memory, rows: int, columns: int, stride: int, tile_rows: int, tile_columns: int
 ) -> TensorDescriptor:
     dtype = gl.float16 if memory.dtype is torch.float16 else gl.bfloat16
     tile = [tile_rows, tile_columns]
@@ -58,7 +58,7 @@ def matrix_descriptor(
     stride = columns if stride is None else stride
     rows = tensor.shape[0] if tensor.dim() == 2 else tensor.numel() // columns
     address = tensor.data_ptr() + first * stride * tensor.element_size()
-    memory = _Memory(address, tensor.dtype)
+    memory = Memory(address, tensor.dtype)
     return _descriptor(memory, -((first - rows) // step), columns, stride * step, *tile)
 
 

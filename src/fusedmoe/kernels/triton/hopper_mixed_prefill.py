@@ -27,13 +27,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, Memory, matrix_descriptor
 from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
-from fusedmoe.kernels.triton.hopper_quantized_tasks import Memory
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
 

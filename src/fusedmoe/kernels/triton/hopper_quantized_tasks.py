@@ -1,25 +1,14 @@
-"""Matrices of 8-bit elements, and of bytes that hold two, as TMA views them."""
+"""Matrices of 8-bit elements, as TMA views them."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fusedmoe.kernels.triton.hopper_launch import Memory
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 STEP_BYTES = gl.constexpr(128)
-
-
-class Memory(NamedTuple):
-    """Stands in for a tensor in a descriptor."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 @lru_cache(maxsize=4096)
@@ -32,16 +21,16 @@ def rows_descriptor(
 
 
 def weight_descriptors(
-    w: QuantizedTensor, half: int, *, as_bytes: bool = True
-) -> tuple[TensorDescriptor, TensorDescriptor, int, int]:
-    """Two views of the data whose rows are multiplied side by side, rows of one expert in them, and
-    how far below the first tile the second lies."""
-    dtype = torch.uint8 if as_bytes else w.data.dtype
+    w: QuantizedTensor, half: int
+) -> tuple[TensorDescriptor, TensorDescriptor, int]:
+    """Two views of the data whose rows are multiplied side by side, and rows of one expert in
+    them. Without shards, the same view twice: the second tile lies ``half`` rows below."""
+    dtype = w.data.dtype
     address, width = w.data.data_ptr(), w.data.shape[-1]
     e, N = w.shape[:2]
     if w.shards == 1:
         both = rows_descriptor(Memory(address, dtype), e * N, width, width, half)
-        return both, both, N, half
+        return both, both, N
     if w.interleaved:
         low, high = (
             rows_descriptor(
@@ -49,9 +38,9 @@ def weight_descriptors(
             )
             for row in (0, 1)
         )
-        return low, high, N // 2, 0
+        return low, high, N // 2
     low = rows_descriptor(Memory(address, dtype), e * N, width, width, half)
     below = rows_descriptor(
         Memory(address + N // 2 * width, dtype), e * N - N // 2, width, width, half
     )
-    return low, below, N, 0
+    return low, below, N

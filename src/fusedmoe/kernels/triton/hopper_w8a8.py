@@ -69,7 +69,7 @@ def gemm(
     """One launch; ``addresses`` from ``weight_addresses``, the rest as in ``gemm_kernel``."""
     (R, N), D = out.shape, w.shape[2]
     row_shard_step, row_step, *of_scales = addresses[2:]
-    low, high, desc_rows, _ = weight_descriptors(w, tile.box, as_bytes=False)
+    low, high, desc_rows = weight_descriptors(w, tile.box)
     below = tile.valid if w.shards == 1 else 0
     act = activation or DeviceActivation(formula="", gated=False)
     columns = w.format.group.col

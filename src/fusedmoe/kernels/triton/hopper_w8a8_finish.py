@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import hopper_activation
-from fusedmoe.kernels.triton.hopper_quantized_common import row_number
 from fusedmoe.kernels.triton.quantize import largest_magnitude
+from fusedmoe.kernels.triton.quantized_common import float_scale
 
 
 @gluon.constexpr_function
@@ -54,6 +54,13 @@ def raise_largest(largest_ptr, value, slots, column, end):
     bits = largest_magnitude(value, 0).to(gl.int32, bitcast=True)
     slots = gl.convert_layout(slots, gl.SliceLayout(0, layout))
     gl.atomic_max(largest_ptr + gl.maximum(slots, 0), bits, mask=slots >= 0, sem="relaxed")
+
+
+@gluon.jit
+def row_number(ptr, row, step, inside):
+    """ptr[row * step] as fp32 [rows, 1], 0 where a row is not inside."""
+    value = gl.load(ptr + row * step, inside, 0.0)
+    return gl.expand_dims(float_scale(value), 1)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-STEP_BYTES = gl.constexpr(128)
+from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
 
 
 @gluon.jit
