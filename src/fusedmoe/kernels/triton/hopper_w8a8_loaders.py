@@ -7,9 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
 from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
-    STEP_BYTES,
     known,
     load_scales,
     row_scales,
