@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from wire_targets import reached
 
 from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.distributed.peer_memory import PeerMemory
@@ -34,8 +35,6 @@ from fusedmoe.runner.capture import record_graph
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
 H, K, E = 7168, 8, 256
-TARGETS_US = {1: 14.0, 16: 20.0, 128: 36.0}
-TARGETS_OF_LIMIT = {1024: 0.75, 4096: 0.85}
 ROUNDS = 20
 SWEPT = [PeerTiles(*one) for one in itertools.product((132, 264), (1024, 2048, 8192), (4, 8))]
 
@@ -146,15 +145,8 @@ def measure(memory: PeerMemory, T: int, gbs: float, choices: list[PeerTiles]) ->
         "all_us": {"-".join(map(str, one)): round(us, 2) for one, us in found.items()},
         "nccl_us": round(nccl, 2),
         "speedup_over_nccl": round(nccl / found[best], 2),
-        "target_met": target_met(T, found[best], limit),
+        "target_met": reached(T, found[best], limit, nccl),
     }
-
-
-def target_met(T: int, us: float, limit: float) -> bool | None:
-    """None where no number has to be reached."""
-    if T in TARGETS_US:
-        return us <= TARGETS_US[T]
-    return limit / us >= TARGETS_OF_LIMIT[T] if T in TARGETS_OF_LIMIT else None
 
 
 def run_both(x, ids, weights, owners, view, out, tiles, polls) -> None:  # type: ignore[no-untyped-def]

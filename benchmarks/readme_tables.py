@@ -1,9 +1,10 @@
-"""README's numbers, out of the files under benchmarks/results.
+"""The numbers of README and docs/scaling.md, out of the files under benchmarks/results.
 
     python benchmarks/readme_tables.py [--check]
 
 Rewrites what lies between ``<!-- measured: NAME -->`` and ``<!-- end -->`` for every NAME of
-``SECTIONS``; with ``--check`` it only says whether README is what the files say (exit code 1: no).
+``SECTIONS``; with ``--check`` it only says whether the pages are what the files say (exit code 1:
+no).
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scaling_tables
+from scaling_tables import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -41,12 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = renewed(text)
+    texts = {path: path.read_text() for path in PAGES}
+    found = {path: renewed(text) for path, text in texts.items()}
     if args.check:
-        sys.exit(int(new != text))
-    path.write_text(new)
+        sys.exit(int(found != texts))
+    for path, text in found.items():
+        path.write_text(text)
 
 
 def renewed(text: str) -> str:
@@ -57,12 +62,6 @@ def renewed(text: str) -> str:
 def rows_of(name: str) -> list[Row]:
     rows: list[Row] = json.loads((RESULTS / name).read_text())["rows"]
     return rows
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = "|" + "---|" * len(head) + "\n"
-    first, *rest = (f"| {' | '.join(line)} |\n" for line in (head, *body))
-    return first + rule + "".join(rest)
 
 
 def time_of(us: float) -> str:
@@ -171,7 +170,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "wire": wire_section,
     "cpu": cpu_section,
     "model": model_section,
-}
+} | scaling_tables.SECTIONS
 
 if __name__ == "__main__":
     main()

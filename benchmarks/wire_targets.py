@@ -1,0 +1,17 @@
+"""What dispatch and combine between four H200s have to reach, by tokens per rank."""
+
+from __future__ import annotations
+
+US = {1: 14.0, 16: 20.0, 128: 36.0}
+OF_LIMIT = {1024: 0.75, 4096: 0.85}
+SPEEDUPS = ((16, 2.5), (128, 1.3))
+SPEEDUP_ABOVE = 1.1
+"""Over NCCL's all-gather and reduce-scatter: up to so many tokens, and beyond."""
+
+
+def reached(T: int, us: float, limit_us: float, nccl_us: float) -> bool:
+    """Both, for ``T`` tokens per rank: a time or a share of the wire's limit, and NCCL's time."""
+    asked = next((factor for most, factor in SPEEDUPS if most >= T), SPEEDUP_ABOVE)
+    if nccl_us < asked * us:
+        return False
+    return us <= US.get(T, us) and limit_us >= OF_LIMIT.get(T, 0.0) * us
