@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from rank_layers import SPREADS, Layout, make_groups, token_counts
 
 import fake_deep_gemm
 from expert_layers import Layer
-from fusedmoe import FusedMoE, FusedMoEQuantConfig, MoEOptions, ParallelGroups
+from fusedmoe import FusedMoE, FusedMoEQuantConfig, MoEOptions
 from fusedmoe.distributed.deep_ep import learn_placement, make_deep_ep_buffer
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.experts.deep_gemm import BatchedDeepGemmExperts, DeepGemmExperts
@@ -44,13 +45,26 @@ BF16 = torch.bfloat16
 MODES: dict[str, Any] = {"high": DeepEPHTPrepareAndFinalize, "low": DeepEPLLPrepareAndFinalize}
 
 
-def groups_with_buffer(low: bool, experts: int = E, hidden: int = H, most: int = 16) -> Any:
-    """(groups with a buffer, rank), as a program makes them."""
-    groups, rank = make_groups(Layout(dp=4, ep=True))
+OVER_FOUR = Layout(dp=4, ep=True)
+LAYOUTS = {
+    "dp4": OVER_FOUR,
+    "dp2": Layout(dp=2, ep=True),
+    "pcp4": Layout(pcp=4, ep=True),
+    "sp4": Layout(tp=4, ep=True, sp=True),
+    "dp2_tp2": Layout(dp=2, tp=2, ep=True),
+}
+
+
+def groups_with_buffer(
+    low: bool, experts: int = E, hidden: int = H, most: int = 16, layout: Layout = OVER_FOUR
+) -> Any:
+    """(groups with a buffer, rank among those whose tokens differ), as a program makes them."""
+    groups, rank = make_groups(layout)
+    over = groups.tp if layout.sp else groups.dp or groups.pcp
+    theirs = experts * layout.token_ranks // layout.size
     with mock.patch.dict(sys.modules, deep_ep=fake_deep_ep):
-        buffer = make_deep_ep_buffer(groups.dp, hidden, experts, most if low else None)
-    named = {"dp": groups.dp, "enable_expert_parallel": True}
-    return ParallelGroups(deep_ep=buffer, **named), rank
+        buffer = make_deep_ep_buffer(over, hidden, theirs, most if low else None)
+    return replace(groups, deep_ep=buffer), rank
 
 
 def mover(mode: str, most: int = 4) -> Any:
@@ -238,11 +252,18 @@ def check_buffers() -> None:
         make_deep_ep_buffer(high.dp, H, E)
 
 
-def check_layer(mode: str, placement: str, weight_on_input: bool, redundant: int = 0) -> None:
+def check_layer(
+    mode: str,
+    placement: str = "linear",
+    weight_on_input: bool = False,
+    redundant: int = 0,
+    layout: str = "dp4",
+) -> None:
     """The layer's output is that of one rank, and the same bits again."""
+    where = LAYOUTS[layout]
     low = mode == "low"
     hidden, width = (2048, 32) if low else (H, 24)
-    groups, rank = groups_with_buffer(low, experts=E + redundant, hidden=hidden)
+    groups, rank = groups_with_buffer(low, E + redundant, hidden, layout=where)
     scheme = Scheme("int4_g32") if low else None
     name = MODES[mode].name
     picked = "torch_quantized_batched" if low else "torch"
@@ -256,7 +277,8 @@ def check_layer(mode: str, placement: str, weight_on_input: bool, redundant: int
     sizes = (E, top_k, hidden, width, BF16)
     alone = FusedMoE(*sizes, options=MoEOptions(experts=picked.replace("_batched", "")), **common)
     options = MoEOptions(experts=picked, prepare_finalize=name)
-    layer = FusedMoE(*sizes, parallel=groups, options=options, expert_placement=placement, **common)
+    apart: dict[str, Any] = {"parallel": groups, "is_sequence_parallel": where.sp}
+    layer = FusedMoE(*sizes, options=options, expert_placement=placement, **apart, **common)
     if low:
         w13, w2 = (
             draw("int4_g32", E, 2 * width, hidden, shards=2),
@@ -268,7 +290,7 @@ def check_layer(mode: str, placement: str, weight_on_input: bool, redundant: int
         for one in (alone, layer):
             one.load_weights(Experts.random(E, hidden, width).named())
     for spread in SPREADS:
-        counts = token_counts(spread, 4)
+        counts = token_counts(spread, where.token_ranks)
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(counts[rank], hidden, generator=generator).to(BF16)
         logits = torch.randn(counts[rank], E, generator=generator)

@@ -173,12 +173,18 @@ def check_monolithic() -> None:
     rank = dist.get_rank()
     x, logits, _ = batch(rank)
     one = MoEPrepareAndFinalizeNaiveDPEPMonolithic(ranks=ranks(), quantize=to_float8)
+    mapping = torch.arange(COUNTS[rank], dtype=torch.int32) + 10 * rank
+    context = SimpleNamespace(token_lora_mapping=mapping)
+    one.set_lora_context(context)
     rows, scale, all_logits = one.prepare(x, logits, PLAIN)
+    everyones = [10 * r + t for r in range(4) for t in range(COUNTS[r])]
+    assert context.token_lora_mapping.tolist() == everyones
     sent = [to_float8(batch(r)[0], PLAIN) for r in range(4)]
     assert torch.equal(rows.float(), torch.cat([part.float() for part, _ in sent]))
     assert torch.equal(scale, torch.cat([part for _, part in sent]))
     assert torch.equal(all_logits, torch.cat([batch(r)[1] for r in range(4)]))
     assert torch.equal(one.finalize(rows.float()), 4 * to_float8(x, PLAIN)[0].float())
+    assert context.token_lora_mapping is mapping
 
 
 def check_quantized_before_sending(mover: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from rank_layers import linear
+from rank_layers import SPREADS, Layout, linear, make_groups, token_counts
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
@@ -27,18 +28,36 @@ from quantized_layers import Scheme, fill, make_layer
 E, K, H, I = 16, 3, 256, 128  # noqa: E741
 
 
+def layouts(world: int) -> dict[str, Layout]:
+    """Beside plain data parallel: every way in which ranks may hold different tokens, and one in
+    which some hold the same."""
+    found = {
+        "sp": Layout(tp=world, ep=True, sp=True),
+        "pcp": Layout(pcp=world, ep=True),
+        "dp_sp": Layout(dp=world // 2, tp=2, ep=True, sp=True, spanning=True),
+    }
+    if world > 2:
+        found["dp_tp"] = Layout(dp=world // 2, tp=2, ep=True)
+    return found
+
+
+LAYOUTS = ("sp", "pcp", "dp_sp", "dp_tp")
+
+
 def memory_for(
     rows: int,
     fp8: bool = False,
     timeout_s: float = 4.0,
     regions: int = 1,
     send_sums_from: int | None = None,
+    group: dist.ProcessGroup | None = None,
     **fields,
 ) -> PeerMemory:
     row_dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     sizes = {"hidden": H, "topk": K} | fields
+    group = group or dist.group.WORLD
     layout = PeerLayout(
-        world=dist.get_world_size(),
+        world=group.size(),
         rows=rows,
         row_dtype=row_dtype,
         output_dtype=torch.bfloat16,
@@ -46,7 +65,7 @@ def memory_for(
         **sizes,
     )
     return PeerMemory(
-        dist.group.WORLD,
+        group,
         layout,
         timeout_s=timeout_s,
         regions=regions,
@@ -144,6 +163,43 @@ def check_layer(tokens: list[int], halves: bool = False, sent: bool = False) -> 
         logits.copy_(others)
         graph.replay()
         assert_near(out, whole(x, logits))
+    memory.check()
+    memory.close()
+
+
+def check_layouts(name: str) -> None:
+    """Uneven ranks, ranks without tokens, all tokens on one; twice, for the same bits."""
+    layout = layouts(dist.get_world_size()).get(name)
+    if layout is None:
+        return
+    groups, token_rank = make_groups(layout)
+    over = {"sp": groups.tp, "pcp": groups.pcp, "dp_sp": groups.ep, "dp_tp": groups.dp}[name]
+    memory = memory_for(16, group=over)
+    experts = Experts.random(E, H, I)
+    made = []
+    for arguments in (
+        {
+            "parallel": replace(groups, peers=memory),
+            "is_sequence_parallel": layout.sp,
+            "options": MoEOptions(prepare_finalize="peer"),
+        },
+        {},
+    ):
+        shared = linear(1, width=H).to("cuda", torch.bfloat16)
+        layer = FusedMoE(
+            *(E, K, H, I, torch.bfloat16), shared_experts=shared, device="cuda", **arguments
+        )
+        layer.load_weights(experts.named())
+        made.append(layer)
+    apart, whole = made
+    for spread in SPREADS:
+        counts = token_counts(spread, layout.token_ranks)
+        generator = torch.Generator().manual_seed(token_rank)
+        x = torch.randn(counts[token_rank], H, generator=generator).bfloat16().cuda()
+        logits = torch.randn(counts[token_rank], E, generator=generator).cuda()
+        found = apart(x, logits, tokens_per_rank=counts)
+        assert_near(found, whole(x, logits))
+        assert torch.equal(found, apart(x, logits, tokens_per_rank=counts))
     memory.check()
     memory.close()
 

@@ -38,6 +38,12 @@ def test_the_output_is_that_of_one_rank(ranks, mode, arguments):
     ranks.run(rank_deep_ep.check_layer, mode, *arguments)
 
 
+@pytest.mark.parametrize("mode", rank_deep_ep.MODES)
+@pytest.mark.parametrize("layout", [name for name in rank_deep_ep.LAYOUTS if name != "dp4"])
+def test_wherever_tokens_are(ranks, mode, layout):
+    ranks.run(rank_deep_ep.check_layer, mode, "linear", False, 0, layout)
+
+
 def test_copies_of_experts_are_places_of_their_own(ranks):
     ranks.run(rank_deep_ep.check_layer, "high", "linear", False, 4)
 

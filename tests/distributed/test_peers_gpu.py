@@ -22,6 +22,11 @@ def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves, sent)
     gpu_ranks.run(rank_peers.check_layer, tokens, halves, sent)
 
 
+@pytest.mark.parametrize("layout", rank_peers.LAYOUTS)
+def test_wherever_tokens_are(gpu_ranks, layout):
+    gpu_ranks.run(rank_peers.check_layouts, layout)
+
+
 @pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])
 def test_rows_travel_in_fp8(gpu_ranks, tokens):
     gpu_ranks.run(rank_peers.check_fp8_layer, tokens)

@@ -20,6 +20,11 @@ def test_a_layer_over_ranks_is_the_layer_of_one(ranks_on_one_gpu, tokens, halves
     ranks_on_one_gpu.run(rank_peers.check_layer, tokens, halves, sent)
 
 
+@pytest.mark.parametrize("layout", rank_peers.LAYOUTS)
+def test_wherever_tokens_are(ranks_on_one_gpu, layout):
+    ranks_on_one_gpu.run(rank_peers.check_layouts, layout)
+
+
 @pytest.mark.parametrize("on_hopper", [False, True])
 def test_rows_travel_in_fp8(ranks_on_one_gpu, on_hopper):
     ranks_on_one_gpu.run(rank_peers.check_fp8_layer, [600, 513, 700, 1], on_hopper)

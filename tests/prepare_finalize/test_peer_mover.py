@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,9 @@ class Memory:
     def __init__(self, views: tuple[PeerView, ...]) -> None:
         self.views = views
         self.view = views[0]
+
+    def spans(self, group: Any) -> bool:
+        return group.size() == WORLD
 
     def check(self) -> None:
         for view in self.views:
@@ -181,6 +185,16 @@ def test_micro_batches_need_two_regions(regions, reason):
     room = PeerPrepareAndFinalize.make(config(micro_batch_tokens=4), groups).max_num_tokens
     assert room == 2 * LAYOUT.rows
     assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows
+
+
+def test_the_memory_is_that_of_the_ranks_whose_tokens_differ():
+    """A layer over other ranks would write where nobody of them looks."""
+    group: Any = SimpleNamespace(size=lambda: 4, rank=lambda: 0)
+    groups = ParallelGroups(dp=group, enable_expert_parallel=True, peers=memories(1)[0])
+    parallel = FusedMoEParallelConfig(1, 1, 4, 4, 0, 0, 0, 0, use_ep=True)
+    moe = replace(config(), moe_parallel_config=parallel)
+    found = PeerPrepareAndFinalize.unmet_requirement(moe, groups)
+    assert found == "has buffers of 2 ranks, not of the 4 whose tokens differ"
 
 
 def test_nobody_is_asked_within_a_graph(monkeypatch):

@@ -91,6 +91,11 @@ class PeerMemory:
         """Of each region."""
         return self.view.layout
 
+    def spans(self, group: dist.ProcessGroup) -> bool:
+        """Whether its buffers are those of the ranks of ``group``, in their order."""
+        ranks = dist.get_process_group_ranks
+        return group is self.group or ranks(group) == ranks(self.group)
+
     def check(self) -> None:
         """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
         missing = next((found for one in self.views if (found := int(one.error[0]))), 0)

@@ -64,6 +64,11 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         axes = token_ranks(moe.moe_parallel_config, groups).axes
         if len(axes) > 1:
             return "needs one process group of all ranks whose tokens differ"
+        if not groups.peers.spans(axes[0]):
+            return (
+                f"has buffers of {groups.peers.layout.world} ranks, not of the {axes[0].size()} "
+                "whose tokens differ"
+            )
         if moe.options.micro_batch_tokens is not None and len(groups.peers.views) < 2:
             return "has one buffer, and micro-batches take turns with two: PeerMemory(regions=2)"
         layout = groups.peers.layout
