@@ -145,7 +145,7 @@ def measure(memory: PeerMemory, T: int, gbs: float, choices: list[PeerTiles]) ->
         "all_us": {"-".join(map(str, one)): round(us, 2) for one, us in found.items()},
         "nccl_us": round(nccl, 2),
         "speedup_over_nccl": round(nccl / found[best], 2),
-        "target_met": reached(T, found[best], limit, nccl),
+        "target_met": reached(world, T, found[best], limit, nccl),
     }
 
 

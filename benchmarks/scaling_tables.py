@@ -13,7 +13,7 @@ from typing import Any
 from wire_targets import reached
 
 RESULTS = Path(__file__).resolve().parent / "results"
-HOST = "h200-x4"
+HOSTS = ("h200-x4", "h200-x2")
 Row = dict[str, Any]
 Report = dict[str, Any]
 
@@ -67,35 +67,39 @@ def expert_load_section() -> str:
     return table([*head, "asked"], body)
 
 
+def of_hosts(names: Sequence[str], section: Callable[[Report, str], str]) -> str:
+    """``section`` of each file of these names, for every host that has one."""
+    paths = [f"{host}/{name}" for host in HOSTS for name in names]
+    found = [section(report, path) for path in paths if (report := report_of(path)) is not None]
+    return "\n".join(found) or absent(names[-1])
+
+
 def all_to_all_section() -> str:
-    name = f"{HOST}/all_to_all.json"
-    report = report_of(name)
-    if report is None:
-        return absent(name)
-    rows = sorted(report["rows"], key=lambda row: row["T"])
-    body = [
-        [
-            str(row["T"]),
-            *(time_of(row[name]) for name in TIMES),
-            "reached" if reached(row["T"], *(row[name] for name in TIMES)) else "missed",
-        ]
-        for row in rows
-    ]
-    head = ["tokens per rank", "`peer`", "wire limit", "NCCL all-gather + reduce-scatter", "asked"]
-    ranks, gbs = rows[0]["ranks"], report["p2p_gbs"]
-    return (
-        f"{ranks} GPUs; a peer-to-peer copy reaches {gbs:.0f} GB/s there ({link(name)}).\n\n"
-        + table(head, body)
-    )
+    return of_hosts(["all_to_all.json"], of_wire)
 
 
 def layers_section() -> str:
-    parts = [
-        of_layers(report, name)
-        for name in (f"{HOST}/ep_layer_fp8.json", f"{HOST}/ep_layer.json")
-        if (report := report_of(name)) is not None
-    ]
-    return "\n".join(parts) or absent(f"{HOST}/ep_layer.json")
+    return of_hosts(["ep_layer_fp8.json", "ep_layer.json"], of_layers)
+
+
+def balance_section() -> str:
+    return of_hosts(["balance.json"], of_balance)
+
+
+def of_wire(report: Report, name: str) -> str:
+    rows = sorted(report["rows"], key=lambda row: row["T"])
+    ranks, gbs = rows[0]["ranks"], report["p2p_gbs"]
+    body = []
+    for row in rows:
+        times = [row[name] for name in TIMES]
+        met = reached(ranks, row["T"], *times)
+        verdict = "-" if met is None else "reached" if met else "missed"
+        body.append([str(row["T"]), *map(time_of, times), verdict])
+    head = ["tokens per rank", "`peer`", "wire limit", "NCCL all-gather + reduce-scatter", "asked"]
+    return (
+        f"{ranks} GPUs; a peer-to-peer copy reaches {gbs:.0f} GB/s there\n({link(name)}):\n\n"
+        + table(head, body)
+    )
 
 
 def of_layers(report: Report, name: str) -> str:
@@ -136,11 +140,7 @@ def line_of(rows: list[Row], T: int, most: int, ways: list[str], counts: list[in
     ]
 
 
-def balance_section() -> str:
-    name = f"{HOST}/balance.json"
-    report = report_of(name)
-    if report is None:
-        return absent(name)
+def of_balance(report: Report, name: str) -> str:
     phases = {row["phase"]: row for row in report["rows"]}
     some, moving = phases["before"], phases["moving"]
     body = [

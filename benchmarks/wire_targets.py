@@ -9,8 +9,13 @@ SPEEDUP_ABOVE = 1.1
 """Over NCCL's all-gather and reduce-scatter: up to so many tokens, and beyond."""
 
 
-def reached(T: int, us: float, limit_us: float, nccl_us: float) -> bool:
-    """Both, for ``T`` tokens per rank: a time or a share of the wire's limit, and NCCL's time."""
+def reached(ranks: int, T: int, us: float, limit_us: float, nccl_us: float) -> bool | None:
+    """Both, for ``T`` tokens per rank: a time or a share of the wire's limit, and NCCL's time.
+
+    None for another number of ranks than four.
+    """
+    if ranks != 4:
+        return None
     asked = next((factor for most, factor in SPEEDUPS if most >= T), SPEEDUP_ABOVE)
     if nccl_us < asked * us:
         return False

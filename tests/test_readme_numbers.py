@@ -57,8 +57,8 @@ def layer_rows() -> list[dict[str, Any]]:
 def test_layers_are_listed_by_size_and_way(tables, monkeypatch, tmp_path):
     sections = tables.scaling_tables
     monkeypatch.setattr(sections, "RESULTS", tmp_path)
-    assert sections.layers_section() == "No `h200-x4/ep_layer.json` is recorded yet.\n"
-    assert sections.balance_section() == "No `h200-x4/balance.json` is recorded yet.\n"
+    assert sections.layers_section() == "No `ep_layer.json` is recorded yet.\n"
+    assert sections.balance_section() == "No `balance.json` is recorded yet.\n"
     (tmp_path / "h200-x4").mkdir()
     (tmp_path / "h200-x4" / "ep_layer.json").write_text(json.dumps({"rows": layer_rows()}))
     text = sections.layers_section()
@@ -70,9 +70,10 @@ def test_layers_are_listed_by_size_and_way(tables, monkeypatch, tmp_path):
 
 def test_what_the_wire_has_to_reach(tables):
     reached = tables.scaling_tables.reached
-    assert reached(1, 14.0, 0.2, 35.0)
-    assert not reached(1, 14.1, 0.2, 40.0)
-    assert not reached(16, 12.0, 2.6, 29.9)  # NCCL is not 2.5 times as slow
-    assert reached(1024, 200.0, 150.0, 221.0)
-    assert not reached(1024, 201.0, 150.0, 300.0)
-    assert not reached(4096, 700.0, 660.0, 769.0)
+    assert reached(4, 1, 14.0, 0.2, 35.0)
+    assert not reached(4, 1, 14.1, 0.2, 40.0)
+    assert not reached(4, 16, 12.0, 2.6, 29.9)  # NCCL is not 2.5 times as slow
+    assert reached(4, 1024, 200.0, 150.0, 221.0)
+    assert not reached(4, 1024, 201.0, 150.0, 300.0)
+    assert not reached(4, 4096, 700.0, 660.0, 769.0)
+    assert reached(2, 1, 99.0, 0.2, 35.0) is None
