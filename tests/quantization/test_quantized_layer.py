@@ -233,7 +233,11 @@ def test_changing_the_dtype_of_a_layer_leaves_what_is_packed():
     assert experts.w13_weight_scale.dtype == torch.float32
     assert experts.w13_weight.data_ptr() == before
     x, logits = torch.randn(T, H), torch.randn(T, E)
-    close(layer(x, logits), expected(layer, w13, w2, x, logits), 1e-6)
+    got = layer(x.half(), logits)
+    assert got.dtype == torch.float16
+    close(got.float(), expected(layer, w13, w2, x.half().float(), logits), 2e-3)
+    with pytest.raises(ValueError, match=r"compute in torch\.float16, hidden_states are torch\.fl"):
+        layer(x, logits)
 
 
 def test_state_dict_holds_what_was_quantized():

@@ -190,7 +190,7 @@ def test_weights_written_by_hand_are_prepacked_when_asked():
     runner.load_weights(EXPERTS.named()[:1])
     runner(x, logits)
     assert Prepacking.packed == 2
-    runner.double().float()(x, logits)
+    runner.cpu()(x, logits)
     assert Prepacking.packed == 3
 
 

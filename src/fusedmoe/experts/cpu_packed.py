@@ -43,6 +43,7 @@ class CpuPackedExperts(CpuExperts):
     """
 
     name = "cpu_packed"
+    derived = ("_packed", "_sources")
     _packed: Products | None = None
     _sources: tuple[Source, Source] | None = None
 

@@ -60,6 +60,7 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     """
 
     name = "cpu_quantized"
+    derived = ("_packed", "_sources")
     _packed: Products | None = None
     _sources: tuple[Source, ...] = ()
 

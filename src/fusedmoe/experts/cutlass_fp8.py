@@ -50,6 +50,7 @@ _ROWS = (FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, FP8_DYNAMIC_TENSOR)
 class CutlassExpertsFp8Base(FusedMoEExpertsModular):
     """What both formats of rows share."""
 
+    derived = ("_seen", "_scales")
     _seen: tuple[torch.Tensor | None, ...] | None = None
     _scales: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -44,6 +44,7 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
 
     tiles: QuantizedTiles | None = None
     emulate: ClassVar[bool] = False
+    derived = ("_seen", "_operands", "_sorted", "_sources")
     _seen: tuple[torch.Tensor, torch.Tensor, MoEActivation, torch.dtype] | None = None
     _operands: Operands | None = None
     _sorted: Operands | None = None

@@ -70,10 +70,12 @@ def merged_activation_config(
 class FusedMoEExperts(ABC):
     """The two grouped GEMMs of one layer on one device.
 
-    ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format.
+    ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format. What
+    ``derived`` names is made of the weights, at first its class's value, and not copied with them.
     """
 
     name: ClassVar[str] = ""
+    derived: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -128,6 +130,9 @@ class FusedMoEExperts(ABC):
     def activation_config(self) -> ApplyMoEActivationConfig:
         """The activation's numbers; those of the quantization win over the layer's."""
         return merged_activation_config(self.moe_config.activation_config, self.quant_config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.derived}
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:  # noqa: B027
         """Prepack once, explicitly; the parameters of ``layer`` keep their meaning."""

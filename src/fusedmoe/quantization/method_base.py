@@ -7,10 +7,11 @@ parameters, choosing the kernel and calling it are the same for every format.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
@@ -50,6 +51,10 @@ class _BuiltKernel:
     tensors: tuple[torch.Tensor | None, ...]
     prepacked: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy prepacks weights of its own."""
+        return vars(self) | {"prepacked": False}
+
     def fits(self, weight: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> bool:
         return (
             self.device == weight.device
@@ -73,6 +78,7 @@ class FusedMoEMethodBase(ABC):
         self.moe_config = moe_config
         self.groups = groups
         self._built: _BuiltKernel | None = None
+        self._finished = False
 
     @abstractmethod
     def param_specs(self) -> tuple[ParamSpec, ...]:
@@ -120,9 +126,30 @@ class FusedMoEMethodBase(ABC):
             self.kernel(layer)
 
     def weights_changed(self) -> None:
-        """Forget what was prepacked; the next use of the kernel does it again."""
+        """Forget what was made of the weights; the next use of the kernel makes it again."""
+        self._finished = False
+        self.weights_moved()
+
+    def weights_moved(self) -> None:
+        """Forget what was prepacked: the same values lie elsewhere."""
         if self._built is not None:
             self._built.prepacked = False
+
+    def rows_change_to(self, dtype: torch.dtype) -> None:
+        """Rows enter and leave in ``dtype`` from now on: the layer was cast."""
+        self.moe_config = replace(self.moe_config, in_dtype=dtype)
+        self.forget_kernel()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """With the same process groups; a kernel that communicates is chosen anew."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        shared = {"groups"} if self.groups is None else {"groups", "_built"}
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name in shared else copy.deepcopy(value, memo))
+        if self.groups is not None:
+            twin.forget_kernel()
+        return twin
 
     def forget_kernel(self) -> None:
         """Let go of the kernel and of what it prepacked; the next use chooses one anew."""
@@ -148,8 +175,10 @@ class FusedMoEMethodBase(ABC):
         self.choose_kernel(layer)
         if self._built is None:
             raise ValueError("the weights are on 'meta': move them with to_empty(device=...) first")
-        if not self._built.prepacked:
+        if not self._finished:
             self.finish_weights(layer)
+            self._finished = True
+        if not self._built.prepacked:
             self._built.kernel.experts.process_weights_after_loading(layer)
             self._built.prepacked = True
         return self._built.kernel

@@ -13,13 +13,20 @@ if TYPE_CHECKING:
 
 def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """As ``MoERunner.load_weights``."""
+    runner.routed_experts.load_error = None
+    with runner.routed_experts.unusable_on_error():
+        written = _load(runner, weights)
+    runner.routed_experts.loading_done()
+    return written
+
+
+def _load(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     parts = {
         name: dict(part.named_parameters()) | dict(part.named_buffers())
         for name, part in runner.named_children()
         if name not in ("routed_experts", "router")
     }
     written: set[str] = set()
-    runner.routed_experts.load_error = None
     for name, tensor in _without_prefix(weights, runner.prefix):
         part, _, rest = name.partition(".")
         if part not in parts:
@@ -37,7 +44,6 @@ def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor
         with torch.no_grad():
             target.copy_(tensor)
         written.add(name)
-    runner.routed_experts.loading_done()
     return written
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, SharedExpertsCallback
 from fusedmoe.weights.expert_map import ExpertMapManager
-from fusedmoe.weights.loading import ExpertLoader, LoadReport
-from fusedmoe.weights.param_spec import ExpertSizes, ShardId
+from fusedmoe.weights.loadable import LoadableExperts
+from fusedmoe.weights.loading import ExpertLoader
+from fusedmoe.weights.param_spec import ExpertSizes
 from fusedmoe.weights.params_mapping import (
     DEFAULT_CHECKPOINT_NAMES,
     CheckpointNames,
     ExpertParamEntry,
-    ExpertTensorName,
     fused_moe_make_expert_params_mapping,
 )
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fusedmoe.router.base import FusedMoERouter
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(LoadableExperts):
     """Expert weights, how they load, and their execution by the format's method.
 
     ``w13_weight`` [e, S * I, H] (gate and up; S = 1 without a gate) and ``w2_weight`` [e, H, I],
@@ -71,7 +72,6 @@ class RoutedExperts(nn.Module):
         self.sizes = expert_sizes(moe_config, intermediate_size)
         self.param_specs = {spec.name: spec for spec in quant_method.param_specs()}
         self._router: tuple[FusedMoERouter | None] = (None,)
-        self.load_error: str | None = None
         self._register_maps(device)
         for name in ("w13_bias", "w2_bias"):
             if name not in self.param_specs and not hasattr(type(self), name):
@@ -177,114 +177,6 @@ class RoutedExperts(nn.Module):
             raise ValueError("experts that route by themselves need router_logits, got None")
         return self.quant_method.apply_monolithic(self, x, router_logits, input_ids, **ranks)
 
-    def process_weights_after_loading(self) -> None:
-        """Prepack for the kernel; call it after writing weights by hand."""
-        self.quant_method.process_weights_after_loading(self)
-
-    def weight_loader(
-        self,
-        param: torch.Tensor,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: ShardId,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        """Write one whole checkpoint tensor of physical expert ``expert_id`` into ``param``.
-
-        ``shard_id``: w1 gate, w3 up, w2 down. The part of this rank is cut out here. With
-        ``return_success`` returns whether the expert lives on this rank.
-        """
-        loaded = self._loader.load_one(param, loaded_weight, weight_name, shard_id, expert_id)
-        return loaded if return_success else None
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load (checkpoint name, tensor) pairs, then prepack; returns the parameters written.
-
-        Understands one tensor per expert, gate and up joined or apart, all experts in one 3-D
-        tensor or in one of stacked rows [E * I, H]. Raises ValueError for a name or shape that
-        fits nothing; the layer then refuses to run until another call has succeeded.
-        ``check_loaded`` tells what is missing.
-        """
-        self.load_error = None
-        written = {name for pair in weights for name in self.load_tensor(*pair)}
-        self.loading_done()
-        return written
-
-    def load_tensor(self, name: str, tensor: torch.Tensor, expert: int | None = None) -> set[str]:
-        """Load one tensor as ``load_weights`` does, without prepacking afterwards.
-
-        ``expert``: ``tensor`` is what the tensor ``name`` [experts, ...] holds of that one.
-        """
-        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
-        with self._unusable_on_error():
-            if expert is not None:
-                return self._loader.load_from_stack(name, expert, tensor)
-            return self._loader.load(name, tensor)
-
-    def local_experts_of(self, name: str) -> tuple[list[int], bool]:
-        """Logical experts of tensor ``name`` with a copy on this rank; whether it holds them all.
-
-        A rank needs to read nothing of a tensor that has none, and of one that holds all experts
-        only these rows.
-        """
-        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
-        experts = self._loader.experts_of(name)
-        every = range(self.expert_map_manager.num_logical_experts)
-        found = filter(self._loader.is_local, every if experts is None else experts)
-        return list(found), experts is None
-
-    def load_part(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        *,
-        expert: int | None,
-        shards: tuple[ShardId, ...],
-        suffix: str,
-    ) -> set[str]:
-        """As ``load_tensor``, where the caller knows what the tensor called ``name`` is.
-
-        ``expert`` None: all experts in one tensor. ``shards``: ("w1",), ("w3",), ("w1", "w3") for
-        both in one, or ("w2",). ``suffix`` is what the format calls it ("weight", "qweight", ...).
-        """
-        with self._unusable_on_error():
-            return self._loader.load_part(ExpertTensorName(expert, shards, suffix), name, tensor)
-
-    @contextmanager
-    def _unusable_on_error(self) -> Iterator[None]:
-        """What is loaded in part must not run."""
-        try:
-            yield
-        except Exception as error:
-            self.load_error = str(error)
-            raise
-
-    def check_usable(self) -> None:
-        """ValueError where a tensor could not be loaded."""
-        if self.load_error is not None:
-            raise ValueError(f"these experts were not loaded: {self.load_error}")
-
-    def loading_done(self) -> None:
-        """Prepack if every tensor has been loaded by now; else note that weights changed."""
-        if self._loader.is_complete:
-            self.process_weights_after_loading()
-        else:
-            self.quant_method.weights_changed()
-
-    def load_report(self) -> LoadReport:
-        """Which experts' shards were loaded so far, and which were not."""
-        return self._loader.report()
-
-    def check_loaded(self) -> None:
-        """Raise ValueError naming what no checkpoint tensor has filled."""
-        with self._unusable_on_error():
-            missing = self._loader.missing_stored()
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise ValueError(f"the checkpoint lacks {missing[0]}{more}")
-            self._loader.report().raise_if_missing(self.prefix)
-
     @staticmethod
     def make_expert_params_mapping(
         model: nn.Module | None,
@@ -319,16 +211,25 @@ class RoutedExperts(nn.Module):
         return rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        had_values = self.w13_weight.device.type != "meta"
         result = super()._apply(self._keeping_formats(fn), recurse)
         # to_empty() leaves every tensor without its values; these are not in a checkpoint.
         for name, table in self._maps().items():
             if table is not None and not getattr(self, name).is_meta:
                 getattr(self, name).copy_(table)
-        for name in self.param_specs:
-            parameter = self._parameters.get(name)
-            if parameter is not None:
-                parameter.weight_loader = self.weight_loader  # type: ignore[attr-defined]
-        self.quant_method.weights_changed()
+        self._bind_weight_loader()
+        method = self.quant_method
+        rows = fn(torch.empty(0, dtype=self.moe_config.in_dtype)).dtype
+        if rows != self.moe_config.in_dtype:
+            self.moe_config = replace(self.moe_config, in_dtype=rows)
+            method.rows_change_to(rows)
+        if had_values:
+            method.weights_moved()
+        else:
+            method.weights_changed()
+        if method.groups is None:  # else all ranks choose together, in their next forward
+            with suppress(ValueError):  # nothing runs it here, which its next forward says
+                method.choose_kernel(self)
         return result
 
     def _keeping_formats(self, fn: Any) -> Any:

@@ -6,7 +6,6 @@ e of E experts, H hidden, I intermediate, S = 2 where gated, else 1; T tokens, K
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,20 +137,6 @@ class PackedExperts(nn.Module):
             yield None, source.read(tensor.name)  # rows of all experts below each other
         elif own:
             yield from zip(own, source.read(tensor.name, own).unbind(0), strict=True)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A cast of the model changes the rows' dtype; what is packed keeps its own."""
-        result = super()._apply(fn, recurse)
-        experts = self.routed_experts
-        if experts is not None and self.schemes is not None:
-            config = experts.moe_config
-            dtype = fn(torch.empty(0, dtype=config.in_dtype)).dtype
-            if dtype != config.in_dtype:
-                experts.moe_config = replace(config, in_dtype=dtype)
-                method = experts.quant_method
-                method.moe_config = replace(method.moe_config, in_dtype=dtype)
-                method.forget_kernel()
-        return result
 
     def held(self, options: MoEOptions | None = None, **demands: bool | int) -> HeldExperts:
         """The same experts once more, over the same Parameters, for a layer with ``demands``."""

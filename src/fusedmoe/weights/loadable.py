@@ -1,0 +1,179 @@
+"""LoadableExperts: how RoutedExperts load, and whether they may run afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from fusedmoe.quantization.method_base import FusedMoEMethodBase
+from fusedmoe.weights.expert_map import ExpertMapManager
+from fusedmoe.weights.loading import ExpertLoader, LoadReport
+from fusedmoe.weights.param_spec import ParamSpec, ShardId
+from fusedmoe.weights.params_mapping import ExpertTensorName
+
+if TYPE_CHECKING:
+    from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+class LoadableExperts(nn.Module):
+    """Takes tensors of checkpoints in any order, and refuses to run what they filled in part."""
+
+    prefix: str
+    quant_method: FusedMoEMethodBase
+    expert_map_manager: ExpertMapManager
+    param_specs: dict[str, ParamSpec]
+    load_error: str | None = None
+    _loaded_in_part = False
+    _loader: ExpertLoader
+
+    def process_weights_after_loading(self) -> None:
+        """Prepack for the kernel; call it after writing weights by hand."""
+        self._loaded_in_part = False
+        self.quant_method.process_weights_after_loading(cast("RoutedExperts", self))
+
+    def weight_loader(
+        self,
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: ShardId,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Write one whole checkpoint tensor of physical expert ``expert_id`` into ``param``.
+
+        ``shard_id``: w1 gate, w3 up, w2 down. The part of this rank is cut out here. With
+        ``return_success`` returns whether the expert lives on this rank.
+        """
+        loaded = self._loader.load_one(param, loaded_weight, weight_name, shard_id, expert_id)
+        return loaded if return_success else None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load (checkpoint name, tensor) pairs, then prepack; returns the parameters written.
+
+        Understands one tensor per expert, gate and up joined or apart, all experts in one 3-D
+        tensor or in one of stacked rows [E * I, H]. Raises ValueError for a name or shape that
+        fits nothing; the layer then refuses to run until another call has succeeded. It also does
+        while some tensors were loaded and others were not; ``check_loaded`` tells which.
+        """
+        self.load_error = None
+        with self.unusable_on_error():
+            written = {name for pair in weights for name in self.load_tensor(*pair)}
+        self.loading_done()
+        return written
+
+    def load_tensor(self, name: str, tensor: torch.Tensor, expert: int | None = None) -> set[str]:
+        """Load one tensor as ``load_weights`` does, without prepacking afterwards.
+
+        ``expert``: ``tensor`` is what the tensor ``name`` [experts, ...] holds of that one.
+        """
+        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
+        with self.unusable_on_error():
+            if expert is not None:
+                return self._loader.load_from_stack(name, expert, tensor)
+            return self._loader.load(name, tensor)
+
+    def local_experts_of(self, name: str) -> tuple[list[int], bool]:
+        """Logical experts of tensor ``name`` with a copy on this rank; whether it holds them all.
+
+        A rank needs to read nothing of a tensor that has none, and of one that holds all experts
+        only these rows.
+        """
+        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
+        experts = self._loader.experts_of(name)
+        every = range(self.expert_map_manager.num_logical_experts)
+        found = filter(self._loader.is_local, every if experts is None else experts)
+        return list(found), experts is None
+
+    def load_part(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        expert: int | None,
+        shards: tuple[ShardId, ...],
+        suffix: str,
+    ) -> set[str]:
+        """As ``load_tensor``, where the caller knows what the tensor called ``name`` is.
+
+        ``expert`` None: all experts in one tensor. ``shards``: ("w1",), ("w3",), ("w1", "w3") for
+        both in one, or ("w2",). ``suffix`` is what the format calls it ("weight", "qweight", ...).
+        """
+        with self.unusable_on_error():
+            return self._loader.load_part(ExpertTensorName(expert, shards, suffix), name, tensor)
+
+    @contextmanager
+    def unusable_on_error(self) -> Iterator[None]:
+        """What is loaded in part must not run."""
+        try:
+            yield
+        except Exception as error:
+            self.load_error = str(error)
+            raise
+
+    def check_usable(self) -> None:
+        """ValueError where a tensor could not be loaded, or has not been while others have."""
+        if self.load_error is not None:
+            raise ValueError(f"these experts were not loaded: {self.load_error}")
+        if self._loaded_in_part:
+            self._raise_if_missing()
+
+    def loading_done(self) -> None:
+        """Prepack if every tensor has been loaded by now; else the layer waits for the rest."""
+        if self._loader.is_complete:
+            self.process_weights_after_loading()
+        else:
+            self._loaded_in_part = True
+            self.quant_method.weights_changed()
+
+    def load_report(self) -> LoadReport:
+        """Which experts' shards were loaded so far, and which were not."""
+        return self._loader.report()
+
+    def check_loaded(self) -> None:
+        """Raise ValueError naming what no checkpoint tensor has filled."""
+        with self.unusable_on_error():
+            self._raise_if_missing()
+
+    def _raise_if_missing(self) -> None:
+        missing = self._loader.missing_stored()
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"the checkpoint lacks {missing[0]}{more}")
+        self._loader.report().raise_if_missing(self.prefix)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        """What was derived from the old values is out of date; a whole state makes up for a load
+        that failed, and one that fails is a load that failed."""
+        errors = rest[-1]
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+        held = [name for name, tensor in self._parameters.items() if tensor is not None]
+        if len(errors) > before:
+            self.load_error = errors[before]
+        elif held and all(f"{prefix}{name}" in state_dict for name in held):
+            self.load_error, self._loaded_in_part = None, False
+        self._bind_weight_loader()
+        self.quant_method.weights_changed()
+        if self.quant_method.groups is not None:  # all ranks prepack together, in a forward
+            return
+        if self.load_error is None and not self._loaded_in_part:
+            with self.unusable_on_error():
+                self.process_weights_after_loading()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind_weight_loader()  # which copies of Parameters lack
+
+    def _bind_weight_loader(self) -> None:
+        """Give Parameters that took the place of others what theirs were created with."""
+        for name in self.param_specs:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter.weight_loader = self.weight_loader  # type: ignore[attr-defined]
