@@ -171,7 +171,7 @@ def hopper() -> None:
             print("hopper", T, type(tiles).__name__, flush=True)
 
 
-def quantized(H: int, width: int) -> None:
+def quantized(H: int, width: int, formats: list[str] | None) -> None:
     """The quantized GEMMs, Triton's and the streaming ones, format by format."""
     e, picks, act = 6, 3, MoEActivation.SWIGLUOAI
     streams = torch.cuda.get_device_capability()[0] == 9 and not missing_gluon()
@@ -185,6 +185,8 @@ def quantized(H: int, width: int) -> None:
         *(("int8_g32", None), ("fp8_block", None), ("fp8_block", FP8_DYNAMIC_128)),
         *(("fp8_channel", FP8_DYNAMIC_TOKEN), ("int8_channel", INT8_DYNAMIC_TOKEN)),
     ):
+        if formats is not None and name not in formats:
+            continue
         operands = Operands(
             weight(name, 2, e, 2 * width, H),
             weight(name, 1, e, H, width),
@@ -259,7 +261,7 @@ def quantized(H: int, width: int) -> None:
             print("quantized", name, rows, T, flush=True)
 
 
-def packed(H: int, width: int) -> None:
+def packed(H: int, width: int, formats: list[str] | None) -> None:
     """Superblocks, six bits, tables, act-order (sorted and not), int4 by fp8, emulated rows."""
     e, picks, act = 6, 3, MoEActivation.SILU
 
@@ -288,6 +290,8 @@ def packed(H: int, width: int) -> None:
         *(("mxfp4", MXFP4_DYNAMIC, True), ("nvfp4", NVFP4_DYNAMIC, True)),
     ):
         fmt = format_named(name)
+        if formats is not None and name not in formats:
+            continue
         if width % max(1, fmt.group.col) or width % fmt.values or H % fmt.values:
             continue
         pair = weight(name, 2, 2 * width, H), weight(name, 1, H, width)
@@ -343,15 +347,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
     parser.add_argument("--only", choices=("hopper", "quantized"), help="these kernels alone")
+    parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only != "quantized":
         hopper()
     if args.only != "hopper":
-        quantized(288, 160)
-        quantized(256, 256)  # whole steps: loads without a mask
-        packed(288, 160)
-        packed(512, 256)
+        for sizes in ((288, 160), (256, 256)):  # masked loads; whole steps
+            quantized(*sizes, args.formats)
+        for sizes in ((288, 160), (512, 256)):
+            packed(*sizes, args.formats)
     if args.only:
         return
     routing()

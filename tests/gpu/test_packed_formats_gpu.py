@@ -84,7 +84,9 @@ def runner(case, tensors, experts=TritonQuantizedExperts):
 
 
 @pytest.mark.parametrize(("fmt", "layer"), MATRIX)
-def test_formats(fmt, layer):
+def test_formats(fmt, layer, monkeypatch):
+    # However full the GPU is with other tests.
+    monkeypatch.setattr("fusedmoe.experts.triton_quantized.room_on", lambda device, size: True)
     case = case_of(fmt, LAYERS[layer])
     tensors = case.layer.tensors()
     run = runner(case, tensors)
@@ -163,8 +165,7 @@ ROUNDED = [
 def test_rows_are_rounded_as_defined(key, D):
     x = torch.randn(33, D, device="cuda", dtype=BF16)
     out, expected = round_rows(x, key), round_rows_reference(x, key)
-    assert (out != expected).float().mean() < 1e-3
-    assert error(out, expected.double()) < 1e-2
+    assert out.equal(expected)
 
 
 @pytest.mark.parametrize("experts", [TritonEmulatedExperts, BatchedTritonEmulatedExperts])

@@ -5,6 +5,7 @@ Rows come as they are, or are rounded to their format and back ("emulated") befo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,8 +90,8 @@ def _product(
 def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:
     """Tiles for T tokens of K picks."""
     (e, H, I), both = operands.w2.shape, (operands.w1, operands.w2)  # noqa: E741
-    packed = any(is_packed(w.format) for w in both)
-    bits = 4 if both[0].format.element in NIBBLES and not packed else 8
+    slow = any(is_packed(w.format) or w.format.element == "nf4" for w in both)
+    bits = 4 if both[0].format.element in NIBBLES and not slow else 8
     tiles = weight_only_tiles(
         T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
     )
@@ -98,4 +99,10 @@ def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) ->
 
 
 def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
-    return packed_tile(tile, w.format.element in SUPERBLOCKS) if is_packed(w.format) else tile
+    if is_packed(w.format):
+        return packed_tile(tile, w.format.element in SUPERBLOCKS)
+    depth, group = tile.depth, w.format.group.col
+    if w.format.element == "nf4" and group > 0:
+        while depth > 16 and group % depth:
+            depth //= 2  # no more than a group, so that its scale meets the sum of a step
+    return replace(tile, depth=depth)

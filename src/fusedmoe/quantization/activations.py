@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fusedmoe.quantization.formats import nvfp4
 from fusedmoe.quantization.formats.e8m0 import ceil_e8m0, decode_e8m0, floor_e8m0
-from fusedmoe.quantization.formats.fp8 import FP8_MAX
+from fusedmoe.quantization.formats.fp8 import FP8_MAX, divided
 from fusedmoe.quantization.formats.minifloat import E2M1, E2M3, E3M2, MiniFloat
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 
@@ -84,15 +84,15 @@ def _scale(x: torch.Tensor, key: QuantKey, given: torch.Tensor | None) -> torch.
     else:
         amax = _group_amax(x, key.group_shape.col)
     if key.dtype == torch.int8:
-        return amax.clamp(min=_MIN_AMAX) / 127
+        return divided(amax.clamp(min=_MIN_AMAX), 127)
     if key.dtype in _MINI:
         return decode_e8m0(floor_e8m0(amax, _MINI[key.dtype].max_exponent), x.dtype)
     if key.dtype == "mxfp8":
         return decode_e8m0(ceil_e8m0(amax, FP8_MAX), x.dtype)
     if key.group_shape.col == -1:
-        scale = (amax / FP8_MAX).clamp(min=_MIN_SCALE_FP8)
+        scale = divided(amax, FP8_MAX).clamp(min=_MIN_SCALE_FP8)
     else:
-        scale = amax.clamp(min=_MIN_AMAX) / FP8_MAX
+        scale = divided(amax.clamp(min=_MIN_AMAX), FP8_MAX)
     return decode_e8m0(ceil_e8m0(scale, 1.0), x.dtype) if key.scale_kind == "e8m0" else scale
 
 

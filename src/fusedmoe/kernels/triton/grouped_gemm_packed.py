@@ -37,7 +37,13 @@ from fusedmoe.kernels.triton.sextets import (
     sextet_numbers,
     sextets_bf16,
 )
-from fusedmoe.kernels.triton.superblocks import superblock_columns, superblock_numbers
+from fusedmoe.kernels.triton.superblocks import (
+    group_integers,
+    one_sixth,
+    packed_sixths,
+    superblock_columns,
+    superblock_numbers,
+)
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -56,6 +62,37 @@ def _add_superblocks(
     total = tl.dot(low, tl.trans(a), total, input_precision=PRECISION)
     a = tl.load(a_row + (first + high_columns)[None, :], live[:, None], 0.0)
     return tl.dot(high, tl.trans(a), total, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_groups(
+    total, w_rows, a_row, live, first, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """As ``_add_superblocks`` for q4_k and q5_k, group by group: integers meet the rows, scales the
+    sums, so that no weight is rounded. Tensor cores also sum the rows, for the minima."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176
+    OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
+    block = w_rows + first // 256 * NBYTES
+    d, least, scales, more_scales, minima, more_minima = packed_sixths(block)
+    ones = tl.full([w_rows.shape[0], 32], 1.0, DTYPE)
+    at = first + tl.arange(0, 32)
+    for chunk in tl.static_range(4):
+        low, high = group_integers(block, chunk, ELEMENT, DTYPE, NATIVE)
+        a = tl.trans(tl.load(a_row + (at + 64 * chunk)[None, :], live[:, None], 0.0))
+        b = tl.trans(tl.load(a_row + (at + 64 * chunk + 32)[None, :], live[:, None], 0.0))
+        low_sum = tl.dot(low, a, input_precision=PRECISION)
+        low_rows = tl.dot(ones, a, input_precision=PRECISION)
+        high_sum = tl.dot(high, b, input_precision=PRECISION)
+        high_rows = tl.dot(ones, b, input_precision=PRECISION)
+        scale = d * one_sixth(scales, more_scales, 2 * chunk)
+        rest = least * one_sixth(minima, more_minima, 2 * chunk) + OFFSET * scale
+        total += low_sum * scale[:, None] - low_rows * rest[:, None]
+        scale = d * one_sixth(scales, more_scales, 2 * chunk + 1)
+        rest = least * one_sixth(minima, more_minima, 2 * chunk + 1) + OFFSET * scale
+        total += high_sum * scale[:, None] - high_rows * rest[:, None]
+    return total
 
 
 @triton.jit
@@ -179,6 +216,7 @@ def packed_gemm_kernel(
     beta,
     TOP_K: tl.constexpr,
     ELEMENT: tl.constexpr,
+    SUMS: tl.constexpr,
     NATIVE: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
@@ -211,7 +249,9 @@ def packed_gemm_kernel(
 
     total = tl.zeros([ROWS, SLOTS], dtype=tl.float32)
     for first in range(0, D, DEPTH):
-        if ELEMENT == "q4_k" or ELEMENT == "q5_k" or ELEMENT == "q6_k":
+        if SUMS:
+            total = _add_groups(total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE)
+        elif ELEMENT == "q4_k" or ELEMENT == "q5_k" or ELEMENT == "q6_k":
             total = _add_superblocks(total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE)
         elif ELEMENT == "e3m2" or ELEMENT == "e2m3":
             total = _add_sextets(
@@ -238,6 +278,8 @@ def packed_gemm_kernel(
 
 
 _launch = Launcher(packed_gemm_kernel, chained=True)
+# Groups of 32 columns, whose scales meet sums while slots are so few that this takes less.
+_FEW_GROUPS, MOST_SUMS = ("q4_k", "q5_k"), 32
 _PRECISION = {torch.float32: "ieee"}
 
 
@@ -285,6 +327,7 @@ def launch(
         (
             top_k,
             w.format.element,
+            w.format.element in _FEW_GROUPS and tile.slots <= MOST_SUMS,
             native,
             act.formula or None,
             act.gated,

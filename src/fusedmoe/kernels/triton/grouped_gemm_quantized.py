@@ -22,6 +22,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
+from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import (
     activated,
     float_scale,
@@ -30,6 +31,8 @@ from fusedmoe.kernels.triton.quantized_common import (
     store_features,
     tile_rows,
     times_bf16,
+    times_terms_bf16,
+    two_terms_bf16,
 )
 from fusedmoe.kernels.triton.stored_numbers import load_groups, stored_numbers
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -97,8 +100,10 @@ def quantized_gemm_kernel(
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     HALVES: tl.constexpr = ELEMENT != "int8" and ELEMENT != "e4m3"
     PACKED: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
-    # Blocks of one size have scales of one size: rounded, they would all be wrong the same way.
-    EXACT: tl.constexpr = scale_ptr.dtype.element_ty == tl.float32 and ELEMENT != "e2m1"
+    # Scales are not rounded: what they lose, all numbers of a group would lose the same way.
+    SCALE: tl.constexpr = scale_ptr.dtype.element_ty
+    FLOATS: tl.constexpr = tl.float32 == SCALE or tl.float16 == SCALE or tl.bfloat16 == SCALE
+    EXACT: tl.constexpr = FLOATS and SCALE != DTYPE
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS
     if tl.program_id(0) >= num_m * tl.cdiv(N, WIDTH):
@@ -149,12 +154,18 @@ def quantized_gemm_kernel(
                 factor = float_scale(scale)
             else:
                 factor = float_scale(scale).to(DTYPE)
-            factor = spread_groups(factor, PACKED)
             middle = None if zero is None else spread_groups(zero, PACKED)
             low, high = stored_numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
-            if NATIVE and not EXACT:
+            if NATIVE and EXACT:
+                more, less = two_terms_bf16(factor)
+                more, less = spread_groups(more, PACKED), spread_groups(less, PACKED)
+                low = times_terms_bf16(low, more, less)
+                high = times_terms_bf16(high, more, less)
+            elif NATIVE:
+                factor = spread_groups(factor, PACKED)
                 low, high = times_bf16(low, factor), times_bf16(high, factor)
             else:
+                factor = spread_groups(factor, PACKED)
                 low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
             total = tl.dot(low, tl.trans(even), total, input_precision=PRECISION)
             if HALVES:
@@ -185,6 +196,8 @@ def quantized_gemm_kernel(
         total *= float_scale(scale)[:, None]
     if ELEMENT == "e2m1" and NATIVE:
         total *= HALF_EXPONENT
+    elif ELEMENT == "nf4" and NATIVE:
+        total *= 1.0 / NF4_LIFT
     if scale2_ptr is not None:
         shards = 2 if GATED else 1
         total *= tl.load(scale2_ptr + expert * shards + shard)[:, None]
@@ -218,6 +231,8 @@ def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
     if group >= D:
         return "end"
     crowded = tile.slots > 64 or (group == tile.depth and tile.slots > 32)
+    if element == "nf4":
+        crowded = False  # entries of its table are rounded; their products with scales must not be
     return "step" if group % tile.depth == 0 and not crowded else "each"
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from fusedmoe.quantization.formats.lookup import CODECS
 
+NF4_LIFT = tl.constexpr(1.4367218017578125)
+"""Times this, nf4's entries lose least when they become bf16: 0.8e-3 of their norm, not 1.4e-3."""
 _NF4 = tl.constexpr(CODECS["nf4"].table)
 _IQ4_NL = tl.constexpr(CODECS["iq4_nl"].table)
 
@@ -67,13 +69,14 @@ def _lookup_asm(table: tuple[float, ...]) -> str:
     return "\n".join([*lines, "}"])
 
 
-_NF4_ASM = tl.constexpr(_lookup_asm(CODECS["nf4"].table))
+_NF4_ASM = tl.constexpr(_lookup_asm(tuple(NF4_LIFT.value * x for x in CODECS["nf4"].table)))
 _IQ4_NL_ASM = tl.constexpr(_lookup_asm(CODECS["iq4_nl"].table))
 
 
 @triton.jit
 def looked_up_bf16(packed, ELEMENT: tl.constexpr):
-    """Low and high nibbles of bytes as the entries they stand for, four bytes at a time."""
+    """Low and high nibbles of bytes as the entries they stand for, nf4's times NF4_LIFT; four bytes
+    at a time."""
     ASM: tl.constexpr = _NF4_ASM if ELEMENT == "nf4" else _IQ4_NL_ASM
     return tl.inline_asm_elementwise(
         ASM,

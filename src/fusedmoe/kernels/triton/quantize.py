@@ -25,7 +25,7 @@ def scale_from(amax, DTYPE: tl.constexpr, E8M0: tl.constexpr, FLOOR: tl.constexp
     """The scale of numbers whose largest magnitude is ``amax``; E8M0 rounds it up to a power of
     two."""
     LARGEST: tl.constexpr = _LARGEST_INT8 if tl.int8 == DTYPE else _LARGEST_E4M3
-    scale = tl.maximum(amax, FLOOR, propagate_nan=tl.PropagateNan.ALL) / LARGEST
+    scale = tl.div_rn(tl.maximum(amax, FLOOR, propagate_nan=tl.PropagateNan.ALL), LARGEST)
     if E8M0:
         bits = scale.to(tl.int32, bitcast=True)
         up = ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)

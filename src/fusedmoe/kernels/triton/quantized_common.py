@@ -202,6 +202,26 @@ def times_bf16(x, y):
 
 
 @triton.jit
+def two_terms_bf16(x):
+    """x in fp32 as the sum of two numbers in bf16, 2^-17 of it left out."""
+    more = x.to(tl.bfloat16)
+    return more, (x - more.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def times_terms_bf16(x, more, less):
+    """x * (more + less) for bf16, two at a time; what is rounded before the sum is small."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }",
+        "=r,r,r,r",
+        [x, more, less],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def minus_bf16(x, y):
     """x - y for bf16, two at a time."""
     return tl.inline_asm_elementwise(

@@ -16,7 +16,8 @@ from fusedmoe.kernels.triton.quantized_common import (
     int4_nibbles_bf16,
     minus_bf16,
     spread_groups,
-    times_bf16,
+    times_terms_bf16,
+    two_terms_bf16,
 )
 
 
@@ -43,20 +44,12 @@ def _sixths(below, above, ODD: tl.constexpr):
 @triton.jit
 def _scales_and_minima(block):
     """(scale, minimum) of the low plane's groups, then of the high one's, fp32 [ROWS, 4] each."""
-    words = block.to(tl.pointer_type(tl.int32), bitcast=True)
-    both = tl.load(words)
-    d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
-    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
-    first, second, third = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
-    scales = first & 0x3F3F3F3F
-    more_scales = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
-    minima = second & 0x3F3F3F3F
-    more_minima = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
+    d, least, scales, more_scales, minima, more_minima = packed_sixths(block)
     return (
-        d * _sixths(scales, more_scales, 0),
-        least * _sixths(minima, more_minima, 0),
-        d * _sixths(scales, more_scales, 1),
-        least * _sixths(minima, more_minima, 1),
+        d[:, None] * _sixths(scales, more_scales, 0),
+        least[:, None] * _sixths(minima, more_minima, 0),
+        d[:, None] * _sixths(scales, more_scales, 1),
+        least[:, None] * _sixths(minima, more_minima, 1),
     )
 
 
@@ -169,35 +162,20 @@ def _integers(block, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _times_plus_bf16(x, y, z):
-    """x * y + z for bf16, rounded once, two at a time."""
-    return tl.inline_asm_elementwise(
-        "fma.rn.bf16x2 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [x, y, z],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
 def _value(number, scale, minimum, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """number * scale - minimum of its group; ``minimum`` None: (number - MIDDLE) * scale."""
-    if NATIVE:
-        middle = tl.full(number.shape, 128.0 + MIDDLE, tl.bfloat16)
-        factor = spread_groups(scale.to(tl.bfloat16), 128)
-        if minimum is None:
-            return times_bf16(minus_bf16(number, middle), factor)
-        else:
-            rest = spread_groups((MIDDLE * scale - minimum).to(tl.bfloat16), 128)
-            return _times_plus_bf16(minus_bf16(number, middle), factor, rest)
+    """number * scale - minimum of its group, rounded once; ``minimum`` None: (number - MIDDLE) *
+    scale."""
+    OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
+    if minimum is not None:
+        rest = spread_groups(minimum + OFFSET * scale, 128)
+        return (number.to(tl.float32) * spread_groups(scale, 128) - rest).to(DTYPE)
+    elif NATIVE:
+        middle = tl.full(number.shape, OFFSET + MIDDLE, tl.bfloat16)
+        more, less = two_terms_bf16(scale)
+        more, less = spread_groups(more, 128), spread_groups(less, 128)
+        return times_terms_bf16(minus_bf16(number, middle), more, less)
     else:
-        if minimum is None:
-            value = (number - MIDDLE).to(tl.float32) * spread_groups(scale, 128)
-        else:
-            value = number.to(tl.float32) * spread_groups(scale, 128) - spread_groups(minimum, 128)
-        return value.to(DTYPE)
+        return ((number - MIDDLE).to(tl.float32) * spread_groups(scale, 128)).to(DTYPE)
 
 
 @triton.jit
@@ -212,9 +190,55 @@ def superblock_numbers(block, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE
             _value(high, high_scale, None, 32, DTYPE, NATIVE),
         )
     else:
-        MIDDLE: tl.constexpr = 8 if ELEMENT == "q4_k" else 16
         scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
         return (
-            _value(low, scale, minimum, MIDDLE, DTYPE, NATIVE),
-            _value(high, high_scale, high_minimum, MIDDLE, DTYPE, NATIVE),
+            _value(low, scale, minimum, 0, DTYPE, NATIVE),
+            _value(high, high_scale, high_minimum, 0, DTYPE, NATIVE),
         )
+
+
+@triton.jit
+def packed_sixths(block):
+    """(scale, minimum) of all, fp32 [ROWS], then the six bits of the groups' scales 0 to 3 and 4 to
+    7, and of their minima likewise, four to a word [ROWS]; of q4_k and q5_k."""
+    words = block.to(tl.pointer_type(tl.int32), bitcast=True)
+    both = tl.load(words)
+    d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    first, second, third = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    more_scales = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+    more_minima = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
+    return d, least, first & 0x3F3F3F3F, more_scales, second & 0x3F3F3F3F, more_minima
+
+
+@triton.jit
+def one_sixth(below, above, GROUP: tl.constexpr):
+    """The six bits of a group among eight, fp32 [ROWS]."""
+    if GROUP < 4:
+        return ((below >> (8 * GROUP)) & 63).to(tl.float32)
+    else:
+        return ((above >> (8 * (GROUP - 4))) & 63).to(tl.float32)
+
+
+@triton.jit
+def group_integers(
+    block, CHUNK: tl.constexpr, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """The integers of the groups 2 CHUNK and 2 CHUNK + 1 of q4_k or q5_k, [ROWS, 32] in DTYPE;
+    NATIVE: and 128 more. They share 32 bytes."""
+    at = tl.arange(0, 32)
+    FIRST: tl.constexpr = 16 if ELEMENT == "q4_k" else 48
+    packed = tl.load((block + FIRST + 32 * CHUNK)[:, None] + at[None, :])
+    if ELEMENT == "q4_k":
+        if NATIVE:
+            return int4_nibbles_bf16(packed)
+        else:
+            return (packed & 15).to(DTYPE), (packed >> 4).to(DTYPE)
+    else:
+        more = tl.load((block + 16)[:, None] + at[None, :])
+        if NATIVE:
+            return fives_bf16(packed, more, tl.full(packed.shape, 2 * CHUNK, tl.int32))
+        else:
+            bits = more.to(tl.int32) >> (2 * CHUNK)
+            low = (packed & 15).to(tl.int32) | (bits & 1) << 4
+            return low.to(DTYPE), ((packed >> 4).to(tl.int32) | (bits >> 1 & 1) << 4).to(DTYPE)

@@ -36,4 +36,10 @@ def decode(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def scale_for(amax: torch.Tensor) -> torch.Tensor:
     """The scale that puts ``amax`` at 448."""
-    return amax / FP8_MAX
+    return divided(amax, FP8_MAX)
+
+
+def divided(x: torch.Tensor, number: float) -> torch.Tensor:
+    """x / number, rounded to the nearest on every device: on a GPU, torch multiplies by the
+    reciprocal of a number that is no tensor of that GPU."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)

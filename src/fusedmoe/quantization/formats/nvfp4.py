@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fusedmoe.quantization.formats.fp8 import FP8_MAX
+from fusedmoe.quantization.formats.fp8 import FP8_MAX, divided
 from fusedmoe.quantization.formats.fp8 import encode as encode_fp8
 from fusedmoe.quantization.formats.minifloat import E2M1
 from fusedmoe.quantization.formats.mxfp4 import decode, encode
@@ -34,7 +34,7 @@ _TILE_ROWS, _TILE_COLUMNS = 128, 4
 
 def global_scale_for(amax: torch.Tensor) -> torch.Tensor:
     """fp32: puts the largest value at 6 times the largest scale; 1 where all is zero."""
-    return torch.where(amax == 0, 1.0, amax / (FP8_MAX * E2M1.max)).float()
+    return torch.where(amax == 0, 1.0, divided(amax, FP8_MAX * E2M1.max)).float()
 
 
 def scales_for(amax: torch.Tensor, scale2: torch.Tensor) -> torch.Tensor:
