@@ -40,9 +40,10 @@ from fusedmoe.kernels.triton.sextets import (
 from fusedmoe.kernels.triton.superblocks import (
     group_integers,
     one_sixth,
-    packed_sixths,
+    scales_of_words,
     superblock_columns,
     superblock_numbers,
+    superblock_words,
 )
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -65,33 +66,40 @@ def _add_superblocks(
 
 
 @triton.jit
-def _add_groups(
-    total, w_rows, a_row, live, first, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
+def _sum_groups(
+    total, w_rows, a_row, live, D, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """As ``_add_superblocks`` for q4_k and q5_k, group by group: integers meet the rows, scales the
-    sums, so that no weight is rounded. Tensor cores also sum the rows, for the minima."""
+    """total + the products of all columns of q4_k or q5_k, group by group: integers meet the rows,
+    scales the sums, so that no weight is rounded. Tensor cores sum the rows too, for the minima."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
     NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176
     OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
-    block = w_rows + first // 256 * NBYTES
-    d, least, scales, more_scales, minima, more_minima = packed_sixths(block)
-    ones = tl.full([w_rows.shape[0], 32], 1.0, DTYPE)
-    at = first + tl.arange(0, 32)
-    for chunk in tl.static_range(4):
-        low, high = group_integers(block, chunk, ELEMENT, DTYPE, NATIVE)
-        a = tl.trans(tl.load(a_row + (at + 64 * chunk)[None, :], live[:, None], 0.0))
-        b = tl.trans(tl.load(a_row + (at + 64 * chunk + 32)[None, :], live[:, None], 0.0))
-        low_sum = tl.dot(low, a, input_precision=PRECISION)
-        low_rows = tl.dot(ones, a, input_precision=PRECISION)
-        high_sum = tl.dot(high, b, input_precision=PRECISION)
-        high_rows = tl.dot(ones, b, input_precision=PRECISION)
-        scale = d * one_sixth(scales, more_scales, 2 * chunk)
-        rest = least * one_sixth(minima, more_minima, 2 * chunk) + OFFSET * scale
-        total += low_sum * scale[:, None] - low_rows * rest[:, None]
-        scale = d * one_sixth(scales, more_scales, 2 * chunk + 1)
-        rest = least * one_sixth(minima, more_minima, 2 * chunk + 1) + OFFSET * scale
-        total += high_sum * scale[:, None] - high_rows * rest[:, None]
+    both, bits, more, most = superblock_words(w_rows)
+    for first in range(0, D, 256):
+        block = w_rows + first // 256 * NBYTES
+        d, least, scales, minima = scales_of_words(both, bits, more, most)
+        # Behind the last superblock it is read once more, and not used.
+        both, bits, more, most = superblock_words(
+            w_rows + tl.minimum(first // 256 + 1, D // 256 - 1) * NBYTES
+        )
+        at = first + tl.arange(0, 32)
+        for chunk in tl.static_range(4):
+            low, high, ones = group_integers(block, chunk, ELEMENT, DTYPE, NATIVE)
+            a = tl.trans(tl.load(a_row + (at + 64 * chunk)[None, :], live[:, None], 0.0))
+            b = tl.trans(tl.load(a_row + (at + 64 * chunk + 32)[None, :], live[:, None], 0.0))
+            low_sum = tl.dot(low, a, input_precision=PRECISION)
+            low_rows = tl.dot(ones, a, input_precision=PRECISION)
+            high_sum = tl.dot(high, b, input_precision=PRECISION)
+            high_rows = tl.dot(ones, b, input_precision=PRECISION)
+            scale = d * one_sixth(scales, 2 * chunk)
+            rest = least * one_sixth(minima, 2 * chunk) + OFFSET * scale
+            total += low_sum * scale[:, None]
+            total -= low_rows * rest[:, None]
+            scale = d * one_sixth(scales, 2 * chunk + 1)
+            rest = least * one_sixth(minima, 2 * chunk + 1) + OFFSET * scale
+            total += high_sum * scale[:, None]
+            total -= high_rows * rest[:, None]
     return total
 
 
@@ -248,10 +256,10 @@ def packed_gemm_kernel(
     scales_at = (expert * N * SHARDS + row) * groups
 
     total = tl.zeros([ROWS, SLOTS], dtype=tl.float32)
-    for first in range(0, D, DEPTH):
-        if SUMS:
-            total = _add_groups(total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE)
-        elif ELEMENT == "q4_k" or ELEMENT == "q5_k" or ELEMENT == "q6_k":
+    if SUMS:
+        total = _sum_groups(total, w_rows, a_row, live, D, ELEMENT, PRECISION, NATIVE)
+    for first in range(0, 0 if SUMS else D, DEPTH):
+        if ELEMENT == "q4_k" or ELEMENT == "q5_k" or ELEMENT == "q6_k":
             total = _add_superblocks(total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE)
         elif ELEMENT == "e3m2" or ELEMENT == "e2m3":
             total = _add_sextets(

@@ -31,25 +31,50 @@ def superblock_columns(ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _sixths(below, above, ODD: tl.constexpr):
-    """Four of eight numbers of six bits, those of even or odd place, fp32 [ROWS, 4].
-
-    ``below`` and ``above`` [ROWS] hold four each, a byte for one.
-    """
+def _sixths(words, ODD: tl.constexpr):
+    """Four of eight numbers of six bits, those of even or odd place, fp32 [ROWS, 4]; ``words``
+    [ROWS] twice hold four each, a byte for one."""
     at = tl.arange(0, 4)[None, :]
-    word = tl.where(at < 2, below[:, None], above[:, None])
+    word = tl.where(at < 2, words[0][:, None], words[1][:, None])
     return ((word >> (at % 2 * 16 + 8 * ODD)) & 63).to(tl.float32)
+
+
+@triton.jit
+def superblock_words(block):
+    """The first sixteen bytes of superblocks of q4_k or q5_k, int32 [ROWS] four times."""
+    words = block.to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+
+
+@triton.jit
+def scales_of_words(both, first, second, third):
+    """Of ``superblock_words``: (scale, minimum) of all, fp32 [ROWS], and the six bits of the
+    groups' scales and of their minima, pairs of [ROWS]: the groups 0 to 3, and 4 to 7."""
+    d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    more_scales = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+    more_minima = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
+    scales, minima = (first & 0x3F3F3F3F, more_scales), (second & 0x3F3F3F3F, more_minima)
+    return d, least, scales, minima
+
+
+@triton.jit
+def one_sixth(words, GROUP: tl.constexpr):
+    """The six bits of a group among eight, fp32 [ROWS]."""
+    return ((words[GROUP // 4] >> (8 * (GROUP % 4))) & 63).to(tl.float32)
 
 
 @triton.jit
 def _scales_and_minima(block):
     """(scale, minimum) of the low plane's groups, then of the high one's, fp32 [ROWS, 4] each."""
-    d, least, scales, more_scales, minima, more_minima = packed_sixths(block)
+    both, first, second, third = superblock_words(block)
+    d, least, scales, minima = scales_of_words(both, first, second, third)
+    d, least = d[:, None], least[:, None]
     return (
-        d[:, None] * _sixths(scales, more_scales, 0),
-        least[:, None] * _sixths(minima, more_minima, 0),
-        d[:, None] * _sixths(scales, more_scales, 1),
-        least[:, None] * _sixths(minima, more_minima, 1),
+        d * _sixths(scales, 0),
+        least * _sixths(minima, 0),
+        d * _sixths(scales, 1),
+        least * _sixths(minima, 1),
     )
 
 
@@ -198,47 +223,42 @@ def superblock_numbers(block, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE
 
 
 @triton.jit
-def packed_sixths(block):
-    """(scale, minimum) of all, fp32 [ROWS], then the six bits of the groups' scales 0 to 3 and 4 to
-    7, and of their minima likewise, four to a word [ROWS]; of q4_k and q5_k."""
-    words = block.to(tl.pointer_type(tl.int32), bitcast=True)
-    both = tl.load(words)
-    d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    least = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    first, second, third = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
-    more_scales = (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
-    more_minima = ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)
-    return d, least, first & 0x3F3F3F3F, more_scales, second & 0x3F3F3F3F, more_minima
-
-
-@triton.jit
-def one_sixth(below, above, GROUP: tl.constexpr):
-    """The six bits of a group among eight, fp32 [ROWS]."""
-    if GROUP < 4:
-        return ((below >> (8 * GROUP)) & 63).to(tl.float32)
+def ones_beside(packed, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """Ones of the shape of ``packed``; NATIVE: laid out as its nibbles are, and as free."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "{ mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80; }",
+            "=r,=r,r",
+            [packed],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
     else:
-        return ((above >> (8 * (GROUP - 4))) & 63).to(tl.float32)
+        return tl.full(packed.shape, 1.0, DTYPE)
 
 
 @triton.jit
 def group_integers(
     block, CHUNK: tl.constexpr, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """The integers of the groups 2 CHUNK and 2 CHUNK + 1 of q4_k or q5_k, [ROWS, 32] in DTYPE;
-    NATIVE: and 128 more. They share 32 bytes."""
+    """The integers of the groups 2 CHUNK and 2 CHUNK + 1 of q4_k or q5_k, which share 32 bytes, and
+    ones: [ROWS, 32] in DTYPE; NATIVE: the integers and 128 more."""
     at = tl.arange(0, 32)
     FIRST: tl.constexpr = 16 if ELEMENT == "q4_k" else 48
     packed = tl.load((block + FIRST + 32 * CHUNK)[:, None] + at[None, :])
+    ones = ones_beside(packed, DTYPE, NATIVE)
     if ELEMENT == "q4_k":
         if NATIVE:
-            return int4_nibbles_bf16(packed)
+            low, high = int4_nibbles_bf16(packed)
         else:
-            return (packed & 15).to(DTYPE), (packed >> 4).to(DTYPE)
+            low, high = (packed & 15).to(DTYPE), (packed >> 4).to(DTYPE)
     else:
         more = tl.load((block + 16)[:, None] + at[None, :])
         if NATIVE:
-            return fives_bf16(packed, more, tl.full(packed.shape, 2 * CHUNK, tl.int32))
+            low, high = fives_bf16(packed, more, tl.full(packed.shape, 2 * CHUNK, tl.int32))
         else:
             bits = more.to(tl.int32) >> (2 * CHUNK)
-            low = (packed & 15).to(tl.int32) | (bits & 1) << 4
-            return low.to(DTYPE), ((packed >> 4).to(tl.int32) | (bits >> 1 & 1) << 4).to(DTYPE)
+            low = ((packed & 15).to(tl.int32) | (bits & 1) << 4).to(DTYPE)
+            high = ((packed >> 4).to(tl.int32) | (bits >> 1 & 1) << 4).to(DTYPE)
+    return low, high, ones
