@@ -63,6 +63,10 @@ def test_captured_at_the_first_launch_and_replayed_with_other_routings(rows, T):
     for low in (0, 0, e - 1, -1):
         ids.copy_(torch.randint(low, low + 1 if low else e, (T, K)))
         graph.replay()
-        expected = scratch()
+        launched, expected = scratch(), scratch()
+        decode(x, w1, w2, *more, weights, ids, *launched, programs=programs)
+        assert given[0].equal(launched[0])
         reference(x, w1, w2, *more, weights, ids, *expected, programs=programs)
-        torch.testing.assert_close(given[0], expected[0], rtol=5e-2, atol=2e-2)
+        # Elements at a tie of fp8 may be rounded to either side, and a few sums follow them.
+        apart = (given[0] - expected[0]).double().norm()
+        assert apart <= 2e-2 * expected[0].double().norm()

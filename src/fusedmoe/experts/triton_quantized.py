@@ -170,7 +170,9 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
         """The activation's output, then the second GEMM's rows by slot."""
         width = self.adjust_N_for_activation(N, activation)
         moe = self.moe_config
-        second = row_width(M * topk, K, moe.in_dtype, moe.options.batch_invariant)
+        config = self.quant_config
+        floating = self.emulate or config.a1.key is None or config.a2.key is None
+        second = row_width(M * topk, K, moe.in_dtype, floating, moe.options.batch_invariant)
         return WorkspaceShapes((M, topk, width), (M, topk, second), (M, K))
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:

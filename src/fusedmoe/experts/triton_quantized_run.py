@@ -125,16 +125,19 @@ def as_run(
     return operands
 
 
-def row_width(R: int, H: int, dtype: torch.dtype, batch_invariant: bool) -> int:
-    """Elements of ``dtype`` for a row of the second GEMM: while rows are few they are kept in fp32
-    until they are summed, which rounds once less and costs nothing; their dtype must not follow R
-    where bits must not."""
-    return H if batch_invariant or R > _FEW_ROWS else H * 4 // dtype.itemsize
+def row_width(R: int, H: int, dtype: torch.dtype, floating: bool, batch_invariant: bool) -> int:
+    """Elements of ``dtype`` for a row of the second GEMM, which is kept in fp32 until rows are
+    summed where that is one of few roundings (``floating``: rows are in floating point), and where
+    it costs nothing, while rows are few; but dtypes must not follow R where bits must not."""
+    wide = floating or (R <= _FEW_ROWS and not batch_invariant)
+    return H * 4 // dtype.itemsize if wide else H
 
 
-def _second_rows(workspace: torch.Tensor, R: int, H: int, batch_invariant: bool) -> torch.Tensor:
+def _second_rows(
+    workspace: torch.Tensor, R: int, H: int, floating: bool, batch_invariant: bool
+) -> torch.Tensor:
     """[R, H] in fp32 where ``row_width`` says so and the workspace is that large."""
-    size = R * row_width(R, H, workspace.dtype, batch_invariant)
+    size = R * row_width(R, H, workspace.dtype, floating, batch_invariant)
     flat = workspace.flatten()
     if R * H < size <= flat.numel():
         return flat[:size].view(torch.float32).view(R, H)
@@ -179,7 +182,7 @@ def quantized_experts(
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     act = workspace13.flatten()[: R * I].view(R, I)
-    rows = _second_rows(workspace2, R, H, batch_invariant)
+    rows = _second_rows(workspace2, R, H, operands.floating_rows, batch_invariant)
     two_gemms(
         hidden_states,
         operands,
