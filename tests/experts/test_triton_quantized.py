@@ -346,13 +346,16 @@ def test_groups_that_steps_cannot_have_are_refused_with_the_reason(fmt, rows, me
 
 
 def test_workspaces_follow_from_sizes():
-    """Few rows of the second GEMM are kept in fp32: twice the width where rows are 16-bit."""
+    """Rows of the second GEMM are kept in fp32, twice the width where rows are 16-bit; where rows
+    are rounded to 8 bits, only few of them."""
     layer = replace(PLAIN, dtype=torch.bfloat16)
-    experts = TritonQuantizedExperts(layer.config(), FusedMoEQuantConfig())
-    shapes = experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
-    assert shapes == ((7, 2, 32), (7, 2, 128), (7, 64))
-    shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
-    assert shapes.workspace2 == (9000, 2, 64)
+    for key, many in ((None, 128), (FP8_DYNAMIC_TOKEN, 64)):
+        desc = Quantized("int4_g128", key).rows_desc(torch.device("cpu"))
+        experts = TritonQuantizedExperts(layer.config(), FusedMoEQuantConfig(a1=desc, a2=desc))
+        shapes = experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
+        assert shapes == ((7, 2, 32), (7, 2, 128), (7, 64))
+        shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, MoEActivation.SILU)
+        assert shapes.workspace2 == (9000, 2, many)
 
 
 def test_the_batched_format_needs_counts():
