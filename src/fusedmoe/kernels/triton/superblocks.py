@@ -5,8 +5,7 @@ of nibbles holds a column of the low plane and one of the high plane: two produc
 without an interleaving. A group's columns lie together in a plane.
 
 Where the GPU has packed bf16 arithmetic, an integer becomes the mantissa of a number from 128 to
-255, its middle is subtracted, exactly, and one multiplication and addition gives the value: the
-group's scale and the value of its middle are rounded to bf16, as the numbers of other formats are.
+255, and what that adds is subtracted with the minima, or from the number, exactly.
 """
 
 import triton

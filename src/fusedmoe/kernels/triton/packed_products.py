@@ -1,0 +1,171 @@
+"""What a step of the packed GEMM adds to its sums, by the kind of weights it reads.
+
+``w_rows`` are byte pointers of a tile's weight rows [ROWS], ``a_row`` pointers of its slots' rows
+[SLOTS, 1], of which ``live`` [SLOTS] count; sums are fp32 [ROWS, SLOTS].
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.triton.quantized_common import (
+    float_scale,
+    half_scale_bits,
+    spread_groups,
+    times_bf16,
+)
+from fusedmoe.kernels.triton.sextets import (
+    four_planes,
+    load_bytes,
+    sextet_numbers,
+    sextets_bf16,
+)
+from fusedmoe.kernels.triton.superblocks import (
+    group_integers,
+    one_sixth,
+    scales_of_words,
+    superblock_columns,
+    superblock_numbers,
+    superblock_words,
+)
+
+
+@triton.jit
+def add_superblocks(
+    total, w_rows, a_row, live, first, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """total + the products of the 256 columns from ``first`` on."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176 if ELEMENT == "q5_k" else 210
+    low, high = superblock_numbers(w_rows + first // 256 * NBYTES, ELEMENT, DTYPE, NATIVE)
+    low_columns, high_columns = superblock_columns(ELEMENT)
+    a = tl.load(a_row + (first + low_columns)[None, :], live[:, None], 0.0)
+    total = tl.dot(low, tl.trans(a), total, input_precision=PRECISION)
+    a = tl.load(a_row + (first + high_columns)[None, :], live[:, None], 0.0)
+    return tl.dot(high, tl.trans(a), total, input_precision=PRECISION)
+
+
+@triton.jit
+def sum_groups(
+    total, w_rows, a_row, live, D, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """total + the products of all columns of q4_k or q5_k, group by group: integers meet the rows,
+    scales the sums, so that no weight is rounded. Tensor cores sum the rows too, for the minima."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176
+    OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
+    both, bits, more, most = superblock_words(w_rows)
+    for first in range(0, D, 256):
+        block = w_rows + first // 256 * NBYTES
+        d, least, scales, minima = scales_of_words(both, bits, more, most)
+        # Behind the last superblock it is read once more, and not used.
+        both, bits, more, most = superblock_words(
+            w_rows + tl.minimum(first // 256 + 1, D // 256 - 1) * NBYTES
+        )
+        at = first + tl.arange(0, 32)
+        for chunk in tl.static_range(4):
+            low, high, ones = group_integers(block, chunk, ELEMENT, DTYPE, NATIVE)
+            a = tl.trans(tl.load(a_row + (at + 64 * chunk)[None, :], live[:, None], 0.0))
+            b = tl.trans(tl.load(a_row + (at + 64 * chunk + 32)[None, :], live[:, None], 0.0))
+            low_sum = tl.dot(low, a, input_precision=PRECISION)
+            low_rows = tl.dot(ones, a, input_precision=PRECISION)
+            high_sum = tl.dot(high, b, input_precision=PRECISION)
+            high_rows = tl.dot(ones, b, input_precision=PRECISION)
+            scale = d * one_sixth(scales, 2 * chunk)
+            rest = least * one_sixth(minima, 2 * chunk) + OFFSET * scale
+            total += low_sum * scale[:, None]
+            total -= low_rows * rest[:, None]
+            scale = d * one_sixth(scales, 2 * chunk + 1)
+            rest = least * one_sixth(minima, 2 * chunk + 1) + OFFSET * scale
+            total += high_sum * scale[:, None]
+            total -= high_rows * rest[:, None]
+    return total
+
+
+@triton.jit
+def add_sextets(
+    total, w_rows, scale_rows, a_row, live, first, D, ELEMENT: tl.constexpr,
+    PRECISION: tl.constexpr, NATIVE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """total + the products of DEPTH columns; D is a multiple of 32."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    at, groups = tl.arange(0, DEPTH // 4), tl.arange(0, DEPTH // 32)
+    inside = (at < (D - first) // 4)[None, :]
+    low, middle, high = load_bytes(w_rows[:, None] + (first // 4 * 3 + 3 * at)[None, :], inside)
+    there = (groups < (D - first) // 32)[None, :]
+    scale = tl.load(scale_rows[:, None] + (first // 32 + groups)[None, :], there, 127)
+    if NATIVE:
+        # Of what the numbers are short of, half goes with the scales, and half with the sum.
+        bits = spread_groups(half_scale_bits(scale), DEPTH // 4)
+        factor = bits.to(tl.bfloat16, bitcast=True)
+        w0, w1, w2, w3 = sextets_bf16(low, middle, high, ELEMENT)
+        w0, w1 = times_bf16(w0, factor), times_bf16(w1, factor)
+        w2, w3 = times_bf16(w2, factor), times_bf16(w3, factor)
+    else:
+        factor = spread_groups(float_scale(scale), DEPTH // 4)
+        w0, w1, w2, w3 = sextet_numbers(low, middle, high, factor, ELEMENT, DTYPE)
+    wide = tl.arange(0, DEPTH)
+    a = tl.load(a_row + (first + wide)[None, :], live[:, None] & (wide < D - first)[None, :], 0.0)
+    a0, a1, a2, a3 = four_planes(a)
+    total = tl.dot(w0, tl.trans(a0), total, input_precision=PRECISION)
+    total = tl.dot(w1, tl.trans(a1), total, input_precision=PRECISION)
+    total = tl.dot(w2, tl.trans(a2), total, input_precision=PRECISION)
+    return tl.dot(w3, tl.trans(a3), total, input_precision=PRECISION)
+
+
+@triton.jit
+def _by_group(number, column, index_rows, scale_rows, zero_rows, shard, groups, D, inside,
+              MIDDLE: tl.constexpr, DTYPE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """Integers [ROWS, W] of the columns [W], less the zero point and times the scale of their
+    groups."""
+    last = (groups - 1).to(tl.uint32)
+    group = tl.load(index_rows + column, inside, 0)
+    group = tl.minimum(group.to(tl.uint32, bitcast=True), last)[None, :]
+    if GATED:
+        other = tl.load(index_rows + D + column, inside, 0)
+        other = tl.minimum(other.to(tl.uint32, bitcast=True), last)[None, :]
+        group = tl.where((shard == 0)[:, None], group, other)
+    number = number.to(tl.float32)
+    if zero_rows is None:
+        number -= MIDDLE
+    else:
+        number -= tl.load(zero_rows[:, None] + group).to(tl.float32)
+    return (number * tl.load(scale_rows[:, None] + group).to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def add_ordered(
+    total, w_rows, scale_rows, zero_rows, index_rows, a_row, live, shard, first, groups, D,
+    ELEMENT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """total + the products of DEPTH columns, each of which names its group."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    if ELEMENT == "int4":
+        at = tl.arange(0, DEPTH // 2)
+        inside = at < (D - first) // 2
+        packed = tl.load(w_rows[:, None] + (first // 2 + at)[None, :], inside[None, :], 0)
+        low = _by_group(
+            (packed & 15), first + 2 * at, index_rows, scale_rows, zero_rows, shard, groups, D,
+            inside, 8, DTYPE, GATED,
+        )  # fmt: skip
+        high = _by_group(
+            (packed >> 4), first + 2 * at + 1, index_rows, scale_rows, zero_rows, shard, groups, D,
+            inside, 8, DTYPE, GATED,
+        )  # fmt: skip
+        wide = tl.arange(0, DEPTH)
+        mask = live[:, None] & (wide < D - first)[None, :]
+        a = tl.load(a_row + (first + wide)[None, :], mask, 0.0)
+        even, odd = tl.split(tl.reshape(a, (a.shape[0], DEPTH // 2, 2)))
+        total = tl.dot(low, tl.trans(even), total, input_precision=PRECISION)
+        return tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)
+    else:
+        at = tl.arange(0, DEPTH)
+        inside = at < D - first
+        packed = tl.load(w_rows[:, None] + (first + at)[None, :], inside[None, :], 0)
+        value = _by_group(
+            packed, first + at, index_rows, scale_rows, zero_rows, shard, groups, D, inside, 0,
+            DTYPE, GATED,
+        )  # fmt: skip
+        a = tl.load(a_row + (first + at)[None, :], live[:, None] & inside[None, :], 0.0)
+        return tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
