@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ep_wire import GROUP, Place, time_call, wire_gbs, wire_limit_us
+from ep_wire import Place, time_call, wire_gbs, wire_limit_us
 from quantized_layer import OneFormat, eight_bit_rates
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
@@ -46,6 +46,7 @@ from fusedmoe.cli.ranks import launched_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.selection import explain, name_of
 from fusedmoe.testing.routing import routing_logits
@@ -166,8 +167,8 @@ def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[st
 def make_memory(
     shape: LayerShape, args: argparse.Namespace, place: Place, sent: bool
 ) -> PeerMemory:
-    group = GROUP if args.format == "fp8_block" else 0
-    layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, group)
+    key = FP8_DYNAMIC_128 if args.format == "fp8_block" else None
+    layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, key)
     least = 1 if sent else None
     return PeerMemory(place.group, layout, regions=2, send_sums_from=least, timeout_s=COMPILING_S)
 

@@ -31,6 +31,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     dispatch_reference,
 )
 from fusedmoe.kernels.peer_layout import PeerLayout
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.runner.capture import record_graph
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
@@ -84,11 +85,11 @@ def check(memory: PeerMemory, x, ids, weights, owners, rows: int, tiles: PeerTil
     assert torch.equal(got.topk_ids, want.topk_ids)
     assert torch.equal(got.topk_weights[used], want.topk_weights[used])
     sent = used.any(dim=1)
-    assert torch.equal(got.hidden_states.float()[sent], want.hidden_states.float()[sent])
-    if layout.group:
-        assert got.scales is not None
-        assert want.scales is not None
-        assert torch.equal(got.scales[sent], want.scales[sent])
+    assert got.scales is not None
+    assert want.scales is not None
+    for found, wanted in (got.hidden_states, want.hidden_states), (got.scales, want.scales):
+        # A number between two of fp8's may go to either.
+        torch.testing.assert_close(found[sent].float(), wanted[sent].float(), rtol=0.13, atol=1e-2)
     torch.manual_seed(rank)
     got.outputs.copy_(torch.randn_like(got.outputs, dtype=torch.float32))
     all_outputs = [torch.empty_like(got.outputs) for _ in range(world)]
@@ -164,9 +165,7 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     world = dist.get_world_size()
-    layout = PeerLayout(
-        world, max(args.tokens), H, K, torch.float8_e4m3fn, torch.bfloat16, group=128
-    )
+    layout = PeerLayout(world, max(args.tokens), H, K, torch.bfloat16, FP8_DYNAMIC_128)
     memory = PeerMemory(dist.group.WORLD, layout)
     gbs = peer_to_peer_gbs(memory)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -104,7 +104,7 @@ def check_balancing_beside_graphs() -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     everyone, beside = dist.group.WORLD, dist.new_group()
     T, sizes, dtype = 64, (16, 2, 256, 128), torch.bfloat16
-    layout = PeerLayout(world, T, sizes[2], sizes[1], dtype, dtype)
+    layout = PeerLayout(world, T, sizes[2], sizes[1], dtype)
     memory = PeerMemory(everyone, layout, timeout_s=20.0)
     groups = ParallelGroups(dp=everyone, ep=everyone, enable_expert_parallel=True, peers=memory)
     redundant = {"enable_eplb": True, "num_redundant_experts": 2 * world}

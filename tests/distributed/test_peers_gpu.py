@@ -8,9 +8,9 @@ import rank_peers
 pytestmark = pytest.mark.multigpu
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_rows_arrive_and_sums_come_back(gpu_ranks, fp8):
-    gpu_ranks.run(rank_peers.check_kernels, fp8)
+@pytest.mark.parametrize("key", rank_peers.KEYS)
+def test_rows_arrive_and_sums_come_back(gpu_ranks, key):
+    gpu_ranks.run(rank_peers.check_kernels, key)
 
 
 @pytest.mark.parametrize("sent", [False, True])
@@ -28,12 +28,13 @@ def test_wherever_tokens_are(gpu_ranks, layout):
 
 
 @pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])
-def test_rows_travel_in_fp8(gpu_ranks, tokens):
-    gpu_ranks.run(rank_peers.check_fp8_layer, tokens)
+@pytest.mark.parametrize("key", rank_peers.WEIGHTS)
+def test_rows_travel_rounded(gpu_ranks, tokens, key):
+    gpu_ranks.run(rank_peers.check_rounded_layer, key, tokens)
 
 
 def test_rows_in_fp8_reach_the_prefill_kernels(gpu_ranks):
-    gpu_ranks.run(rank_peers.check_fp8_layer, [600, 513, 700, 1], True)
+    gpu_ranks.run(rank_peers.check_rounded_layer, "fp8 blocks", [600, 513, 700, 1], True)
 
 
 def test_a_missing_rank_is_named(gpu_ranks):

@@ -8,9 +8,9 @@ import rank_peers
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_rows_arrive_and_sums_come_back(ranks_on_one_gpu, fp8):
-    ranks_on_one_gpu.run(rank_peers.check_kernels, fp8)
+@pytest.mark.parametrize("key", rank_peers.KEYS)
+def test_rows_arrive_and_sums_come_back(ranks_on_one_gpu, key):
+    ranks_on_one_gpu.run(rank_peers.check_kernels, key)
 
 
 @pytest.mark.parametrize("sent", [False, True])
@@ -25,9 +25,11 @@ def test_wherever_tokens_are(ranks_on_one_gpu, layout):
     ranks_on_one_gpu.run(rank_peers.check_layouts, layout)
 
 
-@pytest.mark.parametrize("on_hopper", [False, True])
-def test_rows_travel_in_fp8(ranks_on_one_gpu, on_hopper):
-    ranks_on_one_gpu.run(rank_peers.check_fp8_layer, [600, 513, 700, 1], on_hopper)
+@pytest.mark.parametrize(
+    ("key", "on_hopper"), [*((key, False) for key in rank_peers.WEIGHTS), ("fp8 blocks", True)]
+)
+def test_rows_travel_rounded(ranks_on_one_gpu, key, on_hopper):
+    ranks_on_one_gpu.run(rank_peers.check_rounded_layer, key, [600, 513, 700, 1], on_hopper)
 
 
 def test_ranks_that_disagree_are_told(ranks_on_one_gpu):

@@ -19,7 +19,7 @@ NAN = float("nan")
 
 def made(tokens: tuple[int, ...], dtype: torch.dtype, seed: int = 0):
     """After a dispatch: layout, views, ids of each rank's own tokens and of what it received."""
-    layout = PeerLayout(4, 5, 160, 3, dtype, dtype)
+    layout = PeerLayout(4, 5, 160, 3, dtype)
     views = views_of(layout)
     x, ids, weights = inputs_of(layout, tokens, dtype, seed)
     for rank, view in enumerate(views):

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 WORLD, E, K, H = 2, 4, 2, 32
 OWNERS = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-LAYOUT = PeerLayout(WORLD, 5, H, K, torch.float32, torch.float32)
+LAYOUT = PeerLayout(WORLD, 5, H, K, torch.float32)
 PLAIN = FusedMoEQuantConfig()
 
 

@@ -24,6 +24,7 @@ from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import format_name
@@ -101,11 +102,10 @@ def no_peer_memory(group: ProcessGroup, device: torch.device) -> str | None:
 
 
 def peer_layout(
-    shape: LayerShape, ranks: int, tokens: int, dtype: torch.dtype, group: int = 0
+    shape: LayerShape, ranks: int, tokens: int, dtype: torch.dtype, key: QuantKey | None = None
 ) -> PeerLayout:
-    """Buffers for ``tokens`` of each rank; ``group`` columns share a scale, if rows go as fp8."""
-    rows = torch.float8_e4m3fn if group else dtype
-    return PeerLayout(ranks, max(tokens, 1), shape.H, shape.k, rows, dtype, group)
+    """Buffers for ``tokens`` of each rank, which travel as ``key`` says or as they are."""
+    return PeerLayout(ranks, max(tokens, 1), shape.H, shape.k, dtype, key)
 
 
 def _layer(

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView, Received
+from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
-
-FP8_MAX = 448.0
 
 
 def dispatch(
@@ -41,8 +40,8 @@ def dispatch(
             f"topk_weights {tuple(topk_weights.shape)} {topk_weights.dtype} must be fp32 of the "
             f"shape of topk_ids {tuple(topk_ids.shape)}"
         )
-    if not here.layout.group and x.dtype is not here.layout.row_dtype:
-        raise ValueError(f"x is {x.dtype}, the buffers hold {here.layout.row_dtype}")
+    if x.dtype is not here.layout.dtype:
+        raise ValueError(f"x is {x.dtype}, the buffers are for {here.layout.dtype}")
     from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
 
     triton_kernels.dispatch(
@@ -156,26 +155,13 @@ def dispatch_reference(
         ids[first : first + T] = topk_ids[source].where(mine, -1).int()
         weights[first : first + T] = topk_weights[source].where(mine, 0)
         sent = mine.any(dim=1, keepdim=True)
-        data, row_scales = quantize_rows_reference(x[source], layout)
+        data = x[source]
+        if layout.key is not None:
+            data, row_scales = quantize_rows_reference(data, layout.key)
+            scales[first : first + T] = row_scales.where(sent, 0)
         hidden[first : first + T] = data.float().where(sent, 0).to(layout.row_dtype)
-        scales[first : first + T] = row_scales.where(sent, 0)
-    outputs = owners.new_zeros(slots, layout.hidden, dtype=layout.output_dtype)
-    return Received(hidden, scales if layout.group else None, ids, weights, outputs)
-
-
-def quantize_rows_reference(
-    x: torch.Tensor, layout: PeerLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, H] as it is sent, and its scales fp32 [T, groups]: amax / 448 of each group."""
-    if not layout.group:
-        return x, x.new_zeros(x.shape[0], 0, dtype=torch.float32)
-    padding = layout.groups * layout.group - layout.hidden
-    blocks = torch.nn.functional.pad(x.float(), (0, padding)).view(
-        x.shape[0], layout.groups, layout.group
-    )
-    scales = blocks.abs().amax(dim=2).clamp(min=1e-10) * (1.0 / FP8_MAX)
-    data = (blocks / scales[:, :, None]).flatten(1)[:, : layout.hidden]
-    return data.to(layout.row_dtype), scales
+    outputs = owners.new_zeros(slots, layout.hidden, dtype=layout.dtype)
+    return Received(hidden, scales if layout.groups else None, ids, weights, outputs)
 
 
 def combine_reference(
@@ -195,4 +181,4 @@ def combine_reference(
         used = (holders == source).any(dim=1)
         part = outputs[source][rank * rows : rank * rows + T]
         total[used] += part[used].float()
-    return total.to(layout.output_dtype)
+    return total.to(layout.dtype)

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.kernels.quantize import STORED
+from fusedmoe.quantization.keys import QuantKey
+
 ALIGNMENT = 256
 
 
@@ -15,31 +18,38 @@ ALIGNMENT = 256
 class PeerLayout:
     """What one rank's buffer holds, and where (``*_at``: bytes from its beginning).
 
-    Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], scales
-    fp32 [world, rows, ceil(hidden / group)] (``group`` columns share one; 0: rows are sent as they
-    are), ids int32 and weights fp32 [world, rows, topk]; the experts' outputs for the ranks'
-    tokens, or from the ranks' experts, [world, rows, hidden]; two flags int32 per rank.
+    Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], in
+    ``dtype`` or rounded as ``key`` says, with scales fp32 [world, rows, groups]; ids int32 and
+    weights fp32 [world, rows, topk]; the experts' outputs for the ranks' tokens, or from the ranks'
+    experts, [world, rows, hidden] in ``dtype``; two flags int32 per rank.
     """
 
     world: int
     rows: int
     hidden: int
     topk: int
-    row_dtype: torch.dtype
-    output_dtype: torch.dtype
-    group: int = 0
+    dtype: torch.dtype
+    key: QuantKey | None = None
 
     def __post_init__(self) -> None:
-        if min(self.world, self.rows, self.hidden, self.topk) < 1 or self.group < 0:
+        if min(self.world, self.rows, self.hidden, self.topk) < 1:
             raise ValueError(f"sizes must be positive: {self}")
         if self.world & (self.world - 1):
             raise ValueError(f"ranks must be a power of two, got {self.world}")
-        if (self.group > 0) != (self.row_dtype is torch.float8_e4m3fn):
+        if self.key is None:
+            return
+        row, group = self.key.group_shape
+        own_scales = row == 1 and (group == -1 or (group > 0 and not group & (group - 1)))
+        if self.key.static or self.key.dtype not in STORED or not own_scales:
             raise ValueError(
-                f"{self.row_dtype} rows do not go with scales per {self.group} columns"
+                "rows travel in fp8 or int8, with scales of their own for all columns or for each "
+                f"power of two of them: not {self.key}"
             )
-        if self.group & (self.group - 1):
-            raise ValueError(f"group must be a power of two, got {self.group}")
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of a row as it travels."""
+        return self.dtype if self.key is None else STORED[self.key.dtype]
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:
@@ -49,7 +59,7 @@ class PeerLayout:
             slots * self.groups * 4,
             slots * self.topk * 4,
             slots * self.topk * 4,
-            slots * self.hidden * self.output_dtype.itemsize,
+            slots * self.hidden * self.dtype.itemsize,
             self.world * 4,
             self.world * 4,
         )
@@ -62,7 +72,10 @@ class PeerLayout:
     @property
     def groups(self) -> int:
         """Scales of a row."""
-        return -(-self.hidden // self.group) if self.group else 0
+        if self.key is None:
+            return 0
+        columns = self.key.group_shape.col
+        return 1 if columns == -1 else -(-self.hidden // columns)
 
     @property
     def rows_at(self) -> int:
@@ -137,10 +150,10 @@ class PeerView:
 
         return Received(
             section(layout.rows_at, layout.hidden, layout.row_dtype),
-            section(layout.scales_at, layout.groups, torch.float32) if layout.group else None,
+            section(layout.scales_at, layout.groups, torch.float32) if layout.groups else None,
             section(layout.ids_at, layout.topk, torch.int32),
             section(layout.weights_at, layout.topk, torch.float32),
-            section(layout.outputs_at, layout.hidden, layout.output_dtype),
+            section(layout.outputs_at, layout.hidden, layout.dtype),
         )
 
 
@@ -162,7 +175,7 @@ class PeerSums(torch.Tensor):
         """Not yet written."""
         layout, device = here.layout, here.own.device
         shape = (layout.world * rows, layout.hidden)
-        return cls.over(torch.empty(shape, dtype=layout.output_dtype, device=device), here, rows)
+        return cls.over(torch.empty(shape, dtype=layout.dtype, device=device), here, rows)
 
     @classmethod
     def over(cls, sums: torch.Tensor, here: PeerView, rows: int) -> PeerSums:

@@ -32,7 +32,6 @@ from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareRe
 from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.quantization.keys import fp8_dynamic_group
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
@@ -77,8 +76,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
                 f"has buffers for rows of {layout.hidden} and {layout.topk} picks, the layer has "
                 f"{moe.hidden_dim} and {moe.experts_per_token}"
             )
-        if not layout.group and layout.row_dtype is not moe.in_dtype:
-            return f"has buffers for {layout.row_dtype}, the layer takes {moe.in_dtype}"
+        if layout.dtype is not moe.in_dtype:
+            return f"has buffers for {layout.dtype}, the layer takes {moe.in_dtype}"
         return None
 
     @classmethod
@@ -157,11 +156,11 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     ) -> None:
         self.memory.check()
         layout = self.memory.layout
-        key, group = None if defer_input_quant else quant_config.a1.key, layout.group
-        if key != (fp8_dynamic_group(group) if group else None):
+        key = None if defer_input_quant else quant_config.a1.key
+        if key != layout.key:
             raise ValueError(
                 f"the experts take rows in {key or a1.dtype}, the buffers hold "
-                f"{layout.row_dtype} with a scale per {group or 'no'} columns"
+                f"{layout.key or layout.dtype}"
             )
 
     def _send(

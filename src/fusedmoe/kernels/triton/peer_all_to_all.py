@@ -6,8 +6,10 @@ so nothing has to be counted or negotiated. A row crosses the wire once per rank
 
 dispatch_kernel  grid (programs,): a task is (slot of this rank, BLOCK columns). For each rank it
                  writes the slot's ids (-1 where the expert lives elsewhere) and weights, and the
-                 columns if any pick is there. The program that finishes last raises this rank's
-                 flag at every rank, and with WAIT stays until all ranks have raised theirs here.
+                 columns if any pick is there, rounded with a scale for each GROUP of them unless
+                 that is 0 (one for the row: BLOCK = GROUP >= H). The program that finishes last
+                 raises this rank's flag at every rank, and with WAIT stays until all ranks have
+                 raised theirs here.
 announce_kernel  grid (1,): raises the flag that this rank's outputs are ready.
 wait_kernel      grid (1,): waits for the others' flags of either kind, and keeps no more of the
                  GPU than that from what runs meanwhile.
@@ -31,6 +33,13 @@ import triton.language as tl
 
 from fusedmoe.kernels.peer_layout import PeerView
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.quantize import (
+    LEAST,
+    LEAST_OF_ROW,
+    largest_magnitude,
+    quantized,
+    scale_from,
+)
 from fusedmoe.tuning.peer_tiles import PeerTiles
 
 TYPES = {
@@ -38,6 +47,7 @@ TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
     torch.float8_e4m3fn: tl.float8e4nv,
+    torch.int8: tl.int8,
 }
 
 STATE_DISPATCH = tl.constexpr(0)
@@ -91,14 +101,6 @@ def owners_of(ids_ptr, owners_ptr, token, T, num_experts, K: tl.constexpr, K2: t
 
 
 @triton.jit
-def quantize_groups(row, GROUPS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
-    """fp32 [GROUPS * GROUP] -> (quantized, scales fp32 [GROUPS]): amax / 448 each."""
-    blocks = tl.reshape(row, (GROUPS, GROUP))
-    scales = tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-10) * (1.0 / 448.0)
-    return tl.reshape(tl.div_rn(blocks, scales[:, None]), (GROUPS * GROUP,)).to(dtype), scales
-
-
-@triton.jit
 def dispatch_kernel(
     x_ptr,
     ids_ptr,
@@ -124,6 +126,8 @@ def dispatch_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    FLOOR: tl.constexpr,
+    E8M0: tl.constexpr,
     row_dtype: tl.constexpr,
     WAIT: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -141,7 +145,9 @@ def dispatch_kernel(
         inside = (column < H) & (token < T)
         row = tl.load(x_ptr + token.to(tl.int64) * stride_t + column, inside, 0.0)
         if GROUP > 0:
-            sent, scales = quantize_groups(row.to(tl.float32), BLOCK // GROUP, GROUP, row_dtype)
+            groups = tl.reshape(row.to(tl.float32), (BLOCK // GROUP, GROUP))
+            scales = scale_from(largest_magnitude(groups, 1), row_dtype, E8M0, FLOOR)
+            sent = tl.reshape(quantized(groups, scales[:, None], row_dtype), (BLOCK,))
             group = part * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
         else:
             sent = row
@@ -258,7 +264,13 @@ def dispatch(
     wait: bool,
 ) -> None:
     (T, H), K, layout = x.shape, topk_ids.shape[1], here.layout
-    block = max(tiles.block, layout.group)
+    block, rounding = tiles.block, (0, 0.0, False)
+    if layout.key is not None:
+        columns = layout.key.group_shape.col
+        group = power_of_2(H) if columns == -1 else columns
+        of_row = columns == -1 and layout.row_dtype is not torch.int8
+        floor = LEAST_OF_ROW.value if of_row else LEAST.value
+        block, rounding = max(block, group), (group, floor, layout.key.scale_kind == "e8m0")
     tasks = rows * -(-H // block)
     _dispatch(
         (max(1, min(tasks, tiles.programs)), 1),
@@ -268,7 +280,7 @@ def dispatch(
             *(layout.rows_at, layout.scales_at, layout.ids_at, layout.weights_at),
             *(layout.dispatch_flags_at, max_polls),
         ),
-        (K, power_of_2(K), layout.world, block, layout.group, TYPES[layout.row_dtype], wait),
+        (K, power_of_2(K), layout.world, block, *rounding, TYPES[layout.row_dtype], wait),
         tiles.num_warps,
     )
 
@@ -315,7 +327,7 @@ def combine(
         ),
         (
             *(K, power_of_2(K), layout.world, tiles.block),
-            *(TYPES[layout.output_dtype], announce, sent),
+            *(TYPES[layout.dtype], announce, sent),
         ),
         tiles.num_warps,
     )

@@ -91,6 +91,6 @@ def send_sums(
             *(ANY_EXPERT if num_local_experts is None else num_local_experts, here.rank),
             layout.outputs_at,
         ),
-        (K, power_of_2(K), layout.world, block, TYPES[layout.output_dtype]),
+        (K, power_of_2(K), layout.world, block, TYPES[layout.dtype]),
         num_warps,
     )
