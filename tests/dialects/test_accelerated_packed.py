@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,51 @@ def test_autocast_may_give_rows_another_dtype(whole_blocks: bool, tmp_path: Path
     with torch.autocast("cpu", dtype=torch.float16):
         got = logits(model)
     assert float((got - wanted).norm() / wanted.norm()) < 0.05
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("case", ["ct w4a16", "fp8 per tensor", "gptq act-order"])
+def test_accelerated_blocks_follow_the_model(case: str, tmp_path: Path) -> None:
+    """Casts, other weights and copies reach what runs the blocks, as they reach the model."""
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES[case])
+    model = fusedmoe.accelerate(fusedmoe.from_pretrained(folders.packed, dtype="fp32"))
+    wanted, state = logits(model), copy.deepcopy(model.state_dict())
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def fill() -> None:
+        """All values, of buffers too, which a state lacks."""
+        model.load_state_dict(state)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    model.to(torch.bfloat16)
+    assert logits(model).dtype == torch.bfloat16
+    assert error(logits(model), wanted) < 0.03
+    model.to(torch.float32)
+    fill()
+    assert torch.equal(logits(model), wanted)
+    model.to("meta").to_empty(device="cpu")
+    fill()
+    assert torch.equal(logits(model), wanted)
+    scales = [name for name in state if name.endswith(("_weight_scale", "_input_scale"))]
+    other = state | {name: state[name] * 2 for name in scales}
+    plain = fusedmoe.from_pretrained(folders.packed, dtype="fp32")
+    plain.load_state_dict(other)
+    assert error(logits(plain), wanted) > 0.1
+    model.load_state_dict(other)
+    assert error(logits(model), logits(plain)) < 1e-5
+    twin = copy.deepcopy(model)
+    model.load_state_dict(state)
+    assert error(logits(twin), logits(plain)) < 1e-5
+    fusedmoe.restore(fusedmoe.restore(twin).to(torch.bfloat16))
+    assert error(logits(twin), logits(plain)) < 0.1
+    torch._dynamo.reset()
+    compiled = torch.compile(model.to(torch.float16), backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        assert error(compiled(PROMPT, use_cache=False).logits, wanted) < 0.02
 
 
 def with_fp8_experts() -> Any:

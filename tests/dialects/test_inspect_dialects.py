@@ -72,6 +72,20 @@ def test_generate_runs_a_quantized_folder(
     assert texts[0] == texts[1]
 
 
+def test_a_comparison_with_nothing_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path, "tiny-mixtral", CASES["gptq"]).packed
+    words = ["generate", str(folder), "--max-new-tokens", "2", "--device", "cpu", "--compare"]
+    capsys.readouterr()
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "eager was not run: these experts are packed" in told
+    assert "against" not in told
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_agree"] is None
+
+
 def test_generate_rounds_floats_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

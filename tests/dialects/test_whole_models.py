@@ -338,3 +338,31 @@ def test_casts_copies_and_saving(tmp_path: Path) -> None:
         assert model(PROMPT).logits.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"dtype": "fp7"}, "unsupported dtype 'fp7'"),
+        ({"dtype": torch.int8}, r"dtype is that of rows and of layers of floats, got torch\.int8"),
+        ({"device": "cudda"}, "unknown device 'cudda'"),
+        ({"device": "meta"}, "unsupported device 'meta'"),
+        ({"device": "cuda:99"}, "'cuda:99' is not there: torch sees"),
+        ({"quantize": "int3"}, "unknown weight format 'int3'"),
+        ({"quantize": "int4_g32_act_order"}, "the order of columns comes from a checkpoint"),
+        ({"quantize": "int4_g128"}, "groups of 128 columns do not divide 64 columns"),
+        ({"options": fusedmoe.MoEOptions(experts="nope")}, "no implementation is called 'nope'"),
+    ],
+)
+def test_what_is_asked_for_is_checked_first(
+    words: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).floats
+    with pytest.raises(ValueError, match=message):
+        fusedmoe.from_pretrained(folder, **words)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dtype_may_be_a_name(packed: bool, tmp_path: Path) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"])[not packed]
+    assert fusedmoe.from_pretrained(folder, dtype="bf16").dtype == torch.bfloat16

@@ -8,18 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
 from fusedmoe.modular_kernel import FusedMoEExperts
-
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
 
 SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 
@@ -48,32 +37,6 @@ def sizes_of(known: Mapping[str, int | None]) -> LayerSizes:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"the layer's sizes are not complete: give {options}")
     return LayerSizes(**{name: known[name] for name in SIZES})  # type: ignore[arg-type]
-
-
-def dtype_of(name: str) -> torch.dtype | None:
-    """The dtype called ``name``; None for "auto"."""
-    if name == "auto":
-        return None
-    if name not in _DTYPES:
-        raise ValueError(f"unsupported dtype {name!r}; choose auto, fp32, fp16 or bf16")
-    return _DTYPES[name]
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device called ``name``, if it is there; without a name, the GPU or else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; for example cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unsupported device {name!r}; fusedmoe runs on cpu and cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"device {name!r} is not there: torch sees {count} CUDA devices")
-    return device
 
 
 def experts_of(name: str | None) -> str | type | None:

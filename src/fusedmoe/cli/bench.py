@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import device_of, dtype_of, experts_of
+from fusedmoe.cli.arguments import experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
+from fusedmoe.words import device_of, dtype_of
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape

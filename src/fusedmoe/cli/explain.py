@@ -8,13 +8,14 @@ from typing import Any
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, read_checkpoint, read_quantization_config
-from fusedmoe.cli.arguments import dtype_of, experts_of
+from fusedmoe.cli.arguments import experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, layer_config
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.methods import select_stored
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
+from fusedmoe.words import dtype_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

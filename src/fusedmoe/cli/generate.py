@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fusedmoe.checkpoint import read_checkpoint, read_quantization_config
-from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.generations import Generation, report
 from fusedmoe.cli.layers import check_counts
@@ -21,6 +20,7 @@ from fusedmoe.cli.output import Progress, progress
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
 from fusedmoe.presets import PRESETS, find_preset, write_preset
+from fusedmoe.words import device_of, dtype_of
 
 PROMPT = "A mixture of experts"
 WARM_UP_TOKENS = 2

@@ -39,7 +39,7 @@ def report(
     """Print what was generated and, for a comparison, how it compares; returns the exit code."""
     text = tokenizer.decode(runs[-1].tokens, skip_special_tokens=True)
     differs: dict[str, int | None] = {}
-    if args.compare:
+    if args.compare and len(runs) > 1:
         differs = {r.implementation: _first_difference(runs[0].tokens, r.tokens) for r in runs}
     agree = differs.get("fusedmoe") is None
     if args.json:
@@ -52,14 +52,14 @@ def report(
                 "runs": [asdict(run) | {"tokens_per_s": run.tokens_per_s} for run in runs],
                 "first_difference_from_eager": differs,
                 "skipped": skipped,
-                "tokens_agree": agree if args.compare else None,
+                "tokens_agree": agree if differs else None,
             }
         )
         return 0 if agree else 1
     print(printable(args.prompt + text) + "\n")
     columns = ["experts", "tokens", "tokens/s"]
     rows: list[list[Any]] = [[r.implementation, len(r.tokens), r.tokens_per_s] for r in runs]
-    if args.compare:
+    if differs:
         columns.append("against eager")
         for row, where in zip(rows, differs.values(), strict=True):
             row.append("same" if where is None else f"differs at token {where}")

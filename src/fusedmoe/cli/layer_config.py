@@ -9,11 +9,12 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from fusedmoe.cli.arguments import SIZES, add_sizes, device_of, sizes_of
+from fusedmoe.cli.arguments import SIZES, add_sizes, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.weights.families import EXPERT_PARTS, config_value
+from fusedmoe.words import device_of
 
 if TYPE_CHECKING:
     from fusedmoe.bench.shapes import LayerShape

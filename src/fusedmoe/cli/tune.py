@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import device_of, dtype_of
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import Progress, print_json, print_table, progress
+from fusedmoe.words import device_of, dtype_of
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape

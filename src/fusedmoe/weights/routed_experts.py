@@ -218,19 +218,21 @@ class RoutedExperts(LoadableExperts):
             if table is not None and not getattr(self, name).is_meta:
                 getattr(self, name).copy_(table)
         self._bind_weight_loader()
+        if not had_values:
+            self.quant_method.weights_changed()
+        self.moved(fn(torch.empty(0, dtype=self.moe_config.in_dtype)).dtype)
+        return result
+
+    def moved(self, rows: torch.dtype) -> None:
+        """The same values lie elsewhere, or rows enter and leave in another dtype."""
         method = self.quant_method
-        rows = fn(torch.empty(0, dtype=self.moe_config.in_dtype)).dtype
         if rows != self.moe_config.in_dtype:
             self.moe_config = replace(self.moe_config, in_dtype=rows)
             method.rows_change_to(rows)
-        if had_values:
-            method.weights_moved()
-        else:
-            method.weights_changed()
+        method.weights_moved()
         if method.groups is None:  # else all ranks choose together, in their next forward
             with suppress(ValueError):  # nothing runs it here, which its next forward says
                 method.choose_kernel(self)
-        return result
 
     def _keeping_formats(self, fn: Any) -> Any:
         """``fn``, except that it changes no dtype which a format prescribes (``layer.half()``)."""

@@ -32,6 +32,7 @@ from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.weights.families import family_of
+from fusedmoe.words import device_of, dtype_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,9 +58,9 @@ def from_pretrained(
     Quantized experts stay as they are stored, in any dialect that ``fusedmoe inspect`` names;
     quantized layers outside the experts become ``dtype``. ``quantize`` names a format
     ("fp8_channel", "int8_channel", "int4_g128", "mxfp4", ...) to which experts stored as floats are
-    rounded while they are read, one matrix at a time. ``dtype`` "auto" is the checkpoint's;
-    ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint of floats that
-    stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
+    rounded while they are read, one matrix at a time. ``dtype`` may be a name ("bf16"), "auto" is
+    the checkpoint's; ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint
+    of floats that stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
 
     With ``ep_group``, every rank of it calls this with the same arguments and reads its share of
     the experts alone (linear placement), packed or floats; every forward is then a call on all
@@ -70,18 +71,22 @@ def from_pretrained(
     where another rank has failed or has another model.
     """
     check_forced_names(options or MoEOptions())
+    target = device_of("cpu" if device is None else device)
+    wanted = dtype_of(dtype) if isinstance(dtype, str) else dtype
+    if wanted is not None and not wanted.is_floating_point:
+        raise ValueError(f"dtype is that of rows and of layers of floats, got {wanted}")
     if ep_group is None:
-        return _load(path, dtype, device, quantize, options, None)
+        return _load(path, wanted, target, quantize, options, None)
     ranks = BlockRanks.make(ep_group, same_tokens)
     return make_together(
-        ranks, lambda: _load(path, dtype, device, quantize, options, ranks), _facts
+        ranks, lambda: _load(path, wanted, target, quantize, options, ranks), _facts
     )
 
 
 def _load(
     path: str | Path,
-    dtype: torch.dtype | str,
-    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
     quantize: str | None,
     options: MoEOptions | None,
     ranks: BlockRanks | None,
@@ -95,15 +100,14 @@ def _load(
     config = source.config()
     model_dtype = _dtype(config, dtype)
     model = _load_rest(source, config, model_dtype)
-    target = torch.device(device or "cpu")
-    model.to(target)
+    model.to(device)
     for name, module in model.named_modules():
         if not isinstance(module, PackedExperts):
             continue
         key = _layer_key(name, source)
         module.ranks = ranks
         try:
-            module.load(source.layers[key], schemes[key], source, model_dtype, target, options)
+            module.load(source.layers[key], schemes[key], source, model_dtype, device, options)
         except ValueError as error:
             raise CheckpointError(f"{source.where}: {error}") from error
     return model.eval()
@@ -140,9 +144,7 @@ def open_source(path: str | Path, quantize: str | None = None) -> Source | Check
     return FolderSource(CheckpointExperts.read(checkpoint), online)
 
 
-def _load_floats(
-    checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device | str | None
-) -> Any:
+def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> Any:
     """A model without packed experts, as Transformers loads it, with our experts function."""
     from fusedmoe.integrations.transformers import EXPERTS_IMPLEMENTATION, register
 
@@ -159,7 +161,7 @@ def _load_floats(
         model, info = _model_class(config).from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -171,7 +173,7 @@ def _load_floats(
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     except ValueError as error:
         logger.warning("%s: its experts run as Transformers runs them: %s", folder, error)
-    return model.to(torch.device(device or "cpu")).eval()
+    return model.to(device).eval()
 
 
 def _check_complete(info: Any, where: Path) -> None:
@@ -197,11 +199,9 @@ def _layer_key(path: str, source: Source) -> tuple[str, int]:
     return found[0]
 
 
-def _dtype(config: Any, dtype: torch.dtype | str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+def _dtype(config: Any, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
         return dtype
-    if dtype != "auto":
-        raise ValueError(f"dtype must be 'auto' or a torch.dtype, got {dtype!r}")
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return found if found in DTYPE_NAMES else torch.bfloat16
 

@@ -46,6 +46,7 @@ class PackedExperts(nn.Module):
         self.num_experts = seat.E
         self.schemes: LayerSchemes | None = None
         self.routed_experts: RoutedExperts | None = None
+        self.followers: list[HeldExperts] = []
         for name in ("config", "act_fn", "has_gate", "has_bias", "is_transposed"):
             value = getattr(seat.module, name, None)
             if value is not None and not isinstance(value, nn.Module):
@@ -138,8 +139,18 @@ class PackedExperts(nn.Module):
         elif own:
             yield from zip(own, source.read(tensor.name, own).unbind(0), strict=True)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        for follower in self.followers:
+            assert self.routed_experts is not None
+            follower.follow(self.routed_experts)
+        return result
+
     def held(self, options: MoEOptions | None = None, **demands: bool | int) -> HeldExperts:
-        """The same experts once more, over the same Parameters, for a layer with ``demands``."""
+        """The same experts once more, over the same Parameters, for a layer with ``demands``.
+
+        They move and are cast with this module until they are released.
+        """
         experts = self.routed_experts
         if experts is None:
             raise ValueError(f"{self.seat.path}: these experts were not loaded")
@@ -154,6 +165,8 @@ class PackedExperts(nn.Module):
             **demands,
         )
         held.process_weights_after_loading()
+        self.followers.append(held)
+        held.leaders = (self,)
         return held
 
     def forward(
@@ -178,9 +191,31 @@ class PackedExperts(nn.Module):
 class HeldExperts(RoutedExperts):
     """``RoutedExperts`` over the Parameters of a module of the model, which keeps them."""
 
+    leaders: tuple[PackedExperts, ...] = ()  # in a tuple, for they are no submodules
+
     def weights_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """The hook for after ``load_state_dict``: what a kernel had prepacked is out of date."""
-        self.quant_method.weights_changed()
+        """The hook for after ``load_state_dict``: what was derived from the weights is out of date.
+
+        Made anew at once, in place, for captured graphs read it.
+        """
+        if self.quant_method.groups is None:
+            self.process_weights_after_loading()
+        else:
+            self.quant_method.weights_changed()
+
+    def follow(self, experts: RoutedExperts) -> None:
+        """Be where ``experts`` are now, and take rows in their dtype."""
+        for name in self.param_specs:
+            self._parameters[name] = experts._parameters[name]
+        for name in experts._buffers:
+            self._buffers[name] = experts._buffers[name]
+        self.moved(experts.moe_config.in_dtype)
+
+    def release(self) -> None:
+        """They are not used any more."""
+        for leader in self.leaders:
+            leader.followers.remove(self)
+        self.leaders = ()
 
 
 def is_packed(experts: Any) -> bool:

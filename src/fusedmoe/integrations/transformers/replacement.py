@@ -36,6 +36,7 @@ class Replacement(ABC):
         self.listened = listened
         self.parts = tuple(module.named_children())
         self.load_hook = None
+        self.held = experts if isinstance(experts, HeldExperts) else None
         if experts is not None:
             self.load_hook = module.register_load_state_dict_post_hook(experts.weights_loaded)
 
@@ -64,6 +65,8 @@ class Replacement(ABC):
         """Undo everything but the forward itself."""
         if self.load_hook is not None:
             self.load_hook.remove()
+        if self.held is not None:
+            self.held.release()
 
     @abstractmethod
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -48,7 +48,10 @@ class OnlineQuantization(CheckpointQuantization):
         """By a format's name ("int4_g128") or one of ``ALIASES``; ValueError for others."""
         from fusedmoe.quantization.formats import format_named
 
-        return cls(format=format_named(ALIASES.get(name, name)), activation=activation)
+        found = format_named(ALIASES.get(name, name))
+        if found.act_order:
+            raise ValueError(f"{name}: the order of columns comes from a checkpoint")
+        return cls(format=found, activation=activation)
 
     def scheme(self, module: str) -> Scheme | None:
         if is_listed(module, self.not_converted):

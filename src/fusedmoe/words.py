@@ -1,0 +1,40 @@
+"""Names of dtypes and devices, as people write them, turned into torch's."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype called ``name``; None for "auto". ValueError for others."""
+    if name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise ValueError(f"unsupported dtype {name!r}; choose auto, fp32, fp16 or bf16")
+    return _DTYPES[name]
+
+
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device called ``name``, if it is there; without a name, the GPU or else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; for example cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unsupported device {str(name)!r}; fusedmoe runs on cpu and cuda")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {str(name)!r} is not there: torch sees {count} CUDA devices")
+    return device
