@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,8 +39,11 @@ class RankPool:
         on_cpu = self._device == "cpu"
         context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
         if on_cpu:
-            # Forked from a process that has imported all of it, a rank starts in no time.
+            # Forked from a process that has imported all of it, a rank starts in no time. That
+            # process knows no sys.path of ours, and passes over what it cannot import.
             context.set_forkserver_preload(["distributed_preload"])
+            with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+                forkserver.ensure_running()
         self._starts += 1
         store = f"{self._folder}/store{self._starts}"
         for rank in range(self.size):
