@@ -88,10 +88,10 @@ def test_bench_under_torchrun(tmp_path):
     done = torchrun("bench", *sizes, *more, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 2 * 2 * 2  # ways, token counts, scopes
-    assert {row["scope"] for row in rows} == {"layer", "dispatch_combine"}
+    assert len(rows) == 2 * 2 * 3  # ways, token counts, scopes
+    assert {row["scope"] for row in rows} == {"layer", "dispatch", "combine"}
     assert all(row["ranks"] == 2 and row["E"] == 4 and row["us"] > 0 for row in rows)
-    assert done.stdout.count("naive_dp_ep") == 4
+    assert done.stdout.count("naive_dp_ep") == 6
     assert "note: peer: needs GPUs" in done.stdout  # one rank has printed
 
 

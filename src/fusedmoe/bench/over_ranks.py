@@ -1,4 +1,4 @@
-"""One layer over the ranks of a group: the whole of it, and its dispatch and combine alone.
+"""One layer over the ranks of a group: the whole of it, and its dispatch and its combine alone.
 
 Every way to move tokens that can run there is measured on the same weights and tokens, launch by
 launch (no graph). A time is the slowest rank's, because that is what all of them wait for.
@@ -23,7 +23,11 @@ from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.layer import FusedMoE
-from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.modular_kernel import (
+    FusedMoEKernel,
+    FusedMoEPrepareAndFinalizeModular,
+    PrepareResult,
+)
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
@@ -50,8 +54,8 @@ def run_ranks_bench(
 ) -> BenchReport:
     """``shape`` with all its experts spread over ``group``; ``tokens`` per rank.
 
-    Rows of scope ``layer`` (from router logits) and ``dispatch_combine``; all ranks call it and get
-    the same report. ``peer`` is left out, with a note, where ranks cannot address each other's
+    Rows of scope ``layer`` (from router logits), ``dispatch`` and ``combine``; all ranks call it
+    and get the same report. ``peer`` is left out, with a note, where ranks cannot address each other's
     memory. Raises ValueError for fewer than two ranks.
     """
     if group.size() < 2:
@@ -72,13 +76,13 @@ def run_ranks_bench(
             x = torch.randn(T, shape.H, device=device).to(dtype)
             seed = group.rank()
             logits = routing_logits(routing, T, shape.num_experts, shape.k, seed, device)
-            for scope, call in _calls(layer, x, logits, [T] * group.size()):
-                samples = _slowest(_samples(call, repeats, group, device), ranks)
-                row = _row(shape, layer, dtype, routing, T, group.size())
-                times = Percentiles.of(samples)
-                measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
-                rounded = {name: round(value, 2) for name, value in measured.items()}
-                report.rows.append({"impl": f"fusedmoe:{way}", "scope": scope} | row | rounded)
+            for steps in _steps(layer, x, logits, [T] * group.size()):
+                for scope, samples in _samples(steps, repeats, group, device).items():
+                    row = _row(shape, layer, dtype, routing, T, group.size())
+                    times = Percentiles.of(_slowest(samples, ranks))
+                    measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
+                    rounded = {name: round(value, 2) for name, value in measured.items()}
+                    report.rows.append({"impl": f"fusedmoe:{way}", "scope": scope} | row | rounded)
         del layer
         if memory is not None:
             memory.close()
@@ -134,23 +138,31 @@ def _layer(
     return layer
 
 
-def _calls(
+Steps = dict[str, Callable[[Any], Any]]
+"""By scope: what runs one after the other, each on the result of the one before."""
+
+
+def _steps(
     layer: MoERunner, x: torch.Tensor, logits: torch.Tensor, counts: list[int]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield "layer", lambda: layer(x, logits, tokens_per_rank=counts)
+) -> Iterator[Steps]:
+    yield {"layer": lambda _: layer(x, logits, tokens_per_rank=counts)}
     experts = layer.routed_experts
     kernel = experts.quant_method.kernel(experts)
     assert isinstance(kernel, FusedMoEKernel)
     weights, ids, _ = layer.router.select_experts(x, logits)
     output = torch.empty_like(x)
 
-    def there_and_back() -> None:
+    def dispatch(_: None) -> tuple[FusedMoEPrepareAndFinalizeModular, PrepareResult]:
         mover = kernel.prepare_finalize.begin(counts)
         found = mover.prepare(
             *(x, weights, ids, layer.moe_config.num_experts, experts.expert_map, False),
             kernel.experts.quant_config,
             kernel.experts.expects_unquantized_inputs,
         )
+        return mover, found
+
+    def combine(sent: tuple[FusedMoEPrepareAndFinalizeModular, PrepareResult]) -> None:
+        mover, found = sent
         assert found.topk_weights is not None
         assert found.topk_ids is not None
         sums = found.hidden_states if found.output is None else found.output
@@ -159,22 +171,24 @@ def _calls(
             TopKWeightAndReduceNoOP(),
         )
 
-    yield "dispatch_combine", there_and_back
+    yield {"dispatch": dispatch, "combine": combine}
 
 
 def _samples(
-    call: Callable[[], Any], repeats: int, group: ProcessGroup, device: torch.device
-) -> list[int]:
-    """Nanoseconds of each call on this rank, begun together."""
-    found = []
+    steps: Steps, repeats: int, group: ProcessGroup, device: torch.device
+) -> dict[str, list[int]]:
+    """Nanoseconds of each step on this rank, every one begun by all ranks together."""
+    found: dict[str, list[int]] = {scope: [] for scope in steps}
     for turn in range(_WARM_UP + repeats):
-        dist.barrier(group)
-        start = time.perf_counter_ns()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if turn >= _WARM_UP:
-            found.append(time.perf_counter_ns() - start)
+        result = None
+        for scope, step in steps.items():
+            dist.barrier(group)
+            start = time.perf_counter_ns()
+            result = step(result)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= _WARM_UP:
+                found[scope].append(time.perf_counter_ns() - start)
     return found
 
 
