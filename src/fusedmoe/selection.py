@@ -64,6 +64,7 @@ PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.naive_dp_ep:MoEPrepareAndFinalizeNaiveDPEPMonolithic",
     "fusedmoe.prepare_finalize.all_to_all:AllToAllPrepareAndFinalize",
     "fusedmoe.prepare_finalize.batched:BatchedPrepareAndFinalize",
+    "fusedmoe.prepare_finalize.peer_batched:PeerBatchedPrepareAndFinalize",
     "fusedmoe.prepare_finalize.deepep_high_throughput:DeepEPHTPrepareAndFinalize",
     "fusedmoe.prepare_finalize.deepep_low_latency:DeepEPLLPrepareAndFinalize",
 )

@@ -22,6 +22,11 @@ def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves, sent)
     gpu_ranks.run(rank_peers.check_layer, tokens, halves, sent)
 
 
+@pytest.mark.parametrize("key", ["as they are", *rank_peers.WEIGHTS])
+def test_rows_stand_with_their_experts(gpu_ranks, key):
+    gpu_ranks.run(rank_peers.check_batched, key, [33, 0, 5, 1])
+
+
 @pytest.mark.parametrize("layout", rank_peers.LAYOUTS)
 def test_wherever_tokens_are(gpu_ranks, layout):
     gpu_ranks.run(rank_peers.check_layouts, layout)

@@ -16,8 +16,10 @@ from fusedmoe.distributed.peer_memory import views_of_regions
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.modular_kernel.forward import finish
+from fusedmoe.prepare_finalize.batched import rows_by_expert
 from fusedmoe.prepare_finalize.dispatch import Hosts
 from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
+from fusedmoe.prepare_finalize.peer_batched import PeerBatchedPrepareAndFinalize
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
 
 pytest.importorskip("triton")
@@ -56,11 +58,13 @@ def memories(regions: int) -> list[Memory]:
     return [Memory(views_of_regions(LAYOUT, rank, bases, own)) for rank, own in enumerate(buffers)]
 
 
-def movers(regions: int = 1) -> tuple[list[PeerPrepareAndFinalize], list[torch.Tensor]]:
+def movers(
+    regions: int = 1, kind: type[PeerPrepareAndFinalize] = PeerPrepareAndFinalize
+) -> tuple[list[Any], list[torch.Tensor]]:
     made, maps = [], []
     for rank, memory in enumerate(memories(regions)):
         axis: Any = SimpleNamespace(size=lambda: WORLD, rank=lambda rank=rank: rank)
-        one = PeerPrepareAndFinalize(ranks=TokenRanks((axis,)), max_num_tokens=10)
+        one = kind(ranks=TokenRanks((axis,)), max_num_tokens=10)
         one.memory, one._view = memory, memory.view  # type: ignore[assignment]
         expert_map = torch.where(rank == OWNERS, torch.arange(E).int() % 2, -1).int()
         table = torch.arange(WORLD)[:, None] == OWNERS
@@ -154,6 +158,55 @@ def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):
         finish(back[rank])
         want = x * (weights * (ids >= 0)).sum(dim=1, keepdim=True)
         torch.testing.assert_close(outs[rank], want)
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [0, 5], [1, 0]])
+def test_rows_stand_with_their_experts(sends_sums, counts):
+    """Those of one expert side by side, in the order of ranks and tokens; weighted on the way
+    back. Experts write rows in use alone."""
+    everyone, maps = movers(kind=PeerBatchedPrepareAndFinalize)
+    batches = [batch(T, r) for r, T in enumerate(counts)]
+    started = [one.begin(counts) for one in everyone]
+    pending = [
+        one.prepare_async(*batches[r], E, maps[r], False, PLAIN) for r, one in enumerate(started)
+    ]
+    back, outs = [], [torch.full((T, H), float("nan")) for T in counts]
+    for rank, one in enumerate(started):
+        one.num_local_experts = 2
+        got = finish(pending[rank])
+        rows = WORLD * max(max(counts), 1)
+        assert got.hidden_states.shape == (2, rows, H)
+        routed = torch.full((2, rows, H), float("nan"))
+        for e in range(2):
+            expert = 2 * rank + e
+            wanted = [x[t] for x, _, ids in batches for t, _ in (ids == expert).nonzero().tolist()]
+            count = int(got.expert_tokens_meta.expert_num_tokens[e])
+            assert count == len(wanted)
+            for row, x in enumerate(wanted):
+                assert torch.equal(got.hidden_states[e, row], x)
+            routed[e, :count] = got.hidden_states[e, :count] * (expert + 1)
+        back.append(
+            one.finalize_async(
+                *(outs[rank], routed, got.topk_weights, got.topk_ids, False),
+                TopKWeightAndReduceDelegate(),
+            )
+        )
+    for rank, (x, weights, ids) in enumerate(batches):
+        finish(back[rank])
+        factor = (torch.where(ids >= 0, ids + 1, 0) * weights).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(outs[rank], x * factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
+def test_scales_go_with_their_rows(dtype):
+    """An expert without room drops its last row; a tensor of any strides."""
+    rows = (torch.arange(8).view(4, 2) * 8.0).to(dtype).t().contiguous().t()
+    local = torch.tensor([[0, 2], [2, -1], [-1, -1], [2, 0]])
+    tensors, counts = rows_by_expert([rows, torch.arange(4.0)[:, None]], local, 3, 2)
+    assert counts.tolist() == [2, 0, 2]
+    for e, wanted in ((0, [0, 3]), (2, [0, 1])):
+        assert torch.equal(tensors[0][e].float(), rows.float()[wanted])
+        assert tensors[1][e, :, 0].tolist() == wanted
 
 
 def config(**options: Any) -> FusedMoEConfig:

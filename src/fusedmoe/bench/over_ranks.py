@@ -55,8 +55,8 @@ def run_ranks_bench(
     """``shape`` with all its experts spread over ``group``; ``tokens`` per rank.
 
     Rows of scope ``layer`` (from router logits), ``dispatch`` and ``combine``; all ranks call it
-    and get the same report. ``peer`` is left out, with a note, where ranks cannot address each other's
-    memory. Raises ValueError for fewer than two ranks.
+    and get the same report. ``peer`` is left out, with a note, where ranks cannot address each
+    other's memory. Raises ValueError for fewer than two ranks.
     """
     if group.size() < 2:
         raise ValueError(f"expert parallelism needs two ranks, this group has {group.size()}")

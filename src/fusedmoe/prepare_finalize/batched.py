@@ -5,6 +5,8 @@ The plain form of what the low-latency dispatches deliver; for tests, and for ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
@@ -18,6 +20,31 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
+
+
+def rows_by_expert(
+    tensors: Sequence[torch.Tensor], local: torch.Tensor, e: int, room: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Each of ``tensors`` [T, n] as [e, room, n], and how many rows each expert has: int32 [e].
+
+    ``local`` int64 [T, K]: local ids, -1 for none. Row j of an expert is its j-th slot in token
+    order; one that it has no room for is dropped, and rows in no use hold anything.
+    """
+    T, K = local.shape
+    slot_expert = local.reshape(-1, 1)
+    chosen = slot_expert == torch.arange(e, device=local.device)  # [R, e]
+    position = (chosen.cumsum(0) - 1).gather(1, slot_expert.clamp(min=0))
+    fits = (slot_expert >= 0) & (position < room)
+    # One row past the end takes what belongs nowhere.
+    row = torch.where(fits, slot_expert * room + position, e * room)[:, 0]
+    found = []
+    for tensor in tensors:
+        # Not every dtype of one byte can be indexed.
+        plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        rows = plain.new_empty(e * room + 1, tensor.shape[1])
+        rows[row] = plain.repeat_interleave(K, dim=0, output_size=T * K)
+        found.append(rows[:-1].view(tensor.dtype).view(e, room, -1))
+    return found, chosen.sum(0).clamp(max=room).to(torch.int32)
 
 
 class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
@@ -76,28 +103,15 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
 
         The ids of one token are distinct; a second row of a token for a full expert is dropped.
         """
-        (T, H), K = a1.shape, topk_ids.shape[1]
-        e, room = self.num_local_experts, self.max_num_tokens
+        T, room = a1.shape[0], self.max_num_tokens
         if room < T:
             raise ValueError(f"{T} tokens, but each expert has room for {room}")
         if apply_router_weight_on_input:
             a1 = weight_input(a1, topk_weights, topk_ids)
-        local = local_ids(topk_ids, e, expert_map)
-        slot_expert = local.reshape(-1, 1)
-        chosen = slot_expert == torch.arange(e, device=a1.device)  # [R, e]
-        position = (chosen.cumsum(0) - 1).gather(1, slot_expert.clamp(min=0))
-        fits = (slot_expert >= 0) & (position < room)
-        # One row past the end takes what belongs nowhere.
-        row = torch.where(fits, slot_expert * room + position, e * room)[:, 0]
-        rows = a1.new_empty(e * room + 1, H)
-        rows[row] = a1.repeat_interleave(K, dim=0, output_size=T * K)
-        counts = chosen.sum(0).clamp(max=room).to(torch.int32)
+        local = local_ids(topk_ids, self.num_local_experts, expert_map)
+        rows, counts = rows_by_expert([a1], local, self.num_local_experts, room)
         return PrepareResult(
-            rows[:-1].view(e, room, H),
-            None,
-            ExpertTokensMetadata(counts),
-            local.to(topk_ids.dtype),
-            topk_weights,
+            *(rows[0], None, ExpertTokensMetadata(counts)), local.to(topk_ids.dtype), topk_weights
         )
 
     def finalize(

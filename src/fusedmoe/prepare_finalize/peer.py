@@ -47,6 +47,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     _view: PeerView
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
+    _expert_map: torch.Tensor | None = None
     _rows: int = 0
     _may_send_sums: bool = True
 
@@ -81,7 +82,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         return None
 
     @classmethod
-    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> PeerPrepareAndFinalize:
+    def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> Self:
         assert groups is not None
         assert groups.peers is not None
         ranks = token_ranks(moe.moe_parallel_config, groups)
@@ -174,7 +175,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     ) -> None:
         rows = max(max(self.sizes_for(a1.shape[0])), 1)
         self._owners = self.hosts_of(num_experts, expert_map).owners
-        self._ids, self._rows = topk_ids, rows
+        self._ids, self._expert_map, self._rows = topk_ids, expert_map, rows
         dispatch(
             *(a1, topk_ids, topk_weights, self._owners, self._view, rows),
             max_polls=self.memory.max_polls,
