@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fusedmoe.quantization import keys
 from fusedmoe.quantization.dialects import Matrix, read_quantization
 from fusedmoe.quantization.dialects.base import (
     read_matrix,
@@ -172,6 +173,67 @@ def test_unknown_schemes_are_refused(change: dict[str, Any], message: str) -> No
     config["config_groups"]["group_0"]["weights"] |= change
     with pytest.raises(ValueError, match=message):
         read_quantization(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "rotated activ"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "format is 'sparse-24-bitmask'"),
+        ({"format": "marlin-24"}, "format is 'marlin-24'; known: 'int-quantized'"),
+        ({"format": "dense"}, "format is 'dense'"),
+    ],
+)
+def test_what_would_change_the_numbers_is_not_overlooked(
+    change: dict[str, Any], message: str
+) -> None:
+    config, _, _ = stored("W4A16")
+    read_quantization(config | {"transform_config": {}, "sparsity_config": {"format": "dense"}})
+    with pytest.raises(ValueError, match=message):
+        read_quantization(config | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "expected"),
+    [
+        ("FP8", {"type": "int"}, "type is 'int'; known: 'float'"),
+        ("FP8", {"num_bits": 4}, "4-bit float activations per token"),
+        ("FP8", {"strategy": "tensor"}, keys.FP8_DYNAMIC_TENSOR),
+        ("NVFP4", {}, keys.FP8_DYNAMIC_TOKEN),
+        ("NVFP4", {"num_bits": 4, "strategy": "group", "group_size": 16}, keys.NVFP4_DYNAMIC),
+        ("MXFP4", {"strategy": "tensor", "dynamic": False}, keys.FP8_STATIC_TENSOR),
+        ("MXFP4", {"num_bits": 6, "strategy": "group", "group_size": 32}, keys.MXFP6_E2M3_DYNAMIC),
+        ("MXFP4", {"strategy": "group", "group_size": 32}, keys.MXFP8_DYNAMIC),
+        ("MXFP4", {"strategy": "group", "group_size": 128}, keys.FP8_DYNAMIC_128),
+        ("MXFP4", {"type": "int"}, "type is 'int'; known: 'float'"),
+    ],
+)
+def test_activations_are_what_the_config_says_or_refused(
+    name: str, inputs: dict[str, Any], expected: keys.QuantKey | str
+) -> None:
+    config, _, _ = stored(name)
+    token = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    config["config_groups"]["group_0"]["input_activations"] = token | inputs
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read_quantization(config)
+        return
+    scheme = read_quantization(config).scheme(MODULE)
+    assert scheme is not None
+    assert scheme.activation == expected
+    assert ("input_scale" in scheme.required) == expected.static
+
+
+@pytest.mark.parametrize(
+    ("order", "needs_index"), [("weight", False), ("static", False), ("group", True), (True, True)]
+)
+def test_an_order_of_columns_is_not_forgotten(order: object, needs_index: bool) -> None:
+    config, tensors, _ = stored("W4A16")
+    config["config_groups"]["group_0"]["weights"]["actorder"] = order
+    scheme = read_quantization(config, leaves(tensors)).scheme(MODULE)
+    assert scheme is not None
+    assert ("weight_g_idx" in scheme.required) == needs_index
+    assert scheme.format.act_order == needs_index
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -148,6 +148,28 @@ def test_a_layer_that_failed_to_load_refuses_to_run() -> None:
     assert layer(torch.zeros(2, H), torch.zeros(2, E)).shape == (2, H)
 
 
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("gptq", {"is_marlin_format": True}, "the layout of one kernel"),
+        ("gptq", {"format": "marlin"}, "format is 'marlin'; known: 'gptq', 'gptq_v2'"),
+        ("deepseek", {"activation_scheme": "static"}, "blocks have dynamic activations"),
+    ],
+)
+def test_settings_that_nothing_here_means_are_refused(
+    case: str, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_quantization(CASES[case].config | change)
+
+
+def test_the_newer_key_for_the_version_of_gptq() -> None:
+    config = CASES["gptq v1 zero points"].config | {"format": "gptq_v2"}
+    scheme = read_quantization(config).scheme(MODULE)
+    assert scheme is not None
+    assert scheme.dialect == "gptq v2"
+
+
 @pytest.mark.parametrize("group", [-1, 2, 1 << 30])
 def test_columns_of_groups_that_do_not_exist_are_refused(group: int) -> None:
     case = CASES["gptq act-order"]

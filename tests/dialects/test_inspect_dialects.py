@@ -39,6 +39,18 @@ def test_format_and_dialect(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert DIALECTS[name][0] in capsys.readouterr().out
 
 
+def test_settings_beside_config_json_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["awq"]).packed
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quant_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quant_method"] == "awq"
+
+
 def test_gpt_oss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_gpt_oss(tmp_path).packed
     capsys.readouterr()

@@ -15,6 +15,7 @@ from writers import CASES
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.packed import PackedExperts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -133,6 +134,25 @@ def test_layers_left_out_are_floats_and_unquantized_checkpoints_load(tmp_path: P
     plain = fusedmoe.from_pretrained(folders.floats)
     assert set(plain.get_experts_implementation().values()) == {"fusedmoe"}
     compare(plain, floats, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["ct w4a16", "deepseek"])
+def test_layers_behind_the_last_may_be_stored_otherwise(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What guesses further tokens is often left as floats, and the model has no place for it."""
+    folders = write_folders(tmp_path, "tiny-deepseek-v3", CASES[case])
+    more = {
+        name.replace("layers.1.", "layers.2."): tensor
+        for name, tensor in read_tensors(folders.floats).items()
+        if "layers.1." in name
+    }
+    longer = write_folder(tmp_path / "longer", folders.packed, read_tensors(folders.packed) | more)
+    model, same = (fusedmoe.from_pretrained(f, options=REFERENCE) for f in (longer, folders.packed))
+    with torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, same(PROMPT).logits)
+    assert main(["inspect", str(longer)]) == 0
+    assert "would not load" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

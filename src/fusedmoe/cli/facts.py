@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError
+from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError, read_quantization_config
 from fusedmoe.weights.families import (
     EXPERT_PARTS,
     CheckpointFamily,
@@ -83,7 +83,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         family=family,
         sizes=sizes,
         activation=_activation(config),
-        quant_method=_quant_method(config),
+        quant_method=_quant_method(checkpoint),
         layers_in_files=_layers_in_files(checkpoint),
     )
 
@@ -113,9 +113,9 @@ def _activation(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _quant_method(config: dict[str, Any]) -> str | None:
-    quantization = config_value(config, ("quantization_config",))
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+def _quant_method(checkpoint: Checkpoint) -> str | None:
+    found = read_quantization_config(checkpoint.folder, checkpoint.config) or {}
+    method = found.get("quant_method")
     return method if isinstance(method, str) else None
 
 

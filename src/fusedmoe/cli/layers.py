@@ -80,7 +80,7 @@ def _name_dialects(
         for layer in found.values():
             layer.problem = str(error)
         return
-    for key, stored in experts.layers.items():
+    for key, stored in experts.model_layers.items():
         layer = found[key]
         try:
             schemes = experts.schemes(stored)

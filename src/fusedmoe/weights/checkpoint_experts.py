@@ -17,6 +17,7 @@ from fusedmoe.weights.families import (
     CheckpointFamily,
     Part,
     family_of,
+    read_sizes,
 )
 from fusedmoe.weights.param_spec import ShardId
 
@@ -108,6 +109,17 @@ class CheckpointExperts:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from None
         return cls(checkpoint, family, quantization, layers)
+
+    @property
+    def model_layers(self) -> dict[tuple[str, int], ExpertLayer]:
+        """Without those behind the model's last, which guess further tokens.
+
+        They may be stored as floats where all others are quantized, and no list says so.
+        """
+        count = read_sizes(self.checkpoint.config).num_layers
+        if count is None:
+            return self.layers
+        return {key: layer for key, layer in self.layers.items() if layer.number < count}
 
     def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
         """How ``layer`` is stored; None: as floats. CheckpointError where its matrices differ."""

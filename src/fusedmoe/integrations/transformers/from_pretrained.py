@@ -150,7 +150,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
 
     if family_of(checkpoint.config) is not None:
         experts = CheckpointExperts.read(checkpoint)
-        for layer in experts.layers.values():
+        for layer in experts.model_layers.values():
             experts.check(layer, None)
     register()
     folder = checkpoint.folder

@@ -23,7 +23,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 
 class Source(Protocol):
-    """``where`` is for messages; ``layers`` by (prefix, number)."""
+    """``where`` is for messages; ``layers`` are the model's, by (prefix, number)."""
 
     @property
     def where(self) -> Path: ...
@@ -82,7 +82,7 @@ class FolderSource:
         # Of all experts in one tensor: [E, in, out] in some families, which ours are not.
         self._turned = {
             tensor.name
-            for layer in self.layers.values()
+            for layer in experts.layers.values()
             for tensor in layer.tensors
             if experts.family.fused_in_out
             and tensor.expert is None
@@ -96,7 +96,7 @@ class FolderSource:
 
     @property
     def layers(self) -> Mapping[tuple[str, int], ExpertLayer]:
-        return self.experts.layers
+        return self.experts.model_layers
 
     def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
         schemes = self.experts.schemes(layer)
@@ -131,7 +131,7 @@ class FolderSource:
 
     def rest(self, dtype: torch.dtype) -> dict[str, Any]:
         """Raises CheckpointError for what lacks its scale."""
-        of_experts = {t.name for layer in self.layers.values() for t in layer.tensors}
+        of_experts = {t.name for layer in self.experts.layers.values() for t in layer.tensors}
         names = [name for name in self.experts.checkpoint.tensors if name not in of_experts]
         matrices = self._matrices(names)
         taken = {name for _, found in matrices.values() for name in found.values()}

@@ -17,6 +17,7 @@ import torch
 from fusedmoe.quantization.dialects.base import (
     CheckpointQuantization,
     Leaves,
+    Rule,
     Scheme,
 )
 from fusedmoe.quantization.dialects.compressed_tensors_integers import (
@@ -48,6 +49,7 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     MXFP4_DYNAMIC,
+    MXFP6_E2M3_DYNAMIC,
     MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
     PER_ROW,
@@ -59,6 +61,10 @@ from fusedmoe.quantization.keys import (
 from fusedmoe.quantization.quant_format import QuantFormat
 
 _LINEAR = ("Linear", "FusedMoE")
+_PACKINGS = (
+    *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,7 @@ class CompressedTensorsQuantization(CheckpointQuantization):
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> CompressedTensorsQuantization:
+        _check_whole(config)
         found = []
         for name, group in section(config, "config_groups").items():
             if not isinstance(group, dict):
@@ -98,6 +105,17 @@ class CompressedTensorsQuantization(CheckpointQuantization):
             if (rank := [r for target in targets if (r := _rank(target, module)) is not None])
         ]
         return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
+
+
+def _check_whole(config: dict[str, Any]) -> None:
+    """ValueError for what would change the numbers beside the formats of the weights."""
+    if section(section(config, "transform_config"), "config_groups"):
+        raise ValueError(
+            "quantization_config: rotated activations (transform_config) are not known"
+        )
+    sparse = section(config, "sparsity_config")
+    for settings, *known in ((sparse, None, "dense"), (config, None, *_PACKINGS)):
+        one_of(settings, "format", *known)
 
 
 def _rank(target: str, module: str) -> int | None:
@@ -157,37 +175,57 @@ def _group(weights: dict[str, Any]) -> GroupShape:
 
 
 def _fp8(group: GroupShape, inputs: dict[str, Any]) -> Scheme:
-    static = bool(inputs) and not inputs.get("dynamic", False)
+    activation = _activation(inputs)
     rules = [
         plain_weight_rule("weight", torch.float8_e4m3fn),
         scale_rule("weight_scale", group, torch.float32),
         BIAS,
     ]
-    if static:
-        rules.append(scalar_rule("input_scale", "input_scale"))
     return Scheme(
         dialect=DIALECT,
         format=QuantFormat(element="e4m3", group=group),
-        activation=_fp8_activation(inputs, static),
-        rules=tuple(rules),
+        activation=activation,
+        rules=(*rules, *_scales_of(activation)),
         ignored=IGNORED,
     )
 
 
-def _fp8_activation(inputs: dict[str, Any], static: bool) -> QuantKey | None:
+def _activation(inputs: dict[str, Any]) -> QuantKey | None:
+    """What ``input_activations`` say; ValueError for a combination that is not known."""
     if not inputs:
         return None
-    group = _group(inputs) if inputs.get("strategy") != "token" else PER_ROW
+    one_of(inputs, "type", "float")
+    bits, dynamic = integer(inputs, "num_bits", 8), bool(inputs.get("dynamic", False))
+    group = PER_ROW if inputs.get("strategy") == "token" else _group(inputs)
+    in_groups = {
+        (4, 16): NVFP4_DYNAMIC,  # of the second scale, too
+        (4, 32): MXFP4_DYNAMIC,
+        (6, 32): MXFP6_E2M3_DYNAMIC,
+    }.get((bits, group.col))
+    if in_groups is not None:
+        return in_groups
+    if bits != 8 or group.row > 1 or (group.col > 0 and not dynamic):
+        raise ValueError(
+            f"quantization_config: unknown scheme: {bits}-bit float activations per "
+            f"{inputs.get('strategy')} of {inputs.get('group_size')}"
+        )
     if group.col > 0:
-        return fp8_dynamic_group(group.col)
-    if static and group != PER_TENSOR:
+        return MXFP8_DYNAMIC if _is_mx(inputs) else fp8_dynamic_group(group.col)
+    if not dynamic and group != PER_TENSOR:
         raise ValueError("quantization_config: static activation scales must be per tensor")
     if group == PER_TENSOR:
-        return FP8_STATIC_TENSOR if static else FP8_DYNAMIC_TENSOR
+        return FP8_DYNAMIC_TENSOR if dynamic else FP8_STATIC_TENSOR
     return FP8_DYNAMIC_TOKEN
 
 
+def _scales_of(activation: QuantKey | None) -> tuple[Rule, ...]:
+    """The rule for scales of activations that are stored."""
+    stored = activation is not None and activation.static
+    return (scalar_rule("input_scale", "input_scale"),) if stored else ()
+
+
 def _nvfp4(inputs: dict[str, Any]) -> Scheme:
+    activation = _activation(inputs)
     return Scheme(
         dialect=DIALECT,
         format=QuantFormat(
@@ -196,7 +234,7 @@ def _nvfp4(inputs: dict[str, Any]) -> Scheme:
             scale_dtype=torch.float8_e4m3fn,
             second_scale=True,
         ),
-        activation=NVFP4_DYNAMIC if inputs else None,
+        activation=activation,
         rules=(
             plain_weight_rule("weight_packed", torch.uint8, values=2),
             e4m3_scale_rule("weight_scale", 16),
@@ -204,6 +242,7 @@ def _nvfp4(inputs: dict[str, Any]) -> Scheme:
             # Activations get scales of their own as they come.
             scalar_rule("input_global_scale", "", inverse=True, optional=True),
             BIAS,
+            *_scales_of(activation),
         ),
         ignored=IGNORED,
     )
@@ -218,16 +257,13 @@ def _mx(element: str, inputs: dict[str, Any]) -> Scheme:
             "weight_packed", torch.uint8, stored=format_.type.stored, values=format_.values
         )
     )
-    activation: QuantKey | None = None
-    if inputs:
-        bits, columns = integer(inputs, "num_bits", 8), inputs.get("group_size")
-        activation = {4: MXFP4_DYNAMIC, 8: MXFP8_DYNAMIC}.get(bits)
-        if columns != 32:
-            activation = fp8_dynamic_group(columns) if columns else FP8_DYNAMIC_TOKEN
+    activation = _activation(inputs)
+    if activation == fp8_dynamic_group(32):
+        activation = MXFP8_DYNAMIC  # older configurations leave the scales' dtype out
     return Scheme(
         dialect=DIALECT,
         format=format_,
         activation=activation,
-        rules=(weight, e8m0_rule("weight_scale", 32), BIAS),
+        rules=(weight, e8m0_rule("weight_scale", 32), BIAS, *_scales_of(activation)),
         ignored=IGNORED,
     )

@@ -54,7 +54,9 @@ def integer_scheme(
         )
     symmetric = flag(weights, "symmetric", True)
     packed = "weight_packed" in leaves or (packing == "pack-quantized" and "weight" not in leaves)
-    act_order = packed and "weight_g_idx" in leaves and group.col > 0
+    ordered = one_of(weights, "actorder", None, False, True, "weight", "static", "group", "dynamic")
+    needs_index = ordered is True or ordered in ("group", "dynamic")
+    act_order = packed and group.col > 0 and (needs_index or "weight_g_idx" in leaves)
     scale_dtype = leaves.get("weight_scale", torch.float32)
     rules = [
         Rule(

@@ -76,11 +76,14 @@ class Fp8Quantization(CheckpointQuantization):
         sizes = sizes_of(config, "weight_block_size", 2)
         mx = method == "mxfp8" or sizes == (1, 32)
         one_of(config, "fmt", None, "e4m3", "float8_e4m3fn")
+        static = one_of(config, "activation_scheme", None, "dynamic", "static") == "static"
+        if static and (sizes or mx):
+            raise ValueError("quantization_config: blocks have dynamic activations, not static")
         default = "weight_scale_inv" if sizes or mx else "weight_scale"
         return cls(
             dialect="mxfp8" if mx else "fp8",
             block=GroupShape(*sizes) if sizes and not mx else None,
-            static=one_of(config, "activation_scheme", None, "dynamic", "static") == "static",
+            static=static,
             ue8m0=one_of(config, "scale_fmt", None, "ue8m0", "float32", "fp32") == "ue8m0",
             mx=mx,
             fp4_experts=config.get("expert_dtype") == "fp4",

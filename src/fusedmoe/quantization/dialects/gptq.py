@@ -64,7 +64,10 @@ class GptqQuantization(CheckpointQuantization):
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> GptqQuantization:
-        stored = one_of(config, "checkpoint_format", None, "gptq", "gptq_v2")
+        key = "checkpoint_format" if "checkpoint_format" in config else "format"
+        stored = one_of(config, key, None, "gptq", "gptq_v2")
+        if flag(config, "is_marlin_format", False):
+            raise ValueError("quantization_config: weights in the layout of one kernel (marlin)")
         return cls(
             **_settings(config, {}),
             version=2 if stored == "gptq_v2" else 1,
