@@ -1,7 +1,7 @@
 """Tiles of the 8-bit decode on Hopper against each other, from router logits, in turns.
 
     PYTHONPATH=src python benchmarks/w8a8_variants.py [--shapes qwen3-30b] [--formats fp8_block]
-        [--tokens 1 8 64] [--routing balanced] [--variants chosen roles ...] [--timeline]
+        [--tokens 1 8 64] [--routing balanced] [--variants chosen one_ring ...] [--timeline]
 
 Prints microseconds, the share of the limit (``quantized_layer``) and whether the bits are those of
 the tiles that ``tuning.w8a8_tiles`` chooses. ``--timeline``: when each launch of a layer begins and
@@ -34,16 +34,11 @@ from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.w8a8_tiles import StreamTile, StreamTiles
 
 REPEATS = 30
-# rows, valid, depth, span of 8 slots, stages, programs, roles
-VARIANTS: dict[str, tuple[int, int, int, int, int, int, bool]] = {
-    "two_rings": (128, 64, 2, 8, 3, 2, False),
-    "one_ring": (256, 128, 2, 8, 3, 1, False),
-    "four_rings": (64, 32, 1, 4, 6, 4, False),
-    "roles": (128, 64, 2, 8, 6, 1, True),
-    "roles_48": (128, 48, 2, 8, 6, 1, True),
-    "roles_32": (128, 32, 2, 8, 6, 1, True),
-    "roles_steps": (128, 64, 1, 8, 12, 1, True),
-    "roles_large": (256, 128, 2, 4, 3, 1, True),
+# rows, valid, depth, span of 8 slots, stages, programs
+VARIANTS: dict[str, tuple[int, int, int, int, int, int]] = {
+    "two_rings": (128, 64, 2, 8, 3, 2),
+    "one_ring": (256, 128, 2, 8, 3, 1),
+    "short_stages": (256, 128, 1, 8, 6, 1),
 }
 
 
@@ -53,9 +48,9 @@ def tiles(name: str, slots: int) -> StreamTiles | None:
         return None
     found = []
     for part in (name.split("+") * 2)[:2]:
-        rows, valid, depth, span, stages, programs, roles = VARIANTS[part]
+        rows, valid, depth, span, stages, programs = VARIANTS[part]
         span = max(depth, span * 8 // slots)
-        found.append(StreamTile(rows, valid, slots, depth, span, stages, programs, roles))
+        found.append(StreamTile(rows, valid, slots, depth, span, stages, programs))
     return StreamTiles(*found)
 
 

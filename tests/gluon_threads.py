@@ -140,8 +140,10 @@ class Program(threading.local):
 PROGRAM = Program()
 
 
-def tma_copy(matrix: Matrix, at: list[Any], bar: Barrier, to: Shared) -> None:
+def tma_copy(matrix: Matrix, at: list[Any], bar: Barrier, to: Shared, pred: Any = True) -> None:
     row, column = (int(x) for x in at)
+    if not pred:
+        return
 
     def arrive() -> None:
         time.sleep(random.random() * 2e-3)
@@ -227,6 +229,7 @@ LANGUAGE: dict[str, Any] = {
     "minimum": pick(torch.minimum), "maximum": pick(torch.maximum),
     "expand_dims": lambda x, axis: x.unsqueeze(axis), "static_range": range,
     "reshape": lambda x, shape: x.reshape(shape), "permute": lambda x, order: x.permute(order),
+    "sum": lambda x, axis: block(x.sum(axis).to(x.dtype)),
     "split": lambda x: (x[..., 0], x[..., 1]), "convert_layout": lambda x, layout: x,
     "thread_barrier": lambda: None, "allocate_shared_memory": allocate,
     "warp_specialize": specialize, "SliceLayout": lambda *a: None,
@@ -234,7 +237,8 @@ LANGUAGE: dict[str, Any] = {
 }  # fmt: skip
 MBARRIER = types.SimpleNamespace(
     MBarrierLayout=lambda: "barriers", init=init, wait=lambda bar, phase: bar.wait(phase),
-    expect=lambda bar, size: bar.move(1, size), arrive=lambda bar, count: bar.move(count, 0),
+    expect=lambda bar, size, pred=True: bar.move(1, size) if pred else None,
+    arrive=lambda bar, count, pred=True: bar.move(count, 0) if pred else None,
 )  # fmt: skip
 
 
@@ -249,6 +253,45 @@ INSTEAD: dict[str, Any] = {
     "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
     "fence_async_shared": lambda: None,
 }  # fmt: skip
+
+
+def largest_magnitude(x: torch.Tensor, axis: int) -> Block:
+    return block(x.abs().amax(axis))
+
+
+def scale_from(amax: torch.Tensor, dtype: torch.dtype, e8m0: bool, floor: float) -> Block:
+    return block(amax.clamp(min=floor) / (127.0 if dtype == torch.int8 else 448.0))
+
+
+def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Block:
+    ratio = x * (1.0 / scale)
+    if dtype == torch.int8:
+        return block(ratio.round().clamp(-128, 127).to(dtype))
+    return block(torch.Tensor.to(ratio.clamp(-448, 448), dtype))
+
+
+def local_expert(ids: Any, table: Any, num_mapped: int, num_local: int) -> Block:
+    ids = torch.as_tensor(ids).long()
+    if table is not None:
+        inside = (ids >= 0) & (ids < num_mapped)
+        ids = torch.where(inside, table.memory.long()[torch.where(inside, ids, 0)], -1)
+    return block(torch.where((ids >= 0) & (ids < num_local), ids, -1).int())
+
+
+# What kernels with rows of 8 bits call.
+ROUNDING: dict[str, Any] = {
+    "hopper_activation": lambda formula, gate, up, *_: block(
+        torch.nn.functional.silu(gate.float()) * up
+    ),
+    "float_scale": lambda x: x.float(),
+    "largest_magnitude": largest_magnitude,
+    "scale_from": scale_from,
+    "scale_of": lambda x, axis, dtype, e8m0: scale_from(x.abs().amax(axis), dtype, e8m0, 1e-10),
+    "quantized": quantized,
+    "local_expert": local_expert,
+    "bytes_of": lambda dtype: dtype.itemsize,
+    "plain_activation": lambda formula, x: block(torch.relu(x) ** 2),
+}
 
 
 def interpreted(function: Any, instead: dict[str, Any]) -> Any:

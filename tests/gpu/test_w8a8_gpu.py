@@ -53,7 +53,6 @@ LAYERS = {
 }
 TILES = [
     *(StreamTile(128, 64, 8, 2, 8, 3, 2), StreamTile(128, 64, 8, 1, 8, 6, 2)),
-    *(StreamTile(128, 64, 8, 2, 8, 6, 1, True), StreamTile(128, 32, 8, 1, 4, 9, 1, True)),
     *(StreamTile(256, 128, 8, 2, 8, 3, 1), StreamTile(128, 48, 8, 2, 2, 2, 2)),
 ]
 

@@ -126,7 +126,7 @@ from fusedmoe.kernels.triton import hopper_w8a8
 from fusedmoe.kernels.triton.hopper_w8a8 import Rows
 from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.tuning.w8a8_tiles import StreamTile, stream_tiles
+from fusedmoe.tuning.w8a8_tiles import stream_tiles
 
 TYPES = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32",
          torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
@@ -165,7 +165,6 @@ def compile_as_launched(kernel):
 
 
 hopper_w8a8._launch_gemm = compile_as_launched(hopper_w8a8.gemm_kernel)
-hopper_w8a8._launch_roles = compile_as_launched(hopper_w8a8.roles_kernel)
 
 T, K, E, H, I = 4, 2, 3, 256, 128
 ids = torch.zeros(T * K, dtype=torch.int32)
@@ -197,12 +196,11 @@ for name, rounding, act, mean in (
     if rounding == "stored":
         rows = Rows.stored(QuantizedRows(x.to(w.data.dtype), scale), K)
     chosen = stream_tiles(mean * 64, 64, 2048, 768)
-    chosen = chosen.gemm1 if act else chosen.gemm2
-    for tile in (chosen, StreamTile(128, 64, chosen.slots, 2, 64 // chosen.slots, 5, 1, True)):
-        limit[0] = 113 if tile.programs == 2 else 227
-        hopper_w8a8.gemm(
-            rows, w, out, None, act, table, weight_addresses(w), tile, 132,
-            largest=largest if act else None, early=act is None, guess=act is not None)
+    tile = chosen.gemm1 if act else chosen.gemm2
+    limit[0] = 113 if tile.programs == 2 else 227
+    hopper_w8a8.gemm(
+        rows, w, out, None, act, table, weight_addresses(w), tile, 132,
+        largest=largest if act else None, early=act is None, guess=act is not None)
 print("compiled")
 """
 

@@ -19,8 +19,9 @@ from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.hopper_tiles import DirectTiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
-from fusedmoe.tuning.w8a8_tiles import StreamTiles, stream_tiles
+from fusedmoe.tuning.w8a8_tiles import StreamTiles, direct_stream_tiles, stream_tiles
 
 STEP = 128
 
@@ -59,7 +60,7 @@ def w8a8_decode(
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
-    tiles: StreamTiles | None = None,
+    tiles: StreamTiles | DirectTiles | None = None,
     programs: int,
 ) -> None:
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
@@ -87,15 +88,51 @@ def w8a8_decode(
         return
     if topk_ids.numel() == 0:
         return
+    if tiles is None:
+        tiles = _tiles(x, w2, keys, topk_ids, expert_map)
+    act_on = device_activation(activation, activation_config)
+    if isinstance(tiles, DirectTiles):
+        from fusedmoe.kernels.triton.hopper_w8a8_direct import Rounding, direct
+
+        first, second = (
+            Rounding(_rounding(key), scale, key.scale_kind == "e8m0")
+            for key, scale in zip(keys, scales, strict=True)
+        )
+        direct(
+            x, w1, w2, (first, second), topk_weights, topk_ids, out, act, act_on, w1_bias, w2_bias,
+            expert_map, tiles, programs,
+        )  # fmt: skip
+        return
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
-    tiles = tiles or stream_tiles(topk_ids.numel(), *w2.shape)
     _two_gemms(
-        rows, w1, w2, keys, scales, topk_ids, act, y,
-        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, tiles,
+        rows, w1, w2, keys, scales, topk_ids, act, y, act_on, w1_bias, w2_bias, expert_map, tiles,
         programs,
     )  # fmt: skip
     weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
+
+
+def _tiles(
+    x: torch.Tensor,
+    w2: QuantizedTensor,
+    keys: tuple[QuantKey, QuantKey],
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> StreamTiles | DirectTiles:
+    """A token or two are rounded on their way, where that takes no scale of all rows together."""
+    experts = w2.shape[0] if expert_map is None else expert_map.shape[0]
+    direct = None
+    if x.dtype == torch.bfloat16 and all(_rounding(key) for key in keys):
+        (T, K), (_, H, I) = topk_ids.shape, w2.shape  # noqa: E741
+        direct = direct_stream_tiles(T, K, experts, H, I)
+    return direct or stream_tiles(topk_ids.numel(), *w2.shape)
+
+
+def _rounding(key: QuantKey) -> str:
+    """As in ``hopper_w8a8_direct``; empty for one scale of all rows."""
+    if key.static:
+        return "given"
+    return {PER_TOKEN: "row", PER_TENSOR: ""}.get(key.group_shape, "group")
 
 
 def _two_gemms(
@@ -164,7 +201,7 @@ def w8a8_decode_reference(
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
-    tiles: StreamTiles | None = None,
+    tiles: StreamTiles | DirectTiles | None = None,
     programs: int,
 ) -> None:
     """The definition, in plain torch."""

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from fusedmoe.tuning.hopper_tiles import (
+    MAX_DIRECT_PICKS,
+    MAX_DIRECT_SLOTS,
+    SHARED_BYTES,
+    DirectTiles,
+    even_width,
+)
+
 MULTIPROCESSORS = 132
+STEP = 128  # columns of a product, bytes of a row
+MAX_DIRECT_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +25,6 @@ class StreamTile:
 
     A stage holds ``depth`` steps of 128 columns, 1 or 2, and ``stages`` are in flight; ``span``
     steps of the slots' rows are brought to shared memory at once. ``programs`` per multiprocessor.
-    ``roles``: warps of their own fill the ring and bring the rows.
     """
 
     rows: int
@@ -25,7 +34,6 @@ class StreamTile:
     span: int
     stages: int
     programs: int
-    roles: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 64), ("slots", 8), ("span", 1)):
@@ -85,3 +93,41 @@ def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
     if mostly_full and tiles >= 4 * MULTIPROCESSORS:
         return StreamTile(256, 128, slots, 2, 8, 3, 1)
     return StreamTile(128, 64, slots, 2, span, 3, 2)
+
+
+def direct_stream_tiles(
+    T: int,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+) -> DirectTiles | None:
+    """Tiles for one token of K picks, or two that rarely share one of E experts; None where there
+    are more of them, or rows so long that shared memory cannot hold all of their steps."""
+    R, longest = T * K, STEP * MAX_DIRECT_STEPS
+    if T > 2 or (T == 2 and E < 16 * K) or max(H, I) > longest:
+        return None
+    if R > MAX_DIRECT_SLOTS or K > MAX_DIRECT_PICKS:
+        return None
+    picks = 1 << (K - 1).bit_length()
+    up = even_width(R, I, (16, 32, 48, 64))
+    up_rows = 32 if up <= 32 else 64
+    down = even_width(T, H, tuple(range(8, 128 // picks + 1, 8)))
+    down_rows = max(64, (1 << (down - 1).bit_length()) * picks)
+    return DirectTiles(
+        up_rows,
+        up,
+        _direct_stages(2 * up_rows, 8, H),
+        down_rows,
+        down,
+        _direct_stages(down_rows, max(8, picks), I),
+        STEP,
+    )
+
+
+def _direct_stages(rows: int, slots: int, columns: int) -> int:
+    """Stages of a ring beside the rows' steps, all scales, and what the epilogue exchanges."""
+    steps = -(-columns // STEP)
+    padded = 1 << (steps - 1).bit_length()
+    other = padded * (slots * (STEP + 4) + rows * 4) + rows * slots * 4 + 4096
+    return (SHARED_BYTES - other) // (rows * STEP)

@@ -21,6 +21,11 @@ def everywhere(SLOTS, num_warps):
     return gl.BlockedLayout([SLOTS], [32], [num_warps], [0])
 
 
+@gluon.constexpr_function
+def bytes_of(dtype):
+    return dtype.primitive_bitwidth // 8
+
+
 @gluon.jit
 def load_experts(ids, sizes, SLOTS: gl.constexpr):
     ids_ptr, map_ptr = ids

@@ -8,6 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.hopper_common import next_stage, next_step
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
+    bytes_of,
     load_experts,
     multiply,
     open_ring,
@@ -25,11 +26,12 @@ def load_down(
     TILES: gl.constexpr = (H + VALID - 1) // VALID
     BK: gl.constexpr = ring.shape[2]
     BOX: gl.constexpr = desc.block_shape[0]
+    BYTES: gl.constexpr = VALID * BK * bytes_of(ring.dtype)
     for pick in gl.static_range(PICKS):
         expert = pick_out(experts, task // TILES * PICKS + pick)
         live = expert >= 0
         row = expert * H + task % TILES * VALID
-        mbarrier.expect(bar, VALID * BK * 2, pred=live)
+        mbarrier.expect(bar, BYTES, pred=live)
         mbarrier.arrive(bar, count=1, pred=expert < 0)
         for i in gl.static_range(VALID // BOX):
             part = ring.index(stage).slice(pick * SHARE + i * BOX, BOX, 0)

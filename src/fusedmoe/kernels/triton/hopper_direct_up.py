@@ -9,6 +9,7 @@ from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, load_bias, next_stage
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
+    bytes_of,
     live_task,
     load_experts,
     multiply,
@@ -31,8 +32,9 @@ def up_producer(
     GATED: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    low_desc, high_desc, x_desc = descs
-    ring, x_ring = rings
+    """Fill the rings: (weights, rows of x) by (low, high, x), or weights alone."""
+    low_desc, high_desc = descs[0], descs[1]
+    ring = rings[0]
     full, empty = bars
     STAGES: gl.constexpr = ring.shape[0]
     TILE: gl.constexpr = ring.shape[1] // 2
@@ -40,6 +42,8 @@ def up_producer(
     BOX: gl.constexpr = low_desc.block_shape[0]
     WIDE: gl.constexpr = VALID if GATED else 2 * VALID
     BELOW: gl.constexpr = 0 if GATED else VALID
+    BYTES: gl.constexpr = BK * bytes_of(ring.dtype)
+    X_ROWS: gl.constexpr = rings[1].shape[1] if len(rings) == 2 else 0
     tasks = sizes[0] * TILES
     programs = gl.num_programs(0)
 
@@ -54,14 +58,16 @@ def up_producer(
         for k in range(KSTEPS):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, (2 * VALID + x_ring.shape[1]) * BK * 2)
+            mbarrier.expect(bar, (2 * VALID + X_ROWS) * BYTES)
             for i in gl.static_range(VALID // BOX):
                 low = ring.index(stage).slice(i * BOX, BOX, 0)
                 high = ring.index(stage).slice(TILE + i * BOX, BOX, 0)
                 at = row + i * BOX
                 tma.async_copy_global_to_shared(low_desc, [at, k * BK], bar, low)
                 tma.async_copy_global_to_shared(high_desc, [at + BELOW, k * BK], bar, high)
-            tma.async_copy_global_to_shared(x_desc, [0, k * BK], bar, x_ring.index(stage))
+            if len(rings) == 2:
+                x_stage = rings[1].index(stage)
+                tma.async_copy_global_to_shared(descs[2], [0, k * BK], bar, x_stage)
             stage, phase = next_stage(stage, phase, STAGES)
         task = live_task(task + programs, tasks, experts, programs, TILES)
 

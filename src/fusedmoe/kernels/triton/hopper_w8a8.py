@@ -16,7 +16,6 @@ from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
 from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import gemm_kernel
-from fusedmoe.kernels.triton.hopper_w8a8_roles import roles_kernel
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
 
@@ -24,7 +23,6 @@ from fusedmoe.tuning.w8a8_tiles import StreamTile
 MAX_REGISTERS = 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)
-_launch_roles = HopperLauncher(roles_kernel)
 
 
 class Rows(NamedTuple):
@@ -75,8 +73,7 @@ def gemm(
     columns = w.format.group.col
     group = columns if 0 < columns < D else 0
     by_groups = group > 0 or x.rounding == "group" or x.strides[2] > 0
-    launch = _launch_roles if tile.roles else _launch_gemm
-    launch(
+    _launch_gemm(
         programs * tile.programs,
         (low, high),
         (

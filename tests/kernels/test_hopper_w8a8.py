@@ -1,5 +1,5 @@
-"""The streaming kernels of 8 bits on a CPU, role by role: tables guessed right and wrong, more
-tasks than programs, odd sizes, every way rows are rounded."""
+"""The streaming kernel of 8 bits on a CPU: tables guessed right and wrong, more tasks than
+programs, odd sizes, every way rows are rounded."""
 
 import pytest
 import torch
@@ -21,36 +21,9 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 from fusedmoe.tuning.w8a8_tiles import StreamTile
-from gluon_threads import Matrix, block, run
+from gluon_threads import ROUNDING, Matrix, run
 
 E = 4
-
-
-def largest_magnitude(x, axis):
-    return block(x.abs().amax(axis))
-
-
-def scale_from(amax, dtype, e8m0, floor):
-    return block(amax.clamp(min=floor) / (127.0 if dtype == torch.int8 else 448.0))
-
-
-def quantized(x, scale, dtype):
-    ratio = x * (1.0 / scale)
-    if dtype == torch.int8:
-        return block(ratio.round().clamp(-128, 127).to(dtype))
-    return block(torch.Tensor.to(ratio.clamp(-448, 448), dtype))
-
-
-INSTEAD = {
-    "hopper_activation": lambda formula, gate, up, *_: block(
-        torch.nn.functional.silu(gate.float()) * up
-    ),
-    "float_scale": lambda x: x.float(),
-    "largest_magnitude": largest_magnitude,
-    "scale_from": scale_from,
-    "scale_of": lambda x, axis, dtype, e8m0: scale_from(x.abs().amax(axis), dtype, e8m0, 1e-10),
-    "quantized": quantized,
-}
 
 
 @pytest.fixture
@@ -60,7 +33,7 @@ def launched(monkeypatch):
     def launcher(kernel):
         def launch(programs, matrices, tensors, numbers, constants, **options):
             views = [Matrix(view, launched.weights) for view in matrices]
-            run(kernel, 3, (*views, *tensors, *numbers, *constants), INSTEAD)
+            run(kernel, 3, (*views, *tensors, *numbers, *constants), ROUNDING)
 
         return launch
 
@@ -68,7 +41,6 @@ def launched(monkeypatch):
         pass
 
     monkeypatch.setattr(hopper_w8a8, "_launch_gemm", launcher(hopper_w8a8.gemm_kernel))
-    monkeypatch.setattr(hopper_w8a8, "_launch_roles", launcher(hopper_w8a8.roles_kernel))
     return launched
 
 
@@ -85,11 +57,9 @@ ROUTES = {
     "nobody": torch.full((5,), -1),
 }
 TILES = {
-    "roles": StreamTile(128, 64, 8, 2, 2, 2, 1, True),
-    "roles_by_steps": StreamTile(128, 64, 8, 1, 4, 3, 1, True),
-    "roles_part": StreamTile(128, 48, 8, 2, 2, 3, 1, True),
-    "in_step": StreamTile(256, 128, 8, 2, 2, 3, 1),
-    "in_step_part": StreamTile(128, 48, 8, 1, 2, 3, 1),
+    "whole": StreamTile(256, 128, 8, 2, 2, 3, 1),
+    "by_steps": StreamTile(128, 64, 8, 1, 4, 3, 1),
+    "part": StreamTile(128, 48, 8, 1, 2, 3, 1),
 }
 
 
@@ -127,7 +97,6 @@ def test_up(route, tile, launched):
     assert not found[~live].any()
 
 
-@pytest.mark.parametrize("tile", ["roles", "in_step"])
 @pytest.mark.parametrize(
     ("fmt", "key"),
     [
@@ -136,9 +105,9 @@ def test_up(route, tile, launched):
     ],
     ids=str,
 )
-def test_up_with_scales_of_rows(fmt, key, tile, launched):
+def test_up_with_scales_of_rows(fmt, key, launched):
     ids = ROUTES["one_expert_idle"].int()[:, None]
-    out, expected, _ = up(fmt, key, ids, TILES[tile], launched)
+    out, expected, _ = up(fmt, key, ids, TILES["whole"], launched)
     torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
 
 

@@ -1,0 +1,104 @@
+"""One or two tokens with both operands in 8 bits: ``hopper_direct``, whose rows are rounded on the
+way.
+
+The two launches, roles and tasks are those of ``hopper_direct``. There are so few rows that all of
+their steps lie in shared memory: the consumers round them there while the first weights are on
+their way. Products of 128 columns are added up in fp32 with their scales, as in
+``hopper_w8a8_gemm``.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
+from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
+from fusedmoe.kernels.triton.hopper_w8a8_direct_down import down_kernel
+from fusedmoe.kernels.triton.hopper_w8a8_direct_up import up_kernel
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.hopper_tiles import DirectTiles
+
+# Of the eight warps that a program has, alone on its multiprocessor.
+MAX_REGISTERS = 168
+
+_launch_up = HopperLauncher(up_kernel)
+_launch_down = HopperLauncher(down_kernel)
+
+
+class Rounding(NamedTuple):
+    """How rows are rounded: by ``group``s of 128 columns, each ``row`` by its largest magnitude, or
+    by a ``given`` scale."""
+
+    how: str
+    scale: torch.Tensor | None
+    e8m0: bool
+
+
+def direct(
+    x: torch.Tensor,
+    w1: QuantizedTensor,
+    w2: QuantizedTensor,
+    roundings: tuple[Rounding, Rounding],
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    act: torch.Tensor,
+    activation: DeviceActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    tiles: DirectTiles,
+    programs: int,
+) -> None:
+    """Launch both kernels; arguments are those of ``kernels.hopper_w8a8``, checked there."""
+    e, H, I = w2.shape  # noqa: E741
+    T, K = topk_ids.shape
+    R = T * K
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    slots = max(2, 1 << (R - 1).bit_length())
+    picks = 1 << (K - 1).bit_length()
+    low, high, desc_rows = weight_descriptors(w1, tiles.up_box)
+    shard_step, row_step, *of_scales = weight_addresses(w1)[2:]
+    _launch_up(
+        programs,
+        (low, high),
+        (x, roundings[0].scale, w1.scale, w1_bias, act, topk_ids, expert_map),
+        (
+            R, num_mapped, e, desc_rows, x.stride(0), *of_scales, shard_step, row_step,
+            activation.limit, activation.alpha, activation.beta,
+        ),
+        (
+            I, H, K, roundings[0].how, *_sums(w1, roundings[0]), roundings[0].e8m0,
+            activation.formula, activation.gated, slots, tiles.up_rows, tiles.up_valid, 8,
+            tiles.up_stages,
+        ),
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    desc, _, _ = weight_descriptors(w2, tiles.down_box)
+    _, row_step, *of_scales = weight_addresses(w2)[2:]
+    _launch_down(
+        programs,
+        (desc,),
+        (act, roundings[1].scale, w2.scale, w2_bias, topk_weights, out, topk_ids, expert_map),
+        (out.stride(0), R, num_mapped, e, *of_scales[:2], *of_scales[3:], row_step),
+        (
+            H, I, K, roundings[1].how, *_sums(w2, roundings[1]), roundings[1].e8m0, slots,
+            tiles.down_rows, tiles.down_rows // picks, tiles.down_valid, max(8, picks),
+            tiles.down_stages,
+        ),
+        num_warps=4,
+        maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+
+
+def _sums(w: QuantizedTensor, rounding: Rounding) -> tuple[bool, int]:
+    """Whether products are added up by steps, and how many columns share a weight's scale, 0: all.
+
+    int8 sums are exact; where rows have one scale, they run through.
+    """
+    columns, D = w.format.group.col, w.shape[2]
+    group = columns if 0 < columns < D else 0
+    return w.format.element != "int8" or group > 0 or rounding.how == "group", group

@@ -1,0 +1,121 @@
+"""What both kernels of ``hopper_w8a8_direct`` do: all steps of their few rows in shared memory, and
+the products of a task with them."""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_w8a8_gemm import scaled
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, load_span, put_span, span_layout
+from fusedmoe.kernels.triton.quantize import largest_magnitude
+
+
+@gluon.constexpr_function
+def padded(steps):
+    """Steps of the rows' and scales' buffers: a power of two."""
+    return 1 << (steps - 1).bit_length()
+
+
+@gluon.constexpr_function
+def steps_at_once(steps, rows):
+    """As many steps of the rows as four warps hold in registers beside what they compute."""
+    return min(padded(steps), max(1, 64 // rows))
+
+
+@gluon.jit
+def allocate_rows(DTYPE: gl.constexpr, KSTEPS: gl.constexpr, N: gl.constexpr, M: gl.constexpr,
+                  W_STEPS: gl.constexpr):  # fmt: skip
+    """Buffers (rows [steps, N, 128], their scales [steps, N], the weights' [W_STEPS, M])."""
+    AT_ONCE: gl.constexpr = steps_at_once(KSTEPS, N)
+    STEPS: gl.constexpr = (KSTEPS + AT_ONCE - 1) // AT_ONCE * AT_ONCE
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    return (
+        gl.allocate_shared_memory(DTYPE, [STEPS, N, STEP], shared),
+        gl.allocate_shared_memory(gl.float32, [STEPS, N], flat),
+        gl.allocate_shared_memory(gl.float32, [W_STEPS, M], flat),
+    )
+
+
+@gluon.jit
+def bring_rows(
+    x, scales, first_row, rows, buffers, D: gl.constexpr, AT_ONCE: gl.constexpr,
+    ROUNDING: gl.constexpr, E8M0: gl.constexpr,
+):  # fmt: skip
+    """Rows first_row, ... of x, ``rows`` of them, to the buffers, for all steps.
+
+    x, scales and ROUNDING as in ``hopper_w8a8_rows``; ``row``: by the largest magnitude of a whole
+    row, which is found here.
+    """
+    x_rows = buffers[0]
+    STEPS: gl.constexpr = x_rows.shape[0]
+    N: gl.constexpr = x_rows.shape[1]
+    LINES: gl.constexpr = AT_ONCE * N
+    FOUND: gl.constexpr = "group" if ROUNDING == "row" else ROUNDING
+    PUT: gl.constexpr = "largest" if ROUNDING == "row" else ROUNDING
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    x_lines = x_rows._reinterpret(x_rows.dtype, [STEPS // AT_ONCE, LINES, STEP], x_rows.layout)
+    scale_lines = buffers[1]._reinterpret(gl.float32, [STEPS // AT_ONCE, LINES], flat)
+    by_line: gl.constexpr = gl.SliceLayout(1, span_layout(gl.num_warps(), STEP))
+    place = gl.arange(0, LINES, by_line) % N
+    slots = gl.where(place < rows, first_row + place, -1)
+    most = gl.zeros([LINES], gl.float32, by_line)
+    if ROUNDING == "row":
+        for i in range(STEPS // AT_ONCE):
+            values, _ = load_span(x, scales, slots, i * AT_ONCE, D, 1, N, FOUND)
+            line = largest_magnitude(values.to(gl.float32), 1)
+            most = gl.maximum(most, line, propagate_nan=tl.PropagateNan.ALL)
+        pairs: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, gl.num_warps()], [1, 0])
+        steps = gl.convert_layout(gl.reshape(most, [AT_ONCE, N]), pairs)
+        whole = gl.expand_dims(largest_magnitude(steps, 0), 0)
+        whole += gl.zeros([AT_ONCE, N], gl.float32, pairs)
+        most = gl.convert_layout(gl.reshape(whole, [LINES]), by_line)
+    for i in range(STEPS // AT_ONCE):
+        values, known = load_span(x, scales, slots, i * AT_ONCE, D, 1, N, FOUND)
+        if ROUNDING == "row":
+            known = most
+        put_span(values, known, x_lines.index(i), scale_lines.index(i), x_rows.dtype, E8M0, PUT)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def multiply_rows(
+    ring, buffers, bars, stage, phase, KSTEPS: gl.constexpr, STEPPED: gl.constexpr,
+    BY_STEP: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """The products of one task in fp32, [rows of the ring, N], with all scales but a weight's own
+    where it has one for its row (not BY_STEP)."""
+    full, empty = bars
+    x_rows = buffers[0]
+    STAGES: gl.constexpr = ring.shape[0]
+    M: gl.constexpr = ring.shape[1]
+    N: gl.constexpr = x_rows.shape[1]
+    SUM: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
+    total = gl.zeros([M, N], gl.float32 if STEPPED else SUM, ACC)
+    for k in range(KSTEPS):
+        mbarrier.wait(full.index(stage), phase)
+        x = x_rows.index(k).permute((1, 0))
+        if STEPPED:
+            part = gl.zeros([M, N], SUM, ACC)
+            part = warpgroup_mma(ring.index(stage), x, part, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=(part,))
+        else:
+            total = warpgroup_mma(ring.index(stage), x, total, is_async=True)
+            total = warpgroup_mma_wait(0, deps=(total,))
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        if STEPPED:
+            total += scaled(part, buffers, k, BY_STEP)
+        stage, phase = next_stage(stage, phase, STAGES)
+    total = total.to(gl.float32)
+    if not STEPPED:
+        total *= gl.expand_dims(buffers[1].index(0).load(gl.SliceLayout(0, ACC)), 0)
+    return total, stage, phase
