@@ -16,6 +16,8 @@ from fusedmoe.runner.capture import record_graph
 _GRAPH_US = 2000.0
 _LONG_CALL_US = 1000.0
 _MAX_CALLS = 80
+# Slow peers are not sampled for longer, once they have been sampled often enough for a median.
+_LONG_MS, _FEWEST_SAMPLES = 500.0, 12
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,19 @@ def launched(calls: Sequence[Call], repeats: int) -> Replays:
 def time_in_turns(contestants: Mapping[str, Replays], rest: float = 0.0) -> dict[str, list[float]]:
     """Microseconds per call, from CUDA events around each replay, one of each in turn.
 
-    After each replay the GPU idles for ``rest`` times as long as it took.
+    After each replay the GPU idles for ``rest`` times as long as it took. What takes long gets
+    fewer samples than it asks for.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
+    spent_ms = dict.fromkeys(contestants, 0.0)
     for one in contestants.values():
         for replay in one.graphs:
             replay()
     torch.cuda.synchronize()
     for turn in range(max((one.repeats for one in contestants.values()), default=0)):
         for name, one in contestants.items():
-            if turn >= one.repeats:
+            is_long = turn >= _FEWEST_SAMPLES and spent_ms[name] > _LONG_MS
+            if turn >= one.repeats or is_long:
                 continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -90,5 +95,6 @@ def time_in_turns(contestants: Mapping[str, Replays], rest: float = 0.0) -> dict
             end.synchronize()
             taken_ms = start.elapsed_time(end)
             samples[name].append(taken_ms * 1e3 / one.calls)
+            spent_ms[name] += taken_ms
             time.sleep(rest * taken_ms / 1e3)
     return samples
