@@ -264,3 +264,10 @@ def test_products_collected_are_products_one_by_one(name, rows):
         for k, weight in enumerate(some):
             linear(encode(x[k : k + 1] if rows > 1 else x), weight, expected[k : k + 1])
         torch.testing.assert_close(linears(encode(x), some), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_packed_experts_of_a_layer_share_an_allocation():
+    """One each, between the large tensors that packing takes, left holes of five times their size."""
+    weights = cpu_int4.int4_weights(draw("int4_g32", 3, 48, 128))
+    assert len({weight.packed.untyped_storage().data_ptr() for weight in weights}) == 1
+    assert weights[0].packed.untyped_storage().nbytes() == 3 * 48 * 64

@@ -83,13 +83,19 @@ class Int4Weight(NamedTuple):
 
 
 def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
-    """Each expert of an int4 tensor with scales per row or group of columns."""
+    """Each expert of an int4 tensor with scales per row or group of columns.
+
+    What lasts lies in one allocation: between the large tensors that packing needs for a moment,
+    many small ones would leave holes that no later expert fits into.
+    """
     K, g = q.shape[-1], q.format.group.col
     group = next(size for size in _KERNEL_GROUPS if (K if g < 0 else g) % size == 0)
-    return [_int4_weight(q[expert], group) for expert in range(q.shape[0])]
+    packed = torch.empty(q.data.shape, dtype=torch.uint8)
+    return [_int4_weight(q[expert], group, packed[expert]) for expert in range(q.shape[0])]
 
 
-def _int4_weight(q: QuantizedTensor, group: int) -> Int4Weight:
+def _int4_weight(q: QuantizedTensor, group: int, packed: torch.Tensor) -> Int4Weight:
+    """The nibbles go into ``packed`` [N, K / 2]."""
     assert q.scale is not None
     scale = q.scale.float().T  # [G, N]
     repeats, factor = q.shape[-1] // group // scale.shape[0], None
@@ -102,8 +108,9 @@ def _int4_weight(q: QuantizedTensor, group: int) -> Int4Weight:
         offset = None if factor is not None else exact - added  # small integers are exact
     lost = scale - scale.bfloat16().float()
     codes = unpack_nibbles(q.data).int().contiguous()
+    packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2))
     return Int4Weight(
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
+        packed,
         _kernel_scales(scale, added, repeats),
         _kernel_scales(lost, torch.zeros_like(lost), repeats) if lost.any() else None,
         group,
