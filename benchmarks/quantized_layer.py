@@ -255,6 +255,19 @@ def measure(
         torch.cuda.empty_cache()
 
 
+def run_once(
+    shape: LayerShape, name: str, cells: Sequence[Cell], experts: Sequence[str | None]
+) -> None:
+    """Every problem once, for its kernels to be in their caches."""
+    for one in experts:
+        layer = build(shape, name, one)
+        for routing, scope, T in cells:
+            logits = routing_logits(routing, T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
+            x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
+            call(layer, scope, x, pick(logits, shape.k))()
+    torch.cuda.synchronize()
+
+
 def call(layer: MoERunner, scope: Scope, x: torch.Tensor, one: Situation) -> Call:
     if scope == "layer":
         return partial(layer, x, one.logits)
@@ -268,6 +281,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--routings", nargs="+", default=["balanced", "power_law_1.2", "uniform"])
     parser.add_argument("--experts", nargs="+", default=[None], help="default: what is selected")
+    parser.add_argument("--warm", action="store_true", help="only compile: every problem once")
     parser.add_argument("--seconds", type=float, help="start no new layer after so long")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -288,7 +302,10 @@ def main() -> None:
             report.notes.append(f"{shape} {fmt}: left out, time was up")
             continue
         with torch.inference_mode():
-            measure(SHAPES[shape], fmt, cells, args.experts, report)
+            if args.warm:
+                run_once(SHAPES[shape], fmt, cells, args.experts)
+            else:
+                measure(SHAPES[shape], fmt, cells, args.experts, report)
         gc.collect()
         torch.cuda.empty_cache()
         if args.out:
