@@ -267,7 +267,7 @@ def test_products_collected_are_products_one_by_one(name, rows):
 
 
 def test_packed_experts_of_a_layer_share_an_allocation():
-    """One each, between the large tensors that packing takes, left holes of five times their size."""
+    """One each, between the large tensors that packing takes, left holes five times as large."""
     weights = cpu_int4.int4_weights(draw("int4_g32", 3, 48, 128))
     assert len({weight.packed.untyped_storage().data_ptr() for weight in weights}) == 1
     assert weights[0].packed.untyped_storage().nbytes() == 3 * 48 * 64
