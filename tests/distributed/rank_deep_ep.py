@@ -289,11 +289,14 @@ def check_layer(
     else:
         for one in (alone, layer):
             one.load_weights(Experts.random(E, hidden, width).named())
-    for spread in SPREADS:
-        counts = token_counts(spread, where.token_ranks)
+    for spread in (*SPREADS, "to_one_rank"):
+        kind = "uneven" if spread == "to_one_rank" else spread
+        counts = token_counts(kind, where.token_ranks)
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(counts[rank], hidden, generator=generator).to(BF16)
         logits = torch.randn(counts[rank], E, generator=generator)
+        if spread == "to_one_rank":
+            logits[:, :top_k] += 100
         found, expected = layer(x, logits), alone(x, logits)
         assert found.isfinite().all()
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -124,11 +124,13 @@ def check_layout(
     tolerance: float = 1e-5,
     experts: str | None = None,
     captured: bool = False,
+    to_one_rank: bool = False,
     **arguments: Any,
 ) -> None:
     """Equal to the one-rank layer on this rank's tokens, and bit-equal run to run.
 
     Everything is built with biases and replicated shared experts, which must be added once.
+    ``to_one_rank``: every token wants the first expert (``top_k`` 1) alone.
     """
     groups, token_rank = make_groups(layout)
     common: dict[str, Any] = {"has_bias": True} | arguments
@@ -148,6 +150,8 @@ def check_layout(
         counts = token_counts(spread, layout.token_ranks)
         columns = E + common.get("zero_experts", 0)
         x, logits = rows(counts[token_rank], 10 + token_rank, dtype, device, columns)
+        if to_one_rank:
+            logits[:, 0] += 100
         known = {"tokens_per_rank": counts} if given else {}
         found = layer(x, logits, **known)
         again = layer(x, logits, **known)
@@ -187,7 +191,8 @@ def check_replay(
 
 
 def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
-    check_layout(layout, "", ("even", "uneven", "one_empty"), **arguments)
+    named = {"mover": "", "spreads": ("even", "uneven", "one_empty")} | arguments
+    check_layout(layout, **named)
 
 
 def check_compiled(layout: Layout) -> None:

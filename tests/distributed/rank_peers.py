@@ -179,7 +179,7 @@ def check_layer(tokens: list[int], halves: bool = False, sent: bool = False) -> 
 
 
 def check_layouts(name: str) -> None:
-    """Uneven ranks, ranks without tokens, all tokens on one; twice, for the same bits."""
+    """Uneven ranks, some without tokens, all tokens on one or to one; twice, for the same bits."""
     layout = layouts(dist.get_world_size()).get(name)
     if layout is None:
         return
@@ -203,11 +203,14 @@ def check_layouts(name: str) -> None:
         layer.load_weights(experts.named())
         made.append(layer)
     apart, whole = made
-    for spread in SPREADS:
-        counts = token_counts(spread, layout.token_ranks)
+    for spread in (*SPREADS, "to_one_rank"):
+        kind = "uneven" if spread == "to_one_rank" else spread
+        counts = token_counts(kind, layout.token_ranks)
         generator = torch.Generator().manual_seed(token_rank)
         x = torch.randn(counts[token_rank], H, generator=generator).bfloat16().cuda()
         logits = torch.randn(counts[token_rank], E, generator=generator).cuda()
+        if spread == "to_one_rank":
+            logits[:, :K] += 100
         found = apart(x, logits, tokens_per_rank=counts)
         assert_near(found, whole(x, logits))
         assert torch.equal(found, apart(x, logits, tokens_per_rank=counts))

@@ -45,6 +45,15 @@ def test_all_to_all(ranks, name):
     ranks.run(check_layout, EXCHANGING[name], "all_to_all")
 
 
+@pytest.mark.parametrize(
+    ("name", "mover"),
+    [(n, "") for n, one in EVERYWHERE.items() if one.ep] + [(n, "all_to_all") for n in EXCHANGING],
+)
+def test_all_tokens_go_to_one_rank(ranks, name, mover):
+    arguments = {"mover": mover, "to_one_rank": True, "top_k": 1, "renormalize": False}
+    ranks.run(run_with, EVERYWHERE[name], arguments)
+
+
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
 def test_counts_may_be_given(ranks, name):
     ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
