@@ -4,13 +4,7 @@ Prints a line for each, and raises where one takes more shared memory than a mul
 spills its sums, or flushes subnormal numbers (the floats of six bits start as such).
 """
 
-import re
-import subprocess
-import tempfile
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
@@ -24,60 +18,32 @@ from fusedmoe.kernels.triton import (
     round_rows,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
+from hopper_compiler import compile_as_launched, stack_bytes
 from packed_weights import pack
 
-TYPES = {
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
-SHARED_BYTES, SPILL = 227 * 1024, 64
 BF16 = torch.bfloat16
 
 
-def compile_as_launched(kernel):
+def check(compiled):
+    assert "ftz" not in compiled.asm["ptx"]
+    assert stack_bytes(compiled) <= 64, (compiled.name, stack_bytes(compiled))
+
+
+def launching(kernel):
+    compile_it = compile_as_launched(
+        kernel, check, gluon=False, ones=True, divisible=lambda name, value: value % 16 == 0
+    )
+
     def launch(grid, tensors, numbers, constants, num_warps, num_stages=3):
-        signature, values, attributes = {}, {}, {}
-        names = iter(enumerate(kernel.arg_names))
-        for value in (*tensors, *numbers):
-            index, name = next(names)
-            if value is None:
-                signature[name], values[(index,)] = "constexpr", None
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif value == 1 and isinstance(value, int):
-                signature[name], values[(index,)] = "constexpr", 1
-            else:
-                signature[name] = "i32" if isinstance(value, int) else "fp32"
-                if isinstance(value, int) and value % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-        for value in (*constants, True):
-            index, name = next(names)
-            signature[name], values[(index,)] = "constexpr", value
-        assert next(names, None) is None
-        compiled = triton.compile(
-            triton.compiler.ASTSource(kernel, signature, values, attributes),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": True},
+        compile_it(
+            grid,
+            (),
+            tensors,
+            numbers,
+            (*constants, True),
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
-        assert compiled.metadata.shared <= SHARED_BYTES, compiled.metadata.shared
-        assert "ftz" not in compiled.asm["ptx"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            used = subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        spilled = int(re.search(r"STACK:(\d+)", used)[1])
-        assert spilled <= SPILL, (kernel.__name__, constants, spilled)
         print(kernel.__name__, constants, flush=True)
 
     return launch
@@ -90,7 +56,7 @@ for module, kernel in (
     (round_rows, round_rows.round_rows_kernel),
     (gather_columns, gather_columns.gather_columns_kernel),
 ):
-    module._launch = compile_as_launched(kernel)
+    module._launch = launching(kernel)
 
 E, T, K, D, N = 2, 200, 2, 768, 64
 ids = torch.zeros(T * K, dtype=torch.int32)

@@ -1,17 +1,9 @@
 """The 8-bit prefill kernels compile for Hopper without a GPU, and keep their sums in registers."""
 
-import subprocess
-import sys
-from pathlib import Path
+from hopper_compiler import run_program
 
-import pytest
-
-SOURCE = Path(__file__).parents[2] / "src"
 COMPILE = """
-import re, subprocess, sys, tempfile
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
@@ -21,51 +13,17 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR)
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
-
-TYPES = {torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32", torch.bfloat16: "bf16",
-         torch.float8_e4m3fn: "fp8e4nv"}
-SPILL = 32
+from hopper_compiler import compile_as_launched, stack_bytes
 
 
-def compile_as_launched(kernel):
-    def launch(programs, matrices, tensors, numbers, constants, **options):
-        signature, values, attributes = {}, {}, {}
-        names = iter(enumerate(kernel.arg_names))
-        for value in (*matrices, *tensors, *numbers):
-            index, name = next(names)
-            if value is None:
-                signature[name], values[(index,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, (int, float)):
-                signature[name] = "i32" if isinstance(value, int) else "fp32"
-            else:
-                kind, shape = TYPES[value.base.dtype], list(value.block_shape)
-                signature[name] = f"tensordesc<{kind}{shape},{value.layout!r}>"
-        for value in constants:
-            index, name = next(names)
-            signature[name], values[(index,)] = "constexpr", value
-        assert next(names, None) is None
-        source = GluonASTSource(kernel, signature, values, attributes)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options=options | {"launch_pdl": True})
-        assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
-        assert "wgmma" in compiled.asm["ptx"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            used = subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name],
-                capture_output=True, text=True, check=True).stdout
-        spilled = int(re.search(r"STACK:(\\d+)", used)[1])
-        assert spilled <= SPILL, (kernel.__name__, constants, spilled)
 
-    return launch
+def check(compiled):
+    assert "wgmma" in compiled.asm["ptx"]
+    assert stack_bytes(compiled) <= 32, (compiled.name, stack_bytes(compiled))
 
 
-module._launch_up = compile_as_launched(module.up_kernel)
-module._launch_down = compile_as_launched(module.down_kernel)
+module._launch_up = compile_as_launched(module.up_kernel, check)
+module._launch_down = compile_as_launched(module.down_kernel, check)
 module._launch_round = module.sum_rows = lambda *arguments: None
 
 T, K, E, P = 4, 2, 3, 384
@@ -106,15 +64,4 @@ print("compiled")
 def test_every_variant_compiles_and_keeps_its_sums_in_registers():
     """With the very arguments that a launch would have. A few words of stack hold what is read
     once per tile."""
-    triton = pytest.importorskip("triton")
-    if not triton.__version__.startswith("3.6."):
-        pytest.skip("written for the Gluon of Triton 3.6")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
+    run_program(COMPILE)

@@ -3,8 +3,6 @@ they name columns, that they compile, and that their launchers refuse what they 
 
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from hopper_compiler import run_program
 
 BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
 MASK = 0xFFFFFFFF
@@ -115,9 +114,7 @@ def test_bytes_as_numbers(first):
 
 
 COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
@@ -127,44 +124,17 @@ from fusedmoe.kernels.triton.hopper_w8a8 import Rows
 from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.tuning.w8a8_tiles import stream_tiles
-
-TYPES = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float32: "fp32",
-         torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
-
+from hopper_compiler import compile_as_launched
 
 limit = [113]
 
 
-def compile_as_launched(kernel):
-    def launch(programs, matrices, tensors, numbers, constants, **options):
-        signature, values, attributes = {}, {}, {}
-        names = iter(enumerate(kernel.arg_names))
-        for value in (*matrices, *tensors, *numbers):
-            index, name = next(names)
-            if value is None or (isinstance(value, int) and value == 1):
-                signature[name], values[(index,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, (int, float)):
-                signature[name] = "i32" if isinstance(value, int) else "fp32"
-            else:
-                kind, shape = TYPES[value.base.dtype], list(value.block_shape)
-                signature[name] = f"tensordesc<{kind}{shape},{value.layout!r}>"
-        for value in constants:
-            index, name = next(names)
-            signature[name], values[(index,)] = "constexpr", value
-        assert next(names, None) is None
-        source = GluonASTSource(kernel, signature, values, attributes)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options=options | {"launch_pdl": True})
-        assert compiled.metadata.shared <= limit[0] * 1024, compiled.metadata.shared
-        assert "wgmma" in compiled.asm["ptx"]
-
-    return launch
+def check(compiled):
+    assert compiled.metadata.shared <= limit[0] * 1024, compiled.metadata.shared
+    assert "wgmma" in compiled.asm["ptx"]
 
 
-hopper_w8a8._launch_gemm = compile_as_launched(hopper_w8a8.gemm_kernel)
+hopper_w8a8._launch_gemm = compile_as_launched(hopper_w8a8.gemm_kernel, check, ones=True)
 
 T, K, E, H, I = 4, 2, 3, 256, 128
 ids = torch.zeros(T * K, dtype=torch.int32)
@@ -207,19 +177,7 @@ print("compiled")
 
 def test_the_kernels_compile_for_hopper_and_fit_a_multiprocessor():
     """With the very arguments that a launch would have."""
-    triton = pytest.importorskip("triton")
-    if not triton.__version__.startswith("3.6."):
-        pytest.skip("written for the Gluon of Triton 3.6")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
-    environment["PYTHONPATH"] = str(BODIES.parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
-    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
+    run_program(COMPILE)
 
 
 def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741

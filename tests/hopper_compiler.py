@@ -1,0 +1,139 @@
+"""Kernels compiled for Hopper on any machine, with the arguments that a launch would have.
+
+Triton's interpreter, which the tests run kernels under, stands in the way: programs that compile
+run in a process of their own (``run_program``), and end by printing "compiled".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+SHARED_BYTES = 227 * 1024
+"""Of shared memory that one program may have."""
+
+_TYPES = {
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+def run_program(program: str | Path, *, gluon: bool = True) -> None:
+    """Run Python text, or a file of it, that compiles; ``gluon`` is for one version of Triton."""
+    triton = pytest.importorskip("triton")
+    if gluon and not triton.__version__.startswith("3.6."):
+        pytest.skip("written for the Gluon of Triton 3.6")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{TESTS.parent / 'src'}:{TESTS}"
+    words = [str(program)] if isinstance(program, Path) else ["-c", program]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
+
+
+def build(source: Any, **options: Any) -> Any:
+    """The compiled kernel. AssertionError where it takes more shared memory than there is."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_BYTES, compiled.metadata.shared
+    return compiled
+
+
+def compile_as_launched(
+    kernel: Any,
+    check: Callable[[Any], None],
+    *,
+    gluon: bool = True,
+    ones: bool = False,
+    divisible: Callable[[str, int], bool] = lambda name, value: False,
+) -> Callable[..., None]:
+    """A function to put in the place of a launch: (programs, descriptors, tensors, numbers,
+    constants, **options), of which it compiles ``kernel`` and lets ``check`` look at the result.
+
+    ``ones``: integers of 1 are constants. ``divisible``: which others are known to be multiples
+    of 16.
+    """
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    def launch(
+        programs: object,
+        descriptors: Sequence[Any],
+        tensors: Sequence[Any],
+        numbers: Sequence[Any],
+        constants: Sequence[Any],
+        **options: Any,
+    ) -> None:
+        signature: dict[str, str] = {}
+        values: dict[tuple[int], Any] = {}
+        attributes: dict[tuple[int], Any] = {}
+        names = iter(enumerate(kernel.arg_names))
+        for value in (*descriptors, *tensors, *numbers):
+            index, name = next(names)
+            whole = isinstance(value, int)
+            if value is None or (ones and whole and value == 1):
+                signature[name], values[(index,)] = "constexpr", value
+            elif whole or isinstance(value, float):
+                signature[name] = "i32" if whole else "fp32"
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+            else:
+                kind, shape = _TYPES[value.base.dtype], list(value.block_shape)
+                signature[name] = f"tensordesc<{kind}{shape},{value.layout!r}>"
+            if isinstance(value, torch.Tensor) or (whole and divisible(name, value)):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        for value in constants:
+            index, name = next(names)
+            signature[name], values[(index,)] = "constexpr", value
+        assert next(names, None) is None
+        source = (GluonASTSource if gluon else ASTSource)(kernel, signature, values, attributes)
+        check(build(source, launch_pdl=True, **options))
+
+    return launch
+
+
+def stack_bytes(compiled: Any) -> int:
+    """What each thread keeps in memory because registers do not hold it."""
+    return int(re.search(r"STACK:(\d+)", cuobjdump(compiled, "-res-usage"))[1])  # type: ignore[index]
+
+
+def cuobjdump(compiled: Any, option: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
+    import triton
+
+    return _told(compiled.asm["cubin"], [triton.knobs.nvidia.cuobjdump.path, option])
+
+
+def ptxas(compiled: Any) -> str:
+    """What ptxas says while it compiles the kernel's PTX once more."""
+    import triton
+
+    tool = triton.knobs.nvidia.ptxas.path
+    words = [tool, "--gpu-name=sm_90a", "-v", "-o", "/dev/null"]
+    return _told(compiled.asm["ptx"].encode(), words)
+
+
+def _told(content: bytes, words: list[str]) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([*words, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
