@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
         [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
-        [--ways peer peer+halves naive_dp_ep ...] [--experts NAME]
+        [--ways peer peer+sent naive_dp_ep ...] [--experts NAME]
         [--out benchmarks/results/h200-x4/ep_layer.json]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
 ranks (the first so many of the processes), two kinds of rows:
 
-    layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches,
-               ``+sent``: sums go to their tokens' ranks as they are made
+    layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches;
+               ``peer`` leaves sums to be fetched, ``+sent`` has them go to their tokens' ranks as
+               they are made (a ``PeerMemory`` does either, by the number of tokens)
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
@@ -158,8 +159,7 @@ def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[st
     tokens' ranks as they are made."""
     if place.ranks == 1:
         return ["no_ep"]
-    peers = ["peer", "peer+halves", "peer+sent", "peer+halves+sent"]
-    found = peers if with_peers else ["all_to_all", "all_to_all+halves"]
+    found = ["peer", "peer+sent"] if with_peers else ["all_to_all", "all_to_all+halves"]
     found = [*found, "naive_dp_ep", "naive_dp_ep+halves"]
     return [name for name in found if wanted is None or name in wanted]
 
@@ -170,7 +170,7 @@ def make_memory(
     key = FP8_DYNAMIC_128 if args.format == "fp8_block" else None
     layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, key)
     least = 1 if sent else None
-    return PeerMemory(place.group, layout, regions=2, send_sums_from=least, timeout_s=COMPILING_S)
+    return PeerMemory(place.group, layout, send_sums_from=least, timeout_s=COMPILING_S)
 
 
 def measure(

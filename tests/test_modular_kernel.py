@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
-from fusedmoe.modular_kernel.forward import half_sizes, run_halves
+from fusedmoe.modular_kernel.forward import half_sizes
 from fusedmoe.prepare_finalize.no_ep import (
     MoEPrepareAndFinalizeNoDPEPModular,
     MoEPrepareAndFinalizeNoDPEPMonolithic,
@@ -155,88 +153,6 @@ def test_what_is_not_split(options, monkeypatch):
     SlotExperts.calls.clear()
     run(kernel(SlotExperts, AsyncMover, **options), *inputs())
     assert [call["rows"] for call in SlotExperts.calls] == [7]
-
-
-class Stream:
-    """A CUDA stream as far as order goes: what was given to it, in ``log``."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: Stream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def record_event(self) -> str:
-        return f"event {len(self.log)}"
-
-    def wait_event(self, event: str) -> None:
-        self.log.append(f"{self.name} waits for {event}")
-
-
-class Steps:
-    """A Forward that says on which stream its steps were."""
-
-    def __init__(self, name: str, log: list[str], fails: bool = False) -> None:
-        self.name, self.log, self.fails = name, log, fails
-
-    def send(self) -> None:
-        self.log.append(f"{Steps.here.name}: send {self.name}")
-
-    def compute(self) -> None:
-        if self.fails:
-            raise ValueError("no")
-        self.log.append(f"{Steps.here.name}: experts {self.name}")
-
-    def fetch(self) -> None:
-        self.log.append(f"{Steps.here.name}: fetch {self.name}")
-
-
-@pytest.fixture
-def streams(monkeypatch):
-    """(log, wire), the current stream being called "main"."""
-    log: list[str] = []
-    main = Stream("main", log)
-    Steps.here = main
-
-    @contextlib.contextmanager
-    def on(stream):
-        before, Steps.here = Steps.here, stream
-        yield
-        Steps.here = before
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    return log, Stream("wire", log)
-
-
-def test_launches_that_move_rows_have_a_stream(streams):
-    """Experts wait for their half only, and so does what fetches it; the end waits for all."""
-    log, wire = streams
-    run_halves(Steps("A", log), Steps("B", log), lambda: log.append("main: shared"), wire)
-    assert log == [
-        "wire waits for main",
-        "wire: send A",
-        "wire: send B",
-        "main waits for event 2",
-        "main: experts A",
-        "wire waits for main",
-        "wire: fetch A",
-        "main waits for event 3",
-        "main: experts B",
-        "wire waits for main",
-        "wire: fetch B",
-        "main: shared",
-        "main waits for wire",
-    ]
-
-
-def test_after_an_error_the_streams_meet_again(streams):
-    log, wire = streams
-    with pytest.raises(ValueError, match="no"):
-        run_halves(Steps("A", log), Steps("B", log, fails=True), None, wire)
-    assert log[-1] == "main waits for wire"
 
 
 def test_halves_are_a_pure_function_of_the_ranks_tokens():

@@ -63,7 +63,6 @@ def memory_for(
     rows: int,
     key: QuantKey | None = None,
     timeout_s: float = 4.0,
-    regions: int = 1,
     send_sums_from: int | None = None,
     group: dist.ProcessGroup | None = None,
     **fields,
@@ -75,7 +74,6 @@ def memory_for(
         group,
         layout,
         timeout_s=timeout_s,
-        regions=regions,
         send_sums_from=send_sums_from,
     )
 
@@ -127,22 +125,20 @@ def check_kernels(name: str) -> None:
     memory.close()
 
 
-def check_layer(tokens: list[int], halves: bool = False, sent: bool = False) -> None:
+def check_layer(tokens: list[int], sent: bool) -> None:
     """A data- and expert-parallel layer gives what one rank with all experts gives, also from a
-    graph that is replayed with other tokens. In halves: with room for half of the tokens.
-    ``sent``: sums go to their tokens' ranks, whatever the experts know of that."""
+    graph that is replayed with other tokens. ``sent``: sums go to their tokens' ranks, whatever
+    the experts know of that."""
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens = tokens[:world]
-    rows = -(-max(tokens) // 2) if halves else max(tokens)
-    memory = memory_for(rows, regions=1 + halves, send_sums_from=1 if sent else None)
+    memory = memory_for(max(tokens), send_sums_from=1 if sent else None)
     groups = ParallelGroups(
         dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
     )
     experts = Experts.random(E, H, I)
     layers = []
-    cut = 1 if halves else None
     for parallel, options in (
-        (groups, MoEOptions(prepare_finalize="peer", micro_batch_tokens=cut)),
+        (groups, MoEOptions(prepare_finalize="peer")),
         (None, MoEOptions()),
     ):
         layer = FusedMoE(

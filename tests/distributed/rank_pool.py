@@ -56,6 +56,8 @@ class RankPool:
             self._ranks.append((ours, process))
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if any(not process.is_alive() for _, process in self._ranks):
+            self.close()
         if not self._ranks:
             self._start()
         for pipe, _ in self._ranks:
@@ -80,8 +82,9 @@ class RankPool:
                 rank = waiting.pop(pipe)
                 try:
                     found[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     found[rank] = (False, "the process has ended")
+                    self._ranks[rank][1].join(timeout=1)
                 if not found[rank][0]:
                     end = min(end, time.monotonic() + _SECONDS_AFTER_A_FAILURE)
         return found

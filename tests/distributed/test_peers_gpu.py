@@ -14,12 +14,11 @@ def test_rows_arrive_and_sums_come_back(gpu_ranks, key):
 
 
 @pytest.mark.parametrize("sent", [False, True])
-@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize(
     "tokens", [[5, 5, 5, 5], [7, 0, 3, 1], [9, 0, 0, 0], [1, 1, 1, 1], [600, 513, 700, 1]]
 )
-def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, halves, sent):
-    gpu_ranks.run(rank_peers.check_layer, tokens, halves, sent)
+def test_a_layer_over_ranks_is_the_layer_of_one(gpu_ranks, tokens, sent):
+    gpu_ranks.run(rank_peers.check_layer, tokens, sent)
 
 
 @pytest.mark.parametrize("key", ["as they are", *rank_peers.WEIGHTS])

@@ -14,10 +14,9 @@ def test_rows_arrive_and_sums_come_back(ranks_on_one_gpu, key):
 
 
 @pytest.mark.parametrize("sent", [False, True])
-@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("tokens", [[7, 0, 3, 1], [600, 513, 700, 1]])
-def test_a_layer_over_ranks_is_the_layer_of_one(ranks_on_one_gpu, tokens, halves, sent):
-    ranks_on_one_gpu.run(rank_peers.check_layer, tokens, halves, sent)
+def test_a_layer_over_ranks_is_the_layer_of_one(ranks_on_one_gpu, tokens, sent):
+    ranks_on_one_gpu.run(rank_peers.check_layer, tokens, sent)
 
 
 @pytest.mark.parametrize("key", ["as they are", *rank_peers.WEIGHTS])

@@ -12,7 +12,7 @@ import torch
 from fusedmoe import FusedMoEConfig, FusedMoEQuantConfig, MoEActivation, MoEOptions, ParallelGroups
 from fusedmoe.config import FusedMoEParallelConfig
 from fusedmoe.distributed.groups import TokenRanks
-from fusedmoe.distributed.peer_memory import views_of_regions
+from fusedmoe.distributed.peer_memory import first_view
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.modular_kernel.forward import finish
@@ -37,35 +37,33 @@ class Memory:
     layout = LAYOUT
     send_sums_from: int | None = None
 
-    def __init__(self, views: tuple[PeerView, ...]) -> None:
-        self.views = views
-        self.view = views[0]
+    def __init__(self, view: PeerView) -> None:
+        self.view = view
 
     def spans(self, group: Any) -> bool:
         return group.size() == WORLD
 
     def check(self) -> None:
-        for view in self.views:
-            assert view.error.item() == 0
+        assert self.view.error.item() == 0
 
 
-def memories(regions: int) -> list[Memory]:
+def memories() -> list[Memory]:
     buffers = []
     for _ in range(WORLD):
-        memory = torch.full((regions * LAYOUT.nbytes + 256,), 0xFF, dtype=torch.uint8)
-        buffers.append(memory[-memory.data_ptr() % 256 :][: regions * LAYOUT.nbytes])
+        memory = torch.full((LAYOUT.nbytes + 256,), 0xFF, dtype=torch.uint8)
+        buffers.append(memory[-memory.data_ptr() % 256 :][: LAYOUT.nbytes])
     bases = torch.tensor([one.data_ptr() for one in buffers])
-    return [Memory(views_of_regions(LAYOUT, rank, bases, own)) for rank, own in enumerate(buffers)]
+    return [Memory(first_view(LAYOUT, rank, bases, own)) for rank, own in enumerate(buffers)]
 
 
 def movers(
-    regions: int = 1, kind: type[PeerPrepareAndFinalize] = PeerPrepareAndFinalize
+    kind: type[PeerPrepareAndFinalize] = PeerPrepareAndFinalize,
 ) -> tuple[list[Any], list[torch.Tensor]]:
     made, maps = [], []
-    for rank, memory in enumerate(memories(regions)):
+    for rank, memory in enumerate(memories()):
         axis: Any = SimpleNamespace(size=lambda: WORLD, rank=lambda rank=rank: rank)
         one = kind(ranks=TokenRanks((axis,)), max_num_tokens=10)
-        one.memory, one._view = memory, memory.view  # type: ignore[assignment]
+        one.memory = memory  # type: ignore[assignment]
         expert_map = torch.where(rank == OWNERS, torch.arange(E).int() % 2, -1).int()
         table = torch.arange(WORLD)[:, None] == OWNERS
         one._learnt[:] = [Hosts(expert_map, table, OWNERS)]
@@ -93,46 +91,37 @@ def sends_sums(request, monkeypatch):
 
 
 @pytest.mark.parametrize("counts", [[3, 2], [5, 0], [0, 1]])
-def test_two_forwards_are_on_their_way_at_once(sends_sums, counts):
-    """Each in its region: sent one after the other, announced, then fetched in either order."""
-    everyone, maps = movers(regions=2)
-    assert all(one.supports_async() and one.concurrent_forwards() == 2 for one in everyone)
-    batches = [[batch(T, 10 * part + r) for r, T in enumerate(counts)] for part in range(2)]
-    started = [[one.begin(counts, part=part) for one in everyone] for part in range(2)]
-    pending = [
-        [
-            one.prepare_async(*batches[part][r], E, maps[r], False, PLAIN)
-            for r, one in enumerate(started[part])
+def test_sums_come_back_from_where_they_were_left(sends_sums, counts):
+    """Two forwards over the same memory: sent, announced, then fetched."""
+    everyone, maps = movers()
+    assert all(one.supports_async() and one.concurrent_forwards() == 1 for one in everyone)
+    for turn in range(2):
+        batches = [batch(T, 10 * turn + r) for r, T in enumerate(counts)]
+        started = [one.begin(counts) for one in everyone]
+        pending = [
+            one.prepare_async(*batches[r], E, maps[r], False, PLAIN)
+            for r, one in enumerate(started)
         ]
-        for part in range(2)
-    ]
-    outputs, sums = [], []
-    for part in range(2):
-        done, written, back = [], [], []
-        for rank, one in enumerate(started[part]):
-            got = finish(pending[part][rank])
+        written, back = [], []
+        outs = [torch.full((T, H), float("nan")) for T in counts]
+        for rank, one in enumerate(started):
+            got = finish(pending[rank])
             assert isinstance(got.output, PeerSums) == sends_sums
             used = (got.topk_ids >= 0).any(dim=1)
-            got.output[used] = got.hidden_states[used] * (rank + 2) + part
-            out = torch.full((counts[rank], H), float("nan"))
+            got.output[used] = got.hidden_states[used] * (rank + 2) + turn
             written.append(got.output)
-            done.append(out)
             back.append(
                 one.finalize_async(
-                    *(out, got.output, got.topk_weights, got.topk_ids, False),
+                    *(outs[rank], got.output, got.topk_weights, got.topk_ids, False),
                     TopKWeightAndReduceNoOP(),
                 )
             )
-        outputs.append(written)
-        sums.append((done, back))
-    for part in (1, 0):
-        for rank, (out, fetch) in enumerate(zip(*sums[part], strict=True)):
+        for rank, fetch in enumerate(back):
             finish(fetch)
-            ids = batches[part][rank][2]
-            rows = max(counts)
-            want = combine_reference(outputs[part], ids, OWNERS, LAYOUT, rows, rank)
-            assert torch.equal(out, want)
-            started[part][rank].memory.check()
+            ids, rows = batches[rank][2], max(counts)
+            want = combine_reference(written, ids, OWNERS, LAYOUT, rows, rank)
+            assert torch.equal(outs[rank], want)
+            started[rank].memory.check()
 
 
 def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):
@@ -224,26 +213,25 @@ def config(**options: Any) -> FusedMoEConfig:
     )
 
 
-@pytest.mark.parametrize(("regions", "reason"), [(1, "regions=2"), (2, None)])
-def test_micro_batches_need_two_regions(regions, reason):
+def test_what_the_options_of_a_layer_change():
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    memory: Any = memories(regions)[0]
-    groups = ParallelGroups(dp=group, ep=group, enable_expert_parallel=True, peers=memory)
+    groups = ParallelGroups(
+        dp=group,
+        ep=group,
+        enable_expert_parallel=True,
+        peers=memories()[0],  # type: ignore[arg-type]
+    )
     assert PeerPrepareAndFinalize.unmet_requirement(config(), groups) is None
-    found = PeerPrepareAndFinalize.unmet_requirement(config(micro_batch_tokens=4), groups)
-    assert (found is None) == (reason is None)
-    assert reason is None or reason in (found or "")
     kept = PeerPrepareAndFinalize.make(config(batch_invariant=True), groups)
     assert not kept._may_send_sums  # which way it is follows from the size of the batch
-    room = PeerPrepareAndFinalize.make(config(micro_batch_tokens=4), groups).max_num_tokens
-    assert room == 2 * LAYOUT.rows
+    assert PeerPrepareAndFinalize.make(config(), groups)._may_send_sums
     assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows
 
 
 def test_the_memory_is_that_of_the_ranks_whose_tokens_differ():
     """A layer over other ranks would write where nobody of them looks."""
     group: Any = SimpleNamespace(size=lambda: 4, rank=lambda: 0)
-    groups = ParallelGroups(dp=group, enable_expert_parallel=True, peers=memories(1)[0])
+    groups = ParallelGroups(dp=group, enable_expert_parallel=True, peers=memories()[0])
     parallel = FusedMoEParallelConfig(1, 1, 4, 4, 0, 0, 0, 0, use_ep=True)
     moe = replace(config(), moe_parallel_config=parallel)
     found = PeerPrepareAndFinalize.unmet_requirement(moe, groups)

@@ -18,6 +18,8 @@ from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 # One look at a flag in the GPU's own memory takes about this long.
 _SECONDS_PER_POLL = 0.2e-6
 _WATCH_INTERVAL = 0.05
+SEND_SUMS_FROM = 256
+"""Tokens. On four H200s fetching is faster at 8, either at 128, sending from 1024 on."""
 
 OnError = Callable[["PeerTimeoutError"], None]
 
@@ -35,13 +37,11 @@ class PeerMemory:
     The ranks are GPUs of one host with access to each other's memory, one process each, the current
     device being theirs. All ranks construct it at the same time with the same layout, and close it
     at the same time. One object serves all layers of a model, one after the other on one stream.
-    ``regions``: so many such buffers, each with flags of its own (``views``); layers that run their
-    tokens in two halves at once (``MoEOptions.micro_batch_tokens``) need two.
     ``send_sums_from``: with so many tokens on some rank, experts' sums go to their tokens' ranks as
     they are made, instead of being fetched from where they were left; None: never.
 
     A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
-    launch to notice ends, later ones in its region do not wait at all, and a thread calls
+    launch to notice ends, later ones do not wait at all, and a thread calls
     ``on_error``; the default raises ``PeerTimeoutError`` in the thread that made this object, at
     its next Python instruction. That also happens while a captured graph is replayed.
 
@@ -53,42 +53,33 @@ class PeerMemory:
         group: dist.ProcessGroup,
         layout: PeerLayout,
         *,
-        regions: int = 1,
-        send_sums_from: int | None = None,
+        send_sums_from: int | None = SEND_SUMS_FROM,
         timeout_s: float = 4.0,
         on_error: OnError | None = None,
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        if regions < 1:
-            raise ValueError(f"regions must be at least 1, got {regions}")
         if layout.world != group.size():
             raise ValueError(
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
             )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
-        facts |= {"regions": str(regions), "send_sums_from": str(send_sums_from)}
+        facts["send_sums_from"] = str(send_sums_from)
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
-        own = symmetric_memory.empty(regions * layout.nbytes, dtype=torch.uint8, device=device)
+        own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.group = group
         self.send_sums_from = send_sums_from
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
-        self.views = views_of_regions(layout, group.rank(), bases, own)
+        self.view = first_view(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody may raise a flag here before it has been cleared
         self._watchdog = Watchdog(self.check, on_error or raise_in_thread(threading.get_ident()))
 
     @property
-    def view(self) -> PeerView:
-        """The first region."""
-        return self.views[0]
-
-    @property
     def layout(self) -> PeerLayout:
-        """Of each region."""
         return self.view.layout
 
     def spans(self, group: dist.ProcessGroup) -> bool:
@@ -98,7 +89,7 @@ class PeerMemory:
 
     def check(self) -> None:
         """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
-        missing = next((found for one in self.views if (found := int(one.error[0]))), 0)
+        missing = int(self.view.error[0])
         if missing:
             raise PeerTimeoutError(
                 f"rank {missing - 1} of {self.layout.world} did not answer rank {self.view.rank} "
@@ -113,24 +104,18 @@ class PeerMemory:
         torch.cuda.synchronize(self.view.own.device)
         dist.barrier(self.group)
         self._handle = None
-        del self.views
+        del self.view
 
 
-def views_of_regions(
-    layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor
-) -> tuple[PeerView, ...]:
-    """Views of the buffers that lie one after the other in ``own`` uint8 [regions * nbytes].
+def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor) -> PeerView:
+    """Before anything was sent: clears the flags of ``own`` uint8 [nbytes], this rank's buffer.
 
-    ``bases`` int64 [world]: where every rank's begin. Clears this rank's flags.
+    ``bases`` int64 [world]: where every rank's begins.
     """
-    views = []
-    for number, region in enumerate(own.split(layout.nbytes)):
-        region[layout.dispatch_flags_at :].zero_()
-        state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=own.device)
-        error = torch.zeros(1, dtype=torch.int32, pin_memory=own.is_cuda)
-        begin = bases + number * layout.nbytes
-        views.append(PeerView(layout, rank, begin, region, state, error))
-    return tuple(views)
+    own[layout.dispatch_flags_at :].zero_()
+    state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=own.device)
+    error = torch.zeros(1, dtype=torch.int32, pin_memory=own.is_cuda)
+    return PeerView(layout, rank, bases, own, state, error)
 
 
 class Watchdog:

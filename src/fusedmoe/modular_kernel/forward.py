@@ -5,13 +5,11 @@ One half is on the wire while the experts compute the other:
     wire      send A   send B              fetch A             fetch B
     compute            experts A           experts B           (shared experts)
 
-Where a backend moves rows on a stream of its own, the order of the calls is all it takes. Where our
-own launches move them, they get a second stream.
+The order of the calls is all it takes where a backend moves rows on a stream of its own.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -117,20 +115,8 @@ class Forward:
         return output, routed, weights, ids, self._on_input, self._reduce
 
 
-def run_halves(
-    first: Forward,
-    second: Forward,
-    while_combining: Callable[[], None] | None,
-    wire: torch.cuda.Stream | None,
-) -> None:
-    """Both, each on the wire while the experts have the other; ``wire`` is where rows are moved.
-
-    What the current stream was given before is done before anything is sent, and what it is given
-    afterwards waits for all of it.
-    """
-    if wire is not None:
-        _run_on_two_streams(first, second, while_combining, wire)
-        return
+def run_halves(first: Forward, second: Forward, while_combining: Callable[[], None] | None) -> None:
+    """Both, each on the wire while the experts have the other."""
     first.send()
     second.send()
     first.compute()
@@ -139,36 +125,3 @@ def run_halves(
         while_combining()
     first.fetch()
     second.fetch()
-
-
-def _run_on_two_streams(
-    first: Forward,
-    second: Forward,
-    while_combining: Callable[[], None] | None,
-    wire: torch.cuda.Stream,
-) -> None:
-    here = torch.cuda.current_stream(wire.device)
-    wire.wait_stream(here)
-    try:
-        sent = []
-        with torch.cuda.stream(wire):
-            for half in (first, second):
-                half.send()
-                sent.append(wire.record_event())
-        for half, event in zip((first, second), sent, strict=True):
-            here.wait_event(event)
-            half.compute()
-            wire.wait_stream(here)
-            with torch.cuda.stream(wire):
-                half.fetch()
-        if while_combining is not None:
-            while_combining()
-    finally:
-        # Also after an error: memory that is freed here must not be written over there.
-        here.wait_stream(wire)
-
-
-@functools.cache
-def wire_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which rows are moved, one per device; its launches go before the experts'."""
-    return torch.cuda.Stream(device, priority=-1)

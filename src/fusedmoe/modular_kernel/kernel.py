@@ -14,7 +14,7 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,
 )
-from fusedmoe.modular_kernel.forward import Forward, Tokens, half_sizes, run_halves, wire_stream
+from fusedmoe.modular_kernel.forward import Forward, Tokens, half_sizes, run_halves
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
@@ -85,9 +85,9 @@ class FusedMoEKernel:
                 own_output,
             )
 
-        def forward(sizes: Sequence[int] | None, tokens: Tokens, part: int = 0) -> Forward:
+        def forward(sizes: Sequence[int] | None, tokens: Tokens) -> Forward:
             return Forward(
-                self.prepare_finalize.begin(sizes, part=part),
+                self.prepare_finalize.begin(sizes),
                 compute,
                 tokens,
                 global_num_experts,
@@ -104,13 +104,7 @@ class FusedMoEKernel:
             forward(tokens_per_rank, tokens).run(while_combining)
             return output
         first, second = tokens.halves()
-        by_launches = self.prepare_finalize.launches_the_wire and hidden_states.is_cuda
-        run_halves(
-            forward(halves[0], first),
-            forward(halves[1], second, 1),
-            while_combining,
-            wire_stream(hidden_states.device) if by_launches else None,
-        )
+        run_halves(forward(halves[0], first), forward(halves[1], second), while_combining)
         return output
 
     def _halves(

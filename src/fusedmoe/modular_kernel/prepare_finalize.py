@@ -46,13 +46,12 @@ class FusedMoEPrepareAndFinalize(ABC):
         """Build it for one layer."""
         return cls()
 
-    def begin(self, tokens_per_rank: Sequence[int] | None = None, *, part: int = 0) -> Self:
+    def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
         """The object that serves one forward, from its prepare to its finalize.
 
         What has to be remembered between the two is kept there, so that several forwards may be
         on their way at once. ``tokens_per_rank``: how many tokens each dispatcher brings, where
-        the caller knows. ``part``: which of those that are on their way at once this one is, below
-        ``concurrent_forwards()``. Implementations that remember nothing return themselves.
+        the caller knows. Implementations that remember nothing return themselves.
         """
         if tokens_per_rank is not None and len(tokens_per_rank) != self.num_dispatchers():
             raise ValueError(

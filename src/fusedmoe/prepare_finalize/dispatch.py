@@ -118,7 +118,7 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         ranks = token_ranks(parallel, groups or ParallelGroups())
         return cls(parallel.is_sequence_parallel, ranks=ranks, max_num_tokens=moe.max_num_tokens)
 
-    def begin(self, tokens_per_rank: Sequence[int] | None = None, *, part: int = 0) -> Self:
+    def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
         one = copy.copy(self)
         one._given_sizes = tokens_per_rank
         return one

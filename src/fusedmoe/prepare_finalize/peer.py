@@ -6,12 +6,12 @@ which may be empty. The experts' sums stay where they are and are fetched by the
 where tokens are many and the memory says so, go there as they are made (``kernels.peer_sums``).
 
 One launch sends and waits, one fetches; the async forms are two each, so that the wait comes later.
-The launches themselves are the wire: what is to run beside them needs another stream.
+The launches themselves are the wire: what is to run beside them needs another stream. There is
+room for one forward at a time, and no turns of two halves: they took longer on NVLink.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -44,7 +44,6 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     name = "peer"
     launches_the_wire = True
     memory: PeerMemory
-    _view: PeerView
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
     _expert_map: torch.Tensor | None = None
@@ -69,8 +68,6 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
                 f"has buffers of {groups.peers.layout.world} ranks, not of the {axes[0].size()} "
                 "whose tokens differ"
             )
-        if moe.options.micro_batch_tokens is not None and len(groups.peers.views) < 2:
-            return "has one buffer, and micro-batches take turns with two: PeerMemory(regions=2)"
         layout = groups.peers.layout
         if (layout.hidden, layout.topk) != (moe.hidden_dim, moe.experts_per_token):
             return (
@@ -87,14 +84,12 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         assert groups.peers is not None
         ranks = token_ranks(moe.moe_parallel_config, groups)
         room = groups.peers.layout.rows
-        if moe.options.micro_batch_tokens is not None:
-            room *= 2
         made = cls(
             moe.moe_parallel_config.is_sequence_parallel,
             ranks=ranks,
             max_num_tokens=min(room, moe.max_num_tokens or room),
         )
-        made.memory, made._view = groups.peers, groups.peers.view
+        made.memory = groups.peers
         made._may_send_sums = not moe.options.batch_invariant
         return made
 
@@ -109,13 +104,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         if ctx is not None:
             raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
 
-    def concurrent_forwards(self) -> int:
-        return len(self.memory.views)
-
-    def begin(self, tokens_per_rank: Sequence[int] | None = None, *, part: int = 0) -> Self:
-        one = super().begin(tokens_per_rank)
-        one._view = self.memory.views[part]
-        return one
+    @property
+    def _view(self) -> PeerView:
+        return self.memory.view
 
     def prepare(
         self,
