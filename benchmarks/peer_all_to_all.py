@@ -37,7 +37,9 @@ from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
 H, K, E = 7168, 8, 256
 ROUNDS = 20
-SWEPT = [PeerTiles(*one) for one in itertools.product((132, 264), (1024, 2048, 8192), (4, 8))]
+SWEPT = [PeerTiles(*one) for one in itertools.product((132, 264, 528), (512, 1024, 2048), (4, 8))]
+SWEPT_UP_TO = 256  # tokens
+WARM_UPS = 10
 
 
 def peer_to_peer_gbs(memory: PeerMemory) -> float:
@@ -57,6 +59,8 @@ def time_graph(work: Callable[[], object], rounds: int, repeats: int = 30) -> fl
     torch.cuda.synchronize()
     dist.barrier()
     graph, _ = record_graph(lambda: [work() for _ in range(rounds)] and None, stream)
+    for _ in range(WARM_UPS):
+        graph.replay()
     samples = []
     for _ in range(repeats):
         dist.barrier()
@@ -160,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 1024, 4096])
-    parser.add_argument("--sweep", action="store_true", help="try other tiles than the chosen")
+    parser.add_argument("--sweep", action="store_true", help="other tiles too, of few tokens")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
@@ -171,7 +175,8 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     report = BenchReport(make_header(device, {"p2p_gbs": round(gbs, 1)}))
     for T in args.tokens:
-        row = measure(memory, T, gbs, SWEPT if args.sweep else [peer_tiles(T, H)])
+        swept = args.sweep and T <= SWEPT_UP_TO
+        row = measure(memory, T, gbs, SWEPT if swept else [peer_tiles(T, H)])
         report.rows.append(row)
         if dist.get_rank() == 0:
             print(row, flush=True)
