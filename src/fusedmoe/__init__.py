@@ -67,6 +67,7 @@ _HOME = {
     "RoutingTensors": "fusedmoe.router.spec",
     "register": "fusedmoe.integrations.transformers",
     "accelerate": "fusedmoe.integrations.transformers.accelerate",
+    "CheckpointError": "fusedmoe.checkpoint",
     "from_pretrained": "fusedmoe.integrations.transformers.from_pretrained",
     "restore": "fusedmoe.integrations.transformers.accelerate",
     "TransformersFusedMoE": "fusedmoe.integrations.transformers.generic",

@@ -14,6 +14,7 @@ import torch
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli import main
+from fusedmoe.presets import write_preset
 from fusedmoe.quantization.dialects import Matrix
 from fusedmoe.quantization.dialects.base import (
     read_matrix,
@@ -422,3 +423,31 @@ def test_inspect_names_formats_of_a_file(
     assert "layers.2 has no down projection" in last["problem"]
     assert main(["inspect", str(path)]) == 0
     assert "q4_k + q6_k" in capsys.readouterr().out
+
+
+def test_commands_take_a_file_or_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer beside the file serves where Transformers reads none out of it."""
+    pytest.importorskip("transformers")
+    folder = write_preset("tiny-qwen3-moe", tmp_path / "preset")
+    plain = tiny_model("olmoe", "olmoe")
+    place = tmp_path / "model"
+    place.mkdir()
+    path = write_model(place / "model.gguf", plain, "olmoe", "Q8_0", "Q4_K")
+    for given in (path, place):
+        capsys.readouterr()
+        assert main(["explain", str(given), "--device", "cpu", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["experts"] == "torch_quantized"
+        sizes = {"experts": "3", "top-k": "2", "hidden": "256", "intermediate": "256"}
+        assert told["layer"].items() >= (sizes | {"activation": "silu"}).items()
+        assert main(["inspect", str(given), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["architecture"] == "olmoe"
+        words = ["generate", str(given), "--device", "cpu", "--max-new-tokens", "2"]
+        assert main(words) == 2
+        assert "cannot load it" in capsys.readouterr().err
+    for file in folder.glob("tokenizer*.json"):
+        (place / file.name).write_bytes(file.read_bytes())
+    assert main([*words, "--prompt", "A", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"][-1]["tokens"]) == 2

@@ -131,3 +131,15 @@ def test_explain_of_what_would_not_load(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert main(["explain", str(folder), "--device", "cpu"]) == 2
     assert "unknown quant_method 'spqr'" in capsys.readouterr().err
+
+
+def test_bench_says_that_it_measures_floats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).packed
+    words = ["bench", str(folder), "--tokens", "1", "--dtypes", "fp32", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*words, "--no-peers", "--repeats", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {row["format"] for row in record["rows"]} == {"fp32"}
+    assert any("stores experts as int4_g32; floats" in note for note in record["notes"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedmoe.cli.arguments import experts_of
-from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
+from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shapes_asked
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))
+    if args.checkpoint and (note := note_on_format(args.checkpoint)):
+        report.notes.append(note)
     record = report.to_json()
     if args.output:
         report.write(args.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fusedmoe.activation import MoEActivation
@@ -12,6 +13,7 @@ from fusedmoe.cli.arguments import experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, layer_config
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.methods import select_stored
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
@@ -19,7 +21,7 @@ from fusedmoe.words import dtype_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint folder; or give the sizes")
+    parser.add_argument("checkpoint", nargs="?", help="a folder or GGUF file; or give the sizes")
     add_layer_arguments(parser)
     parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fusedmoe.selection import explain, name_of
     from fusedmoe.tuning.choice import source_of_tiles
 
-    checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
+    checkpoint = None if args.checkpoint is None else _read(Path(args.checkpoint))
     options = MoEOptions(
         experts=experts_of(args.experts),
         batch_invariant=args.batch_invariant,
@@ -65,8 +67,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _schemes(checkpoint: Checkpoint) -> LayerSchemes | None:
+def _read(path: Path) -> Checkpoint | GgufSource:
+    gguf = gguf_of(path)
+    return read_checkpoint(path) if gguf is None else GgufSource(gguf)
+
+
+def _schemes(checkpoint: Checkpoint | GgufSource) -> LayerSchemes | None:
     """How the first layer of experts is stored; None: as floats."""
+    if isinstance(checkpoint, GgufSource):
+        return checkpoint.schemes(next(iter(checkpoint.layers.values())))
     if read_quantization_config(checkpoint.folder, checkpoint.config) is None:
         return None
     experts = CheckpointExperts.read(checkpoint)

@@ -18,7 +18,7 @@ from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.models import load_tokenizer, load_whole, quiet_transformers, with_fusedmoe
 from fusedmoe.cli.output import Progress, progress
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 from fusedmoe.words import device_of, dtype_of
 
@@ -114,9 +114,10 @@ def _generate(
 ) -> int:
     import fusedmoe
 
-    packed = is_gguf(folder) or args.quantize is not None
-    if is_gguf(folder):
-        nbytes = GgufSource(folder).file.nbytes
+    gguf = gguf_of(folder)
+    packed = gguf is not None or args.quantize is not None
+    if gguf is not None:
+        nbytes = GgufSource(gguf).file.nbytes
     else:
         checkpoint = read_checkpoint(folder)
         facts = model_facts(checkpoint)

@@ -13,7 +13,7 @@ from fusedmoe.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_c
 from fusedmoe.cli.facts import ModelFacts, model_facts, role_of
 from fusedmoe.cli.layers import LayerFacts, moe_layers
 from fusedmoe.cli.output import format_bytes, print_json, print_table, printable
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if is_gguf(Path(args.checkpoint)):
-        return inspect_gguf(Path(args.checkpoint), args.json)
+    gguf = gguf_of(Path(args.checkpoint))
+    if gguf is not None:
+        return inspect_gguf(gguf, args.json)
     checkpoint = read_checkpoint(args.checkpoint)
     facts = model_facts(checkpoint)
     layers = moe_layers(checkpoint, facts)

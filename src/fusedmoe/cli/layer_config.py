@@ -13,6 +13,7 @@ from fusedmoe.cli.arguments import SIZES, add_sizes, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.integrations.transformers.gguf_source import GgufSource
 from fusedmoe.weights.families import EXPERT_PARTS, config_value
 from fusedmoe.words import device_of
 
@@ -61,7 +62,7 @@ def shapes_asked(
 
 def layer_config(
     args: argparse.Namespace,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | GgufSource | None,
     dtype: torch.dtype | None = None,
     options: MoEOptions | None = None,
     *,
@@ -72,7 +73,11 @@ def layer_config(
     ``dtype`` None: the checkpoint's. Without ``quantized_too``, CheckpointError for experts that
     are not stored as floats.
     """
-    known = {} if checkpoint is None else _from_checkpoint(checkpoint, quantized_too)
+    known: dict[str, Any] = {}
+    if isinstance(checkpoint, GgufSource):
+        known = {**checkpoint.sizes(), "activation": MoEActivation.SILU}
+    elif checkpoint is not None:
+        known = _from_checkpoint(checkpoint, quantized_too)
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = sizes_of(known | given)
     activation = known.get("activation")
@@ -90,6 +95,15 @@ def layer_config(
         has_bias=args.bias or known.get("bias", False),
         options=options or MoEOptions(),
     )
+
+
+def note_on_format(folder: str) -> str | None:
+    """What to say where experts of a checkpoint are measured in another format than theirs."""
+    checkpoint = read_checkpoint(folder)
+    stored = moe_layers(checkpoint, model_facts(checkpoint))[0].format
+    if stored in STORED_DTYPES:
+        return None
+    return f"{checkpoint.folder} stores experts as {stored}; floats of their shape were measured"
 
 
 def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:

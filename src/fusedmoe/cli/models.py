@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli.ranks import Ranks
-from fusedmoe.integrations.transformers.gguf_source import is_gguf
+from fusedmoe.integrations.transformers.gguf_source import gguf_of
 
 
 def quiet_transformers(*, bars: bool) -> None:
@@ -21,13 +21,20 @@ def quiet_transformers(*, bars: bool) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Of the folder, or of a GGUF file (which needs its package): local files only, no code."""
+    """Of the folder, or of a GGUF file: local files only, no code.
+
+    What stands beside such a file comes before what is in it, which Transformers reads with the
+    format's package, and not for every architecture.
+    """
     from transformers import AutoTokenizer
 
-    inside = {"gguf_file": folder.name} if is_gguf(folder) else {}
+    gguf, inside = gguf_of(folder), {}
+    if gguf is not None:
+        folder = gguf.parent
+        inside = {} if (folder / "tokenizer.json").is_file() else {"gguf_file": gguf.name}
     try:
         return AutoTokenizer.from_pretrained(
-            folder.parent if inside else folder,
+            folder,
             local_files_only=True,
             trust_remote_code=False,
             **inside,

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fusedmoe.checkpoint import (
-    CONFIG_NAME,
     Checkpoint,
     CheckpointError,
     read_checkpoint,
@@ -23,7 +22,7 @@ from fusedmoe.checkpoint import (
 )
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import facts_of
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, is_gguf
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
 from fusedmoe.integrations.transformers.seats import find_seats
@@ -130,13 +129,11 @@ def open_source(path: str | Path, quantize: str | None = None) -> Source | Check
     A Checkpoint is one of floats that are to stay so.
     """
     path = Path(path)
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(inside) == 1 and not (path / CONFIG_NAME).is_file():
-        path = inside[0]
-    if is_gguf(path):
+    gguf = gguf_of(path)
+    if gguf is not None:
         if quantize is not None:
-            raise CheckpointError(f"{path}: is quantized already (gguf)")
-        return GgufSource(path)
+            raise CheckpointError(f"{gguf}: is quantized already (gguf)")
+        return GgufSource(gguf)
     checkpoint = read_checkpoint(path)
     online = None if quantize is None else OnlineQuantization.of(quantize)
     if online is None and read_quantization_config(path, checkpoint.config) is None:

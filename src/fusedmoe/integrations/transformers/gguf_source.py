@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError
 from fusedmoe.integrations.transformers.sources import LazyMatrix
 from fusedmoe.quantization.dialects import LayerSchemes, Matrix
 from fusedmoe.quantization.dialects.gguf import GgufQuantization
@@ -94,8 +94,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is, or that is all a folder has of a model; else None."""
+    if path.suffix.lower() == ".gguf":
+        return path
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return inside[0] if len(inside) == 1 and not (path / CONFIG_NAME).is_file() else None
 
 
 class GgufSource:
@@ -146,6 +150,18 @@ class GgufSource:
             return self.quantization.layer_schemes(w13, w2)
         except ValueError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Of a layer's experts, and how many a token has. CheckpointError where one is unknown."""
+        down = next(t for t in next(iter(self.layers.values())).tensors if t.part == "down")
+        shape = self.shape(down.name)
+        top_k = self.file.metadata.get(f"{self.name}.expert_used_count")
+        if len(shape) != 3 or not isinstance(top_k, int):
+            raise CheckpointError(
+                f"{self.where}: {down.name} is {shape}, {self.name}.expert_used_count {top_k!r}"
+            )
+        names = ("num_experts", "hidden_size", "intermediate_size")
+        return dict(zip(names, shape, strict=True)) | {"top_k": top_k}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[name].shape
