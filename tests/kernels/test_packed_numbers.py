@@ -50,12 +50,12 @@ def test_sixes(shift):
 
 @pytest.mark.parametrize(("kind", "element", "short"), [(E3M2, "e3m2", 124), (E2M3, "e2m3", 126)])
 def test_sextets(kind, element, short):
-    """Every code at each of the four places, subnormal ones included."""
+    """Every code at each of the sixteen places, subnormal ones included."""
     source = (sextets._E3M2_ASM if element == "e3m2" else sextets._E2M3_ASM).value
-    units = random_bytes(3 * 4 * 200).view(-1, 4, 3)
-    for four in units:
-        words = [words_of(four[:, byte])[0] for byte in range(3)]
-        out = run_ptx(source, words, 8)
-        found = torch.stack([numbers(out[2 * plane : 2 * plane + 2]) for plane in range(4)], 1)
-        expected = kind.decode(unpack_sextets(four.flatten()), torch.float64).view(4, 4)
+    words = words_of(random_bytes(12 * 200))
+    for at in range(0, len(words), 3):
+        unit = words[at : at + 3]
+        found = numbers(run_ptx(source, unit, 8))
+        stored = torch.tensor([word >> shift & 255 for word in unit for shift in (0, 8, 16, 24)])
+        expected = kind.decode(unpack_sextets(stored.to(torch.uint8)), torch.float64)
         assert (found.double() * 2.0**short).equal(expected)

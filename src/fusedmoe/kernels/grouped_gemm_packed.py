@@ -24,7 +24,7 @@ from fusedmoe.tuning.quantized_tiles import SUPERBLOCK_COLUMNS, QuantizedTile
 
 SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
 SEXTETS = frozenset({"e3m2", "e2m3"})
-_ALIGNED_BYTES = 16
+_ALIGNED_BYTES, _WORD_BYTES = 16, 4
 
 
 def is_packed(fmt: QuantFormat) -> bool:
@@ -48,7 +48,7 @@ def packed_gemm(
     """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
     Arguments and errors as ``quantized_gemm`` has them, without planes. Steps are of 256 columns
-    for superblocks, of at least 64 for the rest.
+    for superblocks, of at least 128 for floats of six bits and of 64 for the rest.
     """
     check_weights(w, c, activation)
     check_rows(a, w, c, blocks, top_k, bias, row_weights)
@@ -83,9 +83,12 @@ def _check_format(w: QuantizedTensor, tile: QuantizedTile) -> None:
     fmt, index = w.format, w.group_index
     if not is_packed(fmt):
         raise ValueError(f"packed_gemm does not read {fmt.name}")
-    blocks = fmt.element in SUPERBLOCKS
-    if tile.depth != SUPERBLOCK_COLUMNS if blocks else tile.depth < 64:
+    blocks, sextets = fmt.element in SUPERBLOCKS, fmt.element in SEXTETS
+    if tile.depth != SUPERBLOCK_COLUMNS if blocks else tile.depth < (128 if sextets else 64):
         raise ValueError(f"steps of {tile.depth} columns do not fit {fmt.name}")
+    places = w.data.data_ptr(), *w.data.stride()[:2]
+    if sextets and any(place % _WORD_BYTES for place in places):
+        raise ValueError(f"rows of {fmt.name} must lie at a multiple of {_WORD_BYTES} bytes")
     if blocks and w.data.data_ptr() % _ALIGNED_BYTES:
         raise ValueError(f"superblocks must lie at a multiple of {_ALIGNED_BYTES} bytes")
     if index is not None and not index.is_contiguous():

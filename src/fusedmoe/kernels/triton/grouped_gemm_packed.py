@@ -8,7 +8,7 @@ ELEMENT says how DEPTH columns of a row are read (``packed_products``), always i
 that one product takes together, in any order):
 
     q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``); no scales beside it
-    e3m2, e2m3         units of four columns in three bytes (``sextets``), e8m0 scales
+    e3m2, e2m3         units of sixteen columns in three words (``sextets``), e8m0 scales
     int4, int8         act-order: the group of a column comes from a table [e, S, D], so each number
                        fetches its own scale; groups out of range count as the last one
 
@@ -183,7 +183,7 @@ def launch(
         (
             top_k,
             w.format.element,
-            w.format.element in _FEW_GROUPS and tile.slots <= MOST_SUMS,
+            w.format.element in _FEW_GROUPS and D > 0 and tile.slots <= MOST_SUMS,
             native,
             act.formula or None,
             act.gated,

@@ -14,10 +14,12 @@ from fusedmoe.kernels.triton.quantized_common import (
     times_bf16,
 )
 from fusedmoe.kernels.triton.sextets import (
-    four_planes,
-    load_bytes,
-    sextet_numbers,
-    sextets_bf16,
+    PAIRS,
+    UNIT_COLUMNS,
+    bf16_pair,
+    load_units,
+    sextet_pair,
+    sextet_pairs_bf16,
 )
 from fusedmoe.kernels.triton.superblocks import (
     group_integers,
@@ -90,28 +92,28 @@ def add_sextets(
 ):  # fmt: skip
     """total + the products of DEPTH columns; D is a multiple of 32."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
-    at, groups = tl.arange(0, DEPTH // 4), tl.arange(0, DEPTH // 32)
-    inside = (at < (D - first) // 4)[None, :]
-    low, middle, high = load_bytes(w_rows[:, None] + (first // 4 * 3 + 3 * at)[None, :], inside)
-    there = (groups < (D - first) // 32)[None, :]
-    scale = tl.load(scale_rows[:, None] + (first // 32 + groups)[None, :], there, 127)
+    WIDTH: tl.constexpr = DEPTH // PAIRS
+    words = w_rows.to(tl.pointer_type(tl.int32), bitcast=True)
+    units = load_units(words, first, D, WIDTH // 2)
+    groups = first // 32 + tl.arange(0, DEPTH // 32)
+    scale = tl.load(scale_rows[:, None] + groups[None, :], (groups < D // 32)[None, :], 127)
     if NATIVE:
         # Of what the numbers are short of, half goes with the scales, and half with the sum.
-        bits = spread_groups(half_scale_bits(scale), DEPTH // 4)
-        factor = bits.to(tl.bfloat16, bitcast=True)
-        w0, w1, w2, w3 = sextets_bf16(low, middle, high, ELEMENT)
-        w0, w1 = times_bf16(w0, factor), times_bf16(w1, factor)
-        w2, w3 = times_bf16(w2, factor), times_bf16(w3, factor)
+        factor = spread_groups(half_scale_bits(scale), WIDTH).to(tl.bfloat16, bitcast=True)
+        pairs = sextet_pairs_bf16(units, ELEMENT)
     else:
-        factor = spread_groups(float_scale(scale), DEPTH // 4)
-        w0, w1, w2, w3 = sextet_numbers(low, middle, high, factor, ELEMENT, DTYPE)
-    wide = tl.arange(0, DEPTH)
-    a = tl.load(a_row + (first + wide)[None, :], live[:, None] & (wide < D - first)[None, :], 0.0)
-    a0, a1, a2, a3 = four_planes(a)
-    total = tl.dot(w0, tl.trans(a0), total, input_precision=PRECISION)
-    total = tl.dot(w1, tl.trans(a1), total, input_precision=PRECISION)
-    total = tl.dot(w2, tl.trans(a2), total, input_precision=PRECISION)
-    return tl.dot(w3, tl.trans(a3), total, input_precision=PRECISION)
+        factor = spread_groups(float_scale(scale), WIDTH)
+    at = tl.arange(0, WIDTH)
+    at = first + at // 2 * UNIT_COLUMNS + at % 2
+    inside = live[:, None] & (at < D)[None, :]
+    for pair in tl.static_range(PAIRS):
+        if NATIVE:
+            numbers = times_bf16(bf16_pair(pairs[pair]), factor)
+        else:
+            numbers = sextet_pair(units, pair, factor, ELEMENT, DTYPE)
+        a = tl.load(a_row + (at + 2 * pair)[None, :], inside, 0.0)
+        total = tl.dot(numbers, tl.trans(a), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
