@@ -81,7 +81,7 @@ def arguments(name, tile, dtype, act):
 
 def packed(name, tile, dtype=BF16, act=MoEActivation.SILU):
     a, w, c, blocks, act = arguments(name, tile, dtype, act)
-    fitting = packed_tile(tile, w.scale is None)
+    fitting = packed_tile(tile, w.format.element)
     native = dtype == BF16
     grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, None, act, native)
 

@@ -9,7 +9,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activat
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
 from fusedmoe.kernels.ids import local_ids
-from fusedmoe.quantization.formats.superblocks import CODECS
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
 from packed_weights import pack
 from quantized_bodies import triton_packed
@@ -38,7 +38,7 @@ def weights(fmt, K, activation=None, seed=0):
 
 
 def tile_for(fmt, slots=16, rows=32):
-    return packed_tile(QuantizedTile(rows, slots, 64, 2, 4, 2), fmt in CODECS)
+    return packed_tile(QuantizedTile(rows, slots, 64, 2, 4, 2), format_named(fmt).element)
 
 
 def rows_and_ids(K, T=5, dtype=torch.float32):

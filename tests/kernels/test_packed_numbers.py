@@ -10,6 +10,7 @@ from small_ptx import pair, run_ptx, words_of
 triton = pytest.importorskip("triton")
 superblocks = pytest.importorskip("fusedmoe.kernels.triton.superblocks")
 sextets = pytest.importorskip("fusedmoe.kernels.triton.sextets")
+sixes = pytest.importorskip("fusedmoe.kernels.triton.sixes")
 
 
 def random_bytes(count):
@@ -34,16 +35,15 @@ def test_fives(shift):
         assert numbers(out[2:]).equal(high + 128.0)
 
 
-@pytest.mark.parametrize("shift", [0, 2])
-def test_sixes(shift):
-    source = superblocks._SIXES_ASM.value
+def test_sixes():
+    source = sixes._SIXES_ASM.value
     packed, more = random_bytes(64), random_bytes(64)
     for q, h, four, bits in zip(
         words_of(packed), words_of(more), packed.view(-1, 4), more.view(-1, 4), strict=True
     ):
-        out = run_ptx(source, [q, h, shift, 0, 0, 0], 4)
-        low = (four & 15) + (((bits >> shift) & 3) << 4)
-        high = (four >> 4) + (((bits >> (shift + 4)) & 3) << 4)
+        out = run_ptx(source, [q, h], 4)
+        low = (four & 15) + ((bits & 3) << 4)
+        high = (four >> 4) + (((bits >> 4) & 3) << 4)
         assert numbers(out[:2]).equal(low + 128.0)
         assert numbers(out[2:]).equal(high + 128.0)
 

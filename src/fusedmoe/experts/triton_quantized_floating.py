@@ -13,7 +13,7 @@ import torch
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.gather_columns import gather_columns
-from fusedmoe.kernels.grouped_gemm_packed import SUPERBLOCKS, is_packed, packed_gemm
+from fusedmoe.kernels.grouped_gemm_packed import is_packed, packed_gemm
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -100,7 +100,7 @@ def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) ->
 
 def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
     if is_packed(w.format):
-        return packed_tile(tile, w.format.element in SUPERBLOCKS)
+        return packed_tile(tile, w.format.element)
     depth, group = tile.depth, w.format.group.col
     if w.format.element == "nf4" and group > 0:
         while depth > 16 and group % depth:

@@ -20,10 +20,13 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
 )
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import SUPERBLOCK_COLUMNS, QuantizedTile
+from fusedmoe.tuning.quantized_tiles import (
+    SEXTETS,
+    SUPERBLOCK_COLUMNS,
+    SUPERBLOCKS,
+    QuantizedTile,
+)
 
-SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
-SEXTETS = frozenset({"e3m2", "e2m3"})
 _ALIGNED_BYTES, _WORD_BYTES = 16, 4
 
 

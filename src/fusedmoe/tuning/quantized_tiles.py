@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 LONGEST_FP8_SUM = 256
 SUPERBLOCK_COLUMNS = 256
+SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
+SEXTETS = frozenset({"e3m2", "e2m3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +95,19 @@ def weight_only_tiles(
     return QuantizedTiles(_fit(tile, H, groups[0]), _fit(tile, I, groups[1]))
 
 
-def packed_tile(tile: QuantizedTile, superblocks: bool) -> QuantizedTile:
+def packed_tile(tile: QuantizedTile, element: str) -> QuantizedTile:
     """For weights that take more instructions than reading them, instead of ``tile`` and with as
-    many slots: ``superblocks`` are read one per step, the rest 128 columns. Steps of many slots are
-    large: one of a superblock at a time leaves room for a second program, and for smaller GPUs."""
+    many slots: superblocks are read one per step, floats of six bits in as many columns while slots
+    are few, the rest by 128. Steps of many slots are large: one of a superblock at a time leaves
+    room for a second program, and for smaller GPUs."""
     many = tile.slots > 64
+    superblocks, sextets = element in SUPERBLOCKS, element in SEXTETS
     crowded = tile.slots >= 64 if superblocks else many
+    deep = superblocks or (sextets and tile.slots < 64)
     return replace(
         tile,
         rows=128 if many else min(tile.rows, 64),
-        depth=SUPERBLOCK_COLUMNS if superblocks else 128,
+        depth=SUPERBLOCK_COLUMNS if deep else 128,
         warps=8 if many else min(tile.warps, 4),
         stages=(2 if superblocks else 3) - crowded,
     )

@@ -7,7 +7,7 @@ the SLOTS slots of one block. a [rows, D], columns dense; w in the canonical lay
 ELEMENT says how DEPTH columns of a row are read (``packed_products``), always in planes (columns
 that one product takes together, in any order):
 
-    q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``); no scales beside it
+    q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``, ``sixes``), scales within
     e3m2, e2m3         units of sixteen columns in three words (``sextets``), e8m0 scales
     int4, int8         act-order: the group of a column comes from a table [e, S, D], so each number
                        fetches its own scale; groups out of range count as the last one
@@ -28,6 +28,7 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.packed_products import (
     add_ordered,
     add_sextets,
+    add_sixes,
     add_superblocks,
     sum_groups,
 )
@@ -105,7 +106,9 @@ def packed_gemm_kernel(
         total = sum_groups(total, w_rows, a_row, live, D, ELEMENT, PRECISION, NATIVE)
     else:
         for first in range(0, D, DEPTH):
-            if ELEMENT == "q4_k" or ELEMENT == "q5_k" or ELEMENT == "q6_k":
+            if ELEMENT == "q6_k":
+                total = add_sixes(total, w_rows, a_row, live, first, PRECISION, NATIVE)
+            elif ELEMENT == "q4_k" or ELEMENT == "q5_k":
                 total = add_superblocks(
                     total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE
                 )

@@ -21,6 +21,7 @@ from fusedmoe.kernels.triton.sextets import (
     sextet_pair,
     sextet_pairs_bf16,
 )
+from fusedmoe.kernels.triton.sixes import load_sixes, six_scales, six_values, sixes_bf16
 from fusedmoe.kernels.triton.superblocks import (
     group_integers,
     one_sixth,
@@ -36,15 +37,39 @@ def add_superblocks(
     total, w_rows, a_row, live, first, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """total + the products of the 256 columns from ``first`` on."""
+    """total + the products of the 256 columns from ``first`` on; q4_k and q5_k."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
-    NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176 if ELEMENT == "q5_k" else 210
+    NBYTES: tl.constexpr = 144 if ELEMENT == "q4_k" else 176
     low, high = superblock_numbers(w_rows + first // 256 * NBYTES, ELEMENT, DTYPE, NATIVE)
-    low_columns, high_columns = superblock_columns(ELEMENT)
+    low_columns, high_columns = superblock_columns()
     a = tl.load(a_row + (first + low_columns)[None, :], live[:, None], 0.0)
     total = tl.dot(low, tl.trans(a), total, input_precision=PRECISION)
     a = tl.load(a_row + (first + high_columns)[None, :], live[:, None], 0.0)
     return tl.dot(high, tl.trans(a), total, input_precision=PRECISION)
+
+
+@triton.jit
+def add_sixes(
+    total, w_rows, a_row, live, first, PRECISION: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """total + the products of the 256 columns from ``first`` on; q6_k."""
+    DTYPE: tl.constexpr = a_row.dtype.element_ty
+    block = w_rows + first // 256 * 210
+    at = tl.arange(0, 32)
+    at = first + at // 16 * 128 + at // 2 % 8 * 4 + at % 2
+    near, far, bits, d = load_sixes(block)
+    for run in tl.static_range(2):
+        nibbles = near if run == 0 else far
+        if run == 1:
+            bits = bits >> 2
+        words = sixes_bf16(nibbles, bits) if NATIVE else None
+        for tile in tl.static_range(4):
+            scale = six_scales(block, d, run + tile // 2 * 2)
+            value = six_values(nibbles, bits, words, scale, tile, DTYPE, NATIVE)
+            column = at + (32 * run + 64 * (tile // 2) + 2 * (tile % 2))
+            a = tl.load(a_row + column[None, :], live[:, None], 0.0)
+            total = tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit

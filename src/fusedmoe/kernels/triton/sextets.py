@@ -22,7 +22,7 @@ def load_units(words, first, columns, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _beside(x, y):
+def beside(x, y):
     """Two tiles [ROWS, UNITS] as one [ROWS, 2 * UNITS], column by column in turns."""
     return tl.reshape(tl.join(x, y), (x.shape[0], 2 * x.shape[1]))
 
@@ -45,7 +45,7 @@ def _sextet(units, COLUMN: tl.constexpr, ELEMENT: tl.constexpr):
 def sextet_pair(units, PAIR: tl.constexpr, factor, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     """Tile PAIR of units, in DTYPE, times the scales ``factor``, fp32 [ROWS, 2 * UNITS]."""
     lift = 2.0**124 if ELEMENT == "e3m2" else 2.0**126
-    numbers = _beside(_sextet(units, 2 * PAIR, ELEMENT), _sextet(units, 2 * PAIR + 1, ELEMENT))
+    numbers = beside(_sextet(units, 2 * PAIR, ELEMENT), _sextet(units, 2 * PAIR + 1, ELEMENT))
     return (numbers * lift * factor).to(DTYPE)
 
 
@@ -103,4 +103,4 @@ def sextet_pairs_bf16(units, ELEMENT: tl.constexpr):
 def bf16_pair(words):
     """Words [ROWS, UNITS] as the two numbers they hold, [ROWS, 2 * UNITS]."""
     low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return _beside(low, (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
+    return beside(low, (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))

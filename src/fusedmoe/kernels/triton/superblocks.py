@@ -1,4 +1,4 @@
-"""GGUF's superblocks (q4_k, q5_k, q6_k) as numbers in registers, 256 columns at a time.
+"""GGUF's superblocks with minima (q4_k, q5_k) as numbers in registers, 256 columns at a time.
 
 The layouts are those of ``quantization/formats/superblocks.py``. Byte p of a superblock's 128 bytes
 of nibbles holds a column of the low plane and one of the high plane: two products of 128 columns,
@@ -11,22 +11,15 @@ Where the GPU has packed bf16 arithmetic, an integer becomes the mantissa of a n
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.quantized_common import (
-    int4_nibbles_bf16,
-    minus_bf16,
-    spread_groups,
-    times_terms_bf16,
-    two_terms_bf16,
-)
+from fusedmoe.kernels.triton.quantized_common import int4_nibbles_bf16, spread_groups
 
 
 @triton.jit
-def superblock_columns(ELEMENT: tl.constexpr):
+def superblock_columns():
     """The columns of the low and of the high plane, [128] each, by the place of their byte."""
     at = tl.arange(0, 128)
-    RUN: tl.constexpr = 64 if ELEMENT == "q6_k" else 32
-    low = at // RUN * (2 * RUN) + at % RUN
-    return low, low + RUN
+    low = at // 32 * 64 + at % 32
+    return low, low + 32
 
 
 @triton.jit
@@ -77,17 +70,6 @@ def _scales_and_minima(block):
     )
 
 
-@triton.jit
-def _signed_scales(block):
-    """q6_k's scales of the low and of the high plane's groups, fp32 [ROWS, 8] each."""
-    d = tl.load((block + 208).to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
-    at = tl.arange(0, 8)
-    ptrs = (block + 192)[:, None] + (at // 4 * 8 + at % 4)[None, :]
-    low = tl.load(ptrs).to(tl.int8, bitcast=True).to(tl.float32)
-    high = tl.load(ptrs + 4).to(tl.int8, bitcast=True).to(tl.float32)
-    return d[:, None] * low, d[:, None] * high
-
-
 _FIVES_ASM = tl.constexpr(
     """{
     .reg .b32 a, b, h, t;
@@ -121,38 +103,6 @@ def fives_bf16(packed, more, shift):
     )
 
 
-_SIXES_ASM = tl.constexpr(
-    """{
-    .reg .b32 a, b, h, t;
-    and.b32 a, $4, 0x0F0F0F0F;
-    shr.u32 b, $4, 4;
-    and.b32 b, b, 0x0F0F0F0F;
-    shr.u32 h, $5, $6;
-    shl.b32 t, h, 4;
-    lop3.b32 a, t, 0x30303030, a, 0xEA;
-    lop3.b32 b, h, 0x30303030, b, 0xEA;
-    prmt.b32 $0, a, 0x43, 0x4140;
-    prmt.b32 $1, a, 0x43, 0x4342;
-    prmt.b32 $2, b, 0x43, 0x4140;
-    prmt.b32 $3, b, 0x43, 0x4342;
-}"""
-)
-
-
-@triton.jit
-def sixes_bf16(packed, more, shift):
-    """Nibbles with two more bits, plus 128: those of the low nibbles at bit ``shift`` of ``more``,
-    those of the high ones four bits on. Four bytes at a time."""
-    return tl.inline_asm_elementwise(
-        _SIXES_ASM,
-        "=r,=r,=r,=r,r,r,r,r,r,r",
-        [packed, more, shift],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
-
-
 @triton.jit
 def _integers(block, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
     """The integers of the low and of the high plane, [ROWS, 128]: int32, or bf16 and 128 more."""
@@ -163,7 +113,7 @@ def _integers(block, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
             return int4_nibbles_bf16(packed)
         else:
             return (packed & 15).to(tl.int32), (packed >> 4).to(tl.int32)
-    elif ELEMENT == "q5_k":
+    else:
         packed = tl.load((block + 48)[:, None] + at[None, :])
         more = tl.load((block + 16)[:, None] + (at % 32)[None, :])
         shift = (at // 32 * 2)[None, :]
@@ -173,52 +123,21 @@ def _integers(block, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
             bits = more.to(tl.int32) >> shift
             low = (packed & 15).to(tl.int32) | (bits & 1) << 4
             return low, (packed >> 4).to(tl.int32) | (bits >> 1 & 1) << 4
-    else:
-        packed = tl.load(block[:, None] + at[None, :])
-        more = tl.load((block + 128)[:, None] + (at // 64 * 32 + at % 32)[None, :])
-        shift = (at // 32 % 2 * 2)[None, :]
-        if NATIVE:
-            return sixes_bf16(packed, more, shift)
-        else:
-            bits = more.to(tl.int32) >> shift
-            low = (packed & 15).to(tl.int32) | (bits & 3) << 4
-            return low, (packed >> 4).to(tl.int32) | (bits >> 4 & 3) << 4
-
-
-@triton.jit
-def _value(number, scale, minimum, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """number * scale - minimum of its group, rounded once; ``minimum`` None: (number - MIDDLE) *
-    scale."""
-    OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
-    if minimum is not None:
-        rest = spread_groups(minimum + OFFSET * scale, 128)
-        return (number.to(tl.float32) * spread_groups(scale, 128) - rest).to(DTYPE)
-    elif NATIVE:
-        middle = tl.full(number.shape, OFFSET + MIDDLE, tl.bfloat16)
-        more, less = two_terms_bf16(scale)
-        more, less = spread_groups(more, 128), spread_groups(less, 128)
-        return times_terms_bf16(minus_bf16(number, middle), more, less)
-    else:
-        return ((number - MIDDLE).to(tl.float32) * spread_groups(scale, 128)).to(DTYPE)
 
 
 @triton.jit
 def superblock_numbers(block, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     """The values of the low and of the high plane [ROWS, 128] of the superblocks at ``block``,
-    byte pointers [ROWS]. NATIVE: DTYPE is bf16, with packed arithmetic."""
+    byte pointers [ROWS], rounded once. NATIVE: DTYPE is bf16, with packed arithmetic."""
+    OFFSET: tl.constexpr = 128.0 if NATIVE else 0.0
     low, high = _integers(block, ELEMENT, NATIVE)
-    if ELEMENT == "q6_k":
-        scale, high_scale = _signed_scales(block)
-        return (
-            _value(low, scale, None, 32, DTYPE, NATIVE),
-            _value(high, high_scale, None, 32, DTYPE, NATIVE),
-        )
-    else:
-        scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
-        return (
-            _value(low, scale, minimum, 0, DTYPE, NATIVE),
-            _value(high, high_scale, high_minimum, 0, DTYPE, NATIVE),
-        )
+    scale, minimum, high_scale, high_minimum = _scales_and_minima(block)
+    rest = spread_groups(minimum + OFFSET * scale, 128)
+    high_rest = spread_groups(high_minimum + OFFSET * high_scale, 128)
+    return (
+        (low.to(tl.float32) * spread_groups(scale, 128) - rest).to(DTYPE),
+        (high.to(tl.float32) * spread_groups(high_scale, 128) - high_rest).to(DTYPE),
+    )
 
 
 @triton.jit

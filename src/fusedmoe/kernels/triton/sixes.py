@@ -1,0 +1,110 @@
+"""GGUF's superblocks of six-bit integers (q6_k) as numbers in registers.
+
+The layout is that of ``quantization/formats/superblocks.py``: of a half of 128 columns, a word of
+bits has two for sixteen columns, four apart by 32 each; a word of nibbles has the others of four
+and of the four 64 columns on. 210 bytes are no whole number of words, so every second superblock
+lies across them, and only whole words can be copied asynchronously: two are read for each of these.
+
+A tile [ROWS, 32] of numbers has two columns of each of eight words in both halves: columns 4 i and
+4 i + 1, or the two behind them, and what is 32, 64 or 96 columns on.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedmoe.kernels.triton.quantized_common import (
+    minus_bf16,
+    spread_groups,
+    times_terms_bf16,
+    two_terms_bf16,
+)
+from fusedmoe.kernels.triton.sextets import beside, bf16_pair
+
+
+@triton.jit
+def _load_words(bytes_, at):
+    """The words at ``at`` [W] behind pointers to bytes [ROWS], which are even: int32 [ROWS, W].
+    Masks choose, not values: loads then lead straight to the product."""
+    place = bytes_.to(tl.int64)
+    across = (place & 2) != 0
+    words = (place - (place & 2)).to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + at[None, :]
+    whole = tl.load(words, (across == 0)[:, None], 0)
+    low, high = tl.load(words, across[:, None], 0), tl.load(words + 1, across[:, None], 0)
+    return whole | (low >> 16) & 0xFFFF | high << 16
+
+
+@triton.jit
+def load_sixes(block):
+    """(nibbles, those 32 columns on, bits) of superblocks at ``block``, words [ROWS, 16], eight of
+    each half; and the scale of all, fp32 [ROWS]."""
+    at = tl.arange(0, 16)
+    half, at = at // 8, at % 8
+    d = tl.load((block + 208).to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
+    return (
+        _load_words(block, 16 * half + at),
+        _load_words(block, 16 * half + at + 8),
+        _load_words(block + 128, 8 * half + at),
+        d,
+    )
+
+
+@triton.jit
+def six_scales(block, d, RUN: tl.constexpr):
+    """The scales of the groups in the tiles 32 * RUN columns on, fp32 [ROWS, 4]."""
+    at = tl.arange(0, 4)
+    place = (block + (192 + 2 * RUN))[:, None] + (at // 2 * 8 + at % 2)[None, :]
+    return tl.load(place.to(tl.pointer_type(tl.int8), bitcast=True)).to(tl.float32) * d[:, None]
+
+
+_SIXES_ASM = tl.constexpr(
+    """{
+    .reg .b32 a, b, t;
+    and.b32 a, $4, 0x0F0F0F0F;
+    shr.u32 b, $4, 4;
+    and.b32 b, b, 0x0F0F0F0F;
+    shl.b32 t, $5, 4;
+    lop3.b32 a, t, 0x30303030, a, 0xEA;
+    lop3.b32 b, $5, 0x30303030, b, 0xEA;
+    prmt.b32 $0, a, 0x43, 0x4140;
+    prmt.b32 $1, a, 0x43, 0x4342;
+    prmt.b32 $2, b, 0x43, 0x4140;
+    prmt.b32 $3, b, 0x43, 0x4342;
+}"""
+)
+
+
+@triton.jit
+def sixes_bf16(nibbles, bits):
+    """Four tiles of integers, plus 128, two numbers of bf16 in a word: of the low nibbles with the
+    lowest two bits of bytes, then of the high ones with the two from the fifth on."""
+    return tl.inline_asm_elementwise(
+        _SIXES_ASM,
+        "=r,=r,=r,=r,r,r",
+        [nibbles, bits],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _six(nibbles, bits, SHIFT: tl.constexpr):
+    """The integer of one of four columns of words, less its middle, fp32."""
+    return (((nibbles >> SHIFT) & 15 | ((bits >> SHIFT) & 3) << 4) - 32).to(tl.float32)
+
+
+@triton.jit
+def six_values(
+    nibbles, bits, words, scale, TILE: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Tile TILE of four [ROWS, 32], times the scales of its groups; NATIVE: of ``words``, which
+    ``sixes_bf16`` made."""
+    if NATIVE:
+        number = bf16_pair(words[TILE])
+        number = minus_bf16(number, tl.full(number.shape, 160.0, tl.bfloat16))
+        more, less = two_terms_bf16(scale)
+        return times_terms_bf16(number, spread_groups(more, 32), spread_groups(less, 32))
+    else:
+        SHIFT: tl.constexpr = 16 * (TILE % 2) + 4 * (TILE // 2)
+        number = beside(_six(nibbles, bits, SHIFT), _six(nibbles, bits, SHIFT + 8))
+        return (number * spread_groups(scale, 32)).to(DTYPE)
