@@ -10,6 +10,7 @@ from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
 from packed_weights import pack
 from quantized_bodies import triton_packed
@@ -19,6 +20,7 @@ E, N, TOP_K = 3, 24, 2
 # Columns: whole steps, cut steps.
 FORMATS = [
     *((kind, 512) for kind in CODECS),
+    ("q6_k", 768),  # rows of no whole number of words
     ("mxfp6_e3m2", 96),
     ("mxfp6_e2m3", 288),
     ("int4_g32_act_order", 96),
