@@ -1,8 +1,8 @@
 """Layers of the formats that no other package runs as experts, on one GPU, from router logits:
-GGUF's, NF4, MXFP6 and GPTQ's act-order, as Triton reads them.
+GGUF's, NF4, MXFP6 and GPTQ's act-order, as Triton reads them, beside plain int4.
 
     PYTHONPATH=src python benchmarks/packed_formats.py [--formats q4_k ...] [--shapes qwen3-30b ...]
-        [--tokens 1 8 64] [--out F.json]
+        [--tokens 1 8 64 2048] [--out F.json]
 
 As ``quantized_layer.py``: random weights, bf16 rows, the limit from bytes as stored and rates
 measured in the run, errors against fp64 on the dequantized weights.
@@ -23,7 +23,7 @@ from fusedmoe.bench.report import make_header
 
 FORMATS = (
     *("q4_k", "q5_k", "q6_k", "iq4_nl", "nf4", "mxfp6_e3m2", "mxfp6_e2m3"),
-    *("int4_g128_act_order", "int8_g128_act_order"),
+    *("int4_g128_act_order", "int8_g128_act_order", "int4_g128"),
 )
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 2048])
     parser.add_argument("--out")
     args = parser.parse_args()
     header = make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,)) | eight_bit_rates())

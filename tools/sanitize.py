@@ -1,11 +1,12 @@
 """Run every GPU kernel once or twice on small, odd problems: a program for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
-        --error-exitcode 1 python tools/sanitize.py
+        --report-api-errors no --error-exitcode 1 python tools/sanitize.py
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize.py --only hopper (or quantized)
+        python tools/sanitize.py --only hopper (or quantized, with --formats q4_k ...)
 
-Without caching every tensor is its own allocation, so that a stray access leaves it.
+Without caching every tensor is its own allocation, so that a stray access leaves it. Errors of the
+API are left out: cuda-bindings asks the driver for every function, also those that it has not.
 
 racecheck names the word by which Triton hands work to the other warps of the warp-specialised
 kernels; barriers of all threads stand around it (benchmarks/results/h200/notes_hopper.md).
