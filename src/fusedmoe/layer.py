@@ -308,7 +308,11 @@ def _make_method(
 ) -> FusedMoEMethodBase:
     """The format's method, holding the config with the sizes that it stores."""
     if quant_config is not None and not hasattr(quant_config, "get_quant_method"):
-        raise ValueError(f"quant_config {type(quant_config).__name__} has no get_quant_method")
+        raise ValueError(
+            f"quant_config is a {type(quant_config).__name__}, which has no get_quant_method; "
+            "fusedmoe.read_quantization makes one of what a config.json says, and "
+            'fusedmoe.OnlineQuantization.of("int4_g128") of a format'
+        )
     method = None if quant_config is None else quant_config.get_quant_method(moe_config, prefix)
     method = method or UnquantizedFusedMoEMethod(moe_config)
     hidden, intermediate = method.maybe_roundup_sizes(

@@ -89,3 +89,32 @@ def test_what_does_not_fit_is_refused():
         run(apply_router_weight_on_input=True)
     with pytest.raises(ValueError, match=r"expected .*uint8, found"):
         run(a=a.float())
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_compiled_it_is_the_same(scale_dtype):
+    w13, w2 = draw("int4_g32_zp", E, 2 * I, H, shards=2), draw("int4_g32_zp", E, H, I, seed=1)
+    scales = [w.scale.to(scale_dtype) for w in (w13, w2)]
+    zeros = {"w1_zp": w13.zero_point, "w2_zp": w2.zero_point}
+    config = fusedmoe.int4_w4a16_moe_quant_config(*scales, **zeros, block_shape=[0, 32])
+    options = fusedmoe.MoEOptions(batch_invariant=True)
+    tensors, _ = inputs(w13, w2)
+
+    def run(x, *rest):
+        return fused_experts(x, *rest, quant_config=config, options=options) * 2
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*tensors), run(*tensors))
+    with pytest.raises(ValueError, match=r"topk_ids lie in \[9, 9\]"):
+        compiled(*tensors[:4], torch.full((T, K), 9))
+
+
+def test_compiled_rows_keep_their_scales():
+    key = {"per_act_token_quant": False, "per_out_ch_quant": False}
+    w13, w2 = draw("fp8_tensor", E, 2 * I, H, shards=2), draw("fp8_tensor", E, H, I, seed=1)
+    rows = torch.tensor([0.02]), torch.tensor([0.003])
+    config = fusedmoe.fp8_w8a8_moe_quant_config(w13.scale, w2.scale, *rows, **key)
+    tensors, _ = inputs(w13, w2)
+    compiled = torch.compile(fused_experts, backend="eager", fullgraph=True)
+    wanted = fused_experts(*tensors, quant_config=config)
+    assert torch.equal(compiled(*tensors, quant_config=config), wanted)

@@ -94,3 +94,12 @@ def test_quantizing_twice_is_refused():
         quantize_layer(layer, "int4_g32")
     with pytest.raises(ValueError, match="w13_weight is on 'meta'"):
         quantize_layer(FusedMoE(E, K, H, I, torch.float32, device="meta"), "int8_channel")
+
+
+def test_a_short_name_is_a_format():
+    from fusedmoe import OnlineQuantization
+    from fusedmoe.quantization.formats import format_named
+
+    for short, name in (("int8", "int8_channel"), ("int4", "int4_g128"), ("fp8", "fp8_channel")):
+        assert format_named(short).name == name
+        assert OnlineQuantization.of(short).format.name == name

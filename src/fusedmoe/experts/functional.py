@@ -9,16 +9,15 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
-from fusedmoe.experts.functional_call import ExpertsCall
+from fusedmoe.experts.functional_call import ExpertsCall, option_words, options_of
 from fusedmoe.experts.functional_plain import plain_fused_experts
-from fusedmoe.experts.functional_quantized import quantized_fused_experts
+from fusedmoe.experts.functional_quantized import opaque_quantized, quantized_fused_experts
 from fusedmoe.modular_kernel.experts import merged_activation_config
 from fusedmoe.quantization.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     FusedMoEQuantConfig,
     biased_moe_quant_config,
 )
-from fusedmoe.tuning.table_file import table_from_text
 
 _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_NUMBERS = ApplyMoEActivationConfig()
@@ -46,8 +45,8 @@ def fused_experts(
     ``global_num_experts`` (default: those of ``expert_map``, else e); -1 is no expert.
     ``expert_map`` int32 [global_num_experts]: local expert of each id, -1 for one of another rank.
     ``quant_config`` carries biases [e, S * I] and [e, H], and describes w1 and w2 where they are
-    quantized (packed as ``QuantizedTensor.data``; not in compiled code). Nothing is prepacked here:
-    a layer is faster where kernels do.
+    quantized (packed as ``QuantizedTensor.data``). Nothing is prepacked here: a layer is faster
+    where kernels do.
 
     With ``apply_router_weight_on_input`` (K = 1) the input is weighted, not the output.
     ``options`` force an implementation, ask for batch invariance or bound the scratch memory.
@@ -73,15 +72,14 @@ def fused_experts(
         numbers,
         options,
     )
+    opaque = torch.compiler.is_compiling() and not isinstance(options.experts, type)
     if quant_config.is_quantized:
-        return quantized_fused_experts(call, quant_config)
-    if torch.compiler.is_compiling() and not isinstance(options.experts, type):
-        return _opaque(call)
-    return plain_fused_experts(call)
+        run = opaque_quantized if opaque else quantized_fused_experts
+        return run(call, quant_config)
+    return _opaque(call) if opaque else plain_fused_experts(call)
 
 
 def _opaque(call: ExpertsCall) -> torch.Tensor:
-    options = call.options
     return _fused_experts_op(
         call.hidden_states,
         call.w1,
@@ -95,12 +93,7 @@ def _opaque(call: ExpertsCall) -> torch.Tensor:
         call.w1_bias,
         call.w2_bias,
         *call.activation_config.numbers(),
-        options.batch_invariant,
-        options.max_workspace_bytes,
-        options.experts,
-        options.debug_checks,
-        options.deterministic,
-        None if options.table is None else options.table.text,
+        *option_words(call.options),
     )
 
 
@@ -144,13 +137,13 @@ def _fused_experts_op(
         activation_config=ApplyMoEActivationConfig.from_numbers(
             clamp_limit, alpha, beta, situ_beta, situ_linear_beta
         ),
-        options=MoEOptions(
-            batch_invariant=batch_invariant,
-            max_workspace_bytes=max_workspace_bytes,
-            experts=experts,
-            debug_checks=debug_checks,
-            deterministic=deterministic,
-            tuned_table=None if tuned_table is None else table_from_text(tuned_table),
+        options=options_of(
+            batch_invariant,
+            max_workspace_bytes,
+            experts,
+            debug_checks,
+            deterministic,
+            tuned_table,
         ),
     )
 

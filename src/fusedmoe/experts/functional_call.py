@@ -17,6 +17,7 @@ from fusedmoe.modular_kernel.checks import check_picks
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.selection import Selection, select
+from fusedmoe.tuning.table_file import table_from_text
 
 Keys = tuple[QuantKey | None, QuantKey | None]
 """Of the weights and the activations of one GEMM."""
@@ -46,6 +47,41 @@ class ExpertsCall(NamedTuple):
         if self.global_num_experts >= 0:
             return self.global_num_experts
         return self.w1.shape[0] if self.expert_map is None else self.expert_map.shape[0]
+
+
+OptionWords = tuple[bool, int | None, str | None, bool, bool, str | None]
+
+
+def option_words(options: MoEOptions) -> OptionWords:
+    """Options as an op's schema can hold them; ``options_of`` is the inverse."""
+    assert not isinstance(options.experts, type)
+    return (
+        options.batch_invariant,
+        options.max_workspace_bytes,
+        options.experts,
+        options.debug_checks,
+        options.deterministic,
+        None if options.table is None else options.table.text,
+    )
+
+
+def options_of(
+    batch_invariant: bool,
+    max_workspace_bytes: int | None,
+    experts: str | None,
+    debug_checks: bool,
+    deterministic: bool,
+    tuned_table: str | None,
+) -> MoEOptions:
+    """The options of which these are the words."""
+    return MoEOptions(
+        batch_invariant=batch_invariant,
+        max_workspace_bytes=max_workspace_bytes,
+        experts=experts,
+        debug_checks=debug_checks,
+        deterministic=deterministic,
+        tuned_table=None if tuned_table is None else table_from_text(tuned_table),
+    )
 
 
 def check_call(call: ExpertsCall, num_local: int) -> None:

@@ -150,7 +150,7 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
                 w2,
                 weights,
                 topk_ids,
-                *_tensors_and_words(config),
+                *tensors_and_words(config),
                 expert_map,
                 activation.value,
                 *numbers.numbers(),
@@ -209,8 +209,8 @@ def _run(
     return output
 
 
-def _tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
-    """A quant config as an op's schema can hold it; ``_config_of`` is the inverse."""
+def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
+    """A quant config as an op's schema can hold it; ``config_of`` is the inverse."""
     tensors: list[torch.Tensor | None] = []
     words = []
     for rows, weight in ((config.a1, config.w1), (config.a2, config.w2)):
@@ -223,7 +223,7 @@ def _tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor |
     return tensors, "|".join(words)
 
 
-def _config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
+def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
     descs: list[FusedMoEQuantDesc] = []
     for side, parts in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
         name, dtype, row, col, kind = side.split()
@@ -269,7 +269,7 @@ def _op(
     situ_linear_beta: float | None,
     batch_invariant: bool,
 ) -> torch.Tensor:
-    config, act = _config_of(tensors, words), MoEActivation(activation)
+    config, act = config_of(tensors, words), MoEActivation(activation)
     numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     return _run(
         hidden_states,

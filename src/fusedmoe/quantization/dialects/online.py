@@ -21,15 +21,6 @@ from fusedmoe.quantization.dialects.rules import (
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
 
-ALIASES = {
-    "fp8": "fp8_channel",
-    "fp8_per_tensor": "fp8_tensor",
-    "fp8_per_block": "fp8_block",
-    "int8": "int8_channel",
-    "experts_int8": "int8_channel",
-    "int4": "int4_g128",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineQuantization(CheckpointQuantization):
@@ -45,10 +36,10 @@ class OnlineQuantization(CheckpointQuantization):
 
     @classmethod
     def of(cls, name: str, *, activation: QuantKey | None = None) -> OnlineQuantization:
-        """By a format's name ("int4_g128") or one of ``ALIASES``; ValueError for others."""
+        """By a format's name ("int4_g128") or short name ("int4"); ValueError for others."""
         from fusedmoe.quantization.formats import format_named
 
-        found = format_named(ALIASES.get(name, name))
+        found = format_named(name)
         if found.act_order:
             raise ValueError(f"{name}: the order of columns comes from a checkpoint")
         return cls(format=found, activation=activation)

@@ -88,12 +88,24 @@ _FIXED = {
 }
 
 
+SHORT_NAMES = {
+    "fp8": "fp8_channel",
+    "fp8_per_tensor": "fp8_tensor",
+    "fp8_per_block": "fp8_block",
+    "int8": "int8_channel",
+    "experts_int8": "int8_channel",
+    "int4": "int4_g128",
+}
+
+
 def format_named(name: str) -> QuantFormat:
     """The format that ``QuantFormat.name`` calls so: "fp8_block", "int4_g128", "mxfp4", ...
 
     Integer formats are int4 or int8, then _channel or _g<columns>, then perhaps _zp and
-    _act_order; fp8 blocks of other sizes fp8_block_<rows>x<columns>. ValueError for other names.
+    _act_order; fp8 blocks of other sizes fp8_block_<rows>x<columns>. ``SHORT_NAMES`` stand for the
+    usual ones. ValueError for other names.
     """
+    name = SHORT_NAMES.get(name, name)
     if name in _FIXED:
         return _FIXED[name]
     block = re.fullmatch(r"fp8_(?:block_(\d+)x|g)(\d+)", name)
