@@ -168,3 +168,13 @@ def test_strided_ids():
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ValueError, match=r"got|pass"):
         moe_align_block_size(*arguments)
+
+
+@pytest.mark.parametrize("R", [3, 5000])
+def test_spare_slots_are_padding(R):
+    ids = torch.arange(R, dtype=torch.int32)[:, None] % 2
+    plain = moe_align_block_size(ids, 4, 2, pad_sorted_ids=True)
+    spare = moe_align_block_size(ids, 4, 2, pad_sorted_ids=True, spare_slots=8)
+    assert spare.sorted_ids.tolist() == plain.sorted_ids.tolist() + 8 * [R]
+    assert spare.expert_ids.tolist() == plain.expert_ids.tolist() + 2 * [-1]
+    assert spare.num_tokens_post_pad.equal(plain.num_tokens_post_pad)

@@ -26,7 +26,7 @@ from fusedmoe.kernels.bounded_sum import bounded_sum
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
-from fusedmoe.tuning.hopper_tiles import MAX_DECODE_MEAN, PrefillTiles, decode_tiles
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, MAX_DECODE_MEAN, PrefillTiles, decode_tiles
 from fusedmoe.tuning.tiles import layer_tiles
 
 _ALIGNED_BYTES = 16
@@ -151,7 +151,7 @@ def hopper_products(
             P = prefill_rows(routing.R, e)
             act, rows = x.new_empty(P, I), x.new_empty(P, H)
             position = torch.empty(routing.R, dtype=torch.int32, device=x.device)
-            tables = bounded_align(routing, PREFILL_BLOCK, slots)
+            tables = bounded_align(routing, PREFILL_BLOCK, slots, spare_slots=COUNTER_SLOTS)
             prefill_gemms(
                 x, w1, w2, K, act, rows, position, act_kind, None, None, tables, PrefillTiles(),
                 programs,

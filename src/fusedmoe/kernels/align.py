@@ -70,6 +70,7 @@ def moe_align_block_size(
     return_scatter_idx: bool = False,
     *,
     num_local_experts: int | None = None,
+    spare_slots: int = 0,
 ) -> MoEAlignment | MoEAlignmentWithScatter:
     """topk_ids int [T, K] -> blocks of slots by expert; ids outside [0, num_experts) are dropped.
 
@@ -79,7 +80,8 @@ def moe_align_block_size(
     ``expert_map`` (int32, global -> local id or -1) turns expert_ids into local ids. Slots of
     remote experts keep their blocks (expert_ids -1), unless ``ignore_invalid_experts`` drops them:
     then groups follow the local order, and ``num_local_experts`` takes the place of ``num_experts``
-    in P. Raises ValueError for a bad block size, too many slots, or ids that are not integers.
+    in P. So many ``spare_slots`` of padding follow, for the caller's own use. Raises ValueError for
+    a bad block size, too many slots, or ids that are not integers.
     """
     if block_size < 1 or num_experts < 1:
         raise ValueError(
@@ -93,7 +95,7 @@ def moe_align_block_size(
     groups = num_experts
     if drop_remote and num_local_experts is not None:
         groups = num_local_experts
-    P = padded_slots(topk_ids.numel(), block_size, groups, pad_sorted_ids)
+    P = padded_slots(topk_ids.numel(), block_size, groups, pad_sorted_ids) + spare_slots
     if P > MAX_SLOTS:
         raise ValueError(
             f"{topk_ids.numel()} slots padded to blocks of {block_size} pass {MAX_SLOTS}"
@@ -118,6 +120,7 @@ def align_local_slots(
     expert_map: torch.Tensor | None,
     *,
     whole_blocks: bool = False,
+    spare_slots: int = 0,
 ) -> MoEAlignment:
     """``moe_align_block_size`` of the slots of local experts alone, by local ids.
 
@@ -131,6 +134,7 @@ def align_local_slots(
         pad_sorted_ids=whole_blocks,
         ignore_invalid_experts=True,
         num_local_experts=num_local_experts,
+        spare_slots=spare_slots,
     )
     return MoEAlignment(*alignment[:3])
 

@@ -36,19 +36,24 @@ class BoundedRouting(NamedTuple):
 
 
 def bounded_align(
-    routing: BoundedRouting, block_size: int, expected_slots: int | None = None
+    routing: BoundedRouting,
+    block_size: int,
+    expected_slots: int | None = None,
+    *,
+    spare_slots: int = 0,
 ) -> MoEAlignment:
     """Slots of ``routing`` by local expert, as ``moe_align_block_size`` orders them.
 
     Sizes follow from the routing map's alone: P = R + num_local * (block_size - 1) rounded up to
     whole blocks (at most R * block_size). ``expected_slots`` (default: all) chooses the way it is
-    done, never the result. Raises ValueError for a block size below 1 and for too many slots.
+    done, never the result. So many ``spare_slots`` of padding follow, whole blocks of it. Raises
+    ValueError for a block size below 1 and for too many slots.
     """
     if block_size < 1 or routing.num_local < 1:
         raise ValueError(
             f"block_size and num_local must be positive, got {block_size} and {routing.num_local}"
         )
-    P = padded_slots(routing.R, block_size, routing.num_local, whole_blocks=True)
+    P = padded_slots(routing.R, block_size, routing.num_local, whole_blocks=True) + spare_slots
     if P > MAX_SLOTS:
         raise ValueError(f"{routing.R} slots padded to blocks of {block_size} pass {MAX_SLOTS}")
     if not routing.routing_map.is_cuda:

@@ -11,7 +11,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
-from fusedmoe.tuning.hopper_tiles import PrefillTiles
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, PrefillTiles
 
 PREFILL_BLOCK = 128
 
@@ -66,7 +66,9 @@ def hopper_prefill(
     e, R = w2.shape[0], topk_ids.numel()
     if R == 0:
         return
-    tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True)
+    tables = align_local_slots(
+        topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True, spare_slots=COUNTER_SLOTS
+    )
     prefill(
         x,
         w1,

@@ -85,6 +85,8 @@ class PrefillTiles:
     group: int = 16
 
 
+COUNTER_SLOTS = 128  # of padding behind the prefill kernel's table of slots: it counts tasks there
+
 SUM_COLUMNS = 1024  # of one pass of a program of the prefill kernel's sum
 MOST_SUM_COLUMNS = 4096
 

@@ -12,8 +12,9 @@ down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
              order. sum_few_kernel does the same where most slots are other ranks'.
 
-Tiles go round robin over the programs, in groups of GROUP blocks that share weights in the L2. Of a
-block with at most 64 rows the second half is not loaded.
+Tiles are drawn from a counter, because those of half-empty blocks are done sooner: in groups of
+GROUP blocks that share weights in the L2. The producer announces them to the consumers. Of a block
+with at most 64 rows the second half is not loaded.
 """
 
 import torch
@@ -35,6 +36,7 @@ from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.hopper_tiles import (
+    COUNTER_SLOTS,
     MOST_SUM_COLUMNS,
     SUM_COLUMNS,
     PrefillTiles,
@@ -212,18 +214,28 @@ def prefill_gemms(
     programs: int,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
-    [R], where each slot's row is."""
+    [R], where each slot's row is.
+
+    The last COUNTER_SLOTS of the table of slots must be padding. They are counted up here, so a
+    table serves once.
+    """
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
+    if sorted_ids.shape[0] < act.shape[0] + COUNTER_SLOTS:
+        raise ValueError(
+            f"a table of {sorted_ids.shape[0]} slots for {act.shape[0]} rows has no room for "
+            f"{COUNTER_SLOTS} counters"
+        )
     stored = (HALF_M.value, TILE_N.value // 2)
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
     steps = (tiles.depth, tiles.stages, tiles.group)
+    up_counter, down_counter = sorted_ids[-COUNTER_SLOTS:].chunk(2)  # in cache lines of their own
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
         num_warps=4,
@@ -236,7 +248,7 @@ def prefill_gemms(
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post),
+        (w2_bias, expert_ids, sorted_ids, num_post, down_counter),
         (R, e),
         (H, I, *steps),
         num_warps=4,

@@ -10,10 +10,14 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    announce,
+    draw,
     half_is_live,
     halves,
+    hear,
     load_bias,
     multiply,
+    open_box,
     open_rings,
     store_tile,
     tile_of,
@@ -43,6 +47,8 @@ def expect_step(bar, whole, BK: gl.constexpr):
 @gluon.jit
 def down_producer(
     descs,
+    box,
+    counter_ptr,
     rings,
     bars,
     tables,
@@ -77,12 +83,20 @@ def down_producer(
     gdc_launch_dependents()
     stage = 0
     phase = 1
-    for task in range(first, blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = first
+    tasks = blocks * TILES
+    coming = tasks
+    while task < tasks:
         block, _ = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M
         weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        announce(box, number, task, whole)
+        number += 1
         for k in range(KSTEPS):
+            if k == KSTEPS // 2:
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY):
@@ -95,17 +109,19 @@ def down_producer(
             tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, low)
             tma.async_copy_global_to_shared(act_desc, [row + HALF_M, k * BK], bar, high, pred=whole)
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, tasks, False)
 
 
 @gluon.jit
 def down_consumer(
     out_desc,
     buffers,
+    box,
     bias_ptr,
     rings,
     bars,
     tables,
-    R,
     num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
@@ -113,20 +129,17 @@ def down_consumer(
     GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
+    expert_ids_ptr, _, num_post_ptr = tables
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for task in range(first, blocks * TILES, programs):
+    number = 0
+    task, live = hear(box, number, WHICH)
+    while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
-        live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             low, high = halves(acc)
@@ -139,6 +152,8 @@ def down_consumer(
                 high += load_bias(at + TILE_N, 1, H - column - TILE_N)
             store_tile(out_desc, buffers, low, row, column)
             store_tile(out_desc, buffers, high, row, column + TILE_N)
+        number += 1
+        task, live = hear(box, number, WHICH)
     tma.store_wait(0)
 
 
@@ -151,6 +166,7 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counter_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -162,26 +178,30 @@ def down_kernel(
     """``act_desc`` views tiles of 64 rows."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
+    box = open_box()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
-                    out_desc, out0, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    out_desc, out0, box, bias_ptr, rings, bars, tables, num_local, H, I, TILES,
                     GROUP, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, bias_ptr, rings, bars, tables, R, num_local, H, I, TILES,
+                    out_desc, out1, box, bias_ptr, rings, bars, tables, num_local, H, I, TILES,
                     GROUP, 1,
                 ),
             ),
             (
                 down_producer,
-                ((act_desc, w_desc), rings, bars, tables, R, num_local, H, I, TILES, GROUP),
+                (
+                    (act_desc, w_desc), box, counter_ptr, rings, bars, tables, R, num_local, H, I,
+                    TILES, GROUP,
+                ),
             ),
         ],
         [4, 1],

@@ -15,10 +15,14 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    announce,
+    draw,
     half_is_live,
     halves,
+    hear,
     load_bias,
     multiply,
+    open_box,
     open_rings,
     store_tile,
     tile_of,
@@ -53,6 +57,8 @@ def gather(a, x_rows, live, column, H: gl.constexpr, BK: gl.constexpr):
 @gluon.jit
 def up_producer(
     descs,
+    box,
+    counter_ptr,
     rings,
     bars,
     x,
@@ -83,7 +89,11 @@ def up_producer(
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = gl.program_id(0)
+    tasks = blocks * TILES
+    coming = tasks
+    while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
@@ -92,8 +102,12 @@ def up_producer(
         place += HALF_M
         x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        announce(box, number, task, whole)
+        number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
+            if k == H // BK // 2 * BK:  # early enough for its latency, as late as can be
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
@@ -107,12 +121,15 @@ def up_producer(
                 gather(rest, x_rest, lives_rest, k + column, H, BK)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, tasks, False)
 
 
 @gluon.jit
 def up_consumer(
     out_desc,
     buffers,
+    box,
     bias_ptr,
     rings,
     bars,
@@ -130,22 +147,19 @@ def up_consumer(
     GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
-    R, num_local, _ = sizes
+    expert_ids_ptr, _, num_post_ptr = tables
+    _, num_local, _ = sizes
     limit, alpha, beta = numbers
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (H + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
-    for task in range(first, blocks * TILES, programs):
+    number = 0
+    task, live = hear(box, number, WHICH)
+    while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
-        live = coming & True
-        coming = half_is_live(task + programs, blocks, sorted_ptr, R, TILES, GROUP, WHICH)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             gate, up = halves(acc)
@@ -164,6 +178,8 @@ def up_consumer(
             else:
                 store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
                 store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
+        number += 1
+        task, live = hear(box, number, WHICH)
     tma.store_wait(0)
 
 
@@ -178,6 +194,7 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counter_ptr,
     stride_x,
     R,
     num_local,
@@ -200,6 +217,7 @@ def up_kernel(
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     rings, bars, out0, out1 = open_rings(low_desc, BK, STAGES, 128)
+    box = open_box()
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
@@ -210,22 +228,23 @@ def up_kernel(
             (
                 up_consumer,
                 (
-                    out_desc, out0, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    out_desc, out0, box, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
                     FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
-                    out_desc, out1, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
+                    out_desc, out1, box, bias_ptr, rings, bars, tables, sizes, numbers, H, I,
                     FORMULA, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP, 1,
                 ),
             ),
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr,
-                    tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE, BELOW, GROUP,
+                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, stride_x),
+                    position_ptr, tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE,
+                    BELOW, GROUP,
                 ),
             ),
         ],
