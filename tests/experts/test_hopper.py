@@ -72,6 +72,7 @@ def test_on_a_cpu_the_launchers_are_the_definition(launch):
         ({"w1": torch.empty(4, 64, 32, dtype=torch.bfloat16)}, r"w1 is \(4, 64, 32\)"),
         ({"w1_bias": torch.empty(4, 32)}, r"w1_bias is \(4, 32\)"),
         ({"w2_bias": torch.empty(1, 48).expand(4, 48)}, r"w2_bias is .* strides \(0, 1\)"),
+        ({"topk_ids": torch.zeros(3, 65, dtype=torch.int32)}, "at most 64 picks .* got 65"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(changes, match):

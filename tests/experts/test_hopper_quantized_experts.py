@@ -164,6 +164,11 @@ def test_it_is_for_compute_capability_9_and_bf16(monkeypatch):
         found, reason = HopperQuantizedExperts.is_supported_config(moe, weight, None, rows)
         assert found == (word is None), reason
         assert word is None or word in reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    many = replace(moe, num_experts=2048, num_local_experts=2048, experts_per_token=1024)
+    found, reason = HopperQuantizedExperts.is_supported_config(many, weight, None, rows)
+    assert not found
+    assert "picks" in reason
     half = replace(moe, in_dtype=torch.float16)
     assert not HopperQuantizedExperts.is_supported_config(half, weight, None, rows)[0]
 

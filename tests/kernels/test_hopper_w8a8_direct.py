@@ -101,3 +101,9 @@ def test_biases_no_gate_and_a_map_of_experts(fmt, launched):
     tiles = direct_stream_tiles(1, 4, 64, 272, 144)
     check(launched, fmt, ids, tiles, 272, 144, gated=False, bias=True, expert_map=expert_map)
     check(launched, fmt, ids, tiles, 272, 144, bias=True)
+
+
+@pytest.mark.parametrize("fmt", ["fp8_block", "fp8_channel"])
+def test_rows_of_several_passes(fmt, launched):
+    tiles = DirectTiles(32, 32, 5, 64, 16, 5)
+    check(launched, fmt, torch.tensor([[3, 1]], dtype=torch.int32), tiles, H=2176, I=1088)

@@ -2,7 +2,8 @@
 
 One of three kernels by the sizes alone (``tuning.hopper_tiles``): one or two tokens without tables,
 few slots per expert at the speed of memory, many at the rate of the products. Weights that TMA
-cannot view (not contiguous, not aligned) take the Triton experts' way.
+cannot view (not contiguous, not aligned) and tokens of very many picks take the Triton experts'
+way.
 
 T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S = 2 where gated.
 """
@@ -31,7 +32,13 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
-from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
+from fusedmoe.tuning.hopper_tiles import (
+    MAX_PICKS,
+    DirectTiles,
+    HopperTiles,
+    PrefillTiles,
+    hopper_tiles,
+)
 
 GLUON_RELEASES = ("3.6.",)
 _ALIGNED_BYTES = 16
@@ -55,6 +62,11 @@ def missing_gluon() -> str | None:
 def multiprocessors_of(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.multi_processor_count)
+
+
+def too_many_picks(K: int) -> str | None:
+    """Why the sums do not add up so many picks of a token, or None."""
+    return f"adds up at most {MAX_PICKS} picks of a token, not {K}" if K > MAX_PICKS else None
 
 
 def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
@@ -89,7 +101,7 @@ def hopper_experts(
     """
     (T, H), K = hidden_states.shape, topk_ids.shape[1]
     e, I = w1.shape[0], w2.shape[2]  # noqa: E741
-    if not _viewable(w1, w2):
+    if too_many_picks(K) or not _viewable(w1, w2):
         triton_experts(
             output,
             hidden_states,
@@ -194,7 +206,7 @@ class HopperExperts(FusedMoEExpertsModular):
                 return False, f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
         if moe_config.options.table is not None:
             return False, "reads no tuned table"
-        reason = missing_gluon()
+        reason = too_many_picks(moe_config.experts_per_token) or missing_gluon()
         return reason is None, reason
 
     def workspace_shapes(

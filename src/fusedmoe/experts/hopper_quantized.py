@@ -16,7 +16,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of, too_many_picks
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.align import dense
@@ -149,7 +149,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         capability = torch.cuda.get_device_capability(moe_config.device)
         if capability[0] != 9:
             return False, f"is written for compute capability 9, this GPU has {capability}"
-        reason = missing_gluon()
+        reason = too_many_picks(moe_config.experts_per_token) or missing_gluon()
         if activation_key is None:
             reason = reason or missing_nvrtc()
         return reason is None, reason
@@ -209,7 +209,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         R, H = T * K, hidden_states.shape[1]
         operands = None
         plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
-        if not plain:
+        if not plain and too_many_picks(K) is None:
             operands = self.operands(w1, w2, activation, output.dtype)
         run = None
         if operands is not None:

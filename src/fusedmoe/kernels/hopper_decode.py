@@ -13,7 +13,7 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.hopper_tiles import DecodeTiles, decode_tiles
+from fusedmoe.tuning.hopper_tiles import MAX_PICKS, DecodeTiles, decode_tiles
 
 # TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
 ALIGNED_ELEMENTS = 16
@@ -104,6 +104,7 @@ def check_experts(
 ) -> None:
     """Raise ValueError where the tensors of a Hopper launch do not fit; ``rows`` of act and y."""
     (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    check_picks(K)
     if H % ALIGNED_ELEMENTS or I % ALIGNED_ELEMENTS:
         raise ValueError(f"H {H} and I {I} must be multiples of {ALIGNED_ELEMENTS}")
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -126,6 +127,12 @@ def check_experts(
             f"rows of x must start at multiples of {ALIGNED_ELEMENTS} elements and rows of x and "
             f"out must be dense, strides are {x.stride()} and {out.stride()}"
         )
+
+
+def check_picks(K: int) -> None:
+    """Raise ValueError for more picks of a token than the sums add up."""
+    if K > MAX_PICKS:
+        raise ValueError(f"at most {MAX_PICKS} picks of a token are added up, got {K}")
 
 
 def check_biases(

@@ -17,7 +17,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
     weight_addresses,
 )
-from fusedmoe.kernels.hopper_decode import check_biases
+from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -249,6 +249,7 @@ def check_layer(
         raise ValueError(
             f"expert_map must be int32 and dense, got {tuple(expert_map.shape)} {expert_map.dtype}"
         )
+    check_picks(topk_ids.shape[1])
     check_biases(w1, w2, *biases)
     for bias in biases:
         if bias is not None and bias.dtype not in BIAS_DTYPES:

@@ -123,6 +123,7 @@ class DirectTiles:
         return self.down_valid & -self.down_valid
 
 
+MAX_PICKS = 64  # of a token: the sums at the end of a layer hold a piece of each in registers
 MAX_DIRECT_SLOTS = 32
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_PICKS = 16

@@ -45,6 +45,29 @@ def allocate_rows(DTYPE: gl.constexpr, KSTEPS: gl.constexpr, N: gl.constexpr, M:
 
 
 @gluon.jit
+def load_passes(
+    x, scales, slots, first, AHEAD: gl.constexpr, AT_ONCE: gl.constexpr, N: gl.constexpr,
+    D: gl.constexpr, ROUNDING: gl.constexpr,
+):  # fmt: skip
+    """(lines of AHEAD passes from ``first`` on, what is known of their scales)."""
+    values, known = load_span(x, scales, slots, first * AT_ONCE, D, 1, N, ROUNDING)
+    passes = (values,)
+    for i in gl.static_range(1, AHEAD):
+        more, _ = load_span(x, scales, slots, (first + i) * AT_ONCE, D, 1, N, ROUNDING)
+        passes += (more,)  # type: ignore[assignment]
+    return passes, known
+
+
+@gluon.jit
+def larger_lines(most, passes):
+    """The largest magnitudes [LINES] so far."""
+    for i in gl.static_range(len(passes)):
+        line = largest_magnitude(passes[i].to(gl.float32), 1)
+        most = gl.maximum(most, line, propagate_nan=tl.PropagateNan.ALL)
+    return most
+
+
+@gluon.jit
 def bring_rows(
     x, scales, first_row, rows, buffers, D: gl.constexpr, AT_ONCE: gl.constexpr,
     ROUNDING: gl.constexpr, E8M0: gl.constexpr,
@@ -52,36 +75,39 @@ def bring_rows(
     """Rows first_row, ... of x, ``rows`` of them, to the buffers, for all steps.
 
     x, scales and ROUNDING as in ``hopper_w8a8_rows``; ``row``: by the largest magnitude of a whole
-    row, which is found here.
+    row, which is found here. A pass is AT_ONCE steps; two are asked for before the first is needed.
     """
     x_rows = buffers[0]
-    STEPS: gl.constexpr = x_rows.shape[0]
     N: gl.constexpr = x_rows.shape[1]
     LINES: gl.constexpr = AT_ONCE * N
-    FOUND: gl.constexpr = "group" if ROUNDING == "row" else ROUNDING
+    PASSES: gl.constexpr = x_rows.shape[0] // AT_ONCE
+    AHEAD: gl.constexpr = 2 - PASSES % 2
+    LOADED: gl.constexpr = "group" if ROUNDING == "row" else ROUNDING
     PUT: gl.constexpr = "largest" if ROUNDING == "row" else ROUNDING
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_lines = x_rows._reinterpret(x_rows.dtype, [STEPS // AT_ONCE, LINES, STEP], x_rows.layout)
-    scale_lines = buffers[1]._reinterpret(gl.float32, [STEPS // AT_ONCE, LINES], flat)
+    x_lines = x_rows._reinterpret(x_rows.dtype, [PASSES, LINES, STEP], x_rows.layout)
+    scale_lines = buffers[1]._reinterpret(gl.float32, [PASSES, LINES], flat)
     by_line: gl.constexpr = gl.SliceLayout(1, span_layout(gl.num_warps(), STEP))
     place = gl.arange(0, LINES, by_line) % N
     slots = gl.where(place < rows, first_row + place, -1)
-    most = gl.zeros([LINES], gl.float32, by_line)
+    passes, known = load_passes(x, scales, slots, 0, AHEAD, AT_ONCE, N, D, LOADED)
     if ROUNDING == "row":
-        for i in range(STEPS // AT_ONCE):
-            values, _ = load_span(x, scales, slots, i * AT_ONCE, D, 1, N, FOUND)
-            line = largest_magnitude(values.to(gl.float32), 1)
-            most = gl.maximum(most, line, propagate_nan=tl.PropagateNan.ALL)
+        most = larger_lines(gl.zeros([LINES], gl.float32, by_line), passes)
+        for first in range(AHEAD, PASSES, AHEAD):
+            more, _ = load_passes(x, scales, slots, first, AHEAD, AT_ONCE, N, D, LOADED)
+            most = larger_lines(most, more)
         pairs: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, gl.num_warps()], [1, 0])
         steps = gl.convert_layout(gl.reshape(most, [AT_ONCE, N]), pairs)
         whole = gl.expand_dims(largest_magnitude(steps, 0), 0)
         whole += gl.zeros([AT_ONCE, N], gl.float32, pairs)
-        most = gl.convert_layout(gl.reshape(whole, [LINES]), by_line)
-    for i in range(STEPS // AT_ONCE):
-        values, known = load_span(x, scales, slots, i * AT_ONCE, D, 1, N, FOUND)
-        if ROUNDING == "row":
-            known = most
-        put_span(values, known, x_lines.index(i), scale_lines.index(i), x_rows.dtype, E8M0, PUT)
+        known = gl.convert_layout(gl.reshape(whole, [LINES]), by_line)
+    for i in gl.static_range(AHEAD):
+        put_span(passes[i], known, x_lines.index(i), scale_lines.index(i), x_rows.dtype, E8M0, PUT)
+    for first in range(AHEAD, PASSES, AHEAD):
+        more, _ = load_passes(x, scales, slots, first, AHEAD, AT_ONCE, N, D, LOADED)
+        for i in gl.static_range(AHEAD):
+            to, to_scales = x_lines.index(first + i), scale_lines.index(first + i)
+            put_span(more[i], known, to, to_scales, x_rows.dtype, E8M0, PUT)
     fence_async_shared()
     gl.thread_barrier()
 
