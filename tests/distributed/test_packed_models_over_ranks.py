@@ -45,7 +45,8 @@ def test_each_rank_reads_its_share_and_all_give_the_same_tokens(ranks, name, tmp
 
 
 def test_a_gguf_file_with_fewer_experts_than_ranks(ranks, tmp_path):
-    pytest.importorskip("gguf")
+    if torch.cuda.is_available():  # a GPU machine need not have what the test extra brings
+        pytest.importorskip("gguf")
     from test_gguf import tiny_model, write_model
 
     plain = tiny_model("qwen3moe", "qwen3_moe")

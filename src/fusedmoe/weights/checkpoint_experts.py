@@ -139,13 +139,13 @@ class CheckpointExperts:
 
     def check(self, layer: ExpertLayer, schemes: LayerSchemes | None) -> None:
         """CheckpointError naming the first tensor that is missing or of another format."""
+        if schemes is None:
+            self._check_floats(layer)
+            return
         found: dict[tuple[str, bool], set[str]] = {}
         for tensor in layer.tensors:
             found.setdefault((tensor.matrix, tensor.part == "down"), set()).add(tensor.suffix)
         for (matrix, is_down), suffixes in found.items():
-            if schemes is None:
-                self._check_floats(layer, matrix)
-                continue
             scheme = schemes.w2 if is_down else schemes.w13
             suffixes = {scheme.suffix(suffix) for suffix in suffixes}
             what = f"{scheme.dialect} {scheme.name} experts"
@@ -162,10 +162,10 @@ class CheckpointExperts:
                     f"which have {', '.join(sorted(scheme.known))}"
                 )
 
-    def _check_floats(self, layer: ExpertLayer, matrix: str) -> None:
+    def _check_floats(self, layer: ExpertLayer) -> None:
         for tensor in layer.tensors:
             entry = self.checkpoint.tensors[tensor.name]
-            if tensor.matrix == matrix and entry.dtype not in FLOAT_DTYPES:
+            if entry.dtype not in FLOAT_DTYPES:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {tensor.name} is {entry.dtype}, but config.json "
                     "names no quantization for it"

@@ -1,0 +1,62 @@
+"""Lists of layers that are not quantized, and checks of checkpoints with many tensors."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from fusedmoe.checkpoint import read_checkpoint
+from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.weights.checkpoint_experts import CheckpointExperts
+
+PARTS = st.sampled_from(["model", "layers", "0", "1", "mlp", "gate", "up_proj", "gate_up"])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(NAMES, max_size=3), NAMES)
+def test_a_name_means_itself_what_is_below_it_and_itself_without_its_prefix(
+    names: list[str], module: str
+) -> None:
+    wanted = any(f".{n}." in f".{module}." or n.endswith(f".{module}") for n in names)
+    assert is_listed(module, names) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("re:.*mlp\\.gate$", True),
+        ("re:mlp", False),
+        ("*.gate", True),
+        ("model.layers.?.mlp", True),
+        ("model.layers.[12].mlp", False),
+        ("", False),
+    ],
+)
+def test_patterns_mean_whole_names(name: str, listed: bool) -> None:
+    assert is_listed("model.layers.0.mlp.gate", ["lm_head", name]) == listed
+
+
+def test_lists_of_many_names_take_no_time() -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2000)]
+    start = time.perf_counter()
+    found = [is_listed(f"model.layers.3.mlp.experts.{e}.up_proj", names) for e in range(20000)]
+    assert not any(found)
+    assert time.perf_counter() - start < 10  # a second, where asking name by name takes minutes
+
+
+def test_layers_of_many_experts_are_checked_in_passing(tmp_path: Path) -> None:
+    weight, base = torch.zeros(1, 1), "model.layers.0.mlp.experts"
+    names = [f"{base}.{e}.{p}_proj.weight" for e in range(5000) for p in ("gate", "up", "down")]
+    save_file({name: weight.clone() for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    experts = CheckpointExperts.read(read_checkpoint(tmp_path))
+    start = time.perf_counter()
+    for layer in experts.layers.values():
+        experts.check(layer, experts.schemes(layer))
+    assert time.perf_counter() - start < 10  # far below a second; comparing all with all: minutes
