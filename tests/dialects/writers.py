@@ -168,6 +168,13 @@ def int8_rows(weight: torch.Tensor) -> Stored:
     return Stored({"weight": numbers, "weight_scale": scale}, numbers.float() * scale)
 
 
+def int8_whole(weight: torch.Tensor) -> Stored:
+    """One scale for the matrix."""
+    scale = weight.abs().amax() / 127
+    numbers = (weight / scale).round().to(torch.int8)
+    return Stored({"weight": numbers, "weight_scale": scale.reshape(1)}, numbers.float() * scale)
+
+
 def fp8(
     block: tuple[int, int] | None = None,
     *,
@@ -427,6 +434,15 @@ CASES: dict[str, Case] = {
         int8_rows,
         "int8_channel",
     ),
+    "ct w8a8 tensor": Case(
+        _compressed(
+            {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True},
+            _DYNAMIC_TOKEN | {"type": "int"},
+            "int-quantized",
+        ),
+        int8_whole,
+        "int8_channel",
+    ),
     "ct fp8 tensor": Case(
         _compressed(
             _FP8 | {"strategy": "tensor"},
@@ -565,5 +581,8 @@ CASES |= {
         ),
         lambda weight: int8_rows(weight),
         "int8_channel",
+    ),
+    "quark int8 tensor": Case(
+        _quark({"dtype": "int8", "qscheme": "per_tensor"}), int8_whole, "int8_channel"
     ),
 }

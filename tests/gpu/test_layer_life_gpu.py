@@ -1,4 +1,4 @@
-"""Quantized layers and models on a GPU after they were moved, copied, cast or given other weights."""
+"""Quantized layers on a GPU after they were moved, copied, cast or given other weights."""
 
 from __future__ import annotations
 

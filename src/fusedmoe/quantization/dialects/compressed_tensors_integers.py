@@ -22,10 +22,17 @@ from fusedmoe.quantization.dialects.packing import (
     zero_points,
 )
 from fusedmoe.quantization.dialects.reading import flag, integer, one_of
-from fusedmoe.quantization.dialects.rules import BIAS, expect, scale_rule, shape_scale
+from fusedmoe.quantization.dialects.rules import (
+    BIAS,
+    expect,
+    repeated_scale_rule,
+    scale_rule,
+    shape_scale,
+)
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN,
+    PER_ROW,
     PER_TENSOR,
     GroupShape,
     QuantKey,
@@ -52,7 +59,10 @@ def integer_scheme(
             f"quantization_config: unknown scheme: {bits}-bit integers by "
             f"{weights.get('strategy')!r}"
         )
-    symmetric = flag(weights, "symmetric", True)
+    symmetric, whole = flag(weights, "symmetric", True), group == PER_TENSOR
+    if whole and not symmetric:
+        raise ValueError("quantization_config: one zero point for a whole matrix is not known")
+    group = PER_ROW if whole else group
     packed = "weight_packed" in leaves or (packing == "pack-quantized" and "weight" not in leaves)
     ordered = one_of(weights, "actorder", None, False, True, "weight", "static", "group", "dynamic")
     needs_index = ordered is True or ordered in ("group", "dynamic")
@@ -65,7 +75,9 @@ def integer_scheme(
             convert=partial(_packed if packed else _one_byte_each, bits),
             size=partial(_size, 32 // bits if packed else 1),
         ),
-        scale_rule("weight_scale", group, scale_dtype),
+        repeated_scale_rule("weight_scale", scale_dtype)
+        if whole
+        else scale_rule("weight_scale", group, scale_dtype),
         BIAS,
     ]
     if not symmetric:

@@ -1,7 +1,7 @@
 """``quant_method: quark`` (AMD Quark): weight and input settings per layer, by pattern.
 
 fp8_e4m3      weight e4m3 [N, K], weight_scale [] or [N] (per_channel), input_scale []
-int8          weight int8 [N, K], weight_scale [N]
+int8          weight int8 [N, K], weight_scale [] or [N]
 fp4           weight uint8 [N, K / 2], weight_scale uint8 (e8m0) [N, K / 32]
 fp6_e3m2/e2m3 weight uint8 [N, K * 6 / 8], weight_scale uint8 (e8m0) [N, K / 32]
 """
@@ -25,6 +25,7 @@ from fusedmoe.quantization.dialects.rules import (
     BIAS,
     e8m0_rule,
     plain_weight_rule,
+    repeated_scale_rule,
     scalar_rule,
     scale_rule,
 )
@@ -95,9 +96,12 @@ def scheme_of(settings: dict[str, Any]) -> Scheme | None:
     activation = _activation(inputs, dtype)
     static = activation is not None and activation.static
     is_fp8 = dtype == "fp8_e4m3"
+    scale = scale_rule("weight_scale", group, torch.float32)
+    if group == PER_TENSOR and not is_fp8:
+        group, scale = PER_ROW, repeated_scale_rule("weight_scale", torch.float32)
     rules: list[Rule] = [
         plain_weight_rule("weight", torch.float8_e4m3fn if is_fp8 else torch.int8),
-        scale_rule("weight_scale", group, torch.float32),
+        scale,
         BIAS,
     ]
     if static:

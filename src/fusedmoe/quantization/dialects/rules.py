@@ -59,6 +59,18 @@ def scale_rule(
     return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
 
 
+def repeated_scale_rule(suffix: str, dtype: torch.dtype) -> Rule:
+    """One number for the matrix (or each shard), given to all of its rows."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, None, *FLOATS)
+        numbers = shape_scale(matrix, suffix, scale, GroupShape(-1, -1)).to(dtype).reshape(-1, 1)
+        rows = numbers.repeat_interleave(matrix.N // matrix.shards, 0)
+        return check_finite(matrix, suffix, rows)
+
+    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+
+
 def shape_scale(
     matrix: Matrix, suffix: str, scale: torch.Tensor, group: GroupShape
 ) -> torch.Tensor:
