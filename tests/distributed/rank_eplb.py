@@ -127,7 +127,7 @@ def check_balancing_beside_graphs() -> None:
         generator = torch.Generator("cuda").manual_seed(100 * step + rank)
         x.normal_(generator=generator)
         logits.normal_(generator=generator)
-        logits[:, :3] += 2.0
+        logits[:, 7:10] += 2.0  # which begin on one rank, once
 
     def forwards(these: list[Any], **known: Any) -> list[torch.Tensor]:
         return [layer(x, logits, **known) for layer in these]
