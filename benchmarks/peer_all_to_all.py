@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import statistics
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
 H, K, E = 7168, 8, 256
 ROUNDS = 20
-SWEPT = [PeerTiles(*one) for one in itertools.product((132, 264, 528), (512, 1024, 2048), (4, 8))]
+SWEPT = [PeerTiles(n, *one) for n in (132, 264) for one in ((1024, 8), (512, 4), (512, 8))]
 SWEPT_UP_TO = 256  # tokens
 WARM_UPS = 10
 
