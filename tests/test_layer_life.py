@@ -137,6 +137,30 @@ def test_a_state_dict_of_other_shapes_leaves_nothing_usable():
     assert layer(*inputs()).isfinite().all()
 
 
+def test_a_state_dict_with_holes_fills_no_new_layer():
+    """Where the rest was never written; of a layer that is whole, parts may be replaced."""
+    whole = layer_of("floats")
+    state = {n: t for n, t in whole.state_dict().items() if "w2" not in n}
+    new = fusedmoe.FusedMoE(E, 2, H, I, torch.float32)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        new.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"the state_dict lacks routed_experts\.w2_weight"):
+        new(*inputs())
+    new.load_state_dict(whole.state_dict())
+    x, logits = inputs()
+    assert torch.equal(new(x, logits), whole(x, logits))
+    whole.load_state_dict(state, strict=False)
+    assert torch.equal(new(x, logits), whole(x, logits))
+
+
+@pytest.mark.parametrize("kind", ["floats", "int4_g32", "fp8_block"])
+def test_a_layer_without_storage_may_be_given_its_tensors(kind):
+    whole, (x, logits) = layer_of(kind), inputs()
+    layer = copy.deepcopy(whole).to("meta")
+    layer.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(layer(x, logits), whole(x, logits))
+
+
 def float_tensors() -> list[tuple[str, torch.Tensor]]:
     shapes = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
     return [

@@ -28,11 +28,12 @@ class LoadableExperts(nn.Module):
     param_specs: dict[str, ParamSpec]
     load_error: str | None = None
     _loaded_in_part = False
+    _was_filled = False
     _loader: ExpertLoader
 
     def process_weights_after_loading(self) -> None:
         """Prepack for the kernel; call it after writing weights by hand."""
-        self._loaded_in_part = False
+        self._loaded_in_part, self._was_filled = False, True
         self.quant_method.process_weights_after_loading(cast("RoutedExperts", self))
 
     def weight_loader(
@@ -154,11 +155,14 @@ class LoadableExperts(nn.Module):
         errors = rest[-1]
         before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
-        held = [name for name, tensor in self._parameters.items() if tensor is not None]
+        held = [f"{prefix}{n}" for n, tensor in self._parameters.items() if tensor is not None]
+        missing = [name for name in held if name not in state_dict]
         if len(errors) > before:
             self.load_error = errors[before]
-        elif held and all(f"{prefix}{name}" in state_dict for name in held):
+        elif not missing:
             self.load_error, self._loaded_in_part = None, False
+        elif len(missing) < len(held) and not self._was_filled:
+            self.load_error = f"the state_dict lacks {missing[0]}"
         self._bind_weight_loader()
         self.quant_method.weights_changed()
         if self.quant_method.groups is not None:  # all ranks prepack together, in a forward
