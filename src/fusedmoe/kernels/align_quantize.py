@@ -37,7 +37,8 @@ def align_and_quantize(
     """``align_local_slots``, and ``quantize_rows`` of x [T, D] unless it was rounded before.
 
     ``with_largest``: also room for the largest magnitude of each slot's row, to be raised from
-    zero. One launch for at most ONE_LAUNCH_SLOTS slots and scales that a row's own values decide.
+    zero. One launch for at most ONE_LAUNCH_SLOTS slots and scales that are given or that a row's
+    own values decide.
     """
     if isinstance(x, QuantizedRows) or not _takes_one_launch(topk_ids, x, key):
         alignment = align_local_slots(topk_ids, block_size, num_local_experts, expert_map)
@@ -52,11 +53,11 @@ def align_and_quantize(
     tables = MoEAlignment(
         *(torch.empty(size, **integers) for size in (P, -(-P // block_size), 1))  # type: ignore[call-overload]
     )
-    group = max(key.group_shape.col, 0)
-    rows = QuantizedRows(
-        torch.empty(T, D, dtype=STORED[key.dtype], device=x.device),
-        torch.empty(T, -(-D // group) if group else 1, dtype=torch.float32, device=x.device),
-    )
+    group = -1 if key.static else max(key.group_shape.col, 0)
+    if scale is None:
+        groups = -(-D // group) if group else 1
+        scale = torch.empty(T, groups, dtype=torch.float32, device=x.device)
+    rows = QuantizedRows(torch.empty(T, D, dtype=STORED[key.dtype], device=x.device), scale)
     largest = torch.empty(topk_ids.shape, **integers) if with_largest else None  # type: ignore[call-overload]
     launch(
         topk_ids, tables, block_size, num_local_experts, dense(expert_map), x, *rows, group,
@@ -67,5 +68,5 @@ def align_and_quantize(
 
 def _takes_one_launch(topk_ids: torch.Tensor, x: torch.Tensor, key: QuantKey) -> bool:
     few = 0 < topk_ids.numel() <= ONE_LAUNCH_SLOTS and topk_ids.shape[0] == x.shape[0]
-    rows_decide = not key.static and key.group_shape != PER_TENSOR
-    return x.is_cuda and few and rows_decide and topk_ids.is_contiguous()
+    known = key.static or key.group_shape != PER_TENSOR
+    return x.is_cuda and few and known and topk_ids.is_contiguous()

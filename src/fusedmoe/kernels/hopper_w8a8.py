@@ -155,17 +155,13 @@ def _two_gemms(
     from fusedmoe.kernels.triton.hopper_w8a8 import Rows, gemm
 
     e, K, key = w1.shape[0], topk_ids.shape[1], keys[1]
-    # By a stored scale, rows are rounded on their way into the GEMM.
-    later = not isinstance(x, QuantizedRows) and scales[0] is not None
-    given = QuantizedRows(x, scales[0]) if later else x  # type: ignore[arg-type]
     aligned = align_and_quantize(
-        topk_ids, tiles.gemm1.slots, expert_map, e, given, keys[0],
+        topk_ids, tiles.gemm1.slots, expert_map, e, x, keys[0], scales[0],
         with_largest=key.group_shape == PER_TOKEN and not key.static,
     )  # fmt: skip
-    first = Rows(*aligned.rows, K, "given") if later else Rows.stored(aligned.rows, K)
     blocks = aligned.alignment
     gemm(
-        first, w1, act, w1_bias, activation, blocks, weight_addresses(w1),
+        Rows.stored(aligned.rows, K), w1, act, w1_bias, activation, blocks, weight_addresses(w1),
         tiles.gemm1, programs, largest=aligned.largest,
         guess=topk_ids.numel() >= e,
     )  # fmt: skip

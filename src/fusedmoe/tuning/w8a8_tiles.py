@@ -80,17 +80,19 @@ def stream_tiles(R: int, E: int, H: int, I: int) -> StreamTiles:  # noqa: E741
 
 def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
     """``halves``: parts of a tile that are features of their own (2), or gate and up of one (1)."""
-    if slots == 32:
-        return StreamTile(128, 64, slots, 1, 4, 5, 2)
-    span = 8 if slots == 8 else 2
     tiles = blocks * -(-features // (64 * halves))
+    wide = 128 * halves
+    mostly_full = 3 * wide * -(-features // wide) <= 4 * features
+    large = mostly_full and tiles >= 4 * MULTIPROCESSORS
+    if slots == 32:
+        rows, programs = (256, 1) if large else (128, 2)
+        return StreamTile(rows, rows // 2, slots, 1, 4, 5, programs)
+    span = 8 if slots == 8 else 2
     if tiles <= MULTIPROCESSORS and halves == 1:
         return StreamTile(128, 32, slots, 2, span, 3, 2)
     if tiles <= MULTIPROCESSORS:
         return StreamTile(128, 64, slots, 2, span, 3, 1)
-    wide = 128 * halves
-    mostly_full = 3 * wide * -(-features // wide) <= 4 * features
-    if mostly_full and tiles >= 4 * MULTIPROCESSORS:
+    if large:
         return StreamTile(256, 128, slots, 2, 8, 3, 1)
     return StreamTile(128, 64, slots, 2, span, 3, 2)
 

@@ -1,8 +1,8 @@
 """The alignment of few slots and the rounding of their rows in one launch.
 
 Grid (groups + T,): the first programs are ``align_once_kernel``'s, each of the others rounds a row
-of x [T, D] -> q [T, D] with scale [T, groups of columns], and sets largest [K] of its token, if
-there is one, to zero. Neither needs anything of the other.
+of x [T, D] -> q [T, D] with scale [T, groups of columns], or by a given scale [1], and sets largest
+[K] of its token, if there is one, to zero. Neither needs anything of the other.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.align import COUNTS, align_once_kernel
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
-from fusedmoe.kernels.triton.quantize import round_groups, round_row
+from fusedmoe.kernels.triton.quantize import round_given, round_groups, round_row
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -44,7 +44,7 @@ def align_and_quantize_kernel(
     BLOCK_D: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """GROUP: columns that share a scale, 0: a whole row does."""
+    """GROUP: columns that share a scale, 0: a whole row does, -1: all rows, and it is given."""
     if tl.program_id(0) < groups:
         align_once_kernel(
             ids_ptr, map_ptr, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P, B, groups,
@@ -56,7 +56,10 @@ def align_and_quantize_kernel(
         if largest_ptr is not None:
             for pick in tl.static_range(K):
                 tl.store(largest_ptr + row * K + pick, 0)
-        if GROUP > 0:
+        if GROUP < 0:
+            for first in range(0, D, BLOCK_D):
+                round_given(x_ptr, q_ptr, scale_ptr, row, first, D, stride_xm, stride_xd, BLOCK_D)
+        elif GROUP > 0:
             for first in range(0, D, BLOCK_D):
                 round_groups(
                     x_ptr, q_ptr, scale_ptr, row, first, D, x_groups, stride_xm, stride_xd, GROUP,
@@ -97,7 +100,7 @@ def align_and_quantize(
             0 if expert_map is None else expert_map.shape[0],
             block_size,
             D,
-            scale.shape[1],
+            scale.shape[-1],
             *x.stride(),
         ),
         (K, group, e8m0, block_r, power_of_2(groups), max(group, min(2048, power_of_2(D)))),

@@ -19,8 +19,9 @@ from fusedmoe.kernels.triton.hopper_w8a8_gemm import gemm_kernel
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
 
-# Of a thread, so that two programs of eight warps share a multiprocessor.
-MAX_REGISTERS = 128
+# Of a thread, for eight warps: of a program alone on a multiprocessor, beside which the sum finds
+# room, and of several.
+ALONE, TOGETHER = 208, 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)
 
@@ -90,5 +91,5 @@ def gemm(
             tile.depth, tile.span, tile.stages,
         ),
         num_warps=tile.warps,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=ALONE if tile.programs == 1 else TOGETHER,
     )  # fmt: skip

@@ -78,6 +78,17 @@ def round_groups(
 
 
 @triton.jit
+def round_given(
+    x_ptr, q_ptr, scale_ptr, row, first, D, stride_xm, stride_xd, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK columns of a row from ``first`` on, by the scale there is."""
+    at = first + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_xm + at * stride_xd, at < D, 0.0).to(tl.float32)
+    q = quantized(x, tl.load(scale_ptr), q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row * D + at, q, at < D)
+
+
+@triton.jit
 def round_row(
     x_ptr, q_ptr, scale_ptr, row, D, stride_xm, stride_xd, BLOCK: tl.constexpr,
     E8M0: tl.constexpr,
@@ -148,11 +159,8 @@ def quantize_given_kernel(
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * stride_xm + at * stride_xd, at < D, 0.0).to(tl.float32)
-    q = quantized(x, tl.load(scale_ptr), q_ptr.dtype.element_ty)
-    tl.store(q_ptr + row * D + at, q, at < D)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    round_given(x_ptr, q_ptr, scale_ptr, row, first, D, stride_xm, stride_xd, BLOCK)
 
 
 _launch_groups = Launcher(quantize_groups_kernel, chained=True)
