@@ -260,7 +260,10 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
             for seat in find_seats(model):
                 parent, _, name = seat.path.rpartition(".")
-                setattr(model.get_submodule(parent), name, PackedExperts(seat))
+                block = model.get_submodule(parent)
+                setattr(block, name, PackedExperts(seat))
+                # Everything is read from files: some blocks initialise their experts' tensors.
+                block._is_hf_initialized = True  # type: ignore[assignment]
 
         def is_serializable(self) -> bool:
             return False

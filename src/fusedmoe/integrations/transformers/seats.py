@@ -5,6 +5,7 @@ E experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,9 @@ def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> Experts
         raise ValueError(f"{path}: experts laid out as {part.layout!r} cannot be replaced")
     if family.weights_on_input or "num_zero_experts" in family.router.rule:
         raise ValueError(f"{path}: {family.name} does more than apply experts in its own module")
+    called_with = _arguments_of(module)
+    if len(called_with) < 3:
+        raise ValueError(f"{path}: its experts are called with {', '.join(called_with)} alone")
     E, H, I = sizes_of(part, module)  # noqa: E741
     top_k = (
         family.router.spec(block).top_k
@@ -73,6 +77,12 @@ def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> Experts
         I=I,
         has_bias=at(module, part.w13_bias) is not None,
     )
+
+
+def _arguments_of(module: nn.Module) -> list[str]:
+    """Of its forward: rows, ids and weights, or less where the module itself routes."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def sizes_of(part: Experts, module: nn.Module) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from fusedmoe.quantization.dialects import LayerSchemes, Matrix, Scheme
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.weights.checkpoint_experts import FLOAT_DTYPES, CheckpointExperts, ExpertLayer
+from fusedmoe.weights.families import read_sizes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -66,6 +67,32 @@ class LazyMatrix:
         return read_matrix(self.scheme, self.read(), self.matrix).dequantize(self.dtype)[index]
 
 
+def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
+    """Those of all experts that are [E, in, out], as some families have them, and ours are not.
+
+    Files that Transformers has saved may be [E, out, in] all the same: the hidden size tells, where
+    it is not both. What is packed is turned nowhere.
+    """
+    if not experts.family.fused_in_out:
+        return set()
+    hidden, entries = read_sizes(experts.checkpoint.config).hidden_size, experts.checkpoint.tensors
+    stacks = [tensor for tensor in layer.tensors if tensor.expert is None]
+    found: set[str] = set()
+    for tensor in stacks:
+        entry = entries[tensor.name]
+        if tensor.suffix not in ("", "weight") or entry.dtype not in (*FLOAT_DTYPES, "F8_E4M3"):
+            continue
+        *_, rows, columns = (0, 0, *entry.shape)
+        here, there = (rows, columns) if tensor.part == "down" else (columns, rows)
+        if here != hidden or there == hidden:
+            found.add(tensor.matrix)
+    return {
+        tensor.name
+        for tensor in stacks
+        if tensor.matrix in found and len(entries[tensor.name].shape) == 3
+    }
+
+
 class FolderSource:
     """A checked folder; ``online`` rounds experts that are stored as floats."""
 
@@ -79,15 +106,8 @@ class FolderSource:
                 f"{self.where}: is quantized already ({experts.quantization.dialect}); rounding to "
                 f"{online.format.name} is for checkpoints of floats"
             )
-        # Of all experts in one tensor: [E, in, out] in some families, which ours are not.
         self._turned = {
-            tensor.name
-            for layer in experts.layers.values()
-            for tensor in layer.tensors
-            if experts.family.fused_in_out
-            and tensor.expert is None
-            and tensor.suffix in ("", "weight")
-            and experts.checkpoint.tensors[tensor.name].dtype in FLOAT_DTYPES
+            name for layer in experts.layers.values() for name in turned_tensors(experts, layer)
         }
 
     @property

@@ -88,7 +88,7 @@ def shape_scale(
             "matrix"
         )
     shape = (matrix.shards * each, 1 if col == -1 else -(-matrix.K // col))
-    if scale.dim() != 2 and scale.numel() == shape[0] * shape[1]:
+    if tuple(scale.shape) != shape and scale.numel() == shape[0] * shape[1]:
         squeezed = tuple(size for size in scale.shape if size != 1)
         if squeezed == tuple(size for size in shape if size != 1):
             scale = scale.reshape(shape)

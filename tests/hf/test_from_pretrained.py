@@ -1,0 +1,89 @@
+"""``from_pretrained`` for models of every family, whose experts it rounds, or says why not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fusedmoe
+from fusedmoe.integrations.transformers.packed import PackedExperts
+
+pytest.importorskip("transformers")
+from hf import tiny_models
+
+sys.path.append(str(Path(__file__).parents[1] / "dialects"))
+from writers import fp8
+
+REFUSED = {
+    "aria": "its experts are called with hidden_states, router_logits alone",
+    "dbrx": "experts laid out as 'rows' cannot be replaced",
+    "diffusion_gemma": "PackedExperts has no attribute",
+    "ernie4_5_vl_moe": "expert id 10 does not lie in",
+    "jetmoe": "its experts are called with layer_input alone",
+    "llama4": "does more than apply experts in its own module",
+    "longcat_flash": "does more than apply experts in its own module",
+    "nllb_moe": "no family in the table has model_type",
+    "qwen3_omni_moe_talker": None,  # its outputs are no logits
+    "switch_transformers": "no family in the table has model_type",
+}
+NAMES = [row.name for row in tiny_models.ROWS if REFUSED.get(row.name, "") is not None]
+
+
+def error(got, wanted):
+    """Of all numbers together: where rounding changes a choice of experts, some are far off."""
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def logits(row, model):
+    with torch.no_grad():
+        return model(**tiny_models.INPUTS[row.inputs](model)).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_of_every_family_are_rounded_while_they_are_read(name, tmp_path):
+    row = tiny_models.by_name(name)
+    plain = tiny_models.build(row)
+    plain.save_pretrained(tmp_path)
+    if name in REFUSED:
+        with pytest.raises(fusedmoe.CheckpointError, match=REFUSED[name]):
+            fusedmoe.from_pretrained(tmp_path, quantize="int8", dtype="fp32")
+        return
+    wanted = logits(row, plain)
+    model = fusedmoe.from_pretrained(tmp_path, quantize="int8", dtype="fp32")
+    assert any(isinstance(module, PackedExperts) for module in model.modules())
+    assert error(logits(row, model), wanted) < 0.15
+    fusedmoe.accelerate(model)
+    assert error(logits(row, model), wanted) < 0.15
+
+
+@pytest.mark.parametrize("layout", ["out, in", "in, out", "in, out, fp8"])
+def test_stacks_may_lie_either_way(layout, tmp_path):
+    """Published files of the family have [E, in, out], those that Transformers saves may not."""
+    row = tiny_models.by_name("qwen3_vl_moe")
+    plain = tiny_models.build(row)
+    plain.save_pretrained(tmp_path)
+    file, tolerance, how = tmp_path / "model.safetensors", 1e-5, {}
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "down_proj"))]:
+        weight = tensors[name]
+        if layout == "in, out, fp8":
+            stored = [fp8((8, 8), leaf="scale")(expert).tensors for expert in weight]
+            weight = torch.stack([one["weight"] for one in stored])
+            scale = torch.stack([one["scale"] for one in stored])
+            tensors[f"{name}_scale_inv"] = scale.mT.contiguous()
+        tensors[name] = weight if layout == "out, in" else weight.mT.contiguous()
+    save_file(tensors, file)
+    if layout == "in, out, fp8":
+        path, tolerance = tmp_path / "config.json", 0.08
+        config = json.loads(path.read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+        path.write_text(json.dumps(config))
+    else:
+        how, tolerance = {"quantize": "int8"}, 0.05
+    model = fusedmoe.from_pretrained(tmp_path, dtype="fp32", **how)
+    assert error(logits(row, model), logits(row, plain)) < tolerance
