@@ -224,7 +224,7 @@ def test_what_is_missing_is_an_error_with_names():
     ("name", "tensor", "message"),
     [
         ("experts.0.gate.weight", GATE[0], "experts.0.gate.weight names no tensor"),
-        ("experts.4.gate_proj.weight", GATE[0], "4 does not lie in"),
+        ("experts.4.gate_proj.weight", GATE[0], "expert 4 of a layer that has 4"),
         ("experts.0.gate_proj.bias", GATE_BIAS[0], "no parameter w13_bias"),
         ("experts.0.gate_proj.weight_scale", GATE[0], "no parameter w13_weight_scale"),
         ("experts.0.gate_proj.weight", GATE[0].T, r"expected shape \(10, 6\).*found \(6, 10\)"),

@@ -98,6 +98,9 @@ class ExpertLoader:
     def load_part(self, parsed: ExpertTensorName, name: str, tensor: torch.Tensor) -> set[str]:
         """As ``load``, for a tensor of which it is known what it is."""
         layer = self._layer
+        count = layer.expert_map_manager.num_logical_experts
+        if parsed.expert is not None and not 0 <= parsed.expert < count:
+            raise ValueError(f"{name}: expert {parsed.expert} of a layer that has {count}")
         if self._stored is not None:
             replicas = None if parsed.expert is None else self._replicas(parsed.expert)
             key = MatrixKey(parsed.expert, parsed.shards)
