@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -17,16 +18,13 @@ pytest.importorskip("transformers")
 from hf import tiny_models
 
 sys.path.append(str(Path(__file__).parents[1] / "dialects"))
-from writers import fp8
+from writers import CASES, fp8
 
 REFUSED = {
-    "aria": "its experts are called with hidden_states, router_logits alone",
     "dbrx": "experts laid out as 'rows' cannot be replaced",
     "diffusion_gemma": "PackedExperts has no attribute",
     "ernie4_5_vl_moe": r"experts\.10\..*: expert 10 of a layer that has 6",
-    "jetmoe": "its experts are called with layer_input alone",
-    "llama4": "does more than apply experts in its own module",
-    "longcat_flash": "does more than apply experts in its own module",
+    "jetmoe": "does more than apply experts in its own module",
     "nllb_moe": "no family in the table has model_type",
     "qwen3_omni_moe_talker": None,  # its outputs are no logits
     "switch_transformers": "no family in the table has model_type",
@@ -87,3 +85,56 @@ def test_stacks_may_lie_either_way(layout, tmp_path):
         how, tolerance = {"quantize": "int8"}, 0.05
     model = fusedmoe.from_pretrained(tmp_path, dtype="fp32", **how)
     assert error(logits(row, model), logits(row, plain)) < tolerance
+
+
+@pytest.mark.parametrize("name", ["llama4", "longcat_flash", "aria"])
+def test_blocks_that_do_more_run_as_a_whole(name, tmp_path):
+    """Their packed experts have no forward of their own to go back to."""
+    row = tiny_models.by_name(name)
+    tiny_models.build(row).save_pretrained(tmp_path)
+    model = fusedmoe.from_pretrained(tmp_path, quantize="int8", dtype="fp32")
+    wanted = logits(row, model)
+    assert torch.equal(logits(row, fusedmoe.restore(model)), wanted)
+    assert torch.equal(logits(row, copy.deepcopy(model)), wanted)
+    assert error(logits(row, model.to(torch.bfloat16)), wanted) < 0.1
+    model.to(torch.float32).train()
+    with pytest.raises(ValueError, match=r"run with their whole block alone: in eval mode"):
+        model(**tiny_models.INPUTS[row.inputs](model))
+
+
+@pytest.mark.parametrize("form", ["fbgemm stacks", "ct w8a16"])
+def test_llama4_as_it_is_published(form, tmp_path):
+    """fp8 stacks [E, in, out] with a scale per output feature; or a matrix per expert, packed."""
+    row = tiny_models.by_name("llama4")
+    plain = tiny_models.build(row)
+    case = CASES["fbgemm" if "fbgemm" in form else form]
+    path, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    plain.save_pretrained(tmp_path)
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".experts." in name]:
+        base, _, leaf = name.rpartition(".")
+        stored = [case.write(matrix.mT.contiguous()) for matrix in tensors.pop(name)]  # [out, in]
+        values = torch.stack([one.values.mT for one in stored])
+        plain.get_parameter(name).data.copy_(values)
+        if case is CASES["fbgemm"]:
+            tensors[name] = torch.stack([one.tensors["weight"].mT for one in stored])
+            scale = torch.stack([one.tensors["weight_scale"] for one in stored])
+            tensors[f"{name}_scale"] = scale.mT if leaf == "gate_up_proj" else scale
+            continue
+        for expert, matrix in enumerate(stored):
+            parts = {leaf: matrix}
+            if leaf == "gate_up_proj":
+                halves = values[expert].T.contiguous().chunk(2)
+                parts = dict(zip(("gate_proj", "up_proj"), map(case.write, halves), strict=True))
+            for part, one in parts.items():
+                for suffix, tensor in one.tensors.items():
+                    tensors[f"{base}.{expert}.{part}.{suffix}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    quantization = case.config | {"modules_to_not_convert": ["self_attn", "router", "lm_head"]}
+    quantization["modules_to_not_convert"] += ["shared_expert", "mlp"]
+    if "ignore" in quantization:
+        quantization["ignore"] += ["re:.*shared_expert.*", "re:.*router.*"]
+    config = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(config))
+    model = fusedmoe.from_pretrained(tmp_path, dtype="fp32")
+    assert error(logits(row, model), logits(row, plain)) < 0.08

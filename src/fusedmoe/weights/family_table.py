@@ -175,8 +175,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
         name="llama4",
         model_types=("llama4", "llama4_text"),
         names=_names(
-            gate_up="feed_forward.experts.gate_up_proj",
-            down="feed_forward.experts.down_proj",
+            **_projections("feed_forward"),
             router="feed_forward.router",
             shared="feed_forward.shared_expert",
         ),

@@ -15,13 +15,14 @@ from torch import nn
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import RanksDisagreeError
 from fusedmoe.integrations.transformers.blocks import BlockForward, ExpertsForward
-from fusedmoe.integrations.transformers.families import Family, find_family
+from fusedmoe.integrations.transformers.families import Family, at, find_family
 from fusedmoe.integrations.transformers.generic import (
     TransformersFusedMoE,
     put_back,
     recursive_replace,
 )
 from fusedmoe.integrations.transformers.make_block import make_replacements
+from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.selection import check_forced_names
@@ -118,11 +119,31 @@ def accelerate(
     return model
 
 
+def run_whole_blocks(
+    model: nn.Module, options: MoEOptions | None, ranks: BlockRanks | None
+) -> None:
+    """Replace the blocks whose packed experts run no other way. ValueError where one cannot be."""
+    for block in plan(model):
+        experts = None if block.family is None else at(block.module, block.family.experts.at)
+        if not _runs_whole(experts):
+            continue
+        assert block.family is not None
+        for replacement in make_replacements(block.module, block.family, options, 64, ranks):
+            _install(replacement)
+
+
+def _runs_whole(experts: Any) -> bool:
+    return isinstance(experts, PackedExperts) and experts.seat.whole
+
+
 def restore(model: Model) -> Model:
-    """Undo ``accelerate`` and ``recursive_replace``: every module has its own forward again."""
+    """Undo ``accelerate`` and ``recursive_replace``: every module has its own forward again.
+
+    But for blocks whose packed experts it could not call.
+    """
     for module in list(model.modules()):
         replacement = _replacement(module)
-        if replacement is not None:
+        if replacement is not None and not any(map(_runs_whole, module.children())):
             _remove(replacement)
     put_back(model)
     return model

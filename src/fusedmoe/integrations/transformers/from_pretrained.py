@@ -22,6 +22,7 @@ from fusedmoe.checkpoint import (
 )
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import facts_of
+from fusedmoe.integrations.transformers.accelerate import run_whole_blocks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
@@ -109,7 +110,12 @@ def _load(
             module.load(source.layers[key], schemes[key], source, model_dtype, device, options)
         except ValueError as error:
             raise CheckpointError(f"{source.where}: {error}") from error
-    return model.eval()
+    model.eval()
+    try:
+        run_whole_blocks(model, options, ranks)
+    except ValueError as error:
+        raise CheckpointError(f"{source.where}: {error}") from error
+    return model
 
 
 def _facts(model: Any) -> dict[str, str]:

@@ -47,6 +47,9 @@ class PackedExperts(nn.Module):
         self.schemes: LayerSchemes | None = None
         self.routed_experts: RoutedExperts | None = None
         self.followers: list[HeldExperts] = []
+        for name, value in vars(seat.module).items():  # counts that blocks ask it for
+            if isinstance(value, int | float | str) and not hasattr(self, name):
+                setattr(self, name, value)
         for name in ("config", "act_fn", "has_gate", "has_bias", "is_transposed"):
             value = getattr(seat.module, name, None)
             if value is not None and not isinstance(value, nn.Module):
@@ -127,6 +130,9 @@ class PackedExperts(nn.Module):
         self, tensor: ExpertTensor, source: Source
     ) -> Iterator[tuple[int | None, torch.Tensor]]:
         """What this rank needs of a tensor, and whose it is (None: everybody's)."""
+        first = self.num_experts
+        if tensor.expert is not None and first <= tensor.expert < first + self.seat.unused:
+            return
         if self.ranks is None:
             yield tensor.expert, source.read(tensor.name)
             return
@@ -170,11 +176,19 @@ class PackedExperts(nn.Module):
         return held
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         experts = self.routed_experts
         if experts is None:
             raise ValueError(f"{self.seat.path}: these experts were not loaded")
+        if self.seat.whole or top_k_index is None or top_k_weights is None:
+            raise ValueError(
+                f"{self.seat.path}: packed, these experts run with their whole block alone: in "
+                "eval mode, outside of autocast, without hooks on its modules"
+            )
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.masked_fill(top_k_index == self.num_experts, -1)
         rows = x.to(experts.moe_config.in_dtype)  # under autocast they come in another one

@@ -21,7 +21,9 @@ from fusedmoe.weights.families import read_sizes
 class ExpertsSeat:
     """Where a model has experts, and what they are: found while it has no storage yet.
 
-    ``path`` leads to the module; sizes are those of its parameters.
+    ``path`` leads to the module; sizes are those of its parameters. ``whole``: its block does more
+    than hand picks to it, and has to be run as a whole. ``unused`` experts behind the last have
+    tensors and do nothing (zero experts).
     """
 
     path: str
@@ -32,6 +34,8 @@ class ExpertsSeat:
     H: int
     I: int  # noqa: E741
     has_bias: bool
+    whole: bool = False
+    unused: int = 0
 
 
 def find_seats(model: nn.Module) -> list[ExpertsSeat]:
@@ -56,11 +60,13 @@ def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> Experts
     part, module = family.experts, at(block, family.experts.at)
     if part.layout not in ("stacked", "transposed") or not isinstance(part.w13, str):
         raise ValueError(f"{path}: experts laid out as {part.layout!r} cannot be replaced")
-    if family.weights_on_input or "num_zero_experts" in family.router.rule:
+    whole = (
+        family.weights_on_input
+        or "num_zero_experts" in family.router.rule
+        or len(_arguments_of(module)) < 3
+    )
+    if whole and (module is block or not family.whole):
         raise ValueError(f"{path}: {family.name} does more than apply experts in its own module")
-    called_with = _arguments_of(module)
-    if len(called_with) < 3:
-        raise ValueError(f"{path}: its experts are called with {', '.join(called_with)} alone")
     E, H, I = sizes_of(part, module)  # noqa: E741
     top_k = (
         family.router.spec(block).top_k
@@ -76,6 +82,8 @@ def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> Experts
         H=H,
         I=I,
         has_bias=at(module, part.w13_bias) is not None,
+        whole=whole,
+        unused=at(module, part.w13).shape[0] - E,
     )
 
 
