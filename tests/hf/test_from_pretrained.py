@@ -138,3 +138,35 @@ def test_llama4_as_it_is_published(form, tmp_path):
     path.write_text(json.dumps(config))
     model = fusedmoe.from_pretrained(tmp_path, dtype="fp32")
     assert error(logits(row, model), logits(row, plain)) < 0.08
+
+
+def test_gpt_oss_with_a_matrix_per_expert(tmp_path):
+    """As LLM Compressor writes it: gate and up apart, which our rows have in turns."""
+    row, case = tiny_models.by_name("gpt_oss"), CASES["ct w8a16"]
+    plain = tiny_models.build(row)
+    plain.save_pretrained(tmp_path)
+    path, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".experts." in name]:
+        stack, (base, _, leaf) = tensors.pop(name), name.rpartition(".")
+        is_bias = leaf.endswith("_bias")
+        leaf = leaf.removesuffix("_bias")
+        for e, one in enumerate(stack):
+            rows = one if is_bias else one.T
+            parts = {leaf: rows}
+            if leaf == "gate_up_proj":
+                parts = {"gate_proj": rows[0::2], "up_proj": rows[1::2]}
+            for i, (part, value) in enumerate(parts.items()):
+                if is_bias:
+                    tensors[f"{base}.{e}.{part}.bias"] = value
+                    continue
+                stored = case.write(value.contiguous())
+                for suffix, tensor in stored.tensors.items():
+                    tensors[f"{base}.{e}.{part}.{suffix}"] = tensor
+                plain.get_parameter(name).data[e].T[i :: len(parts)] = stored.values
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    quantization = case.config | {"ignore": [*case.config["ignore"], "re:.*router.*"]}
+    config = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(config))
+    model = fusedmoe.from_pretrained(tmp_path, dtype="fp32")
+    assert error(logits(row, model), logits(row, plain)) < 1e-3

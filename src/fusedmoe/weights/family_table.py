@@ -152,8 +152,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
         name="gpt_oss",
         model_types=("gpt_oss",),
         names=_names(
-            gate_up="mlp.experts.gate_up_proj",
-            down="mlp.experts.down_proj",
+            **_MLP,
             router="mlp.router.weight",
             router_bias="mlp.router.bias",
         ),
