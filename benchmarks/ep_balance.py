@@ -29,7 +29,7 @@ import torch.distributed as dist
 from ep_wire import Place, time_call
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
-from fusedmoe.bench.over_ranks import no_peer_memory, peer_layout
+from fusedmoe.bench.over_ranks import COMPILING_S, no_peer_memory, peer_layout
 from fusedmoe.bench.report import BenchReport, Percentiles, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
@@ -124,7 +124,7 @@ def measure(shape: LayerShape, args: argparse.Namespace, place: Place) -> list[d
     memory = None
     if no_peer_memory(place.group, place.device) is None:
         layout = peer_layout(shape, place.ranks, T, torch.bfloat16)
-        memory = PeerMemory(place.group, layout, timeout_s=60.0)
+        memory = PeerMemory(place.group, layout, timeout_s=COMPILING_S)
     drawn = [
         routing_logits(ROUTING, 2 * T * place.ranks, E, shape.k, seed).split(T) for seed in range(L)
     ]

@@ -40,7 +40,7 @@ from quantized_layer import OneFormat, eight_bit_rates
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.over_ranks import no_peer_memory, peer_layout
+from fusedmoe.bench.over_ranks import COMPILING_S, no_peer_memory, peer_layout
 from fusedmoe.bench.report import BenchReport, Percentiles, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
@@ -54,7 +54,6 @@ from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
-COMPILING_S = 60.0  # ranks compile their kernels at their own pace
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 WAYS = ("naive_dp_ep", "all_to_all", "peer")
 _WARM_UP = 3
+COMPILING_S = 60.0  # ranks compile their kernels at their own pace
 
 
 @torch.inference_mode()
@@ -70,7 +71,7 @@ def run_ranks_bench(
                 report.notes.append(f"peer: {reason}")
                 continue
             layout = peer_layout(shape, group.size(), max(tokens), dtype)
-            memory = PeerMemory(group, layout)
+            memory = PeerMemory(group, layout, timeout_s=COMPILING_S)
         layer = _layer(shape, dtype, group, device, way, memory)
         for T in tokens:
             x = torch.randn(T, shape.H, device=device).to(dtype)

@@ -40,10 +40,11 @@ class PeerMemory:
     ``send_sums_from``: with so many tokens on some rank, experts' sums go to their tokens' ranks as
     they are made, instead of being fetched from where they were left; None: never.
 
-    A launch waits at most ``timeout_s`` seconds for another rank. When one is missing, the first
-    launch to notice ends, later ones do not wait at all, and a thread calls
-    ``on_error``; the default raises ``PeerTimeoutError`` in the thread that made this object, at
-    its next Python instruction. That also happens while a captured graph is replayed.
+    A launch waits at most ``timeout_s`` seconds for another rank, which the first time may have
+    kernels to compile. When one is missing, the first launch to notice ends, later ones do not wait
+    at all, and a thread calls ``on_error``; the default raises ``PeerTimeoutError`` in the thread
+    that made this object, at its next Python instruction. That also happens while a captured graph
+    is replayed.
 
     Raises RanksDisagreeError where ranks disagree about the layout.
     """
