@@ -7,33 +7,18 @@ import rank_peers
 
 pytestmark = pytest.mark.gpu
 
-
-@pytest.mark.parametrize("key", rank_peers.KEYS)
-def test_rows_arrive_and_sums_come_back(ranks_on_one_gpu, key):
-    ranks_on_one_gpu.run(rank_peers.check_kernels, key)
-
-
-@pytest.mark.parametrize("sent", [False, True])
-def test_a_layer_over_ranks_is_the_layer_of_one(ranks_on_one_gpu, sent):
-    ranks_on_one_gpu.run(rank_peers.check_layer, [600, 0, 700, 1], sent)
-
-
-@pytest.mark.parametrize("key", ["as they are", "int8"])
-def test_rows_stand_with_their_experts(ranks_on_one_gpu, key):
-    ranks_on_one_gpu.run(rank_peers.check_batched, key, [33, 0, 5, 1])
-
-
-@pytest.mark.parametrize("layout", ["sp", "dp_tp"])
-def test_wherever_tokens_are(ranks_on_one_gpu, layout):
-    ranks_on_one_gpu.run(rank_peers.check_layouts, layout)
-
-
-@pytest.mark.parametrize(
-    ("key", "on_hopper"), [*((key, False) for key in rank_peers.WEIGHTS), ("fp8 blocks", True)]
+UNEVEN = [600, 0, 700, 1]
+CHECKS = (
+    *((rank_peers.check_kernels, key) for key in ("as they are", "fp8 blocks", "int8")),
+    *((rank_peers.check_layer, UNEVEN, sent) for sent in (False, True)),
+    (rank_peers.check_rounded_layer, "int8", UNEVEN),
+    (rank_peers.check_batched, "as they are", [33, 0, 5, 1]),
+    (rank_peers.check_layouts, "dp_tp"),
+    (rank_peers.check_disagreement,),
 )
-def test_rows_travel_rounded(ranks_on_one_gpu, key, on_hopper):
-    ranks_on_one_gpu.run(rank_peers.check_rounded_layer, key, [600, 513, 700, 1], on_hopper)
 
 
-def test_ranks_that_disagree_are_told(ranks_on_one_gpu):
-    ranks_on_one_gpu.run(rank_peers.check_disagreement)
+def test_what_ranks_of_several_gpus_do(ranks_on_one_gpu):
+    """One test: the processes take longer to start than most of it, and start once a worker."""
+    for check, *arguments in CHECKS:
+        ranks_on_one_gpu.run(check, *arguments)
