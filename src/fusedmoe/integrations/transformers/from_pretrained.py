@@ -110,6 +110,9 @@ def _load(
             module.load(source.layers[key], schemes[key], source, model_dtype, device, options)
         except ValueError as error:
             raise CheckpointError(f"{source.where}: {error}") from error
+        logger.info(
+            "%s holds %s", name, "floats" if module.schemes is None else module.schemes.name
+        )
     model.eval()
     try:
         run_whole_blocks(model, options, ranks)
