@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,12 +40,9 @@ DENSE = 8192
 
 
 def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
-    tall = mixed_prefill_tiles(1, 1, (bits, bits))
-    return {
-        "256 x 128": tall,
-        "256 x 128 ahead": MixedPrefillTiles(*(replace(tile, ahead=True) for tile in tall)),
-        "128 x 256": mixed_prefill_tiles(1000, 1, (bits, bits)),
-    }
+    """Those for 64, 128 and more slots per expert."""
+    found = [mixed_prefill_tiles(mean, 1, (bits, bits)) for mean in (64, 128, 256)]
+    return {f"{tiles.gemm1.rows} x {tiles.gemm1.slots}": tiles for tiles in found}
 
 
 def parts(

@@ -240,7 +240,7 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                 print("prefill", end=" ")
             if streams and rows is None and not unmet_by_mixed_prefill(*pair):
                 bits = tuple(w.format.bits for w in pair)
-                for slots in (1, 1000):
+                for slots in (1, 100, 1000):
                     tiles = mixed_prefill_tiles(slots, 1, bits)
                     P = mixed_prefill_rows(R, e, tiles)
                     mixed_prefill(

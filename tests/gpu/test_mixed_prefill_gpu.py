@@ -15,7 +15,7 @@ from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.testing.tolerances import TOLERANCES
-from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.gpu
@@ -59,13 +59,19 @@ def error(out, expected):
     return float((out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm())
 
 
-@pytest.mark.parametrize(("rows", "ahead"), [(256, False), (256, True), (128, False)])
+def tiles_of(mean, *formats):
+    """Those for so many slots per expert, with blocks finished in groups of four."""
+    bits = tuple(format_named(fmt).bits for fmt in formats)
+    return MixedPrefillTiles(
+        *(replace(tile, group=4) for tile in mixed_prefill_tiles(mean, 1, bits))
+    )
+
+
+@pytest.mark.parametrize("mean", [64, 128, 256])
 @pytest.mark.parametrize("name", CASES)
-def test_formats(name, rows, ahead, ran, monkeypatch):
+def test_formats(name, mean, ran, monkeypatch):
     case = CASES[name]
-    wide = [format_named(fmt).values == 1 for fmt in (case.format, case.down or case.format)]
-    stages = [(5 if rows == 256 else 4) if eight else 5 for eight in wide]
-    tiles = MixedPrefillTiles(*(MixedPrefillTile(rows, 384 - rows, n, 4, ahead) for n in stages))
+    tiles = tiles_of(mean, case.format, case.down or case.format)
     monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles)
     tensors = case.layer.tensors()
     run = case.runner(tensors, HopperQuantizedExperts)
@@ -75,10 +81,10 @@ def test_formats(name, rows, ahead, ran, monkeypatch):
     assert run().equal(out)
 
 
-@pytest.mark.parametrize("rows", [256, 128])
-def test_in_a_graph_with_no_expert_and_nan_rows(rows, ran, monkeypatch):
-    tile = MixedPrefillTile(rows, 384 - rows, 5, 8)
-    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", MixedPrefillTiles(tile, tile))
+@pytest.mark.parametrize("mean", [64, 128, 256])
+def test_in_a_graph_with_no_expert_and_nan_rows(mean, ran, monkeypatch):
+    tiles = tiles_of(mean, "mxfp4", "mxfp4")
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles)
     case = CASES["mxfp4"]
     tensors = case.layer.tensors()
     tensors["topk_ids"][0], tensors["topk_ids"][1] = -1, 2**31 - 1

@@ -16,7 +16,12 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
 )
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.testing.tolerances import relative_error
-from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles, mixed_prefill_tiles
+from fusedmoe.tuning.mixed_tiles import (
+    MixedPrefillTile,
+    MixedPrefillTiles,
+    mixed_prefill_tiles,
+    runs_mixed_prefill,
+)
 from small_ptx import pair, run_ptx, words_of
 
 BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
@@ -99,10 +104,13 @@ def test_numbers_of_eight_bits_are_rounded_once():
 
 
 class OnTensors:
-    """Gluon's operations that only name or move values, on torch tensors."""
+    """Gluon's operations that only name or move values, and a few on single values, on tensors."""
 
     reshape = staticmethod(torch.reshape)
     permute = staticmethod(torch.permute)
+    maximum = staticmethod(torch.maximum)
+    abs = staticmethod(torch.abs)
+    where = staticmethod(torch.where)
 
     @staticmethod
     def join(x, y):
@@ -121,13 +129,13 @@ class OnTensors:
         return None
 
 
-def device_function(module, name):
+def device_function(name):
     """The body of a device function, to be run on torch tensors."""
-    from fusedmoe.kernels.triton import hopper_mixed_numbers, hopper_mixed_prefill_common
+    from fusedmoe.kernels.triton import hopper_mixed_numbers, hopper_mixed_sums
 
-    modules = {"numbers": hopper_mixed_numbers, "common": hopper_mixed_prefill_common}
-    function = getattr(modules[module], name).fn
-    names = {"gl": OnTensors, "SIDE": 32, "STEP": 64}
+    module = hopper_mixed_numbers if hasattr(hopper_mixed_numbers, name) else hopper_mixed_sums
+    function = getattr(module, name).fn
+    names = {"gl": OnTensors, "SIDE": 32, "STEP": 64, "float_scale": torch.Tensor.float}
     return types.FunctionType(function.__code__, function.__globals__ | names)
 
 
@@ -143,34 +151,53 @@ def test_columns_keep_their_order(words, lanes, count):
 
 def test_rows_of_low_and_high_alternate_in_eights_and_come_apart_again():
     low = torch.arange(32)[:, None].expand(32, 64)
-    rows = device_function("numbers", "fragment")(low, low + 32, None)[:, 0]
+    rows = device_function("fragment")(low, low + 32, None)[:, 0]
     eights = rows.view(4, 2, 8)
     assert eights[:, 0].flatten().equal(torch.arange(32))
     assert eights[:, 1].flatten().equal(torch.arange(32, 64))
     sums = rows[:, None].expand(64, 128).clone()
-    low, high = device_function("common", "sides")(sums)
+    low, high = device_function("sides")(sums)
     assert low[:, 5].equal(torch.arange(32))
     assert high[:, 5].equal(torch.arange(32, 64))
+    assert device_function("together")(low, high, None).equal(sums)
+
+
+@pytest.mark.parametrize("zeros", ["first", "middle", "last", "all", "none"])
+def test_sums_in_units_of_their_scales_are_the_sums(zeros):
+    """With scales of any size and sign and groups that are all zero, of 60 groups."""
+    torch.manual_seed(0)
+    scales = torch.randn(60, 32) * 2.0 ** torch.randint(-30, 3, (60, 32))
+    at = {"first": slice(0, 9), "middle": slice(20, 50), "last": slice(50, 60), "none": slice(0, 0)}
+    scales[at.get(zeros, slice(None))] = 0
+    products = torch.randn(60, 32)
+    unit = largest = torch.full((32,), 2.0**-60)
+    sums = torch.zeros(32)
+    for scale, product in zip(scales, products, strict=True):
+        unit, largest, grown = device_function("next_unit")(unit, largest, scale)
+        sums = sums * grown + product
+    exact = (scales.double() * products).sum(0)
+    assert sums.isfinite().all()
+    assert (sums * unit - exact).abs().max() <= 2e-6 * exact.abs().max() + 1e-30
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("rows", [128, 256])
+@pytest.mark.parametrize("rows", [128, 192, 256])
 def test_the_products_of_a_tile_have_all_of_its_rows(rows, gated):
     from fusedmoe.kernels.triton import hopper_mixed_multiply as module
 
     place, rows_of = module.place_of, module.rows_of.fn
     names = rows_of.__globals__ | {"SIDE": 32}
     rows_of = types.FunctionType(rows_of.__code__, names)
-    found, features = [], []
+    room = 128 if rows == 128 else 256  # of words in the ring, the second half for up
+    features = {}
     for index in range(rows // 64):
         for high in (0, 1):
-            first = place(index, rows, gated, high)
-            found += range(first, first + 32)
-            feature = rows_of(0, index, rows, gated)[high]
-            features += [(r, feature + i) for i, r in enumerate(range(first, first + 32))]
-    assert sorted(found) == list(range(rows))
-    half = rows // 2
-    assert all(f == (r % half if gated else r) for r, f in features)
+            first, feature = place(index, room, gated, high), rows_of(0, index, rows, gated)[high]
+            features |= {first + i: (high if gated else 0, feature + i) for i in range(32)}
+    assert len(set(features.values())) == rows
+    for place, (shard, feature) in features.items():
+        assert place == (shard * room // 2 if gated else 0) + feature
+        assert feature < (rows // 2 if gated else rows)
 
 
 def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
@@ -243,21 +270,26 @@ def test_what_does_not_fit_is_refused(changed, words):
 
 
 def test_tiles():
-    few, many = (mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in (128, 129))
-    assert (few.gemm1.rows, few.gemm1.slots) == (256, 128)
-    assert (many.gemm1.rows, many.gemm1.slots) == (128, 256)
-    for tiles in (few, many):
+    means = 64, 65, 128, 129
+    found = [mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in means]
+    shapes = [(tiles.gemm1.rows, tiles.gemm1.slots) for tiles in found]
+    assert shapes == [(256, 64), (192, 128), (192, 128), (128, 256)]
+    for tiles in found:
         for tile, words in zip(tiles, (8, 16), strict=True):
-            ring = tile.stages * (tile.rows * words * 4 + tile.slots * 128)
-            assert ring + 4 * 128 * 64 + 512 <= 227 * 1024
+            room = 128 if tile.rows == 128 else 256
+            ring = tile.stages * tile.steps * (room * words * 4 + tile.slots * 128)
+            written = tile.rows // 64 * 2 * min(tile.slots, 128) * 64
+            assert ring + written + 512 <= 227 * 1024
+    assert runs_mixed_prefill(128, 8)
+    assert not runs_mixed_prefill(127, 8)
     with pytest.raises(ValueError, match="128 by 128"):
-        MixedPrefillTile(128, 128, 4, 8)
-    with pytest.raises(ValueError, match="ahead anyway"):
-        MixedPrefillTile(128, 256, 4, 8, ahead=True)
+        MixedPrefillTile(128, 128, 1, 8, 4)
+    with pytest.raises(ValueError, match="one or two steps, not 3"):
+        MixedPrefillTile(128, 256, 3, 8, 4)
     with pytest.raises(ValueError, match="1 stages"):
-        MixedPrefillTile(128, 256, 1, 8)
+        MixedPrefillTile(128, 256, 1, 8, 1)
     w1, w2 = layer("int4_g32")
-    unequal = MixedPrefillTiles(few.gemm1, many.gemm1)
+    unequal = MixedPrefillTiles(found[2].gemm1, found[3].gemm1)
     with pytest.raises(ValueError, match="128 and 256 slots"):
         mixed_prefill(
             torch.zeros(4, 64).bfloat16(), w1, w2, None, torch.zeros(4, 2, dtype=torch.int32),

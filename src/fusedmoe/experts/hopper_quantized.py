@@ -39,7 +39,11 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
-from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
+from fusedmoe.tuning.mixed_tiles import (
+    MixedPrefillTiles,
+    mixed_prefill_tiles,
+    runs_mixed_prefill,
+)
 from fusedmoe.tuning.quantized_tiles import (
     QuantizedPrefillTiles,
     prefill_tiles,
@@ -175,10 +179,11 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             return shapes
         if MAX_DECODE_MEAN * local_num_experts >= R:
             return shapes._replace(workspace2=(M, topk, 2 * K))
-        if not runs_prefill(R, global_num_experts):
+        mixed = self.quant_config.a1.key is None
+        if not (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
             return shapes
         P = prefill_rows(R, local_num_experts)
-        if self.quant_config.a1.key is None:
+        if mixed:
             # Stages differ by the width of weights, blocks of slots do not.
             tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, (4, 4))
             P = mixed_prefill_rows(R, local_num_experts, tiles)
@@ -218,7 +223,9 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
                 run = self._decode
             elif runs_prefill(R, global_num_experts) and can_prefill(operands, *given_rows):
                 run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
-            elif runs_prefill(R, global_num_experts) and can_prefill_mixed(operands, *given_rows):
+            elif runs_mixed_prefill(R, global_num_experts) and can_prefill_mixed(
+                operands, *given_rows
+            ):
                 bits = operands.w1.format.bits, operands.w2.format.bits
                 tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, bits)
                 if workspace2.numel() >= mixed_prefill_rows(R, e, tiles) * H:

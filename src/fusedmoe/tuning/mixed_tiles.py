@@ -5,29 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Rows of x and words of weights of one step, and the output on its way, have to fit.
-_STAGES = {(256, 4): 7, (256, 8): 5, (128, 4): 5, (128, 8): 4}
+# From so many slots per expert on, reading and converting all weights pays.
+_FEWEST = 16
+# (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
+# of weights and the output on its way have to fit.
+_FEW = (256, 64, 2, 16), {4: 5, 8: 4}
+_SOME = (192, 128, 2, 16), {4: 3, 8: 2}
+_MANY = (128, 256, 1, 8), {4: 5, 8: 4}
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
-    """``rows`` weight rows by ``slots`` slots: 256 by 128 or 128 by 256. ``stages`` steps of 64
-    columns in flight; ``group`` blocks of slots are finished before the next ones begin. ``ahead``:
-    256 rows are prepared while the step before is multiplied, as 128 always are."""
+    """``rows`` weight rows by ``slots`` slots: 256 by 64, 192 by 128 or 128 by 256, a warpgroup for
+    every 64 rows. ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are
+    finished before the next ones begin."""
 
     rows: int
     slots: int
-    stages: int
+    steps: int
     group: int
-    ahead: bool = False
+    stages: int
 
     def __post_init__(self) -> None:
-        if (self.rows, self.slots) not in ((256, 128), (128, 256)):
+        if (self.rows, self.slots) not in ((256, 64), (192, 128), (128, 256)):
             raise ValueError(
-                f"tiles are 256 rows by 128 slots or 128 by 256, not {self.rows} by {self.slots}"
+                "tiles are 256 rows by 64 slots, 192 by 128 or 128 by 256, not "
+                f"{self.rows} by {self.slots}"
             )
-        if self.ahead and self.rows == 128:
-            raise ValueError("128 rows are prepared ahead anyway")
+        if self.steps not in (1, 2):
+            raise ValueError(f"a stage has one or two steps, not {self.steps}")
         if self.stages < 2 or self.group < 1:
             raise ValueError(f"{self.stages} stages and groups of {self.group} are too few")
 
@@ -39,16 +45,20 @@ class MixedPrefillTiles(NamedTuple):
     gemm2: MixedPrefillTile
 
 
+def runs_mixed_prefill(R: int, num_experts: int) -> bool:
+    """Whether R slots over ``num_experts`` experts, local or not, are enough for these kernels."""
+    return num_experts * _FEWEST <= R
+
+
 def mixed_prefill_tiles(R: int, E: int, bits: tuple[float, float]) -> MixedPrefillTiles:
     """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
-    Numbers are made once per block: blocks of 256 slots need half as many, unless they would be
-    half empty.
+    Numbers are made once per block, so blocks are as large as the mean number of slots fills.
     """
-    rows = 256 if R <= 128 * E else 128
-    group = 16 if rows == 256 else 8
-    first, second = (
-        MixedPrefillTile(rows, 384 - rows, _STAGES[rows, 4 if width <= 4 else 8], group)
-        for width in bits
-    )
+    tile, stages = _MANY
+    if R <= 128 * E:
+        tile, stages = _SOME
+    if R <= 64 * E:
+        tile, stages = _FEW
+    first, second = (MixedPrefillTile(*tile, stages[4 if width <= 4 else 8]) for width in bits)
     return MixedPrefillTiles(first, second)

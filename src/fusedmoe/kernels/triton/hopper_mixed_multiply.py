@@ -1,8 +1,8 @@
 """The products of one tile: the main loops of both kernels of ``hopper_mixed_prefill``.
 
-A warpgroup multiplies one or two times 64 weight rows by SLOTS slots: 32 rows of ``low`` and 32 of
-``high`` at a time (gate and up, or, without a gate, neighbours), in eights that alternate, so that
-a thread ends up with both numbers of a feature.
+A warpgroup multiplies 64 weight rows by SLOTS slots: 32 rows of ``low`` and 32 of ``high`` (gate
+and up, or, without a gate, neighbours), in eights that alternate, so that a thread ends up with
+both numbers of a feature.
 """
 
 from triton.experimental import gluon
@@ -27,16 +27,17 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     taken,
     words_of_step,
 )
-
-
-@gluon.constexpr_function
-def sums_layout(SLOTS):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
+from fusedmoe.kernels.triton.hopper_mixed_sums import (
+    first_units,
+    multiples,
+    next_unit,
+    sums_layout,
+)
 
 
 @gluon.constexpr_function
 def place_of(INDEX, ROWS, GATED, HIGH):
-    """Where in a tile's ROWS rows of words a side of product number INDEX begins."""
+    """Where in the ring's ROWS rows of words a side of product number INDEX begins."""
     if GATED:
         return INDEX * 32 + HIGH * ROWS // 2
     return INDEX * 64 + HIGH * 32
@@ -124,10 +125,11 @@ def groups_at(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constex
 
 @gluon.jit
 def prepare(
-    words, groups, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr,
-    GATED: gl.constexpr,
+    words, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
+    GROUP: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """What ``operand`` makes product number INDEX of: pairs and factors of both sides."""
+    """What ``operand`` makes product number INDEX of: pairs and factors of both sides, and what
+    sums become ``multiples`` of; then the units from there on."""
     ROWS: gl.constexpr = words.shape[0]
     COUNT: gl.constexpr = scales_of_step(GROUP)
     layout: gl.constexpr = loaded_layout(words.shape[1])
@@ -139,26 +141,43 @@ def prepare(
         low_zero, high_zero = groups[ZERO], groups[ZERO + 1]
     low = taken(low, low_zero, selector, ELEMENT, COUNT)
     high = taken(high, high_zero, selector, ELEMENT, COUNT)
-    if GROUP != 0:
-        return low, high, factors(groups[0], ELEMENT), factors(groups[1], ELEMENT)
+    if len(units) != 0:
+        low_unit, low_largest, low_grown = next_unit(units[0], units[1], groups[0])
+        high_unit, high_largest, high_grown = next_unit(units[2], units[3], groups[1])
+        ready = low, high, (), (), (low_grown, high_grown)
+        return ready, (low_unit, low_largest, high_unit, high_largest)
+    elif GROUP != 0:
+        return (low, high, factors(groups[0], ELEMENT), factors(groups[1], ELEMENT), ()), ()
     else:
-        return low, high, (), ()
+        return (low, high, (), (), ()), ()
 
 
 @gluon.jit
-def operand(prepared, GROUP: gl.constexpr, SLOTS: gl.constexpr):
+def operand(prepared, SLOTS: gl.constexpr):
     """The A operand of 64 rows."""
-    low = side(prepared[0], prepared[2], GROUP)
-    high = side(prepared[1], prepared[3], GROUP)
+    low = side(prepared[0], prepared[2])
+    high = side(prepared[1], prepared[3])
     return fragment(low, high, sums_layout(SLOTS))
 
 
 @gluon.jit
-def multiply_one(
+def multiply(
+    rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
+    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr, STEPS: gl.constexpr,
+):  # fmt: skip
+    """The sums [64, SLOTS] of product INDEX of a tile; ``pointers`` are its ``group_pointers``."""
+    if STEPS == 1:
+        return multiply_ahead(rings, bars, stage, phase, pointers, D, ELEMENT, GROUP, GATED, INDEX)
+    else:
+        return multiply_pairs(rings, bars, stage, phase, pointers, D, ELEMENT, GROUP, GATED, INDEX)
+
+
+@gluon.jit
+def multiply_ahead(
     rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
-    """The sums [64, SLOTS] of product INDEX of a tile; ``pointers`` are its ``group_pointers``.
+    """``multiply`` with one step in a stage.
 
     What the next step's operand is made of is prepared while this step is multiplied. Operands
     themselves are made in between: ptxas does one product after the other where the registers of
@@ -172,86 +191,79 @@ def multiply_one(
     sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     selector = selectors(ELEMENT, scales_of_step(GROUP))
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
+    units = first_units(groups, ELEMENT, GROUP)
     mbarrier.wait(full.index(stage), phase)
-    ready = prepare(w_ring.index(stage), groups, selector, INDEX, ELEMENT, GROUP, GATED)
+    ready, units = prepare(
+        w_ring.index(stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+    )
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
-        a = operand(ready, GROUP, SLOTS)
+        a = operand(ready, SLOTS)
+        sums = multiples(sums, ready[4])
         sums = warpgroup_mma(a, x_ring.index(stage).permute((1, 0)), sums, is_async=True)
         done = stage + 0
         stage, phase = next_stage(stage, phase, STAGES)
         if k + 1 < KSTEPS:
             mbarrier.wait(full.index(stage), phase)
-            ready = prepare(w_ring.index(stage), groups, selector, INDEX, ELEMENT, GROUP, GATED)
+            ready, units = prepare(
+                w_ring.index(stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+            )
             groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index(done), count=1)
-    return sums, stage, phase
+    return multiples(sums, units[::2]), stage, phase
 
 
 @gluon.jit
-def prepare_two(
-    rings, bars, stage, phase, of_first, of_second, selector, ELEMENT: gl.constexpr,
+def multiply_pairs(
+    rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
-    """``prepare``, for products INDEX and INDEX + 1 of the step that this waits for."""
-    mbarrier.wait(bars[0].index(stage), phase)
-    words = rings[0].index(stage)
-    first = prepare(words, of_first, selector, INDEX, ELEMENT, GROUP, GATED)
-    return first, prepare(words, of_second, selector, INDEX + 1, ELEMENT, GROUP, GATED)
+    """``multiply`` with two steps in a stage, of which the last one may have one.
 
-
-@gluon.jit
-def multiply_two(
-    rings, bars, stage, phase, first, second, D: gl.constexpr, ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """The sums [64, SLOTS] of products INDEX and INDEX + 1 of a tile; ``first`` and ``second`` are
-    their ``group_pointers``.
-
-    Both operands are made, then multiplied: the other warpgroup's products fill the time. AHEAD:
-    they are prepared as in ``multiply_one``, which takes 32 registers more.
+    The second operand of a stage is made while the first is multiplied; both have left their
+    registers before the next stage's are made.
     """
-    x_ring, empty = rings[1], bars[1]
-    STAGES: gl.constexpr = x_ring.shape[0]
+    w_ring, x_ring = rings
+    full, empty = bars
+    STAGES: gl.constexpr = full.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
-    LEAD: gl.constexpr = 1 if AHEAD else 0
+    sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     selector = selectors(ELEMENT, scales_of_step(GROUP))
-    upper = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
-    lower = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
-    of_first = groups_at(first, 0, D, ELEMENT, GROUP)
-    of_second = groups_at(second, 0, D, ELEMENT, GROUP)
-    if AHEAD:
-        ready, other = prepare_two(
-            rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP, GATED, INDEX
+    groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
+    later = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
+    units = first_units(groups, ELEMENT, GROUP)
+    for pair in range(KSTEPS // 2):
+        k = 2 * pair
+        mbarrier.wait(full.index(stage), phase)
+        ready, units = prepare(
+            w_ring.index(2 * stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
-        of_first = groups_at(first, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
-        of_second = groups_at(second, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
-    for k in range(KSTEPS):
-        ahead = gl.minimum(k + 1 + LEAD, KSTEPS - 1)
-        if not AHEAD:
-            ready, other = prepare_two(
-                rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP, GATED,
-                INDEX,
-            )  # fmt: skip
-            of_first = groups_at(first, ahead, D, ELEMENT, GROUP)
-            of_second = groups_at(second, ahead, D, ELEMENT, GROUP)
-        x = x_ring.index(stage).permute((1, 0))
-        a = operand(ready, GROUP, SLOTS)
-        b = operand(other, GROUP, SLOTS)
-        upper = warpgroup_mma(a, x, upper, is_async=True)
-        lower = warpgroup_mma(b, x, lower, is_async=True)
-        done = stage + 0
+        groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
+        a = operand(ready, SLOTS)
+        sums = multiples(sums, ready[4])
+        sums = warpgroup_mma(a, x_ring.index(2 * stage).permute((1, 0)), sums, is_async=True)
+        other, units = prepare(
+            w_ring.index(2 * stage + 1), later, units, selector, INDEX, ELEMENT, GROUP, GATED
+        )
+        later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
+        b = operand(other, SLOTS)
+        if len(other[4]) != 0 and GROUP == STEP:
+            sums = multiples(warpgroup_mma_wait(0, deps=(sums,)), other[4])
+        sums = warpgroup_mma(b, x_ring.index(2 * stage + 1).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-        if AHEAD:  # noqa: SIM102 (the outer one is settled at compile time)
-            if k + 1 < KSTEPS:
-                ready, other = prepare_two(
-                    rings, bars, stage, phase, of_first, of_second, selector, ELEMENT, GROUP,
-                    GATED, INDEX,
-                )  # fmt: skip
-                of_first = groups_at(first, ahead, D, ELEMENT, GROUP)
-                of_second = groups_at(second, ahead, D, ELEMENT, GROUP)
-        upper, lower = warpgroup_mma_wait(0, deps=(upper, lower))
-        mbarrier.arrive(empty.index(done), count=1)
-    return upper, lower, stage, phase
+    if KSTEPS % 2 != 0:
+        mbarrier.wait(full.index(stage), phase)
+        ready, units = prepare(
+            w_ring.index(2 * stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+        )
+        a = operand(ready, SLOTS)
+        sums = multiples(sums, ready[4])
+        sums = warpgroup_mma(a, x_ring.index(2 * stage).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return multiples(sums, units[::2]), stage, phase

@@ -245,8 +245,8 @@ def power_pair(exponent):
 def factors(scale, ELEMENT: gl.constexpr):
     """Scales [32, COUNT] as a tuple of pairs [32, COUNT, 1, 1]; those of e2m1 times 2^63.
 
-    Numbers of eight bits get what bf16 cuts off a scale as a second pair: nearly all of their
-    products are rounded, and twice would be too often.
+    Numbers of eight bits in groups of 32 get what bf16 cuts off a scale as a second pair: nearly
+    all of their products are rounded, and twice would be too often.
     """
     if ELEMENT == "e2m1" and scale.dtype == gl.uint8:
         return (spread(power_pair(scale.to(gl.int32))),)
@@ -288,9 +288,9 @@ def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def side(pairs, factor, GROUP: gl.constexpr):
-    """bf16 [32, STEP]: pairs times what ``factors`` gave for them."""
-    if GROUP == 0:
+def side(pairs, factor):
+    """bf16 [32, STEP]: pairs times what ``factors`` gave for them, if anything."""
+    if len(factor) == 0:
         even, odd = halves(pairs)
     elif len(factor) == 1:
         even, odd = times(pairs, factor[0])

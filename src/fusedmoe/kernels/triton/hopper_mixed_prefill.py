@@ -1,14 +1,16 @@
 """Many rows per expert on Hopper, 16-bit rows and quantized weights: two persistent GEMMs, a sum.
 
 Weights are read as they are stored and become numbers in registers, on their way to the WGMMA. A
-tile is 256 weight rows by 128 slots of one expert (a block of ``moe_align_block_size``), or 128 by
-256. Four or one producer warps fill a ring of steps of 64 columns: weights by TMA, as words of 32
-bits, token rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of two consumer
-warpgroups has half of the weight rows and makes numbers of them while products run on the tensor
-cores, its own or the other one's.
+tile is 256 weight rows by 64 slots of one expert (a block of ``moe_align_block_size``), 192 by 128
+or 128 by 256. Four or one producer warps fill a ring of steps of 64 columns: weights by TMA, as
+words of 32 bits, token rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of
+two to four consumer warpgroups has 64 of the weight rows and makes numbers of them while products
+run on the tensor cores, its own or the others'.
 
-Where groups of columns share a scale, a number times its scale is rounded to bf16; a scale for all
-columns multiplies the sum.
+A scale for all columns multiplies the sum. Where groups of columns share one, numbers of eight bits
+in groups of at least 64 columns, and of four in at least 128, stay as they are, and the sums change
+their unit from scale to scale. Elsewhere a number times its scale is rounded to bf16, which costs
+nothing where the scale is a power of two and little where the number has four bits.
 
 up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of ``sorted_ids``; and
              position [R]: where a slot's row is.
@@ -29,12 +31,15 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, Memory, matrix_descriptor
 from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
-from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT
+from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT, room_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
+
+# Of a thread at launch: all of a multiprocessor's, over the warpgroups that a tile has.
+_REGISTERS = {128: 168, 192: 128, 256: 96}
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
@@ -57,7 +62,7 @@ def _weight_words(
     many rows one expert has in them; of a single shard, the same view twice."""
     address, width = w.data.data_ptr(), w.data.shape[-1] // 4
     e, N = w.shape[:2]
-    box = tile.rows // 2, words_of_step(w.format.element)
+    box = room_of(tile.rows) // 2, words_of_step(w.format.element)
     if w.shards == 1:
         both = _words(address, e * N, width, width, box)
         return both, both, N
@@ -99,7 +104,7 @@ def up(
     stride_expert, _, *steps = weight_addresses(w1)[4:]
     _launch_up(
         programs,
-        (low, high, matrix_descriptor(act, I, (UNIT.value, SIDE.value))),
+        (low, high, matrix_descriptor(act, I, (min(UNIT.value, tile.slots), SIDE.value))),
         (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post),
         (
             x.stride(0),
@@ -115,10 +120,10 @@ def up(
         (
             *(H, I, K, w1.format.element, _group(w1)),
             *(activation.formula, activation.gated, w1.interleaved),
-            *(tile.rows, tile.slots, tile.stages, tile.group, tile.ahead),
+            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
         ),
         num_warps=4,
-        maxnreg=168,
+        maxnreg=_REGISTERS[tile.rows],
     )
 
 
@@ -142,16 +147,16 @@ def down(
             low,
             high,
             matrix_descriptor(act, I, (tile.slots, STEP.value)),
-            matrix_descriptor(y, H, (UNIT.value, SIDE.value)),
+            matrix_descriptor(y, H, (min(UNIT.value, tile.slots), SIDE.value)),
         ),
         (*_parts(w2), bias, expert_ids, num_post),
         (stride_expert, row_step, block, e),
         (
             *(H, I, w2.format.element, _group(w2)),
-            *(tile.rows, tile.slots, tile.stages, tile.group, tile.ahead),
+            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
         ),
         num_warps=4,
-        maxnreg=168,
+        maxnreg=_REGISTERS[tile.rows],
     )
 
 

@@ -7,9 +7,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from fusedmoe.kernels.triton.hopper_mixed_multiply import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_numbers import HALF_EXPONENT, SIDE, STEP
+from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 UNIT = gl.constexpr(128)  # slots that are stored at once
+
+
+@gluon.constexpr_function
+def room_of(ROWS):
+    """Rows of words in the ring: views of TMA have a power of two."""
+    return 128 if ROWS == 128 else 256
 
 
 @gluon.jit
@@ -21,44 +28,41 @@ def expert_at(expert_ids_ptr, block, num_local):
 @gluon.jit
 def open_rings(
     w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr,
-    STAGES: gl.constexpr, FILLERS: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """((weights, rows), barriers, the output buffers of both warpgroups); FILLERS threads gather
+    """((weights, rows), barriers, the output buffers of each warpgroup); FILLERS threads gather
     beside the TMA arrival."""
+    CONSUMERS: gl.constexpr = ROWS // (2 * SIDE)
+    OUT: gl.constexpr = min(SLOTS, UNIT)
+    BUFFERS: gl.constexpr = min(2, PARTS * (SLOTS // OUT))
+    ROOM: gl.constexpr = room_of(ROWS)
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
     rings = (
-        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, WORDS], w_desc.layout),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, SLOTS, STEP], x_shared),
+        gl.allocate_shared_memory(gl.int32, [STAGES * STEPS, ROOM, WORDS], w_desc.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES * STEPS, SLOTS, STEP], x_shared),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    out0 = gl.allocate_shared_memory(gl.bfloat16, [2, UNIT, SIDE], out_desc.layout)
-    out1 = gl.allocate_shared_memory(gl.bfloat16, [2, UNIT, SIDE], out_desc.layout)
+    out = ()
+    for _ in gl.static_range(CONSUMERS):
+        one = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, OUT, SIDE], out_desc.layout)
+        out += (one,)  # type: ignore[assignment]
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + FILLERS)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    return rings, (full, empty), out0, out1
+    return rings, (full, empty), out
 
 
 @gluon.jit
 def load_words(descs, words, bar, row, below, k):
-    """TMA of the step's words of a tile's weight rows, half of them from ``row`` on, half from
+    """TMA of a step's words of a tile's weight rows, half of the rows from ``row`` on, half from
     ``row + below`` on."""
     HALF: gl.constexpr = words.shape[0] // 2
     WORDS: gl.constexpr = words.shape[1]
     low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
     tma.async_copy_global_to_shared(descs[0], [row, k * WORDS], bar, low)
     tma.async_copy_global_to_shared(descs[1], [row + below, k * WORDS], bar, high)
-
-
-@gluon.jit
-def sides(acc):
-    """The rows of low and those of high in a product's sums, [32, SLOTS] each; moves no data."""
-    SLOTS: gl.constexpr = acc.shape[1]
-    eights = gl.permute(gl.reshape(acc, [SIDE // 8, 2, 8, SLOTS]), [0, 2, 3, 1])
-    low, high = gl.split(eights)
-    return gl.reshape(low, [SIDE, SLOTS]), gl.reshape(high, [SIDE, SLOTS])
 
 
 @gluon.jit
@@ -103,19 +107,19 @@ def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr):
     warpgroup's two buffers in turn, from number FIRST on."""
     SLOTS: gl.constexpr = value.shape[1]
     value = value.to(buffers.dtype)
-    if SLOTS == UNIT:
-        store_unit(desc, buffers.index(FIRST), value, row, column)
+    if SLOTS <= UNIT:
+        store_unit(desc, buffers.index(FIRST), value, row, column, buffers.shape[0])
     else:
         parts = gl.permute(gl.reshape(value, [SIDE, 2, UNIT]), [0, 2, 1])
         left, right = gl.split(parts)
-        store_unit(desc, buffers.index(0), left, row, column)
-        store_unit(desc, buffers.index(1), right, row + UNIT, column)
+        store_unit(desc, buffers.index(0), left, row, column, 2)
+        store_unit(desc, buffers.index(1), right, row + UNIT, column, 2)
 
 
 @gluon.jit
-def store_unit(desc, buffer, value, row, column):
+def store_unit(desc, buffer, value, row, column, BUFFERS: gl.constexpr):
     """The part before the last has left its buffer when a part is written."""
-    tma.store_wait(1)
+    tma.store_wait(BUFFERS - 1)
     gl.thread_barrier()
     buffer.store(gl.permute(value, [1, 0]))
     fence_async_shared()

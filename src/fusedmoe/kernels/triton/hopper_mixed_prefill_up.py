@@ -9,8 +9,7 @@ from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, rows_layout
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
-    multiply_one,
-    multiply_two,
+    multiply,
     rows_of,
 )
 from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
@@ -31,27 +30,19 @@ UNSPECIALIZED = (
 
 @gluon.jit
 def up_producer(
-    descs,
-    rings,
-    bars,
-    x,
-    position_ptr,
-    tables,
-    sizes,
-    H: gl.constexpr,
-    PICKS: gl.constexpr,
-    TILES: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    GROUP_M: gl.constexpr,
-):
+    descs, rings, bars, x, position_ptr, tables, sizes, WIDE: gl.constexpr, PICKS: gl.constexpr,
+    PROBLEM: gl.constexpr,
+):  # fmt: skip
+    """Words of weights by TMA, rows of x by cp.async."""
+    H, _, _, _, _, GATED, TILES, GROUP_M, _, STEPS = PROBLEM
     w_ring, x_ring = rings
     full, empty = bars
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     R, num_local, desc_rows = sizes
-    STAGES: gl.constexpr = x_ring.shape[0]
+    STAGES: gl.constexpr = full.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
-    BYTES: gl.constexpr = w_ring.shape[1] * w_ring.shape[2] * 4
+    BYTES: gl.constexpr = STEPS * w_ring.shape[1] * w_ring.shape[2] * 4
+    BELOW: gl.constexpr = 0 if GATED else w_ring.shape[1] // 2
     KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
     layout: gl.constexpr = rows_layout(SLOTS, STEP, gl.num_warps())
     row = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
@@ -64,12 +55,17 @@ def up_producer(
         weight_row = expert_at(expert_ids_ptr, block, num_local) * desc_rows + tile * WIDE
         place = block * SLOTS + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        for k in range(KSTEPS):
+        for k in range(0, KSTEPS, STEPS):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
-            load_words(descs, w_ring.index(stage), bar, weight_row, BELOW, k)
-            gather(x_ring.index(stage), x_rows, lives, k * STEP + column, H, STEP)
+            for step in gl.static_range(STEPS):
+                at = stage * STEPS + step
+                load_words(descs, w_ring.index(at), bar, weight_row, BELOW, k + step)
+            for step in gl.static_range(STEPS):
+                part = x_ring.index(stage * STEPS + step)
+                if KSTEPS % STEPS == 0 or k + step < KSTEPS:
+                    gather(part, x_rows, lives, (k + step) * STEP + column, H, STEP)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -77,11 +73,10 @@ def up_producer(
 @gluon.jit
 def finish_product(
     out_desc, buffers, acc, pointers, scales, bias_steps, expert, row, tile, numbers,
-    INDEX: gl.constexpr, FIRST: gl.constexpr, H: gl.constexpr, I: gl.constexpr,  # noqa: E741
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, FORMULA: gl.constexpr, GATED: gl.constexpr,
-    ROWS: gl.constexpr,
+    INDEX: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
     """Scales, biases, activation and store of one product's sums."""
+    H, I, ELEMENT, GROUP, FORMULA, GATED, _, _, ROWS, _ = PROBLEM  # noqa: E741
     scale_ptr, _, scale2_ptr, bias_ptr = pointers
     limit, alpha, beta = numbers
     first = rows_of(tile, INDEX, ROWS, GATED)
@@ -91,74 +86,37 @@ def finish_product(
     )  # fmt: skip
     if GATED:
         act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
-        store_side(out_desc, buffers, act, row, first[0], FIRST)
+        store_side(out_desc, buffers, act, row, first[0], 0)
     else:
         store_side(out_desc, buffers, plain_activation(FORMULA, low), row, first[0], 0)
         store_side(out_desc, buffers, plain_activation(FORMULA, high), row, first[1], 1)
 
 
 @gluon.jit
-def up_consumer(
-    out_desc,
-    buffers,
-    pointers,
-    scales,
-    bias_steps,
-    rings,
-    bars,
-    tables,
-    sizes,
-    numbers,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr,
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    AHEAD: gl.constexpr,
-    WHICH: gl.constexpr,
-):
+def up_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
+    """Product number WHICH of every tile."""
+    pointers, scales, bias_steps, rings, bars, tables, num_local, numbers = common
+    H, I, ELEMENT, GROUP, _, GATED, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
     scale_ptr, zero_ptr, _, _ = pointers
     expert_ids_ptr, _, num_post_ptr = tables
-    num_local = sizes[1]
-    ROWS: gl.constexpr = rings[0].shape[1]
     SLOTS: gl.constexpr = rings[1].shape[1]
-    PARTS: gl.constexpr = ROWS // 128
-    INDEX: gl.constexpr = WHICH * PARTS
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 0
     for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
-        one = group_pointers(
-            scale_ptr, zero_ptr, scales, expert, rows_of(tile, INDEX, ROWS, GATED), I, H, ELEMENT,
+        groups = group_pointers(
+            scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, GATED), I, H, ELEMENT,
             GROUP, GATED,
         )  # fmt: skip
-        if PARTS == 1:
-            acc, stage, phase = multiply_one(
-                rings, bars, stage, phase, one, H, ELEMENT, GROUP, GATED, INDEX
-            )
-        else:
-            other = group_pointers(
-                scale_ptr, zero_ptr, scales, expert, rows_of(tile, INDEX + 1, ROWS, GATED), I, H,
-                ELEMENT, GROUP, GATED,
-            )  # fmt: skip
-            acc, more, stage, phase = multiply_two(
-                rings, bars, stage, phase, one, other, H, ELEMENT, GROUP, GATED, INDEX, AHEAD
-            )
-        row = block * SLOTS
+        acc, stage, phase = multiply(
+            rings, bars, stage, phase, groups, H, ELEMENT, GROUP, GATED, WHICH, STEPS
+        )
         finish_product(
-            out_desc, buffers, acc, pointers, scales, bias_steps, expert, row, tile, numbers, INDEX,
-            0, H, I, ELEMENT, GROUP, FORMULA, GATED, ROWS,
+            out_desc, buffers, acc, pointers, scales, bias_steps, expert, block * SLOTS, tile,
+            numbers, WHICH, PROBLEM,
         )  # fmt: skip
-        if PARTS == 2:
-            finish_product(
-                out_desc, buffers, more, pointers, scales, bias_steps, expert, row, tile, numbers,
-                INDEX + 1, 1, H, I, ELEMENT, GROUP, FORMULA, GATED, ROWS,
-            )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -198,49 +156,69 @@ def up_kernel(
     ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
+    STEPS: gl.constexpr,
     GROUP_M: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """low_desc, high_desc: words of gate and of up, or w1 twice, with ``desc_rows`` rows for each
     expert. GROUP columns share a scale (0: a row does)."""
     WIDE: gl.constexpr = ROWS // 2 if GATED else ROWS
-    BELOW: gl.constexpr = 0 if GATED else ROWS // 2
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     WORDS: gl.constexpr = words_of_step(ELEMENT)
-    rings, bars, out0, out1 = open_rings(low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, 128)
+    rings, bars, out = open_rings(
+        low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 128, 1 if GATED else 2
+    )
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
+    descs = (low_desc, high_desc)
+    x = (x_ptr, stride_x)
     numbers = (limit, alpha, beta)
     pointers = (scale_ptr, zero_ptr, scale2_ptr, bias_ptr)
     scales = (stride_se, scale_shard_step, scale_row_step, scale_block)
     TO_UP: gl.constexpr = 1 if INTERLEAVED else I
     bias_steps = (TO_UP, 2 if INTERLEAVED else 1)
-    gl.warp_specialize(
-        [
-            (
-                up_consumer,
+    common = (pointers, scales, bias_steps, rings, bars, tables, num_local, numbers)
+    PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS)
+    if ROWS == 128:
+        gl.warp_specialize(
+            [
+                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
                 (
-                    out_desc, out0, pointers, scales, bias_steps, rings, bars, tables, sizes,
-                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, AHEAD, 0,
+                    up_producer,
+                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
                 ),
-            ),
-            (
-                up_consumer,
+            ],
+            [4, 4],
+            [216, 72],
+        )
+    elif ROWS == 192:
+        gl.warp_specialize(
+            [
+                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
+                (up_consumer, (out_desc, out[2], common, PROBLEM, 2)),
                 (
-                    out_desc, out1, pointers, scales, bias_steps, rings, bars, tables, sizes,
-                    numbers, H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, AHEAD, 1,
+                    up_producer,
+                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
                 ),
-            ),
-            (
-                up_producer,
+            ],
+            [4, 4, 4],
+            [144, 144, 80],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
+                (up_consumer, (out_desc, out[2], common, PROBLEM, 2)),
+                (up_consumer, (out_desc, out[3], common, PROBLEM, 3)),
                 (
-                    (low_desc, high_desc), rings, bars, (x_ptr, stride_x), position_ptr, tables,
-                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP_M,
+                    up_producer,
+                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
                 ),
-            ),
-        ],
-        [4, 4],
-        [224, 56] if AHEAD else [216, 72],
-    )  # fmt: skip
+            ],
+            [4, 4, 4, 4],
+            [104, 104, 104, 64],
+        )
