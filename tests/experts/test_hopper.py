@@ -166,9 +166,10 @@ formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 
 tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
 build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
-      sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages})
+      sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages, "GROUP": 4})
 build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
-      sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages})
+      sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages,
+               "GROUP": 4})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
 build(hopper_direct.up_kernel,

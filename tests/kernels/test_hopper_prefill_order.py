@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
+from fusedmoe.kernels.triton.hopper_common import tile_of
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 15, 16, 17, 33, 64, 130])

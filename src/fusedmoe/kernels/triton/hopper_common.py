@@ -78,6 +78,16 @@ def hopper_activation(FORMULA: gl.constexpr, gate, up, limit, alpha, beta):
 
 
 @gluon.jit
+def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
+    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner, so that
+    blocks of one expert find its weights in the L2."""
+    first = task // (GROUP * TILES) * GROUP
+    size = gl.minimum(blocks - first, GROUP)
+    rest = task - first * TILES
+    return first + rest % size, rest // size
+
+
+@gluon.jit
 def find_block(block, tables, num_local, BN: gl.constexpr, LAYOUT: gl.constexpr):
     """(expert, slots [BN] in LAYOUT) of a block; a place without a slot is -1 or >= R."""
     expert = gl.load(tables[0] + block, cache_modifier=".cg")

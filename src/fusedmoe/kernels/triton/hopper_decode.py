@@ -13,8 +13,9 @@ down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins
              waits for the rest of them: weights depend on nothing.
 sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order.
 
-A task is (block, tile of weight rows); tasks go round robin over the programs. Slots without an
-expert belong to no block, and their rows of act and y are neither written nor read.
+A task is (block, tile of weight rows), GROUP blocks side by side (``tile_of``): of an expert with
+several, all but one find its weights in the L2. Tasks go round robin over the programs. Slots
+without an expert belong to no block, and their rows of act and y are neither written nor read.
 """
 
 import torch
@@ -69,6 +70,8 @@ def sum_kernel(
     total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
     tl.store(out_ptr + token * stride_out + column, total, inside)
 
+
+GROUP = 8
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
@@ -133,7 +136,7 @@ def decode_gemms(
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
-            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages,
+            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP,
         ),
         num_warps=tiles.up.warps,
     )  # fmt: skip
@@ -142,6 +145,6 @@ def decode_gemms(
         (matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth)),),
         (w2_bias, act, y, expert_ids, sorted_ids, num_post),
         (R, e),
-        (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages),
+        (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages, GROUP),
         num_warps=tiles.down.warps,
     )

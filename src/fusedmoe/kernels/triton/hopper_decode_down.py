@@ -20,6 +20,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     open_barriers,
     rows_layout,
     store_columns,
+    tile_of,
 )
 
 UNSPECIALIZED = ("R", "num_local")
@@ -28,6 +29,7 @@ UNSPECIALIZED = ("R", "num_local")
 @gluon.jit
 def find_down(
     task,
+    blocks,
     act_ptr,
     tables,
     R,
@@ -36,14 +38,16 @@ def find_down(
     I: gl.constexpr,  # noqa: E741
     TILE: gl.constexpr,
     BN: gl.constexpr,
+    GROUP: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """(row of the weights, rows of act [BN], which of them live) of a task of down_kernel."""
     TILES: gl.constexpr = (H + TILE - 1) // TILE
-    expert, slots = find_block(task // TILES, tables, num_local, BN, LAYOUT)
+    block, tile = tile_of(task, blocks, TILES, GROUP)
+    expert, slots = find_block(block, tables, num_local, BN, LAYOUT)
     live = (slots >= 0) & (slots < R)
     x_rows = act_ptr + gl.where(live, slots, 0).to(gl.int64) * I
-    return expert * H + task % TILES * TILE, x_rows, live
+    return expert * H + tile * TILE, x_rows, live
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -63,6 +67,7 @@ def down_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
@@ -77,7 +82,8 @@ def down_kernel(
     bars = open_barriers(STAGES, 32 * WARPS)
 
     # The tables were complete before up_kernel let this launch begin.
-    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    blocks = gl.load(num_post_ptr, cache_modifier=".cg") // BN
+    tasks = blocks * TILES
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     tables = (expert_ids_ptr, sorted_ptr)
@@ -89,7 +95,9 @@ def down_kernel(
     for stage in range(STAGES):
         if ahead < tasks:
             if ahead_k == 0:
-                state = find_down(ahead, act_ptr, tables, R, num_local, H, I, TILE, BN, rows)
+                state = find_down(
+                    ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                )
             issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
@@ -101,7 +109,9 @@ def down_kernel(
     for stage in range(STAGES):
         if ahead < tasks:
             if ahead_k == 0:
-                state = find_down(ahead, act_ptr, tables, R, num_local, H, I, TILE, BN, rows)
+                state = find_down(
+                    ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                )
             issue_rows(state[1], state[2], x_ring, bars, stage, ahead_k * BK, I)
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
@@ -117,14 +127,17 @@ def down_kernel(
             gl.thread_barrier()
             if ahead < tasks:
                 if ahead_k == 0:
-                    state = find_down(ahead, act_ptr, tables, R, num_local, H, I, TILE, BN, rows)
+                    state = find_down(
+                        ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                    )
                 issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
                 issue_rows(state[1], state[2], x_ring, bars, stage, ahead_k * BK, I)
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
             stage, phase = next_stage(stage, phase, STAGES)
 
-        column = task % TILES * TILE
-        expert, slots = find_block(task // TILES, tables, num_local, BN, gl.SliceLayout(0, stored))
+        block, tile = tile_of(task, blocks, TILES, GROUP)
+        column = tile * TILE
+        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         if bias_ptr is not None:
             at = bias_ptr + expert.to(gl.int64) * H + column
             acc += load_bias(at, 1, H - column, TILE, acc_layout)

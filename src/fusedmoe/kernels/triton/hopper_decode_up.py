@@ -22,6 +22,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     open_barriers,
     rows_layout,
     store_columns,
+    tile_of,
 )
 
 UNSPECIALIZED = ("R", "num_local", "desc_rows")
@@ -44,6 +45,7 @@ def load_up(
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """Load step k of a task of up_kernel, if there is such a task.
 
@@ -57,10 +59,11 @@ def load_up(
     row, x_rows, live = state
     if task < tasks:
         if k == 0:
-            expert, slots = find_block(task // TILES, tables, num_local, BN, layout)
+            block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
+            expert, slots = find_block(block, tables, num_local, BN, layout)
             live = (slots >= 0) & (slots < R)
             x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
-            row = expert * desc_rows + task % TILES * WIDE
+            row = expert * desc_rows + tile * WIDE
         issue_tiles(descs, rings, (row, row + BELOW), bars, stage, k * BK)
         issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
     return row, x_rows, live
@@ -93,6 +96,7 @@ def up_kernel(
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
 
@@ -130,7 +134,7 @@ def up_kernel(
     for stage in range(STAGES):
         state = load_up(
             ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-            H, PICKS, TILES, WIDE, BELOW,
+            H, PICKS, TILES, WIDE, BELOW, GROUP,
         )  # fmt: skip
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
@@ -148,13 +152,14 @@ def up_kernel(
             gl.thread_barrier()
             state = load_up(
                 ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-                H, PICKS, TILES, WIDE, BELOW,
+                H, PICKS, TILES, WIDE, BELOW, GROUP,
             )  # fmt: skip
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
             stage, phase = next_stage(stage, phase, STAGES)
 
-        column = task % TILES * WIDE
-        expert, slots = find_block(task // TILES, tables, num_local, BN, gl.SliceLayout(0, stored))
+        block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
+        column = tile * WIDE
+        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         if bias_ptr is not None:
             STEP: gl.constexpr = 2 if INTERLEAVED else 1
             TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
     multiply,
@@ -19,7 +19,6 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     open_rings,
     store_side,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
 
 UNSPECIALIZED = ("scale_row_step", "scale_block", "num_local")
 

@@ -6,7 +6,12 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage, rows_layout
+from fusedmoe.kernels.triton.hopper_common import (
+    hopper_activation,
+    next_stage,
+    rows_layout,
+    tile_of,
+)
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
     multiply,
@@ -20,7 +25,6 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     open_rings,
     store_side,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import tile_of
 from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (

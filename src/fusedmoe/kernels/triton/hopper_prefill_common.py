@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
 
 BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
@@ -18,15 +18,6 @@ TILE_N = gl.constexpr(128)
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 PART_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-
-
-@gluon.jit
-def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner."""
-    first = task // (GROUP * TILES) * GROUP
-    size = gl.minimum(blocks - first, GROUP)
-    rest = task - first * TILES
-    return first + rest % size, rest // size
 
 
 @gluon.jit

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
@@ -20,7 +20,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     open_box,
     open_rings,
     store_tile,
-    tile_of,
 )
 
 UNSPECIALIZED = ("R", "num_local")

@@ -10,6 +10,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     hopper_activation,
     next_stage,
     rows_layout,
+    tile_of,
 )
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
@@ -25,7 +26,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     open_box,
     open_rings,
     store_tile,
-    tile_of,
 )
 
 UNSPECIALIZED = ("R", "num_local", "desc_rows")
