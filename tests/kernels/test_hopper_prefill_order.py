@@ -8,6 +8,12 @@ from types import FunctionType, SimpleNamespace
 import pytest
 import torch
 
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.tuning.hopper_tiles import PrefillTiles
+
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
 from fusedmoe.kernels.triton.hopper_common import tile_of
@@ -50,3 +56,18 @@ def test_wider_programs_add_the_same_bits(weighted, E, H):
         expected[t] += weight * y[position[t * K + k]]
     assert all(out.equal(sums[0]) for out in sums)
     torch.testing.assert_close(sums[0], expected)
+
+
+def test_a_table_without_room_for_counters_is_refused():
+    """Tasks are counted in padding behind the table; without it they would be counted in slots."""
+    x, w1, w2 = torch.zeros(6, 16), torch.zeros(2, 32, 16), torch.zeros(2, 16, 16)
+    ids = torch.tensor([[0], [1], [0], [1], [0], [1]], dtype=torch.int32)
+    tables = align_local_slots(ids, PREFILL_BLOCK, 2, None, whole_blocks=True)
+    rows = prefill_rows(6, 2)
+    assert tables.sorted_ids.shape == (rows,)
+    with pytest.raises(ValueError, match=f"{rows} slots for {rows} rows"):
+        hopper_prefill.prefill_gemms(
+            x, w1, w2, 1, torch.zeros(rows, 16), torch.zeros(rows, 16),
+            torch.zeros(6, dtype=torch.int32), device_activation(MoEActivation.SILU, None),
+            None, None, tables, PrefillTiles(), 132,
+        )  # fmt: skip
