@@ -11,7 +11,7 @@ columns first.
 
 SCALING says where scales go. "end": a row has one for all columns, and its sum is multiplied.
 "step": a step has one, and the step's sum is multiplied. "each": groups are shorter than a step,
-and the numbers are multiplied.
+and the numbers are multiplied, and rounded once.
 """
 
 import torch
@@ -26,15 +26,11 @@ from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import (
     activated,
     float_scale,
-    half_scale_bits,
     spread_groups,
     store_features,
     tile_rows,
-    times_bf16,
-    times_terms_bf16,
-    two_terms_bf16,
 )
-from fusedmoe.kernels.triton.stored_numbers import load_groups, stored_numbers
+from fusedmoe.kernels.triton.stored_numbers import load_groups, scaled_numbers, stored_numbers
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -100,10 +96,6 @@ def quantized_gemm_kernel(
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     HALVES: tl.constexpr = ELEMENT != "int8" and ELEMENT != "e4m3"
     PACKED: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
-    # Scales are not rounded: what they lose, all numbers of a group would lose the same way.
-    SCALE: tl.constexpr = scale_ptr.dtype.element_ty
-    FLOATS: tl.constexpr = tl.float32 == SCALE or tl.float16 == SCALE or tl.bfloat16 == SCALE
-    EXACT: tl.constexpr = FLOATS and SCALE != DTYPE
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // SLOTS
     if tl.program_id(0) >= num_m * tl.cdiv(N, WIDTH):
@@ -148,25 +140,9 @@ def quantized_gemm_kernel(
             if HALVES:
                 even, odd = tl.split(tl.reshape(even, (SLOTS, PACKED, 2)))
         if SCALING == "each":
-            if ELEMENT == "e2m1" and NATIVE:
-                factor = half_scale_bits(scale).to(tl.bfloat16, bitcast=True)
-            elif EXACT:
-                factor = float_scale(scale)
-            else:
-                factor = float_scale(scale).to(DTYPE)
             middle = None if zero is None else spread_groups(zero, PACKED)
             low, high = stored_numbers(packed, middle, ELEMENT, DTYPE, NATIVE)
-            if NATIVE and EXACT:
-                more, less = two_terms_bf16(factor)
-                more, less = spread_groups(more, PACKED), spread_groups(less, PACKED)
-                low = times_terms_bf16(low, more, less)
-                high = times_terms_bf16(high, more, less)
-            elif NATIVE:
-                factor = spread_groups(factor, PACKED)
-                low, high = times_bf16(low, factor), times_bf16(high, factor)
-            else:
-                factor = spread_groups(factor, PACKED)
-                low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
+            low, high = scaled_numbers(low, high, scale, ELEMENT, DTYPE, NATIVE)
             total = tl.dot(low, tl.trans(even), total, input_precision=PRECISION)
             if HALVES:
                 total = tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)

@@ -11,10 +11,16 @@ from fusedmoe.kernels.triton.lookup import looked_up, looked_up_bf16
 from fusedmoe.kernels.triton.quantized_common import (
     e2m1_nibbles_bf16,
     e4m3_bf16,
+    float_scale,
+    half_scale_bits,
     int4_nibbles_bf16,
     int8_bf16,
     minus_bf16,
     nibbles,
+    spread_groups,
+    times_bf16,
+    times_terms_bf16,
+    two_terms_bf16,
 )
 
 
@@ -73,3 +79,31 @@ def stored_numbers(packed, zero, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NAT
         if zero is not None:
             value = value - zero.to(DTYPE)
         return value, value
+
+
+@triton.jit
+def scaled_numbers(
+    low, high, scale, ELEMENT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """``stored_numbers`` times the scales of their groups [ROWS, COUNT], in DTYPE; e2m1's in bf16
+    short of 2^63. Scales of another type are not rounded before: what one loses, all numbers of its
+    group would lose the same way."""
+    SCALE: tl.constexpr = scale.dtype
+    FLOATS: tl.constexpr = tl.float32 == SCALE or tl.float16 == SCALE or tl.bfloat16 == SCALE
+    EXACT: tl.constexpr = FLOATS and SCALE != DTYPE and ELEMENT != "e2m1"
+    PACKED: tl.constexpr = low.shape[1]
+    if NATIVE and EXACT:
+        more, less = two_terms_bf16(float_scale(scale))
+        more, less = spread_groups(more, PACKED), spread_groups(less, PACKED)
+        return times_terms_bf16(low, more, less), times_terms_bf16(high, more, less)
+    elif NATIVE:
+        if ELEMENT == "e2m1":
+            factor = half_scale_bits(scale).to(tl.bfloat16, bitcast=True)
+        else:
+            factor = float_scale(scale).to(DTYPE)
+        factor = spread_groups(factor, PACKED)
+        return times_bf16(low, factor), times_bf16(high, factor)
+    else:
+        factor = float_scale(scale)
+        factor = spread_groups(factor if EXACT else factor.to(DTYPE), PACKED)
+        return (low * factor).to(DTYPE), (high * factor).to(DTYPE)
