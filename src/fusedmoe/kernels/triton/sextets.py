@@ -15,10 +15,13 @@ PAIRS = tl.constexpr(8)
 def load_units(words, first, columns, UNITS: tl.constexpr):
     """The three words [ROWS, UNITS] of each unit from column ``first`` of ``columns`` on; ``words``
     points to rows [ROWS]. Zeros past the end."""
+    # Neither units nor rows lie side by side, and of such tiles Triton gives neighbouring threads
+    # the first dimension: with units there, they read the same sectors.
     at = first // UNIT_COLUMNS + tl.arange(0, UNITS)
-    inside = (at < columns // UNIT_COLUMNS)[None, :]
-    ptrs = words[:, None] + (3 * at)[None, :]
-    return tl.load(ptrs, inside, 0), tl.load(ptrs + 1, inside, 0), tl.load(ptrs + 2, inside, 0)
+    inside = (at < columns // UNIT_COLUMNS)[:, None]
+    ptrs = words[None, :] + (3 * at)[:, None]
+    low, middle = tl.load(ptrs, inside, 0), tl.load(ptrs + 1, inside, 0)
+    return tl.trans(low), tl.trans(middle), tl.trans(tl.load(ptrs + 2, inside, 0))
 
 
 @triton.jit
