@@ -14,7 +14,7 @@ from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import is_packed, packed_gemm
-from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, quantized_gemm, to_planes
+from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm, to_planes
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import (
@@ -102,6 +102,8 @@ def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
     if is_packed(w.format):
         return packed_tile(tile, w.format.element)
     depth, group = tile.depth, w.format.group.col
+    if w.format.element in TABLES:
+        depth = min(depth, 128)  # deeper, table words take too many registers
     if w.format.element == "nf4" and group > 0:
         while depth > 16 and group % depth:
             depth //= 2  # no more than a group, so that its scale meets the sum of a step
