@@ -84,6 +84,10 @@ inline u32 both(u32 a, u32 b, float (*f)(float, float)) {
 }
 inline u32 multiply2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x * y; }); }
 inline u32 minus2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x - y; }); }
+template <int BITS>
+u32 shift_left(u32 a) { return a << BITS; }
+template <int BITS>
+u32 shift_right(u32 a) { return a >> BITS; }
 inline u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 inline u32 select(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {

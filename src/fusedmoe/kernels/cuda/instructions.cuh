@@ -40,6 +40,19 @@ DEVICE u32 lop3(u32 a, u32 b, u32 c) {
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(TABLE));
   return d;
 }
+// Shifts that stay where they are written; to the left, ones that multiply, at full rate.
+template <int BITS>
+DEVICE u32 shift_left(u32 a) {
+  u32 b;
+  asm("mul.lo.u32 %0, %1, %2;" : "=r"(b) : "r"(a), "n"(1 << BITS));
+  return b;
+}
+template <int BITS>
+DEVICE u32 shift_right(u32 a) {
+  u32 b;
+  asm("shr.u32 %0, %1, %2;" : "=r"(b) : "r"(a), "n"(BITS));
+  return b;
+}
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return lop3<0xEA>(a, mask, c); }
 DEVICE u32 select(u32 mask, u32 a, u32 b) { return lop3<0xCA>(mask, a, b); }
 DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -103,9 +103,10 @@ DEVICE void multiply(Accumulators& acc, const u32 (&x)[NT][4][XR], const Place& 
     for (int n = 0; n < NT; n++) {
       if (FOLD && c % GC == 0) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
       if (ELEMENT == INT4) {
-        const u32 less = ZERO ? 0xBF80BF80u : 0xC308C308u;  // -1, or -(128 + 8)
-        mma(sums[n], less, less, less, less, x[n][c][0], x[n][c][1]);
-        mma(sums[n], less, less, less, less, x[n][c][XR - 2], x[n][c][XR - 1]);
+        // -1 or -8, as numbers() has them
+        const u32 even = ZERO ? 0x80018001u : 0x80088008u, odd = ZERO ? 0x80108010u : 0x80808080u;
+        mma(sums[n], even, even, odd, odd, x[n][c][0], x[n][c][1]);
+        mma(sums[n], even, even, odd, odd, x[n][c][XR - 2], x[n][c][XR - 1]);
       }
 #pragma unroll
       for (int i = 0; i < MT * 4; i++)

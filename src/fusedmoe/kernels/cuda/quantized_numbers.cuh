@@ -9,23 +9,31 @@ constexpr bool FOUR = ELEMENT <= E2M1;
 constexpr int XR = FOUR ? 4 : 2;
 // Groups of 16 (nvfp4) scale the weights: e2m1 times e4m3 is exact in bf16.
 constexpr bool SCALED = ELEMENT == E2M1 && GROUP == 16;
-constexpr bool RAISED = (ELEMENT == E2M1 && !SCALED) || ELEMENT == E4M3;
-constexpr float UNIT =
-    SCALED ? 0x1p63f : ELEMENT == E2M1 ? 0x1p62f : ELEMENT == E4M3 ? 0x1p56f : 1.0f;
+constexpr bool RAISED = ELEMENT != INT8 && !SCALED;
+constexpr float UNIT = ELEMENT == INT4   ? 0x1p69f
+                       : SCALED          ? 0x1p63f
+                       : ELEMENT == E2M1 ? 0x1p62f
+                       : ELEMENT == E4M3 ? 0x1p56f
+                                         : 1.0f;
 
-// int4: plus 128. e2m1: times 2^-126. int8. e4m3: times 2^-120, NaN as 480.
+// int4: times 2^-133, as bf16's denormal numbers and those right above them are spaced evenly; odd
+// registers 16 times that, of x a 16th. e2m1: times 2^-126. int8. e4m3: times 2^-120, NaN as 480.
 DEVICE void numbers(u32 (&v)[XR], u32 word) {
   if (ELEMENT == INT4) {
-#pragma unroll
-    for (int i = 0; i < XR; i++) v[i] = and_or(word >> 4 * i, 0x000F000Fu, 0x43004300u);
+    const u32 high = word >> 8;
+    v[0] = word & 0x000F000Fu;
+    v[1] = word & 0x00F000F0u;
+    v[XR - 2] = high & 0x000F000Fu;
+    v[XR - 1] = high & 0x00F000F0u;
   } else if (ELEMENT == E2M1) {
-    // Bits 8 to 6 are taken from a shifted word, all others from its signs alone, in one lop3;
-    // those signs that miss bit 15 fall on bit 7, or off the end.
+    // Bits 8 to 6 are taken from the word, all others from its signs alone, in one lop3 before both
+    // go to their places; those signs that miss bit 15 fall on bits 8 to 6, or off the end.
     const u32 even = word & 0x08080808u, odd = word & 0x80808080u, size = 0x01C001C0u;
-    v[0] = select(size, word << 6, even << 12);
-    v[1] = select(size, word << 2, odd << 8);
-    v[XR - 2] = select(size, word >> 2, even << 4);
-    v[XR - 1] = select(size, word >> 6, odd);
+    const u32 right = shift_right<6>(word);
+    v[0] = shift_left<6>(select(size >> 6, word, shift_left<6>(even)));
+    v[1] = shift_left<2>(select(size >> 2, word, shift_left<6>(odd)));
+    v[XR - 2] = shift_left<4>(select(size >> 4, right, even));
+    v[XR - 1] = select(size, right, odd);
   } else if (ELEMENT == INT8) {
     // (128 + low seven bits) - (128 or, where negative, 256)
 #pragma unroll
@@ -52,7 +60,7 @@ DEVICE void pair_up(u32 (&to)[XR], const u32* x) {
 #pragma unroll
   for (int i = 0; i < XR; i++) {
     const u32 two = __byte_perm(x[i / 2], x[i / 2 + XR / 2], i % 2 ? 0x7632 : 0x5410);
-    to[i] = RAISED ? multiply2(two, 0x5F805F80u) : two;
+    to[i] = RAISED ? multiply2(two, ELEMENT == INT4 && i % 2 ? 0x5D805D80u : 0x5F805F80u) : two;
   }
 }
 
@@ -69,8 +77,9 @@ DEVICE float global_scale(const u8* at, i64 index) {
   if (SCALE == 2) return half_float(((const u16*)at)[index]);
   return as_float((u32)at[index] << 23);
 }
-// 128 + a stored zero point.
-DEVICE float stored_middle(u32 address) { return as_float(0x43000000u | shared_u8(address) << 16); }
+DEVICE float stored_middle(u32 address) {
+  return as_float(0x4B000000u | shared_u8(address)) - 0x1p23f;
+}
 
 // BIAS: none, fp32, bf16, fp16.
 DEVICE float bias_at(const void* bias, i64 index) {
