@@ -206,7 +206,7 @@ def test_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
 
 
 BAD_TILES = {"slots": 12, "tiles": 0, "across": 17, "step": 256, "stages": 1}
-BAD_TILES |= {"per_multiprocessor": 0, "prefetch": ".L1"}
+BAD_TILES |= {"per_multiprocessor": 0}
 
 
 @pytest.mark.parametrize(("name", "size"), BAD_TILES.items())

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 WARPS = 4
-PREFETCHES = ("", ".L2::64B", ".L2::128B", ".L2::256B")
 # A launch whose last round of tasks is so full wants no more warps per task.
 FULL_ENOUGH = 0.85
 # (slots of a block, the most slots per expert on average)
@@ -18,7 +17,7 @@ SLOTS = ((8, 6.0), (16, 12.0), (32, 24.0))
 class CudaDecodeTile:
     """``tiles`` of 16 weight rows and ``slots`` slots per warp, ``across`` warps side by side,
     ``along`` that share the columns; ``step`` bytes of a row at a time, ``stages`` of them in a
-    warp's ring; so many programs per multiprocessor. ``prefetch``: what cp.async asks of the L2."""
+    warp's ring; so many programs per multiprocessor."""
 
     tiles: int
     slots: int
@@ -27,7 +26,6 @@ class CudaDecodeTile:
     step: int
     stages: int
     per_multiprocessor: int
-    prefetch: str = ".L2::128B"
 
     def __post_init__(self) -> None:
         warps = self.along * self.across
@@ -41,8 +39,6 @@ class CudaDecodeTile:
                 f"got {self.stages} steps of {self.step} bytes in {self.per_multiprocessor} "
                 "programs: steps are of 64 or 128, two at least, programs positive"
             )
-        if self.prefetch not in PREFETCHES:
-            raise ValueError(f"prefetch is one of {PREFETCHES}, got {self.prefetch!r}")
 
 
 class CudaDecodeTiles(NamedTuple):

@@ -83,7 +83,7 @@ DEVICE u32 shared_u32(u32 address) {
   return value;
 }
 DEVICE void copy16(u32 to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global" PREFETCH " [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(inside ? 16 : 0)
                : "memory");
 }

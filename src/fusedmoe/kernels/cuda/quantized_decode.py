@@ -170,7 +170,6 @@ def stream(
         ("SCALE_STRIDE", scale_stride),
         ("SCALE_SHARD", scale_shard),
         ("SCALE_STEP", scale_step),
-        ("PREFETCH", f'"{tile.prefetch}"'),
         ("ELEMENT", ELEMENTS[fmt.element]),
         ("GROUP", group),
         ("SCALE", SCALES[scale.dtype]),
