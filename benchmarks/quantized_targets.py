@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fusedmoe.bench import LayerShape
 from fusedmoe.bench.problems import Scope
 from fusedmoe.bench.shapes import SHAPES as KNOWN
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_TOKEN,
@@ -111,6 +112,9 @@ def cells_asked() -> dict[tuple[str, str], list[Cell]]:
     peers = json.loads(PEER_CELLS.read_text())
     for fmt, bits in BITS.items():
         for shape in peers["bits"][str(bits)]:
+            group = format_named(fmt).group
+            if group.row == 1 and group.col > 0 and SHAPES[shape].H % group.col:
+                continue  # blocks may end beyond a row, groups may not
             own = found.setdefault((shape, fmt), [])
             own += [Cell("uniform", "experts", T) for T in peers["tokens"]]
     return {key: list(dict.fromkeys(found[key])) for key in sorted(found)}

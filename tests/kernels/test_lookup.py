@@ -27,8 +27,10 @@ def test_every_nibble_by_selection(element):
 
 @pytest.mark.parametrize("element", CODECS)
 def test_every_byte_by_permutation(element):
-    source = (lookup._NF4_ASM if element == "nf4" else lookup._IQ4_NL_ASM).value
-    table = torch.tensor(CODECS[element].table).bfloat16()
+    is_nf4 = element == "nf4"
+    source = (lookup._NF4_ASM if is_nf4 else lookup._IQ4_NL_ASM).value
+    lift = lookup.NF4_LIFT.value if is_nf4 else 1.0
+    table = (lift * torch.tensor(CODECS[element].table, dtype=torch.float64)).bfloat16()
     every = torch.arange(256, dtype=torch.uint8)[torch.randperm(256)]
     for word, four in zip(words_of(every), every.view(-1, 4).long(), strict=True):
         low0, low1, high0, high1 = map(pair, run_ptx(source, [word], 4))
