@@ -223,6 +223,9 @@ LANGUAGE: dict[str, Any] = {
     "num_warps": lambda: PROGRAM.warps, "load": load, "store": store, "atomic_max": raise_to,
     "arange": lambda first, last, layout: block(torch.arange(first, last)),
     "zeros": lambda shape, dtype, layout: block(torch.zeros(shape, dtype=DTYPES.get(dtype, dtype))),
+    "full": lambda shape, value, dtype, layout: block(
+        torch.full(shape, value, dtype=DTYPES.get(dtype, dtype))
+    ),
     "where": lambda c, a, b: torch.where(
         torch.as_tensor(c), torch.as_tensor(a), torch.as_tensor(b)
     ).as_subclass(Block),

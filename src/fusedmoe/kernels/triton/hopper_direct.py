@@ -37,6 +37,15 @@ _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 
 
+def direct_sizes(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    """(R, ids that the map has or 0, and R and K as powers of two)."""
+    R, K = topk_ids.numel(), topk_ids.shape[1]
+    num_mapped = 0 if expert_map is None else expert_map.shape[0]
+    return R, num_mapped, max(2, 1 << (R - 1).bit_length()), 1 << (K - 1).bit_length()
+
+
 def direct(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -54,11 +63,8 @@ def direct(
 ) -> None:
     """Launch both kernels; arguments are those of ``kernels.hopper_direct``, checked there."""
     e, H, I = w2.shape  # noqa: E741
-    T, K = topk_ids.shape
-    R = T * K
-    num_mapped = 0 if expert_map is None else expert_map.shape[0]
-    slots = max(2, 1 << (R - 1).bit_length())
-    picks = 1 << (K - 1).bit_length()
+    K = topk_ids.shape[1]
+    R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
     tile = (tiles.up_box, tiles.depth)
     gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
     _launch_up(

@@ -99,6 +99,40 @@ def down_producer(
 
 
 @gluon.jit
+def load_pick(ids, sizes, weights_ptr, token, pick, PICKS: gl.constexpr):
+    """(local expert, -1 for none, and router's weight or 1) of each row's ``pick`` [TILE]."""
+    ids_ptr, map_ptr = ids
+    slot = token * PICKS + pick
+    chosen = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
+    expert = local_expert(chosen, map_ptr, sizes[1], sizes[2])
+    weight = gl.full(pick.shape, 1.0, gl.float32, pick.type.layout)
+    if weights_ptr is not None:
+        given = gl.load(weights_ptr + slot, mask=expert >= 0, other=0.0, cache_modifier=".cg")
+        weight = given.to(gl.float32)
+    return expert, weight
+
+
+@gluon.jit
+def store_sum(
+    value, weight, bias_ptr, bias_step, expert, at, column, out,
+    H: gl.constexpr, SHARE: gl.constexpr, VALID: gl.constexpr,
+):  # fmt: skip
+    """The picks' values [TILE], each with its bias and weight, summed into columns of ``out``.
+
+    ``at`` [TILE]: which of its pick's SHARE rows each is.
+    """
+    live = (expert >= 0) & (at < VALID) & (column + at < H)
+    if bias_ptr is not None:
+        bias = bias_ptr + expert.to(gl.int64) * H + (column + at) * bias_step
+        value += gl.load(bias, mask=live, other=0.0).to(gl.float32)
+    value = gl.where(live, value * weight, 0.0)
+    total = gl.sum(gl.reshape(value, [value.shape[0] // SHARE, SHARE]), 0)
+    row = gl.arange(0, SHARE, total.type.layout)
+    inside = (row < VALID) & (column + row < H)
+    gl.store(out + column + row, total.to(out.dtype.element_ty), inside)
+
+
+@gluon.jit
 def down_consumer(
     bias_ptr,
     weights_ptr,
@@ -115,8 +149,6 @@ def down_consumer(
     VALID: gl.constexpr,
 ):
     ring, x_ring = rings
-    ids_ptr, map_ptr = ids
-    R, num_mapped, num_local = sizes
     TILE: gl.constexpr = ring.shape[1]
     N: gl.constexpr = x_ring.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -127,29 +159,14 @@ def down_consumer(
     at = m % SHARE
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), R // PICKS * TILES, gl.num_programs(0)):
+    for task in range(gl.program_id(0), sizes[0] // PICKS * TILES, gl.num_programs(0)):
         token = task // TILES
         column = task % TILES * VALID
-        slot = token * PICKS + pick
-        chosen = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
-        expert = local_expert(chosen, map_ptr, num_mapped, num_local)
-        live = expert >= 0
-        inside = (at < VALID) & (column + at < H)
-        if weights_ptr is not None:
-            weight = gl.load(weights_ptr + slot, mask=live, other=0.0, cache_modifier=".cg")
-            weight = weight.to(gl.float32)
+        expert, weight = load_pick(ids, sizes, weights_ptr, token, pick, PICKS)
         acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
         value = gl.sum(gl.where(gl.expand_dims(pick, 1) == n, acc, 0.0), 1)
-        if bias_ptr is not None:
-            bias = bias_ptr + expert.to(gl.int64) * H + column + at
-            value += gl.load(bias, mask=live & inside, other=0.0).to(gl.float32)
-        if weights_ptr is not None:
-            value *= weight
-        value = gl.where(live & inside, value, 0.0)
-        total = gl.sum(gl.reshape(value, [TILE // SHARE, SHARE]), 0)
-        row = gl.arange(0, SHARE, total.type.layout)
-        out = out_ptr + token.to(gl.int64) * stride_out + column
-        gl.store(out + row, total.to(out_ptr.dtype.element_ty), (row < VALID) & (column + row < H))
+        out = out_ptr + token.to(gl.int64) * stride_out
+        store_sum(value, weight, bias_ptr, 1, expert, at, column, out, H, SHARE, VALID)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)

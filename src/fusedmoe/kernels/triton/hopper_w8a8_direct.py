@@ -13,6 +13,7 @@ import torch
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.triton.hopper_direct import direct_sizes
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
 from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
 from fusedmoe.kernels.triton.hopper_w8a8_direct_down import down_kernel
@@ -54,11 +55,8 @@ def direct(
 ) -> None:
     """Launch both kernels; arguments are those of ``kernels.hopper_w8a8``, checked there."""
     e, H, I = w2.shape  # noqa: E741
-    T, K = topk_ids.shape
-    R = T * K
-    num_mapped = 0 if expert_map is None else expert_map.shape[0]
-    slots = max(2, 1 << (R - 1).bit_length())
-    picks = 1 << (K - 1).bit_length()
+    K = topk_ids.shape[1]
+    R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
     low, high, desc_rows = weight_descriptors(w1, tiles.up_box)
     shard_step, row_step, *of_scales = weight_addresses(w1)[2:]
     _launch_up(

@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_direct_common import UNSPECIALIZED, load_experts, open_ring
-from fusedmoe.kernels.triton.hopper_direct_down import load_down
+from fusedmoe.kernels.triton.hopper_direct_down import load_down, load_pick, store_sum
 from fusedmoe.kernels.triton.hopper_w8a8_direct_common import (
     allocate_rows,
     bring_rows,
@@ -76,8 +76,6 @@ def down_consumer(
     ROUNDING: gl.constexpr, E8M0: gl.constexpr, STEPPED: gl.constexpr, GROUP: gl.constexpr,
     SHARE: gl.constexpr, VALID: gl.constexpr,
 ):  # fmt: skip
-    ids_ptr, map_ptr = ids
-    R, num_mapped, num_local = sizes
     M: gl.constexpr = ring.shape[1]
     BN: gl.constexpr = buffers[0].shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -92,7 +90,7 @@ def down_consumer(
     n = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, ACC)), 0)
     pick = m // SHARE
     at = m % SHARE
-    tasks = R // PICKS * TILES
+    tasks = sizes[0] // PICKS * TILES
     programs = gl.num_programs(0)
     task = gl.program_id(0)
     w_scale = stacked_scales(
@@ -112,13 +110,7 @@ def down_consumer(
                 ROUNDING, E8M0,
             )  # fmt: skip
             brought = token
-        slot = token * PICKS + pick
-        chosen = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
-        expert = local_expert(chosen, map_ptr, num_mapped, num_local)
-        live = expert >= 0
-        inside = (at < VALID) & (column + at < N)
-        if weights_ptr is not None:
-            weight = gl.load(weights_ptr + slot, mask=live, other=0.0, cache_modifier=".cg")
+        expert, weight = load_pick(ids, sizes, weights_ptr, token, pick, PICKS)
         if BY_STEP:
             w_all.store(w_scale)
             gl.thread_barrier()
@@ -132,16 +124,8 @@ def down_consumer(
         w_scale = stacked_scales(
             w_scales, task, ids, sizes, tasks, N, D, PICKS, M, SHARE, VALID, STEPS, GROUP, ACC
         )
-        if bias_ptr is not None:
-            bias = bias_ptr + expert.to(gl.int64) * N + (column + at) * bias_step
-            value += gl.load(bias, mask=live & inside, other=0.0).to(gl.float32)
-        if weights_ptr is not None:
-            value *= weight.to(gl.float32)
-        value = gl.where(live & inside, value, 0.0)
-        summed = gl.sum(gl.reshape(value, [M // SHARE, SHARE]), 0)
-        row = gl.arange(0, SHARE, summed.type.layout)
-        out = out_ptr + token * stride_out + column
-        gl.store(out + row, summed.to(out_ptr.dtype.element_ty), (row < VALID) & (column + row < N))
+        out = out_ptr + token * stride_out
+        store_sum(value, weight, bias_ptr, bias_step, expert, at, column, out, N, SHARE, VALID)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
