@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,11 @@ TARGETS = (
 )
 
 
+@cache
+def peer_cells() -> dict[str, Any]:
+    return json.loads(PEER_CELLS.read_text())
+
+
 def cells_asked() -> dict[tuple[str, str], list[Cell]]:
     """By (shape, format): the targets' problems, the same ones skewed, and those of the peers."""
     found: dict[tuple[str, str], list[Cell]] = {}
@@ -109,7 +115,7 @@ def cells_asked() -> dict[tuple[str, str], list[Cell]]:
         own += [Cell(SKEWED, "layer", T) for T in target.tokens if T >= SKEW_FROM]
     for fmt in BESIDE_BLOCK:
         found[BESIDE_SHAPE, fmt] = list(found[BESIDE_SHAPE, BLOCK])
-    peers = json.loads(PEER_CELLS.read_text())
+    peers = peer_cells()
     for fmt, bits in BITS.items():
         for shape in peers["bits"][str(bits)]:
             group = format_named(fmt).group
@@ -163,7 +169,7 @@ def _line(is_met: bool, row: Row, asked: str) -> str:
 
 
 def _on_peers(row: Row, bits: int) -> list[str]:
-    cells = json.loads(PEER_CELLS.read_text())
+    cells = peer_cells()
     peers = cells["bits"][str(bits)].get(row["shape"])
     if peers is None or row["T"] not in cells["tokens"]:
         return []

@@ -14,7 +14,7 @@ _DTYPES = {
 }
 
 
-def dtype_of(name: str) -> torch.dtype | None:
+def dtype_named(name: str) -> torch.dtype | None:
     """The dtype called ``name``; None for "auto". ValueError for others."""
     if name == "auto":
         return None
@@ -23,7 +23,7 @@ def dtype_of(name: str) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def device_of(name: str | torch.device | None) -> torch.device:
+def device_named(name: str | torch.device | None) -> torch.device:
     """The device called ``name``, if it is there; without a name, the GPU or else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

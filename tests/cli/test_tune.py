@@ -57,8 +57,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[ModelTimer]:
     class Timer(ModelTimer):
         pass
 
-    monkeypatch.setattr("fusedmoe.cli.tune.device_of", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("fusedmoe.cli.layer_config.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("fusedmoe.cli.tune.device_named", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("fusedmoe.cli.layer_config.device_named", lambda name: torch.device("cuda"))
     monkeypatch.setattr("fusedmoe.tuning.choice.device_facts", lambda device: facts)
     monkeypatch.setattr("fusedmoe.cli.tune.make_timer", Timer)
     monkeypatch.setattr("fusedmoe.cli.tune.start_compilers", nullcontext)

@@ -12,7 +12,7 @@ from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shape
 from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
-from fusedmoe.words import device_of, dtype_of
+from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         check_can_draw()
     options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     shapes, _ = shapes_asked(args, DEFAULT_SHAPE, quantized_too=True)
-    device = device_of(args.device)
-    dtypes = [dtype_of(name) or torch.bfloat16 for name in args.dtypes]
+    device = device_named(args.device)
+    dtypes = [dtype_named(name) or torch.bfloat16 for name in args.dtypes]
     if args.ep:
         return _run_over_ranks(args, shapes, dtypes, device)
     _check_memory(shapes, dtypes, device)

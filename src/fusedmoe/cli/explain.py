@@ -17,7 +17,7 @@ from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.methods import select_stored
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
-from fusedmoe.words import dtype_of
+from fusedmoe.words import dtype_named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         batch_invariant=args.batch_invariant,
         tuned_table=args.tuned_table,
     )
-    config = layer_config(args, checkpoint, dtype_of(args.dtype), options, quantized_too=True)
+    config = layer_config(args, checkpoint, dtype_named(args.dtype), options, quantized_too=True)
     schemes = None if checkpoint is None else _schemes(checkpoint)
     selection = explain(config) if schemes is None else select_stored(schemes, config)
     tiles = source_of_tiles(config) if selection.chosen.name == "triton" else None

@@ -20,7 +20,7 @@ from fusedmoe.cli.output import Progress, progress
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.presets import PRESETS, find_preset, write_preset
-from fusedmoe.words import device_of, dtype_of
+from fusedmoe.words import device_named, dtype_named
 
 PROMPT = "A mixture of experts"
 WARM_UP_TOKENS = 2
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either a checkpoint folder or --preset NAME")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    dtype, device = dtype_of(args.dtype), device_of(args.device)
+    dtype, device = dtype_named(args.dtype), device_named(args.device)
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("generate needs Transformers: pip install 'fusedmoe[hf]'")
     if args.ep or args.tp:

@@ -15,7 +15,7 @@ from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf_source import GgufSource
 from fusedmoe.weights.families import EXPERT_PARTS, config_value
-from fusedmoe.words import device_of
+from fusedmoe.words import device_named
 
 if TYPE_CHECKING:
     from fusedmoe.bench.shapes import LayerShape
@@ -91,7 +91,7 @@ def layer_config(
         intermediate_size_per_partition=sizes.intermediate_size,
         activation=activation,
         in_dtype=dtype or known.get("dtype", torch.bfloat16),
-        device=device_of(args.device),
+        device=device_named(args.device),
         has_bias=args.bias or known.get("bias", False),
         options=options or MoEOptions(),
     )

@@ -15,7 +15,7 @@ import torch
 
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import Progress, print_json, print_table, progress
-from fusedmoe.words import device_of, dtype_of
+from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     tokens = checked_tokens(args.tokens or DEFAULT_TOKENS)
     shapes, stored = shapes_asked(args)
-    dtype, device = dtype_of(args.dtype) or stored, device_of(args.device)
+    dtype, device = dtype_named(args.dtype) or stored, device_named(args.device)
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     facts = device_facts(device)

@@ -38,10 +38,6 @@ class TokenRanks:
             rank = rank * axis.size() + axis.rank()
         return rank
 
-    @property
-    def rank_of_axes(self) -> tuple[int, ...]:
-        return tuple(axis.rank() for axis in self.axes)
-
 
 def missing_groups(parallel: FusedMoEParallelConfig, groups: ParallelGroups) -> str | None:
     """Which group the tokens of such a layer would have to move over but is not given."""

@@ -32,7 +32,7 @@ from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.weights.families import family_of
-from fusedmoe.words import device_of, dtype_of
+from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,8 +71,8 @@ def from_pretrained(
     where another rank has failed or has another model.
     """
     check_forced_names(options or MoEOptions())
-    target = device_of("cpu" if device is None else device)
-    wanted = dtype_of(dtype) if isinstance(dtype, str) else dtype
+    target = device_named("cpu" if device is None else device)
+    wanted = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and not wanted.is_floating_point:
         raise ValueError(f"dtype is that of rows and of layers of floats, got {wanted}")
     if ep_group is None:

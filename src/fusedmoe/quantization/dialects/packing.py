@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-# AWQ puts column ORDER[i] of eight into nibble i of a word; column j is then in nibble PLACE[j].
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# AWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into a word: column j is in nibble AWQ_PLACE[j].
 AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
