@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 python tools/sanitize.py
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize.py --only hopper (or quantized, with --formats q4_k ...)
+        python tools/sanitize.py --only hopper (others, or quantized with --formats q4_k ...)
 
 Without caching every tensor is its own allocation, so that a stray access leaves it. Errors of the
 API are left out: cuda-bindings asks the driver for every function, also those that it has not.
@@ -344,22 +344,8 @@ def experts(quick: bool) -> None:
             print(cls.name, result, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
-    parser.add_argument("--only", choices=("hopper", "quantized"), help="these kernels alone")
-    parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.only != "quantized":
-        hopper()
-    if args.only != "hopper":
-        for sizes in ((288, 160), (256, 256)):  # masked loads; whole steps
-            quantized(*sizes, args.formats)
-        for sizes in ((288, 160), (512, 256)):
-            packed(*sizes, args.formats)
-    if args.only:
-        return
+def others(quick: bool) -> None:
+    """What no Hopper and no quantized kernel does."""
     routing()
     gate()
     slots()
@@ -369,7 +355,25 @@ def main() -> None:
         width = 24 if case.activation.is_gated else 48
         out = torch.empty(5, width, device="cuda", dtype=torch.bfloat16)
         moe_activation(case.activation, out, x, case.numbers)
-    experts(args.quick)
+    experts(quick)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
+    parser.add_argument("--only", choices=("hopper", "quantized", "others"), help="these alone")
+    parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.only in (None, "hopper"):
+        hopper()
+    if args.only in (None, "quantized"):
+        for sizes in ((288, 160), (256, 256)):  # masked loads; whole steps
+            quantized(*sizes, args.formats)
+        for sizes in ((288, 160), (512, 256)):
+            packed(*sizes, args.formats)
+    if args.only in (None, "others"):
+        others(args.quick)
     torch.cuda.synchronize()
     print("all kernels ran")
 
