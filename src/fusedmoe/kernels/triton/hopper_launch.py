@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.capture import loads_code
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
@@ -78,6 +79,19 @@ def gate_up_descriptors(
         gate = matrix_descriptor(w1, H, tile, step=2)
         return gate, matrix_descriptor(w1, H, tile, first=1, step=2), I
     return matrix_descriptor(w1, H, tile), matrix_descriptor(w1, H, tile, first=I), width
+
+
+def task_counters(sorted_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the programs of two launches count the tasks that they draw: cache lines of their own
+    in the last COUNTER_SLOTS of the table of slots, padding behind ``rows`` places. Counted up, so
+    a table serves once. ValueError if the table is shorter."""
+    if sorted_ids.shape[0] < rows + COUNTER_SLOTS:
+        raise ValueError(
+            f"a table of {sorted_ids.shape[0]} slots for {rows} rows has no room for "
+            f"{COUNTER_SLOTS} counters"
+        )
+    first, second = sorted_ids[-COUNTER_SLOTS:].chunk(2)
+    return first, second
 
 
 class HopperLauncher:

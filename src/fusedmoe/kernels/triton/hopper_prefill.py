@@ -29,6 +29,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     gate_up_descriptors,
     matrix_descriptor,
+    task_counters,
 )
 from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
@@ -36,7 +37,6 @@ from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.hopper_tiles import (
-    COUNTER_SLOTS,
     MOST_SUM_COLUMNS,
     SUM_COLUMNS,
     PrefillTiles,
@@ -214,24 +214,16 @@ def prefill_gemms(
     programs: int,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
-    [R], where each slot's row is.
-
-    The last COUNTER_SLOTS of the table of slots must be padding. They are counted up here, so a
-    table serves once.
+    [R], where each slot's row is. ``task_counters`` says what the table of slots must have.
     """
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
-    if sorted_ids.shape[0] < act.shape[0] + COUNTER_SLOTS:
-        raise ValueError(
-            f"a table of {sorted_ids.shape[0]} slots for {act.shape[0]} rows has no room for "
-            f"{COUNTER_SLOTS} counters"
-        )
+    up_counter, down_counter = task_counters(sorted_ids, act.shape[0])
     stored = (HALF_M.value, TILE_N.value // 2)
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
     steps = (tiles.depth, tiles.stages, tiles.group)
-    up_counter, down_counter = sorted_ids[-COUNTER_SLOTS:].chunk(2)  # in cache lines of their own
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_drawn import announce, hear
 
 BLOCK_M = gl.constexpr(128)
 HALF_M = gl.constexpr(64)
@@ -21,51 +22,16 @@ HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 
 
 @gluon.jit
-def open_box():
-    """(words, full, empty): where the producer tells both consumers what comes next."""
-    word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    words = gl.allocate_shared_memory(gl.int32, [2, 1], word)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    fence_async_shared()
-    return words, full, empty
+def announce_half(box, number, task, whole):
+    """Announce a task, and whether both halves of its block hold slots."""
+    announce(box, number, 2 * task + gl.where(whole, 1, 0))
 
 
 @gluon.jit
-def one_word():
-    return gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-
-
-@gluon.jit
-def announce(box, number, task, whole):
-    """The ``number``-th task of this program, and whether both halves of its block hold slots."""
-    words, full, empty = box
-    mbarrier.wait(empty.index(number % 2), number // 2 % 2 ^ 1)
-    gl.thread_barrier()
-    words.index(number % 2).store(one_word() + (2 * task + gl.where(whole, 1, 0)))
-    gl.thread_barrier()
-    mbarrier.arrive(full.index(number % 2), count=1)
-
-
-@gluon.jit
-def hear(box, number, WHICH: gl.constexpr):
+def hear_half(box, number, WHICH: gl.constexpr):
     """(task, whether this half of its block holds a slot), as announced."""
-    words, full, empty = box
-    mbarrier.wait(full.index(number % 2), number // 2 % 2)
-    word = gl.max(words.index(number % 2).load(one_word().type.layout), 0)
-    gl.thread_barrier()
-    mbarrier.arrive(empty.index(number % 2), count=1)
+    word = hear(box, number)
     return word // 2, (word % 2 == 1) | (WHICH == 0)
-
-
-@gluon.jit
-def draw(counter_ptr, before):
-    """The next task that no program has begun; the counter was ``before`` when nobody had drawn.
-    Each program's first task has its own number."""
-    return gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed") - before
 
 
 @gluon.jit

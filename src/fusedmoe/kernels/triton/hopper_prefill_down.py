@@ -6,18 +6,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    announce,
-    draw,
+    announce_half,
     half_is_live,
     halves,
-    hear,
+    hear_half,
     load_bias,
     multiply,
-    open_box,
     open_rings,
     store_tile,
 )
@@ -91,7 +90,7 @@ def down_producer(
         row = block * BLOCK_M
         weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
-        announce(box, number, task, whole)
+        announce_half(box, number, task, whole)
         number += 1
         for k in range(KSTEPS):
             if k == KSTEPS // 2:
@@ -109,7 +108,7 @@ def down_producer(
             tma.async_copy_global_to_shared(act_desc, [row + HALF_M, k * BK], bar, high, pred=whole)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
-    announce(box, number, tasks, False)
+    announce_half(box, number, tasks, False)
 
 
 @gluon.jit
@@ -135,7 +134,7 @@ def down_consumer(
     stage = 0
     phase = 0
     number = 0
-    task, live = hear(box, number, WHICH)
+    task, live = hear_half(box, number, WHICH)
     while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
@@ -152,7 +151,7 @@ def down_consumer(
             store_tile(out_desc, buffers, low, row, column)
             store_tile(out_desc, buffers, high, row, column + TILE_N)
         number += 1
-        task, live = hear(box, number, WHICH)
+        task, live = hear_half(box, number, WHICH)
     tma.store_wait(0)
 
 
@@ -177,7 +176,7 @@ def down_kernel(
     """``act_desc`` views tiles of 64 rows."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
-    box = open_box()
+    box = open_box(2)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     gl.warp_specialize(
         [

@@ -12,18 +12,17 @@ from fusedmoe.kernels.triton.hopper_common import (
     rows_layout,
     tile_of,
 )
+from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    announce,
-    draw,
+    announce_half,
     half_is_live,
     halves,
-    hear,
+    hear_half,
     load_bias,
     multiply,
-    open_box,
     open_rings,
     store_tile,
 )
@@ -102,7 +101,7 @@ def up_producer(
         place += HALF_M
         x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
-        announce(box, number, task, whole)
+        announce_half(box, number, task, whole)
         number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
@@ -122,7 +121,7 @@ def up_producer(
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
-    announce(box, number, tasks, False)
+    announce_half(box, number, tasks, False)
 
 
 @gluon.jit
@@ -156,7 +155,7 @@ def up_consumer(
     stage = 0
     phase = 0
     number = 0
-    task, live = hear(box, number, WHICH)
+    task, live = hear_half(box, number, WHICH)
     while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M + WHICH * HALF_M
@@ -179,7 +178,7 @@ def up_consumer(
                 store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
                 store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
         number += 1
-        task, live = hear(box, number, WHICH)
+        task, live = hear_half(box, number, WHICH)
     tma.store_wait(0)
 
 
@@ -217,7 +216,7 @@ def up_kernel(
     BELOW: gl.constexpr = 0 if GATED else TILE_N
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     rings, bars, out0, out1 = open_rings(low_desc, BK, STAGES, 128)
-    box = open_box()
+    box = open_box(2)
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
