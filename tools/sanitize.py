@@ -15,7 +15,7 @@ kernels; barriers of all threads stand around it (benchmarks/results/h200/notes_
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -142,9 +142,8 @@ def hopper() -> None:
         kinds: list[HopperTiles] = [
             decode_tiles_of(8, 64, 64),
             decode_tiles_of(64, 128, 256),
-            replace(decode_tiles_of(16, 64, 128), ahead=256, ask=128),
             PrefillTiles(),
-            PrefillTiles(group=2, spread=2, thin=True, sum_spans=2, ahead=128),
+            PrefillTiles(stages=2, group=2),
         ]
         if T <= 5:
             kinds.append(direct_tiles(T, picks, H, width))
@@ -205,12 +204,11 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
             config, halves = ApplyMoEActivationConfig(), y.view(torch.bfloat16)
             quantized_experts(out, x, operands, weights, ids, act, config, None, act_rows, halves)
             if rows is None:
-                fp16 = (tensor.half() for tensor in (out, x))
-                scratch = act_rows.half(), halves.half()
-                quantized_experts(*fp16, operands, weights, ids, act, config, None, *scratch)
+                rest = operands, weights, ids, act, config, None
+                quantized_experts(out.half(), x.half(), *rest, act_rows.half(), halves.half())
             pair = operands.w1, operands.w2
             if streams and runs_decode(R, e, operands, x, None):
-                common = {"activation": act, "programs": 132}
+                common: dict[str, Any] = {"activation": act, "programs": 132}
                 common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
                 tensors = weights, ids, out, act_rows, y
                 if rows is not None:
@@ -239,10 +237,10 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                 )
                 print("prefill", end=" ")
             if streams and rows is None and not unmet_by_mixed_prefill(*pair):
-                bits = tuple(w.format.bits for w in pair)
+                bits = operands.w1.format.bits, operands.w2.format.bits
                 for slots in (1, 100, 1000):
-                    tiles = mixed_prefill_tiles(slots, 1, bits)
-                    P = mixed_prefill_rows(R, e, tiles)
+                    mixed_tiles = mixed_prefill_tiles(slots, 1, bits)
+                    P = mixed_prefill_rows(R, e, mixed_tiles)
                     mixed_prefill(
                         x,
                         *pair,
@@ -254,7 +252,7 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                         activation=act,
                         w1_bias=operands.w1_bias,
                         w2_bias=operands.w2_bias,
-                        tiles=tiles,
+                        tiles=mixed_tiles,
                         programs=132,
                     )
                 print("mixed prefill", end=" ")
