@@ -6,6 +6,7 @@ the width. Everything is computed in fp32 and rounded once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -82,6 +83,17 @@ class ApplyMoEActivationConfig:
     beta: float | None = None
     situ_beta: float | None = None
     situ_linear_beta: float | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError for a number with which no output means anything."""
+        if self.clamp_limit is not None and not self.clamp_limit > 0:
+            raise ValueError(f"a clamp limit must be positive, got {self.clamp_limit}")
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        if self.situ_beta == 0:
+            raise ValueError("situ_beta is divided by, got 0")
 
     @classmethod
     def of_layer(

@@ -242,6 +242,29 @@ def test_a_defect_of_ours_is_not_called_bad_input(cli, monkeypatch: pytest.Monke
         cli("env")
 
 
+def test_a_config_that_fails_when_the_model_runs_is_bad_input(cli, tmp_path: Path) -> None:
+    folder = write_preset("tiny-deepseek-v3", tmp_path / "checkpoint")
+    change_config(folder, n_group=0)
+    fails(cli("generate", folder, "--max-new-tokens", "1"), "the model that config.json describes")
+
+
+def test_a_defect_of_our_experts_is_not_the_configs(cli, broken: Path, monkeypatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("fusedmoe.modular_kernel.kernel.check_rows", fail)
+    monkeypatch.setattr("fusedmoe.integrations.transformers.experts_function.fused_experts", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli("generate", broken, "--max-new-tokens", "1", "--route", "accelerate")
+
+
+def test_stacks_of_torchs_own_are_left_out(cli, broken: Path) -> None:
+    change_config(broken, hidden_size=10**30)
+    result = cli("generate", broken, "--max-new-tokens", "1")
+    fails(result, "cannot load it")
+    assert "c10::" not in result[2]
+
+
 def test_find_preset_and_write_preset_say_what_is_known(tmp_path: Path) -> None:
     for call in (find_preset, lambda name: write_preset(name, tmp_path / "x")):
         with pytest.raises(ValueError, match="unknown preset 'nope'; known: tiny-mixtral"):

@@ -29,7 +29,7 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_report_as_table_file_and_picture(cli, tmp_path: Path) -> None:
-    out_file, plot_file = tmp_path / "results" / "layer.json", tmp_path / "layer.png"
+    out_file, plot_file = tmp_path / "results" / "layer.json", tmp_path / "plots" / "layer.png"
     code, out, err = cli(
         *("bench", *SIZES, "--tokens", "1", "5", "--dtypes", "fp32", "bf16", "--repeats", "3"),
         *("--routings", "uniform", "one_expert", "--experts", "torch", "--device", "cpu"),
@@ -177,6 +177,11 @@ def test_what_could_not_be_measured_is_a_note(cli) -> None:
         ([*SIZES, "--repeats", "0"], "--repeats must be at least 1, got 0"),
         ([*SIZES, "--dtypes", "int4"], "unsupported dtype 'int4'"),
         ([*SIZES, "--routings", "chaos"], "chaos"),
+        ([*SIZES, "--scope", "model"], "unknown scope 'model'"),
+        ([*SIZES, "--experts", "warp-drive"], "'warp-drive'; known:"),
+        ([*SIZES, "--output", "/dev/null/x.json"], "/dev/null is no folder to write into"),
+        ([*SIZES, "--output", "/dev"], "/dev is a folder"),
+        ([*SIZES, "--plot", "/dev/null/x.png"], "/dev/null is no folder to write into"),
         ([*SIZES, "--hidden-size", "1000000000000"], "of weights"),
         (["/nowhere/at/all"], "no such folder"),
     ],
@@ -185,7 +190,15 @@ def test_bad_words(cli, words: list[str], message: str) -> None:
     code, out, err = cli("bench", "--device", "cpu", *words)
     assert (code, out) == (2, "")
     assert message in err
+    assert err.startswith("fusedmoe bench: error: ")  # no bar: nothing was measured yet
     assert err.count("\n") == 1
+
+
+def test_a_kind_of_picture_that_is_not_written_is_refused_before_measuring(cli) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = cli("bench", *SIZES, "--device", "cpu", "--plot", "x.docx")
+    assert code == 2
+    assert "a plot is one of" in err
 
 
 def test_intensity_counts_the_experts_that_were_picked() -> None:

@@ -201,6 +201,8 @@ def test_what_does_not_fit_is_named(logits, tensors, rows, message):
         ({"num_expert_group": 3, "topk_group": 1}, "8 experts do not divide into 3"),
         ({"num_expert_group": 4, "topk_group": 5}, "topk_group 5"),
         ({"num_expert_group": 4}, "topk_group 0"),
+        ({"topk_group": 2}, "topk_group 2 of no groups"),
+        ({"routed_scaling_factor": NAN}, "routed_scaling_factor is nan"),
         ({"score_function": "tanh"}, "'tanh'"),
         ({"group_score": "mean"}, "'mean'"),
         ({"selection": "sparsemixer", "top_k": 3}, "top_k 3"),

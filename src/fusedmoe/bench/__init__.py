@@ -5,7 +5,7 @@ data, together with the machine's ceilings, and returns a report in one schema.
 """
 
 from fusedmoe.bench.report import BenchReport, BenchRow
-from fusedmoe.bench.run import count_measurements, run_layer_bench
+from fusedmoe.bench.run import check_request, run_layer_bench
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "BenchReport",
     "BenchRow",
     "LayerShape",
-    "count_measurements",
+    "check_request",
     "run_layer_bench",
 ]

@@ -10,7 +10,7 @@ from fusedmoe.bench.contestants import Contestant, Prepared
 from fusedmoe.bench.problems import Problem, Weights
 from fusedmoe.bench.replays import Replays, launched, record, time_in_turns
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, limit_us
-from fusedmoe.bench.timing import time_on_cpu
+from fusedmoe.bench.timing import Call, time_on_cpu
 from fusedmoe.experts.cpu_memory import host_memory
 from fusedmoe.testing.tolerances import format_name
 
@@ -80,9 +80,17 @@ def _run_on_cpu(
     effort: Effort,
     report: BenchReport,
 ) -> Measured:
-    calls = {name: [one.call for one in prepared] for name, (_, prepared) in running.items()}
+    calls: dict[str, list[Call]] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for name, (_, prepared) in running.items():
+        try:
+            outputs[name] = prepared[0].call()
+        except RuntimeError as error:
+            report.notes.append(f"{problem.cell}: {name} left out: {_first_line(error)}")
+            continue
+        calls[name] = [one.call for one in prepared]
     samples = time_on_cpu(calls, effort.repeats or 20)
-    return {name: (taken, calls[name][0](), "launches") for name, taken in samples.items()}
+    return {name: (taken, outputs[name], "launches") for name, taken in samples.items()}
 
 
 def _run_on_cuda(

@@ -21,6 +21,7 @@ import torch
 
 import fusedmoe
 from fusedmoe.bench.problems import Problem
+from fusedmoe.tuning.table_file import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class BenchReport:
 
     def write(self, path: str | Path) -> None:
         """As JSON, and never half a file."""
-        _write_whole(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     def write_csv(self, path: str | Path) -> None:
         """The rows alone, one line each under a line of names."""
@@ -105,7 +106,7 @@ class BenchReport:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        _write_whole(Path(path), text.getvalue())
+        write_atomically(path, text.getvalue())
 
     def ratios(self, ours: str = "fusedmoe", peers: str = "transformers") -> list[dict[str, Any]]:
         """Per problem, the fastest peer's time over ours (above 1: ours is faster)."""
@@ -132,13 +133,6 @@ def limit_us(problem: Problem, read_gbs: float, matmul_tflops: float) -> float:
     weights = shape.weight_elements / shape.E * problem.active_experts
     moved = problem.cell.dtype.itemsize * (weights + 2 * problem.cell.T * shape.H)
     return max(moved / read_gbs / 1e3, problem.flops / matmul_tflops / 1e6)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:

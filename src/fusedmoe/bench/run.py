@@ -35,16 +35,6 @@ _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_EFFORT = Effort()
 
 
-def count_measurements(
-    shapes: Sequence[LayerShape],
-    tokens: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    routings: Sequence[str],
-) -> int:
-    """How many problems a run has (what progress counts)."""
-    return len(shapes) * len(tokens) * len(dtypes) * len(routings)
-
-
 def run_layer_bench(
     shapes: Sequence[LayerShape],
     tokens: Sequence[int],
@@ -71,7 +61,7 @@ def run_layer_bench(
     Raises ValueError for an empty list, unknown routing, scope, device or dtype.
     """
     device = torch.device(device)
-    _check(shapes, tokens, dtypes, routings, device, scope)
+    check_request(shapes, tokens, dtypes, routings, device, scope)
     cells = [
         Cell(shape, dtype, routing, T, scope)
         for shape in shapes
@@ -91,7 +81,7 @@ def run_layer_bench(
     return report
 
 
-def _check(
+def check_request(
     shapes: Sequence[LayerShape],
     tokens: Sequence[int],
     dtypes: Sequence[torch.dtype],
@@ -99,6 +89,7 @@ def _check(
     device: torch.device,
     scope: str,
 ) -> None:
+    """What ``run_layer_bench`` raises, before anything is measured."""
     if not (shapes and tokens and dtypes and routings):
         raise ValueError("a benchmark needs a shape, a token count, a dtype and a routing")
     if min(tokens) < 1:

@@ -31,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    """Without the stack of C++ frames that torch appends to some of its own."""
+    return " ".join(str(message).partition("Exception raised from ")[0].split())
 
 
 def make_parser() -> argparse.ArgumentParser:

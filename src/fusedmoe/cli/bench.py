@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.cli.arguments import experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shapes_asked
-from fusedmoe.cli.output import format_bytes, print_json, print_table, progress
+from fusedmoe.cli.output import check_writable, format_bytes, print_json, print_table, progress
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
 from fusedmoe.words import device_named, dtype_named
@@ -79,21 +79,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fusedmoe.bench import count_measurements, run_layer_bench
+    from fusedmoe.bench import check_request, run_layer_bench
     from fusedmoe.cli.plot import check_can_draw, write_plot
+    from fusedmoe.selection import check_forced_names
 
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    check_writable(args.output, args.plot)
     if args.plot:
-        check_can_draw()
+        check_can_draw(args.plot)
     options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     shapes, _ = shapes_asked(args, DEFAULT_SHAPE, quantized_too=True)
     device = device_named(args.device)
     dtypes = [dtype_named(name) or torch.bfloat16 for name in args.dtypes]
     if args.ep:
         return _run_over_ranks(args, shapes, dtypes, device)
+    experts = (None, *map(experts_of, args.experts))
+    for one in experts:
+        check_forced_names(MoEOptions(experts=one))
+    check_request(shapes, args.tokens, dtypes, args.routings, device, args.scope)
     _check_memory(shapes, dtypes, device)
-    total = count_measurements(shapes, args.tokens, dtypes, args.routings)
+    total = len(shapes) * len(args.tokens) * len(dtypes) * len(args.routings)
     with progress(total, "measuring the machine", delay=0.0) as bar:
 
         def show(done: int, total: int, what: str) -> None:
@@ -110,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             peers=not args.no_peers,
             repeats=args.repeats,
             progress=show,
-            experts=(None, *map(experts_of, args.experts)),
+            experts=experts,
             scope=args.scope,
             options=options,
         )

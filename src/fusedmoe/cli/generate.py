@@ -15,7 +15,13 @@ from fusedmoe.checkpoint import read_checkpoint, read_quantization_config
 from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.generations import Generation, report
 from fusedmoe.cli.layers import check_counts
-from fusedmoe.cli.models import load_tokenizer, load_whole, quiet_transformers, with_fusedmoe
+from fusedmoe.cli.models import (
+    failing_in_words,
+    load_tokenizer,
+    load_whole,
+    quiet_transformers,
+    with_fusedmoe,
+)
 from fusedmoe.cli.output import Progress, progress
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
@@ -193,7 +199,7 @@ def _greedy(model: Any, prompt: torch.Tensor, max_new_tokens: int, bar: Progress
         def end(self) -> None:
             pass
 
-    with torch.inference_mode():
+    with torch.inference_mode(), failing_in_words():
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

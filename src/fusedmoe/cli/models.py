@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ import torch
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli.ranks import Ranks
 from fusedmoe.integrations.transformers.gguf_source import gguf_of
+
+_HERE = "fusedmoe.cli."
 
 
 def quiet_transformers(*, bars: bool) -> None:
@@ -71,6 +76,22 @@ def load_whole(
             f"{folder}: lacks {len(missing)} tensors of its model, {missing[0]!r} among them"
         )
     return model.eval() if tp else model.to(device).eval()
+
+
+@contextmanager
+def failing_in_words() -> Iterator[None]:
+    """CheckpointError where the model's own code fails: numbers in config.json that fit no model.
+
+    What our code raises, and too little memory, stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        modules = [f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__)]
+        ours = [m for m in modules if m.startswith("fusedmoe.") and not m.startswith(_HERE)]
+        if ours or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise CheckpointError(f"the model that config.json describes fails: {error}") from error
 
 
 def with_fusedmoe(model: Any, route: str, ranks: Ranks | None) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 SECONDS_BEFORE_PROGRESS = 2.0
@@ -61,6 +63,16 @@ def progress(
         return
     with tqdm(total=total, desc=what, delay=delay, file=sys.stderr, leave=False) as bar:
         yield bar
+
+
+def check_writable(*paths: str | None) -> None:
+    """Raise ValueError for a file that cannot be written: to be asked before minutes of work."""
+    for path in map(Path, filter(None, paths)):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            what = path if path.is_dir() else folder
+            kind = "is a folder" if path.is_dir() else "is no folder to write into"
+            raise ValueError(f"{path} cannot be written: {what} {kind}")
 
 
 def print_json(record: Any) -> None:

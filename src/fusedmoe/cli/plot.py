@@ -17,15 +17,20 @@ ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
 
 
-def check_can_draw() -> None:
-    """Raise ValueError without matplotlib: to be asked before minutes of measuring."""
+def check_can_draw(path: str | Path) -> None:
+    """Raise ValueError without matplotlib, or for a kind of file that it does not write."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("a plot needs matplotlib: pip install 'fusedmoe[bench]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind, known = Path(path).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+    if kind and kind not in known:
+        raise ValueError(f"{path}: a plot is one of {', '.join(known)}, not {kind}")
 
 
 def write_plot(report: dict[str, Any], path: str | Path) -> None:
-    """Draw ``report`` into an image file; ValueError without matplotlib or without rows."""
-    check_can_draw()
+    """Draw ``report`` into an image file; ValueError as ``check_can_draw``, or without rows."""
+    check_can_draw(path)
     from matplotlib.figure import Figure
 
     groups = _groups(report["rows"])
@@ -36,6 +41,7 @@ def write_plot(report: dict[str, Any], path: str | Path) -> None:
     for (title, rows), (speed, roof) in zip(groups.items(), axes, strict=True):
         _draw_speed(speed, title, rows)
         _draw_roofline(roof, rows, report)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 

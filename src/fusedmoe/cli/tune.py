@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
-from fusedmoe.cli.output import Progress, print_json, print_table, progress
+from fusedmoe.cli.output import Progress, check_writable, print_json, print_table, progress
 from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     dtype, device = dtype_named(args.dtype) or stored, device_named(args.device)
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
+    check_writable(args.report, args.measurements)
     facts = device_facts(device)
     report: list[dict[str, Any]] = []
     measured: dict[str, list[dict[str, Any]]] = {}

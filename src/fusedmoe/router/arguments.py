@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ class RoutingArguments:
         if self.bias_vl is None and self.image_sentinel_lo:
             self._refuse("without bias_vl", {"image_sentinel_lo": self.image_sentinel_lo})
         scale = self.routed_scaling_factor
+        if not math.isfinite(scale) or (self.scale_on_output and scale == 0):
+            raise ValueError(f"routed_scaling_factor {scale} leaves no output")
         return create_fused_moe_router(
             self.top_k,
             self.num_experts,

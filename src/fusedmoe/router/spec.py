@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -83,6 +84,8 @@ class RoutingSpec:
                 raise ValueError(f"{candidates} experts do not divide into {groups} groups")
             if not 1 <= self.topk_group <= groups:
                 raise ValueError(f"topk_group {self.topk_group} does not lie in [1, {groups}]")
+        elif self.topk_group not in (0, 1):
+            raise ValueError(f"topk_group {self.topk_group} of no groups")
         if self.selection == "sparsemixer" and (self.top_k != 2 or candidates < 2 or groups):
             raise ValueError(
                 f"sparsemixer chooses 2 of at least 2 ungrouped experts, got top_k {self.top_k}, "
@@ -106,6 +109,8 @@ class RoutingSpec:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not math.isfinite(self.routed_scaling_factor):
+            raise ValueError(f"routed_scaling_factor is {self.routed_scaling_factor}")
         if not self.renormalize_norm > 0:
             raise ValueError(f"renormalize_norm must be positive, got {self.renormalize_norm}")
 
