@@ -15,7 +15,7 @@ import torch
 from small_reports import columns, new_report, timed
 
 from fusedmoe import GateLinear, MoEOptions
-from fusedmoe.bench import SHAPES, LayerShape
+from fusedmoe.bench import SHAPES, BenchReport, LayerShape
 from fusedmoe.bench.contestants import build_layer
 from fusedmoe.bench.problems import Cell, Problem, Weights, random_weights
 from fusedmoe.bench.report import limit_us
@@ -49,7 +49,12 @@ def main() -> None:
 
 
 def measure(
-    report, shape: LayerShape, weights: list[Weights], T: int, device: torch.device, repeats: int
+    report: BenchReport,
+    shape: LayerShape,
+    weights: list[Weights],
+    T: int,
+    device: torch.device,
+    repeats: int,
 ) -> None:
     """A row for the default and one for the invariant layer."""
     problem = Problem.of(Cell(shape, torch.bfloat16, "uniform", T), 1, device)

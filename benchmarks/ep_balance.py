@@ -183,7 +183,9 @@ def move(
     model: Model, balancer: ExpertBalancer, wanted: list[torch.Tensor]
 ) -> tuple[Percentiles, dict[str, Any]]:
     """Steps until all experts are in place; every output on the way is looked at."""
-    start, samples, errors = balancer.physical_to_logical.clone(), [], []
+    start = balancer.physical_to_logical.clone()
+    samples: list[float] = []
+    errors: list[float] = []
     balancer.should_record.fill_(1)
     model.replay()
     beside = [0]

@@ -10,11 +10,13 @@ tokens, and never slower than torch.mm.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from small_reports import columns, new_report, timed
 
+from fusedmoe.bench import BenchReport
 from fusedmoe.kernels.gate import gate_linear, gate_tier
 
 SIZES = ((7168, 256), (2048, 128))
@@ -51,7 +53,15 @@ def main() -> None:
         report.write(args.out)
 
 
-def measure(report, T: int, H: int, E: int, dtype: torch.dtype, device, repeats: int) -> None:
+def measure(
+    report: BenchReport,
+    T: int,
+    H: int,
+    E: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+) -> None:
     """One row per implementation and state of the cache."""
     bytes_each = E * H * dtype.itemsize
     copies = max(2, min(MOST_WEIGHTS, CACHE_BYTES // bytes_each))
@@ -60,7 +70,11 @@ def measure(report, T: int, H: int, E: int, dtype: torch.dtype, device, repeats:
     exact = x.double() @ weights[0].double().T
     ours = partial(gate_linear, out_dtype=torch.float32)
     invariant = partial(ours, batch_invariant=True)
-    calls = {"fusedmoe": ours, "fusedmoe[batch_invariant]": invariant, "torch_mm": torch_logits}
+    calls: dict[str, Callable[..., torch.Tensor]] = {
+        "fusedmoe": ours,
+        "fusedmoe[batch_invariant]": invariant,
+        "torch_mm": torch_logits,
+    }
     errors = {
         name: float((call(x, weights[0]).double() - exact).norm() / exact.norm())
         for name, call in calls.items()

@@ -14,9 +14,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -77,7 +78,7 @@ def balanced_ids(T: int, E: int, k: int, offset: int = 0) -> torch.Tensor:
     return flat.view(T, k).to(torch.int32).contiguous()
 
 
-def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """A graph that makes all ``calls`` in a row."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -92,7 +93,7 @@ def graph_of(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_times(
-    variants: dict[str, list[Callable[[], None]]],
+    variants: Mapping[str, Sequence[Callable[[], object]]],
     rounds: int = 25,
     warm_ms: float = 60.0,
     pause: float = 0.0,
@@ -193,7 +194,7 @@ class Layer:
     ) -> None:
         """One layer by the kind of kernel that ``tiles`` belong to."""
         R = ids.numel()
-        given = {
+        given: dict[str, Any] = {
             "x": scratch["x"],
             "w1": self.w1,
             "w2": self.w2,
@@ -252,9 +253,9 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
     mean = R / shape.E
     T = R // shape.k
     if (T <= 2 or (more and T <= 8)) and R <= 32 and shape.k <= 16:
-        out["direct"] = direct_tiles(T, shape.k, shape.H, shape.I)
+        out["direct"] = direct = direct_tiles(T, shape.k, shape.H, shape.I)
         if more:
-            out["uneven"] = replace(out["direct"], up_rows=64, up_valid=64, up_stages=3)
+            out["uneven"] = replace(direct, up_rows=64, up_valid=64, up_stages=3)
     if mean <= 96:
         auto = decode_tiles(R, shape.E, shape.H, shape.I)
         out["decode"] = auto
@@ -348,7 +349,7 @@ def time_shape(
         best = limit_us(shape, T, peak)
         want = layers[0].reference(ids[0], scratch) if T <= MAX_CHECKED_TOKENS else None
         kinds = all_tiles(R, shape, all_variants)
-        variants = {
+        variants: dict[str, list[Callable[[], object]]] = {
             name: [
                 partial(layers[i % copies].run, ids[i], tiles, sms, scratch) for i in range(sets)
             ]
@@ -366,7 +367,9 @@ def time_shape(
         flops = halves(shape) * 2 * R * shape.H * shape.I
         if T >= 2048:
             a, b = randn(8192, 8192), randn(8192, 8192)
-            variants["dense"] = [lambda a=a, b=b: a @ b] * max(1, round(flops * sets / DENSE_FLOPS))
+            variants["dense"] = [partial(torch.matmul, a, b)] * max(
+                1, round(flops * sets / DENSE_FLOPS)
+            )
         for name, (us, p10, p90) in graph_times(variants).items():
             if name == "dense":
                 print(

@@ -33,6 +33,7 @@ from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
 from fusedmoe.kernels.triton.hopper_mixed_prefill import down, up
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
 
@@ -48,7 +49,7 @@ def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
 def parts(
     shape: LayerShape,
     name: str,
-    layer: torch.nn.Module,
+    layer: MoERunner,
     x: torch.Tensor,
     one: Situation,
     out: torch.Tensor,
@@ -60,7 +61,8 @@ def parts(
     (e, H, I), (T, K) = w2.shape, one.topk_ids.shape  # noqa: E741
     activation = MoEActivation.from_str(shape.activation)
     position = torch.empty(T * K, dtype=torch.int32, device=DEVICE)
-    programs, flops, calls = multiprocessors_of(DEVICE), shape.flops(T), {}
+    programs, flops = multiprocessors_of(DEVICE), shape.flops(T)
+    calls: Calls = {}
     for label, tiles in tile_variants(w1.format.bits).items():
         P = mixed_prefill_rows(T * K, e, tiles)
         act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)

@@ -231,7 +231,7 @@ def main() -> None:
     }
     for batch in args.batches:
         torch.manual_seed(batch)
-        prompt = torch.randint(0, sizes["vocab_size"], (batch, args.prompt_tokens))
+        prompt = torch.randint(0, model.config.vocab_size, (batch, args.prompt_tokens))
         prompt = prompt.to(args.device)
         for cache in args.caches:
             report["rows"] += measure(model, prompt, cache, args)
@@ -252,8 +252,9 @@ def measure(
     model: Any, prompt: torch.Tensor, cache: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row for the baseline and one for each implementation at this batch and cache."""
-    rows = []
-    reference = logits = None
+    rows: list[dict[str, Any]] = []
+    reference: torch.Tensor | None = None
+    logits = torch.empty(0)
     for implementation in [BASELINE, *args.implementations]:
         use(model, implementation)
         rate, warm_up, tokens = tokens_per_second(

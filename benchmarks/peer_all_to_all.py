@@ -80,10 +80,11 @@ def check(memory: PeerMemory, x, ids, weights, owners, rows: int, tiles: PeerTil
     everyones = [[torch.empty_like(t) for _ in range(world)] for t in (x, ids, weights)]
     for parts, mine in zip(everyones, (x, ids, weights), strict=True):
         dist.all_gather(parts, mine)
+    all_x, all_ids, all_weights = everyones
     polls = memory.max_polls
     dispatch(x, ids, weights, owners, memory.view, rows, max_polls=polls, tiles=tiles)
     got = memory.view.received(rows)
-    want = dispatch_reference(*everyones, owners, layout, rows, rank)
+    want = dispatch_reference(all_x, all_ids, all_weights, owners, layout, rows, rank)
     used = want.topk_ids >= 0
     assert torch.equal(got.topk_ids, want.topk_ids)
     assert torch.equal(got.topk_weights[used], want.topk_weights[used])
@@ -169,7 +170,9 @@ def main() -> None:
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     world = dist.get_world_size()
     layout = PeerLayout(world, max(args.tokens), H, K, torch.bfloat16, FP8_DYNAMIC_128)
-    memory = PeerMemory(dist.group.WORLD, layout)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    memory = PeerMemory(everyone, layout)
     gbs = peer_to_peer_gbs(memory)
     device = torch.device("cuda", torch.cuda.current_device())
     report = BenchReport(make_header(device, {"p2p_gbs": round(gbs, 1)}))

@@ -229,10 +229,10 @@ def measure(
         samples = time_in_turns(recorded, 1.0 if T * shape.k > 64 * active else 0.0)
         for impl, replays in recorded.items():
             timed = Percentiles.of(samples[impl])
-            own = layers[impl][0]
+            first = layers[impl][0]
             found, rounding = None, None
             if scope == "layer":
-                found, rounding = errors(shape, own, x, picked[0], replays.graphs[0]())
+                found, rounding = errors(shape, first, x, picked[0], replays.graphs[0]())
             row = BenchRow(
                 impl=impl if impl == "fusedmoe" else f"fusedmoe:{impl}",
                 shape=shape.name, E=shape.E, num_experts=shape.num_experts, k=shape.k, H=shape.H,

@@ -39,7 +39,7 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, prefill_tiles
 
-Calls = dict[str, tuple[Callable[[], torch.Tensor], float]]
+Calls = dict[str, tuple[Callable[[], Any], float]]
 DENSE = 8192
 
 
@@ -85,7 +85,9 @@ def parts(
             tables, tiles, programs,
         )  # fmt: skip
 
-    def second(made: Any, tiles: QuantizedPrefillTiles) -> torch.Tensor:
+    def second(
+        made: tuple[torch.Tensor, torch.Tensor], tiles: QuantizedPrefillTiles
+    ) -> torch.Tensor:
         down(*made, w2, y, R, None, tables, tiles, programs)
         return y
 
@@ -108,7 +110,7 @@ def parts(
     calls["sum"] = add, 0.0
     calls["align"] = align, 0.0
     for label, tiles in tile_variants(name, prefill_tiles(H, I, w1.format.element)):
-        calls[f"up{label}"] = (lambda t=tiles: first(t)[0]), flops * w1.shards / (w1.shards + 1)
+        calls[f"up{label}"] = partial(first, tiles), flops * w1.shards / (w1.shards + 1)
         made = first(tiles)
         calls[f"down{label}"] = partial(second, made, tiles), flops / (w1.shards + 1)
         calls[f"whole{label}"] = partial(everything, tiles), flops

@@ -141,10 +141,10 @@ def verdicts(rows: list[Row]) -> list[str]:
     lines = []
     for target in TARGETS:
         for T in target.tokens:
-            row = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
-            if row is not None:
+            asked_of = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
+            if asked_of is not None:
                 asked = f"{target.kind} {target.value:g}"
-                lines.append(_line(met(target, row), row, asked))
+                lines.append(_line(met(target, asked_of), asked_of, asked))
     for (shape, fmt, cell), row in best.items():
         even = best.get((shape, fmt, cell._replace(routing="balanced")))
         block = best.get((shape, BLOCK, cell))

@@ -18,7 +18,7 @@ from small_reports import columns, new_report, timed
 from torch import nn
 
 from fusedmoe import MoEOptions
-from fusedmoe.bench import LayerShape
+from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.contestants import build_layer
 from fusedmoe.bench.problems import Cell, Problem, random_weights
 from fusedmoe.bench.report import limit_us
@@ -77,7 +77,9 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(report, model: Model, tokens: list[int], device: torch.device, repeats: int) -> None:
+def measure(
+    report: BenchReport, model: Model, tokens: list[int], device: torch.device, repeats: int
+) -> None:
     """Three rows per token count."""
     shape = model.layer
     (weights,) = random_weights(shape, torch.bfloat16, device, 1)

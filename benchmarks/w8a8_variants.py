@@ -25,6 +25,7 @@ from quantized_layer import (
     weights_of,
 )
 from quantized_targets import ROWS, SHAPES
+from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 
 from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import pick
@@ -63,7 +64,7 @@ def timeline(replays: Replays) -> list[str]:
     launches = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     )
     layers: list[list[tuple[float, float, str]]] = []
     for launch in launches:
@@ -74,9 +75,8 @@ def timeline(replays: Replays) -> list[str]:
     whole = [layer for layer in layers if len(layer) == count]
     lines = []
     for i in range(count):
-        begin, end = (
-            statistics.median(layer[i][side] - layer[0][0] for layer in whole) for side in (0, 1)
-        )
+        begin = statistics.median(layer[i][0] - layer[0][0] for layer in whole)
+        end = statistics.median(layer[i][1] - layer[0][0] for layer in whole)
         lines.append(f"    {whole[0][i][2][:40]:40} {begin:8.1f} to {end:8.1f}")
     return lines
 
