@@ -80,3 +80,12 @@ ROWS, LOGITS = torch.randn(5, H), torch.randn(5, E)
 def test_wrong_inputs_are_refused_with_their_numbers(arguments, message):
     with pytest.raises(ValueError, match=message):
         LAYER(*arguments)
+
+
+@pytest.mark.parametrize("experts", ["cpu", "cpu_monolithic"])
+@pytest.mark.parametrize("counts", [[4], [-5], [5, 5], []])
+def test_counts_of_tokens_that_are_not_these_are_refused(experts, counts):
+    layer = FusedMoE(E, 2, H, 8, torch.float32, options=MoEOptions(experts=experts))
+    assert layer(ROWS, LOGITS, tokens_per_rank=[5]).shape == ROWS.shape
+    with pytest.raises(ValueError, match="for 5 tokens here and 1 ranks"):
+        layer(ROWS, LOGITS, tokens_per_rank=counts)

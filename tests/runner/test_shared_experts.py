@@ -134,3 +134,19 @@ def test_the_cpu_layer_adds_them():
         parameter.data.zero_()
     x = torch.randn(3, 4)
     assert torch.equal(layer(x, torch.randn(3, 2)), x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"shared_experts": nn.Linear(4, 1)}, r"give \(3, 1\), the routed ones \(3, 4\)"),
+        (
+            {"shared_experts": nn.Identity(), "shared_expert_gate": nn.Linear(4, 3)},
+            r"shared_expert_gate gives \(3, 3\) for an output of \(3, 4\)",
+        ),
+    ],
+)
+def test_outputs_that_torch_would_stretch_or_that_do_not_fit_are_refused(parts, message):
+    layer = FusedMoE(2, 1, 4, 4, torch.float32, **parts)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(3, 4), torch.randn(3, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.config import FusedMoEConfig
@@ -34,6 +36,21 @@ def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:
         raise ValueError(
             f"these experts take rows [T, {moe.hidden_dim}] in {moe.in_dtype}, got "
             f"{tuple(x.shape)} in {x.dtype}"
+        )
+
+
+def check_counts(tokens_per_rank: Sequence[int] | None, dispatchers: int, num_tokens: int) -> None:
+    """Raise ValueError unless there is a count for each rank that brings tokens.
+
+    A single one's own is compared too; among several ranks, whoever moves the tokens does that.
+    """
+    if tokens_per_rank is None:
+        return
+    alone_and_wrong = dispatchers == 1 and list(tokens_per_rank) != [num_tokens]
+    if len(tokens_per_rank) != dispatchers or alone_and_wrong:
+        raise ValueError(
+            f"tokens_per_rank is {list(tokens_per_rank)} for {num_tokens} tokens here and "
+            f"{dispatchers} ranks that bring tokens"
         )
 
 

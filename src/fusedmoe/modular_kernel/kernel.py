@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.modular_kernel.checks import check_ids, check_picks, check_rows
+from fusedmoe.modular_kernel.checks import check_counts, check_ids, check_picks, check_rows
 from fusedmoe.modular_kernel.experts import (
     FusedMoEExperts,
     FusedMoEExpertsModular,
@@ -71,6 +71,8 @@ class FusedMoEKernel:
         check_rows(hidden_states, self.experts.moe_config)
         check_picks(hidden_states, topk_weights, topk_ids)
         check_ids(topk_ids, global_num_experts, options.debug_checks)
+        dispatchers = self.prepare_finalize.num_dispatchers()
+        check_counts(tokens_per_rank, dispatchers, hidden_states.shape[0])
         output = hidden_states.new_empty(hidden_states.shape)
 
         def compute(prepared: PrepareResult, own_output: torch.Tensor) -> torch.Tensor:
@@ -238,8 +240,10 @@ class FusedMoEMonolithicKernel:
                 f"router_logits must be [T, E] for hidden_states {tuple(hidden_states.shape)}, got "
                 f"{tuple(router_logits.shape)}"
             )
+        dispatchers = self.prepare_finalize.num_dispatchers()
+        check_counts(tokens_per_rank, dispatchers, hidden_states.shape[0])
         mover = self.prepare_finalize.begin(tokens_per_rank)
-        if input_ids is not None and mover.num_dispatchers() > 1:
+        if input_ids is not None and dispatchers > 1:
             raise ValueError("input_ids stay on their rank, where experts route for all ranks")
         x, scale, logits = mover.prepare(
             hidden_states,

@@ -166,7 +166,13 @@ class MoERunner(nn.Module):
         output = _output_of(self.shared_experts(x))
         if self.shared_expert_gate is None:
             return output
-        return output * torch.sigmoid(_output_of(self.shared_expert_gate(x)))
+        gate = _output_of(self.shared_expert_gate(x))
+        if gate.shape not in ((output.shape[0], 1), output.shape):
+            raise ValueError(
+                f"shared_expert_gate gives {tuple(gate.shape)} for an output of "
+                f"{tuple(output.shape)}"
+            )
+        return output * torch.sigmoid(gate)
 
     def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The gate's logits [T, E] of x [T, width]."""
@@ -252,6 +258,11 @@ class MoERunner(nn.Module):
             shared_output = shared_output * (1.0 / self.routed_scaling_factor)
         routed = routed.with_value(self.apply_routed_output_transform(routed.value))
         if shared_output is not None:
+            if shared_output.shape != routed.value.shape:
+                raise ValueError(
+                    f"the shared experts give {tuple(shared_output.shape)}, the routed ones "
+                    f"{tuple(routed.value.shape)}"
+                )
             shared = (
                 ranks.partial(shared_output)
                 if self.shared_experts_sharded
