@@ -5,9 +5,10 @@
 From router logits, balanced routing unless said: CUDA-graph replays over several sets of weights,
 normal numbers, implementations in turns, ceilings measured first. A run whose memory or matrix
 units are slower than this GPU's is thrown away. The file grows cell by cell; started again, the
-script goes on with what is missing, or measures cells anew (``--again``). Where products decide, it
-pauses after each sample as long as that took, for the card not to run into its power limit. A CSV
-and a PNG are made of the same rows.
+script goes on with what is missing, or measures cells anew (``--again``). Several GPUs share the
+work by a table each (``--out``, ``--shapes``), which the first then takes in (``--join``). Where
+products decide, it pauses after each sample as long as that took, for the card not to run into its
+power limit. A CSV and a PNG are made of the same rows.
 """
 
 from __future__ import annotations
@@ -152,6 +153,21 @@ def forget(cell: Cell, report: BenchReport, done: list[str]) -> None:
     ]
 
 
+def join(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put the cells of ``other``, measured on another GPU of the kind, into ``record``."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["shape"], row["routing"], row["T"], row["scope"] == "experts"
+
+    runs, cells, anew = len(record["runs"]), other["cells"], {key(row) for row in other["rows"]}
+    rows = [row for row in record["rows"] if key(row) not in anew]
+    notes = [note for note in record["notes"] if note.split(": ")[0] not in cells]
+    record["rows"] = rows + [row | {"run": row["run"] + runs} for row in other["rows"]]
+    record["notes"] = notes + other["notes"]
+    record["runs"] += other["runs"]
+    record["cells"] = list(dict.fromkeys([*record["cells"], *cells]))
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """Speed and roofline of the balanced rows, where a shape has several token counts."""
     try:
@@ -180,14 +196,23 @@ def main() -> None:
     parser.add_argument("--least-read", type=float, default=LEAST_READ_GBS)
     parser.add_argument("--least-rate", type=float, default=LEAST_BF16_TFLOPS)
     parser.add_argument("--only-report", action="store_true", help="measure nothing, read --out")
+    parser.add_argument("--join", nargs="+", default=[], help="tables whose cells --out takes in")
     args = parser.parse_args()
     path = Path(args.out)
-    if args.only_report:
-        record = json.loads(path.read_text())
-        found = verdicts(record["rows"], record["runs"])
-    else:
-        record = measure(args)
-        found = verdicts(record["rows"], record["runs"])
+    reads = args.only_report or args.join
+    record = json.loads(path.read_text()) if reads else measure(args)
+    for other in args.join:
+        join(record, json.loads(Path(other).read_text()))
+    found = verdicts(record["rows"], record["runs"])
+    if args.join:
+        record["targets"] = [asdict(one) for one in found]
+        report = BenchReport(
+            {name: value for name, value in record.items() if name not in ("rows", "notes")},
+            record["rows"],
+            record["notes"],
+        )
+        report.write(path)
+        report.write_csv(path.with_suffix(".csv"))
     print_verdicts(found)
     draw(record, path.with_suffix(".png"))
 
