@@ -216,3 +216,16 @@ def test_without_mul():
     assert activation_without_mul("swish") == "silu_no_mul"
     assert activation_without_mul("relu2") == "relu2_no_mul"
     assert MoEActivation.SITU.without_mul() is MoEActivation.SITU
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_numbers_may_be_arguments_of_compiled_code(dynamic):
+    def clamped(x: torch.Tensor, limit: float) -> torch.Tensor:
+        numbers = ApplyMoEActivationConfig(clamp_limit=limit, alpha=limit / 4)
+        return activation_reference(A.SWIGLUOAI, x, numbers)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(clamped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = 9 * torch.randn(3, 8)
+    for limit in (1.0, 2.5):
+        torch.testing.assert_close(compiled(x, limit), clamped(x, limit))

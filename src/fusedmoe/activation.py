@@ -90,7 +90,7 @@ class ApplyMoEActivationConfig:
             raise ValueError(f"a clamp limit must be positive, got {self.clamp_limit}")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if value is not None and not math.isfinite(value):
+            if value is not None and not -math.inf < value < math.inf:  # as compilers can trace
                 raise ValueError(f"{field.name} must be a finite number, got {value}")
         if self.situ_beta == 0:
             raise ValueError("situ_beta is divided by, got 0")
