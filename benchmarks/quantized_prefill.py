@@ -37,6 +37,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.testing.routing import routing_logits
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, prefill_tiles
 
 Calls = dict[str, tuple[Callable[[], Any], float]]
@@ -71,15 +72,18 @@ def parts(
     position = torch.empty(R, dtype=torch.int32, device=DEVICE)
     tables = MoEAlignment(
         *moe_align_block_size(
-            one.topk_ids, PREFILL_BLOCK, e, pad_sorted_ids=True, num_local_experts=e
+            one.topk_ids, PREFILL_BLOCK, e, pad_sorted_ids=True, num_local_experts=e,
+            spare_slots=COUNTER_SLOTS,
         )[:3]
-    )
+    )  # fmt: skip
+    counters = tables.sorted_ids[-COUNTER_SLOTS:]
     programs = multiprocessors_of(DEVICE)
     q, q_scale = quantize_rows(x, key, scale)
     flops = shape.flops(T)
     calls: Calls = {"quantize x": (lambda: quantize_rows(x, key, scale)[0], 0.0)}
 
     def first(tiles: QuantizedPrefillTiles) -> tuple[torch.Tensor, torch.Tensor]:
+        counters.fill_(R)
         return up(
             q, q_scale, w1, K, act, position, key, scale, device_activation(activation), None,
             tables, tiles, programs,
@@ -88,6 +92,7 @@ def parts(
     def second(
         made: tuple[torch.Tensor, torch.Tensor], tiles: QuantizedPrefillTiles
     ) -> torch.Tensor:
+        counters.fill_(R)
         down(*made, w2, y, R, None, tables, tiles, programs)
         return y
 

@@ -58,6 +58,9 @@ class Pointer:
     def __add__(self, step: Any) -> Pointer:
         return Pointer(self.memory, self.at + step)
 
+    def unsqueeze(self, axis: int) -> Pointer:
+        return Pointer(self.memory, self.at.unsqueeze(axis))
+
 
 class Barrier:
     def __init__(self) -> None:
@@ -98,7 +101,7 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.data[int(i)])
 
-    def slice(self, start: int, length: int, dim: int) -> Shared:
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.data.narrow(dim, start, length))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
@@ -117,20 +120,32 @@ class Shared:
 
 
 class Matrix:
-    """What a tensor descriptor says of 8-bit ``memory``."""
+    """What a tensor descriptor says of ``memory``, as bytes."""
 
     def __init__(self, view: Any, memory: torch.Tensor) -> None:
         first = view.base.data_ptr() - memory.data_ptr()
         self.block_shape, self.dtype, self.layout = view.block_shape, memory.dtype, None
-        flat = memory.view(torch.uint8).flatten()
-        self.data = flat.as_strided(view.shape, view.strides, first)
+        self.size = memory.element_size()
+        flat = memory.view(-1).view(torch.uint8)
+        rows, columns = view.shape
+        strides = view.strides[0] * self.size, 1
+        self.data = flat.as_strided((rows, columns * self.size), strides, first)
+
+    def part(self, row: int, column: int) -> torch.Tensor:
+        rows, columns = self.block_shape
+        first, last = column * self.size, (column + columns) * self.size
+        return self.data[max(row, 0) : row + rows, first:last]
 
     def read(self, row: int, column: int) -> torch.Tensor:
         rows, columns = self.block_shape
-        out = torch.zeros(rows, columns, dtype=torch.uint8)
-        part = self.data[max(row, 0) : row + rows, column : column + columns]
+        out = torch.zeros(rows, columns * self.size, dtype=torch.uint8)
+        part = self.part(row, column)
         out[: part.shape[0], : part.shape[1]] = part
         return out
+
+    def write(self, row: int, column: int, tile: torch.Tensor) -> None:
+        part = self.part(row, column)
+        part.copy_(tile.contiguous().view(torch.uint8)[: part.shape[0], : part.shape[1]])
 
 
 class Program(threading.local):
@@ -153,6 +168,18 @@ def tma_copy(matrix: Matrix, at: list[Any], bar: Barrier, to: Shared, pred: Any 
     threading.Thread(target=arrive).start()
 
 
+def tma_store(matrix: Matrix, at: list[Any], source: Shared) -> None:
+    matrix.write(int(at[0]), int(at[1]), source.data)
+
+
+def gather(to: Shared, ptr: Pointer, mask: Any = None) -> None:
+    to.store(load(ptr, mask))
+
+
+def gathered(bar: Barrier, increment_count: bool) -> None:
+    bar.move(32 * PROGRAM.warps, 0)
+
+
 def multiply(a: Shared, b: Shared, total: torch.Tensor, use_acc: bool = True, **_: Any) -> Block:
     product = a.data.double() @ b.data.double()
     return block(((total.double() if use_acc else 0.0) + product).to(total.dtype))
@@ -169,14 +196,20 @@ def load(ptr: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Block:
     return block(found)
 
 
-def store(ptr: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
-    at, value, mask = torch.broadcast_tensors(ptr.at, value, mask)
+def store(ptr: Pointer, value: torch.Tensor, mask: Any = True) -> None:
+    at, value, mask = torch.broadcast_tensors(ptr.at, value, torch.as_tensor(mask))
     ptr.memory[at[mask].long()] = value[mask].to(ptr.memory.dtype)
 
 
 def raise_to(ptr: Pointer, value: torch.Tensor, mask: torch.Tensor, sem: str) -> None:
     for at, bits in zip(ptr.at[mask].tolist(), value[mask].tolist(), strict=True):
         ptr.memory[at] = max(int(ptr.memory[at]), bits)
+
+
+def add_to(ptr: Pointer, value: int, sem: str) -> int:
+    before = int(ptr.memory[int(ptr.at)])
+    ptr.memory[int(ptr.at)] += value
+    return before
 
 
 def specialize(roles: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -221,6 +254,7 @@ def pick(function: Any) -> Any:
 LANGUAGE: dict[str, Any] = {
     "program_id": lambda axis: PROGRAM.number, "num_programs": lambda axis: PROGRAM.count,
     "num_warps": lambda: PROGRAM.warps, "load": load, "store": store, "atomic_max": raise_to,
+    "atomic_add": add_to, "max": lambda x, axis: block(x.amax(axis)),
     "arange": lambda first, last, layout: block(torch.arange(first, last)),
     "zeros": lambda shape, dtype, layout: block(torch.zeros(shape, dtype=DTYPES.get(dtype, dtype))),
     "full": lambda shape, value, dtype, layout: block(
@@ -251,7 +285,13 @@ def wait_products(n: int, deps: tuple[Any, ...]) -> Any:
 
 INSTEAD: dict[str, Any] = {
     "gl": types.SimpleNamespace(**{**vars(real), **LANGUAGE}), "mbarrier": MBARRIER,
-    "tma": types.SimpleNamespace(async_copy_global_to_shared=tma_copy),
+    "tma": types.SimpleNamespace(
+        async_copy_global_to_shared=tma_copy, async_copy_shared_to_global=tma_store,
+        store_wait=lambda n: None,
+    ),
+    "async_copy": types.SimpleNamespace(
+        async_copy_global_to_shared=gather, mbarrier_arrive=gathered
+    ),
     "warpgroup_mma": multiply, "warpgroup_mma_wait": wait_products,
     "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
     "fence_async_shared": lambda: None,

@@ -1,5 +1,5 @@
-"""What can be known of the 8-bit prefill kernels without a GPU: the order of their tiles, where
-their scales lie, and what their launcher refuses."""
+"""What can be known of the 8-bit prefill kernels without a GPU: that their roles hand each tile on,
+where their scales lie, and what their launcher refuses."""
 
 import types
 from functools import partial
@@ -11,11 +11,13 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.hopper_quantized import can_prefill
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
-from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -27,7 +29,9 @@ from fusedmoe.quantization.keys import (
     GroupShape,
     QuantKey,
 )
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
+from gluon_threads import ROUNDING, Matrix, run
 
 ROWS, STEP = 128, 128
 
@@ -76,21 +80,6 @@ def device_function(name):
     if name == "load_weight_scales":
         names["load_features"] = device_function("load_features")
     return types.FunctionType(function.__code__, function.__globals__ | names)
-
-
-@pytest.mark.parametrize(("blocks", "TILES", "GROUP"), [(1, 3, 16), (35, 6, 16), (16, 1, 16)])
-def test_every_tile_has_one_task(blocks, TILES, GROUP):
-    place = device_function("place")
-    experts = Pointer(torch.arange(blocks) // 3)
-    found = [
-        tuple(int(n) for n in place(task, blocks, experts, 4, TILES, GROUP))
-        for task in range(blocks * TILES)
-    ]
-    assert {(block, tile) for block, tile, _ in found} == {
-        (block, tile) for block in range(blocks) for tile in range(TILES)
-    }
-    assert all(expert == min(block // 3, 3) for block, _, expert in found)
-    assert len({block for block, _, _ in found[: GROUP * TILES]}) == min(GROUP, blocks)
 
 
 def weights(fmt, E, N, D, shards=1, interleaved=False):
@@ -143,63 +132,37 @@ def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I)
                 torch.testing.assert_close(value, exact[expert, rows])
 
 
-def as_the_kernels_do(x, w1, w2, topk_ids, tables, programs=7):
-    """up_kernel and down_kernel of block fp8 with silu, tile by tile and step by step: (y [P, H],
-    position [R])."""
-    place, scale_row = device_function("place"), device_function("scale_row")
-    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3):
+    """(y [P, H], position [R]) by up_kernel's and down_kernel's own source, silu."""
+    (e, H, I), (T, K) = w2.shape, ids.shape  # noqa: E741
     R, P = T * K, prefill_rows(T * K, e)
-    blocks, experts = int(tables.num_tokens_post_pad) // ROWS, Pointer(tables.expert_ids)
-    q, q_scale = quantize_rows_reference(x, FP8_DYNAMIC_128)
-    act = torch.full((P, I), float("nan"))
-    act_scale = torch.full((-(-I // STEP), P), float("nan"))
-    y, position = torch.full((P, H), float("nan")), torch.full((R,), -1)
+    tables = align_local_slots(ids, ROWS, e, None, whole_blocks=True, spare_slots=COUNTER_SLOTS)
+    act, y = torch.full((P, I), 7.0).bfloat16(), torch.full((P, H), float("nan")).bfloat16()
+    position = torch.full((R,), -1, dtype=torch.int32)
 
-    def sums(w, expert, shard, column, WIDTH, rows, row_scales):
-        n = torch.arange(column, min(column + 128, WIDTH))
-        pointer = scale_row(
-            (Pointer(w.scale), *weight_addresses(w)[4:]), Number(expert), shard,
-            torch.tensor(column), WIDTH,
-        )  # fmt: skip
-        total = torch.zeros(ROWS, len(n))
-        for k in range(0, w.shape[2], STEP):
-            tile = w.data[expert, shard * WIDTH + n, k : k + STEP].float()
-            scale = OnTensors.load(pointer + k // STEP)
-            part = rows[:, k : k + STEP] @ tile.T
-            total += part * (row_scales(k // STEP) * scale)[:, None]
-        return total
+    def launcher(kernel):
+        def launch(programs, matrices, tensors, numbers, constants, **options):
+            views = [Matrix(view, memory_of(view)) for view in matrices]
+            run(kernel, programs, (*views, *tensors, *numbers, *constants), ROUNDING)
 
-    TILES = -(-I // 128)
-    for program in range(programs):
-        for task in range(program, blocks * TILES, programs):
-            block, tile, expert = (int(n) for n in place(task, blocks, experts, e, TILES, 16))
-            places = slice(block * ROWS, (block + 1) * ROWS)
-            slots = tables.sorted_ids[places].long()
-            live = (slots >= 0) & (slots < R)
-            token = torch.where(live, slots, 0) // K
-            position[slots[live]] = torch.arange(P)[places][live]
-            rows = q[token].float() * live[:, None]
-            gate, up = (
-                sums(w1, expert, s, tile * 128, I, rows, lambda k, t=token: q_scale[t, k])
-                for s in (0, 1)
-            )
-            value = torch.nn.functional.silu(gate) * up
-            rounded, act_scale[tile, places] = (
-                part.squeeze(1) if part.shape[1] == 1 else part.float()
-                for part in quantize_rows_reference(value, FP8_DYNAMIC_128)
-            )
-            act[places, tile * 128 : tile * 128 + 128] = rounded
-    TILES = -(-H // 256)
-    for program in range(programs):
-        for task in range(program, blocks * TILES, programs):
-            block, tile, expert = (int(n) for n in place(task, blocks, experts, e, TILES, 16))
-            places = slice(block * ROWS, (block + 1) * ROWS)
-            for column in (tile * 256, tile * 256 + 128):
-                if column < H:
-                    y[places, column : column + 128] = sums(
-                        w2, expert, 0, column, H, act[places], lambda k, p=places: act_scale[k, p]
-                    )
-    return y, position
+        return launch
+
+    def memory_of(view):
+        for memory in (w1.data, w2.data, y, act.view(torch.float8_e4m3fn)):
+            if 0 <= view.base.data_ptr() - memory.data_ptr() < memory.nbytes:
+                return memory
+        raise AssertionError("a view of nothing")
+
+    for name in ("up", "down"):
+        kernel = getattr(kernels, f"{name}_kernel")
+        monkeypatch.setattr(kernels, f"_launch_{name}", launcher(kernel))
+    tiles = QuantizedPrefillTiles(promoted=(2, 2))
+    made = kernels.up(
+        *quantize_rows_reference(x, key), w1, K, act, position, key, None,
+        device_activation(MoEActivation.SILU, None), None, tables, tiles, programs,
+    )  # fmt: skip
+    kernels.down(*made, w2, y, R, None, tables, tiles, programs)
+    return y.float(), position
 
 
 def layer(fmt, e=3, H=384, I=208, shards=2):  # noqa: E741
@@ -215,20 +178,22 @@ def scratch(T, K, e, H, I):  # noqa: E741
     }
 
 
-def test_tiles_and_gathers_add_up_to_the_definition():
+@pytest.mark.parametrize(
+    ("fmt", "key"), [("fp8_block", FP8_DYNAMIC_128), ("fp8_channel", FP8_DYNAMIC_TOKEN)], ids=str
+)
+@pytest.mark.parametrize("programs", [1, 5, 40])
+def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, monkeypatch):
+    """Full, half-empty and missing blocks, and more programs than there are tiles."""
     torch.manual_seed(0)
     T, K, H, I = 150, 2, 384, 208  # noqa: E741
-    w1, w2 = layer("fp8_block", H=H, I=I)
+    w1, w2 = layer(fmt, H=H, I=I)
     x = torch.randn(T, H).bfloat16()
     ids = torch.randint(-1, 4, (T, K), dtype=torch.int32)
+    ids[40:, 0] = 0
     picked = torch.rand(T, K)
     given = scratch(T, K, 3, H, I)
-    keys = FP8_DYNAMIC_128, FP8_DYNAMIC_128
-    fp8_prefill(x, w1, w2, keys, (None, None), picked, ids, programs=7, **given)
-    alignment = moe_align_block_size(
-        ids, ROWS, 3, pad_sorted_ids=True, ignore_invalid_experts=True, num_local_experts=3
-    )
-    y, position = as_the_kernels_do(x, w1, w2, ids, MoEAlignment(*alignment[:3]))
+    fp8_prefill(x, w1, w2, (key, key), (None, None), picked, ids, programs=7, **given)
+    y, position = as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs)
     live = (ids >= 0) & (ids < 3)
     assert ((position >= 0).view(T, K) == live).all()
     rows = torch.where(live[:, :, None], y[position.clamp(min=0)].view(T, K, H), 0.0)

@@ -12,6 +12,7 @@ from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR)
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 from hopper_compiler import compile_as_launched, stack_bytes
 
@@ -28,7 +29,7 @@ module._launch_round = module.sum_rows = lambda *arguments: None
 
 T, K, E, P = 4, 2, 3, 384
 ids = torch.zeros(T * K, dtype=torch.int32)
-table = MoEAlignment(torch.zeros(P, dtype=torch.int32), ids[:3], ids[:1])
+table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3], ids[:1])
 plain, promoted = QuantizedPrefillTiles(), QuantizedPrefillTiles(promoted=(1, 1))
 pairs = QuantizedPrefillTiles(promoted=(2, 2))
 

@@ -22,6 +22,7 @@ from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
 
 TILE_ROWS = 128
@@ -103,7 +104,10 @@ def fp8_prefill(
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        align_local_slots(topk_ids, PREFILL_BLOCK, w1.shape[0], expert_map, whole_blocks=True),
+        align_local_slots(
+            topk_ids, PREFILL_BLOCK, w1.shape[0], expert_map, whole_blocks=True,
+            spare_slots=COUNTER_SLOTS,
+        ),
         tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs, x_scale,
     )  # fmt: skip
 

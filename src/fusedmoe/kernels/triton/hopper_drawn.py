@@ -10,10 +10,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def open_box(CONSUMERS: gl.constexpr):
+def open_box(CONSUMERS: gl.constexpr, WORD: gl.constexpr = gl.int32):
     """(words, full, empty): where the producer tells the consumers what comes next."""
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    words = gl.allocate_shared_memory(gl.int32, [2, 1], word)
+    words = gl.allocate_shared_memory(WORD, [2, 1], word)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
@@ -24,29 +24,54 @@ def open_box(CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def one_word():
-    return gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+def no_word(words):
+    return gl.full([1], 0, words.dtype, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
 
 
 @gluon.jit
-def announce(box, number, word):
-    """``word``, not negative, says what the ``number``-th task of this program is."""
-    words, full, empty = box
+def clear(box, number):
+    """Wait until all consumers are done with what was in this word's place."""
+    _, _, empty = box
     mbarrier.wait(empty.index(number % 2), number // 2 % 2 ^ 1)
     gl.thread_barrier()
-    words.index(number % 2).store(one_word() + word)
+
+
+@gluon.jit
+def post(box, number, word):
+    """Announce, where the place is clear."""
+    words, full, _ = box
+    words.index(number % 2).store(no_word(words) + word)
     gl.thread_barrier()
     mbarrier.arrive(full.index(number % 2), count=1)
 
 
 @gluon.jit
-def hear(box, number):
-    """The word that was announced."""
-    words, full, empty = box
+def announce(box, number, word):
+    """``word`` says what the ``number``-th task of this program is."""
+    clear(box, number)
+    post(box, number, word)
+
+
+@gluon.jit
+def read(box, number):
+    """The word that was announced; it stays until this consumer lets it go."""
+    words, full, _ = box
     mbarrier.wait(full.index(number % 2), number // 2 % 2)
-    word = gl.max(words.index(number % 2).load(one_word().type.layout), 0)
+    return gl.max(words.index(number % 2).load(no_word(words).type.layout), 0)
+
+
+@gluon.jit
+def let_go(box, number):
+    _, _, empty = box
     gl.thread_barrier()
     mbarrier.arrive(empty.index(number % 2), count=1)
+
+
+@gluon.jit
+def hear(box, number):
+    """The word that was announced."""
+    word = read(box, number)
+    let_go(box, number)
     return word
 
 

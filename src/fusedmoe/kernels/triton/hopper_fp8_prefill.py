@@ -27,7 +27,12 @@ from fusedmoe.kernels.quantize import STORED, quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, Memory, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_launch import (
+    HopperLauncher,
+    Memory,
+    matrix_descriptor,
+    task_counters,
+)
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
 from fusedmoe.kernels.triton.hopper_quantized_tasks import rows_descriptor, weight_descriptors
@@ -147,7 +152,10 @@ def up(
     _launch_up(
         programs,
         (low, high, out_desc),
-        (bias, q, q_scale, w1.scale, act_scale, position, *_read(tables)),
+        (
+            *(bias, q, q_scale, w1.scale, act_scale, position, *_read(tables)),
+            task_counters(tables.sorted_ids, P)[0],
+        ),
         (
             0 if q_scale.numel() == 1 else q_scale.stride(0),
             *weight_addresses(w1)[4:],
@@ -207,11 +215,14 @@ def down(
     _launch_down(
         programs,
         (
-            _bytes_descriptor(act, BLOCK_M.value),
+            _bytes_descriptor(act, HALF_M.value),
             weights,
             matrix_descriptor(y, H, (HALF_M.value, TILE_N.value // 2)),
         ),
-        (bias, act_scale, w2.scale, *_read(tables)),
+        (
+            *(bias, act_scale, w2.scale, *_read(tables)),
+            task_counters(tables.sorted_ids, act.shape[0])[1],
+        ),
         (
             *(0 if act_scale.numel() == 1 else 1, act.shape[0] // BLOCK_M.value),
             *(stride_se, stride_sn, row_step, block, R, e),

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from fusedmoe.kernels.triton.hopper_common import tile_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, store_tile
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
@@ -11,6 +12,7 @@ from fusedmoe.kernels.triton.quantize import quantized, scale_of
 STEP = gl.constexpr(128)
 BUFFER_WORDS = gl.constexpr(2048)  # an output buffer: 8 KiB
 IN_ORDER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+NO_TASK = gl.constexpr(-1)  # the word behind a program's last task
 ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 
@@ -19,15 +21,14 @@ BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 def open_rings(
     w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr, STEPPED: gl.constexpr
 ):
-    """(rings, barriers, the output buffers of both warpgroups). Rings hold rows, weights and, if
-    STEPPED, the rows' scales; FILLERS threads copy beside the TMA arrival. 8-bit results leave in
-    one part per tile of 128 columns, others in two."""
+    """(rings, barriers, the output buffers of both warpgroups). Rings hold rows, weights and the
+    rows' scales, of each step if STEPPED, or of each word in the box; FILLERS threads copy beside
+    the TMA arrival. 8-bit results leave in one part per tile of 128 columns, others in two."""
     dtype: gl.constexpr = w_desc.dtype
-    SCALES: gl.constexpr = BLOCK_M if STEPPED else 1
     rings = (
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, STEP], w_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, STEP], w_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, SCALES], IN_ORDER),
+        gl.allocate_shared_memory(gl.float32, [STAGES if STEPPED else 2, BLOCK_M], IN_ORDER),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -44,28 +45,26 @@ def open_rings(
 
 @gluon.jit
 def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile, expert) of a task: the columns of GROUP blocks, blocks innermost."""
-    first = task // (GROUP * TILES) * GROUP
-    rest = task - first * TILES
-    size = gl.maximum(gl.minimum(blocks - first, GROUP), 1)
-    block = first + rest % size
+    """(block, column tile, expert) of a task."""
+    block, tile = tile_of(task, blocks, TILES, GROUP)
     expert = gl.load(expert_ids_ptr + block)
-    return block, rest // size, gl.minimum(gl.maximum(expert, 0), num_local - 1)
+    return block, tile, gl.minimum(gl.maximum(expert, 0), num_local - 1)
 
 
 @gluon.jit
-def look_up(
-    task, blocks, tables, R, num_local,
-    TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """(row, column tile, expert, live) of a task: this warpgroup's first row, and whether its rows
-    hold a slot, as places fill from the front. Of some other task where there is none: asked for a
-    task ahead, it is never waited for."""
-    task = gl.minimum(task, gl.maximum(blocks * TILES - 1, 0))
-    block, tile, expert = place(task, blocks, tables[0], num_local, TILES, GROUP)
-    row = block * BLOCK_M + WHICH * HALF_M
-    slot = gl.load(tables[1] + row)
-    return row, tile, expert, (slot >= 0) & (slot < R)
+def packed(block, tile, expert, whole):
+    """One word of all that consumers ask of a task, so that they wait for no load; it is not
+    negative. Of ``tile`` it holds 18 bits, of ``block`` 25."""
+    low = tile * 2 + gl.where(whole, 1, 0)
+    return (expert.to(gl.int64) << 44) | (block.to(gl.int64) << 19) | low.to(gl.int64)
+
+
+@gluon.jit
+def unpacked(word, WHICH: gl.constexpr):
+    """(this warpgroup's first row, column tile, expert, whether its rows hold a slot)."""
+    row = ((word >> 19) & 0x1FFFFFF).to(gl.int32) * BLOCK_M + WHICH * HALF_M
+    tile = ((word >> 1) & 0x3FFFF).to(gl.int32)
+    return row, tile, (word >> 44).to(gl.int32), ((word & 1) == 1) | (WHICH == 0)
 
 
 @gluon.jit

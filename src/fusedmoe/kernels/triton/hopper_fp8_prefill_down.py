@@ -6,21 +6,31 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_drawn import (
+    announce,
+    draw,
+    hear,
+    open_box,
+)
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
+    NO_TASK,
     STEP,
     finished,
     load_features,
     load_weight_scales,
-    look_up,
     open_rings,
+    packed,
     place,
     scale_row,
+    unpacked,
 )
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    expect_step,
+    is_whole,
     store_tile,
 )
 
@@ -33,10 +43,13 @@ UNSPECIALIZED = (
 @gluon.jit
 def down_producer(
     descs,
+    box,
+    counter_ptr,
     act_scales,
     rings,
     bars,
     tables,
+    R,
     num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
@@ -50,20 +63,21 @@ def down_producer(
     act_desc, w_desc = descs
     act_scale_ptr, _, scale_blocks = act_scales
     row = gl.arange(0, BLOCK_M, gl.BlockedLayout([4], [32], [1], [0]))
-    expert_ids_ptr, num_post_ptr = tables
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = a_ring.shape[0]
+    KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
     blocks = gl.load(num_post_ptr) // BLOCK_M
     tasks = blocks * TILES
     first = gl.program_id(0)
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
-    EARLY: gl.constexpr = min(STAGES, (I + STEP - 1) // STEP)
-    BYTES: gl.constexpr = (BLOCK_M + 2 * TILE_N) * STEP
+    EARLY: gl.constexpr = min(STAGES, KSTEPS)
     if first < tasks:
-        _, tile, expert = place(first, blocks, expert_ids_ptr, num_local, TILES, GROUP)
+        block, tile, expert = place(first, blocks, expert_ids_ptr, num_local, TILES, GROUP)
+        whole = is_whole(block, sorted_ptr, R)
         weight_row = expert * H + tile * (2 * TILE_N)
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
+            expect_step(bar, whole, STEP)
             tma.async_copy_global_to_shared(
                 w_desc, [weight_row, stage * STEP], bar, b_ring.index(stage)
             )
@@ -71,63 +85,69 @@ def down_producer(
     gdc_launch_dependents()
     stage = 0
     phase = 1
-    for task in range(first, tasks, gl.num_programs(0)):
+    number = 0
+    task = first
+    coming = tasks
+    while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
+        whole = is_whole(block, sorted_ptr, R)
+        announce(box, number, packed(block, tile, expert, whole))
+        number += 1
+        act_row = block * BLOCK_M
         weight_row = expert * H + tile * (2 * TILE_N)
-        for k in range(0, I, STEP):
+        for k in range(KSTEPS):
+            if k == KSTEPS // 2:
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            if (task != first) | (k >= EARLY * STEP):
-                mbarrier.expect(bar, BYTES)
-                tma.async_copy_global_to_shared(w_desc, [weight_row, k], bar, b_ring.index(stage))
-            tma.async_copy_global_to_shared(
-                act_desc, [block * BLOCK_M, k], bar, a_ring.index(stage)
-            )
+            if (task != first) | (k >= EARLY):
+                expect_step(bar, whole, STEP)
+                tma.async_copy_global_to_shared(
+                    w_desc, [weight_row, k * STEP], bar, b_ring.index(stage)
+                )
+            low = a_ring.index(stage).slice(0, HALF_M, 0)
+            high = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
+            at = k * STEP
+            tma.async_copy_global_to_shared(act_desc, [act_row, at], bar, low)
+            tma.async_copy_global_to_shared(act_desc, [act_row + HALF_M, at], bar, high, pred=whole)
             if OWN:
-                at = (k // STEP * scale_blocks + block) * BLOCK_M + row
-                async_copy.async_copy_global_to_shared(scale_ring.index(stage), act_scale_ptr + at)
+                scale = act_scale_ptr + (k * scale_blocks + block) * BLOCK_M + row
+                async_copy.async_copy_global_to_shared(scale_ring.index(stage), scale)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, NO_TASK)
 
 
 @gluon.jit
 def down_consumer(
     out_desc,
     buffers,
+    box,
     bias_ptr,
     act_scales,
     scales,
     rings,
     bars,
-    tables,
-    R,
-    num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
     PER_SCALE: gl.constexpr,
     BY_FEATURE: gl.constexpr,
     OWN: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     act_scale_ptr, stride_am, _ = act_scales
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
-    blocks = gl.load(tables[2]) // BLOCK_M
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = look_up(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+    number = 0
     # The scales of act are read here, not only by the producer.
     gdc_wait()
-    for task in range(first, blocks * TILES, programs):
-        row = coming[0] + 0
-        column = coming[1] * (2 * TILE_N)
-        expert = coming[2] + 0
-        live = coming[3] & True
-        coming = look_up(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
+    word = hear(box, number)
+    while word >= 0:
+        row, tile, expert, live = unpacked(word, WHICH)
+        column = tile * (2 * TILE_N)
         if live:
             low_scales = None
             high_scales = None
@@ -162,6 +182,8 @@ def down_consumer(
             store_tile(out_desc, buffers, high, row, column + TILE_N)
         else:
             stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
+        number += 1
+        word = hear(box, number)
     tma.store_wait(0)
 
 
@@ -176,6 +198,7 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counter_ptr,
     stride_am,
     scale_blocks,
     stride_se,
@@ -197,6 +220,7 @@ def down_kernel(
     128 * scale_blocks. Others as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 32 if OWN else 0, OWN)
+    box = open_box(2, gl.int64)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     scales = (scale_ptr, stride_se, stride_sn, 0, scale_row_step, scale_block)
     act_scales = (act_scale_ptr, stride_am, scale_blocks)
@@ -205,21 +229,21 @@ def down_kernel(
             (
                 down_consumer,
                 (
-                    out_desc, out0, bias_ptr, act_scales, scales, rings, bars, tables, R,
-                    num_local, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, TILES, GROUP, 0,
+                    out_desc, out0, box, bias_ptr, act_scales, scales, rings, bars, H, I,
+                    PROMOTED, PER_SCALE, BY_FEATURE, OWN, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, bias_ptr, act_scales, scales, rings, bars, tables, R,
-                    num_local, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, TILES, GROUP, 1,
+                    out_desc, out1, box, bias_ptr, act_scales, scales, rings, bars, H, I,
+                    PROMOTED, PER_SCALE, BY_FEATURE, OWN, 1,
                 ),
             ),
             (
                 down_producer,
                 (
-                    (act_desc, w_desc), act_scales, rings, bars, (expert_ids_ptr, num_post_ptr),
+                    (act_desc, w_desc), box, counter_ptr, act_scales, rings, bars, tables, R,
                     num_local, H, I, TILES, GROUP, OWN,
                 ),
             ),

@@ -7,20 +7,37 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
+from fusedmoe.kernels.triton.hopper_drawn import (
+    announce,
+    clear,
+    draw,
+    let_go,
+    open_box,
+    post,
+    read,
+)
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
+    NO_TASK,
     ONE_EACH,
     STEP,
     finished,
     load_features,
     load_weight_scales,
-    look_up,
     open_rings,
+    packed,
     place,
     scale_row,
     store_act,
+    unpacked,
 )
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_prefill_common import (
+    BLOCK_M,
+    HALF_M,
+    TILE_N,
+    is_whole,
+)
+from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
@@ -29,19 +46,13 @@ UNSPECIALIZED = (
 
 
 @gluon.jit
-def tokens_at(row, ROWS: gl.constexpr, tables, R, PICKS: gl.constexpr, LAYOUT: gl.constexpr):
-    """(tokens, which of them live) of ROWS places from ``row`` on; token 0 where there is none."""
-    slots = gl.load(tables[1] + row + gl.arange(0, ROWS, LAYOUT))
-    live = (slots >= 0) & (slots < R)
-    return gl.where(live, slots, 0) // PICKS, live
-
-
-@gluon.jit
 def up_producer(
     descs,
+    box,
+    counter_ptr,
     rings,
     bars,
-    x_ptr,
+    x,
     x_scales,
     position_ptr,
     tables,
@@ -62,26 +73,38 @@ def up_producer(
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = a_ring.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(0, layout)), 0)
 
     blocks = gl.load(num_post_ptr) // BLOCK_M
     stage = 0
     phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = gl.program_id(0)
+    tasks = blocks * TILES
+    coming = tasks
+    while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        slots = gl.load(sorted_ptr + block * BLOCK_M + row)
-        live = (slots >= 0) & (slots < R)
-        slots = gl.where(live, slots, 0)
-        if tile == 0:
-            gl.store(position_ptr + slots, block * BLOCK_M + row, live)
-        x_rows = gl.expand_dims(x_ptr + (slots // PICKS).to(gl.int64) * H, 1)
-        lives = gl.expand_dims(live, 1)
+        whole = is_whole(block, sorted_ptr, R)
+        at = block * BLOCK_M + row
+        x_rows, lives = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+        at += HALF_M
+        x_rest, lives_rest = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
+        slots = gl.load(sorted_ptr + block * BLOCK_M + gl.arange(0, BLOCK_M, ONE_EACH))
+        scaled = (slots >= 0) & (slots < R)
+        row_scales = x_scale_ptr + (slots // PICKS).to(gl.int64) * stride_xs
         if STEPPED:
-            token, scaled_row = tokens_at(block * BLOCK_M, BLOCK_M, tables, R, PICKS, ONE_EACH)
-            row_scales = x_scale_ptr + token.to(gl.int64) * stride_xs
+            clear(box, number)
+        else:
+            row_scale = gl.load(row_scales, scaled, 0.0, cache_modifier=".cg")
+            clear(box, number)
+            scale_ring.index(number % 2).store(row_scale)
+        post(box, number, packed(block, tile, expert, whole))
+        number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, STEP):
+            if k == H // STEP // 2 * STEP:  # early enough for its latency, as late as can be
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * STEP)
@@ -89,35 +112,31 @@ def up_producer(
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
             tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
             tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
-            if H % STEP == 0:  # noqa: SIM108 (a compile-time branch)
-                inside = lives
-            else:
-                inside = lives & (k + column < H)
-            async_copy.async_copy_global_to_shared(
-                a_ring.index(stage), x_rows + (k + column), inside
-            )
+            gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, STEP)
+            if whole:
+                rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
+                gather(rest, x_rest, lives_rest, k + column, H, STEP)
             if STEPPED:
                 async_copy.async_copy_global_to_shared(
-                    scale_ring.index(stage), row_scales + k // STEP, scaled_row
+                    scale_ring.index(stage), row_scales + k // STEP, scaled
                 )
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, NO_TASK)
 
 
 @gluon.jit
 def up_consumer(
     out,
+    box,
     bias_ptr,
-    x_scales,
     scales,
     rings,
     bars,
-    tables,
-    sizes,
     numbers,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
-    PICKS: gl.constexpr,
     FORMULA: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
@@ -127,39 +146,30 @@ def up_consumer(
     ROUNDED: gl.constexpr,
     OWN: gl.constexpr,
     E8M0: gl.constexpr,
-    TILES: gl.constexpr,
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
-    GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    R, num_local, _ = sizes
     limit, alpha, beta = numbers
-    x_scale_ptr, stride_xs = x_scales
     KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
     SHARDS: gl.constexpr = 2 if GATED else 1
     # From a feature to the next, and from one of low to its partner of high.
     BY: gl.constexpr = 2 if INTERLEAVED else 1
     TO_HIGH: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
-    blocks = gl.load(tables[2]) // BLOCK_M
     stage = 0
     phase = 0
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
-    coming = look_up(first, blocks, tables, R, num_local, TILES, GROUP, WHICH)
-    coming_token, _ = tokens_at(coming[0], HALF_M, tables, R, PICKS, BY_ROW)
-    for task in range(first, blocks * TILES, programs):
-        row = coming[0] + 0
-        column = coming[1] * WIDE
-        expert = coming[2] + 0
-        live = coming[3] & True
-        row_scales = x_scale_ptr + coming_token.to(gl.int64) * stride_xs
-        coming = look_up(task + programs, blocks, tables, R, num_local, TILES, GROUP, WHICH)
-        coming_token, _ = tokens_at(coming[0], HALF_M, tables, R, PICKS, BY_ROW)
+    number = 0
+    word = read(box, number)
+    while word >= 0:
+        row, tile, expert, live = unpacked(word, WHICH)
+        row_scale = None
+        if PER_SCALE == 0:
+            row_scale = rings[2].index(number % 2).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
+        let_go(box, number)
+        column = tile * WIDE
         if live:
             low_scales = None
             high_scales = None
-            row_scale = None
             of_low = None
             of_high = None
             low_bias = None
@@ -168,7 +178,6 @@ def up_consumer(
                 low_scales = scale_row(scales, expert, 0, column, I)
                 high_scales = scale_row(scales, expert, SHARDS - 1, column + BELOW, I)
             else:
-                row_scale = gl.load(row_scales, cache_modifier=".cg")
                 of_low, of_high = load_weight_scales(
                     scales[0], expert, column, BELOW, BY, TO_HIGH, SHARDS, I, BY_FEATURE
                 )
@@ -194,6 +203,8 @@ def up_consumer(
                 store_act(out, high, row, column + TILE_N, I, ROUNDED, OWN, E8M0)
         else:
             stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
+        number += 1
+        word = read(box, number)
     tma.store_wait(0)
 
 
@@ -211,6 +222,7 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counter_ptr,
     stride_xs,
     stride_se,
     stride_sn,
@@ -247,36 +259,37 @@ def up_kernel(
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     ROUNDED: gl.constexpr = act_scale_ptr is not None
     rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128, PER_SCALE > 0)
+    box = open_box(2, gl.int64)
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
-    x_scales = (x_scale_ptr, stride_xs)
     gl.warp_specialize(
         [
             (
                 up_consumer,
                 (
-                    (out_desc, out0, act_scale_ptr, P), bias_ptr, x_scales, scales, rings, bars,
-                    tables, sizes, numbers, H, I, PICKS, FORMULA, GATED, INTERLEAVED, PROMOTED,
-                    PER_SCALE, BY_FEATURE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 0,
+                    (out_desc, out0, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
+                    numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE, BY_FEATURE,
+                    ROUNDED, OWN, E8M0, WIDE, BELOW, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
-                    (out_desc, out1, act_scale_ptr, P), bias_ptr, x_scales, scales, rings, bars,
-                    tables, sizes, numbers, H, I, PICKS, FORMULA, GATED, INTERLEAVED, PROMOTED,
-                    PER_SCALE, BY_FEATURE, ROUNDED, OWN, E8M0, TILES, WIDE, BELOW, GROUP, 1,
+                    (out_desc, out1, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
+                    numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE, BY_FEATURE,
+                    ROUNDED, OWN, E8M0, WIDE, BELOW, 1,
                 ),
             ),
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), rings, bars, x_ptr, x_scales, position_ptr, tables,
-                    sizes, H, PICKS, TILES, WIDE, BELOW, GROUP, PER_SCALE > 0,
+                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, H),
+                    (x_scale_ptr, stride_xs), position_ptr, tables, sizes, H, PICKS, TILES, WIDE,
+                    BELOW, GROUP, PER_SCALE > 0,
                 ),
             ),
         ],

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_drawn import announce, hear
 
 BLOCK_M = gl.constexpr(128)
@@ -95,16 +95,17 @@ def store_part(desc, buffer, value, row, column):
 
 
 @gluon.jit
-def half_is_live(
-    task, blocks, sorted_ptr, R, TILES: gl.constexpr, GROUP: gl.constexpr, WHICH: gl.constexpr
-):
-    """Whether this half of a task's block holds a slot: places fill from the front."""
-    live = False
-    if task < blocks * TILES:
-        block, _ = tile_of(task, blocks, TILES, GROUP)
-        slot = gl.load(sorted_ptr + block * BLOCK_M + WHICH * HALF_M)
-        live = (slot >= 0) & (slot < R)
-    return live
+def is_whole(block, sorted_ptr, R):
+    """Whether both halves of a block hold slots: places fill from the front."""
+    slot = gl.load(sorted_ptr + block * BLOCK_M + HALF_M)
+    return (slot >= 0) & (slot < R)
+
+
+@gluon.jit
+def expect_step(bar, whole, BYTES: gl.constexpr):
+    """What TMA brings in one step, of BYTES a row: weights, and rows of the block's live halves."""
+    mbarrier.expect(bar, (2 * TILE_N + BLOCK_M) * BYTES, pred=whole)
+    mbarrier.expect(bar, (2 * TILE_N + HALF_M) * BYTES, pred=~whole)
 
 
 @gluon.jit

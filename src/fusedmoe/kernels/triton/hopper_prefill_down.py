@@ -12,9 +12,10 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     HALF_M,
     TILE_N,
     announce_half,
-    half_is_live,
+    expect_step,
     halves,
     hear_half,
+    is_whole,
     load_bias,
     multiply,
     open_rings,
@@ -32,14 +33,6 @@ def weight_row_of(
     block, tile = tile_of(task, blocks, TILES, GROUP)
     expert = gl.load(expert_ids_ptr + block)
     return gl.minimum(gl.maximum(expert, 0), num_local - 1) * H + tile * (2 * TILE_N)
-
-
-@gluon.jit
-def expect_step(bar, whole, BK: gl.constexpr):
-    """What one step brings: weights, and the rows of the block's live halves."""
-    WEIGHTS: gl.constexpr = 2 * TILE_N * BK * 2
-    mbarrier.expect(bar, WEIGHTS + BLOCK_M * BK * 2, pred=whole)
-    mbarrier.expect(bar, WEIGHTS + HALF_M * BK * 2, pred=~whole)
 
 
 @gluon.jit
@@ -69,11 +62,12 @@ def down_producer(
     EARLY: gl.constexpr = min(STAGES, KSTEPS)
     first = gl.program_id(0)
     if first < blocks * TILES:
-        whole = half_is_live(first, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        block, _ = tile_of(first, blocks, TILES, GROUP)
+        whole = is_whole(block, sorted_ptr, R)
         weight_row = weight_row_of(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            expect_step(bar, whole, BK)
+            expect_step(bar, whole, 2 * BK)
             tma.async_copy_global_to_shared(
                 w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
             )
@@ -89,7 +83,7 @@ def down_producer(
         block, _ = tile_of(task, blocks, TILES, GROUP)
         row = block * BLOCK_M
         weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
-        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        whole = is_whole(block, sorted_ptr, R)
         announce_half(box, number, task, whole)
         number += 1
         for k in range(KSTEPS):
@@ -98,7 +92,7 @@ def down_producer(
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY):
-                expect_step(bar, whole, BK)
+                expect_step(bar, whole, 2 * BK)
                 tma.async_copy_global_to_shared(
                     w_desc, [weight_row, k * BK], bar, b_ring.index(stage)
                 )

@@ -18,9 +18,9 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     HALF_M,
     TILE_N,
     announce_half,
-    half_is_live,
     halves,
     hear_half,
+    is_whole,
     load_bias,
     multiply,
     open_rings,
@@ -100,7 +100,7 @@ def up_producer(
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         place += HALF_M
         x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        whole = half_is_live(task, blocks, sorted_ptr, R, TILES, GROUP, 1)
+        whole = is_whole(block, sorted_ptr, R)
         announce_half(box, number, task, whole)
         number += 1
         weight_row = expert * desc_rows + tile * WIDE
