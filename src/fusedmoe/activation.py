@@ -7,6 +7,7 @@ the width. Everything is computed in fp32 and rounded once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -129,16 +130,16 @@ class ApplyMoEActivationConfig:
             situ_linear_beta=activation_situ_linear_beta,
         )
 
-    def numbers(
-        self,
-    ) -> tuple[float | None, float | None, float | None, float | None, float | None]:
-        """The fields in order, as a custom op takes them."""
-        return self.clamp_limit, self.alpha, self.beta, self.situ_beta, self.situ_linear_beta
+    def numbers(self) -> list[float]:
+        """The fields in order, as a custom op takes them: NaN stands for None."""
+        given = (self.clamp_limit, self.alpha, self.beta, self.situ_beta, self.situ_linear_beta)
+        return [math.nan if number is None else number for number in given]
 
     @classmethod
-    def from_numbers(cls, *numbers: float | None) -> ApplyMoEActivationConfig:
+    def from_numbers(cls, numbers: Sequence[float]) -> ApplyMoEActivationConfig:
         """The inverse of ``numbers``."""
-        return cls(**{field.name: n for field, n in zip(fields(cls), numbers, strict=True)})
+        given = (None if math.isnan(number) else number for number in numbers)
+        return cls(**{field.name: n for field, n in zip(fields(cls), given, strict=True)})
 
 
 def activation_without_mul(activation: str) -> str:

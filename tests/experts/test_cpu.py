@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedmoe import FusedMoE, MoEOptions, explain
+from fusedmoe import ApplyMoEActivationConfig, FusedMoE, MoEOptions, explain
 from fusedmoe.experts import cpu_gemm
 from fusedmoe.experts.cpu import CpuExperts, CpuMonolithicExperts
 from fusedmoe.experts.cpu_core import cpu_fused_experts
@@ -241,8 +241,8 @@ def test_compiled_it_is_one_opaque_operator(dtype):
     inputs = make_inputs(Case(bias=True, local=3), dtype=dtype)
     arguments = (
         inputs.hidden_states, inputs.w1, inputs.w2, inputs.topk_weights, inputs.topk_ids, "silu",
-        None, None, None, None, None, inputs.w1_bias, inputs.w2_bias, inputs.expert_map, 4, False,
-        False,
+        ApplyMoEActivationConfig().numbers(), inputs.w1_bias, inputs.w2_bias, inputs.expert_map, 4,
+        False, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedmoe.cpu_experts, arguments)
 

@@ -181,12 +181,12 @@ def test_ops_keep_their_promises(name):
     act = layer.activation.value
     torch.library.opcheck(
         torch.ops.fusedmoe.fused_experts.default,
-        (*given, act, False, -1, *rest, *numbers, False, None, None, False),
+        (*given, act, False, -1, *rest, numbers, False, None, None, False),
     )
     scratch = torch.zeros(7, 2, 24), torch.zeros(7, 2, 40)
     torch.library.opcheck(
         torch.ops.fusedmoe.triton_experts.default,
-        (torch.zeros(7, 40), *given, act, *numbers, *rest, *scratch, False),
+        (torch.zeros(7, 40), *given, act, numbers, *rest, *scratch, False),
     )
 
 

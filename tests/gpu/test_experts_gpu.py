@@ -184,7 +184,7 @@ def test_ops_keep_their_promises(name):
     rest = [t["expert_map"], t["w1_bias"], t["w2_bias"]]
     torch.library.opcheck(
         torch.ops.fusedmoe.fused_experts.default,
-        (*given, act, False, -1, *rest, *numbers, False, None, "triton", False),
+        (*given, act, False, -1, *rest, numbers, False, None, "triton", False),
     )
     scratch = [
         torch.zeros(layer.T, layer.K, width, device="cuda", dtype=layer.dtype)
@@ -192,7 +192,7 @@ def test_ops_keep_their_promises(name):
     ]
     torch.library.opcheck(
         torch.ops.fusedmoe.triton_experts.default,
-        (torch.zeros_like(given[0]), *given, act, *numbers, *rest, *scratch, False),
+        (torch.zeros_like(given[0]), *given, act, numbers, *rest, *scratch, False),
     )
 
 

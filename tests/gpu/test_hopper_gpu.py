@@ -301,7 +301,7 @@ def test_the_op_keeps_its_promises(name):
             torch.zeros_like(given[0]),
             *given,
             layer.activation.value,
-            *layer.numbers.numbers(),
+            layer.numbers.numbers(),
             layer.E,
             t["expert_map"],
             t["w1_bias"],

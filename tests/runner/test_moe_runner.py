@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmoe import FusedMoE, MoEOptions
+from fusedmoe import ApplyMoEActivationConfig, FusedMoE, MoEOptions
 from layer_oracle import Experts, Rule, routed_oracle
 
 E, K, H, I = 6, 2, 8, 12  # noqa: E741
@@ -66,7 +66,7 @@ def test_the_torch_experts_op_passes_opcheck():
 
     w1, w2 = torch.randn(3, 8, 4), torch.randn(3, 4, 4)
     ids = torch.tensor([[0, 2], [1, -1]])
-    numbers = (None, None, None, None, None)
+    numbers = ApplyMoEActivationConfig().numbers()
     torch.library.opcheck(
         torch.ops.fusedmoe.torch_experts,
         (
@@ -79,7 +79,7 @@ def test_the_torch_experts_op_passes_opcheck():
             None,
             None,
             "silu",
-            *numbers,
+            numbers,
             False,
         ),
     )

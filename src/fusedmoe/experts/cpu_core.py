@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -56,7 +58,7 @@ def cpu_fused_experts(
             topk_weights,
             topk_ids,
             activation.value,
-            *config.numbers(),
+            config.numbers(),
             w1_bias,
             w2_bias,
             expert_map,
@@ -119,11 +121,7 @@ def _op(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     expert_map: torch.Tensor | None,
@@ -138,9 +136,7 @@ def _op(
         topk_weights,
         topk_ids,
         activation=MoEActivation(activation),
-        activation_config=ApplyMoEActivationConfig.from_numbers(
-            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
-        ),
+        activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
         w1_bias=w1_bias,
         w2_bias=w2_bias,
         expert_map=expert_map,

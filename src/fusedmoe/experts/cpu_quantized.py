@@ -30,7 +30,8 @@ from fusedmoe.experts.cpu_memory import room_for
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
 from fusedmoe.experts.cpu_source import Source
-from fusedmoe.experts.torch_quantized import TorchQuantizedExperts, quantized_pair
+from fusedmoe.experts.quantized_operands import quantized_pair
+from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,

@@ -168,7 +168,7 @@ class CutlassExpertsFp8(CutlassExpertsFp8Base):
             torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights,
             topk_ids,
             activation.value,
-            *self.activation_config.numbers(),
+            self.activation_config.numbers(),
             expert_map,
             workspace13,
             workspace2,
@@ -235,7 +235,7 @@ class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
             self.quant_config.a2_scale,
             counts,
             activation.value,
-            *self.activation_config.numbers(),
+            self.activation_config.numbers(),
             workspace2,
         )
 

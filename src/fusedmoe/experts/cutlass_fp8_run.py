@@ -13,6 +13,7 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,11 +116,7 @@ def standard(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     expert_map: torch.Tensor | None,
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
@@ -150,9 +147,7 @@ def standard(
     ends = offsets[1:].to(torch.int32)
     first = scaled_gemm(rows.view(q.dtype), row_scale.flatten(), w1, w1_scale, ends)
     act = workspace2.flatten()[: R * width].view(R, width)
-    config = ApplyMoEActivationConfig.from_numbers(
-        *(clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
-    )
+    config = ApplyMoEActivationConfig.from_numbers(numbers)
     row = torch.arange(R, device=ends.device)
     live = torch.where(row < offsets[-1], 0, -1)[:, None]
     apply_moe_activation(
@@ -176,11 +171,7 @@ def batched(
     a2_scale: torch.Tensor | None,
     counts: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     workspace2: torch.Tensor,
 ) -> None:
     """Write ``output`` bf16 [e, M, H] up to each expert's count, int32 [e]; what follows is unset.
@@ -197,9 +188,7 @@ def batched(
         q, by_row = hidden_states.contiguous(), _by_row(scale, e * M)
     first = scaled_gemm(q.view(e, M, H), by_row.view(e, M), w1, w1_scale)
     act = workspace2.flatten()[: e * M * width].view(e, M, width)
-    config = ApplyMoEActivationConfig.from_numbers(
-        *(clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
-    )
+    config = ApplyMoEActivationConfig.from_numbers(numbers)
     apply_moe_activation(
         MoEActivation(activation),
         act,

@@ -194,7 +194,7 @@ class DeepGemmExperts(_DeepGemm):
             torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights,
             topk_ids,
             activation.value,
-            *self.activation_config.numbers(),
+            self.activation_config.numbers(),
             expert_map,
             workspace13,
             workspace2,
@@ -263,7 +263,7 @@ class BatchedDeepGemmExperts(_DeepGemm):
             counts,
             expected_rows(hidden_states.shape[1], topk_ids.shape[1], global_num_experts),
             activation.value,
-            *self.activation_config.numbers(),
+            self.activation_config.numbers(),
             workspace13,
             workspace2,
         )

@@ -3,6 +3,8 @@ torch.compile. Shapes as in ``deep_gemm_run``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -21,17 +23,12 @@ def standard(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     expert_map: torch.Tensor | None,
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
 ) -> None:
     """``standard_experts``."""
-    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     standard_experts(
         output,
         hidden_states,
@@ -40,7 +37,7 @@ def standard(
         topk_weights,
         topk_ids,
         MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(*numbers),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         expert_map,
         workspace13,
         workspace2,
@@ -59,16 +56,11 @@ def batched(
     counts: torch.Tensor,
     expected_rows: int,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     workspace13: torch.Tensor,
     workspace2: torch.Tensor,
 ) -> None:
     """``batched_experts``."""
-    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     batched_experts(
         output,
         hidden_states,
@@ -77,7 +69,7 @@ def batched(
         counts,
         expected_rows,
         MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(*numbers),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         workspace13,
         workspace2,
     )

@@ -5,6 +5,8 @@ T tokens, K picks, e local experts, H hidden, I intermediate, S = 2 where the ac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -92,7 +94,7 @@ def _opaque(call: ExpertsCall) -> torch.Tensor:
         call.expert_map,
         call.w1_bias,
         call.w2_bias,
-        *call.activation_config.numbers(),
+        call.activation_config.numbers(),
         *option_words(call.options),
     )
 
@@ -110,11 +112,7 @@ def _fused_experts_op(
     expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     batch_invariant: bool,
     max_workspace_bytes: int | None,
     experts: str | None,
@@ -134,9 +132,7 @@ def _fused_experts_op(
         global_num_experts,
         expert_map,
         biased_moe_quant_config(w1_bias, w2_bias),
-        activation_config=ApplyMoEActivationConfig.from_numbers(
-            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
-        ),
+        activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
         options=options_of(
             batch_invariant,
             max_workspace_bytes,

@@ -15,7 +15,7 @@ from fusedmoe.experts.functional_call import (
     run_selected,
     selection_for,
 )
-from fusedmoe.experts.torch_quantized import config_of, quantized_pair, tensors_and_words
+from fusedmoe.experts.quantized_operands import config_of, quantized_pair, tensors_and_words
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
@@ -58,7 +58,7 @@ def opaque_quantized(call: ExpertsCall, quant_config: FusedMoEQuantConfig) -> to
         call.activation.value,
         call.apply_router_weight_on_input,
         call.global_num_experts,
-        *call.activation_config.numbers(),
+        call.activation_config.numbers(),
         *option_words(call.options),
     )
 
@@ -76,11 +76,7 @@ def _op(
     activation: str,
     apply_router_weight_on_input: bool,
     global_num_experts: int,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     batch_invariant: bool,
     max_workspace_bytes: int | None,
     experts: str | None,
@@ -89,7 +85,6 @@ def _op(
     tuned_table: str | None,
 ) -> torch.Tensor:
     config = config_of(tensors, words)
-    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     call = ExpertsCall(
         hidden_states,
         w1,
@@ -102,7 +97,7 @@ def _op(
         expert_map,
         config.w1_bias,
         config.w2_bias,
-        ApplyMoEActivationConfig.from_numbers(*numbers),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         options_of(
             batch_invariant,
             max_workspace_bytes,

@@ -10,6 +10,7 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -272,7 +273,7 @@ class HopperExperts(FusedMoEExpertsModular):
                 weights,
                 topk_ids,
                 activation.value,
-                *config.numbers(),
+                config.numbers(),
                 global_num_experts,
                 expert_map,
                 *biases,
@@ -311,11 +312,7 @@ def _hopper_experts_op(
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     num_experts: int,
     expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
@@ -333,9 +330,7 @@ def _hopper_experts_op(
         topk_weights,
         topk_ids,
         MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(
-            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
-        ),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         num_experts,
         expert_map,
         w1_bias,

@@ -1,12 +1,17 @@
-"""Operands: what the quantized experts multiply, as their kernels are told."""
+"""Operands: what the quantized experts multiply, as their kernels and as compiled code are told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.activation import MoEActivation
+from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 
@@ -32,6 +37,29 @@ class Operands:
     emulate: bool = False
     order: torch.Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: FusedMoEQuantConfig,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        activation: MoEActivation,
+        dtype: torch.dtype,
+        *,
+        emulate: bool = False,
+        order: torch.Tensor | None = None,
+    ) -> Operands:
+        """The data of both weights as ``config`` describes them; ``dtype`` is that of the rows."""
+        first, second = quantized_pair(w1, w2, config, activation, dtype)
+        keys, scales = (config.a1.key, config.a2.key), (config.a1.scale, config.a2.scale)
+        return cls(first, second, *keys, *scales, config.w1_bias, config.w2_bias, emulate, order)
+
+    def config(self, like: FusedMoEQuantConfig) -> FusedMoEQuantConfig:
+        """What describes these weights, where ``like`` describes their rows."""
+        return replace(
+            like, w1=_described(self.w1, self.w1_bias), w2=_described(self.w2, self.w2_bias)
+        )
+
     @property
     def floating_rows(self) -> bool:
         """Whether the products take rows in floating point."""
@@ -47,3 +75,76 @@ class Operands:
 def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:
     sizes = (w.format.group.col, -1 if key is None else key.group_shape.col)
     return min((size for size in sizes if size > 0), default=-1)
+
+
+def _described(w: QuantizedTensor, bias: torch.Tensor | None) -> FusedMoEQuantDesc:
+    return FusedMoEQuantDesc(
+        dtype=w.format.key_dtype,
+        shape=w.format.group,
+        scale=w.scale,
+        scale2=w.scale2,
+        zp=w.zero_point,
+        group_index=w.group_index,
+        bias=bias,
+        format=w.format,
+    )
+
+
+def quantized_pair(
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    config: FusedMoEQuantConfig,
+    activation: MoEActivation,
+    dtype: torch.dtype,
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """The data of both weights with the parts that ``config`` has for them."""
+    return (
+        config.w1.weight(
+            w1,
+            dtype,
+            shards=2 if activation.is_gated else 1,
+            interleaved=activation is MoEActivation.SWIGLUOAI,
+        ),
+        config.w2.weight(w2, dtype),
+    )
+
+
+def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
+    """A quant config as an op's schema can hold it; ``config_of`` is the inverse."""
+    tensors: list[torch.Tensor | None] = []
+    words = []
+    for rows, weight in ((config.a1, config.w1), (config.a2, config.w2)):
+        assert weight.format is not None
+        tensors += [weight.scale, weight.scale2, weight.zp, weight.group_index, weight.bias]
+        tensors.append(rows.scale)
+        row, col = rows.shape or PER_TENSOR
+        dtype = str(rows.dtype).removeprefix("torch.")
+        words.append(f"{weight.format.name} {dtype} {row} {col} {rows.scale_kind}")
+    return tensors, "|".join(words)
+
+
+def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
+    descs: list[FusedMoEQuantDesc] = []
+    for side, parts in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
+        name, dtype, row, col, kind = side.split()
+        scale, scale2, zp, group_index, bias, rows_scale = parts
+        fmt, scale_kind = format_named(name), cast("ScaleKind", kind)
+        rows = FusedMoEQuantDesc(
+            dtype=getattr(torch, dtype, dtype),
+            shape=GroupShape(int(row), int(col)),
+            scale=rows_scale,
+            scale_kind=scale_kind,
+        )
+        weight = FusedMoEQuantDesc(
+            dtype=fmt.key_dtype,
+            shape=fmt.group,
+            scale=scale,
+            scale2=scale2,
+            zp=zp,
+            group_index=group_index,
+            bias=bias,
+            format=fmt,
+        )
+        descs += [FusedMoEQuantDesc() if dtype == "None" else rows, weight]
+    a1, w1, a2, w2 = descs
+    return FusedMoEQuantConfig(a1=a1, a2=a2, w1=w1, w2=w2)

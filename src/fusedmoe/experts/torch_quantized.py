@@ -7,11 +7,11 @@ back, everything else is as in ``torch_reference``. Any device, any format, slow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.experts.quantized_operands import config_of, quantized_pair, tensors_and_words
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -21,9 +21,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
-from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
-from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
@@ -153,7 +151,7 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
                 *tensors_and_words(config),
                 expert_map,
                 activation.value,
-                *numbers.numbers(),
+                numbers.numbers(),
                 invariant,
             )
         else:
@@ -209,47 +207,6 @@ def _run(
     return output
 
 
-def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
-    """A quant config as an op's schema can hold it; ``config_of`` is the inverse."""
-    tensors: list[torch.Tensor | None] = []
-    words = []
-    for rows, weight in ((config.a1, config.w1), (config.a2, config.w2)):
-        assert weight.format is not None
-        tensors += [weight.scale, weight.scale2, weight.zp, weight.group_index, weight.bias]
-        tensors.append(rows.scale)
-        row, col = rows.shape or PER_TENSOR
-        dtype = str(rows.dtype).removeprefix("torch.")
-        words.append(f"{weight.format.name} {dtype} {row} {col} {rows.scale_kind}")
-    return tensors, "|".join(words)
-
-
-def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
-    descs: list[FusedMoEQuantDesc] = []
-    for side, parts in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
-        name, dtype, row, col, kind = side.split()
-        scale, scale2, zp, group_index, bias, rows_scale = parts
-        fmt, scale_kind = format_named(name), cast("ScaleKind", kind)
-        rows = FusedMoEQuantDesc(
-            dtype=getattr(torch, dtype, dtype),
-            shape=GroupShape(int(row), int(col)),
-            scale=rows_scale,
-            scale_kind=scale_kind,
-        )
-        weight = FusedMoEQuantDesc(
-            dtype=fmt.key_dtype,
-            shape=fmt.group,
-            scale=scale,
-            scale2=scale2,
-            zp=zp,
-            group_index=group_index,
-            bias=bias,
-            format=fmt,
-        )
-        descs += [FusedMoEQuantDesc() if dtype == "None" else rows, weight]
-    a1, w1, a2, w2 = descs
-    return FusedMoEQuantConfig(a1=a1, a2=a2, w1=w1, w2=w2)
-
-
 # Which experts have rows is known only at run time, so a compiler must not look inside.
 @torch.library.custom_op("fusedmoe::torch_quantized_experts", mutates_args=())
 def _op(
@@ -262,15 +219,10 @@ def _op(
     words: str,
     expert_map: torch.Tensor | None,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     batch_invariant: bool,
 ) -> torch.Tensor:
     config, act = config_of(tensors, words), MoEActivation(activation)
-    numbers = (clamp_limit, alpha, beta, situ_beta, situ_linear_beta)
     return _run(
         hidden_states,
         *quantized_pair(w1, w2, config, act, hidden_states.dtype),
@@ -279,7 +231,7 @@ def _op(
         expert_map,
         config,
         act,
-        ApplyMoEActivationConfig.from_numbers(*numbers),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         batch_invariant,
     )
 
@@ -289,25 +241,6 @@ def _(
     hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *rest: object
 ) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
-
-
-def quantized_pair(
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    config: FusedMoEQuantConfig,
-    activation: MoEActivation,
-    dtype: torch.dtype,
-) -> tuple[QuantizedTensor, QuantizedTensor]:
-    """The data of both weights with the parts that ``config`` has for them."""
-    return (
-        config.w1.weight(
-            w1,
-            dtype,
-            shards=2 if activation.is_gated else 1,
-            interleaved=activation is MoEActivation.SWIGLUOAI,
-        ),
-        config.w2.weight(w2, dtype),
-    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

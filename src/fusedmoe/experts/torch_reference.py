@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -68,11 +69,7 @@ def _torch_experts(
     w2_bias: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     batch_invariant: bool,
 ) -> torch.Tensor:
     """``experts_reference`` with arguments that an op's schema can hold.
@@ -86,13 +83,7 @@ def _torch_experts(
         w1=w1,
         w2=w2,
         activation=MoEActivation(activation),
-        activation_config=ApplyMoEActivationConfig(
-            clamp_limit=clamp_limit,
-            alpha=alpha,
-            beta=beta,
-            situ_beta=situ_beta,
-            situ_linear_beta=situ_linear_beta,
-        ),
+        activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
         w1_bias=w1_bias,
         w2_bias=w2_bias,
         expert_map=expert_map,
@@ -172,7 +163,6 @@ class TorchExperts(FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        numbers = self.activation_config
         run = _torch_experts_op if torch.compiler.is_compiling() else _torch_experts
         output.copy_(
             run(
@@ -185,11 +175,7 @@ class TorchExperts(FusedMoEExpertsModular):
                 self.quant_config.w2_bias,
                 expert_map,
                 activation.value,
-                numbers.clamp_limit,
-                numbers.alpha,
-                numbers.beta,
-                numbers.situ_beta,
-                numbers.situ_linear_beta,
+                self.activation_config.numbers(),
                 self.moe_config.options.batch_invariant,
             )
         )

@@ -9,6 +9,8 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -204,7 +206,7 @@ class TritonExperts(FusedMoEExpertsModular):
                 weights,
                 topk_ids,
                 activation.value,
-                *config.numbers(),
+                config.numbers(),
                 expert_map,
                 *biases,
                 workspace13,
@@ -243,11 +245,7 @@ def _triton_experts_op(
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
@@ -265,9 +263,7 @@ def _triton_experts_op(
         topk_weights,
         topk_ids,
         MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(
-            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
-        ),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         expert_map,
         w1_bias,
         w2_bias,

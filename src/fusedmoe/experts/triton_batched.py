@@ -5,6 +5,8 @@ e local experts, M rows per expert at most, H hidden, I intermediate, S = 2 wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -143,7 +145,7 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
                 w2,
                 counts,
                 activation.value,
-                *config.numbers(),
+                config.numbers(),
                 *biases,
                 workspace13,
                 options.batch_invariant,
@@ -172,11 +174,7 @@ def _batched_triton_experts_op(
     w2: torch.Tensor,
     expert_num_tokens: torch.Tensor,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
-    situ_beta: float | None,
-    situ_linear_beta: float | None,
+    numbers: Sequence[float],
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     workspace13: torch.Tensor,
@@ -190,9 +188,7 @@ def _batched_triton_experts_op(
         w2,
         expert_num_tokens,
         MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(
-            clamp_limit, alpha, beta, situ_beta, situ_linear_beta
-        ),
+        ApplyMoEActivationConfig.from_numbers(numbers),
         w1_bias,
         w2_bias,
         workspace13,

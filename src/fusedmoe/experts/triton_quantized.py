@@ -16,14 +16,13 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.act_order import in_place_of, room_on, sorted_operands
 from fusedmoe.experts.cpu_source import Source
-from fusedmoe.experts.quantized_operands import Operands
-from fusedmoe.experts.torch_quantized import quantized_pair
+from fusedmoe.experts.quantized_operands import Operands, tensors_and_words
 from fusedmoe.experts.triton_quantized_formats import (
     capabilities,
     emulated_capabilities,
     unmet_by_groups,
 )
-from fusedmoe.experts.triton_quantized_ops import Flat, flat, flat_sorted, standard_op
+from fusedmoe.experts.triton_quantized_ops import standard_op
 from fusedmoe.experts.triton_quantized_run import quantized_experts, row_width
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -83,18 +82,8 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
         seen = (w1, w2, activation, dtype)
         old = self._seen
         if old is None or any(a is not b for a, b in zip(seen, old, strict=True)):
-            config = self.quant_config
-            first, second = quantized_pair(w1, w2, config, activation, dtype)
-            self._operands = Operands(
-                first,
-                second,
-                config.a1.key,
-                config.a2.key,
-                config.a1.scale,
-                config.a2.scale,
-                config.w1_bias,
-                config.w2_bias,
-                self.emulate,
+            self._operands = Operands.of(
+                self.quant_config, w1, w2, activation, dtype, emulate=self.emulate
             )
             self._seen = seen
         assert self._operands is not None
@@ -133,11 +122,14 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
             return self._sorted
         return self.operands(w1, w2, activation, dtype)
 
-    def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> Flat:
+    def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, ...]:
         """What runs, as a custom op takes it; while compiling, a sorted copy is not doubted."""
-        if self._sorted is not None:
-            return flat_sorted(self._sorted)
-        return flat(w1, w2, self.quant_config)
+        found, order = self._sorted, None
+        config = self.quant_config
+        if found is not None:
+            w1, w2, order = found.w1.data, found.w2.data, found.order
+            config = found.config(config)
+        return (w1, w2, *tensors_and_words(config), order)
 
 
 class TritonQuantizedExperts(QuantizedTritonExperts):
@@ -209,7 +201,7 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
                 weights,
                 topk_ids,
                 activation.value,
-                *self.activation_config.numbers(),
+                self.activation_config.numbers(),
                 expert_map,
                 workspace13,
                 workspace2,

@@ -77,7 +77,7 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
                 *self.flat_operands(w1, w2),
                 counts,
                 activation.value,
-                *self.activation_config.numbers(),
+                self.activation_config.numbers(),
                 workspace13,
                 batch_invariant,
                 self.emulate,

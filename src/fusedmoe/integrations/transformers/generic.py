@@ -9,7 +9,7 @@ T tokens, K picks, E experts, H hidden, I intermediate, S = 2 where gated, else 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,9 +183,7 @@ def transformers_moe_forward(
         weights.w13_bias(),
         weights.w2_bias(),
         gate.activation.value,
-        gate.config.clamp_limit,
-        gate.config.alpha,
-        gate.config.beta,
+        gate.config.numbers(),
     ).view(hidden_states.shape)
 
 
@@ -199,11 +197,9 @@ def _transformers_moe_forward(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     activation: str,
-    clamp_limit: float | None,
-    alpha: float | None,
-    beta: float | None,
+    numbers: Sequence[float],
 ) -> torch.Tensor:
-    config = ApplyMoEActivationConfig(clamp_limit=clamp_limit, alpha=alpha, beta=beta)
+    config = ApplyMoEActivationConfig.from_numbers(numbers)
     gate = Gate(activation=MoEActivation(activation), config=config)
     tensors = ExpertTensors(w13, w2, w13_bias, w2_bias)
     return run_experts(hidden_states, tensors, top_k_weights, top_k_index, gate)
