@@ -10,6 +10,7 @@ from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.modular_kernel import (
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
+    FusedMoEExpertsModular,
     FusedMoEKernel,
     FusedMoEMonolithicKernel,
     FusedMoEPrepareAndFinalizeModular,
@@ -23,6 +24,10 @@ from fusedmoe.prepare_finalize.no_ep import (
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from fusedmoe.router.routers import SpecRouter
 from fusedmoe.router.spec import RoutingSpec
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
 from toy_stages import (
     AsyncMover,
     BatchedExperts,
@@ -92,6 +97,15 @@ def test_any_experts_work_behind_any_mover(experts, mover):
     torch.testing.assert_close(
         run(kernel(experts, mover), x, weights, ids), expected(x, weights, ids)
     )
+
+
+def test_what_is_left_to_do_follows_the_rows_unless_said_otherwise():
+    says = FusedMoEExpertsModular.finalize_weight_and_reduce_impl
+    standard = TorchExperts(config(), FUSED_MOE_UNQUANTIZED_CONFIG)
+    batched = BatchedExperts(config(), FUSED_MOE_UNQUANTIZED_CONFIG, 4, 1)
+    assert isinstance(says(standard), TopKWeightAndReduceNoOP)
+    assert isinstance(says(batched), TopKWeightAndReduceDelegate)
+    assert isinstance(kernel().experts.finalize_weight_and_reduce_impl(), type(says(batched)))
 
 
 def test_no_tokens_run_no_experts_but_still_finalize():

@@ -16,7 +16,6 @@ from fusedmoe.modular_kernel import (
     FusedMoEExpertsMonolithic,
     WorkspaceShapes,
 )
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
 _CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}), batch_invariant=True)
 
@@ -47,9 +46,6 @@ class CpuExperts(FusedMoEExpertsModular):
     ) -> WorkspaceShapes:
         per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
         return WorkspaceShapes((scratch_rows(M, topk, K), K * per_float), (0,), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

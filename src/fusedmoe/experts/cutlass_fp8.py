@@ -37,11 +37,6 @@ from fusedmoe.quantization.keys import (
     PER_TOKEN,
     QuantKey,
 )
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceDelegate,
-    TopKWeightAndReduceNoOP,
-)
 
 _WEIGHTS = tuple(QuantKey(torch.float8_e4m3fn, True, shape) for shape in (PER_TENSOR, PER_ROW))
 _ROWS = (FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, FP8_DYNAMIC_TENSOR)
@@ -132,9 +127,6 @@ class CutlassExpertsFp8(CutlassExpertsFp8Base):
         width = self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((M, topk, -(-K // 2)), (M, topk, width), (M, K))
 
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
     def apply(
         self,
         output: torch.Tensor,
@@ -199,9 +191,6 @@ class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
         """The activation's output; M counts rows per expert."""
         e, width = local_num_experts, self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((0,), (e, M, width), (e, M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
 
     def apply(
         self,

@@ -36,11 +36,6 @@ from fusedmoe.quantization.keys import (
     GroupShape,
     QuantKey,
 )
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduce,
-    TopKWeightAndReduceDelegate,
-    TopKWeightAndReduceNoOP,
-)
 
 _WEIGHTS = QuantKey(torch.float8_e4m3fn, True, GroupShape(BLOCK, BLOCK))
 
@@ -161,9 +156,6 @@ class DeepGemmExperts(_DeepGemm):
         width = self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((rows, max(N, K)), (rows, width), (M, K))
 
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
     def apply(
         self,
         output: torch.Tensor,
@@ -228,9 +220,6 @@ class BatchedDeepGemmExperts(_DeepGemm):
         """The first GEMM's output, then the activation's; M counts rows per expert."""
         e, width = local_num_experts, self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((e, M, N), (e, M, width), (e, M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
 
     def apply(
         self,

@@ -20,7 +20,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
 _STRIDE_BYTES = 16
 
@@ -70,9 +69,6 @@ class GroupedMMExperts(FusedMoEExpertsModular):
         """The permuted rows, then the activation's output; torch allocates those of the GEMMs."""
         width = self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((M, topk, K), (M, topk, width), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

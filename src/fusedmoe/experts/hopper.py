@@ -32,7 +32,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.hopper_tiles import (
     MAX_PICKS,
     DirectTiles,
@@ -236,9 +235,6 @@ class HopperExperts(FusedMoEExpertsModular):
             )
         rows = scratch_rows(tiles, M * topk, local_num_experts)
         return WorkspaceShapes((rows, I), (rows, K), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

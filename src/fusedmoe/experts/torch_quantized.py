@@ -23,7 +23,6 @@ from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
 
 def quantized_experts_reference(
@@ -116,9 +115,6 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
         activation: MoEActivation,
     ) -> WorkspaceShapes:
         return WorkspaceShapes((0,), (0,), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

@@ -14,7 +14,6 @@ from fusedmoe.modular_kernel import (
     FusedMoEActivationFormat,
     WorkspaceShapes,
 )
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
 
 
 class BatchedTorchQuantizedExperts(TorchQuantizedExperts):
@@ -40,9 +39,6 @@ class BatchedTorchQuantizedExperts(TorchQuantizedExperts):
         activation: MoEActivation,
     ) -> WorkspaceShapes:
         return WorkspaceShapes((0,), (0,), (local_num_experts, M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
 
     def apply(
         self,

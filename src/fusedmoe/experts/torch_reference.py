@@ -15,7 +15,6 @@ from fusedmoe.modular_kernel import (
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
 
 def experts_reference(
@@ -140,9 +139,6 @@ class TorchExperts(FusedMoEExpertsModular):
         activation: MoEActivation,
     ) -> WorkspaceShapes:
         return WorkspaceShapes((0,), (0,), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

@@ -25,7 +25,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.choice import checked_table, device_facts, tiles_for
 from fusedmoe.tuning.table_file import table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, slots_are_alone
@@ -170,9 +169,6 @@ class TritonExperts(FusedMoEExpertsModular):
         """The activation's output, then the second GEMM's rows by slot."""
         I = self.adjust_N_for_activation(N, activation)  # noqa: E741
         return WorkspaceShapes((M, topk, I), (M, topk, K), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

@@ -21,7 +21,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
     rows_per_expert,
 )
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
 from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
 
 # An expert's rows are known only on the device; blocks of more than this would mostly be padding.
@@ -111,9 +110,6 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
         """The activation's output; M counts rows per expert."""
         width = self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((local_num_experts, M, width), (0,), (local_num_experts, M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
 
     def apply(
         self,

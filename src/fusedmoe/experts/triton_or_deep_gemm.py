@@ -23,7 +23,6 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 
 
 class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
@@ -92,9 +91,6 @@ class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
             (max(prod(shapes.workspace2) for shapes in both),),
             (M, K),
         )
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.deep_gemm.process_weights_after_loading(layer)

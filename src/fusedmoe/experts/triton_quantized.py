@@ -32,7 +32,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceNoOP
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
 
 _log = logging.getLogger(__name__)
@@ -166,9 +165,6 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
         floating = self.emulate or config.a1.key is None or config.a2.key is None
         second = row_width(M * topk, K, moe.in_dtype, floating, moe.options.batch_invariant)
         return WorkspaceShapes((M, topk, width), (M, topk, second), (M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

@@ -19,7 +19,6 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
     rows_per_expert,
 )
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
 
 
 class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
@@ -45,9 +44,6 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
         """The activation's output; M counts rows per expert."""
         width = self.adjust_N_for_activation(N, activation)
         return WorkspaceShapes((local_num_experts, M, width), (0,), (local_num_experts, M, K))
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
 
     def apply(
         self,

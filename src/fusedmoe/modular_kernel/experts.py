@@ -18,7 +18,11 @@ from fusedmoe.modular_kernel.records import (
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
+from fusedmoe.topk_weight_and_reduce import (
+    TopKWeightAndReduce,
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
 
 Operand = Literal["weights", "activations"]
 
@@ -155,9 +159,13 @@ class FusedMoEExpertsModular(FusedMoEExperts):
     ) -> WorkspaceShapes:
         """Scratch for M rows; a pure function, so that it may be asked before tensors exist."""
 
-    @abstractmethod
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        """What is left to do to the output that ``apply`` wrote."""
+        """What is left to do to the output that ``apply`` wrote.
+
+        Nothing to standard rows: they are weighted and summed; all of it to batched ones, by
+        whatever moved them. An implementation that leaves something else says so here.
+        """
+        return TopKWeightAndReduceDelegate() if self.is_batched else TopKWeightAndReduceNoOP()
 
     @abstractmethod
     def apply(
