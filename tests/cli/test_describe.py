@@ -11,7 +11,7 @@ import pytest
 
 from fusedmoe.cli import main
 from fusedmoe.cli.layers import storage_format
-from fusedmoe.cli.output import format_bytes, print_table, printable
+from fusedmoe.cli.output import format_bytes, print_table, printable, steps
 from fusedmoe.presets import write_preset
 
 
@@ -184,3 +184,18 @@ def test_bytes_and_text() -> None:
         "5.00 TiB",
     ]
     assert printable("a\tb\x1b[0m\u202e é\n") == "a\\tb\\x1b[0m\\u202e é\n"
+
+
+def test_steps_are_silent_while_they_are_quick_and_lines_without_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for delay, shown in ((60.0, ""), (0.0, "reading: two")):
+        with steps("reading", delay) as show:
+            show(0, 2, "one")
+            show(1, 2, "two")
+        assert shown in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with steps("reading", lines=True) as show:
+        show(0, 2, "one")
+        show(1, 2, "two")
+    assert capsys.readouterr().err == "[0/2] reading: one\n[1/2] reading: two\n"

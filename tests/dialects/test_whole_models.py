@@ -163,7 +163,11 @@ def test_floats_are_rounded_while_they_are_read(
     quantize: str, tolerance: float, tmp_path: Path
 ) -> None:
     folders = write_folders(tmp_path, "tiny-mixtral", CASES["awq"])
-    model = fusedmoe.from_pretrained(folders.floats, quantize=quantize)
+    seen = []
+    model = fusedmoe.from_pretrained(
+        folders.floats, quantize=quantize, progress=lambda *step: seen.append(step)
+    )
+    assert seen == [(0, 2, "model.layers.0.mlp.experts"), (1, 2, "model.layers.1.mlp.experts")]
     compare(model, eager(folders.floats), tolerance)
     with pytest.raises(CheckpointError, match=r"is quantized already \(awq\)"):
         fusedmoe.from_pretrained(folders.packed, quantize=quantize)

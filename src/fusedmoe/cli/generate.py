@@ -22,7 +22,7 @@ from fusedmoe.cli.models import (
     quiet_transformers,
     with_fusedmoe,
 )
-from fusedmoe.cli.output import Progress, progress
+from fusedmoe.cli.output import Progress, progress, steps
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.presets import PRESETS, find_preset, write_preset
@@ -136,14 +136,16 @@ def _generate(
     quiet_transformers(bars=nbytes >= QUIET_BYTES)
     tokenizer = load_tokenizer(folder)
     if packed or (args.ep and not args.compare):
-        model = fusedmoe.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            device=device,
-            quantize=args.quantize,
-            ep_group=None if ranks is None else ranks.group,
-            same_tokens=True,
-        )
+        with steps("reading") as show:
+            model = fusedmoe.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                device=device,
+                quantize=args.quantize,
+                ep_group=None if ranks is None else ranks.group,
+                same_tokens=True,
+                progress=show,
+            )
     else:
         model = load_whole(folder, dtype, device, tp=args.tp)
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Progress(Protocol):
 
     def update(self, n: float = 1) -> Any: ...
 
-    def set_description(self, desc: str) -> Any: ...
+    def set_description(self, desc: str, refresh: bool = True) -> Any: ...
 
 
 class _Silent:
@@ -29,7 +29,7 @@ class _Silent:
     def update(self, n: float = 1) -> None:
         self.n += n
 
-    def set_description(self, desc: str) -> None:
+    def set_description(self, desc: str, refresh: bool = True) -> None:
         pass
 
 
@@ -40,7 +40,7 @@ class _Lines(_Silent):
         self._total = "" if total is None else f"/{total}"
         self.set_description(what)
 
-    def set_description(self, desc: str) -> None:
+    def set_description(self, desc: str, refresh: bool = True) -> None:
         print(f"[{self.n:g}{self._total}] {desc}", file=sys.stderr, flush=True)
 
 
@@ -63,6 +63,25 @@ def progress(
         return
     with tqdm(total=total, desc=what, delay=delay, file=sys.stderr, leave=False) as bar:
         yield bar
+
+
+@contextmanager
+def steps(
+    what: str, delay: float = SECONDS_BEFORE_PROGRESS, *, lines: bool = False
+) -> Iterator[Callable[[int, int, str], None]]:
+    """As ``progress``, told (done, total, what comes next) before each step."""
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def show(done: int, total: int, now: str) -> None:
+            text = f"{what}: {now}"
+            if not bars:
+                bars.append(stack.enter_context(progress(total, text, delay, lines=lines)))
+                return
+            bars[0].update(done - bars[0].n)
+            bars[0].set_description(text, refresh=not delay)
+
+        yield show
 
 
 def check_writable(*paths: str | None) -> None:

@@ -6,7 +6,6 @@ An interrupted run goes on where it stopped when it is started again with the sa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
-from fusedmoe.cli.output import Progress, check_writable, print_json, print_table, progress
+from fusedmoe.cli.output import check_writable, print_json, print_table, steps
 from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
@@ -130,33 +129,11 @@ def _tuned(
         if reason is None and (table.device, table.triton) == (facts.name, facts.triton):
             return table, []
     journal = path.with_name(path.name + PARTIAL)
-    with _Bar(shape.name) as show:
+    with steps(shape.name, 0.0, lines=True) as show:
         found = tune(shape, dtype, facts, timer, tokens, journal, show)
     write_atomically(path, found.table.text)
     journal.unlink(missing_ok=True)
     return found
-
-
-class _Bar:
-    """A progress bar that is told how many steps there are with the first one."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._stack = name, ExitStack()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Callable[[int, int, str], None]:
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _show(self, done: int, total: int, what: str) -> None:
-        text = f"{self._name}: {what}"
-        if self._bar is None:
-            self._bar = self._stack.enter_context(progress(total, text, 0.0, lines=True))
-            return
-        self._bar.update(done - self._bar.n)
-        self._bar.set_description(text)
 
 
 def _compared(
@@ -171,7 +148,7 @@ def _compared(
     from fusedmoe.tuning.tuner.run import compare
     from fusedmoe.tuning.tuner.search import between
 
-    with _Bar(shape.name) as show:
+    with steps(shape.name, 0.0, lines=True) as show:
         return compare(shape, dtype, facts, timer, table, between(between(tokens)), header, show)
 
 

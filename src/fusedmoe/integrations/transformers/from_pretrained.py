@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "fusedmoe"
+Progress = Callable[[int, int, str], None]
 
 
 def from_pretrained(
@@ -52,6 +54,7 @@ def from_pretrained(
     options: MoEOptions | None = None,
     ep_group: ProcessGroup | DeviceMesh | None = None,
     same_tokens: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """The model in ``path``, a checkpoint folder or a GGUF file, in eval mode.
 
@@ -66,6 +69,8 @@ def from_pretrained(
     the experts alone (linear placement), packed or floats; every forward is then a call on all
     ranks. They have batches of their own, of any size, or with ``same_tokens`` all have one.
 
+    ``progress(done, total, path)`` is called before each layer of packed experts is read.
+
     Nothing is downloaded, no code from the folder runs, pickles are refused. Raises CheckpointError
     (a ValueError) naming the tensor that is missing, unexpected or malformed; RanksDisagreeError
     where another rank has failed or has another model.
@@ -76,10 +81,10 @@ def from_pretrained(
     if wanted is not None and not wanted.is_floating_point:
         raise ValueError(f"dtype is that of rows and of layers of floats, got {wanted}")
     if ep_group is None:
-        return _load(path, wanted, target, quantize, options, None)
+        return _load(path, wanted, target, quantize, options, None, progress)
     ranks = BlockRanks.make(ep_group, same_tokens)
     return make_together(
-        ranks, lambda: _load(path, wanted, target, quantize, options, ranks), _facts
+        ranks, lambda: _load(path, wanted, target, quantize, options, ranks, progress), _facts
     )
 
 
@@ -90,6 +95,7 @@ def _load(
     quantize: str | None,
     options: MoEOptions | None,
     ranks: BlockRanks | None,
+    progress: Progress | None,
 ) -> Any:
     source = open_source(path, quantize)
     if isinstance(source, Checkpoint):
@@ -101,9 +107,10 @@ def _load(
     model_dtype = _dtype(config, dtype)
     model = _load_rest(source, config, model_dtype)
     model.to(device)
-    for name, module in model.named_modules():
-        if not isinstance(module, PackedExperts):
-            continue
+    packed = {n: one for n, one in model.named_modules() if isinstance(one, PackedExperts)}
+    for done, (name, module) in enumerate(packed.items()):
+        if progress is not None:
+            progress(done, len(packed), name)
         key = _layer_key(name, source)
         module.ranks = ranks
         try:
