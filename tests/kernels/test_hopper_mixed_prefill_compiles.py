@@ -11,6 +11,7 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton import hopper_mixed_prefill as module
 from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from hopper_compiler import compile_as_launched, ptxas
 
@@ -33,7 +34,7 @@ module.sum_rows = lambda *arguments: None
 
 T, K, E, P = 4, 2, 3, 768
 ids = torch.zeros(T * K, dtype=torch.int32)
-table = MoEAlignment(torch.zeros(P, dtype=torch.int32), ids[:3], ids[:1])
+table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3], ids[:1])
 
 
 def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768):

@@ -16,6 +16,7 @@ from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -98,7 +99,8 @@ def mixed_prefill(
         x, w1, w2, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
         align_local_slots(
-            topk_ids, tiles.gemm1.slots, w1.shape[0], expert_map, whole_blocks=True
+            topk_ids, tiles.gemm1.slots, w1.shape[0], expert_map, whole_blocks=True,
+            spare_slots=COUNTER_SLOTS,
         ),
         tiles, programs,
     )  # fmt: skip

@@ -17,7 +17,7 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   that of ``hopper_prefill``.
 
-Tiles go round robin over the programs, in groups of blocks that share weights in the L2.
+Tiles are drawn from a counter, in groups of blocks that share weights in the L2.
 """
 
 from functools import lru_cache
@@ -29,7 +29,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, Memory, matrix_descriptor
+from fusedmoe.kernels.triton.hopper_launch import (
+    HopperLauncher,
+    Memory,
+    matrix_descriptor,
+    task_counters,
+)
 from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT, room_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
@@ -97,15 +102,16 @@ def up(
     tile: MixedPrefillTile,
     programs: int,
 ) -> None:
-    """act [P, I] and position [R]."""
+    """act [P, I] and position [R]. ``task_counters`` says what the table of slots must have."""
     H, I = x.shape[1], act.shape[1]  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
+    counter, _ = task_counters(sorted_ids, act.shape[0])
     low, high, desc_rows = _weight_words(w1, tile)
     stride_expert, _, *steps = weight_addresses(w1)[4:]
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, (min(UNIT.value, tile.slots), SIDE.value))),
-        (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post),
+        (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post, counter),
         (
             x.stride(0),
             stride_expert,
@@ -133,12 +139,14 @@ def down(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     tables: MoEAlignment,
+    R: int,
     tile: MixedPrefillTile,
     programs: int,
 ) -> None:
-    """y [P, H]."""
+    """y [P, H], of tables that have served ``up`` of R slots."""
     e, H, I = w2.shape  # noqa: E741
-    _, expert_ids, num_post = tables
+    sorted_ids, expert_ids, num_post = tables
+    _, counter = task_counters(sorted_ids, act.shape[0])
     low, high, _ = _weight_words(w2, tile)
     stride_expert, _, _, row_step, block = weight_addresses(w2)[4:]
     _launch_down(
@@ -149,8 +157,8 @@ def down(
             matrix_descriptor(act, I, (tile.slots, STEP.value)),
             matrix_descriptor(y, H, (min(UNIT.value, tile.slots), SIDE.value)),
         ),
-        (*_parts(w2), bias, expert_ids, num_post),
-        (stride_expert, row_step, block, e),
+        (*_parts(w2), bias, expert_ids, num_post, counter),
+        (stride_expert, row_step, block, R, e),
         (
             *(H, I, w2.format.element, _group(w2)),
             *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
@@ -181,5 +189,5 @@ def prefill(
     T, K = topk_ids.shape
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     up(x, w1, K, act, position, activation, w1_bias, tables, tiles.gemm1, programs)
-    down(act, w2, y, w2_bias, tables, tiles.gemm2, programs)
+    down(act, w2, y, w2_bias, tables, T * K, tiles.gemm2, programs)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
     multiply,
@@ -20,13 +21,14 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     store_side,
 )
 
-UNSPECIALIZED = ("scale_row_step", "scale_block", "num_local")
+UNSPECIALIZED = ("scale_row_step", "scale_block", "R", "num_local")
 
 
 @gluon.jit
-def down_producer(descs, act_desc, rings, bars, tables, num_local, PROBLEM: gl.constexpr):
+def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLEM: gl.constexpr):
     """One warp: words of weights and rows of act."""
     H, I, _, _, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
+    box, counter_ptr, R = drawn
     w_ring, x_ring = rings
     full, empty = bars
     expert_ids_ptr, num_post_ptr = tables
@@ -53,10 +55,17 @@ def down_producer(descs, act_desc, rings, bars, tables, num_local, PROBLEM: gl.c
     gdc_launch_dependents()
     stage = 0
     phase = 1
-    for task in range(first, tasks, gl.num_programs(0)):
+    number = 0
+    task = first
+    coming = tasks
+    while task < tasks:
+        announce(box, number, task)
+        number += 1
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         weight_row = expert_at(expert_ids_ptr, block, num_local) * H + tile * ROWS
         for k in range(0, KSTEPS, STEPS):
+            if k == KSTEPS // 2 // STEPS * STEPS:
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * STEPS):
@@ -70,6 +79,8 @@ def down_producer(descs, act_desc, rings, bars, tables, num_local, PROBLEM: gl.c
                     act_desc, [block * SLOTS, (k + step) * STEP], bar, part
                 )
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, tasks)
 
 
 @gluon.jit
@@ -90,7 +101,7 @@ def finish_product(
 
 
 @gluon.jit
-def down_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
+def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
     pointers, scales, rings, bars, tables, num_local = common
     H, I, ELEMENT, GROUP, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
@@ -100,7 +111,9 @@ def down_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.co
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = hear(box, number)
+    while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
         groups = group_pointers(
@@ -113,6 +126,8 @@ def down_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.co
         finish_product(
             out_desc, buffers, acc, pointers, scales, expert, block * SLOTS, tile, WHICH, PROBLEM
         )
+        number += 1
+        task = hear(box, number)
     tma.store_wait(0)
 
 
@@ -128,9 +143,11 @@ def down_kernel(
     bias_ptr,
     expert_ids_ptr,
     num_post_ptr,
+    counter_ptr,
     stride_se,
     scale_row_step,
     scale_block,
+    R,
     num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
@@ -146,18 +163,23 @@ def down_kernel(
     TILES: gl.constexpr = (H + ROWS - 1) // ROWS
     WORDS: gl.constexpr = words_of_step(ELEMENT)
     rings, bars, out = open_rings(low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 0, 2)
+    box = open_box(ROWS // 64)
     tables = (expert_ids_ptr, num_post_ptr)
     descs = (low_desc, high_desc)
     pointers = (scale_ptr, zero_ptr, scale2_ptr, bias_ptr)
     scales = (stride_se, 0, scale_row_step, scale_block)
     common = (pointers, scales, rings, bars, tables, num_local)
     PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, TILES, GROUP_M, ROWS, STEPS)
+    drawn = (box, counter_ptr, R)
     if ROWS == 128:
         gl.warp_specialize(
             [
-                (down_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (down_consumer, (out_desc, out[1], common, PROBLEM, 1)),
-                (down_producer, (descs, act_desc, rings, bars, tables, num_local, PROBLEM)),
+                (down_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (down_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
+                (
+                    down_producer,
+                    (descs, act_desc, drawn, rings, bars, tables, num_local, PROBLEM),
+                ),
             ],
             [4, 1],
             [216, 72],
@@ -165,10 +187,13 @@ def down_kernel(
     elif ROWS == 192:
         gl.warp_specialize(
             [
-                (down_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (down_consumer, (out_desc, out[1], common, PROBLEM, 1)),
-                (down_consumer, (out_desc, out[2], common, PROBLEM, 2)),
-                (down_producer, (descs, act_desc, rings, bars, tables, num_local, PROBLEM)),
+                (down_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (down_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
+                (down_consumer, (out_desc, out[2], box, common, PROBLEM, 2)),
+                (
+                    down_producer,
+                    (descs, act_desc, drawn, rings, bars, tables, num_local, PROBLEM),
+                ),
             ],
             [4, 4, 1],
             [144, 144, 80],
@@ -176,11 +201,14 @@ def down_kernel(
     else:
         gl.warp_specialize(
             [
-                (down_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (down_consumer, (out_desc, out[1], common, PROBLEM, 1)),
-                (down_consumer, (out_desc, out[2], common, PROBLEM, 2)),
-                (down_consumer, (out_desc, out[3], common, PROBLEM, 3)),
-                (down_producer, (descs, act_desc, rings, bars, tables, num_local, PROBLEM)),
+                (down_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (down_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
+                (down_consumer, (out_desc, out[2], box, common, PROBLEM, 2)),
+                (down_consumer, (out_desc, out[3], box, common, PROBLEM, 3)),
+                (
+                    down_producer,
+                    (descs, act_desc, drawn, rings, bars, tables, num_local, PROBLEM),
+                ),
             ],
             [4, 4, 4, 1],
             [104, 104, 104, 64],

@@ -12,6 +12,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     rows_layout,
     tile_of,
 )
+from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
     multiply,
@@ -34,11 +35,12 @@ UNSPECIALIZED = (
 
 @gluon.jit
 def up_producer(
-    descs, rings, bars, x, position_ptr, tables, sizes, WIDE: gl.constexpr, PICKS: gl.constexpr,
-    PROBLEM: gl.constexpr,
+    descs, drawn, rings, bars, x, position_ptr, tables, sizes, WIDE: gl.constexpr,
+    PICKS: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
     """Words of weights by TMA, rows of x by cp.async."""
     H, _, _, _, _, GATED, TILES, GROUP_M, _, STEPS = PROBLEM
+    box, counter_ptr = drawn
     w_ring, x_ring = rings
     full, empty = bars
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -54,12 +56,20 @@ def up_producer(
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 1
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = gl.program_id(0)
+    tasks = blocks * TILES
+    coming = tasks
+    while task < tasks:
+        announce(box, number, task)
+        number += 1
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         weight_row = expert_at(expert_ids_ptr, block, num_local) * desc_rows + tile * WIDE
         place = block * SLOTS + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         for k in range(0, KSTEPS, STEPS):
+            if k == KSTEPS // 2 // STEPS * STEPS:  # early enough for its latency, no earlier
+                coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
@@ -72,6 +82,8 @@ def up_producer(
                     gather(part, x_rows, lives, (k + step) * STEP + column, H, STEP)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        task = coming
+    announce(box, number, tasks)
 
 
 @gluon.jit
@@ -97,7 +109,7 @@ def finish_product(
 
 
 @gluon.jit
-def up_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
+def up_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
     pointers, scales, bias_steps, rings, bars, tables, num_local, numbers = common
     H, I, ELEMENT, GROUP, _, GATED, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
@@ -107,7 +119,9 @@ def up_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.cons
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), blocks * TILES, gl.num_programs(0)):
+    number = 0
+    task = hear(box, number)
+    while task < blocks * TILES:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
         groups = group_pointers(
@@ -121,6 +135,8 @@ def up_consumer(out_desc, buffers, common, PROBLEM: gl.constexpr, WHICH: gl.cons
             out_desc, buffers, acc, pointers, scales, bias_steps, expert, block * SLOTS, tile,
             numbers, WHICH, PROBLEM,
         )  # fmt: skip
+        number += 1
+        task = hear(box, number)
     tma.store_wait(0)
 
 
@@ -138,6 +154,7 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counter_ptr,
     stride_x,
     stride_se,
     scale_shard_step,
@@ -171,6 +188,7 @@ def up_kernel(
     rings, bars, out = open_rings(
         low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 128, 1 if GATED else 2
     )
+    box = open_box(ROWS // 64)
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
@@ -184,45 +202,55 @@ def up_kernel(
     bias_steps = (TO_UP, 2 if INTERLEAVED else 1)
     common = (pointers, scales, bias_steps, rings, bars, tables, num_local, numbers)
     PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS)
+    drawn = (box, counter_ptr)
     if ROWS == 128:
         gl.warp_specialize(
             [
-                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
+                (up_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
                 (
                     up_producer,
-                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
+                    (
+                        descs, drawn, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS,
+                        PROBLEM,
+                    ),
                 ),
             ],
             [4, 4],
             [216, 72],
-        )
+        )  # fmt: skip
     elif ROWS == 192:
         gl.warp_specialize(
             [
-                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
-                (up_consumer, (out_desc, out[2], common, PROBLEM, 2)),
+                (up_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
+                (up_consumer, (out_desc, out[2], box, common, PROBLEM, 2)),
                 (
                     up_producer,
-                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
+                    (
+                        descs, drawn, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS,
+                        PROBLEM,
+                    ),
                 ),
             ],
             [4, 4, 4],
             [144, 144, 80],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (up_consumer, (out_desc, out[0], common, PROBLEM, 0)),
-                (up_consumer, (out_desc, out[1], common, PROBLEM, 1)),
-                (up_consumer, (out_desc, out[2], common, PROBLEM, 2)),
-                (up_consumer, (out_desc, out[3], common, PROBLEM, 3)),
+                (up_consumer, (out_desc, out[0], box, common, PROBLEM, 0)),
+                (up_consumer, (out_desc, out[1], box, common, PROBLEM, 1)),
+                (up_consumer, (out_desc, out[2], box, common, PROBLEM, 2)),
+                (up_consumer, (out_desc, out[3], box, common, PROBLEM, 3)),
                 (
                     up_producer,
-                    (descs, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS, PROBLEM),
+                    (
+                        descs, drawn, rings, bars, x, position_ptr, tables, sizes, WIDE, PICKS,
+                        PROBLEM,
+                    ),
                 ),
             ],
             [4, 4, 4, 4],
             [104, 104, 104, 64],
-        )
+        )  # fmt: skip
