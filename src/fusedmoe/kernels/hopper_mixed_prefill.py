@@ -13,14 +13,15 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
+from fusedmoe.kernels.hopper_quantized import check_plain_rows
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 ALIGNED_BYTES = 16
+ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
 
@@ -160,22 +161,5 @@ def _check(
             f"{(e, shards * I, H)} of {shards}, and 1"
         )
     P = mixed_prefill_rows(T * K, e, tiles)
-    check_tensors(
-        (
-            ("x", x, (T, H), torch.bfloat16),
-            ("out", out, (T, H), torch.bfloat16),
-            ("act", act, (P, I), torch.bfloat16),
-            ("y", y, (P, H), torch.bfloat16),
-            ("topk_weights", topk_weights, (T, K), torch.float32),
-        )
-    )
-    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
-    if x.stride(1) != 1 or out.stride(1) != 1:
-        raise ValueError(
-            f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
-        )
-    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % ALIGNED_BYTES:
-        raise ValueError(
-            f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows a multiple of so many "
-            f"elements apart, not {x.stride(0)}"
-        )
+    given = x, topk_weights, topk_ids, out, act, y
+    check_plain_rows(given, (H, I), P, y_dtype=torch.bfloat16, apart=ROW_ELEMENTS)

@@ -196,14 +196,39 @@ def check_decode(
     blocks: MoEAlignment | LoneSlots,
 ) -> None:
     """Raise ValueError where the tensors of a streaming launch do not fit."""
-    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
-    R = T * K
+    R, (_, H, I) = topk_ids.numel(), w2.shape  # noqa: E741
+    given = x, topk_weights, topk_ids, out, act, y
+    check_plain_rows(given, (H, I), R, y_dtype=torch.float32, apart=8)
+    if isinstance(blocks, LoneSlots):
+        ids = blocks.topk_ids
+        if R > MAX_LONE_SLOTS:
+            raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")
+        if ids.shape != (R,) or ids.dtype != topk_ids.dtype or not ids.is_contiguous():
+            raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype} are not those of {R} slots")
+
+
+def check_plain_rows(
+    given: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, int],
+    rows: int,
+    *,
+    y_dtype: torch.dtype,
+    apart: int,
+) -> None:
+    """Raise ValueError where tensors of a layer whose rows are bf16 do not fit: x, topk_weights,
+    topk_ids, out, act [rows, I] and y [rows, H], for sizes (H, I). Rows of x lie a multiple of
+    ``apart`` elements apart."""
+    x, topk_weights, topk_ids, out, act, y = given
+    assert x is not None
+    assert topk_ids is not None
+    assert out is not None
+    (T, K), (H, I) = topk_ids.shape, sizes  # noqa: E741
     check_tensors(
         (
             ("x", x, (T, H), torch.bfloat16),
             ("out", out, (T, H), torch.bfloat16),
-            ("act", act, (R, I), torch.bfloat16),
-            ("y", y, (R, H), torch.float32),
+            ("act", act, (rows, I), torch.bfloat16),
+            ("y", y, (rows, H), y_dtype),
             ("topk_weights", topk_weights, (T, K), torch.float32),
         )
     )
@@ -212,14 +237,11 @@ def check_decode(
         raise ValueError(
             f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
         )
-    if x.stride(0) % 8 or x.data_ptr() % ALIGNED_BYTES:
-        raise ValueError(f"rows of x must begin at multiples of 16 bytes, strides {x.stride()}")
-    if isinstance(blocks, LoneSlots):
-        ids = blocks.topk_ids
-        if R > MAX_LONE_SLOTS:
-            raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")
-        if ids.shape != (R,) or ids.dtype != topk_ids.dtype or not ids.is_contiguous():
-            raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype} are not those of {R} slots")
+    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % apart:
+        raise ValueError(
+            f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows a multiple of {apart} "
+            f"elements apart, not {x.stride(0)}"
+        )
 
 
 def check_layer(
