@@ -147,7 +147,9 @@ def store_columns(out_ptr, value, slots, R, column, WIDTH: gl.constexpr, LAYOUT:
     row = gl.where(live, slots, 0).to(gl.int64) * WIDTH
     at = out_ptr + gl.expand_dims(row, 0) + gl.expand_dims(column, 1)
     value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), LAYOUT)
-    gl.store(at, value, gl.expand_dims(live, 0) & gl.expand_dims(column < WIDTH, 1))
+    mask = gl.expand_dims(live, 0) & gl.expand_dims(column < WIDTH, 1)
+    # The next launch reads what weights, streaming by, would push out of the L2.
+    gl.store(at, value, mask, eviction_policy="evict_last")
 
 
 @gluon.jit
