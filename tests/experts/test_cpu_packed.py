@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fusedmoe import FusedMoE, MoEOptions
-from fusedmoe.experts import cpu_gemm, cpu_memory
-from fusedmoe.experts.cpu_memory import Memory, host_memory
+from fusedmoe.experts import copies, cpu_gemm
+from fusedmoe.experts.copies import Memory, host_memory
 from fusedmoe.experts.cpu_packed import CpuPackedExperts
 from fusedmoe.selection import select
 from fusedmoe.testing import Case, check_experts
@@ -67,7 +67,7 @@ class TestPacked:
 
     @pytest.mark.parametrize("memory", [None, Memory(10**9, 10**8), Memory(10**6, 10**6 // 4)])
     def test_no_copy_is_made_where_memory_is_short_or_unknown(self, memory, monkeypatch):
-        monkeypatch.setattr("fusedmoe.experts.cpu_memory.host_memory", lambda: memory)
+        monkeypatch.setattr("fusedmoe.experts.copies.host_memory", lambda: memory)
         plain, packed = self.layers()
         assert self.products(packed) is None
         x, logits = torch.randn(5, 64).bfloat16(), torch.randn(5, 4)
@@ -84,12 +84,12 @@ class TestMemory:
     def machine(self, monkeypatch, tmp_path, meminfo: str, limit: str | None = None) -> None:
         info = tmp_path / "meminfo"
         info.write_text(meminfo)
-        monkeypatch.setattr(cpu_memory, "_MEMINFO", info)
+        monkeypatch.setattr(copies, "_MEMINFO", info)
         files = (tmp_path / "max", tmp_path / "current")
         if limit is not None:
             files[0].write_text(limit + "\n")
             files[1].write_text("3000\n")
-        monkeypatch.setattr(cpu_memory, "_CGROUPS", (files,))
+        monkeypatch.setattr(copies, "_CGROUPS", (files,))
 
     MEMINFO = "MemTotal:   10 kB\nMemFree:   1 kB\nMemAvailable:    5 kB\n"
 
@@ -108,5 +108,5 @@ class TestMemory:
     def test_of_a_system_that_does_not_say(self, monkeypatch, tmp_path):
         self.machine(monkeypatch, tmp_path, "MemTotal: some\n")
         assert host_memory() is None
-        monkeypatch.setattr(cpu_memory, "_MEMINFO", tmp_path / "nothing")
+        monkeypatch.setattr(copies, "_MEMINFO", tmp_path / "nothing")
         assert host_memory() is None

@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
 from fusedmoe.experts import cpu_int4, cpu_int8, cpu_quantized
-from fusedmoe.experts.cpu_memory import Memory
+from fusedmoe.experts.copies import Memory
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.formats import format_named, quantize
 from quantized_layers import Scheme, draw, fill, make_layer
@@ -204,7 +204,7 @@ def test_weights_written_to_since_are_read_as_they_are():
 
 def test_without_memory_to_spare_the_reference_runs(monkeypatch):
     memory = Memory(1 << 30, 1 << 20)
-    monkeypatch.setattr("fusedmoe.experts.cpu_memory.host_memory", lambda: memory)
+    monkeypatch.setattr("fusedmoe.experts.copies.host_memory", lambda: memory)
     layer, reference = pair("int8_channel")
     x, logits = torch.randn(3, H), torch.randn(3, E)
     assert error(layer(x, logits), reference(x, logits)) < 1e-6

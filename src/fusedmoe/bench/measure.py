@@ -11,7 +11,7 @@ from fusedmoe.bench.problems import Problem, Weights
 from fusedmoe.bench.replays import Replays, launched, record, time_in_turns
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, limit_us
 from fusedmoe.bench.timing import Call, time_on_cpu
-from fusedmoe.experts.cpu_memory import host_memory
+from fusedmoe.experts.copies import host_memory
 from fusedmoe.testing.tolerances import format_name
 
 MEMORY_SHARE = 0.6

@@ -15,7 +15,7 @@ from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.quantization.dialects import LayerSchemes
-from fusedmoe.quantization.dialects.methods import select_stored
+from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.words import dtype_named
 
@@ -44,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     )
     config = layer_config(args, checkpoint, dtype_named(args.dtype), options, quantized_too=True)
     schemes = None if checkpoint is None else _schemes(checkpoint)
-    selection = explain(config) if schemes is None else select_stored(schemes, config)
+    if schemes is None:
+        selection = explain(config)
+    else:
+        method = QuantizedFusedMoEMethod.of_stored(schemes, config)
+        selection = method.select_on(config.device)
     tiles = source_of_tiles(config) if selection.chosen.name == "triton" else None
     if args.json:
         layer = {

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.copies import Source, room_for
 from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_gemm import has_native, onednn_linear
-from fusedmoe.experts.cpu_memory import room_for
 from fusedmoe.experts.cpu_run import Products
-from fusedmoe.experts.cpu_source import Source
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
 from fusedmoe.quantization.keys import QuantKey
 

@@ -11,6 +11,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.copies import Source, room_for
 from fusedmoe.experts.cpu_int4 import (
     float_rows,
     int4_linear,
@@ -26,10 +27,8 @@ from fusedmoe.experts.cpu_int8 import (
     int8_weights,
     unmet_int8,
 )
-from fusedmoe.experts.cpu_memory import room_for
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
-from fusedmoe.experts.cpu_source import Source
 from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
 from fusedmoe.modular_kernel import (

@@ -78,16 +78,8 @@ def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:
 
 
 def _described(w: QuantizedTensor, bias: torch.Tensor | None) -> FusedMoEQuantDesc:
-    return FusedMoEQuantDesc(
-        dtype=w.format.key_dtype,
-        shape=w.format.group,
-        scale=w.scale,
-        scale2=w.scale2,
-        zp=w.zero_point,
-        group_index=w.group_index,
-        bias=bias,
-        format=w.format,
-    )
+    parts = {"scale2": w.scale2, "zp": w.zero_point, "group_index": w.group_index, "bias": bias}
+    return FusedMoEQuantDesc.of_weight(w.format, w.scale, **parts)
 
 
 def quantized_pair(
@@ -125,9 +117,9 @@ def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | 
 
 def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
     descs: list[FusedMoEQuantDesc] = []
-    for side, parts in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
+    for side, given in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
         name, dtype, row, col, kind = side.split()
-        scale, scale2, zp, group_index, bias, rows_scale = parts
+        scale, scale2, zp, group_index, bias, rows_scale = given
         fmt, scale_kind = format_named(name), cast("ScaleKind", kind)
         rows = FusedMoEQuantDesc(
             dtype=getattr(torch, dtype, dtype),
@@ -135,16 +127,8 @@ def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQua
             scale=rows_scale,
             scale_kind=scale_kind,
         )
-        weight = FusedMoEQuantDesc(
-            dtype=fmt.key_dtype,
-            shape=fmt.group,
-            scale=scale,
-            scale2=scale2,
-            zp=zp,
-            group_index=group_index,
-            bias=bias,
-            format=fmt,
-        )
+        parts = {"scale2": scale2, "zp": zp, "group_index": group_index, "bias": bias}
+        weight = FusedMoEQuantDesc.of_weight(fmt, scale, **parts)
         descs += [FusedMoEQuantDesc() if dtype == "None" else rows, weight]
     a1, w1, a2, w2 = descs
     return FusedMoEQuantConfig(a1=a1, a2=a2, w1=w1, w2=w2)

@@ -15,7 +15,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.act_order import in_place_of, room_on, sorted_operands
-from fusedmoe.experts.cpu_source import Source
+from fusedmoe.experts.copies import Source
 from fusedmoe.experts.quantized_operands import Operands, tensors_and_words
 from fusedmoe.experts.triton_quantized_formats import (
     capabilities,

@@ -41,6 +41,13 @@ class FusedMoEQuantDesc:
     format: QuantFormat | None = None
     scale_kind: ScaleKind = "float"
 
+    @classmethod
+    def of_weight(
+        cls, fmt: QuantFormat, scale: torch.Tensor | None, **parts: torch.Tensor | None
+    ) -> FusedMoEQuantDesc:
+        """A weight in ``fmt`` with its ``scale`` and whatever else it has."""
+        return cls(dtype=fmt.key_dtype, shape=fmt.group, format=fmt, scale=scale, **parts)  # type: ignore[arg-type]
+
     @property
     def key(self) -> QuantKey | None:
         """What selection compares; None for an operand that is not quantized."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import gcd
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
@@ -30,6 +30,7 @@ from fusedmoe.selection import Selection, select
 from fusedmoe.weights.param_spec import HIDDEN, INTERMEDIATE, Axis, Dim, ParamSpec
 
 if TYPE_CHECKING:
+    from fusedmoe.quantization.dialects.base import LayerSchemes
     from fusedmoe.weights.routed_experts import RoutedExperts
 
 Owner = Literal["w13", "w2"]
@@ -62,6 +63,15 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         self._activation_scales: dict[Owner, torch.Tensor] = {}
         self._specs: tuple[FusedMoEConfig, tuple[ParamSpec, ...]] | None = None
 
+    @classmethod
+    def of_stored(cls, schemes: LayerSchemes, moe_config: FusedMoEConfig) -> Self:
+        """For experts that a checkpoint stores as ``schemes`` say, and that are loaded so."""
+        method = cls(
+            moe_config, schemes.w13.format, schemes.w2.format, activation=schemes.activation
+        )
+        method.checkpoint_schemes = schemes
+        return method
+
     def format(self, owner: Owner) -> QuantFormat:
         """Of ``w13`` or ``w2`` as it is held here."""
         fmt, width = self._file_formats[owner], self.moe_config.intermediate_size_per_partition
@@ -86,7 +96,11 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         return replace(key, group_shape=GroupShape(key.group_shape.row, columns))
 
     def select(self, layer: RoutedExperts) -> Selection:
-        moe = replace(self.moe_config, device=layer.w13_weight.device)
+        return self.select_on(layer.w13_weight.device)
+
+    def select_on(self, device: torch.device) -> Selection:
+        """What runs the layer where its weights are on ``device``."""
+        moe = replace(self.moe_config, device=device)
         first, second = ((self.format(owner).key, self.activation(owner)) for owner in OWNERS)
         return select(moe, *first, self.groups, down_keys=second)
 
@@ -183,15 +197,13 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
                 tensor = part(name)
                 return tensor if tensor is None or owner == "w13" else tensor.unsqueeze(1)
 
-            return FusedMoEQuantDesc(
-                dtype=fmt.key_dtype,
-                shape=fmt.group,
-                scale=by_shard("weight_scale") if fmt.group.row == -1 else part("weight_scale"),
+            return FusedMoEQuantDesc.of_weight(
+                fmt,
+                by_shard("weight_scale") if fmt.group.row == -1 else part("weight_scale"),
                 scale2=by_shard("weight_scale_2"),
                 zp=part("weight_zero_point"),
                 group_index=by_shard("weight_group_index"),
                 bias=part("bias"),
-                format=fmt,
             )
 
         return {"w13": desc("w13"), "w2": desc("w2")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -28,13 +28,7 @@ def fused_topk(
     scoring_func: str = "softmax",
 ) -> TopkResult:
     """Plain top-k: gating_output [T, E] scored in fp32, the ``topk`` best, renormalized or not."""
-    _check_tokens(hidden_states, gating_output)
-    spec = RoutingSpec(
-        top_k=topk,
-        num_experts=gating_output.shape[-1],
-        score_function=cast("ScoreFunction", scoring_func),
-        renormalize=renormalize,
-    )
+    spec = _spec(hidden_states, gating_output, topk, renormalize, scoring_func)
     weights, ids, _ = route(gating_output, spec, indices_dtype=indices_type)
     num_tokens = gating_output.shape[0]
     slots = torch.arange(num_tokens * topk, dtype=torch.int32, device=gating_output.device)
@@ -54,14 +48,8 @@ def fused_topk_bias(
     routed_scaling_factor: float = 1.0,
 ) -> RoutingResult:
     """Top-k by score + bias [E], weighted by the score; or ids by ``input_tokens`` [T]."""
-    _check_tokens(hidden_states, gating_output)
-    spec = RoutingSpec(
-        top_k=topk,
-        num_experts=gating_output.shape[-1],
-        score_function=cast("ScoreFunction", scoring_func),
-        renormalize=renormalize,
-        routed_scaling_factor=routed_scaling_factor,
-    )
+    scale = {"routed_scaling_factor": routed_scaling_factor}
+    spec = _spec(hidden_states, gating_output, topk, renormalize, scoring_func, **scale)
     tensors = RoutingTensors(
         correction_bias=e_score_correction_bias, hash_indices_table=hash_indices_table
     )
@@ -83,12 +71,12 @@ def grouped_topk(
 
     A group counts as much as its best expert, or with a bias as its two best together.
     """
-    _check_tokens(hidden_states, gating_output)
-    spec = RoutingSpec(
-        top_k=topk,
-        num_experts=gating_output.shape[-1],
-        score_function=cast("ScoreFunction", scoring_func),
-        renormalize=renormalize,
+    spec = _spec(
+        hidden_states,
+        gating_output,
+        topk,
+        renormalize,
+        scoring_func,
         routed_scaling_factor=routed_scaling_factor,
         num_expert_group=num_expert_group,
         topk_group=topk_group,
@@ -154,12 +142,12 @@ class GroupedTopk(nn.Module):
         e_score_correction_bias: torch.Tensor | None = None,
     ) -> RoutingResult:
         """hidden_states [T, H], gating_output [T, E], bias [E] -> weights fp32, ids int32."""
-        _check_tokens(hidden_states, gating_output)
-        spec = RoutingSpec(
-            top_k=self.topk,
-            num_experts=gating_output.shape[-1],
-            score_function=cast("ScoreFunction", self.scoring_func),
-            renormalize=self.renormalize,
+        spec = _spec(
+            hidden_states,
+            gating_output,
+            self.topk,
+            self.renormalize,
+            self.scoring_func,
             routed_scaling_factor=self.routed_scaling_factor,
             num_expert_group=self.num_expert_group,
             topk_group=self.topk_group,
@@ -170,9 +158,23 @@ class GroupedTopk(nn.Module):
         return route(gating_output, spec, RoutingTensors(correction_bias=e_score_correction_bias))
 
 
-def _check_tokens(hidden_states: torch.Tensor, gating_output: torch.Tensor) -> None:
+def _spec(
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    scoring_func: str,
+    **rest: Any,
+) -> RoutingSpec:
     if hidden_states.shape[0] != gating_output.shape[0]:
         raise ValueError(
             f"hidden_states has {hidden_states.shape[0]} tokens, "
             f"gating_output {gating_output.shape[0]}"
         )
+    return RoutingSpec(
+        top_k=topk,
+        num_experts=gating_output.shape[-1],
+        score_function=cast("ScoreFunction", scoring_func),
+        renormalize=renormalize,
+        **rest,
+    )

@@ -20,7 +20,6 @@ from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.seats import ExpertsSeat
 from fusedmoe.integrations.transformers.sources import Source
 from fusedmoe.quantization.dialects import LayerSchemes
-from fusedmoe.quantization.dialects.methods import method_of
 from fusedmoe.quantization.keys import GroupShape, fp8_dynamic_group
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.quantization.tensor import QuantFormat
@@ -84,7 +83,7 @@ class PackedExperts(nn.Module):
         method = (
             UnquantizedFusedMoEMethod(config)
             if self.schemes is None
-            else method_of(self.schemes, config)
+            else QuantizedFusedMoEMethod.of_stored(self.schemes, config)
         )
         method.groups = None if ranks is None else ranks.groups
         return HeldExperts(

@@ -262,12 +262,14 @@ class CheckpointQuantization(ABC):
         self, moe_config: FusedMoEConfig, prefix: str
     ) -> FusedMoEMethodBase | None:
         """The method for the experts under ``prefix``; None leaves them unquantized."""
-        from fusedmoe.quantization.dialects.methods import method_of
+        from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 
         gated = moe_config.is_act_and_mul
         w13 = [f"{prefix}.0.{name}" for name in ("gate_proj", "up_proj")[not gated :]]
         schemes = self.layer_schemes(w13, [f"{prefix}.0.down_proj"])
-        return None if schemes is None else method_of(schemes, moe_config)
+        if schemes is None:
+            return None
+        return QuantizedFusedMoEMethod.of_stored(schemes, moe_config)
 
 
 def _kind(scheme: Scheme | None) -> tuple[QuantFormat, QuantKey | None] | None:

@@ -1,9 +1,14 @@
-"""How much memory this process may still take: for choices that cost memory, not accuracy."""
+"""Copies of weights made for speed: whether there is room for them, and whether they still hold.
+
+They cost memory, not accuracy.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 _MEMINFO = Path("/proc/meminfo")
 # Limit and usage of the container, in the second and the first version of Linux' control groups.
@@ -47,3 +52,14 @@ def host_memory() -> Memory | None:
             continue
         total, available = min(total, limit), min(available, limit - usage)
     return Memory(total, max(0, available))
+
+
+class Source(NamedTuple):
+    """Which values were copied: where they lie, and how often they had been written to."""
+
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Source:
+        return cls(weight.data_ptr(), -1 if weight.is_inference() else weight._version)
