@@ -19,7 +19,11 @@ from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
-from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
+from fusedmoe.kernels.tensor_checks import (
+    check_contiguous,
+    check_quantized_rows,
+    check_tensors,
+)
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
@@ -172,32 +176,17 @@ def _check(
     key: QuantKey,
     x_scale: torch.Tensor | None,
 ) -> None:
-    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
+    (e, H, I), T = w2.shape, topk_ids.shape[0]  # noqa: E741
     shards = 2 if activation.is_gated else 1
     if w1.shape != (e, shards * I, H) or w1.shards != shards:
         raise ValueError(
             f"w1 is {w1.shape} of {w1.shards} shards, expected {(e, shards * I, H)} of {shards}"
         )
-    P = prefill_rows(T * K, e)
-    check_tensors(
-        (
-            ("x", x, (T, H), torch.bfloat16 if x_scale is None else STORED[key.dtype]),
-            ("out", out, (T, H), torch.bfloat16),
-            ("act", act, (P, I), torch.bfloat16),
-            ("y", y, (P, H), torch.bfloat16),
-            ("topk_weights", topk_weights, (T, K), torch.float32),
-            ("x_scale", x_scale, (T, -(-H // max(key.group_shape.col, 1))), torch.float32),
-        )
-    )
-    check_contiguous(
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        act=act,
-        y=y,
-        x=None if x_scale is None else x,
-        x_scale=x_scale,
-    )
+    dtype = torch.bfloat16 if x_scale is None else STORED[key.dtype]
+    sizes = H, I, prefill_rows(topk_ids.numel(), e)
+    check_quantized_rows(sizes, x, topk_weights, topk_ids, out, act, y, x_dtype=dtype)
+    of_x = (T, -(-H // max(key.group_shape.col, 1)))
+    check_tensors((("x_scale", x_scale, of_x, torch.float32),))
+    check_contiguous(x=None if x_scale is None else x, x_scale=x_scale)
     if x_scale is not None and x.data_ptr() % ALIGNED_BYTES:
         raise ValueError(f"rounded x must lie at a multiple of {ALIGNED_BYTES} bytes")
-    if out.stride(1) != 1:
-        raise ValueError(f"rows of out must be dense, its strides are {out.stride()}")

@@ -19,7 +19,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 )
 from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
+from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -222,25 +222,13 @@ def check_plain_rows(
     assert x is not None
     assert topk_ids is not None
     assert out is not None
-    (T, K), (H, I) = topk_ids.shape, sizes  # noqa: E741
-    check_tensors(
-        (
-            ("x", x, (T, H), torch.bfloat16),
-            ("out", out, (T, H), torch.bfloat16),
-            ("act", act, (rows, I), torch.bfloat16),
-            ("y", y, (rows, H), y_dtype),
-            ("topk_weights", topk_weights, (T, K), torch.float32),
-        )
-    )
-    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
-    if x.stride(1) != 1 or out.stride(1) != 1:
+    assert act is not None
+    assert y is not None
+    check_quantized_rows((*sizes, rows), x, topk_weights, topk_ids, out, act, y, y_dtype=y_dtype)
+    if x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES or x.stride(0) % apart:
         raise ValueError(
-            f"rows of x and out must be dense, strides are {x.stride()} and {out.stride()}"
-        )
-    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % apart:
-        raise ValueError(
-            f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows a multiple of {apart} "
-            f"elements apart, not {x.stride(0)}"
+            f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows dense and a multiple of "
+            f"{apart} elements apart, not of strides {x.stride()}"
         )
 
 

@@ -16,7 +16,7 @@ from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
-from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
+from fusedmoe.kernels.tensor_checks import check_contiguous, check_quantized_rows
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DirectTiles
@@ -231,8 +231,7 @@ def _check(
     act: torch.Tensor,
     y: torch.Tensor,
 ) -> None:
-    (_, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
-    R = T * K
+    (_, H, I), T = w2.shape, topk_ids.shape[0]  # noqa: E741
     rows, dtype = (x.data if isinstance(x, QuantizedRows) else x), torch.bfloat16
     if isinstance(x, QuantizedRows):
         dtype = w1.data.dtype
@@ -243,18 +242,11 @@ def _check(
                 f"scales of x are {tuple(x.scale.shape)} {x.scale.dtype}, expected "
                 f"{allowed[0]} {torch.float32}"
             )
-    check_tensors(
-        (
-            ("x", rows, (T, H), dtype),
-            ("out", out, (T, H), torch.bfloat16),
-            ("act", act, (R, I), torch.bfloat16),
-            ("y", y, (R, H), torch.float32),
-            ("topk_weights", topk_weights, (T, K), torch.float32),
-        )
-    )
-    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
+    check_quantized_rows(
+        (H, I, topk_ids.numel()), rows, topk_weights, topk_ids, out, act, y, x_dtype=dtype,
+        y_dtype=torch.float32,
+    )  # fmt: skip
     if isinstance(x, QuantizedRows):
         check_contiguous(x=x.data, x_scale=x.scale)
-    for name, one in (("x", rows), ("out", out)):
-        if one.stride(1) != 1:
-            raise ValueError(f"rows of {name} must be dense, its strides are {one.stride()}")
+    if rows.stride(1) != 1:
+        raise ValueError(f"rows of x must be dense, its strides are {rows.stride()}")
