@@ -22,13 +22,13 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 def rows(x, weight, bias, out_dtype):
-    from fusedmoe.kernels.triton.gate import gate_rows
+    from fusedmoe.kernels.triton.gate_rows import gate_rows
 
     return gate_rows(x, weight, bias, out_dtype)
 
 
 def parts(x, weight, bias, out_dtype):
-    from fusedmoe.kernels.triton.gate import gate_parts
+    from fusedmoe.kernels.triton.gate_parts import gate_parts
 
     tile = gate_tile(*weight.shape, weight.element_size())
     return gate_parts(x, weight, bias, out_dtype, tile)
@@ -36,10 +36,10 @@ def parts(x, weight, bias, out_dtype):
 
 def chained(x, weight, bias, out_dtype):
     """The same kernel that many tokens go through."""
-    from fusedmoe.kernels.triton import gate
+    from fusedmoe.kernels.triton import gate_parts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "PARTS_TOKENS", 0)
+        patch.setattr(gate_parts, "PARTS_TOKENS", 0)
         return parts(x, weight, bias, out_dtype)
 
 
@@ -116,7 +116,7 @@ def test_two_experts_a_program(T, E):
 
 
 def test_few_tokens_fill_the_registers_but_not_more():
-    from fusedmoe.kernels.triton.gate import gate_rows_tile
+    from fusedmoe.kernels.triton.gate_rows import gate_rows_tile
 
     for tokens in range(1, MAX_ROWS_TOKENS + 1):
         for H in (64, 2048, 2880, 7168, 16384):
@@ -204,7 +204,7 @@ HOPPER = """
 from triton.compiler import ASTSource
 import hopper_compiler
 from fusedmoe.kernels.gate import gate_tile
-from fusedmoe.kernels.triton import gate
+from fusedmoe.kernels.triton import gate_parts, gate_rows
 
 TYPES = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*fp32",
          "parts_ptr": "*fp32", "T": "i32", "H": "i32", "E": "i32", "stride_xt": "i32",
@@ -220,8 +220,8 @@ def build(kernel, constants, num_warps, types={}, num_stages=3):
     hopper_compiler.build(source, num_warps=num_warps, num_stages=num_stages)
 
 for tokens, hidden, dtype in ((1, 2048, "bf16"), (2, 7168, "fp32"), (4, 7168, "fp32")):
-    tile = gate.gate_rows_tile(tokens, 256, hidden, 4 if dtype == "fp32" else 2)
-    build(gate.gate_rows_kernel, {"PAIR": tile.pair, "BLOCK_T": tile.block_t,
+    tile = gate_rows.gate_rows_tile(tokens, 256, hidden, 4 if dtype == "fp32" else 2)
+    build(gate_rows.gate_rows_kernel, {"PAIR": tile.pair, "BLOCK_T": tile.block_t,
           "BLOCK_H": tile.block_h, "CHAINED": True}, tile.warps,
           {"x_ptr": "*" + dtype, "weight_ptr": "*" + dtype})
 for dtype, experts, hidden in (("fp32", 256, 7168), ("bf16", 128, 2048), ("fp32", 128, 2048)):
@@ -230,11 +230,12 @@ for dtype, experts, hidden in (("fp32", 256, 7168), ("bf16", 128, 2048), ("fp32"
                  "BLOCK_H": tile.columns}
     types = {"x_ptr": "*" + dtype, "weight_ptr": "*" + dtype}
     for tokens in (8, 16):
-        build(gate.gate_parts_kernel, constants | {"BLOCK_T": tokens, "CHAINED": True}, tile.warps,
-              types, tile.steps + 1)
-    build(gate.gate_chained_kernel, constants | {"BLOCK_T": gate.CHAINED_TOKENS_PER_TILE,
-          "PARTS": tile.parts}, 4, types)
-build(gate.gate_sum_kernel, {"PARTS": 14, "BLOCK": gate.SUM_BLOCK, "CHAINED": True}, 4)
+        build(gate_parts.gate_parts_kernel, constants | {"BLOCK_T": tokens, "CHAINED": True},
+              tile.warps, types, tile.steps + 1)
+    tokens = gate_parts.CHAINED_TOKENS_PER_TILE
+    build(gate_parts.gate_chained_kernel,
+          constants | {"BLOCK_T": tokens, "PARTS": tile.parts}, 4, types)
+build(gate_parts.gate_sum_kernel, {"PARTS": 14, "BLOCK": gate_parts.SUM_BLOCK, "CHAINED": True}, 4)
 print("compiled")
 """
 

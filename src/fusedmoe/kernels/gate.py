@@ -114,12 +114,12 @@ def _gate_linear(
         rows.shape[0], x.dtype, weight.dtype, out_dtype, x.device.type, batch_invariant
     )
     if tier == "rows":
-        from fusedmoe.kernels.triton.gate import gate_rows
+        from fusedmoe.kernels.triton.gate_rows import gate_rows
 
         with device_of(rows):
             logits = gate_rows(rows, weight, bias, out_dtype)
     elif tier == "parts":
-        from fusedmoe.kernels.triton.gate import gate_parts
+        from fusedmoe.kernels.triton.gate_parts import gate_parts
 
         tile = gate_tile(weight.shape[0], weight.shape[1], weight.element_size())
         with device_of(rows):
