@@ -22,12 +22,13 @@ from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
+from fusedmoe.runner.placement import PlacedLayer
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
 from fusedmoe.runner.shared_experts import OVERLAP_TOKENS, SharedExpertsRun, choose_order
 from fusedmoe.weights.routed_experts import RoutedExperts
 
 if TYPE_CHECKING:
-    from fusedmoe.weights.expert_map import ExpertMapManager
+    pass
 
 
 class TransformedInput(NamedTuple):
@@ -37,7 +38,7 @@ class TransformedInput(NamedTuple):
     shared_experts_input: torch.Tensor | None
 
 
-class MoERunner(nn.Module):
+class MoERunner(PlacedLayer):
     """One Mixture-of-Experts layer. Build it with ``FusedMoE(...)``.
 
     ``routed_scaling_factor`` is what multiplies the routed output here (1 where the router
@@ -283,57 +284,6 @@ class MoERunner(nn.Module):
         """output + weight * x in fp32, weighted as the routed output is."""
         factor = self.routed_scaling_factor if self._scales_routed(x.dtype) else 1.0
         return self.rank_sum.plus_whole(output, (zero_expert_weight * factor)[:, None] * x.float())
-
-    @property
-    def expert_map_manager(self) -> ExpertMapManager:
-        return self.routed_experts.expert_map_manager
-
-    @property
-    def expert_local_to_global(self) -> torch.Tensor | None:
-        """int32 [e]: global id of each row of the weights; None on one rank (they are equal)."""
-        return self.routed_experts.expert_local_to_global
-
-    @property
-    def expert_physical_to_global(self) -> torch.Tensor | None:
-        """int32 [E]: global id of each row of all ranks' weights; None on one rank."""
-        return self.routed_experts.expert_physical_to_global
-
-    def set_eplb_state(
-        self,
-        moe_layer_idx: int,
-        expert_load_view: torch.Tensor,
-        logical_to_physical_map: torch.Tensor,
-        logical_replica_count: torch.Tensor,
-        *,
-        should_record: torch.Tensor | None = None,
-        num_unpadded_tokens: torch.Tensor | None = None,
-    ) -> None:
-        """Route to physical replicas and count their load from now on.
-
-        expert_load_view int32 [layers, E], logical_to_physical_map int [layers, logical, max
-        replicas] and logical_replica_count int [layers, logical]; this layer uses views of row
-        ``moe_layer_idx``, so that writing into the tensors rebalances it. Nothing is counted
-        while ``should_record`` (one element) is zero, nor in rows from ``num_unpadded_tokens`` (one
-        integer) on; both are read on the device.
-        """
-        if not self.enable_eplb:
-            raise ValueError("this layer was built with enable_eplb=False")
-        layers = expert_load_view.shape[0]
-        if not 0 <= moe_layer_idx < layers:
-            raise ValueError(f"moe_layer_idx {moe_layer_idx} does not lie in [0, {layers})")
-        moe = self.moe_config
-        if expert_load_view.shape[1:] != (moe.num_experts,):
-            raise ValueError(
-                f"expert_load_view must be [layers, {moe.num_experts}], "
-                f"got {tuple(expert_load_view.shape)}"
-            )
-        counted = {"should_record": should_record, "num_unpadded_tokens": num_unpadded_tokens}
-        self.router.set_eplb_state(  # type: ignore[attr-defined]
-            expert_load_view[moe_layer_idx],
-            logical_to_physical_map[moe_layer_idx],
-            logical_replica_count[moe_layer_idx],
-            **{name: tensor for name, tensor in counted.items() if tensor is not None},
-        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load (checkpoint name, tensor) pairs; names may begin with ``prefix``.
