@@ -204,6 +204,13 @@ def test_a_limit_that_the_gate_does_not_read_is_not_applied():
     assert gate_of(experts).config.clamp_limit is None
 
 
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_limit_that_no_gate_can_have_leaves_it_unknown(limit):
+    experts = odd_experts(lambda gate, up: torch.tanh(gate) * up)
+    experts.limit = limit
+    assert gate_of(experts).activation is None
+
+
 def test_a_changed_gate_is_seen_after_forget_gate():
     experts = odd_experts(lambda gate, up: nn.functional.silu(gate) * up)
     assert gate_of(experts).activation is MoEActivation.SILU

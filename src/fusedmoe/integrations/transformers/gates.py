@@ -96,7 +96,7 @@ def _candidates(experts: Any) -> Iterator[Gate]:
     for activation in glu:
         yield Gate(activation=activation)
     limit = _number(experts, "limit", "swiglu_limit")
-    if limit is None:
+    if limit is None or limit <= 0:  # no gate means anything with such a limit
         return
     alpha = _number(experts, "alpha", "swiglu_alpha")
     for activation in (*glu, MoEActivation.SWIGLUSTEP):
