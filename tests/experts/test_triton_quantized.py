@@ -32,6 +32,7 @@ from fusedmoe.quantization.keys import (
     accepts,
     fp8_dynamic_group,
 )
+from gemm_oracle import assert_right
 from quantized_bodies import (
     triton_gemm,
     triton_packed,
@@ -125,12 +126,6 @@ def quantized_bodies(monkeypatch, bodies):
     monkeypatch.setattr(round_rows, "round_rows_reference", triton_round)
     monkeypatch.setattr(w4a8, "w4a8_gemm_reference", triton_w4a8)
     monkeypatch.setattr(w8a8, "w8a8_gemm_reference", triton_w8a8)
-
-
-def assert_right(out, expected, tolerance):
-    assert torch.equal(out.isnan(), expected.isnan())
-    error = (out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm()
-    assert error < tolerance, float(error)
 
 
 def tolerance_of(case):

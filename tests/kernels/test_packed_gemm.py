@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
+from gemm_oracle import TOP_K, E, assert_right, by_slot, rows_and_ids
 from packed_weights import pack
 from quantized_bodies import triton_packed
 
 NAN = float("nan")
-E, N, TOP_K = 3, 24, 2
+N = 24
 # Columns: whole steps, cut steps.
 FORMATS = [
     *((kind, 512) for kind in CODECS),
@@ -41,34 +42,6 @@ def weights(fmt, K, activation=None, seed=0):
 
 def tile_for(fmt, slots=16, rows=32):
     return packed_tile(QuantizedTile(rows, slots, 64, 2, 4, 2), format_named(fmt).element)
-
-
-def rows_and_ids(K, T=5, dtype=torch.float32):
-    gen = torch.Generator().manual_seed(1)
-    ids = torch.randint(-1, E + 1, (T, TOP_K), dtype=torch.int32, generator=gen)
-    return torch.randn(T, K, generator=gen).to(dtype), ids
-
-
-def by_slot(a, w, ids, activation=None, config=None, bias=None, row_weights=None):
-    """fp64, one slot at a time; NaN where no expert is here."""
-    values = w.dequantize(torch.float32).double()
-    rows = torch.full((ids.numel(), N), NAN, dtype=torch.float64)
-    for slot, expert in enumerate(local_ids(ids, E, None).flatten().tolist()):
-        if expert < 0:
-            continue
-        row = values[expert] @ a[slot // TOP_K].double()
-        if bias is not None:
-            row = row + bias[expert].double()
-        if activation is not None:
-            row = activation_reference(activation, row, config)
-        rows[slot] = row if row_weights is None else row * row_weights[slot].double()
-    return rows
-
-
-def assert_right(out, expected, tolerance=1e-5):
-    assert torch.equal(out.isnan(), expected.isnan())
-    error = (out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm()
-    assert error < tolerance, float(error)
 
 
 @BOTH

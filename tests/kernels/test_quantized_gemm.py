@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized import (
     from_planes,
@@ -28,10 +28,11 @@ from fusedmoe.quantization.keys import (
     fp8_dynamic_group,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from gemm_oracle import TOP_K, E, assert_right, by_slot, rows_and_ids
 from quantized_bodies import triton_gemm, triton_w8a8
 
 NAN = float("nan")
-E, N, TOP_K = 3, 40, 2
+N = 40
 # Columns and step: whole steps, cut steps, groups longer and shorter than a step.
 WEIGHT_ONLY = [
     ("int4_g32", 128, 64),
@@ -85,36 +86,8 @@ def weights(fmt, K, activation=None, seed=0):
     )
 
 
-def by_slot(a, w, ids, activation=None, config=None, bias=None, row_weights=None):
-    """fp64, one slot at a time; NaN where no expert is here."""
-    values = w.dequantize(torch.float32).double()
-    rows = torch.full((ids.numel(), N), NAN, dtype=torch.float64)
-    for slot, expert in enumerate(local_ids(ids, E, None).flatten().tolist()):
-        if expert < 0:
-            continue
-        row = values[expert] @ a[slot // TOP_K].double()
-        if bias is not None:
-            row = row + bias[expert].double()
-        if activation is not None:
-            row = activation_reference(activation, row, config)
-        rows[slot] = row if row_weights is None else row * row_weights[slot].double()
-    return rows
-
-
-def rows_and_ids(K, T=5, dtype=torch.float32, seed=1):
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, E + 1, (T, TOP_K), dtype=torch.int32, generator=gen)
-    return torch.randn(T, K, generator=gen).to(dtype), ids
-
-
 def tile_of(depth, slots=16, rows=32):
     return QuantizedTile(rows, slots, depth, 2, 4, 2)
-
-
-def assert_right(out, expected, tolerance=1e-5):
-    assert torch.equal(out.isnan(), expected.isnan())
-    error = (out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm()
-    assert error < tolerance, float(error)
 
 
 @BOTH

@@ -216,8 +216,6 @@ def grouped_mm_alone(shape: LayerShape, weights: list[Weights]) -> Contestant:
 
     What the two products cost in torch without routing, gathering, biases or sum.
     """
-    if not hasattr(F, "grouped_mm"):
-        raise ValueError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
     if shape.bias:
         raise ValueError("leaves out the biases that this layer has")
     activation = MoEActivation.from_str(shape.activation)
