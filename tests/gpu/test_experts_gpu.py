@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expert_layers import Layer
 from fusedmoe import BatchedTritonExperts, MoEOptions, fused_experts
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
@@ -15,11 +14,17 @@ from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import biased_moe_quant_config
+from gpu_layers import (
+    GPU,
+    assert_replays_follow_new_routing,
+    assert_right,
+    compiled_apply,
+    rows_past_two_to_the_31,
+    weights_past_two_to_the_31,
+)
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-GPU = Layer(device="cuda", dtype=torch.bfloat16, T=33, K=4, E=16, H=256, I=192)
 LAYERS = {
     "one_token": replace(GPU, T=1),
     "lone_slots": replace(GPU, T=4, E=64, bias=True),
@@ -53,13 +58,6 @@ def call(layer, tensors, function=fused_experts, **changes):
     }
     names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids", "expert_map")
     return function(**{n: tensors[n] for n in names}, **(arguments | changes))
-
-
-def assert_right(out, layer, tensors):
-    expected = layer.expected(tensors)
-    scale = expected.abs().max().clamp(min=1e-6)
-    error = (out.double() - expected).abs().max() / scale
-    assert error < TOLERANCE[layer.dtype], float(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -112,27 +110,7 @@ def test_dead_ids_and_nan_rows(T):
 
 @pytest.mark.parametrize("T", [1, 64, 1500])
 def test_graph_replay_follows_new_routing_without_synchronising(T):
-    layer = replace(GPU, T=T, E=32, local=20)
-    tensors = layer.tensors()
-    call(layer, tensors)
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call(layer, tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call(layer, tensors)
-    for seed in (1, 2):
-        other = replace(layer, seed=seed).tensors()
-        for name in ("hidden_states", "topk_weights", "topk_ids"):
-            tensors[name].copy_(other[name])
-        out.fill_(NAN)
-        graph.replay()
-        assert out.equal(call(layer, tensors))
-        assert_right(out, layer, tensors)
+    assert_replays_follow_new_routing(call, T)
 
 
 def test_every_run_gives_the_same_bits():
@@ -160,19 +138,7 @@ def test_compiled_without_graph_breaks(T):
     experts = TritonExperts(
         layer.config(), biased_moe_quant_config(tensors["w1_bias"], tensors["w2_bias"])
     )
-    shapes = experts.workspace_shapes(T, 384, 256, 4, 16, 16, None, layer.activation)
-
-    def apply(x, w1, w2, weights, ids):
-        first, second, out = (x.new_empty(shape) for shape in shapes)
-        act = layer.activation
-        experts.apply(
-            out, x, w1, w2, weights, ids, act, 16, None, None, None, first, second, None, False
-        )
-        return out
-
-    names = ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")
-    compiled = torch.compile(apply, fullgraph=True)
-    assert compiled(*(tensors[n] for n in names)).equal(expected)
+    assert compiled_apply(experts, layer, tensors).equal(expected)
 
 
 @pytest.mark.parametrize("name", ["one_token", "bias", "expert_map"])
@@ -197,37 +163,14 @@ def test_ops_keep_their_promises(name):
 
 
 def test_rows_past_two_to_the_31_elements():
-    """R * H is 2^31 + 2^22: slots at the end have addresses that 32 bits do not hold."""
-    layer = replace(GPU, T=1, K=2, E=2, H=2048, I=32)
-    T = (2**31 + 2**22) // (2 * 2048)
-    tensors = layer.tensors()
-    sample = torch.tensor([0, 1, T // 2, T - 2, T - 1], device="cuda")
-    tensors["hidden_states"] = torch.randn(T, 2048, device="cuda", dtype=torch.bfloat16)
-    tensors["topk_ids"] = torch.randint(0, 2, (T, 2), device="cuda", dtype=torch.int32)
-    tensors["topk_weights"] = torch.rand(T, 2, device="cuda")
+    layer, tensors, sample, part = rows_past_two_to_the_31()
     out = call(layer, tensors)
     assert not out.isnan().any()
-    part = {n: tensors[n][sample] for n in ("hidden_states", "topk_weights", "topk_ids")}
-    assert_right(out[sample], layer, tensors | part)
+    assert_right(out[sample], layer, part)
 
 
 def test_weights_past_two_to_the_31_elements():
-    layer = replace(GPU, T=2, K=1, E=2)
-    e, H = 9, 16384
-    w1 = torch.zeros(e, H, H, device="cuda", dtype=torch.bfloat16)
-    w2 = torch.zeros(e, H, H // 2, device="cuda", dtype=torch.bfloat16)
-    w1[8].normal_(std=H**-0.5)
-    w2[8].normal_(std=H**-0.5)
-    tensors = {
-        "hidden_states": torch.randn(2, H, device="cuda", dtype=torch.bfloat16),
-        "w1": w1,
-        "w2": w2,
-        "topk_weights": torch.ones(2, 1, device="cuda"),
-        "topk_ids": torch.tensor([[8], [0]], device="cuda"),
-        "w1_bias": None,
-        "w2_bias": None,
-        "expert_map": None,
-    }
+    layer, tensors = weights_past_two_to_the_31()
     out = call(layer, tensors)
     assert (out[1] == 0).all()
     assert_right(out, layer, tensors)
