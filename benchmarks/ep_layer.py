@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
         [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
-        [--ways peer peer+sent naive_dp_ep ...] [--experts NAME]
+        [--ways peer peer+sent peer+copied naive_dp_ep ...] [--experts NAME]
         [--out benchmarks/results/h200-x4/ep_layer.json]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
@@ -10,7 +10,8 @@ ranks (the first so many of the processes), two kinds of rows:
 
     layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches;
                ``peer`` leaves sums to be fetched, ``+sent`` has them go to their tokens' ranks as
-               they are made (a ``PeerMemory`` does either, by the number of tokens)
+               they are made, ``+copied`` that, and rows brought by the copy engines while the
+               experts compute (a ``PeerMemory`` does one of them, by the number of tokens)
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
@@ -154,22 +155,27 @@ class LocalExperts:
 
 
 def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[str]:
-    """What can be measured there. ``+halves``: in two micro-batches; ``+sent``: sums go to their
-    tokens' ranks as they are made."""
+    """What can be measured there, as the head of this file names it."""
     if place.ranks == 1:
         return ["no_ep"]
-    found = ["peer", "peer+sent"] if with_peers else ["all_to_all", "all_to_all+halves"]
+    found = (
+        ["peer", "peer+sent", "peer+copied"] if with_peers else ["all_to_all", "all_to_all+halves"]
+    )
     found = [*found, "naive_dp_ep", "naive_dp_ep+halves"]
     return [name for name in found if wanted is None or name in wanted]
 
 
-def make_memory(
-    shape: LayerShape, args: argparse.Namespace, place: Place, sent: bool
-) -> PeerMemory:
+def make_memory(shape: LayerShape, args: argparse.Namespace, place: Place, how: str) -> PeerMemory:
+    """``how``: "" has sums fetched, "sent" and "copied" as the head of this file says."""
     key = FP8_DYNAMIC_128 if args.format == "fp8_block" else None
     layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, key)
-    least = 1 if sent else None
-    return PeerMemory(place.group, layout, send_sums_from=least, timeout_s=COMPILING_S)
+    return PeerMemory(
+        place.group,
+        layout,
+        send_sums_from=1 if how else None,
+        copy_rows_from=1 if how == "copied" else None,
+        timeout_s=COMPILING_S,
+    )
 
 
 def measure(
@@ -177,16 +183,16 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape over the ranks of ``place``, as they come."""
     with_peers = place.ranks > 1 and no_peer_memory(place.group, place.device) is None
-    memories: dict[bool, PeerMemory] = {}
+    memories: dict[str, PeerMemory] = {}
     if with_peers:
-        memories[False] = make_memory(shape, args, place, False)
-    gbs = wire_gbs(place, memories.get(False)) if place.ranks > 1 else None
+        memories[""] = make_memory(shape, args, place, "")
+    gbs = wire_gbs(place, memories.get("")) if place.ranks > 1 else None
     experts_us: dict[int, float] = {}
     for name in ways_of(place, with_peers, args.ways):
-        sent = name.endswith("+sent")
-        if sent and sent not in memories:
-            memories[sent] = make_memory(shape, args, place, sent)
-        layer = make_layer(shape, args.format, place, name, memories.get(sent), args.experts)
+        way, _, how = name.partition("+")
+        if way == "peer" and how not in memories:
+            memories[how] = make_memory(shape, args, place, how)
+        layer = make_layer(shape, args.format, place, name, memories.get(how), args.experts)
         for T in args.tokens:
             yield from measure_way(shape, args, place, rates, layer, name, T, gbs, experts_us)
         del layer

@@ -13,6 +13,7 @@ from rank_layers import SPREADS, Layout, linear, make_groups, token_counts
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
+from fusedmoe.experts.hopper import HopperExperts
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.kernels.peer_all_to_all import (
     combine,
@@ -64,6 +65,7 @@ def memory_for(
     key: QuantKey | None = None,
     timeout_s: float = 4.0,
     send_sums_from: int | None = None,
+    copy_rows_from: int | None = None,
     group: dist.ProcessGroup | None = None,
     **fields,
 ) -> PeerMemory:
@@ -75,6 +77,7 @@ def memory_for(
         layout,
         timeout_s=timeout_s,
         send_sums_from=send_sums_from,
+        copy_rows_from=copy_rows_from,
     )
 
 
@@ -245,15 +248,99 @@ def check_rounded_layer(name: str, tokens: list[int], on_hopper: bool = False) -
     logits = torch.randn(tokens[rank], E, generator=generator).cuda()
     for _ in range(2):
         found = apart(x, logits, tokens_per_rank=tokens)
-        assert_near(found, whole(x, logits))
+        # Where rows have one scale, the kernels of one rank may round what enters w2 by the tile.
+        assert_near(found, whole(x, logits), 4e-2 if name == "fp8" else 1e-2)
     memory.check()
     memory.close()
 
 
-def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-2) -> None:
     """Sums over ranks are rounded once more than those of one rank."""
     size = float(wanted.abs().amax()) if wanted.numel() else 0.0
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-2 * size)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=share * size)
+
+
+def check_late_rows(name: str, tokens: list[int]) -> None:
+    """Rows that the copy engines bring late, over rubbish, give the bits of rows that were sent;
+    also from a graph that is replayed with other tokens."""
+    picks, key = 8, KEYS[name]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tokens = tokens[:world]
+    layers, memories = [], []
+    for copy_rows_from in (None, 1):
+        memory = memory_for(
+            max(tokens), key, send_sums_from=64, copy_rows_from=copy_rows_from, topk=picks
+        )
+        groups = ParallelGroups(
+            dp=dist.group.WORLD, ep=dist.group.WORLD, enable_expert_parallel=True, peers=memory
+        )
+        way = {"prepare_finalize": "peer"}
+        if key is None:
+            options = MoEOptions(**way, experts=HopperExperts)
+            layer = FusedMoE(
+                E, picks, H, I, torch.bfloat16, parallel=groups, options=options, device="cuda"
+            )
+            layer.load_weights(Experts.random(E, H, I).named())
+        else:
+            fmt, options = WEIGHTS[name], MoEOptions(**way, experts=HopperQuantizedExperts)
+            sizes = {"E": E, "K": picks, "H": H, "I": I, "dtype": torch.bfloat16, "device": "cuda"}
+            _, w13, w2 = make_layer(fmt, key, options=MoEOptions(), **sizes)
+            layer = FusedMoE(
+                *(E, picks, H, I, torch.bfloat16),
+                quant_config=Scheme(fmt, key),
+                parallel=groups,
+                options=options,
+                device="cuda",
+            )
+            fill(layer, w13, w2, slice(rank * E // world, (rank + 1) * E // world))
+        layers.append(layer)
+        memories.append(memory)
+    hold_back_rows(memories[1])
+    x = torch.empty(tokens[rank], H, dtype=torch.bfloat16, device="cuda")
+    logits = torch.empty(tokens[rank], E, device="cuda")
+
+    def forward(layer: torch.nn.Module) -> torch.Tensor:
+        return layer(x, logits, tokens_per_rank=tokens)
+
+    def fill_inputs(step: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(10 * step + rank)
+        x.normal_(generator=generator)
+        logits.normal_(generator=generator)
+        if step == 1:  # most tokens go to the experts of one rank
+            logits[:, :picks] += 3
+        torch.cuda.synchronize()
+        dist.barrier()
+        for one in memories:
+            one.view.own[: one.layout.ids_at].fill_(0xFF)  # NaN
+        torch.cuda.synchronize()
+        dist.barrier()
+
+    for step in range(3):
+        fill_inputs(step)
+        sent, copied = (forward(layer) for layer in layers)
+        assert torch.isfinite(sent).all()
+        assert torch.equal(sent, copied)
+    graph, out = record_graph(lambda: forward(layers[1]), torch.cuda.Stream())
+    for step in range(3):
+        fill_inputs(step)
+        graph.replay()
+        assert torch.equal(out, forward(layers[0]))
+    for memory in memories:
+        memory.check()
+        memory.close()
+
+
+def hold_back_rows(memory: PeerMemory, cycles: int = 4_000_000) -> None:
+    """From now on they leave two milliseconds after everything else."""
+    copy_rows = memory.copy_rows
+
+    def later(num_tokens: int, rows: int) -> None:
+        memory._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory._stream):
+            torch.cuda._sleep(cycles)
+        copy_rows(num_tokens, rows)
+
+    memory.copy_rows = later  # type: ignore[method-assign]
 
 
 def check_batched(name: str, tokens: list[int]) -> None:

@@ -41,6 +41,12 @@ def test_rows_in_fp8_reach_the_prefill_kernels(gpu_ranks):
     gpu_ranks.run(rank_peers.check_rounded_layer, "fp8 blocks", [600, 513, 700, 1], True)
 
 
+@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [600, 513, 700, 1], [2500, 0, 2048, 700]])
+@pytest.mark.parametrize("key", ["as they are", "fp8 blocks"])
+def test_products_begin_before_all_rows_are_here(gpu_ranks, tokens, key):
+    gpu_ranks.run(rank_peers.check_late_rows, key, tokens)
+
+
 def test_a_missing_rank_is_named(gpu_ranks):
     gpu_ranks.run(rank_peers.check_missing_rank)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from fusedmoe.config import ParallelGroups
 from fusedmoe.distributed.agreement import check_agreement
+from fusedmoe.kernels.peer_all_to_all import copy_rows
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
 # One look at a flag in the GPU's own memory takes about this long.
@@ -20,6 +21,11 @@ _SECONDS_PER_POLL = 0.2e-6
 _WATCH_INTERVAL = 0.05
 SEND_SUMS_FROM = 256
 """Tokens. On four H200s fetching is faster at 8, either at 128, and sending from 256 on."""
+
+COPY_ROWS_FROM = 1024
+"""Tokens, from which on the copy engines bring rows to experts that begin before all are there."""
+MOST_WASTED = 0.25
+"""They bring all rows to all ranks: so many, at most, to ranks without an expert for them."""
 
 OnError = Callable[["PeerTimeoutError"], None]
 
@@ -39,6 +45,8 @@ class PeerMemory:
     at the same time. One object serves all layers of a model, one after the other on one stream.
     ``send_sums_from``: with so many tokens on some rank, experts' sums go to their tokens' ranks as
     they are made, instead of being fetched from where they were left; None: never.
+    ``copy_rows_from``: with so many, the copy engines bring all rows to all ranks, if the experts
+    can begin with those that are there; None: never.
 
     A launch waits at most ``timeout_s`` seconds for another rank, which the first time may have
     kernels to compile. When one is missing, the first launch to notice ends, later ones do not wait
@@ -55,6 +63,7 @@ class PeerMemory:
         layout: PeerLayout,
         *,
         send_sums_from: int | None = SEND_SUMS_FROM,
+        copy_rows_from: int | None = COPY_ROWS_FROM,
         timeout_s: float = 4.0,
         on_error: OnError | None = None,
     ) -> None:
@@ -66,6 +75,7 @@ class PeerMemory:
             )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
         facts["send_sums_from"] = str(send_sums_from)
+        facts["copy_rows_from"] = str(copy_rows_from)
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
@@ -73,6 +83,10 @@ class PeerMemory:
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.group = group
         self.send_sums_from = send_sums_from
+        self.copy_rows_from = copy_rows_from
+        sizes, dtype = (layout.nbytes,), torch.uint8
+        self.buffers = [self._handle.get_buffer(one, sizes, dtype) for one in range(layout.world)]
+        self._stream = torch.cuda.Stream(device)
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
         self.view = first_view(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)
@@ -87,6 +101,21 @@ class PeerMemory:
         """Whether its buffers are those of the ranks of ``group``, in their order."""
         ranks = dist.get_process_group_ranks
         return group is self.group or ranks(group) == ranks(self.group)
+
+    def copies_rows(self, rows: int) -> bool:
+        """Whether the copy engines bring the rows where the fullest rank has so many tokens."""
+        if self.copy_rows_from is None or rows < self.copy_rows_from:
+            return False
+        return (1 - 1 / self.layout.world) ** self.layout.topk <= MOST_WASTED
+
+    def copy_rows(self, num_tokens: int, rows: int) -> None:
+        """``copy_rows`` of the kernels, beside what follows; ``join_copies`` has to come."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            copy_rows(self.view, self.buffers, num_tokens, rows)
+
+    def join_copies(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def check(self) -> None:
         """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
@@ -105,6 +134,7 @@ class PeerMemory:
         torch.cuda.synchronize(self.view.own.device)
         dist.barrier(self.group)
         self._handle = None
+        self.buffers = []
         del self.view
 
 

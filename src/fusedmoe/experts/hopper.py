@@ -24,6 +24,7 @@ from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -104,7 +105,7 @@ def hopper_experts(
     if too_many_picks(K) or not _viewable(w1, w2):
         triton_experts(
             output,
-            hidden_states,
+            settled(hidden_states),
             w1,
             w2,
             topk_weights,
@@ -119,10 +120,12 @@ def hopper_experts(
             batch_invariant=batch_invariant,
         )
         return
-    if not _readable(hidden_states):
+    if not _readable(hidden_states):  # never so where rows are late: buffers are dense
         hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
     if tiles is None:
         tiles = hopper_tiles(T, K, num_experts, e, H, I, batch_invariant=batch_invariant)
+    if not isinstance(tiles, PrefillTiles):
+        hidden_states = settled(hidden_states)
     rows = scratch_rows(tiles, T * K, e)
     act = workspace13.flatten()[: rows * I].view(rows, I)
     y = workspace2.flatten()[: rows * H].view(rows, H)
@@ -172,6 +175,7 @@ class HopperExperts(FusedMoEExpertsModular):
     """
 
     name = "hopper"
+    takes_late_rows = True
     tiles: HopperTiles | None = None
 
     @classmethod

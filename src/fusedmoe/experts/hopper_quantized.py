@@ -31,6 +31,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, quantized_decode, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs, w8a8_decode
+from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -116,6 +117,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     """
 
     name = "hopper_quantized"
+    takes_late_rows = True
     decode_tiles: CudaDecodeTiles | None = None
     stream_tiles: StreamTiles | None = None
     prefill_tiles: QuantizedPrefillTiles | None = None
@@ -230,6 +232,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
                 tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, bits)
                 if workspace2.numel() >= mixed_prefill_rows(R, e, tiles) * H:
                     run = partial(self._prefill_mixed, tiles)
+        if run != self._prefill:
+            hidden_states = settled(hidden_states)
         if operands is None or run is None:
             super().apply(
                 output,

@@ -15,7 +15,7 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
-from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, align_rows, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
@@ -26,7 +26,6 @@ from fusedmoe.kernels.tensor_checks import (
 )
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
 
 TILE_ROWS = 128
@@ -105,14 +104,12 @@ def fp8_prefill(
 
     if topk_ids.numel() == 0:
         return
+    x, tables, arrivals = align_rows(x, topk_ids, w1.shape[0], expert_map)
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        align_local_slots(
-            topk_ids, PREFILL_BLOCK, w1.shape[0], expert_map, whole_blocks=True,
-            spare_slots=COUNTER_SLOTS,
-        ),
-        tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs, x_scale,
+        tables, tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs,
+        x_scale, arrivals,
     )  # fmt: skip
 
 

@@ -9,8 +9,10 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import align_local_slots, padded_slots
+from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
+from fusedmoe.kernels.align_arrivals import Arrivals, align_arrivals
 from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
+from fusedmoe.kernels.peer_layout import LateRows
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, PrefillTiles
 
 PREFILL_BLOCK = 128
@@ -66,9 +68,7 @@ def hopper_prefill(
     e, R = w2.shape[0], topk_ids.numel()
     if R == 0:
         return
-    tables = align_local_slots(
-        topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True, spare_slots=COUNTER_SLOTS
-    )
+    x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
     prefill(
         x,
         w1,
@@ -86,4 +86,23 @@ def hopper_prefill(
         tables,
         tiles or PrefillTiles(),
         programs,
+        arrivals,
     )
+
+
+def align_rows(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_local: int,
+    expert_map: torch.Tensor | None,
+) -> tuple[torch.Tensor, MoEAlignment, Arrivals | None]:
+    """x as an ordinary tensor, its slots in blocks, and when each may begin if rows are late."""
+    if isinstance(x, LateRows):
+        tables, arrivals = align_arrivals(
+            topk_ids, PREFILL_BLOCK, num_local, expert_map, x, spare_slots=COUNTER_SLOTS
+        )
+        return x.plain(), tables, arrivals
+    tables = align_local_slots(
+        topk_ids, PREFILL_BLOCK, num_local, expert_map, whole_blocks=True, spare_slots=COUNTER_SLOTS
+    )
+    return x, tables, None

@@ -1,14 +1,17 @@
 """Rows to their experts' ranks and back through memory that all ranks of a host can address.
 
-``dispatch`` sends each row once to every rank that holds one of its experts; ``combine`` adds up
-what those ranks made of it. Triton bodies and the protocol: ``kernels/triton/peer_all_to_all.py``.
+``dispatch`` sends each row once to every rank that holds one of its experts, or has the copy
+engines bring all rows to all ranks; ``combine`` adds up what those ranks made of it. Triton bodies:
+``kernels/triton/peer_dispatch.py`` and ``peer_combine.py``, the protocol ``peer_flags.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from fusedmoe.kernels.peer_layout import PeerLayout, PeerView, Received
+from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView, Received
 from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
 
@@ -23,6 +26,7 @@ def dispatch(
     *,
     max_polls: int,
     wait: bool = True,
+    copied: bool = False,
     tiles: PeerTiles | None = None,
 ) -> None:
     """Send x [T, H] with ids [T, K] and weights fp32 [T, K] to the ranks that hold the experts.
@@ -30,7 +34,8 @@ def dispatch(
     ``owners`` int32 [experts]: the rank of each. ``rows`` is the same on all ranks and at least
     every rank's T; all ranks call ``dispatch``, then ``combine``, equally often. With ``wait``
     everything from the others has arrived when the launch ends; else ``wait_for_dispatch`` must
-    follow. Ids outside of ``owners`` count as -1.
+    follow. ``copied``: only ids and weights are sent, and ``copy_rows`` must follow on all ranks.
+    Ids outside of ``owners`` count as -1.
 
     Raises ValueError where sizes do not fit the layout.
     """
@@ -42,7 +47,7 @@ def dispatch(
         )
     if x.dtype is not here.layout.dtype:
         raise ValueError(f"x is {x.dtype}, the buffers are for {here.layout.dtype}")
-    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+    from fusedmoe.kernels.triton import peer_dispatch as triton_kernels
 
     triton_kernels.dispatch(
         x if x.stride(1) == 1 else x.contiguous(),
@@ -54,26 +59,59 @@ def dispatch(
         tiles or peer_tiles(rows, x.shape[1]),
         max_polls,
         wait,
+        copied,
     )
+
+
+def copy_rows(here: PeerView, buffers: Sequence[torch.Tensor], num_tokens: int, rows: int) -> None:
+    """This rank's rows, as the last ``dispatch`` has left them here, to all ranks, on this stream.
+
+    ``buffers`` uint8 [nbytes]: every rank's. Copies between GPUs take no multiprocessor, which is
+    why flags are copied, too: while other kernels have all of them, no kernel could raise one.
+    """
+    layout, me = here.layout, here.rank
+    parts = [(layout.rows_at, layout.hidden * layout.row_dtype.itemsize)]
+    if layout.groups:
+        parts.append((layout.scales_at, layout.groups * 4))
+    spans = [
+        slice(at + me * rows * size, at + (me * rows + num_tokens) * size) for at, size in parts
+    ]
+    epoch = here.state[:1].view(torch.uint8)
+    flag = slice(layout.row_flags_at + 4 * me, layout.row_flags_at + 4 * me + 4)
+    for step in range(1, layout.world):
+        there = buffers[(me + step) % layout.world]
+        for span in spans if num_tokens else ():
+            there[span].copy_(here.own[span], non_blocking=True)
+        there[flag].copy_(epoch, non_blocking=True)
+
+
+def settled(x: torch.Tensor) -> torch.Tensor:
+    """``x``, once all of it is here: for who knows no ``LateRows``."""
+    if not isinstance(x, LateRows):
+        return x
+    from fusedmoe.kernels.triton import peer_flags as triton_kernels
+
+    triton_kernels.wait(x.here, x.here.layout.row_flags_at, x.max_polls)
+    return x.plain()
 
 
 def wait_for_dispatch(here: PeerView, *, max_polls: int) -> None:
     """Until the rows of every rank's last ``dispatch`` have arrived here."""
-    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+    from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     triton_kernels.wait(here, here.layout.dispatch_flags_at, max_polls)
 
 
 def announce_outputs(here: PeerView) -> None:
     """Tell all ranks that ``received(...).outputs`` are written; a ``combine`` must follow."""
-    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+    from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     triton_kernels.announce(here)
 
 
 def wait_for_outputs(here: PeerView, *, max_polls: int) -> None:
     """Until every rank has announced its outputs. ``combine`` waits too, with all its programs."""
-    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+    from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     triton_kernels.wait(here, here.layout.combine_flags_at, max_polls)
 
@@ -99,7 +137,7 @@ def combine(
     _check(out, topk_ids, owners, here, rows)
     if out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows, its strides are {out.stride()}")
-    from fusedmoe.kernels.triton import peer_all_to_all as triton_kernels
+    from fusedmoe.kernels.triton import peer_combine as triton_kernels
 
     triton_kernels.combine(
         out,

@@ -21,7 +21,7 @@ class PeerLayout:
     Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], in
     ``dtype`` or rounded as ``key`` says, with scales fp32 [world, rows, groups]; ids int32 and
     weights fp32 [world, rows, topk]; the experts' outputs for the ranks' tokens, or from the ranks'
-    experts, [world, rows, hidden] in ``dtype``; two flags int32 per rank.
+    experts, [world, rows, hidden] in ``dtype``; three flags int32 per rank.
     """
 
     world: int
@@ -60,6 +60,7 @@ class PeerLayout:
             slots * self.topk * 4,
             slots * self.topk * 4,
             slots * self.hidden * self.dtype.itemsize,
+            self.world * 4,
             self.world * 4,
             self.world * 4,
         )
@@ -106,8 +107,12 @@ class PeerLayout:
         return self._ends[5]
 
     @property
-    def nbytes(self) -> int:
+    def row_flags_at(self) -> int:
         return self._ends[6]
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends[7]
 
 
 class Received(NamedTuple):
@@ -155,6 +160,34 @@ class PeerView:
             section(layout.weights_at, layout.topk, torch.float32),
             section(layout.outputs_at, layout.hidden, layout.dtype),
         )
+
+
+class LateRows(torch.Tensor):
+    """Rows [world * rows, H] of which only this rank's own are sure to be here.
+
+    Those of rank ``r`` are when flag ``r`` at ``row_flags_at`` shows the epoch. They come in the
+    order ``arrival_order``; whoever does not know the class has to be given ``settled(x)``.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    here: PeerView
+    max_polls: int
+
+    @classmethod
+    def over(cls, x: torch.Tensor, here: PeerView, max_polls: int) -> LateRows:
+        """The memory of ``x``."""
+        made = x.as_subclass(cls)
+        made.here, made.max_polls = here, max_polls
+        return made
+
+    def plain(self) -> torch.Tensor:
+        """As an ordinary tensor, for kernels that wait by themselves."""
+        return self.as_subclass(torch.Tensor)
+
+
+def arrival_order(rank: int, world: int) -> list[int]:
+    """The ranks whose rows ``rank`` gets, first its own: each sends to the next rank first."""
+    return [(rank - step) % world for step in range(world)]
 
 
 class PeerSums(torch.Tensor):

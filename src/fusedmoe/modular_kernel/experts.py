@@ -76,10 +76,12 @@ class FusedMoEExperts(ABC):
 
     ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format. What
     ``derived`` names is made of the weights, at first its class's value, and not copied with them.
+    ``takes_late_rows``: ``apply`` knows rows that are still on their way (``LateRows``).
     """
 
     name: ClassVar[str] = ""
     derived: ClassVar[tuple[str, ...]] = ()
+    takes_late_rows: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class FusedMoEKernel:
         experts: FusedMoEExpertsModular,
     ) -> None:
         _check_formats(prepare_finalize, experts)
+        prepare_finalize.rows_may_be_late = experts.takes_late_rows
         self.prepare_finalize = prepare_finalize
         self.experts = experts
         self._plans: dict[tuple[Any, ...], WorkspacePlan] = {}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel.records import ExpertTokensMetadata, PrepareResult
 
 
@@ -30,6 +31,7 @@ def passes(prepared: PrepareResult, output: torch.Tensor, rows_per_pass: int) ->
     if rows_per_pass >= size:
         yield Pass(output, x, weights, ids, prepared.scale, prepared.expert_tokens_meta)
         return
+    x = settled(x)
     for start in range(0, size, rows_per_pass):
         part = slice(start, start + rows_per_pass)
         scale = _rows_of_scale(prepared.scale, part, size)

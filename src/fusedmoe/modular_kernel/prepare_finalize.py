@@ -89,7 +89,12 @@ class FusedMoEPrepareAndFinalize(ABC):
 
 
 class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
-    """Moves tokens whose experts are already chosen."""
+    """Moves tokens whose experts are already chosen.
+
+    ``rows_may_be_late``: the experts that follow take rows that are still on their way.
+    """
+
+    rows_may_be_late: bool = False
 
     @abstractmethod
     def prepare(

@@ -4,6 +4,7 @@ As ``all_to_all``, but nothing is counted beforehand and the host waits for noth
 can be captured in a CUDA graph. The ranks' tokens stand in slots, ``rows`` for each rank, most of
 which may be empty. The experts' sums stay where they are and are fetched by the tokens' ranks; or,
 where tokens are many and the memory says so, go there as they are made (``kernels.peer_sums``).
+Then also the copy engines bring the rows, if the experts can begin with those that have arrived.
 
 One launch sends and waits, one fetches; the async forms are two each, so that the wait comes later.
 The launches themselves are the wire: what is to run beside them needs another stream. There is
@@ -26,7 +27,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     wait_for_dispatch,
     wait_for_outputs,
 )
-from fusedmoe.kernels.peer_layout import PeerSums, PeerView
+from fusedmoe.kernels.peer_layout import LateRows, PeerSums, PeerView
 from fusedmoe.kernels.peer_sums import send_rows
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.modular_kernel.records import Hook, Receiver
@@ -48,6 +49,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     _ids: torch.Tensor | None = None
     _expert_map: torch.Tensor | None = None
     _rows: int = 0
+    _copied: bool = False
     _may_send_sums: bool = True
 
     @classmethod
@@ -123,6 +125,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         self._check(a1, quant_config, defer_input_quant)
         self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=True)
+        if self._copied:
+            self.memory.copy_rows(a1.shape[0], self._rows)
         return self._received()
 
     def prepare_async(
@@ -167,17 +171,22 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         rows = max(max(self.sizes_for(a1.shape[0])), 1)
         self._owners = self.hosts_of(num_experts, expert_map).owners
         self._ids, self._expert_map, self._rows = topk_ids, expert_map, rows
+        self._copied = wait and self.rows_may_be_late and self.memory.copies_rows(rows)
         dispatch(
             *(a1, topk_ids, topk_weights, self._owners, self._view, rows),
             max_polls=self.memory.max_polls,
             wait=wait,
+            copied=self._copied,
         )
 
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
         output = PeerSums.make(self._view, self._rows) if self._sends_sums else got.outputs
+        hidden_states = got.hidden_states
+        if self._copied:
+            hidden_states = LateRows.over(hidden_states, self._view, self.memory.max_polls)
         return PrepareResult(
-            got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
+            hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
         )
 
     def finalize(
@@ -250,6 +259,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     def _fetch(self, output: torch.Tensor, announce: bool) -> None:
         assert self._owners is not None
         assert self._ids is not None
+        if self._copied:
+            self.memory.join_copies()
         combine(
             *(output, self._ids, self._owners, self._view, self._rows),
             max_polls=self.memory.max_polls,

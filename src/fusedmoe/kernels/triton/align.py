@@ -138,6 +138,21 @@ def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr, CHAINED: 
     tl.store(totals_ptr + group, total)
 
 
+@triton.jit
+def rank_in_chunk(
+    ids_ptr, map_ptr, slot, group, first_slot, limit, groups, num_mapped, CHUNK: tl.constexpr
+):
+    """How many slots before each one of this chunk, which ends at ``limit``, are of its group."""
+    same = tl.zeros([CHUNK, 32], dtype=tl.int32)
+    for first in range(0, CHUNK, 32):
+        other = first_slot + first + tl.arange(0, 32)
+        other_ids = tl.load(ids_ptr + other, other < limit, -1)
+        other_group = local_expert(other_ids, map_ptr, num_mapped, groups)
+        before = (group[:, None] == other_group[None, :]) & (other[None, :] < slot[:, None])
+        same += before.to(tl.int32)
+    return tl.sum(same, 1)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def place_kernel(
     ids_ptr,
@@ -174,14 +189,10 @@ def place_kernel(
     known = tl.maximum(group, 0)
     start = tl.gather(ends - padded, known, 0)
     earlier = tl.load(counts_ptr + known.to(tl.int64) * chunks + chunk, counted, 0)
-    same = tl.zeros([CHUNK, 32], dtype=tl.int32)
-    for first in range(0, CHUNK, 32):
-        other = chunk * CHUNK + first + tl.arange(0, 32)
-        other_ids = tl.load(ids_ptr + other, other < R, -1)
-        other_group = local_expert(other_ids, count_map_ptr, num_mapped, groups)
-        before = (group[:, None] == other_group[None, :]) & (other[None, :] < slot[:, None])
-        same += before.to(tl.int32)
-    rank = tl.sum(same, 1)
+    first_slot = chunk * CHUNK
+    rank = rank_in_chunk(
+        ids_ptr, count_map_ptr, slot, group, first_slot, R, groups, num_mapped, CHUNK
+    )
     tl.store(sorted_ptr + start + earlier + rank, slot, counted)
     if scatter_ptr is not None:
         here = counted & (_label_of(known, label_map_ptr, num_mapped) >= 0)

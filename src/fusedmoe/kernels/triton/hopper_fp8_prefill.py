@@ -21,9 +21,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
 from fusedmoe.kernels.quantize import STORED, quantize_rows
+from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
@@ -108,6 +110,7 @@ def prefill(
     tiles: QuantizedPrefillTiles,
     programs: int,
     x_scale: torch.Tensor | None = None,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``."""
     T, K = topk_ids.shape
@@ -115,7 +118,7 @@ def prefill(
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     act, act_scale = up(
         q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,
-        programs,
+        programs, arrivals,
     )  # fmt: skip
     down(act, act_scale, w2, y, position.shape[0], biases[1], tables, tiles, programs)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)
@@ -135,6 +138,7 @@ def up(
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
     programs: int,
+    arrivals: Arrivals | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first product: act [P, I] as ``key`` says and its scales: one, [P], or [I / 128, P]. The
     16-bit ``act`` is where it is put, or its first half."""
@@ -149,12 +153,14 @@ def up(
     if own:
         act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=q.device)
     low, high, desc_rows = weight_descriptors(w1, TILE_N.value)
+    waits, waiting, world = numbers_of(arrivals)
     _launch_up(
         programs,
         (low, high, out_desc),
         (
             *(bias, q, q_scale, w1.scale, act_scale, position, *_read(tables)),
             task_counters(tables.sorted_ids, P)[0],
+            *waits,
         ),
         (
             0 if q_scale.numel() == 1 else q_scale.stride(0),
@@ -163,12 +169,13 @@ def up(
             position.shape[0],
             w1.shape[0],
             desc_rows,
+            *waiting,
             activation.limit,
             activation.alpha,
             activation.beta,
         ),
         (
-            *(H, I, K, activation.formula, activation.gated, w1.interleaved),
+            *(H, I, K, world, activation.formula, activation.gated, w1.interleaved),
             *(tiles.promoted[0], _steps_per_scale(w1), _by_feature(w1)),
             *(own, key.scale_kind == "e8m0", tiles.stages, tiles.group),
         ),

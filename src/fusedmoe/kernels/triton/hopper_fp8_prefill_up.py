@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
     announce,
@@ -41,7 +42,7 @@ from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
-    "P", "R", "num_local", "desc_rows",
+    "P", "R", "num_local", "desc_rows", "me", "max_polls",
 )  # fmt: skip
 
 
@@ -56,9 +57,11 @@ def up_producer(
     x_scales,
     position_ptr,
     tables,
+    arrivals,
     sizes,
     H: gl.constexpr,
     PICKS: gl.constexpr,
+    WORLD: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
@@ -80,11 +83,13 @@ def up_producer(
     stage = 0
     phase = 1
     number = 0
+    known = 0
     task = gl.program_id(0)
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
+        known = await_rows(arrivals, block, known, WORLD)
         whole = is_whole(block, sorted_ptr, R)
         at = block * BLOCK_M + row
         x_rows, lives = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
@@ -223,6 +228,10 @@ def up_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
+    needs_ptr,
+    flags_ptr,
+    state_ptr,
+    error_ptr,
     stride_xs,
     stride_se,
     stride_sn,
@@ -233,12 +242,15 @@ def up_kernel(
     R,
     num_local,
     desc_rows,
+    me,
+    max_polls,
     limit,
     alpha,
     beta,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PICKS: gl.constexpr,
+    WORLD: gl.constexpr,
     FORMULA: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
@@ -263,6 +275,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    arrivals = (needs_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
@@ -288,8 +301,8 @@ def up_kernel(
                 up_producer,
                 (
                     (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, H),
-                    (x_scale_ptr, stride_xs), position_ptr, tables, sizes, H, PICKS, TILES, WIDE,
-                    BELOW, GROUP, PER_SCALE > 0,
+                    (x_scale_ptr, stride_xs), position_ptr, tables, arrivals, sizes, H, PICKS,
+                    WORLD, TILES, WIDE, BELOW, GROUP, PER_SCALE > 0,
                 ),
             ),
         ],

@@ -23,8 +23,10 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.peer_layout import PeerSums
 from fusedmoe.kernels.peer_sums import send_sums
+from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     gate_up_descriptors,
@@ -150,11 +152,13 @@ def prefill(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
     K, H = topk_ids.shape[1], w2.shape[1]
     prefill_gemms(
-        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs
+        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs,
+        arrivals,
     )  # fmt: skip
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_spans(H))
 
@@ -212,9 +216,11 @@ def prefill_gemms(
     tables: MoEAlignment,
     tiles: PrefillTiles,
     programs: int,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
     [R], where each slot's row is. ``task_counters`` says what the table of slots must have.
+    ``arrivals``: rows of x may be on their way.
     """
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
@@ -224,12 +230,16 @@ def prefill_gemms(
     weights = (TILE_N.value, tiles.depth)
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
     steps = (tiles.depth, tiles.stages, tiles.group)
+    waits, waiting, world = numbers_of(arrivals)
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter),
-        (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
-        (H, I, K, activation.formula, activation.gated, activation.interleaved, *steps),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits),
+        (
+            *(x.stride(0), R, e, desc_rows, *waiting),
+            *(activation.limit, activation.alpha, activation.beta),
+        ),
+        (H, I, K, world, activation.formula, activation.gated, activation.interleaved, *steps),
         num_warps=4,
         maxnreg=168,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import (
     hopper_activation,
     next_stage,
@@ -27,7 +28,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     store_tile,
 )
 
-UNSPECIALIZED = ("R", "num_local", "desc_rows")
+UNSPECIALIZED = ("R", "num_local", "desc_rows", "me", "max_polls")
 
 
 @gluon.jit
@@ -63,10 +64,12 @@ def up_producer(
     x,
     position_ptr,
     tables,
+    arrivals,
     sizes,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PICKS: gl.constexpr,
+    WORLD: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     TILES: gl.constexpr,
@@ -89,6 +92,7 @@ def up_producer(
     stage = 0
     phase = 1
     number = 0
+    known = 0
     task = gl.program_id(0)
     tasks = blocks * TILES
     coming = tasks
@@ -96,6 +100,7 @@ def up_producer(
         block, tile = tile_of(task, blocks, TILES, GROUP)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
+        known = await_rows(arrivals, block, known, WORLD)
         place = block * BLOCK_M + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         place += HALF_M
@@ -194,16 +199,23 @@ def up_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
+    needs_ptr,
+    flags_ptr,
+    state_ptr,
+    error_ptr,
     stride_x,
     R,
     num_local,
     desc_rows,
+    me,
+    max_polls,
     limit,
     alpha,
     beta,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PICKS: gl.constexpr,
+    WORLD: gl.constexpr,
     FORMULA: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
@@ -220,6 +232,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    arrivals = (needs_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     gl.warp_specialize(
@@ -242,8 +255,8 @@ def up_kernel(
                 up_producer,
                 (
                     (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, stride_x),
-                    position_ptr, tables, sizes, H, I, PICKS, GATED, INTERLEAVED, TILES, WIDE,
-                    BELOW, GROUP,
+                    position_ptr, tables, arrivals, sizes, H, I, PICKS, WORLD, GATED, INTERLEAVED,
+                    TILES, WIDE, BELOW, GROUP,
                 ),
             ),
         ],

@@ -17,7 +17,7 @@ from fusedmoe.kernels.peer_layout import PeerView
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT
-from fusedmoe.kernels.triton.peer_all_to_all import TYPES, peer_pointer
+from fusedmoe.kernels.triton.peer_flags import TYPES, peer_pointer
 from fusedmoe.tuning.peer_tiles import sum_tile
 
 
