@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from rank_layers import E, H, I, K, Layout, build, make_groups, rows
+from rank_micro_batches import kernel_of
 
 from fusedmoe import FusedMoE, MoEOptions
 from fusedmoe.distributed.collectives import (
@@ -32,6 +36,8 @@ def check_disagreement() -> None:
         (dtypes, {"params_dtype": torch.bfloat16 if odd else torch.float32}),
         ("experts_per_token is 3, 3, 2, 3", {"top_k": K - odd}),
         ("renormalize=False", {"renormalize": not odd}),
+        ("batch_invariant is", {"options": MoEOptions(batch_invariant=odd)}),
+        ("experts is , , torch, ", {"options": MoEOptions(experts="torch" if odd else None)}),
         ("placement is", {"expert_placement": "round_robin" if odd else "linear"}),
     ):
         sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}
@@ -67,6 +73,40 @@ def check_wrong_counts() -> None:
     replicated = build(parallel=make_groups(Layout(tp=4))[0])
     with pytest.raises(ValueError, match="2 counts for 1 ranks"):
         replicated(*rows(2, 0), tokens_per_rank=[2, 2])
+
+
+def check_counts_that_differ(mover: str) -> None:
+    """Each rank's own count is right in what it was given, but not everybody's."""
+    groups, rank = make_groups(Layout(dp=4, ep=True))
+    options = MoEOptions(prepare_finalize=mover, debug_checks=True)
+    layer = build(parallel=groups, options=options)
+    T = 3 if rank == 3 else 2
+    given = [2, 2, 2, T]
+    message = r"bring \[2, 2, 2, 3\] tokens, but tokens_per_rank of rank 0 is \[2, 2, 2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        layer(*rows(T, rank), tokens_per_rank=given)
+    with pytest.raises(ValueError, match="of rank 0"):
+        layer(*rows(T, rank), tokens_per_rank=given[rank:])
+    assert layer(*rows(T, rank), tokens_per_rank=[2, 2, 2, 3]).isfinite().all()
+
+
+def check_failing_experts(mover: str) -> None:
+    """A LoRA context gets its own ids back where experts fail, and the next forward is right."""
+    groups, rank = make_groups(Layout(dp=4, ep=True))
+    layer = build(parallel=groups, options=MoEOptions(prepare_finalize=mover))
+    kernel = kernel_of(layer)
+    own = torch.arange(3, dtype=torch.int32)
+    context = SimpleNamespace(token_lora_mapping=own)
+    kernel.prepare_finalize.set_lora_context(context)
+    with (
+        mock.patch.object(kernel.experts, "apply", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        layer(*rows(3, rank))
+    assert context.token_lora_mapping is own
+    x, logits = rows(3, rank)
+    torch.testing.assert_close(layer(x, logits), build()(x, logits), rtol=1e-5, atol=1e-5)
+    assert context.token_lora_mapping is own
 
 
 def check_collectives() -> None:

@@ -19,6 +19,16 @@ def test_counts_that_cannot_be(ranks):
     ranks.run(rank_faults.check_wrong_counts)
 
 
+@pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
+def test_ranks_that_were_given_different_counts(ranks, mover):
+    ranks.run(rank_faults.check_counts_that_differ, mover)
+
+
+@pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
+def test_experts_that_fail(ranks, mover):
+    ranks.run(rank_faults.check_failing_experts, mover)
+
+
 def test_collectives(ranks):
     ranks.run(rank_faults.check_collectives)
 

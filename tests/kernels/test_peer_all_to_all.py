@@ -9,12 +9,14 @@ from fusedmoe.kernels.peer_all_to_all import (
     announce_outputs,
     combine,
     combine_reference,
+    copy_rows,
     dispatch,
     dispatch_reference,
+    settled,
     wait_for_dispatch,
     wait_for_outputs,
 )
-from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
+from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -107,6 +109,54 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens, announced):
             want = combine_reference(outputs, ids[rank], OWNERS, layout, rows, rank)
             assert torch.equal(out, want)
             assert view.error.item() == 0
+
+
+@pytest.mark.parametrize("key", [None, INT8_DYNAMIC_TOKEN])
+def test_rows_that_are_copied(key):
+    """Ids come first, then all rows to all ranks; a row is there when its rank's flag says so."""
+    layout = PeerLayout(4, 5, 96, 4, torch.float32, key)
+    views, tokens = views_of(layout), (5, 3, 0, 2)
+    for epoch in (1, 2):
+        x, ids, weights = inputs_of(layout, tokens, torch.float32, epoch)
+        for rank, view in enumerate(views):
+            view.state[0] = epoch
+            view.own[: layout.ids_at].fill_(GARBAGE)
+            dispatch(
+                *(x[rank], ids[rank], weights[rank], OWNERS, view, 5),
+                **{"max_polls": 0, "wait": False, "copied": True},
+            )
+        for rank in (3, 0, 2, 1):
+            copy_rows(views[rank], [view.own for view in views], tokens[rank], 5)
+        for rank, view in enumerate(views):
+            wait_for_dispatch(view, max_polls=0)
+            got = view.received(5)
+            late = LateRows.over(got.hidden_states, view, 0)
+            rows = settled(late)
+            assert view.error.item() == 0
+            assert not isinstance(rows, LateRows)
+            want = dispatch_reference(x, ids, weights, OWNERS, layout, 5, rank)
+            sent = (want.topk_ids >= 0).any(dim=1)
+            assert torch.equal(got.topk_ids, want.topk_ids)
+            torch.testing.assert_close(rows[sent], want.hidden_states[sent], rtol=0, atol=1)
+            if key is not None:
+                torch.testing.assert_close(got.scales[sent], want.scales[sent])
+
+
+def test_a_rank_whose_rows_never_come_is_named():
+    layout = PeerLayout(4, 2, 64, 4, torch.float32)
+    views = views_of(layout)
+    x, ids, weights = inputs_of(layout, (2, 2, 2, 2), torch.float32, 0)
+    for rank, view in enumerate(views):
+        dispatch(
+            *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
+            **{"max_polls": 0, "wait": False, "copied": True},
+        )
+    for rank in (0, 1, 3):
+        copy_rows(views[rank], [view.own for view in views], 2, 2)
+    settled(LateRows.over(views[0].received(2).hidden_states, views[0], 3))
+    assert views[0].error.item() == 3
+    plain = torch.zeros(3)
+    assert settled(plain) is plain
 
 
 def test_a_row_goes_nowhere_it_is_not_needed():

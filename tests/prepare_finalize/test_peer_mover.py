@@ -248,6 +248,15 @@ def test_nobody_is_asked_within_a_graph(monkeypatch):
         everyone[0].hosts_of(E, maps[0].clone())
 
 
+def test_a_forward_that_fails_takes_the_memory_with_it(monkeypatch):
+    """Other ranks wait for its sums; the next forward would be taken for it."""
+    gave_up = []
+    monkeypatch.setattr(Memory, "give_up", lambda self: gave_up.append(1), raising=False)
+    everyone = movers()[0]
+    everyone[0].begin([1, 1]).abandon()
+    assert gave_up == [1]
+
+
 def test_adapter_ids_are_not_silently_dropped():
     one = movers()[0][0]
     one.set_lora_context(None)

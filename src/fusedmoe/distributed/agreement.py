@@ -26,7 +26,6 @@ class RanksDisagreeError(ValueError):
 def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
     """The fields of a layer's config that must be the same on all of its ranks, as text."""
     parallel, options = moe.moe_parallel_config, moe.options
-    mover = options.prepare_finalize
     facts = {f.name: str(getattr(moe, f.name)) for f in fields(moe) if f.name not in _OWN}
     facts |= {
         f.name: str(getattr(parallel, f.name))
@@ -34,9 +33,15 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
         if f.name not in _OWN_OF_PARALLEL
     }
     facts["micro_batch_tokens"] = str(options.micro_batch_tokens)
+    facts["batch_invariant"] = str(options.batch_invariant)
+    facts["experts"] = _name_of(options.experts)
     facts["device"] = moe.device.type
-    facts["prepare_finalize"] = mover if isinstance(mover, str) else getattr(mover, "__name__", "")
+    facts["prepare_finalize"] = _name_of(options.prepare_finalize)
     return facts
+
+
+def _name_of(forced: str | type | None) -> str:
+    return forced if isinstance(forced, str) else getattr(forced, "__name__", "")
 
 
 def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str) -> None:

@@ -81,17 +81,25 @@ class PeerMemory:
         own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-        self.group = group
+        self.group, self._device = group, device
         self.send_sums_from = send_sums_from
         self.copy_rows_from = copy_rows_from
         sizes, dtype = (layout.nbytes,), torch.uint8
         self.buffers = [self._handle.get_buffer(one, sizes, dtype) for one in range(layout.world)]
         self._stream = torch.cuda.Stream(device)
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
-        self.view = first_view(layout, group.rank(), bases, own)
+        self._gave_up = False
+        self._view: PeerView | None = first_view(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody may raise a flag here before it has been cleared
-        self._watchdog = Watchdog(self.check, on_error or raise_in_thread(threading.get_ident()))
+        told = on_error or raise_in_thread(threading.get_ident())
+        self._watchdog = Watchdog(self._check_peers, told)
+
+    @property
+    def view(self) -> PeerView:
+        if self._view is None:
+            raise ValueError("this peer memory is closed")
+        return self._view
 
     @property
     def layout(self) -> PeerLayout:
@@ -117,8 +125,22 @@ class PeerMemory:
     def join_copies(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
 
+    def give_up(self) -> None:
+        """A forward has ended between its dispatch and its combine: what follows would mix it up
+        with the next one."""
+        self._gave_up = True
+
     def check(self) -> None:
-        """Raise PeerTimeoutError if a rank has been missed; costs no synchronisation."""
+        """Raise PeerTimeoutError if a rank has been missed, RuntimeError after ``give_up``."""
+        if self._gave_up:
+            raise RuntimeError(
+                "a forward failed between its dispatch and its combine: the ranks have to close "
+                "this memory and make another"
+            )
+        self._check_peers()
+
+    def _check_peers(self) -> None:
+        """Costs no synchronisation."""
         missing = int(self.view.error[0])
         if missing:
             raise PeerTimeoutError(
@@ -131,11 +153,11 @@ class PeerMemory:
         self._watchdog.stop()
         if self._handle is None:
             return
-        torch.cuda.synchronize(self.view.own.device)
+        torch.cuda.synchronize(self._device)
         dist.barrier(self.group)
         self._handle = None
         self.buffers = []
-        del self.view
+        self._view = None
 
 
 def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor) -> PeerView:

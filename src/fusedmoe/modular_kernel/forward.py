@@ -111,7 +111,11 @@ class Forward:
         _, weights, ids, output = self._tokens
         weights = weights if prepared.topk_weights is None else prepared.topk_weights
         ids = ids if prepared.topk_ids is None else prepared.topk_ids
-        routed = self._compute(prepared._replace(topk_weights=weights, topk_ids=ids), output)
+        try:
+            routed = self._compute(prepared._replace(topk_weights=weights, topk_ids=ids), output)
+        except BaseException:
+            self._mover.abandon()
+            raise
         return output, routed, weights, ids, self._on_input, self._reduce
 
 

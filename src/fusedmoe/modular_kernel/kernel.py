@@ -252,19 +252,23 @@ class FusedMoEMonolithicKernel:
             self.experts.quant_config,
             self.experts.expects_unquantized_inputs,
         )
-        routed = self.experts.apply(
-            x,
-            w1,
-            w2,
-            logits,
-            activation,
-            global_num_experts,
-            expert_map,
-            scale,
-            apply_router_weight_on_input,
-            router=router,
-            input_ids=input_ids,
-        )
+        try:
+            routed = self.experts.apply(
+                x,
+                w1,
+                w2,
+                logits,
+                activation,
+                global_num_experts,
+                expert_map,
+                scale,
+                apply_router_weight_on_input,
+                router=router,
+                input_ids=input_ids,
+            )
+        except BaseException:
+            mover.abandon()
+            raise
         return mover.finalize(routed)
 
 

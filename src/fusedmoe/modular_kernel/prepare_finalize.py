@@ -83,6 +83,10 @@ class FusedMoEPrepareAndFinalize(ABC):
         """How many forwards may be between their prepare and their finalize at once."""
         return 1
 
+    def abandon(self) -> None:
+        """Put back what prepare has changed: this forward has failed and comes to no finalize."""
+        return
+
     def sizes_for(self, num_tokens: int) -> list[int]:
         """Tokens of every dispatcher, this one bringing ``num_tokens``."""
         return [num_tokens]

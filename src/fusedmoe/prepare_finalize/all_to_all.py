@@ -14,7 +14,7 @@ import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
-from fusedmoe.distributed.groups import check_sizes, token_ranks
+from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -87,7 +87,7 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
         """goes bool [ranks, T] -> who sends how many rows to whom, agreed by all."""
         T, rank = goes.shape[1], self.ranks.rank
         if self._given_sizes is not None:
-            check_sizes(self._given_sizes, self.ranks, T)
+            self.given_sizes(self._given_sizes, T)
         told = gather_vectors([T, *goes.sum(dim=1).tolist()], self.ranks)
         tokens = [counts[0] for counts in told]
         self.check_room(tokens)

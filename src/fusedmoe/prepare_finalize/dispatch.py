@@ -9,7 +9,13 @@ from typing import NamedTuple, Protocol, Self, cast
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, pack_rows, unpack_rows
+from fusedmoe.distributed.collectives import (
+    all_gather_rows,
+    gather_counts,
+    gather_vectors,
+    pack_rows,
+    unpack_rows,
+)
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.modular_kernel import (
@@ -80,7 +86,10 @@ class Dispatching(FusedMoEPrepareAndFinalize):
     """Tokens of ``ranks`` meet; ``begin`` gives the object of one forward.
 
     ``max_num_tokens``: no rank brings more. ``quantize`` is applied to rows before they are sent.
+    ``compares_sizes``: ask the ranks whether all were given the same ``tokens_per_rank``.
     """
+
+    compares_sizes: bool = False
 
     def __init__(
         self,
@@ -116,7 +125,9 @@ class Dispatching(FusedMoEPrepareAndFinalize):
     def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> Self:
         parallel = moe.moe_parallel_config
         ranks = token_ranks(parallel, groups or ParallelGroups())
-        return cls(parallel.is_sequence_parallel, ranks=ranks, max_num_tokens=moe.max_num_tokens)
+        made = cls(parallel.is_sequence_parallel, ranks=ranks, max_num_tokens=moe.max_num_tokens)
+        made.compares_sizes = moe.options.debug_checks
+        return made
 
     def begin(self, tokens_per_rank: Sequence[int] | None = None) -> Self:
         one = copy.copy(self)
@@ -150,7 +161,7 @@ class Dispatching(FusedMoEPrepareAndFinalize):
         anything is sent.
         """
         if self._given_sizes is not None:
-            sizes = check_sizes(self._given_sizes, self.ranks, num_tokens)
+            sizes = self.given_sizes(self._given_sizes, num_tokens)
         elif self.ranks.size == 1:
             sizes = [num_tokens]
         elif _captures():
@@ -159,6 +170,21 @@ class Dispatching(FusedMoEPrepareAndFinalize):
             sizes = gather_counts(num_tokens, self.ranks)
         self.check_room(sizes)
         return sizes
+
+    def given_sizes(self, sizes: Sequence[int], num_tokens: int) -> list[int]:
+        """``sizes``, checked against this rank's tokens, and if asked for against all ranks'."""
+        if not self.compares_sizes or _captures() or torch.compiler.is_compiling():
+            return check_sizes(sizes, self.ranks, num_tokens)
+        known = [int(size) for size in sizes][: self.ranks.size]
+        padding = [-1] * (self.ranks.size - len(known))
+        told = gather_vectors([num_tokens, *known, *padding], self.ranks)
+        brought = [tokens for tokens, *_ in told]
+        for rank, (_, *theirs) in enumerate(told):
+            if theirs != brought:
+                raise ValueError(
+                    f"ranks bring {brought} tokens, but tokens_per_rank of rank {rank} is {theirs}"
+                )
+        return check_sizes(sizes, self.ranks, num_tokens)
 
     def hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> Hosts:
         """Asks the other ranks the first time, and again where the map is another tensor.
@@ -217,6 +243,9 @@ class Dispatching(FusedMoEPrepareAndFinalize):
             self.lora_context.token_lora_mapping = found.pop()
         scale = found.pop() if is_per_row(luggage.scale) else luggage.scale
         return found, scale
+
+    def abandon(self) -> None:
+        self.restore_lora_ids()
 
     def restore_lora_ids(self) -> None:
         """This rank's own adapter ids again, once the experts have run."""

@@ -93,7 +93,12 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         )
         made.memory = groups.peers
         made._may_send_sums = not moe.options.batch_invariant
+        made.compares_sizes = moe.options.debug_checks
         return made
+
+    def abandon(self) -> None:
+        """The other ranks wait for this forward's sums, and get none."""
+        self.memory.give_up()
 
     @property
     def _sends_sums(self) -> bool:
