@@ -334,11 +334,12 @@ def hold_back_rows(memory: PeerMemory, cycles: int = 4_000_000) -> None:
     """From now on they leave two milliseconds after everything else."""
     copy_rows = memory.copy_rows
 
-    def later(num_tokens: int, rows: int) -> None:
-        memory._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory._stream):
-            torch.cuda._sleep(cycles)
-        copy_rows(num_tokens, rows)
+    def later(*arguments: Any) -> None:
+        for number, stream in enumerate(memory._streams, 1):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles // number)
+        copy_rows(*arguments)
 
     memory.copy_rows = later  # type: ignore[method-assign]
 

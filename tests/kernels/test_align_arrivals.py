@@ -1,4 +1,4 @@
-"""Blocks in the order in which rows arrive, so that products begin before all rows are here."""
+"""Blocks of rows that are here stand first, so that products begin before all rows are here."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from hypothesis import strategies as st
 
 from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.align_arrivals import align_arrivals, align_arrivals_reference
-from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView, arrival_order
+from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton.align_arrivals import align_arrivals as align_on_device
 
 
-def both(ids, world, me, block_size, local, expert_map, stepwise, device="cpu"):
-    """Tables and needs, by the definition and by the kernels."""
+def both(ids, world, me, block_size, local, expert_map, device="cpu"):
+    """Tables and early blocks, by the definition and by the kernels."""
     P = padded_slots(ids.numel(), block_size, local, True) + 64
-    arguments = (
-        *(ids.flatten(), ids.numel() // world, arrival_order(me, world)),
-        *(block_size, local, P, expert_map, stepwise),
-    )
+    arguments = (*(ids.flatten(), ids.numel() // world, me, block_size, local, P, expert_map),)
     onto = [one.to(device) if isinstance(one, torch.Tensor) else one for one in arguments]
     return align_arrivals_reference(*arguments), align_on_device(*onto)
 
@@ -43,69 +40,59 @@ def map_of(rank, world, local):
     rows=st.integers(1, 90),
     picks=st.integers(1, 5),
     local=st.integers(1, 6),
-    stepwise=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_kernels_follow_the_definition(world, rows, picks, local, stepwise, seed):
+def test_kernels_follow_the_definition(world, rows, picks, local, seed):
     """Ids out of range and -1 among them; ranks beyond some have no tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(-1, world * local + 1, (world * rows, picks), generator=generator)
     ids[int(torch.randint(0, world * rows + 1, (), generator=generator)) :] = -1
     me = seed % world
-    assert_same(*both(ids, world, me, 16, local, map_of(me, world, local), stepwise))
+    assert_same(*both(ids, world, me, 16, local, map_of(me, world, local)))
 
 
 @pytest.mark.parametrize("everything_to", [0, 3, None])
-@pytest.mark.parametrize("stepwise", [True, False])
-def test_all_slots_to_one_expert_or_to_none(stepwise, everything_to):
+def test_all_slots_to_one_expert_or_to_none(everything_to):
     ids = torch.full((4 * 40, 2), -1 if everything_to is None else everything_to)
-    assert_same(*both(ids, 4, 0, 16, 4, map_of(0, 4, 4), stepwise))
+    assert_same(*both(ids, 4, 0, 16, 4, map_of(0, 4, 4)))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stepwise", [True, False])
 @pytest.mark.parametrize(("rows", "picks", "local"), [(1024, 8, 32), (513, 6, 64), (1, 8, 4)])
-def test_large_batches_on_a_gpu(rows, picks, local, stepwise):
+def test_large_batches_on_a_gpu(rows, picks, local):
     generator = torch.Generator().manual_seed(rows)
     ids = torch.randint(-1, 4 * local, (4 * rows, picks), generator=generator).int()
-    assert_same(*both(ids, 4, 2, 128, local, map_of(2, 4, local), stepwise, "cuda"))
+    assert_same(*both(ids, 4, 2, 128, local, map_of(2, 4, local), "cuda"))
 
 
-def test_a_block_is_never_before_its_rows():
-    """Every slot of a local expert stands in one block of that expert, among no later ones; own
-    rows alone need nobody."""
+def test_early_blocks_hold_own_rows_alone():
+    """Every slot of a local expert stands in one block of that expert, of which there are no more
+    than without an order."""
     world, rows, picks, local, me = 4, 50, 3, 2, 1
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, world * local, (world * rows, picks), generator=generator)
-    (table, expert_ids, used), needs = both(ids, world, me, 16, local, map_of(me, 4, local), True)[
-        1
-    ]
-    order = arrival_order(me, world)
-    assert order == [1, 0, 3, 2]
+    (table, expert_ids, used), early = both(ids, world, me, 16, local, map_of(me, 4, local))[1]
+    assert 0 < int(early) < int(used) // 16
     seen = []
-    for block, (expert, need) in enumerate(zip(expert_ids.tolist(), needs.tolist(), strict=True)):
+    for block, expert in enumerate(expert_ids.tolist()):
         slots = [s for s in table[block * 16 : block * 16 + 16].tolist() if s < ids.numel()]
         seen += slots
         assert all(ids.flatten()[s] == me * local + expert for s in slots)
-        came = [order.index(s // (rows * picks)) for s in slots]
-        assert max(came, default=0) == need
+        owners = {s // (rows * picks) for s in slots}
+        assert (owners <= {me}) == (block < int(early) or not slots)
     here = map_of(me, world, local)[ids.flatten()] >= 0
     assert sorted(seen) == here.nonzero()[:, 0].tolist()
-    live = needs[: int(used) // 16].tolist()
-    assert live == sorted(live)
-    assert live[0] == 0
     plain = align_local_slots(ids, 16, local, map_of(me, world, local))
     assert int(plain.num_tokens_post_pad) == int(used)
 
 
-def test_large_batches_wait_for_all_others_at_once():
-    """Own rows fill a block of every expert: finer steps would have weights read more often."""
+def test_what_a_kernel_waits_with():
     layout = PeerLayout(4, 100, 8, 2, torch.float32)
-    view = PeerView(layout, 0, *(torch.zeros(layout.nbytes, dtype=torch.uint8),) * 4)
-    x = LateRows.over(torch.zeros(400, 8), view, 7)
+    view = PeerView(layout, 2, *(torch.zeros(layout.nbytes, dtype=torch.uint8),) * 4)
+    x = LateRows.over(torch.zeros(400, 8), view, 7, None)
     ids = torch.arange(800).view(400, 2) % 8
-    for block, allowed in ((16, {0, 3}), (64, {0, 2, 3})):
-        _, arrivals = align_arrivals(ids, block, 2, map_of(0, 4, 2), x)
-        assert set(arrivals.needs.tolist()) == allowed
-        assert arrivals.max_polls == 7
-        assert [one.numel() for one in arrivals.tensors[1:]] == [4, layout.nbytes, layout.nbytes]
+    tables, arrivals = align_arrivals(ids, 16, 2, map_of(2, 4, 2), x, spare_slots=32)
+    assert arrivals.rows is x
+    assert int(arrivals.early) == 2  # 25 own slots of each of two experts
+    assert [one.numel() for one in arrivals.tensors] == [1, 4, layout.nbytes, layout.nbytes]
+    assert (tables.sorted_ids[-32:] == 800).all()

@@ -126,11 +126,14 @@ def test_rows_that_are_copied(key):
                 **{"max_polls": 0, "wait": False, "copied": True},
             )
         for rank in (3, 0, 2, 1):
-            copy_rows(views[rank], [view.own for view in views], tokens[rank], 5)
+            own = x[rank] if key is None else None
+            for to in (r for r in range(4) if r != rank):
+                copy_rows(views[rank], to, views[to].own, own, tokens[rank], 5)
         for rank, view in enumerate(views):
             wait_for_dispatch(view, max_polls=0)
             got = view.received(5)
-            late = LateRows.over(got.hidden_states, view, 0)
+            own = x[rank] if key is None else None
+            late = LateRows.over(got.hidden_states, view, 0, own)
             rows = settled(late)
             assert view.error.item() == 0
             assert not isinstance(rows, LateRows)
@@ -151,9 +154,9 @@ def test_a_rank_whose_rows_never_come_is_named():
             *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
             **{"max_polls": 0, "wait": False, "copied": True},
         )
-    for rank in (0, 1, 3):
-        copy_rows(views[rank], [view.own for view in views], 2, 2)
-    settled(LateRows.over(views[0].received(2).hidden_states, views[0], 3))
+    for rank in (1, 3):
+        copy_rows(views[rank], 0, views[0].own, x[rank], 2, 2)
+    settled(LateRows.over(views[0].received(2).hidden_states, views[0], 3, x[0]))
     assert views[0].error.item() == 3
     plain = torch.zeros(3)
     assert settled(plain) is plain

@@ -86,7 +86,7 @@ class PeerMemory:
         self.copy_rows_from = copy_rows_from
         sizes, dtype = (layout.nbytes,), torch.uint8
         self.buffers = [self._handle.get_buffer(one, sizes, dtype) for one in range(layout.world)]
-        self._stream = torch.cuda.Stream(device)
+        self._streams = [torch.cuda.Stream(device) for _ in range(layout.world - 1)]
         self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
         self._gave_up = False
         self._view: PeerView | None = first_view(layout, group.rank(), bases, own)
@@ -116,14 +116,18 @@ class PeerMemory:
             return False
         return (1 - 1 / self.layout.world) ** self.layout.topk <= MOST_WASTED
 
-    def copy_rows(self, num_tokens: int, rows: int) -> None:
-        """``copy_rows`` of the kernels, beside what follows; ``join_copies`` has to come."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            copy_rows(self.view, self.buffers, num_tokens, rows)
+    def copy_rows(self, x: torch.Tensor | None, num_tokens: int, rows: int) -> None:
+        """``copy_rows`` of the kernels to all ranks, beside what follows until ``join_copies``."""
+        view = self.view
+        for step, stream in enumerate(self._streams, 1):
+            to = (view.rank + step) % view.layout.world
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                copy_rows(view, to, self.buffers[to], x, num_tokens, rows)
 
     def join_copies(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._stream)
+        for stream in self._streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def give_up(self) -> None:
         """A forward has ended between its dispatch and its combine: what follows would mix it up

@@ -7,13 +7,11 @@ engines bring all rows to all ranks; ``combine`` adds up what those ranks made o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView, Received
 from fusedmoe.kernels.quantize import quantize_rows_reference
-from fusedmoe.tuning.peer_tiles import PeerTiles, peer_tiles
+from fusedmoe.tuning.peer_tiles import PeerTiles, own_row_tiles, peer_tiles
 
 
 def dispatch(
@@ -56,33 +54,41 @@ def dispatch(
         owners,
         here,
         rows,
-        tiles or peer_tiles(rows, x.shape[1]),
+        tiles or (own_row_tiles(x.shape[1]) if copied else peer_tiles(rows, x.shape[1])),
         max_polls,
         wait,
         copied,
     )
 
 
-def copy_rows(here: PeerView, buffers: Sequence[torch.Tensor], num_tokens: int, rows: int) -> None:
-    """This rank's rows, as the last ``dispatch`` has left them here, to all ranks, on this stream.
+def copy_rows(
+    here: PeerView,
+    to: int,
+    buffer: torch.Tensor,
+    x: torch.Tensor | None,
+    num_tokens: int,
+    rows: int,
+) -> None:
+    """This rank's rows to rank ``to``, whose ``buffer`` uint8 [nbytes] is, on this stream.
 
-    ``buffers`` uint8 [nbytes]: every rank's. Copies between GPUs take no multiprocessor, which is
-    why flags are copied, too: while other kernels have all of them, no kernel could raise one.
+    x [num_tokens, H] contiguous; None: as the last ``dispatch`` has rounded them. Copies between
+    GPUs take no multiprocessor, which is why the flag is copied, too: while other kernels have all
+    of them, no kernel could raise one.
     """
-    layout, me = here.layout, here.rank
-    parts = [(layout.rows_at, layout.hidden * layout.row_dtype.itemsize)]
-    if layout.groups:
-        parts.append((layout.scales_at, layout.groups * 4))
-    spans = [
-        slice(at + me * rows * size, at + (me * rows + num_tokens) * size) for at, size in parts
-    ]
-    epoch = here.state[:1].view(torch.uint8)
+    layout, me, source = here.layout, here.rank, here.own
+
+    def span(at: int, size: int) -> slice:
+        return slice(at + me * rows * size, at + (me * rows + num_tokens) * size)
+
+    there = span(layout.rows_at, layout.hidden * layout.row_dtype.itemsize)
+    row_bytes = source[there] if x is None else x.view(-1).view(torch.uint8)
+    if num_tokens:
+        buffer[there].copy_(row_bytes, non_blocking=True)
+    if num_tokens and layout.groups:
+        scales = span(layout.scales_at, layout.groups * 4)
+        buffer[scales].copy_(source[scales], non_blocking=True)
     flag = slice(layout.row_flags_at + 4 * me, layout.row_flags_at + 4 * me + 4)
-    for step in range(1, layout.world):
-        there = buffers[(me + step) % layout.world]
-        for span in spans if num_tokens else ():
-            there[span].copy_(here.own[span], non_blocking=True)
-        there[flag].copy_(epoch, non_blocking=True)
+    buffer[flag].copy_(here.state[:1].view(torch.uint8), non_blocking=True)
 
 
 def settled(x: torch.Tensor) -> torch.Tensor:
@@ -91,8 +97,12 @@ def settled(x: torch.Tensor) -> torch.Tensor:
         return x
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
-    triton_kernels.wait(x.here, x.here.layout.row_flags_at, x.max_polls)
-    return x.plain()
+    here, whole = x.here, x.plain()
+    triton_kernels.wait(here, here.layout.row_flags_at, x.max_polls)
+    if x.own is not None:
+        first = here.rank * (whole.shape[0] // here.layout.world)
+        whole[first : first + x.own.shape[0]] = x.own
+    return whole
 
 
 def wait_for_dispatch(here: PeerView, *, max_polls: int) -> None:

@@ -165,29 +165,28 @@ class PeerView:
 class LateRows(torch.Tensor):
     """Rows [world * rows, H] of which only this rank's own are sure to be here.
 
-    Those of rank ``r`` are when flag ``r`` at ``row_flags_at`` shows the epoch. They come in the
-    order ``arrival_order``; whoever does not know the class has to be given ``settled(x)``.
+    Those of rank ``r`` are when flag ``r`` at ``row_flags_at`` shows the epoch. Its own [T, H] are
+    in ``own``, contiguous, instead of among the others, if that is not None. Whoever does not know
+    the class has to be given ``settled(x)``.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     here: PeerView
     max_polls: int
+    own: torch.Tensor | None
 
     @classmethod
-    def over(cls, x: torch.Tensor, here: PeerView, max_polls: int) -> LateRows:
+    def over(
+        cls, x: torch.Tensor, here: PeerView, max_polls: int, own: torch.Tensor | None
+    ) -> LateRows:
         """The memory of ``x``."""
         made = x.as_subclass(cls)
-        made.here, made.max_polls = here, max_polls
+        made.here, made.max_polls, made.own = here, max_polls, own
         return made
 
     def plain(self) -> torch.Tensor:
         """As an ordinary tensor, for kernels that wait by themselves."""
         return self.as_subclass(torch.Tensor)
-
-
-def arrival_order(rank: int, world: int) -> list[int]:
-    """The ranks whose rows ``rank`` gets, first its own: each sends to the next rank first."""
-    return [(rank - step) % world for step in range(world)]
 
 
 class PeerSums(torch.Tensor):

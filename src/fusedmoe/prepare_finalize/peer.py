@@ -35,6 +35,8 @@ from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighte
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
+_ALIGNED_BYTES = 16
+
 
 class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     """[T of this rank, H] -> [ranks * rows, H] on every rank, ids -1 where a slot is not its own.
@@ -130,9 +132,13 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         self._check(a1, quant_config, defer_input_quant)
         self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=True)
-        if self._copied:
-            self.memory.copy_rows(a1.shape[0], self._rows)
-        return self._received()
+        if not self._copied:
+            return self._received()
+        own = _dense(a1) if self.memory.layout.key is None else None
+        self.memory.copy_rows(own, a1.shape[0], self._rows)
+        got, polls = self._received(), self.memory.max_polls
+        rows = LateRows.over(got.hidden_states, self._view, polls, own)
+        return got._replace(hidden_states=rows)
 
     def prepare_async(
         self,
@@ -187,11 +193,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
         output = PeerSums.make(self._view, self._rows) if self._sends_sums else got.outputs
-        hidden_states = got.hidden_states
-        if self._copied:
-            hidden_states = LateRows.over(hidden_states, self._view, self.memory.max_polls)
         return PrepareResult(
-            hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
+            got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
         )
 
     def finalize(
@@ -272,3 +275,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             announce=announce,
             sent=self._sends_sums,
         )
+
+
+def _dense(rows: torch.Tensor) -> torch.Tensor:
+    """Rows one after the other, where kernels read 16 bytes at once."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % _ALIGNED_BYTES == 0 else rows.clone()

@@ -14,8 +14,8 @@ def numbers_of(
     """The tensors, numbers and ranks of ``await_rows``; None: all rows are here."""
     if arrivals is None:
         return (None, None, None, None), (0, 0), 1
-    here = arrivals.here
-    return arrivals.tensors, (here.rank, arrivals.max_polls), here.layout.world
+    here = arrivals.rows.here
+    return arrivals.tensors, (here.rank, arrivals.rows.max_polls), here.layout.world
 
 
 @gluon.jit
@@ -24,25 +24,26 @@ def is_late(flag_ptr, epoch):
 
 
 @gluon.jit
-def await_rows(arrivals, block, known, WORLD: gl.constexpr):
-    """Until the rows of a block are here: how many other ranks' rows are known to be.
+def await_rows(arrivals, block, all_here, WORLD: gl.constexpr):
+    """Until the rows of a block are here: whether all rows are.
 
-    arrivals: (needs, flags, state, error, this rank, max_polls); ``needs`` None: all are here.
+    arrivals: (early blocks, flags, state, error, this rank, max_polls); the first of them None: no
+    row is late.
     """
-    needs_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls = arrivals
-    if needs_ptr is not None:
-        needs = gl.load(needs_ptr + block)
-        while known < needs:
-            known += 1
-            source = (me + WORLD - known) % WORLD
+    early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls = arrivals
+    if early_ptr is not None:  # noqa: SIM102 (a compile-time branch)
+        if (block >= gl.load(early_ptr)) & (all_here == 0):
             epoch = gl.load(state_ptr + STATE_COMBINE)
-            broken = gl.load(state_ptr + STATE_ERROR)
-            late = is_late(flags_ptr + source, epoch)
-            polls = 0
-            while late & (polls < max_polls) & (broken == 0):
+            for step in range(1, WORLD):
+                source = (me + WORLD - step) % WORLD
+                broken = gl.load(state_ptr + STATE_ERROR)
                 late = is_late(flags_ptr + source, epoch)
-                polls += 1
-            if late & (broken == 0):
-                gl.store(state_ptr + STATE_ERROR, source + 1)
-                gl.store(error_ptr, source + 1)
-    return known
+                polls = 0
+                while late & (polls < max_polls) & (broken == 0):
+                    late = is_late(flags_ptr + source, epoch)
+                    polls += 1
+                if late & (broken == 0):
+                    gl.store(state_ptr + STATE_ERROR, source + 1)
+                    gl.store(error_ptr, source + 1)
+            all_here = 1
+    return all_here

@@ -83,13 +83,13 @@ def up_producer(
     stage = 0
     phase = 1
     number = 0
-    known = 0
+    all_here = 0
     task = gl.program_id(0)
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        known = await_rows(arrivals, block, known, WORLD)
+        all_here = await_rows(arrivals, block, all_here, WORLD)
         whole = is_whole(block, sorted_ptr, R)
         at = block * BLOCK_M + row
         x_rows, lives = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
@@ -228,7 +228,7 @@ def up_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
-    needs_ptr,
+    early_ptr,
     flags_ptr,
     state_ptr,
     error_ptr,
@@ -275,7 +275,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    arrivals = (needs_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
+    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
@@ -300,7 +300,7 @@ def up_kernel(
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, H),
+                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, H, None),
                     (x_scale_ptr, stride_xs), position_ptr, tables, arrivals, sizes, H, PICKS,
                     WORLD, TILES, WIDE, BELOW, GROUP, PER_SCALE > 0,
                 ),

@@ -194,7 +194,7 @@ def up_kernel(
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
     descs = (low_desc, high_desc)
-    x = (x_ptr, stride_x)
+    x = (x_ptr, stride_x, None)
     numbers = (limit, alpha, beta)
     pointers = (scale_ptr, zero_ptr, scale2_ptr, bias_ptr)
     scales = (stride_se, scale_shard_step, scale_row_step, scale_block)

@@ -231,10 +231,11 @@ def prefill_gemms(
     low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
     steps = (tiles.depth, tiles.stages, tiles.group)
     waits, waiting, world = numbers_of(arrivals)
+    own = None if arrivals is None else arrivals.rows.own
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits),
+        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits, own),
         (
             *(x.stride(0), R, e, desc_rows, *waiting),
             *(activation.limit, activation.alpha, activation.beta),

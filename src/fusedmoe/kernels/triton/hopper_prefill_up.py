@@ -34,13 +34,18 @@ UNSPECIALIZED = ("R", "num_local", "desc_rows", "me", "max_polls")
 @gluon.jit
 def rows_at(place, store, x, position_ptr, sorted_ptr, R, PICKS: gl.constexpr):
     """(rows of x [n, 1], which of them live) at these places [n] of the table; the place of each
-    slot is noted if ``store``."""
+    slot is noted if ``store``. x: (rows, stride, None, or where some of them stand elsewhere, with
+    the same stride, the number of the first of those and how many they are)."""
     slots = gl.load(sorted_ptr + place)
     live = (slots >= 0) & (slots < R)
     slots = gl.where(live, slots, 0)
     if store:
         gl.store(position_ptr + slots, place, live)
-    x_rows = x[0] + (slots // PICKS).to(gl.int64) * x[1]
+    token = (slots // PICKS).to(gl.int64)
+    x_rows = x[0] + token * x[1]
+    if x[2] is not None:
+        elsewhere = (token >= x[3]) & (token < x[3] + x[4])
+        x_rows = gl.where(elsewhere, x[2] + (token - x[3]) * x[1], x_rows)
     return gl.expand_dims(x_rows, 1), gl.expand_dims(live, 1)
 
 
@@ -92,7 +97,7 @@ def up_producer(
     stage = 0
     phase = 1
     number = 0
-    known = 0
+    all_here = 0
     task = gl.program_id(0)
     tasks = blocks * TILES
     coming = tasks
@@ -100,7 +105,7 @@ def up_producer(
         block, tile = tile_of(task, blocks, TILES, GROUP)
         expert = gl.load(expert_ids_ptr + block)
         expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
-        known = await_rows(arrivals, block, known, WORLD)
+        all_here = await_rows(arrivals, block, all_here, WORLD)
         place = block * BLOCK_M + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         place += HALF_M
@@ -199,10 +204,11 @@ def up_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
-    needs_ptr,
+    early_ptr,
     flags_ptr,
     state_ptr,
     error_ptr,
+    own_ptr,
     stride_x,
     R,
     num_local,
@@ -232,7 +238,9 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    arrivals = (needs_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
+    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
+    per_rank = R // PICKS // WORLD
+    x = (x_ptr, stride_x, own_ptr, me * per_rank, per_rank)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     gl.warp_specialize(
@@ -254,7 +262,7 @@ def up_kernel(
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, stride_x),
+                    (low_desc, high_desc), box, counter_ptr, rings, bars, x,
                     position_ptr, tables, arrivals, sizes, H, I, PICKS, WORLD, GATED, INTERLEAVED,
                     TILES, WIDE, BELOW, GROUP,
                 ),

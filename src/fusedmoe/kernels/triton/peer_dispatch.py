@@ -9,8 +9,8 @@ dispatch_kernel  grid (programs,): a task is (slot of this rank, BLOCK columns).
                  that is 0 (one for the row: BLOCK = GROUP >= H). The program that finishes last
                  raises this rank's flag at every rank, and with WAIT stays until all ranks have
                  raised theirs here.
-                 COPIED: rows go to this rank's own buffer alone, all of them, from where the copy
-                 engines take them (``kernels/peer_copies.py``).
+                 COPIED: the copy engines bring the rows. Only those that are to be rounded are
+                 written, all of them, into this rank's own buffer, from where they are taken.
 """
 
 import torch
@@ -84,7 +84,8 @@ def dispatch_kernel(
 ):
     follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_DISPATCH)
-    parts = tl.cdiv(H, BLOCK)
+    ROWS: tl.constexpr = GROUP > 0 or not COPIED
+    parts = tl.cdiv(H, BLOCK) if ROWS else 1
     pick = tl.arange(0, K2)
     for task in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
@@ -92,7 +93,7 @@ def dispatch_kernel(
         ids, owners = owners_of(ids_ptr, owners_ptr, token, T, num_experts, K, K2)
         weights = tl.load(weights_ptr + token.to(tl.int64) * K + pick, ids >= 0, 0.0)
         column = part * BLOCK + tl.arange(0, BLOCK)
-        inside = (column < H) & (token < T)
+        inside = (column < H) & (token < T) & ROWS
         row = tl.load(x_ptr + token.to(tl.int64) * stride_t + column, inside, 0.0)
         if GROUP > 0:
             groups = tl.reshape(row.to(tl.float32), (BLOCK // GROUP, GROUP))
@@ -110,7 +111,7 @@ def dispatch_kernel(
                 there_weights = peer_pointer(bases_ptr, rank, weights_at, tl.float32)
                 tl.store(there_weights + meta, weights, here)
             wanted = rank == me if COPIED else tl.max(here.to(tl.int32), axis=0) > 0
-            if wanted:
+            if ROWS & wanted:
                 there = peer_pointer(bases_ptr, rank, rows_at, row_dtype)
                 tl.store(there + slot * H + column, sent, inside)
                 if GROUP > 0:
@@ -153,7 +154,8 @@ def dispatch(
         of_row = columns == -1 and layout.row_dtype is not torch.int8
         floor = LEAST_OF_ROW.value if of_row else LEAST.value
         block, rounding = max(block, group), (group, floor, layout.key.scale_kind == "e8m0")
-    tasks = rows * -(-H // block)
+    parts = 1 if copied and layout.key is None else -(-H // block)
+    tasks = rows * parts
     _dispatch(
         (max(1, min(tasks, tiles.programs)), 1),
         (x, topk_ids, topk_weights, owners, here.bases, here.state, here.error),
