@@ -1,8 +1,8 @@
 """The weighted sum over K picks, stored into the memory of the rank whose token it is.
 
 Grid (world * rows * cdiv(H, SPANS * BLOCK),): a program owns so many columns of one slot, and looks
-up once where its rows are. Neighbouring programs serve different ranks, and a rank begins with itself, so that at any time all wires are in
-use and no rank is sent to by all others.
+up once where its rows are. Neighbouring programs serve different ranks, and a rank begins with
+itself, so that at any time all wires are in use and no rank is sent to by all others.
 
 y rows of H columns, stride_y apart; position int32 [R] or None; weights fp32 [S, K] or None; ids
 [S, K], expert_map [global] or None -> outputs [world, rows, H] at ``outputs_at`` of the peers'
