@@ -138,7 +138,7 @@ def up(
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
     programs: int,
-    arrivals: Arrivals | None,
+    arrivals: Arrivals | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first product: act [P, I] as ``key`` says and its scales: one, [P], or [I / 128, P]. The
     16-bit ``act`` is where it is put, or its first half."""

@@ -85,7 +85,7 @@ def dispatch_kernel(
     follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_DISPATCH)
     ROWS: tl.constexpr = GROUP > 0 or not COPIED
-    parts = tl.cdiv(H, BLOCK) if ROWS else 1
+    parts = tl.cdiv(H, BLOCK)
     pick = tl.arange(0, K2)
     for task in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
@@ -154,8 +154,9 @@ def dispatch(
         of_row = columns == -1 and layout.row_dtype is not torch.int8
         floor = LEAST_OF_ROW.value if of_row else LEAST.value
         block, rounding = max(block, group), (group, floor, layout.key.scale_kind == "e8m0")
-    parts = 1 if copied and layout.key is None else -(-H // block)
-    tasks = rows * parts
+    elif copied:  # a task per token: no row is sent
+        block = power_of_2(H)
+    tasks = rows * -(-H // block)
     _dispatch(
         (max(1, min(tasks, tiles.programs)), 1),
         (x, topk_ids, topk_weights, owners, here.bases, here.state, here.error),
