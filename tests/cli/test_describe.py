@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedmoe.cli import main
 from fusedmoe.cli.layers import storage_format
@@ -173,6 +174,28 @@ def test_tables_align_numbers_right_and_print_none_as_a_dash(
         "    -",
         "0.123",
     ]
+
+
+def test_what_a_hostile_checkpoint_says_is_never_obeyed(cli, tmp_path: Path) -> None:
+    """Names of tensors, of the model and of formats, in tables, in JSON and in errors."""
+    from safetensors.torch import save_file
+
+    shapes = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+    tensors = {
+        f"\x1b[31m\x9bmodel\x07.layers.0.mlp.experts.{e}.{name}.weight": torch.zeros(shape)
+        for e in range(2)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "evil\x1b[2J", "hidden_act": "silu\x1b[32m\x9b"}
+    config["quantization_config"] = {"quant_method": "x\x1b]0;hi\x07"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    seen = [cli("inspect", tmp_path), cli("inspect", tmp_path, "--json")]
+    seen += [cli("explain", tmp_path), cli("inspect", tmp_path / "no\x1bwhere")]
+    assert [code for code, _, _ in seen] == [0, 0, 2, 2]
+    for _, out, err in seen:
+        assert not [c for c in out + err if not c.isprintable() and c != "\n"]
+    assert json.loads(seen[1][1])["model_type"] == "evil\x1b[2J"
 
 
 def test_bytes_and_text() -> None:

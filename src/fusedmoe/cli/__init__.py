@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from fusedmoe.cli.output import printable
+
 VERBS = {
     "generate": "generate text from a checkpoint folder or a preset",
     "inspect": "describe the MoE layers of a checkpoint, from its headers alone",
@@ -32,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _one_line(message: object) -> str:
     """Without the stack of C++ frames that torch appends to some of its own."""
-    return " ".join(str(message).partition("Exception raised from ")[0].split())
+    words = str(message).partition("Exception raised from ")[0].split()
+    return printable(" ".join(words))
 
 
 def make_parser() -> argparse.ArgumentParser:

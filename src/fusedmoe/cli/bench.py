@@ -9,7 +9,14 @@ import torch
 
 from fusedmoe.cli.arguments import experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shapes_asked
-from fusedmoe.cli.output import check_writable, format_bytes, print_json, print_table, progress
+from fusedmoe.cli.output import (
+    check_writable,
+    format_bytes,
+    print_json,
+    print_table,
+    printable,
+    progress,
+)
 from fusedmoe.cli.ranks import check_launched, is_first_rank, launched_ranks
 from fusedmoe.config import MoEOptions
 from fusedmoe.words import device_named, dtype_named
@@ -170,7 +177,7 @@ def _run_over_ranks(
             columns = ["shape", "format", "ranks", "T", "impl", "scope", "us", "p10_us", "p90_us"]
             print_table(columns, [[row[name] for name in columns] for row in record["rows"]])
             for note in dict.fromkeys(note for one in reports for note in one.notes):
-                print(f"note: {note}")
+                print(f"note: {printable(note)}")
     return 0
 
 
@@ -211,4 +218,4 @@ def _print(record: dict[str, Any]) -> None:
         )
     print_table(columns, rows)
     for note in record["notes"]:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")

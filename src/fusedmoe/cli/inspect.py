@@ -125,7 +125,7 @@ def _record(checkpoint: Checkpoint, facts: ModelFacts, layers: list[LayerFacts])
 
 def _print(record: dict[str, Any], facts: ModelFacts) -> None:
     def line(what: str, value: Any) -> None:
-        print(f"{what:<20}{'not in config.json' if value is None else value}")
+        print(f"{what:<20}{'not in config.json' if value is None else printable(str(value))}")
 
     line("model type", record["model_type"])
     line("family", record["family"] or "not in the table; read by tensor names")

@@ -95,11 +95,14 @@ def check_writable(*paths: str | None) -> None:
 
 
 def print_json(record: Any) -> None:
-    print(json.dumps(record, indent=2, ensure_ascii=False))
+    """Letters of any script as they are, what a terminal would obey as JSON's escapes."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns padded to their widest cell: numbers to the right, words to the left."""
+    """Columns padded to their widest cell: numbers to the right, words to the left, all of it made
+    ``printable``."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [
         max(len(column), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)
@@ -130,7 +133,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)
+    return printable(str(value))
 
 
 def format_bytes(count: float) -> str:
