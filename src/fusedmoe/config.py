@@ -62,8 +62,8 @@ class MoEOptions:
     ``batch_invariant``: a token's output has the same bits in any batch. ``deterministic``: the
     same input gives the same bits from run to run; False also allows experts that do not promise
     that (``ExpertsCapabilities``; all of ours do). ``max_workspace_bytes`` bounds the scratch
-    memory of the experts, which then take the tokens in passes. ``debug_checks``: ids out of range
-    raise on a GPU too, which waits for it.
+    memory of the experts, which then take the tokens in passes; the references in plain torch
+    allocate as they go. ``debug_checks``: ids out of range raise on a GPU too, which waits for it.
 
     ``experts`` and ``prepare_finalize`` force an implementation: a name that
     ``fusedmoe.explain`` prints, or a class of your own. ``tuned_table`` are measured tiles for this
@@ -147,9 +147,15 @@ class FusedMoEConfig:
         ):
             if getattr(self, name) < 0:
                 object.__setattr__(self, name, getattr(self, like))
-        for name in ("num_experts", "hidden_dim", "intermediate_size_per_partition"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = ("num_experts", "hidden_dim", "intermediate_size_per_partition")
+        for name in (*sizes, "experts_per_token"):
+            value = getattr(self, name)
+            if not hasattr(value, "__index__"):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < 1 and name in sizes:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(self.in_dtype, torch.dtype):
+            raise ValueError(f"the experts' dtype must be one of torch's, got {self.in_dtype!r}")
         candidates = self.num_experts + self.num_zero_experts
         if not 1 <= self.experts_per_token <= candidates:
             raise ValueError(

@@ -191,7 +191,9 @@ def FusedMoE(
                 "batch_invariant": options.batch_invariant,
             },
         )
-    act = MoEActivation.from_str(activation) if isinstance(activation, str) else activation
+    act = activation
+    if not isinstance(act, MoEActivation):
+        act = MoEActivation.from_str(act)
     counts = determine_expert_counts(stored, num_redundant_experts, n_shared_experts)
     parallel_config = FusedMoEParallelConfig.around(place, groups, is_sequence_parallel)
     placement = ExpertMapManager(

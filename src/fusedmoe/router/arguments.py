@@ -50,6 +50,8 @@ class RoutingArguments:
     def make_router(self, given: FusedMoERouter | None) -> FusedMoERouter:
         """``given`` where the caller has one (the rest must then be at its defaults)."""
         if given is not None:
+            if not hasattr(given, "select_experts"):
+                raise ValueError(f"router is a {type(given).__name__}, which has no select_experts")
             self._refuse(f"beside the given {type(given).__name__}", self._rule())
             return given
         if self.custom_routing_function is not None:
