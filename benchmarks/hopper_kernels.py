@@ -267,7 +267,7 @@ def all_tiles(R: int, shape: Shape, more: bool) -> dict[str, Tiles]:
         if more:
             out["stages3"] = PrefillTiles(stages=3)
             out["group12"] = PrefillTiles(group=12)
-            out["group24"] = PrefillTiles(group=24)
+            out["group16"] = PrefillTiles(group=16)
     return out
 
 

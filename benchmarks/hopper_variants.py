@@ -54,7 +54,7 @@ def variants_of(plain: HopperTiles) -> dict[str, HopperTiles]:
     """The plain tiles, each field by itself, and what is expected to be best."""
     out: dict[str, HopperTiles] = {"plain": plain}
     if isinstance(plain, PrefillTiles):
-        out |= {f"group{n}": replace(plain, group=n) for n in (8, 12, 24, 32)}
+        out |= {f"group{n}": replace(plain, group=n) for n in (6, 12, 16, 24)}
     return out
 
 

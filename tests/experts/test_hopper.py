@@ -139,7 +139,8 @@ def desc(rows, columns):
 
 def build(kernel, types, constants, **options):
     names = kernel.arg_names
-    ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows"}
+    ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows", "me",
+            "max_polls"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
     pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
     known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}
@@ -183,11 +184,13 @@ build(hopper_direct.down_kernel,
       maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
 step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
+all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "own_ptr"))
+all_here |= {"WORLD": 1}
 weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
 assert runs_ahead(build(
     hopper_prefill.up_kernel,
     {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
-    sizes | formula | step, maxnreg=168))
+    sizes | formula | step | all_here, maxnreg=168))
 assert runs_ahead(build(
     hopper_prefill.down_kernel,
     {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},

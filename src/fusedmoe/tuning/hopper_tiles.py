@@ -82,7 +82,7 @@ class PrefillTiles:
 
     depth: int = 64
     stages: int = 4
-    group: int = 16
+    group: int = 8
 
 
 COUNTER_SLOTS = 128  # of padding behind the prefill kernel's table of slots: it counts tasks there

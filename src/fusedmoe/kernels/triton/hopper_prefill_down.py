@@ -87,7 +87,7 @@ def down_producer(
         announce_half(box, number, task, whole)
         number += 1
         for k in range(KSTEPS):
-            if k == KSTEPS // 2:
+            if k == max(KSTEPS - STAGES, 0):  # a ring before the next task is begun
                 coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)

@@ -89,6 +89,8 @@ def up_producer(
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = a_ring.shape[0]
     BK: gl.constexpr = a_ring.shape[2]
+    # The next task is drawn as late as its latency allows: a ring before it is begun.
+    DRAW_AT: gl.constexpr = max((H + BK - 1) // BK - STAGES, 0) * BK
     layout: gl.constexpr = rows_layout(HALF_M, BK, gl.num_warps())
     row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
@@ -115,7 +117,7 @@ def up_producer(
         number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
-            if k == H // BK // 2 * BK:  # early enough for its latency, as late as can be
+            if k == DRAW_AT:
                 coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
