@@ -181,7 +181,7 @@ def test_ops_keep_their_promises(name):
     act = layer.activation.value
     torch.library.opcheck(
         torch.ops.fusedmoe.fused_experts.default,
-        (*given, act, False, -1, *rest, numbers, False, None, None, False),
+        (*given, rest[1:], "", rest[0], act, False, -1, numbers, False, None, None, False),
     )
     scratch = torch.zeros(7, 2, 24), torch.zeros(7, 2, 40)
     torch.library.opcheck(

@@ -150,7 +150,7 @@ def test_ops_keep_their_promises(name):
     rest = [t["expert_map"], t["w1_bias"], t["w2_bias"]]
     torch.library.opcheck(
         torch.ops.fusedmoe.fused_experts.default,
-        (*given, act, False, -1, *rest, numbers, False, None, "triton", False),
+        (*given, rest[1:], "", rest[0], act, False, -1, numbers, False, None, "triton", False),
     )
     scratch = [
         torch.zeros(layer.T, layer.K, width, device="cuda", dtype=layer.dtype)

@@ -13,13 +13,10 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional_call import ExpertsCall, option_words, options_of
 from fusedmoe.experts.functional_plain import plain_fused_experts
-from fusedmoe.experts.functional_quantized import opaque_quantized, quantized_fused_experts
+from fusedmoe.experts.functional_quantized import quantized_fused_experts
+from fusedmoe.experts.quantized_operands import config_of, tensors_and_words
 from fusedmoe.modular_kernel.experts import merged_activation_config
-from fusedmoe.quantization.config import (
-    FUSED_MOE_UNQUANTIZED_CONFIG,
-    FusedMoEQuantConfig,
-    biased_moe_quant_config,
-)
+from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 
 _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_NUMBERS = ApplyMoEActivationConfig()
@@ -74,44 +71,39 @@ def fused_experts(
         numbers,
         options,
     )
-    opaque = torch.compiler.is_compiling() and not isinstance(options.experts, type)
+    if torch.compiler.is_compiling() and not isinstance(options.experts, type):
+        return _op(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            *tensors_and_words(quant_config),
+            expert_map,
+            activation.value,
+            apply_router_weight_on_input,
+            global_num_experts,
+            numbers.numbers(),
+            *option_words(options),
+        )
     if quant_config.is_quantized:
-        run = opaque_quantized if opaque else quantized_fused_experts
-        return run(call, quant_config)
-    return _opaque(call) if opaque else plain_fused_experts(call)
-
-
-def _opaque(call: ExpertsCall) -> torch.Tensor:
-    return _fused_experts_op(
-        call.hidden_states,
-        call.w1,
-        call.w2,
-        call.topk_weights,
-        call.topk_ids,
-        call.activation.value,
-        call.apply_router_weight_on_input,
-        call.global_num_experts,
-        call.expert_map,
-        call.w1_bias,
-        call.w2_bias,
-        call.activation_config.numbers(),
-        *option_words(call.options),
-    )
+        return quantized_fused_experts(call, quant_config)
+    return plain_fused_experts(call)
 
 
 @torch.library.custom_op("fusedmoe::fused_experts", mutates_args=())
-def _fused_experts_op(
+def _op(
     hidden_states: torch.Tensor,
     w1: torch.Tensor,
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    words: str,
+    expert_map: torch.Tensor | None,
     activation: str,
     apply_router_weight_on_input: bool,
     global_num_experts: int,
-    expert_map: torch.Tensor | None,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
     numbers: Sequence[float],
     batch_invariant: bool,
     max_workspace_bytes: int | None,
@@ -131,7 +123,7 @@ def _fused_experts_op(
         apply_router_weight_on_input,
         global_num_experts,
         expert_map,
-        biased_moe_quant_config(w1_bias, w2_bias),
+        config_of(tensors, words),
         activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
         options=options_of(
             batch_invariant,
@@ -144,6 +136,6 @@ def _fused_experts_op(
     )
 
 
-@_fused_experts_op.register_fake
+@_op.register_fake
 def _(hidden_states: torch.Tensor, *arguments: object) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape)

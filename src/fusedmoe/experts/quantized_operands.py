@@ -9,7 +9,11 @@ from typing import cast
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.config import (
+    FusedMoEQuantConfig,
+    FusedMoEQuantDesc,
+    biased_moe_quant_config,
+)
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -102,7 +106,12 @@ def quantized_pair(
 
 
 def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | None], str]:
-    """A quant config as an op's schema can hold it; ``config_of`` is the inverse."""
+    """A quant config as an op's schema can hold it; ``config_of`` is the inverse.
+
+    Without words: the biases of unquantized weights.
+    """
+    if not config.is_quantized:
+        return [config.w1_bias, config.w2_bias], ""
     tensors: list[torch.Tensor | None] = []
     words = []
     for rows, weight in ((config.a1, config.w1), (config.a2, config.w2)):
@@ -116,6 +125,8 @@ def tensors_and_words(config: FusedMoEQuantConfig) -> tuple[list[torch.Tensor | 
 
 
 def config_of(tensors: Sequence[torch.Tensor | None], words: str) -> FusedMoEQuantConfig:
+    if not words:
+        return biased_moe_quant_config(*tensors)
     descs: list[FusedMoEQuantDesc] = []
     for side, given in zip(words.split("|"), (tensors[:6], tensors[6:]), strict=True):
         name, dtype, row, col, kind = side.split()
