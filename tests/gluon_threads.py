@@ -206,7 +206,7 @@ def raise_to(ptr: Pointer, value: torch.Tensor, mask: torch.Tensor, sem: str) ->
         ptr.memory[at] = max(int(ptr.memory[at]), bits)
 
 
-def add_to(ptr: Pointer, value: int, sem: str) -> int:
+def add_to(ptr: Pointer, value: int, sem: str, scope: str = "gpu") -> int:
     before = int(ptr.memory[int(ptr.at)])
     ptr.memory[int(ptr.at)] += value
     return before

@@ -1,6 +1,8 @@
 """What can be known of the 8-bit prefill kernels without a GPU: that their roles hand each tile on,
 where their scales lie, and what their launcher refuses."""
 
+import threading
+import time
 import types
 from functools import partial
 
@@ -12,10 +14,10 @@ from fusedmoe.experts.hopper_quantized import can_prefill
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
-from fusedmoe.kernels.hopper_prefill import prefill_rows
+from fusedmoe.kernels.hopper_prefill import align_rows, prefill_rows
+from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
 from fusedmoe.quantization.config import FusedMoEQuantDesc
@@ -29,7 +31,6 @@ from fusedmoe.quantization.keys import (
     GroupShape,
     QuantKey,
 )
-from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 from gluon_threads import ROUNDING, Matrix, run
 
@@ -132,11 +133,13 @@ def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I)
                 torch.testing.assert_close(value, exact[expert, rows])
 
 
-def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3):
-    """(y [P, H], position [R]) by up_kernel's and down_kernel's own source, silu."""
+def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3, late=None):
+    """(y [P, H], position [R]) by up_kernel's and down_kernel's own source, silu. ``late``: x in 8
+    bits, not yet there, and its scales."""
     (e, H, I), (T, K) = w2.shape, ids.shape  # noqa: E741
     R, P = T * K, prefill_rows(T * K, e)
-    tables = align_local_slots(ids, ROWS, e, None, whole_blocks=True, spare_slots=COUNTER_SLOTS)
+    rows, scales = late or quantize_rows_reference(x, key)
+    _, tables, arrivals = align_rows(rows, ids, e, None)
     act, y = torch.full((P, I), 7.0).bfloat16(), torch.full((P, H), float("nan")).bfloat16()
     position = torch.full((R,), -1, dtype=torch.int32)
 
@@ -158,8 +161,8 @@ def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3):
         monkeypatch.setattr(kernels, f"_launch_{name}", launcher(kernel))
     tiles = QuantizedPrefillTiles(promoted=(2, 2))
     made = kernels.up(
-        *quantize_rows_reference(x, key), w1, K, act, position, key, None,
-        device_activation(MoEActivation.SILU, None), None, tables, tiles, programs,
+        rows, scales, w1, K, act, position, key, None,
+        device_activation(MoEActivation.SILU, None), None, tables, tiles, programs, arrivals,
     )  # fmt: skip
     kernels.down(*made, w2, y, R, None, tables, tiles, programs)
     return y.float(), position
@@ -200,6 +203,49 @@ def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, monkeypatch):
     expected = (rows * picked[:, :, None]).sum(1)
     error = (given["out"].float() - expected).norm() / expected.norm()
     assert error < 5e-3
+
+
+@pytest.mark.parametrize("programs", [1, 5, 40])
+def test_tiles_wait_for_rows_that_come_late(programs, monkeypatch):
+    """Those of three other ranks, one after the other; each one's flag says that they are there."""
+    torch.manual_seed(0)
+    world, me, T, K, H, I, epoch = 4, 2, 40, 2, 384, 208, 7  # noqa: E741
+    key, (w1, w2) = FP8_DYNAMIC_128, layer("fp8_block", H=H, I=I)
+    x = torch.randn(world * T, H).bfloat16()
+    ids = torch.randint(-1, 4, (world * T, K), dtype=torch.int32)
+    ids[:, 0] = 0
+    expected, position = as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs)
+    wanted = expected[position[position >= 0]]
+
+    layout = PeerLayout(world, T, H, K, torch.bfloat16, key)
+    own = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    state = torch.tensor([epoch, epoch, 0, 0], dtype=torch.int32)
+    view = PeerView(layout, me, torch.zeros(world).long(), own, state, torch.zeros(1).int())
+    rows, scales = quantize_rows_reference(x, key)
+    late, late_scales = rows.clone(), scales.clone()
+    others = torch.arange(world * T) // T != me
+    late.view(torch.uint8)[others] = 0x7F
+    late_scales[others] = float("nan")
+    arriving = LateRows.over(late, view, 1 << 60, None)
+    flags = own[layout.row_flags_at :][: 4 * world].view(torch.int32)
+
+    def bring():
+        for rank in (0, 3, 1):
+            time.sleep(0.05)
+            part = slice(rank * T, rank * T + T)
+            late.view(torch.uint8)[part] = rows.view(torch.uint8)[part]
+            late_scales[part] = scales[part]
+            flags[rank] = epoch
+
+    thread = threading.Thread(target=bring)
+    thread.start()
+    found, place = as_the_kernels_do(
+        x, w1, w2, ids, key, monkeypatch, programs, (arriving, late_scales)
+    )
+    thread.join()
+    assert ((place >= 0) == (position >= 0)).all()
+    assert torch.equal(found[place[place >= 0]], wanted)
+    assert view.error.item() == 0
 
 
 @pytest.mark.parametrize("spread", [1.0, 64.0])
