@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fusedmoe.bench.report import make_header
+from fusedmoe.cli.load_plot import write_load_plot
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.planner import published_placement, rebalance_experts
 from fusedmoe.testing.routing import routing_logits
@@ -69,24 +70,6 @@ def measure(ranks: int, redundant: int) -> tuple[dict[str, Any], dict[str, torch
     return row, per_rank
 
 
-def plot(pictures: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(pictures), figsize=(4 * len(pictures), 3.2), sharey=True)
-    for axis, (ranks, found) in zip(axes, pictures.items(), strict=True):
-        for name, values in found.items():
-            first = values[0] / values[0].mean()
-            axis.step(range(ranks), first.sort(descending=True).values, label=name, where="mid")
-        axis.set(title=f"{ranks} ranks", xlabel="rank, busiest first", yscale="log")
-    axes[0].set_ylabel("load / mean")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
@@ -101,7 +84,7 @@ def main() -> None:
     routing = {"routing": "power_law_1.2", "E": E, "k": K, "tokens": TOKENS, "layers": LAYERS}
     Path(args.out).write_text(json.dumps(header | routing | {"rows": rows}, indent=1) + "\n")
     if args.plot:
-        plot(pictures, Path(args.out).with_suffix(".png"))
+        write_load_plot(pictures, Path(args.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ VERBS = {
     "inspect": "describe the MoE layers of a checkpoint, from its headers alone",
     "explain": "say which implementation runs a layer, and why not the others",
     "bench": "measure a layer against Transformers' experts and the machine's limit",
+    "balance": "show how even the load of ranks would be, before and after balancing",
     "tune": "measure which tiles a layer should use, or show what a table chooses",
     "env": "print versions, devices and what this machine can run",
 }
