@@ -24,7 +24,7 @@ from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.deepep_high_throughput import DeepEPHTPrepareAndFinalize
 from fusedmoe.prepare_finalize.deepep_low_latency import DeepEPLLPrepareAndFinalize
-from fusedmoe.prepare_finalize.dispatch import quantize_input
+from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,

@@ -64,14 +64,14 @@ def check_wrong_counts() -> None:
     groups, rank = make_groups(Layout(dp=4, ep=True))
     layer = build(parallel=groups)
     for counts, message in (
-        ([2, 2, 2], "4 counts of tokens"),
+        ([2, 2, 2], r"\[2, 2, 2\] for 2 tokens here and 4 ranks"),
         ([3, 3, 3, 3], "has 2 tokens, tokens_per_rank says 3"),
         ([2, 2, 2, -2], "4 counts of tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(*rows(2, rank), tokens_per_rank=counts)
     replicated = build(parallel=make_groups(Layout(tp=4))[0])
-    with pytest.raises(ValueError, match="2 counts for 1 ranks"):
+    with pytest.raises(ValueError, match=r"\[2, 2\] for 2 tokens here and 1 ranks"):
         replicated(*rows(2, 0), tokens_per_rank=[2, 2])
 
 
@@ -85,8 +85,6 @@ def check_counts_that_differ(mover: str) -> None:
     message = r"bring \[2, 2, 2, 3\] tokens, but tokens_per_rank of rank 0 is \[2, 2, 2, 2\]"
     with pytest.raises(ValueError, match=message):
         layer(*rows(T, rank), tokens_per_rank=given)
-    with pytest.raises(ValueError, match="of rank 0"):
-        layer(*rows(T, rank), tokens_per_rank=given[rank:])
     assert layer(*rows(T, rank), tokens_per_rank=[2, 2, 2, 3]).isfinite().all()
 
 

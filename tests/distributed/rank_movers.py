@@ -14,7 +14,7 @@ from fusedmoe import FusedMoEQuantConfig
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.all_to_all import AllToAllPrepareAndFinalize
-from fusedmoe.prepare_finalize.dispatch import quantize_input
+from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.prepare_finalize.naive_dp_ep import (
     MoEPrepareAndFinalizeNaiveDPEPModular,
     MoEPrepareAndFinalizeNaiveDPEPMonolithic,

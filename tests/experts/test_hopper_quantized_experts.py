@@ -14,7 +14,7 @@ from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.modular_kernel import PrepareResult
-from fusedmoe.prepare_finalize.dispatch import quantize_input
+from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named

@@ -15,7 +15,7 @@ from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.modular_kernel import PrepareResult
-from fusedmoe.prepare_finalize.dispatch import quantize_input
+from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,

@@ -109,12 +109,10 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
     dtype = dtype_named(args.dtype) or "auto"
     model = fusedmoe.accelerate(fusedmoe.from_pretrained(folder, dtype=dtype, device=device))
     blocks: list[Any] = list(accelerated_blocks(model).values())
-    sizes = {
-        getattr(block, "moe_config", None) and block.moe_config.num_experts for block in blocks
-    }
-    if len(sizes) != 1 or not all(hasattr(block, "router") for block in blocks):
+    if not blocks or not all(hasattr(block, "router") for block in blocks):
         raise CheckpointError(f"{folder}: not all of its MoE layers route by a router of their own")
-    load = torch.zeros(len(blocks), sizes.pop(), dtype=torch.int64)
+    E = max(block.moe_config.num_experts for block in blocks)
+    load = torch.zeros(len(blocks), E, dtype=torch.int64)
     for index, block in enumerate(blocks):
         block.router.set_capture_fn(_counting(load[index]))
     prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)

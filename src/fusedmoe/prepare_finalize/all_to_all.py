@@ -16,7 +16,8 @@ from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
 from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.modular_kernel import PrepareResult
-from fusedmoe.prepare_finalize.dispatch import DispatchingModular, weighted_input
+from fusedmoe.prepare_finalize.dispatch import DispatchingModular
+from fusedmoe.prepare_finalize.luggage import weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 

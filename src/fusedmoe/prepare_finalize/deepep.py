@@ -21,7 +21,8 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.deep_ep import PACKAGE, Placement, learn_placement
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, token_ranks
-from fusedmoe.prepare_finalize.dispatch import DispatchingModular, LoRAContext
+from fusedmoe.prepare_finalize.dispatch import DispatchingModular
+from fusedmoe.prepare_finalize.luggage import LoRAContext
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
 
 _ROW_BYTES = 512

@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
-from fusedmoe.prepare_finalize.dispatch import quantize_input, weighted_input
+from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 

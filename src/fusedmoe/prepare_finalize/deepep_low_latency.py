@@ -18,7 +18,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.modular_kernel.records import Hook
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
-from fusedmoe.prepare_finalize.dispatch import quantize_input, weighted_input
+from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TENSOR
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate

@@ -17,7 +17,8 @@ from fusedmoe.modular_kernel import (
     MonolithicPrepareResult,
     PrepareResult,
 )
-from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular, weighted_input
+from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular
+from fusedmoe.prepare_finalize.luggage import weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 

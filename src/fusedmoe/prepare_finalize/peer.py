@@ -31,7 +31,8 @@ from fusedmoe.kernels.peer_layout import LateRows, PeerSums, PeerView
 from fusedmoe.kernels.peer_sums import send_rows
 from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.modular_kernel.records import Hook, Receiver
-from fusedmoe.prepare_finalize.dispatch import Dispatching, LoRAContext, weighted_input
+from fusedmoe.prepare_finalize.dispatch import Dispatching
+from fusedmoe.prepare_finalize.luggage import LoRAContext, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
