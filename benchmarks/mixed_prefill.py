@@ -43,8 +43,8 @@ DENSE = 8192
 
 
 def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
-    """Those for 64, 128 and more slots per expert."""
-    found = [mixed_prefill_tiles(mean, 1, (bits, bits)) for mean in (64, 128, 256)]
+    """Those for few, some and many slots per expert."""
+    found = [mixed_prefill_tiles(mean, 1, (bits, bits)) for mean in (48, 128, 256)]
     return {f"{tiles.gemm1.rows} x {tiles.gemm1.slots}": tiles for tiles in found}
 
 

@@ -65,6 +65,7 @@ _OPERATIONS = {
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
     "min.u32": min,
+    "mul.lo.u32": lambda a, b: a * b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,

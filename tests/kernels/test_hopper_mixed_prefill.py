@@ -1,6 +1,7 @@
 """What can be known of the prefill kernels for quantized weights without a GPU: their bit tricks,
 which column and row a thread holds, the choice of tiles, and what their launcher refuses."""
 
+import itertools
 import re
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill_rows,
     unmet_by_mixed_prefill,
 )
+from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.mixed_tiles import (
@@ -22,64 +24,65 @@ from fusedmoe.tuning.mixed_tiles import (
     mixed_prefill_tiles,
     runs_mixed_prefill,
 )
+
+pytest.importorskip("triton")
+from fusedmoe.kernels.triton import lane_order as triton_lane_order
 from small_ptx import pair, run_ptx, words_of
 
 BODIES = Path(__file__).parents[2] / "src" / "fusedmoe" / "kernels" / "triton"
 
 
-SOURCE = (BODIES / "hopper_mixed_numbers.py").read_text()
+NUMBERS, WORDS_OF_LANES = (
+    (BODIES / f"hopper_mixed_{name}.py").read_text() for name in ("numbers", "words")
+)
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1 = torch.cat([E2M1, -E2M1])
 
 
 def execute(function, *words):
-    """What the inline assembly of a device function makes of words, as numbers."""
-    body = SOURCE[SOURCE.index(f"def {function}(") :]
+    """What the inline assembly of a device function makes of words, as numbers of every output."""
+    body = WORDS_OF_LANES[WORDS_OF_LANES.index(f"def {function}(") :]
     text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
-    outputs = 2 if "{$0, $1}" in text else 1
+    outputs = 2 if "{$0, $1}" in text else 4 if "$4" in text and "$5" not in text else 1
     text = text.replace("mov.b32 {$0, $1}, a", "mov.b32 $0, a; mov.b32 $1, a")
-    return pair(run_ptx(text, list(words), outputs)[0]).float()
+    return torch.stack([pair(word).float() for word in run_ptx(text, list(words), outputs)])
 
 
 def selector(element, lane):
     """What ``selectors`` computes for a lane."""
-    formulas = re.findall(r"chosen = (.*)", SOURCE[SOURCE.index("def selectors(") :])
-    chosen = dict(zip(("int4", "e2m1", "int8", "e4m3"), formulas, strict=True))
-    return eval(chosen[element], {"lane": lane})
+    chosen = re.search(r"chosen = (.*)", NUMBERS[NUMBERS.index("def selectors(") :])[1]
+    return eval(chosen, {"lane": lane, "ELEMENT": element})
 
 
 WORDS = [0x76543210, 0xFEDCBA98, 0x1F2E3D4C, 0x807F01FE, 0]
 
 
 @pytest.mark.parametrize("word", WORDS)
-@pytest.mark.parametrize("lane", range(4))
-def test_a_lane_takes_two_neighbouring_nibbles(word, lane):
-    nibbles = torch.tensor([word >> 4 * (2 * lane + i) & 15 for i in range(2)])
-    taken = execute("take_int4", word, selector("int4", lane), 0x43084308)
-    assert taken.equal(nibbles - 8.0)
-    taken = execute("take_e2m1", word, selector("e2m1", lane))
-    assert (taken * 2.0**126).equal(E2M1[nibbles])
+def test_a_lane_takes_pairs_of_nibbles_that_are_four_apart(word):
+    nibbles = torch.tensor([[word >> 4 * (i + j) & 15 for j in (0, 4)] for i in range(4)])
+    assert execute("take_int4", word).equal(nibbles + 128.0)
+    assert (execute("take_e2m1", word) * 2.0**126).equal(E2M1[nibbles])
 
 
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("lane", range(2))
 def test_a_lane_takes_two_neighbouring_bytes(word, lane):
     stored = torch.tensor([word >> 8 * (2 * lane + i) & 255 for i in range(2)], dtype=torch.uint8)
-    taken = execute("take_int8", word, selector("int8", lane))
+    taken = execute("take_int8", word, selector("int8", lane))[0]
     assert taken.equal(stored.view(torch.int8).float())
-    taken = execute("take_e4m3", word, selector("e4m3", lane))
+    taken = execute("take_e4m3", word, selector("e4m3", lane))[0]
     exact = stored.view(torch.float8_e4m3fn).float()
     assert taken.equal(torch.where(exact.isnan(), 480.0 * (1 - 2 * (stored > 127).float()), exact))
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 64, 127, 191])
 def test_e8m0_scales_are_powers_of_two(exponent):
-    assert execute("power_pair", exponent).tolist() == [2.0 ** (exponent - 127 + 63)] * 2
+    assert execute("power_pair", exponent)[0].tolist() == [2.0 ** (exponent - 127 + 63)] * 2
 
 
 def test_e8m0_scales_past_bf16_and_nan_are_infinite():
     for exponent in (192, 254, 255):
-        assert execute("power_pair", exponent).tolist() == [float("inf")] * 2
+        assert execute("power_pair", exponent)[0].tolist() == [float("inf")] * 2
 
 
 def test_numbers_of_eight_bits_are_rounded_once():
@@ -95,7 +98,7 @@ def test_numbers_of_eight_bits_are_rounded_once():
         return words_of(x.bfloat16().repeat_interleave(2))
 
     both = zip(halves(number), halves(factor), halves(rest), strict=True)
-    found = torch.stack([execute("times_both", *words)[0] for words in both])
+    found = torch.stack([execute("times_both", *words)[0, 0] for words in both])
     exact = number.double() * scale.double()
     twice = (number * factor).bfloat16().double()
     error = (found - exact).norm()
@@ -136,17 +139,51 @@ def device_function(name):
     module = hopper_mixed_numbers if hasattr(hopper_mixed_numbers, name) else hopper_mixed_sums
     function = getattr(module, name).fn
     names = {"gl": OnTensors, "SIDE": 32, "STEP": 64, "float_scale": torch.Tensor.float}
+    names["pairs_layout"] = lambda *sizes: None
     return types.FunctionType(function.__code__, function.__globals__ | names)
 
 
-@pytest.mark.parametrize(("words", "lanes"), [(8, 4), (16, 2)])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_columns_keep_their_order(words, lanes, count):
+def test_nibbles_come_in_lane_order(count):
+    """What ``in_chunks`` makes of each word's four pairs, and ``side`` of those; scales of groups
+    of 16 columns meet their own columns."""
+    column = torch.arange(64).view(8, 8).expand(32, 8, 8)  # of a row's words, 8 nibbles each
+    halves = [
+        device_function("in_chunks")(*column[..., first : first + 4].unbind(-1), count)
+        for first in (0, 4)
+    ]
+    assert halves[0].shape == (32, count, 8 // count if count < 4 else 4, 4 if count < 4 else 2)
+    if count > 1:
+        groups = torch.arange(count).view(count, 1, 1)
+        assert all((half // (64 // count) == groups).all() for half in halves)
+    joined = device_function("ordered_columns")(*halves)
+    order = lane_order(torch.arange(64.0)[None], torch.empty(1, 64))
+    assert joined.equal(order.long().expand(32, 64))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bytes_keep_their_order(count):
     """[32, scales, words, lanes] pairs, flattened, are the columns of a step."""
-    shape = 32, count, words // count, lanes
-    column = torch.arange(64).view(1, count, words // count, lanes, 2).expand(*shape, 2)
-    both = OnTensors.reshape(OnTensors.join(column[..., 0], column[..., 1]), [32, 64])
-    assert both.equal(torch.arange(64).expand(32, 64))
+    column = torch.arange(64).view(1, count, 16 // count, 2, 2).expand(32, -1, -1, -1, -1)
+    joined = device_function("ordered_columns")(column[..., 0], column[..., 1])
+    assert joined.equal(torch.arange(64).expand(32, 64))
+
+
+def test_lane_order():
+    """Every 32 columns by themselves; rows may be strided, other sizes are refused."""
+    x = torch.randn(5, 160)[:, :96]
+    found = lane_order(x, torch.empty(5, 96))
+    for j, t, h in itertools.product(range(4), range(4), range(2)):
+        assert found[:, 8 * j + 2 * t + h :: 32].equal(x[:, 8 * t + 4 * h + j :: 32])
+    launched = torch.full((5, 96), float("nan"))
+    triton_lane_order.launch(x, launched)
+    assert launched.equal(found)
+    with pytest.raises(ValueError, match="not 40"):
+        lane_order(torch.empty(5, 40), torch.empty(5, 40))
+    with pytest.raises(ValueError, match=r"out is \(5, 95\)"):
+        lane_order(x, torch.empty(5, 95))
+    with pytest.raises(ValueError, match="dense"):
+        lane_order(torch.empty(96, 5).T, torch.empty(5, 96))
 
 
 def test_rows_of_low_and_high_alternate_in_eights_and_come_apart_again():
@@ -270,7 +307,7 @@ def test_what_does_not_fit_is_refused(changed, words):
 
 
 def test_tiles():
-    means = 64, 65, 128, 129
+    means = 48, 49, 192, 193
     found = [mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in means]
     shapes = [(tiles.gemm1.rows, tiles.gemm1.slots) for tiles in found]
     assert shapes == [(256, 64), (192, 128), (192, 128), (128, 256)]
@@ -278,7 +315,7 @@ def test_tiles():
         for tile, words in zip(tiles, (8, 16), strict=True):
             room = 128 if tile.rows == 128 else 256
             ring = tile.stages * tile.steps * (room * words * 4 + tile.slots * 128)
-            written = tile.rows // 64 * 2 * min(tile.slots, 128) * 64
+            written = tile.rows // 64 * 2 * max(tile.slots // 2, 64) * 64
             assert ring + written + 512 <= 227 * 1024
     assert runs_mixed_prefill(128, 8)
     assert not runs_mixed_prefill(127, 8)

@@ -10,15 +10,18 @@ _FEWEST = 16
 # (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
 # of weights and the output on its way have to fit.
 _FEW = (256, 64, 2, 16), {4: 5, 8: 4}
-_SOME = (192, 128, 2, 16), {4: 3, 8: 2}
+_SOME = (192, 128, 2, 16), {4: 4, 8: 3}
 _MANY = (128, 256, 1, 8), {4: 5, 8: 4}
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
     """``rows`` weight rows by ``slots`` slots: 256 by 64, 192 by 128 or 128 by 256, a warpgroup for
-    every 64 rows. ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are
-    finished before the next ones begin."""
+    every 64 rows. Where half of a block is empty, that is not multiplied, down to 64 slots.
+
+    ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are finished
+    before the next ones begin.
+    """
 
     rows: int
     slots: int
@@ -53,12 +56,14 @@ def runs_mixed_prefill(R: int, num_experts: int) -> bool:
 def mixed_prefill_tiles(R: int, E: int, bits: tuple[float, float]) -> MixedPrefillTiles:
     """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
-    Numbers are made once per block, so blocks are as large as the mean number of slots fills.
+    Numbers are made once per block, so blocks are as large as the mean number of slots fills. Half
+    of the experts have more than the mean: where that asks for one more block each, the next larger
+    ones are faster already.
     """
     tile, stages = _MANY
-    if R <= 128 * E:
+    if R <= 192 * E:
         tile, stages = _SOME
-    if R <= 64 * E:
+    if R <= 48 * E:
         tile, stages = _FEW
     first, second = (MixedPrefillTile(*tile, stages[4 if width <= 4 else 8]) for width in bits)
     return MixedPrefillTiles(first, second)

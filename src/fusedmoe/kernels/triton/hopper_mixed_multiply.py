@@ -161,21 +161,42 @@ def operand(prepared, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def slots_of(x_ring, at, SLOTS: gl.constexpr):
+    """The first rows of a step, as the B operand."""
+    return x_ring.index(at).slice(0, SLOTS, 0).permute((1, 0))
+
+
+@gluon.jit
 def multiply(
-    rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr, STEPS: gl.constexpr,
+    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    STEPS: gl.constexpr,
 ):  # fmt: skip
-    """The sums [64, SLOTS] of product INDEX of a tile; ``pointers`` are its ``group_pointers``."""
-    if STEPS == 1:
-        return multiply_ahead(rings, bars, stage, phase, pointers, D, ELEMENT, GROUP, GATED, INDEX)
+    """The sums [64, SLOTS] of product INDEX of a tile, of the block's first slots; ``pointers`` are
+    its ``group_pointers``."""
+    if STEPS == 1 and SLOTS == 256:
+        return multiply_ahead(
+            rings, bars, stage, phase, pointers, SLOTS, D, ELEMENT, GROUP, GATED, INDEX
+        )
     else:
-        return multiply_pairs(rings, bars, stage, phase, pointers, D, ELEMENT, GROUP, GATED, INDEX)
+        return multiply_pairs(
+            rings, bars, stage, phase, pointers, SLOTS, D, ELEMENT, GROUP, GATED, INDEX, STEPS
+        )
+
+
+@gluon.jit
+def in_new_units(sums, grown, k, GROUP: gl.constexpr):
+    """Sums before step k: what they are multiplied by is one where no group begins."""
+    if len(grown) != 0:  # noqa: SIM102 (the outer one is settled at compile time)
+        if k % (GROUP // STEP) == 0:
+            sums = multiples(sums, grown)
+    return sums
 
 
 @gluon.jit
 def multiply_ahead(
-    rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
     """``multiply`` with one step in a stage.
 
@@ -186,7 +207,6 @@ def multiply_ahead(
     w_ring, x_ring = rings
     full, empty = bars
     STAGES: gl.constexpr = x_ring.shape[0]
-    SLOTS: gl.constexpr = x_ring.shape[1]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     selector = selectors(ELEMENT, scales_of_step(GROUP))
@@ -199,8 +219,8 @@ def multiply_ahead(
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
         a = operand(ready, SLOTS)
-        sums = multiples(sums, ready[4])
-        sums = warpgroup_mma(a, x_ring.index(stage).permute((1, 0)), sums, is_async=True)
+        sums = in_new_units(sums, ready[4], k, GROUP)
+        sums = warpgroup_mma(a, slots_of(x_ring, stage, SLOTS), sums, is_async=True)
         done = stage + 0
         stage, phase = next_stage(stage, phase, STAGES)
         if k + 1 < KSTEPS:
@@ -216,18 +236,19 @@ def multiply_ahead(
 
 @gluon.jit
 def multiply_pairs(
-    rings, bars, stage, phase, pointers, D: gl.constexpr, ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    STEPS: gl.constexpr,
 ):  # fmt: skip
-    """``multiply`` with two steps in a stage, of which the last one may have one.
+    """``multiply`` by two steps at a time, those of a stage or of two stages; the last one may be
+    alone.
 
-    The second operand of a stage is made while the first is multiplied; both have left their
-    registers before the next stage's are made.
+    The second operand is made while the first is multiplied; both have left their registers before
+    the next ones are made.
     """
     w_ring, x_ring = rings
     full, empty = bars
     STAGES: gl.constexpr = full.shape[0]
-    SLOTS: gl.constexpr = x_ring.shape[1]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
     selector = selectors(ELEMENT, scales_of_step(GROUP))
@@ -236,33 +257,43 @@ def multiply_pairs(
     units = first_units(groups, ELEMENT, GROUP)
     for pair in range(KSTEPS // 2):
         k = 2 * pair
+        first = stage * STEPS
         mbarrier.wait(full.index(stage), phase)
         ready, units = prepare(
-            w_ring.index(2 * stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+            w_ring.index(first), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
         groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         a = operand(ready, SLOTS)
-        sums = multiples(sums, ready[4])
-        sums = warpgroup_mma(a, x_ring.index(2 * stage).permute((1, 0)), sums, is_async=True)
+        sums = in_new_units(sums, ready[4], k, GROUP)
+        sums = warpgroup_mma(a, slots_of(x_ring, first, SLOTS), sums, is_async=True)
+        done = stage + 0
+        second = first + 1
+        if STEPS == 1:
+            stage, phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(full.index(stage), phase)
+            second = stage + 0
         other, units = prepare(
-            w_ring.index(2 * stage + 1), later, units, selector, INDEX, ELEMENT, GROUP, GATED
+            w_ring.index(second), later, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
         later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
         b = operand(other, SLOTS)
         if len(other[4]) != 0 and GROUP == STEP:
             sums = multiples(warpgroup_mma_wait(0, deps=(sums,)), other[4])
-        sums = warpgroup_mma(b, x_ring.index(2 * stage + 1).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma(b, slots_of(x_ring, second, SLOTS), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(done), count=1)
+        if STEPS == 1:
+            mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
     if KSTEPS % 2 != 0:
+        first = stage * STEPS
         mbarrier.wait(full.index(stage), phase)
         ready, units = prepare(
-            w_ring.index(2 * stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+            w_ring.index(first), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
         a = operand(ready, SLOTS)
-        sums = multiples(sums, ready[4])
-        sums = warpgroup_mma(a, x_ring.index(2 * stage).permute((1, 0)), sums, is_async=True)
+        sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
+        sums = warpgroup_mma(a, slots_of(x_ring, first, SLOTS), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)

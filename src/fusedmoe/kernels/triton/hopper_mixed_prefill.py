@@ -28,7 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, weight_addresses
+from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     Memory,
@@ -36,7 +37,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     task_counters,
 )
 from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
-from fusedmoe.kernels.triton.hopper_mixed_prefill_common import UNIT, room_of
+from fusedmoe.kernels.triton.hopper_mixed_prefill_common import room_of, unit_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
@@ -79,6 +80,11 @@ def _weight_words(
     return gate, _words(address + N // 2 * row, e * N - N // 2, width, width, box), N
 
 
+def has_nibbles(w: QuantizedTensor) -> bool:
+    """Whether products with w want the other operand's columns in ``lane_order``."""
+    return w.format.element in NIBBLES
+
+
 def _group(w: QuantizedTensor) -> int:
     """Columns that share a scale, 0: all of them. Numbers of e2m1 need theirs before the sum."""
     group, D = w.format.group.col, w.shape[-1]
@@ -101,8 +107,14 @@ def up(
     tables: MoEAlignment,
     tile: MixedPrefillTile,
     programs: int,
+    *,
+    ordered: bool,
 ) -> None:
-    """act [P, I] and position [R]. ``task_counters`` says what the table of slots must have."""
+    """act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R].
+
+    Columns of x are in that order if w1 ``has_nibbles``. ``task_counters`` says what the table of
+    slots must have.
+    """
     H, I = x.shape[1], act.shape[1]  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
     counter, _ = task_counters(sorted_ids, act.shape[0])
@@ -110,7 +122,7 @@ def up(
     stride_expert, _, *steps = weight_addresses(w1)[4:]
     _launch_up(
         programs,
-        (low, high, matrix_descriptor(act, I, (min(UNIT.value, tile.slots), SIDE.value))),
+        (low, high, matrix_descriptor(act, I, (unit_of(tile.slots), SIDE.value))),
         (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post, counter),
         (
             x.stride(0),
@@ -125,7 +137,7 @@ def up(
         ),
         (
             *(H, I, K, w1.format.element, _group(w1)),
-            *(activation.formula, activation.gated, w1.interleaved),
+            *(activation.formula, activation.gated, w1.interleaved, ordered),
             *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
         ),
         num_warps=4,
@@ -143,7 +155,10 @@ def down(
     tile: MixedPrefillTile,
     programs: int,
 ) -> None:
-    """y [P, H], of tables that have served ``up`` of R slots."""
+    """y [P, H], of tables that have served ``up`` of R slots.
+
+    Columns of act are in ``lane_order`` if w2 ``has_nibbles``.
+    """
     e, H, I = w2.shape  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
     _, counter = task_counters(sorted_ids, act.shape[0])
@@ -154,10 +169,10 @@ def down(
         (
             low,
             high,
-            matrix_descriptor(act, I, (tile.slots, STEP.value)),
-            matrix_descriptor(y, H, (min(UNIT.value, tile.slots), SIDE.value)),
+            matrix_descriptor(act, I, (unit_of(tile.slots), STEP.value)),
+            matrix_descriptor(y, H, (unit_of(tile.slots), SIDE.value)),
         ),
-        (*_parts(w2), bias, expert_ids, num_post, counter),
+        (*_parts(w2), bias, expert_ids, sorted_ids, num_post, counter),
         (stride_expert, row_step, block, R, e),
         (
             *(H, I, w2.format.element, _group(w2)),
@@ -188,6 +203,13 @@ def prefill(
     """Launch the three kernels; arguments as checked by ``kernels.hopper_mixed_prefill``."""
     T, K = topk_ids.shape
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
-    up(x, w1, K, act, position, activation, w1_bias, tables, tiles.gemm1, programs)
+    if has_nibbles(w1):
+        rows = y[:T]  # which nobody needs before the second launch
+        lane_order(x, rows)
+        x = rows
+    up(
+        x, w1, K, act, position, activation, w1_bias, tables, tiles.gemm1, programs,
+        ordered=has_nibbles(w2),
+    )  # fmt: skip
     down(act, w2, y, w2_bias, tables, T * K, tiles.gemm2, programs)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)

@@ -10,7 +10,17 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import HALF_EXPONENT, SIDE, ST
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
-UNIT = gl.constexpr(128)  # slots that are stored at once
+
+@gluon.constexpr_function
+def unit_of(SLOTS):
+    """Slots of a block that are loaded and stored together."""
+    return max(SLOTS // 2, 64)
+
+
+@gluon.constexpr_function
+def halvings_of(SLOTS):
+    """How often the products of a block that is not full are halved at most."""
+    return {64: 0, 128: 1, 256: 2}[SLOTS]
 
 
 @gluon.constexpr_function
@@ -33,7 +43,7 @@ def open_rings(
     """((weights, rows), barriers, the output buffers of each warpgroup); FILLERS threads gather
     beside the TMA arrival."""
     CONSUMERS: gl.constexpr = ROWS // (2 * SIDE)
-    OUT: gl.constexpr = min(SLOTS, UNIT)
+    OUT: gl.constexpr = unit_of(SLOTS)
     BUFFERS: gl.constexpr = min(2, PARTS * (SLOTS // OUT))
     ROOM: gl.constexpr = room_of(ROWS)
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
@@ -52,6 +62,16 @@ def open_rings(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     return rings, (full, empty), out
+
+
+@gluon.jit
+def halvings(sorted_ptr, block, R, SLOTS: gl.constexpr):
+    """How often a block can be halved so that all its slots are left: they fill from the front."""
+    found = block * 0
+    for i in gl.static_range(halvings_of(SLOTS)):
+        slot = gl.load(sorted_ptr + block * SLOTS + (SLOTS >> i + 1))
+        found += gl.where((slot >= 0) & (slot < R), 0, 1)
+    return found
 
 
 @gluon.jit
@@ -102,26 +122,33 @@ def finished(
 
 
 @gluon.jit
-def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr):
-    """TMA store of value [32, SLOTS], slots as rows, UNIT of them at a time, by way of this
-    warpgroup's two buffers in turn, from number FIRST on."""
+def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr, IN_LANE_ORDER: gl.constexpr):
+    """TMA store of value [32, SLOTS], slots as rows, a unit of them at a time, by way of this
+    warpgroup's two buffers in turn, from number FIRST on; its columns as they are or
+    IN_LANE_ORDER."""
     SLOTS: gl.constexpr = value.shape[1]
+    UNIT: gl.constexpr = buffers.shape[1]
     value = value.to(buffers.dtype)
+    if IN_LANE_ORDER:
+        value = gl.reshape(value, [SIDE // 8, 2, 4, SLOTS])
+        value = gl.reshape(gl.permute(value, [2, 0, 1, 3]), [SIDE, SLOTS])
     if SLOTS <= UNIT:
-        store_unit(desc, buffers.index(FIRST), value, row, column, buffers.shape[0])
+        # Where fewer are stored, what else the buffer holds goes to places that nobody reads.
+        part = buffers.index(FIRST).slice(0, SLOTS, 0)
+        store_unit(desc, buffers.index(FIRST), part, value, row, column, buffers.shape[0])
     else:
         parts = gl.permute(gl.reshape(value, [SIDE, 2, UNIT]), [0, 2, 1])
         left, right = gl.split(parts)
-        store_unit(desc, buffers.index(0), left, row, column, 2)
-        store_unit(desc, buffers.index(1), right, row + UNIT, column, 2)
+        store_unit(desc, buffers.index(0), buffers.index(0), left, row, column, 2)
+        store_unit(desc, buffers.index(1), buffers.index(1), right, row + UNIT, column, 2)
 
 
 @gluon.jit
-def store_unit(desc, buffer, value, row, column, BUFFERS: gl.constexpr):
+def store_unit(desc, buffer, part, value, row, column, BUFFERS: gl.constexpr):
     """The part before the last has left its buffer when a part is written."""
     tma.store_wait(BUFFERS - 1)
     gl.thread_barrier()
-    buffer.store(gl.permute(value, [1, 0]))
+    part.store(gl.permute(value, [1, 0]))
     fence_async_shared()
     gl.thread_barrier()
     tma.async_copy_shared_to_global(desc, [row, column], buffer)

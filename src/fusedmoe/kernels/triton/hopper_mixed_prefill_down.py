@@ -16,12 +16,26 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     expert_at,
     finished,
+    halvings,
+    halvings_of,
     load_words,
     open_rings,
     store_side,
+    unit_of,
 )
 
 UNSPECIALIZED = ("scale_row_step", "scale_block", "R", "num_local")
+
+
+@gluon.jit
+def expect_stage(bar, whole, WORDS: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr):
+    """WORDS bytes of weights, and ROWS bytes of act or, of a block that is not whole, the part of
+    them that its first unit has."""
+    if unit_of(SLOTS) == SLOTS:
+        mbarrier.expect(bar, WORDS + ROWS)
+    else:
+        mbarrier.expect(bar, WORDS + ROWS, pred=whole)
+        mbarrier.expect(bar, WORDS + ROWS // SLOTS * unit_of(SLOTS), pred=~whole)
 
 
 @gluon.jit
@@ -31,11 +45,13 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     box, counter_ptr, R = drawn
     w_ring, x_ring = rings
     full, empty = bars
-    expert_ids_ptr, num_post_ptr = tables
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
     STAGES: gl.constexpr = full.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
     HALF: gl.constexpr = w_ring.shape[1] // 2
-    BYTES: gl.constexpr = STEPS * (w_ring.shape[1] * w_ring.shape[2] * 4 + SLOTS * STEP * 2)
+    UNIT: gl.constexpr = unit_of(SLOTS)
+    WORDS: gl.constexpr = STEPS * w_ring.shape[1] * w_ring.shape[2] * 4
+    X_BYTES: gl.constexpr = STEPS * SLOTS * STEP * 2
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
     blocks = gl.load(num_post_ptr) // SLOTS
     tasks = blocks * TILES
@@ -44,10 +60,11 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     EARLY: gl.constexpr = min(STAGES, (KSTEPS + STEPS - 1) // STEPS)
     if first < tasks:
         block, tile = tile_of(first, blocks, TILES, GROUP_M)
+        smaller = halvings(sorted_ptr, block, R, SLOTS)
         weight_row = expert_at(expert_ids_ptr, block, num_local) * H + tile * ROWS
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
+            expect_stage(bar, smaller == 0, WORDS, X_BYTES, SLOTS)
             for step in gl.static_range(STEPS):
                 at = stage * STEPS + step
                 load_words(descs, w_ring.index(at), bar, weight_row, HALF, at)
@@ -59,9 +76,10 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     task = first
     coming = tasks
     while task < tasks:
-        announce(box, number, task)
-        number += 1
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
+        smaller = halvings(sorted_ptr, block, R, SLOTS)
+        announce(box, number, 4 * task + smaller)
+        number += 1
         weight_row = expert_at(expert_ids_ptr, block, num_local) * H + tile * ROWS
         for k in range(0, KSTEPS, STEPS):
             if k == KSTEPS // 2 // STEPS * STEPS:
@@ -69,18 +87,24 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * STEPS):
-                mbarrier.expect(bar, BYTES)
+                expect_stage(bar, smaller == 0, WORDS, X_BYTES, SLOTS)
                 for step in gl.static_range(STEPS):
                     words = w_ring.index(stage * STEPS + step)
                     load_words(descs, words, bar, weight_row, HALF, k + step)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
+                column = (k + step) * STEP
                 tma.async_copy_global_to_shared(
-                    act_desc, [block * SLOTS, (k + step) * STEP], bar, part
+                    act_desc, [block * SLOTS, column], bar, part.slice(0, UNIT, 0)
                 )
+                if UNIT < SLOTS:
+                    rest = part.slice(UNIT, UNIT, 0)
+                    tma.async_copy_global_to_shared(
+                        act_desc, [block * SLOTS + UNIT, column], bar, rest, pred=smaller == 0
+                    )
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
-    announce(box, number, tasks)
+    announce(box, number, 4 * tasks)
 
 
 @gluon.jit
@@ -96,38 +120,63 @@ def finish_product(
         acc, scale_ptr, scale2_ptr, bias_ptr, scales, (0, 1), expert, first, H, I, ELEMENT, GROUP,
         False,
     )  # fmt: skip
-    store_side(out_desc, buffers, low, row, first[0], 0)
-    store_side(out_desc, buffers, high, row, first[1], 1)
+    store_side(out_desc, buffers, low, row, first[0], 0, False)
+    store_side(out_desc, buffers, high, row, first[1], 1, False)
+
+
+@gluon.jit
+def down_tile(
+    out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS: gl.constexpr,
+    PROBLEM: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Product number WHICH of a tile, for the SLOTS places from ``row`` on."""
+    pointers, scales, rings, bars, _, _ = common
+    H, I, ELEMENT, GROUP, _, _, ROWS, STEPS = PROBLEM  # noqa: E741
+    scale_ptr, zero_ptr, _, _ = pointers
+    groups = group_pointers(
+        scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, False), H, I, ELEMENT,
+        GROUP, False,
+    )  # fmt: skip
+    acc, stage, phase = multiply(
+        rings, bars, stage, phase, groups, SLOTS, I, ELEMENT, GROUP, False, WHICH, STEPS
+    )
+    finish_product(out_desc, buffers, acc, pointers, scales, expert, row, tile, WHICH, PROBLEM)
+    return stage, phase
 
 
 @gluon.jit
 def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
-    pointers, scales, rings, bars, tables, num_local = common
-    H, I, ELEMENT, GROUP, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
-    scale_ptr, zero_ptr, _, _ = pointers
-    expert_ids_ptr, num_post_ptr = tables
+    _, _, rings, _, tables, num_local = common
+    _, _, _, _, TILES, GROUP_M, _, _ = PROBLEM
+    expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
+    HALVINGS: gl.constexpr = halvings_of(SLOTS)
+    HALF: gl.constexpr = SLOTS // 2
+    QUARTER: gl.constexpr = SLOTS // 4
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 0
     number = 0
-    task = hear(box, number)
-    while task < blocks * TILES:
-        block, tile = tile_of(task, blocks, TILES, GROUP_M)
+    word = hear(box, number)
+    while word // 4 < blocks * TILES:
+        block, tile = tile_of(word // 4, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
-        groups = group_pointers(
-            scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, False), H, I, ELEMENT,
-            GROUP, False,
-        )  # fmt: skip
-        acc, stage, phase = multiply(
-            rings, bars, stage, phase, groups, I, ELEMENT, GROUP, False, WHICH, STEPS
-        )
-        finish_product(
-            out_desc, buffers, acc, pointers, scales, expert, block * SLOTS, tile, WHICH, PROBLEM
-        )
+        row = block * SLOTS
+        if HALVINGS == 0 or word % 4 == 0:
+            stage, phase = down_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS, PROBLEM, WHICH
+            )
+        elif HALVINGS == 1 or word % 4 == 1:
+            stage, phase = down_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, HALF, PROBLEM, WHICH
+            )
+        else:
+            stage, phase = down_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, QUARTER, PROBLEM, WHICH
+            )
         number += 1
-        task = hear(box, number)
+        word = hear(box, number)
     tma.store_wait(0)
 
 
@@ -142,6 +191,7 @@ def down_kernel(
     scale2_ptr,
     bias_ptr,
     expert_ids_ptr,
+    sorted_ptr,
     num_post_ptr,
     counter_ptr,
     stride_se,
@@ -164,7 +214,7 @@ def down_kernel(
     WORDS: gl.constexpr = words_of_step(ELEMENT)
     rings, bars, out = open_rings(low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 0, 2)
     box = open_box(ROWS // 64)
-    tables = (expert_ids_ptr, num_post_ptr)
+    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     descs = (low_desc, high_desc)
     pointers = (scale_ptr, zero_ptr, scale2_ptr, bias_ptr)
     scales = (stride_se, 0, scale_row_step, scale_block)

@@ -22,6 +22,8 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     expert_at,
     finished,
+    halvings,
+    halvings_of,
     load_words,
     open_rings,
     store_side,
@@ -39,7 +41,7 @@ def up_producer(
     PICKS: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
     """Words of weights by TMA, rows of x by cp.async."""
-    H, _, _, _, _, GATED, TILES, GROUP_M, _, STEPS = PROBLEM
+    H, _, _, _, _, GATED, TILES, GROUP_M, _, STEPS, _ = PROBLEM
     box, counter_ptr = drawn
     w_ring, x_ring = rings
     full, empty = bars
@@ -61,9 +63,10 @@ def up_producer(
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
-        announce(box, number, task)
-        number += 1
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
+        smaller = halvings(sorted_ptr, block, R, SLOTS)
+        announce(box, number, 4 * task + smaller)
+        number += 1
         weight_row = expert_at(expert_ids_ptr, block, num_local) * desc_rows + tile * WIDE
         place = block * SLOTS + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
@@ -83,7 +86,7 @@ def up_producer(
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
-    announce(box, number, tasks)
+    announce(box, number, 4 * tasks)
 
 
 @gluon.jit
@@ -92,7 +95,7 @@ def finish_product(
     INDEX: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
     """Scales, biases, activation and store of one product's sums."""
-    H, I, ELEMENT, GROUP, FORMULA, GATED, _, _, ROWS, _ = PROBLEM  # noqa: E741
+    H, I, ELEMENT, GROUP, FORMULA, GATED, _, _, ROWS, _, ORDERED = PROBLEM  # noqa: E741
     scale_ptr, _, scale2_ptr, bias_ptr = pointers
     limit, alpha, beta = numbers
     first = rows_of(tile, INDEX, ROWS, GATED)
@@ -102,41 +105,68 @@ def finish_product(
     )  # fmt: skip
     if GATED:
         act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
-        store_side(out_desc, buffers, act, row, first[0], 0)
+        store_side(out_desc, buffers, act, row, first[0], 0, ORDERED)
     else:
-        store_side(out_desc, buffers, plain_activation(FORMULA, low), row, first[0], 0)
-        store_side(out_desc, buffers, plain_activation(FORMULA, high), row, first[1], 1)
+        store_side(out_desc, buffers, plain_activation(FORMULA, low), row, first[0], 0, ORDERED)
+        store_side(out_desc, buffers, plain_activation(FORMULA, high), row, first[1], 1, ORDERED)
+
+
+@gluon.jit
+def up_tile(
+    out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS: gl.constexpr,
+    PROBLEM: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Product number WHICH of a tile, for the SLOTS places from ``row`` on."""
+    pointers, scales, bias_steps, rings, bars, _, _, numbers = common
+    H, I, ELEMENT, GROUP, _, GATED, _, _, ROWS, STEPS, _ = PROBLEM  # noqa: E741
+    scale_ptr, zero_ptr, _, _ = pointers
+    groups = group_pointers(
+        scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, GATED), I, H, ELEMENT,
+        GROUP, GATED,
+    )  # fmt: skip
+    acc, stage, phase = multiply(
+        rings, bars, stage, phase, groups, SLOTS, H, ELEMENT, GROUP, GATED, WHICH, STEPS
+    )
+    finish_product(
+        out_desc, buffers, acc, pointers, scales, bias_steps, expert, row, tile, numbers, WHICH,
+        PROBLEM,
+    )  # fmt: skip
+    return stage, phase
 
 
 @gluon.jit
 def up_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
-    pointers, scales, bias_steps, rings, bars, tables, num_local, numbers = common
-    H, I, ELEMENT, GROUP, _, GATED, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
-    scale_ptr, zero_ptr, _, _ = pointers
+    _, _, _, rings, _, tables, num_local, _ = common
+    _, _, _, _, _, _, TILES, GROUP_M, _, _, _ = PROBLEM
     expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
+    HALVINGS: gl.constexpr = halvings_of(SLOTS)
+    HALF: gl.constexpr = SLOTS // 2
+    QUARTER: gl.constexpr = SLOTS // 4
     blocks = gl.load(num_post_ptr) // SLOTS
     stage = 0
     phase = 0
     number = 0
-    task = hear(box, number)
-    while task < blocks * TILES:
-        block, tile = tile_of(task, blocks, TILES, GROUP_M)
+    word = hear(box, number)
+    while word // 4 < blocks * TILES:
+        block, tile = tile_of(word // 4, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
-        groups = group_pointers(
-            scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, GATED), I, H, ELEMENT,
-            GROUP, GATED,
-        )  # fmt: skip
-        acc, stage, phase = multiply(
-            rings, bars, stage, phase, groups, H, ELEMENT, GROUP, GATED, WHICH, STEPS
-        )
-        finish_product(
-            out_desc, buffers, acc, pointers, scales, bias_steps, expert, block * SLOTS, tile,
-            numbers, WHICH, PROBLEM,
-        )  # fmt: skip
+        row = block * SLOTS
+        if HALVINGS == 0 or word % 4 == 0:
+            stage, phase = up_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS, PROBLEM, WHICH
+            )
+        elif HALVINGS == 1 or word % 4 == 1:
+            stage, phase = up_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, HALF, PROBLEM, WHICH
+            )
+        else:
+            stage, phase = up_tile(
+                out_desc, buffers, common, stage, phase, expert, row, tile, QUARTER, PROBLEM, WHICH
+            )
         number += 1
-        task = hear(box, number)
+        word = hear(box, number)
     tma.store_wait(0)
 
 
@@ -174,6 +204,7 @@ def up_kernel(
     FORMULA: gl.constexpr,
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
+    ORDERED: gl.constexpr,
     ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -201,7 +232,9 @@ def up_kernel(
     TO_UP: gl.constexpr = 1 if INTERLEAVED else I
     bias_steps = (TO_UP, 2 if INTERLEAVED else 1)
     common = (pointers, scales, bias_steps, rings, bars, tables, num_local, numbers)
-    PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS)
+    PROBLEM: gl.constexpr = (
+        H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS, ORDERED,
+    )  # fmt: skip
     drawn = (box, counter_ptr)
     if ROWS == 128:
         gl.warp_specialize(

@@ -1,0 +1,188 @@
+"""What a lane makes of words in registers, for ``hopper_mixed_numbers``: pairs of numbers, 32 bits
+with the halves in bf16, and their products."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def take_int4(words):
+    """Four pairs of a word's nibbles + 128: those of number i and i + 4."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, b, c;
+            shr.u32 a, $4, 4;
+            shr.u32 b, $4, 8;
+            shr.u32 c, $4, 12;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
+        }""",
+        "=&r,=&r,=&r,=&r,r",
+        [words],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def less(pairs, middle):
+    return gl.inline_asm_elementwise(
+        "sub.rn.bf16x2 $0, $1, $2;",
+        "=r,r,r",
+        [pairs, middle],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_e2m1(words):
+    """Four pairs of a word's nibbles, those of number i and i + 4, times 2^-126.
+
+    Bits 8 to 6 of a half come from the word, all others from its signs alone, before both go to
+    their places; signs that miss bit 15 fall on bits 8 to 6, or off the end. Left shifts are
+    products, for which there is a pipe beside that of logic.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 even, odd, right, a, b;
+            and.b32 even, $4, 0x08080808;
+            and.b32 odd, $4, 0x80808080;
+            shr.u32 right, $4, 6;
+            mul.lo.u32 a, even, 64;
+            mul.lo.u32 b, odd, 64;
+            lop3.b32 a, 0x00070007, $4, a, 0xCA;
+            lop3.b32 b, 0x00700070, $4, b, 0xCA;
+            mul.lo.u32 $0, a, 64;
+            mul.lo.u32 $1, b, 4;
+            lop3.b32 a, 0x001C001C, right, even, 0xCA;
+            mul.lo.u32 $2, a, 16;
+            lop3.b32 $3, 0x01C001C0, right, odd, 0xCA;
+        }""",
+        "=&r,=&r,=&r,=&r,r",
+        [words],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_int8(words, selector):
+    """Pairs of a lane's two bytes: (128 + low seven bits) - (128 or, where negative, 256)."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, s;
+            prmt.b32 a, $1, 0, $2;
+            lop3.b32 s, a, 0x00800080, 0x43004300, 0xEA;
+            lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;
+            sub.rn.bf16x2 $0, a, s;
+        }""",
+        "=r,r,r",
+        [words, selector],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_e4m3(words, selector):
+    """Pairs of a lane's two bytes; NaN becomes +-480."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, s;
+            prmt.b32 a, $1, 0, $2;
+            and.b32 s, a, 0x80008000;
+            shr.u32 a, a, 4;
+            lop3.b32 a, a, 0x07F007F0, s, 0xEA;
+            mov.b32 s, 0x7B807B80;
+            mul.rn.bf16x2 $0, a, s;
+        }""",
+        "=r,r,r",
+        [words, selector],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def times(pairs, factor):
+    """The halves of pairs times the halves of factor."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a;
+            mul.rn.bf16x2 a, $2, $3;
+            mov.b32 {$0, $1}, a;
+        }""",
+        "=h,=h,r,r",
+        [pairs, factor],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def times_both(pairs, factor, rest):
+    """The halves of pairs times those of factor + rest, rounded once."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a;
+            mul.rn.bf16x2 a, $2, $4;
+            fma.rn.bf16x2 a, $2, $3, a;
+            mov.b32 {$0, $1}, a;
+        }""",
+        "=h,=h,r,r,r",
+        [pairs, factor, rest],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def halves(pairs):
+    return gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;",
+        "=h,=h,r",
+        [pairs],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def as_pair(number):
+    """fp32 as two equal halves in bf16, in one word."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $1, $1;",
+        "=r,f",
+        [number],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def power_pair(exponent):
+    """2^(e8m0 exponent) times 2^63 as ``as_pair`` would have it; from 2^65 on infinite."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a;
+            min.u32 a, $1, 192;
+            mad.lo.u32 $0, a, 0x00800080, 0x1F801F80;
+        }""",
+        "=r,r",
+        [exponent],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
