@@ -18,12 +18,14 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 MANY = Layer(T=100, E=3, K=2, H=256, I=128, dtype=torch.bfloat16)
 PREFILLED = {
     "int4": Quantized("int4_g32", layer=MANY),
-    "zero_points": Quantized("int4_g128_zp", layer=replace(MANY, T=250)),
+    "zero_points": Quantized("int4_g128_zp", layer=replace(MANY, T=350)),
     "gpt_oss": Quantized(
         "mxfp4", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=288, I=160)
     ),
     "no_gate": Quantized("nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL)),
     "few": Quantized("int4_g32", layer=replace(MANY, T=60)),
+    # So few that streaming kernels could read them, too.
+    "fewest": Quantized("int4_g128", layer=replace(MANY, T=24)),
     "map": Quantized("int8_channel", layer=replace(MANY, T=300, E=8, local=3)),
     "weight_on_input": Quantized(
         "fp8_block", layer=replace(MANY, T=200, K=1, weight_on_input=True)
@@ -56,7 +58,7 @@ def error(case):
 @pytest.mark.parametrize("name", PREFILLED)
 def test_many_rows_fill_tiles(name, prefilled):
     assert error(PREFILLED[name]) < 6e-3
-    assert prefilled == [{"zero_points": 256, "few": 64}.get(name, 128)]
+    assert prefilled == [{"zero_points": 256, "few": 64, "fewest": 64}.get(name, 128)]
 
 
 def test_tiles_may_be_given(prefilled, monkeypatch):

@@ -9,6 +9,7 @@ compiled code and batch invariance take the quantized Triton experts' way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -176,21 +177,22 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         shapes = super().workspace_shapes(
             M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
         )
-        R = M * topk
+        R, e = M * topk, local_num_experts
         if self.moe_config.options.batch_invariant:
             return shapes
-        if MAX_DECODE_MEAN * local_num_experts >= R:
-            return shapes._replace(workspace2=(M, topk, 2 * K))
+        first, second = shapes.workspace13, [shapes.workspace2]
+        if MAX_DECODE_MEAN * e >= R:
+            second.append((M, topk, 2 * K))
         mixed = self.quant_config.a1.key is None
-        if not (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
-            return shapes
-        P = prefill_rows(R, local_num_experts)
-        if mixed:
-            # Stages differ by the width of weights, blocks of slots do not.
-            tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, (4, 4))
-            P = mixed_prefill_rows(R, local_num_experts, tiles)
-        second = max((P, K), shapes.workspace2, key=math.prod)
-        return shapes._replace(workspace13=(P, shapes.workspace13[-1]), workspace2=second)
+        if (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
+            P = prefill_rows(R, e)
+            if mixed:
+                # Stages differ by the width of weights, blocks of slots do not.
+                tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, (4, 4))
+                P = mixed_prefill_rows(R, e, tiles)
+            first = P, first[-1]
+            second.append((P, K))
+        return shapes._replace(workspace13=first, workspace2=max(second, key=math.prod))
 
     def apply(
         self,
@@ -220,18 +222,10 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             operands = self.operands(w1, w2, activation, output.dtype)
         run = None
         if operands is not None:
-            given_rows = hidden_states, a1q_scale
-            if workspace2.numel() >= 2 * R * H and runs_decode(R, e, operands, *given_rows):
-                run = self._decode
-            elif runs_prefill(R, global_num_experts) and can_prefill(operands, *given_rows):
-                run = self._prefill if workspace2.numel() >= prefill_rows(R, e) * H else None
-            elif runs_mixed_prefill(R, global_num_experts) and can_prefill_mixed(
-                operands, *given_rows
-            ):
-                bits = operands.w1.format.bits, operands.w2.format.bits
-                tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, bits)
-                if workspace2.numel() >= mixed_prefill_rows(R, e, tiles) * H:
-                    run = partial(self._prefill_mixed, tiles)
+            run = self._fastest(
+                operands, (hidden_states, a1q_scale), R, (e, global_num_experts),
+                workspace2.numel() // H,
+            )  # fmt: skip
         if run != self._prefill:
             hidden_states = settled(hidden_states)
         if operands is None or run is None:
@@ -268,6 +262,28 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             given["x_scale"] = a1q_scale
         with device_of(hidden_states):
             run(hidden_states, operands, workspace13, workspace2, given)
+
+    def _fastest(
+        self,
+        operands: Operands,
+        rows: tuple[torch.Tensor, torch.Tensor | None],
+        R: int,
+        experts: tuple[int, int],
+        room: int,
+    ) -> Callable[..., None] | None:
+        """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
+        bits; None: plain Triton."""
+        e, num_experts = experts
+        if runs_mixed_prefill(R, num_experts) and can_prefill_mixed(operands, *rows):
+            bits = operands.w1.format.bits, operands.w2.format.bits
+            tiles = self.mixed_tiles or mixed_prefill_tiles(R, num_experts, bits)
+            if room >= mixed_prefill_rows(R, e, tiles):
+                return partial(self._prefill_mixed, tiles)
+        if room >= 2 * R and runs_decode(R, e, operands, *rows):
+            return self._decode
+        if runs_prefill(R, num_experts) and can_prefill(operands, *rows):
+            return self._prefill if room >= prefill_rows(R, e) else None
+        return None
 
     def _decode(
         self,
