@@ -29,7 +29,7 @@ def triton_gemm(
     from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    planes = rest.get("a_planes", False), rest.get("c_planes", False)
+    planes = rest.get("a_planes", False), rest.get("c_planes", False), rest.get("c_places")
     launch(
         a, w, c, blocks, tile, top_k, rest.get("bias"), rest.get("row_weights"), act,
         weight_addresses(w), *planes, False,
@@ -49,12 +49,15 @@ def triton_packed(
     row_weights: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
+    c_planes: bool = False,
+    c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``packed_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_packed import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, False)
+    places = c_planes, c_places
+    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *places, False)
     return c
 
 

@@ -10,6 +10,7 @@ import torch
 
 import fusedmoe
 from fusedmoe.quantization import keys
+from fusedmoe.quantization.formats.act_order import sort_columns
 from quantized_layers import make_layer
 
 E, H, I = 4, 128, 128  # noqa: E741
@@ -219,3 +220,44 @@ def test_a_part_of_the_layer_that_does_not_fit_leaves_nothing_usable():
         layer.load_weights(tensors)
     with pytest.raises(ValueError, match=r"not loaded: gate\.weight: expected shape"):
         layer(torch.randn(2, H))
+
+
+def test_sorted_columns_live_through_a_layers_life():
+    """As a GPU's experts leave them: copied, saved, moved, and written one tensor at a time."""
+    layer, (x, logits) = layer_of("int4_g32_act_order"), inputs()
+    experts, wanted = layer.routed_experts, layer(x, logits)
+    published = copy.deepcopy(layer.state_dict())
+    w13, w2 = experts.quant_method.quantized_weights(experts)
+    assert sort_columns(w2)
+    assert not sort_columns(w13)  # gate and up of random weights have orders of their own
+    experts.w13_weight_group_index.copy_(experts.w13_weight_group_index[:, :1])
+    fresh = layer(x, logits)
+    assert sort_columns(w13)
+    assert torch.equal(layer(x, logits), fresh)
+    for twin in (copy.deepcopy(layer), saved_and_read(layer), copy.deepcopy(layer).to("cpu")):
+        assert torch.equal(twin(x, logits), fresh)
+    other = layer_of("int4_g32_act_order")
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x, logits), fresh)
+    for half in ("weight", "group_index"):
+        named = {n: t for n, t in published.items() if n.endswith(half)}
+        layer.load_state_dict(named, strict=False)
+    assert torch.equal(layer(x, logits), wanted)
+
+
+@pytest.mark.parametrize("first", ["weight", "weight_group_index"])
+def test_sorted_experts_are_loaded_one_tensor_at_a_time(first):
+    layer, (x, logits) = layer_of("int4_g32_act_order"), inputs()
+    experts, wanted = layer.routed_experts, layer(x, logits)
+    state = copy.deepcopy(dict(experts.named_parameters()))
+    sort_columns(experts.quant_method.quantized_weights(experts)[1])
+    names = (first, "weight_group_index" if first == "weight" else "weight")
+    for expert in (2, 0):
+        for name in names:
+            parameter = getattr(experts, f"w2_{name}")
+            data = state[f"w2_{name}"][expert]
+            experts.weight_loader(parameter, data, f"{expert}.{name}", "w2", expert)
+            assert torch.equal(layer(x, logits), wanted)
+    groups = experts.w2_weight_group_index
+    assert (groups[[0, 2]] >= 0).all()
+    assert (groups[[1, 3]] < 0).all()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.experts.act_order import sorted_operands
+from fusedmoe.experts.act_order import as_they_lie, sorted_operands
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
 from fusedmoe.experts.hopper_quantized import runs_decode
@@ -295,7 +295,8 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
             continue
         pair = weight(name, 2, 2 * width, H), weight(name, 1, H, width)
         operands = Operands(*pair, rows, rows, emulate=emulate)
-        ways = [operands, *[one for one in (sorted_operands(operands),) if one is not None]]
+        known = sorted_operands(operands)
+        ways = [as_they_lie(operands), *[one for one in (known,) if one is not None]]
         for T in (1, 5, 300):
             ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
             weights, R = torch.rand(T, picks, device="cuda"), T * picks

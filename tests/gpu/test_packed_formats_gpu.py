@@ -84,9 +84,7 @@ def runner(case, tensors, experts=TritonQuantizedExperts):
 
 
 @pytest.mark.parametrize(("fmt", "layer"), MATRIX)
-def test_formats(fmt, layer, monkeypatch):
-    # However full the GPU is with other tests.
-    monkeypatch.setattr("fusedmoe.experts.triton_quantized.room_on", lambda device, size: True)
+def test_formats(fmt, layer):
     case = case_of(fmt, LAYERS[layer])
     tensors = case.layer.tensors()
     run = runner(case, tensors)

@@ -8,6 +8,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import from_planes
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
@@ -84,6 +85,35 @@ def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
     out = torch.full((ids.numel(), N), NAN, dtype=torch.float16)
     function(a, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K)
     assert_right(out, by_slot(a, w, local_ids(ids, E, here)), 3e-3)
+
+
+@BOTH
+def test_columns_are_written_in_planes_for_the_next_product(function):
+    w, tile = weights("q4_k", 256), tile_for("q4_k")
+    a, ids = rows_and_ids(256)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    straight, out = torch.full((2, ids.numel(), N), NAN)
+    function(a, w, straight, blocks, tile, top_k=TOP_K)
+    function(a, w, out, blocks, tile, top_k=TOP_K, c_planes=True)
+    assert torch.equal(from_planes(out).nan_to_num(), straight.nan_to_num())
+
+
+@pytest.mark.parametrize("fmt", ["q4_k", "int4_g32_act_order"])
+def test_features_are_written_where_a_table_says(fmt):
+    w, tile = weights(fmt, 256, MoEActivation.SILU), tile_for(fmt)
+    a, ids = rows_and_ids(256)
+    places = torch.stack([torch.randperm(N) for _ in range(E)]).int()
+    expected = by_slot(a, w, ids, MoEActivation.SILU)
+    for slot, expert in enumerate(local_ids(ids, E, None).flatten().tolist()):
+        expected[slot, places[expert].long()] = expected[slot].clone()
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    act = {"top_k": TOP_K, "activation": MoEActivation.SILU}
+    for function in (triton_packed, packed_gemm):
+        out = torch.full((ids.numel(), N), NAN)
+        function(a, w, out, blocks, tile, c_places=places, **act)
+        assert_right(out, expected)
+    with pytest.raises(ValueError, match=r"c_places \(3, 23\)"):
+        packed_gemm(a, w, out, blocks, tile, c_places=places[:, 1:].contiguous(), **act)
 
 
 @pytest.mark.parametrize("fmt", ONE_OF_EACH)

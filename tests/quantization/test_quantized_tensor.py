@@ -9,6 +9,7 @@ import torch
 
 from fusedmoe import QuantFormat
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats.act_order import sort_columns, unsort_columns
 from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TOKEN,
@@ -101,6 +102,45 @@ def test_group_indices_out_of_range_are_found(bad):
     q.group_index[1, 0, 5] = bad
     with pytest.raises(ValueError, match=r"w: group_index lies in .*, not in \[0, 4\)"):
         q.check_values("w")
+
+
+@pytest.mark.parametrize("name", ["int4_g32_act_order", "int8_g32_zp_act_order"])
+def test_sorted_columns_mean_the_same(name):
+    q = draw(name, 2, 8, 128)
+    values, fresh = q.dequantize(torch.float64), q.map(torch.clone)
+    assert sort_columns(q)
+    assert (q.group_index < 0).all()
+    assert not q.data.equal(fresh.data)
+    q.check_values()
+    assert q.dequantize(torch.float64).equal(values)
+    unsort_columns(q[1])
+    assert q.dequantize(torch.float64).equal(values)
+    assert sort_columns(q)  # one expert of two
+    for expert in range(2):
+        unsort_columns(q[expert])
+        unsort_columns(q[expert])
+    assert all(part.equal(fresh.parts()[n]) for n, part in q.parts().items())
+
+
+def test_columns_of_parts_of_groups_and_of_shards_that_disagree_stay():
+    apart = draw("int4_g32_act_order", 2, 8, 128, shards=2)
+    uneven = draw("int4_g32_act_order", 2, 8, 128)
+    uneven.group_index[1, 0, :33] = 0
+    for q in (apart, uneven):
+        before = q.data.clone()
+        assert not sort_columns(q)
+        assert q.data.equal(before)
+
+
+def test_tables_of_sorted_columns_are_checked():
+    q = draw("int4_g32_act_order", 2, 8, 128)
+    sort_columns(q)
+    q.group_index[1, 0, 3] = q.group_index[1, 0, 4]
+    with pytest.raises(ValueError, match="group_index lies in"):
+        q.check_values()
+    parts = {"data": q.data[0, :, :32], "group_index": ~torch.arange(64).int()[None]}
+    with pytest.raises(ValueError, match="64 sorted columns for 4 int4_g32_act_order groups"):
+        replace(q[0], shape=(8, 64), **parts).check_values()
 
 
 def test_formats_that_make_no_sense_are_refused():

@@ -25,9 +25,10 @@ class Operands:
 
     The keys are those of the rows entering w1 and w2, None: not at all. The scales fp32 [1] belong
     to static keys. ``emulate``: rows are rounded to their format, but multiplied as the floats they
-    came as; so they are where one of the keys is None. ``order`` int32 [e, H]: the column of x that
-    meets each column of w1, where they are not in x's order; for weights of 4 bits those of even
-    number first (see ``act_order``).
+    came as; so they are where one of the keys is None. Where act-order columns do not lie in the
+    order of what meets them (see ``act_order``): ``order`` int32 [e, H], the column of x that meets
+    each column of w1, and ``places`` int32 [e, I], the column of w2 that meets each feature of w1;
+    both in the planes of the weights.
     """
 
     w1: QuantizedTensor
@@ -40,6 +41,7 @@ class Operands:
     w2_bias: torch.Tensor | None = None
     emulate: bool = False
     order: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -51,12 +53,11 @@ class Operands:
         dtype: torch.dtype,
         *,
         emulate: bool = False,
-        order: torch.Tensor | None = None,
     ) -> Operands:
         """The data of both weights as ``config`` describes them; ``dtype`` is that of the rows."""
         first, second = quantized_pair(w1, w2, config, activation, dtype)
         keys, scales = (config.a1.key, config.a2.key), (config.a1.scale, config.a2.scale)
-        return cls(first, second, *keys, *scales, config.w1_bias, config.w2_bias, emulate, order)
+        return cls(first, second, *keys, *scales, config.w1_bias, config.w2_bias, emulate)
 
     def config(self, like: FusedMoEQuantConfig) -> FusedMoEQuantConfig:
         """What describes these weights, where ``like`` describes their rows."""
@@ -68,6 +69,11 @@ class Operands:
     def floating_rows(self) -> bool:
         """Whether the products take rows in floating point."""
         return self.emulate or self.a1 is None or self.a2 is None
+
+    @property
+    def rows_follow(self) -> bool:
+        """Whether rows are rearranged as their experts' columns lie."""
+        return self.order is not None or self.places is not None
 
     @property
     def columns(self) -> tuple[int, int]:

@@ -7,14 +7,13 @@ T tokens, K picks, e local experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar
 
 import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.act_order import in_place_of, room_on, sorted_operands
+from fusedmoe.experts.act_order import as_they_lie, keep_tables, sorted_operands
 from fusedmoe.experts.copies import Source
 from fusedmoe.experts.quantized_operands import Operands, tensors_and_words
 from fusedmoe.experts.triton_quantized_formats import (
@@ -33,9 +32,6 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
-
-_log = logging.getLogger(__name__)
-
 
 class QuantizedTritonExperts(FusedMoEExpertsModular):
     """What standard and batched rows share. ``tiles``, if set, replaces the tuned choice."""
@@ -89,21 +85,18 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
         return self._operands
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Sort act-order columns into groups, in a copy, while memory allows."""
+        """Sort act-order columns into groups, where they lie."""
         before, self._sorted, self._sources = self._sorted, None, ()
         formats = self.quant_config.w1.format, self.quant_config.w2.format
-        if torch.compiler.is_compiling() or self.emulate:
+        if torch.compiler.is_compiling():
             return
         if not any(fmt is not None and fmt.act_order for fmt in formats):
             return
         weights: Any = layer
         w1, w2 = weights.w13_weight.detach(), weights.w2_weight.detach()
-        if before is None and not room_on(w1.device, w1.nbytes + w2.nbytes):
-            _log.info("no memory to spare for sorted act-order weights: their tables are read")
-            return
         moe = self.moe_config
-        found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype), before)
-        self._sorted = None if found is None else in_place_of(before, found)
+        found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
+        self._sorted = None if found is None else keep_tables(before, found)
         self._sources = self._sources_of(w1, w2)
 
     def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
@@ -116,19 +109,18 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
     def operands_to_run(
         self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, dtype: torch.dtype
     ) -> Operands:
-        """The sorted copy, where there is one of these weights as they are now."""
+        """What is known of these weights' columns, if they are as they were; else nothing is."""
         if self._sorted is not None and self._sources_of(w1, w2) == self._sources:
             return self._sorted
-        return self.operands(w1, w2, activation, dtype)
+        return as_they_lie(self.operands(w1, w2, activation, dtype))
 
     def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, ...]:
-        """What runs, as a custom op takes it; while compiling, a sorted copy is not doubted."""
-        found, order = self._sorted, None
-        config = self.quant_config
+        """What runs, as a custom op takes it; while compiling, sorted columns are not doubted."""
+        found, config = self._sorted, self.quant_config
+        tables: tuple[torch.Tensor | None, ...] = (None, None)
         if found is not None:
-            w1, w2, order = found.w1.data, found.w2.data, found.order
-            config = found.config(config)
-        return (w1, w2, *tensors_and_words(config), order)
+            config, tables = found.config(config), (found.order, found.places)
+        return (w1, w2, *tensors_and_words(config), *tables)
 
 
 class TritonQuantizedExperts(QuantizedTritonExperts):

@@ -44,26 +44,32 @@ def floating_products(
     """
     first, second, live = given
     w1, w2 = operands.w1, operands.w2
-    # The rows in between keep the order of their columns unless both products know another one.
-    a1, a2 = operands.a1, operands.a2
-    planes = _in_planes(w2) and (a2 is not None or not is_packed(w1.format))
+    # What writes rows writes them in the order in which weights are met.
+    a1, a2, places = operands.a1, operands.a2, operands.places
+    planes = _in_planes(w2) and places is None
     many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
     if operands.order is not None:
+        a = x if a1 is None else round_rows(x, a1, operands.a1_scale)
         # The second product's rows are written after the first has read these.
-        a = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
-        gather_columns(x, operands.order, a, live["topk_ids"], live["expert_map"])
+        room = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
+        a = gather_columns(a, operands.order, room, live["topk_ids"], live["expert_map"])
         first, many = first | {"top_k": 1}, _in_planes(w1)
     elif a1 is not None:
         a = round_rows(x, a1, operands.a1_scale, planes=many)
     else:
         a = to_planes(x) if many else x
-    _product(a, w1, act, blocks, tiles.gemm1, (many, planes and a2 is None), **first)
-    if a2 is not None:
-        experts = w1.shape[0]
+    if a2 is None:
+        _product(a, w1, act, blocks, tiles.gemm1, (many, planes), c_places=places, **first)
+    else:
+        _product(a, w1, act, blocks, tiles.gemm1, (many, False), **first)
         act = round_rows(
-            act, a2, operands.a2_scale, planes=planes, num_local_experts=experts, **live
+            act, a2, operands.a2_scale, planes=planes, num_local_experts=w1.shape[0], **live
         )
-    _product(act, w2, rows, blocks, tiles.gemm2, (planes, False), **second)
+        if places is not None:
+            order = places.argsort(-1).to(torch.int32)
+            room = torch.empty_like(act)
+            act = gather_columns(act, order, room, live["topk_ids"], live["expert_map"])
+    _product(act, w2, rows, blocks, tiles.gemm2, (_in_planes(w2), False), **second)
 
 
 def _in_planes(w: QuantizedTensor) -> bool:
@@ -82,7 +88,7 @@ def _product(
 ) -> None:
     """By the kernel that reads ``w``; ``planes``: those of a and of c."""
     if is_packed(w.format):
-        packed_gemm(a, w, c, blocks, tile, **rest)
+        packed_gemm(a, w, c, blocks, tile, c_planes=planes[1], **rest)
     else:
         quantized_gemm(a, w, c, blocks, tile, a_planes=planes[0], c_planes=planes[1], **rest)
 

@@ -1,18 +1,35 @@
 """The quantized Triton experts as torch.compile sees them: ops that take tensors and words.
 
 What describes the weights and the rows that meet them is ``tensors_and_words`` of a quant config;
-``order`` is that of x's columns.
+``order`` and ``places`` are the tables of ``Operands`` that say where columns lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.act_order import as_they_lie
 from fusedmoe.experts.quantized_operands import Operands, config_of
 from fusedmoe.experts.triton_quantized_run import batched_quantized_experts, quantized_experts
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+
+
+def _operands(
+    config: FusedMoEQuantConfig,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    activation: MoEActivation,
+    dtype: torch.dtype,
+    emulate: bool,
+    order: torch.Tensor | None,
+    places: torch.Tensor | None,
+) -> Operands:
+    found = Operands.of(config, w1, w2, activation, dtype, emulate=emulate)
+    return as_they_lie(replace(found, order=order, places=places))
 
 
 @torch.library.custom_op(
@@ -27,6 +44,7 @@ def standard_op(
     tensors: Sequence[torch.Tensor | None],
     words: str,
     order: torch.Tensor | None,
+    places: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
@@ -42,7 +60,7 @@ def standard_op(
     quantized_experts(
         output,
         hidden_states,
-        Operands.of(config, w1, w2, act, output.dtype, emulate=emulate, order=order),
+        _operands(config, w1, w2, act, output.dtype, emulate, order, places),
         topk_weights,
         topk_ids,
         act,
@@ -66,6 +84,7 @@ def batched_op(
     tensors: Sequence[torch.Tensor | None],
     words: str,
     order: torch.Tensor | None,
+    places: torch.Tensor | None,
     expert_num_tokens: torch.Tensor,
     activation: str,
     numbers: Sequence[float],
@@ -78,7 +97,7 @@ def batched_op(
     batched_quantized_experts(
         output,
         hidden_states,
-        Operands.of(config, w1, w2, act, hidden_states.dtype, emulate=emulate, order=order),
+        _operands(config, w1, w2, act, hidden_states.dtype, emulate, order, places),
         expert_num_tokens,
         act,
         ApplyMoEActivationConfig.from_numbers(numbers),

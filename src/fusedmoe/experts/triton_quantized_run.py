@@ -234,7 +234,7 @@ def batched_quantized_experts(
         1,
         activation,
         activation_config,
-        None if operands.order is None else _experts_of_rows(expert_num_tokens, M),
+        _experts_of_rows(expert_num_tokens, M) if operands.rows_follow else None,
         batch_invariant=batch_invariant,
     )
 

@@ -14,6 +14,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import (
+    check_places,
     check_rows,
     check_weights,
     has_packed_bf16,
@@ -47,21 +48,25 @@ def packed_gemm(
     row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
+    c_planes: bool = False,
+    c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
-    Arguments and errors as ``quantized_gemm`` has them, without planes. Steps are of 256 columns
-    for superblocks, of at least 128 for floats of six bits and of 64 for the rest.
+    Arguments and errors as ``quantized_gemm`` has them. Steps are of 256 columns for superblocks,
+    of at least 128 for floats of six bits and of 64 for the rest.
     """
     check_weights(w, c, activation)
     check_rows(a, w, c, blocks, top_k, bias, row_weights)
+    check_places(w, c, c_planes, c_places)
     _check_format(w, tile)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_packed import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
-        launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, native)
+        places = c_planes, c_places
+        launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *places, native)
         return c
     return packed_gemm_reference(
         a,
@@ -74,6 +79,8 @@ def packed_gemm(
         row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
+        c_planes=c_planes,
+        c_places=c_places,
     )
 
 

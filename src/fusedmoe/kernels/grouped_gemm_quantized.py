@@ -44,6 +44,7 @@ def quantized_gemm(
     activation_config: ApplyMoEActivationConfig | None = None,
     a_planes: bool = False,
     c_planes: bool = False,
+    c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
@@ -51,8 +52,9 @@ def quantized_gemm(
     gated), c [R, N] with R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]. ``blocks`` hold
     ``tile.slots`` slots each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
 
-    ``a_planes``: the columns of a are ordered, those of even number first; ``c_planes``: those of c
-    shall be. Both mean something for 4-bit weights alone: a step then needs no unzipping.
+    ``a_planes``: the columns of a are ordered, those of even number first, which spares 4-bit
+    weights an unzipping; ``c_planes``: those of c shall be. Or ``c_places`` int32 [e, N]: where
+    each feature of an expert is written, all of them somewhere.
 
     Sums are fp32. Where scales change every few columns, a number times its scale is rounded to
     the dtype of a before it is multiplied. Raises ValueError where shapes or dtypes disagree, and
@@ -65,8 +67,9 @@ def quantized_gemm(
     group = w.format.group.col
     if group > 0 and max(group, tile.depth) % min(group, tile.depth):
         raise ValueError(f"steps of {tile.depth} columns and groups of {group} do not fit")
-    if (a_planes and a.shape[1] % 2) or (c_planes and c.shape[1] % 2):
-        raise ValueError(f"planes need even widths, got {a.shape[1]} and {c.shape[1]}")
+    if a_planes and a.shape[1] % 2:
+        raise ValueError(f"planes need even widths, got {a.shape[1]}")
+    check_places(w, c, c_planes, c_places)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
 
@@ -74,7 +77,7 @@ def quantized_gemm(
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
         launch(
             a, w, c, blocks, tile, top_k, bias, row_weights, act, weight_addresses(w), a_planes,
-            c_planes, native,
+            c_planes, c_places, native,
         )  # fmt: skip
         return c
     return quantized_gemm_reference(
@@ -90,6 +93,7 @@ def quantized_gemm(
         activation_config=activation_config,
         a_planes=a_planes,
         c_planes=c_planes,
+        c_places=c_places,
     )
 
 
@@ -107,6 +111,7 @@ def quantized_gemm_reference(
     activation_config: ApplyMoEActivationConfig | None = None,
     a_planes: bool = False,
     c_planes: bool = False,
+    c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch, on dequantized weights; walks the blocks on the host."""
     rows = from_planes(a) if a_planes else a
@@ -118,7 +123,10 @@ def quantized_gemm_reference(
         sums = activate_sums(sums, w, activation, activation_config)
         if row_weights is not None:
             sums = sums * row_weights[slots, None]
-        c[slots] = (to_planes(sums) if c_planes else sums).to(c.dtype)
+        sums = to_planes(sums) if c_planes else sums
+        if c_places is not None:
+            sums = sums[:, c_places[expert].long().argsort()]
+        c[slots] = sums.to(c.dtype)
     return c
 
 
@@ -194,6 +202,21 @@ def check_weights(w: QuantizedTensor, c: torch.Tensor, activation: MoEActivation
     if shards == 1 and w.shards != 1:
         raise ValueError(f"without a gate there is one shard, these weights have {w.shards}")
     check_contiguous(data=w.data, scale=w.scale, scale2=w.scale2, zero_point=w.zero_point)
+
+
+def check_places(
+    w: QuantizedTensor, c: torch.Tensor, c_planes: bool, c_places: torch.Tensor | None
+) -> None:
+    """Raise ValueError where the columns of ``c`` cannot be written there."""
+    if c_planes and c.shape[1] % 2:
+        raise ValueError(f"planes need even widths, got {c.shape[1]}")
+    wanted = (w.shape[0], c.shape[1])
+    if c_places is not None:
+        check_contiguous(c_places=c_places)
+        if c_places.shape != wanted or c_places.dtype != torch.int32 or c_planes:
+            raise ValueError(
+                f"c_places {tuple(c_places.shape)} {c_places.dtype}, expected {wanted} int32"
+            )
 
 
 def check_rows(

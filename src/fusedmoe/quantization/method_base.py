@@ -125,6 +125,10 @@ class FusedMoEMethodBase(ABC):
         if layer.w13_weight.device.type != "meta":
             self.kernel(layer)
 
+    def before_writing(self, layer: RoutedExperts, name: str, row: int | None) -> None:  # noqa: B027
+        """One expert of parameter ``name`` is about to be written, or all (None): what an experts
+        implementation keeps in another order, together with other parameters, is put back."""
+
     def weights_changed(self) -> None:
         """Forget what was made of the weights; the next use of the kernel makes it again."""
         self._finished = False

@@ -23,6 +23,7 @@ import torch
 
 from fusedmoe.config import FusedMoEConfig, FusedMoEParallelConfig, ParallelGroups
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.formats.act_order import unsort_columns
 from fusedmoe.quantization.keys import GroupShape, QuantKey
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
@@ -222,6 +223,17 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         return FusedMoEQuantDesc(
             dtype=key.dtype, shape=key.group_shape, scale=scale, scale_kind=key.scale_kind
         )
+
+    def before_writing(self, layer: RoutedExperts, name: str, row: int | None) -> None:
+        """Act-order columns that were sorted go back: either tensor may come without the other."""
+        owner: Owner = "w2" if name.startswith("w2") else "w13"
+        if not self._file_formats[owner].act_order:
+            return
+        if name.removeprefix(f"{owner}_") not in ("weight", "weight_group_index"):
+            return
+        weight = self.quantized_weights(layer)[OWNERS.index(owner)]
+        for expert in range(weight.shape[0]) if row is None else (row,):
+            unsort_columns(weight[expert])
 
     def finish_weights(self, layer: RoutedExperts) -> None:
         """Check the scales, and reduce stored activation scales to the one that is used."""

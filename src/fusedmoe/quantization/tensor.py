@@ -10,7 +10,8 @@ up, S = 2; else 1), g columns to a group and blocks of (bn, bk):
     scale2       [e, S] fp32, where the format has a second scale
     zero_point   as scale's groups, in the element's own range, where the format is not symmetric
     group_index  int32 [e, S, K]: the group of each column, where the format is act-order; scale
-                 may then have groups that no column here belongs to
+                 may then have groups that no column here belongs to. Or, where a shard's columns
+                 lie sorted by group, position p in group p // g: ~c of the column c at each
 
     value = (element - zero_point) * scale * scale2
 
@@ -116,13 +117,19 @@ class QuantizedTensor:
                     f"finite; the first is {found} at {at}"
                 )
         if self.group_index is not None and self.group_index.numel():
-            assert self.scale is not None
-            low, high = (int(bound) for bound in self.group_index.aminmax())
-            if low < 0 or high >= self.scale.shape[-1]:
-                raise ValueError(
-                    f"{name}: group_index lies in [{low}, {high}], not in "
-                    f"[0, {self.scale.shape[-1]})"
-                )
+            self._check_group_index(name, self.group_index.flatten(0, -2))
+
+    def _check_group_index(self, name: str, index: torch.Tensor) -> None:
+        """index [shards of all experts, K]"""
+        assert self.scale is not None
+        K, groups = index.shape[-1], self.scale.shape[-1]
+        is_sorted = (~index).sort(-1).values.eq(torch.arange(K, device=index.device)).all(-1)
+        if is_sorted.any() and groups * self.format.group.col != K:
+            raise ValueError(f"{name}: {K} sorted columns for {groups} {self.format.name} groups")
+        rest = index[~is_sorted]
+        low, high = (int(bound) for bound in rest.aminmax()) if rest.numel() else (0, 0)
+        if low < 0 or high >= groups:
+            raise ValueError(f"{name}: group_index lies in [{low}, {high}], not in [0, {groups})")
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
         """``function`` applied to every tensor; it must keep the logical shape."""

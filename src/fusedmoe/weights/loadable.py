@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class LoadableExperts(nn.Module):
     """Takes tensors of checkpoints in any order, and refuses to run what they filled in part."""
 
+    w13_weight: torch.Tensor
     prefix: str
     quant_method: FusedMoEMethodBase
     expert_map_manager: ExpertMapManager
@@ -154,6 +155,9 @@ class LoadableExperts(nn.Module):
         that failed, and one that fails is a load that failed."""
         errors = rest[-1]
         before = len(errors)
+        for name in self.param_specs:
+            if f"{prefix}{name}" in state_dict and not self.w13_weight.is_meta:
+                self.quant_method.before_writing(cast("RoutedExperts", self), name, None)
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
         held = [f"{prefix}{n}" for n, tensor in self._parameters.items() if tensor is not None]
         missing = [name for name in held if name not in state_dict]

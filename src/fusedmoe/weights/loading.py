@@ -236,6 +236,7 @@ class ExpertLoader:
         param = getattr(layer, param_name)
         if param.device.type == "meta":
             raise ValueError(f"{name}: {param_name} is on 'meta'; call to_empty(device=...) first")
+        layer.quant_method.before_writing(layer, param_name, row)
         with torch.no_grad():
             load_shard(param[row], tensor, spec, shard_id, layer.sizes, name)
         self._loaded.add((param_name, shard_id, physical_id))

@@ -45,6 +45,7 @@ def packed_gemm_kernel(
     zero_ptr,
     index_ptr,
     c_ptr,
+    places_ptr,
     bias_ptr,
     weights_ptr,
     sorted_ptr,
@@ -72,6 +73,7 @@ def packed_gemm_kernel(
     ELEMENT: tl.constexpr,
     SUMS: tl.constexpr,
     NATIVE: tl.constexpr,
+    C_PLANES: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,7 +135,9 @@ def packed_gemm_kernel(
         bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
-    store_features(value, c_ptr, weights_ptr, slots, live, tile, N, stride_cm, False)
+    if places_ptr is not None:
+        places_ptr += expert * N
+    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
 
 
 _launch = Launcher(packed_gemm_kernel, chained=True)
@@ -152,6 +156,8 @@ def launch(
     bias: torch.Tensor | None,
     row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
+    c_planes: bool,
+    c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
     """As ``packed_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
@@ -166,7 +172,7 @@ def launch(
     scale = w.scale
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, w.data, scale, w.zero_point, w.group_index, c, bias, row_weights, *tables),
+        (a, w.data, scale, w.zero_point, w.group_index, c, c_places, bias, row_weights, *tables),
         (
             mapped,
             R,
@@ -188,6 +194,7 @@ def launch(
             w.format.element,
             w.format.element in _FEW_GROUPS and D > 0 and tile.slots <= MOST_SUMS,
             native,
+            c_planes,
             act.formula or None,
             act.gated,
             _PRECISION.get(a.dtype, "tf32"),

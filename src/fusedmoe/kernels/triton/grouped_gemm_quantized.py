@@ -46,6 +46,7 @@ def quantized_gemm_kernel(
     scale2_ptr,
     zero_ptr,
     c_ptr,
+    places_ptr,
     bias_ptr,
     weights_ptr,
     sorted_ptr,
@@ -181,7 +182,9 @@ def quantized_gemm_kernel(
         bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
-    store_features(value, c_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
+    if places_ptr is not None:
+        places_ptr += expert * N
+    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
@@ -225,6 +228,7 @@ def launch(
     addresses: tuple[int, ...],
     a_planes: bool,
     c_planes: bool,
+    c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
     """As ``quantized_gemm``, unchecked; ``addresses`` from ``weight_addresses``. ``native``: the
@@ -245,7 +249,7 @@ def launch(
     width = tile.rows // 2 if act.gated else tile.rows
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, data, scale, w.scale2, w.zero_point, c, bias, row_weights, *tables),
+        (a, data, scale, w.scale2, w.zero_point, c, c_places, bias, row_weights, *tables),
         (
             mapped,
             R,

@@ -261,18 +261,18 @@ def activated(total, limit, alpha, beta, FORMULA: tl.constexpr, GATED: tl.conste
 
 @triton.jit
 def store_features(
-    value, c_ptr, weights_ptr, slots, live, tile, N, stride_cm, PLANES: tl.constexpr
+    value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, PLANES: tl.constexpr
 ):
-    """c[slot, feature] = value[feature, slot] times the slot's weight.
-
-    PLANES: features of even number first, then those of odd number.
-    """
+    """c[slot, place of feature] = value[feature, slot] times the slot's weight. Places [N]; or,
+    with PLANES, features of even number first."""
     WIDTH: tl.constexpr = value.shape[0]
     if weights_ptr is not None:
         value *= tl.load(weights_ptr + slots, live, 0.0)[None, :]
     feature = tile * WIDTH + tl.arange(0, WIDTH)
     column = feature
-    if PLANES:
+    if places_ptr is not None:
+        column = tl.load(places_ptr + feature, feature < N, 0)
+    elif PLANES:
         column = feature // 2 + feature % 2 * (N // 2)
     c_ptrs = c_ptr + (slots * stride_cm)[None, :] + column[:, None]
     tl.store(c_ptrs, value.to(c_ptr.dtype.element_ty), live[None, :] & (feature < N)[:, None])

@@ -23,7 +23,12 @@ from fusedmoe.quantization.formats import (
 )
 from fusedmoe.quantization.formats.e8m0 import decode_e8m0
 from fusedmoe.quantization.formats.fp8 import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, fp8_block
-from fusedmoe.quantization.formats.groups import Grid, columns_by_group, refine_scales
+from fusedmoe.quantization.formats.groups import (
+    Grid,
+    columns_by_group,
+    columns_of,
+    refine_scales,
+)
 from fusedmoe.quantization.formats.int4 import int4_group
 from fusedmoe.quantization.formats.int8 import INT8_CHANNEL, int8_group
 from fusedmoe.quantization.formats.lookup import IQ4_NL, NF4
@@ -163,7 +168,12 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.
         values = values - grid.spread(zero, N, K, q.group_index)
     elif q.format.type.zero:
         values = values - q.format.type.zero
-    return values * grid.spread(scale, N, K, q.group_index)
+    values = values * grid.spread(scale, N, K, q.group_index)
+    if q.group_index is None:
+        return values
+    places = columns_of(q.group_index).argsort(-1)
+    shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(N, values.device)
+    return values.gather(-1, places[..., shard, :])
 
 
 def quantize(
@@ -189,6 +199,8 @@ def quantize(
         raise ValueError(
             f"{fmt.name}: group_index belongs to act-order formats, and to all of them"
         )
+    if group_index is not None and group_index.numel() and int(group_index.min()) < 0:
+        raise ValueError(f"group_index: expected groups, found {int(group_index.min())}")
     values = weight if weight.dtype == torch.float64 else weight.float()
     grid = Grid(fmt.group, shards, interleaved)
     N, K = weight.shape[-2:]

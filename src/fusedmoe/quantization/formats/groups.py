@@ -56,7 +56,7 @@ class Grid(NamedTuple):
     ) -> torch.Tensor:
         """One number per element, [..., N, K] or [..., N, 1], from scales as stored.
 
-        ``group_index`` [..., S, K] replaces the columns' positions.
+        ``group_index`` [..., S, K], as ``QuantizedTensor`` has it, replaces the columns' positions.
         """
         per_tensor = self.group.row == -1
         scale = scale.unsqueeze(-1) if per_tensor else scale
@@ -65,10 +65,25 @@ class Grid(NamedTuple):
         if group_index is not None:
             shard = torch.arange(N, device=scale.device)
             shard = shard % self.shards if self.interleaved else shard // (N // self.shards)
-            return x.gather(-1, group_index.long()[..., shard, :])
+            groups = groups_of(group_index, self.group.col)
+            return x.gather(-1, groups[..., shard, :].expand(*x.shape[:-1], K))
         if x.shape[-1] == 1 or self.group.col == -1:
             return x
         return x.repeat_interleave(self.group.col, -1)[..., :K]
+
+
+def groups_of(group_index: torch.Tensor, columns: int) -> torch.Tensor:
+    """int64 [..., K]: the group of the column that lies at each position; ``columns`` to a group
+    where they are sorted."""
+    place = torch.arange(group_index.shape[-1], device=group_index.device)
+    return torch.where(group_index < 0, place // columns, group_index)
+
+
+def columns_of(group_index: torch.Tensor) -> torch.Tensor:
+    """int64 [..., K]: which column lies at each position; none is out of range."""
+    K = group_index.shape[-1]
+    place = torch.arange(K, device=group_index.device)
+    return torch.where(group_index < 0, (~group_index).clamp(max=max(0, K - 1)), place)
 
 
 def columns_by_group(group_index: torch.Tensor, columns: int) -> torch.Tensor:
