@@ -37,7 +37,7 @@ ELEMENTS: dict[str, ElementType] = {
     # GGUF's superblocks, which carry their scales.
     "q4_k": ElementType(torch.uint8, 256, 144),
     "q5_k": ElementType(torch.uint8, 256, 176),
-    "q6_k": ElementType(torch.uint8, 256, 210),
+    "q6_k": ElementType(torch.uint8, 256, 212),
 }
 """By name. All floats are OCP's: sign, exponent, mantissa."""
 

@@ -21,7 +21,13 @@ from fusedmoe.kernels.triton.sextets import (
     sextet_pair,
     sextet_pairs_bf16,
 )
-from fusedmoe.kernels.triton.sixes import load_sixes, six_scales, six_values, sixes_bf16
+from fusedmoe.kernels.triton.sixes import (
+    load_six_scales,
+    load_sixes,
+    six_scales,
+    six_values,
+    sixes_bf16,
+)
 from fusedmoe.kernels.triton.superblocks import (
     group_integers,
     one_sixth,
@@ -54,17 +60,18 @@ def add_sixes(
 ):  # fmt: skip
     """total + the products of the 256 columns from ``first`` on; q6_k."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
-    block = w_rows + first // 256 * 210
+    block = w_rows + first // 256 * 212
     at = tl.arange(0, 32)
     at = first + at // 16 * 128 + at // 2 % 8 * 4 + at % 2
     near, far, bits, d = load_sixes(block)
+    scale_words = load_six_scales(block, 0), load_six_scales(block, 1)
     for run in tl.static_range(2):
         nibbles = near if run == 0 else far
         if run == 1:
             bits = bits >> 2
         words = sixes_bf16(nibbles, bits) if NATIVE else None
         for tile in tl.static_range(4):
-            scale = six_scales(block, d, run + tile // 2 * 2)
+            scale = six_scales(scale_words[tile // 2], d, run + tile // 2 * 2)
             value = six_values(nibbles, bits, words, scale, tile, DTYPE, NATIVE)
             column = at + (32 * run + 64 * (tile // 2) + 2 * (tile % 2))
             a = tl.load(a_row + column[None, :], live[:, None], 0.0)

@@ -2,8 +2,7 @@
 
 The layout is that of ``quantization/formats/superblocks.py``: of a half of 128 columns, a word of
 bits has two for sixteen columns, four apart by 32 each; a word of nibbles has the others of four
-and of the four 64 columns on. 210 bytes are no whole number of words, so every second superblock
-lies across them, and only whole words can be copied asynchronously: two are read for each of these.
+and of the four 64 columns on.
 
 A tile [ROWS, 32] of numbers has two columns of each of eight words in both halves: columns 4 i and
 4 i + 1, or the two behind them, and what is 32, 64 or 96 columns on.
@@ -22,38 +21,35 @@ from fusedmoe.kernels.triton.sextets import beside, bf16_pair
 
 
 @triton.jit
-def _load_words(bytes_, at):
-    """The words at ``at`` [W] behind pointers to bytes [ROWS], which are even: int32 [ROWS, W].
-    Masks choose, not values: loads then lead straight to the product."""
-    place = bytes_.to(tl.int64)
-    across = (place & 2) != 0
-    words = (place - (place & 2)).to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + at[None, :]
-    whole = tl.load(words, (across == 0)[:, None], 0)
-    low, high = tl.load(words, across[:, None], 0), tl.load(words + 1, across[:, None], 0)
-    return whole | (low >> 16) & 0xFFFF | high << 16
-
-
-@triton.jit
 def load_sixes(block):
     """(nibbles, those 32 columns on, bits) of superblocks at ``block``, words [ROWS, 16], eight of
     each half; and the scale of all, fp32 [ROWS]."""
     at = tl.arange(0, 16)
     half, at = at // 8, at % 8
+    words = block.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
     d = tl.load((block + 208).to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
     return (
-        _load_words(block, 16 * half + at),
-        _load_words(block, 16 * half + at + 8),
-        _load_words(block + 128, 8 * half + at),
+        tl.load(words + (16 * half + at)[None, :]),
+        tl.load(words + (16 * half + at + 8)[None, :]),
+        tl.load(words + (32 + 8 * half + at)[None, :]),
         d,
     )
 
 
 @triton.jit
-def six_scales(block, d, RUN: tl.constexpr):
-    """The scales of the groups in the tiles 32 * RUN columns on, fp32 [ROWS, 4]."""
-    at = tl.arange(0, 4)
-    place = (block + (192 + 2 * RUN))[:, None] + (at // 2 * 8 + at % 2)[None, :]
-    return tl.load(place.to(tl.pointer_type(tl.int8), bitcast=True)).to(tl.float32) * d[:, None]
+def load_six_scales(block, PAIR: tl.constexpr):
+    """Four int8 each, of the groups in the tiles 64 * PAIR and 64 * PAIR + 32 columns on in both
+    halves, words [ROWS, 2]."""
+    words = (block + (192 + 4 * PAIR)).to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words[:, None] + (2 * tl.arange(0, 2))[None, :])
+
+
+@triton.jit
+def six_scales(words, d, RUN: tl.constexpr):
+    """The scales of the groups in the tiles 32 * RUN columns on, fp32 [ROWS, 4], of the words of
+    their pair."""
+    first = words << (24 - 16 * (RUN % 2)) >> 24
+    return beside(first, words << (16 - 16 * (RUN % 2)) >> 24).to(tl.float32) * d[:, None]
 
 
 _SIXES_ASM = tl.constexpr(

@@ -4,7 +4,7 @@
     Q4_0     18 bytes: d fp16, columns 0-15 in low nibbles, 16-31 in high ones      int4
     IQ4_NL   as Q4_0, the nibbles index a table                         iq4_nl
     MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
-    Q4_K, Q5_K, Q6_K   256 columns in one superblock, kept as it is     q4_k, q5_k, q6_k
+    Q4_K, Q5_K, Q6_K   256 columns in one superblock, kept as it is (Q6_K padded)   q4_k, q5_k, q6_k
 
 Tensors arrive as their bytes, uint8 [N, K / columns * bytes].
 """
@@ -79,14 +79,14 @@ def _mxfp4(matrix: Matrix, raw: torch.Tensor) -> Parts:
 
 
 def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
-    """The bytes as they are, their scales checked."""
-    nbytes = CODECS[kind].nbytes
+    """The bytes as they are, their scales checked, each superblock padded to whole words."""
+    nbytes = CODECS[kind].in_files
     expect(matrix, "weight", raw, (matrix.N, matrix.K // 256 * nbytes), torch.uint8)
     blocks = raw.unflatten(-1, (-1, nbytes))
     where = slice(208, 210) if kind == "q6_k" else slice(0, 4)
     scales = blocks[..., where].contiguous().view(torch.float16)
     check_finite(matrix, "weight", scales)
-    return raw
+    return CODECS[kind].padded(blocks)
 
 
 def _scheme(
@@ -118,7 +118,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "MXFP4": _scheme("MXFP4", _MXFP4, _mxfp4, 32, 17),
 } | {
     kind.upper(): _scheme(
-        kind.upper(), superblock_format(kind), partial(_superblocks, kind), 256, codec.nbytes
+        kind.upper(), superblock_format(kind), partial(_superblocks, kind), 256, codec.in_files
     )
     for kind, codec in CODECS.items()
 }

@@ -2,11 +2,12 @@
 
     q4_k 144 bytes  d, dmin fp16; 12 bytes of 6-bit scales and minima; 128 bytes of nibbles
     q5_k 176 bytes  as q4_k, with 32 bytes of fifth bits before the nibbles
-    q6_k 210 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16
+    q6_k 212 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16, two bytes of
+                    padding, which files have not: superblocks begin at whole words
 
 q4_k, q5_k: 8 groups of 32 columns, value = d * scale * q - dmin * minimum. q6_k: 16 groups of 16
-columns, value = d * scale * (q - 32). data is uint8 [e, N, K / 256 * bytes], exactly as in the
-file; there is no scale beside it. These are read, not written.
+columns, value = d * scale * (q - 32). data is uint8 [e, N, K / 256 * bytes], but for that padding
+as in the file; there is no scale beside it. These are read, not written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
@@ -23,14 +25,20 @@ COLUMNS = 256
 
 
 class SuperBlock(NamedTuple):
-    """A codec: ``nbytes`` for 256 columns, ``read`` makes them values [..., 256]."""
+    """A codec: ``nbytes`` for 256 columns, of which files have ``in_files``; ``read`` makes them
+    values [..., 256]."""
 
     nbytes: int
+    in_files: int
     read: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def decode(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         blocks = data.unflatten(-1, (-1, self.nbytes))
         return self.read(blocks, dtype).flatten(-2)
+
+    def padded(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Superblocks as files have them [..., n, in_files] -> data [..., n * nbytes]."""
+        return F.pad(blocks, (0, self.nbytes - self.in_files)).flatten(-2)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         raise ValueError("GGUF's superblocks are read, not written: choose another format")
@@ -92,9 +100,9 @@ def _q6_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 CODECS = {
-    "q4_k": SuperBlock(144, _q4_k),
-    "q5_k": SuperBlock(176, _q5_k),
-    "q6_k": SuperBlock(210, _q6_k),
+    "q4_k": SuperBlock(144, 144, _q4_k),
+    "q5_k": SuperBlock(176, 176, _q5_k),
+    "q6_k": SuperBlock(212, 210, _q6_k),
 }
 
 
