@@ -108,6 +108,26 @@ def int4_nibbles_bf16(packed):
     )
 
 
+def wider_nibbles_asm(bits: str) -> str:
+    """PTX of nibbles and further bits of numbers, plus 128, two of bf16 in a word.
+
+    $4 holds four bytes of nibbles; ``bits`` puts the rest of the low ones, a, and of the high ones,
+    b, a byte for each, into their high halves. The low ones become $0 and $1, the high ones $2 and
+    $3: the mantissa of 2^7 holds seven bits, without an addition.
+    """
+    return f"""{{
+        .reg .b32 a, b, t;
+        and.b32 a, $4, 0x0F0F0F0F;
+        shr.u32 b, $4, 4;
+        and.b32 b, b, 0x0F0F0F0F;
+        {bits}
+        prmt.b32 $0, a, 0x43, 0x4140;
+        prmt.b32 $1, a, 0x43, 0x4342;
+        prmt.b32 $2, b, 0x43, 0x4140;
+        prmt.b32 $3, b, 0x43, 0x4342;
+    }}"""
+
+
 @triton.jit
 def e2m1_nibbles_bf16(packed):
     """As ``nibbles``, times 2^-126: exponent and mantissa bits are moved, nothing is computed."""

@@ -16,6 +16,7 @@ from fusedmoe.kernels.triton.quantized_common import (
     spread_groups,
     times_terms_bf16,
     two_terms_bf16,
+    wider_nibbles_asm,
 )
 from fusedmoe.kernels.triton.sextets import beside, bf16_pair
 
@@ -53,19 +54,11 @@ def six_scales(words, d, RUN: tl.constexpr):
 
 
 _SIXES_ASM = tl.constexpr(
-    """{
-    .reg .b32 a, b, t;
-    and.b32 a, $4, 0x0F0F0F0F;
-    shr.u32 b, $4, 4;
-    and.b32 b, b, 0x0F0F0F0F;
-    shl.b32 t, $5, 4;
-    lop3.b32 a, t, 0x30303030, a, 0xEA;
-    lop3.b32 b, $5, 0x30303030, b, 0xEA;
-    prmt.b32 $0, a, 0x43, 0x4140;
-    prmt.b32 $1, a, 0x43, 0x4342;
-    prmt.b32 $2, b, 0x43, 0x4140;
-    prmt.b32 $3, b, 0x43, 0x4342;
-}"""
+    wider_nibbles_asm(
+        """shl.b32 t, $5, 4;
+        lop3.b32 a, t, 0x30303030, a, 0xEA;
+        lop3.b32 b, $5, 0x30303030, b, 0xEA;"""
+    )
 )
 
 

@@ -11,7 +11,11 @@ Where the GPU has packed bf16 arithmetic, an integer becomes the mantissa of a n
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.quantized_common import int4_nibbles_bf16, spread_groups
+from fusedmoe.kernels.triton.quantized_common import (
+    int4_nibbles_bf16,
+    spread_groups,
+    wider_nibbles_asm,
+)
 
 
 @triton.jit
@@ -71,21 +75,16 @@ def _scales_and_minima(block):
 
 
 _FIVES_ASM = tl.constexpr(
-    """{
-    .reg .b32 a, b, h, t;
-    and.b32 a, $4, 0x0F0F0F0F;
-    shr.u32 b, $4, 4;
-    and.b32 b, b, 0x0F0F0F0F;
-    shr.u32 h, $5, $6;
-    shl.b32 t, h, 4;
-    lop3.b32 a, t, 0x10101010, a, 0xEA;
-    shl.b32 t, h, 3;
-    lop3.b32 b, t, 0x10101010, b, 0xEA;
-    prmt.b32 $0, a, 0x43, 0x4140;
-    prmt.b32 $1, a, 0x43, 0x4342;
-    prmt.b32 $2, b, 0x43, 0x4140;
-    prmt.b32 $3, b, 0x43, 0x4342;
-}"""
+    wider_nibbles_asm(
+        """{
+            .reg .b32 h;
+            shr.u32 h, $5, $6;
+            shl.b32 t, h, 4;
+            lop3.b32 a, t, 0x10101010, a, 0xEA;
+            shl.b32 t, h, 3;
+            lop3.b32 b, t, 0x10101010, b, 0xEA;
+        }"""
+    )
 )
 
 
