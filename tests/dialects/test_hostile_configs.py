@@ -12,6 +12,48 @@ from writers import CASES
 from fusedmoe.quantization.dialects import read_quantization
 
 MODULE = "model.layers.0.mlp.experts.0.up_proj"
+LAYER = {MODULE: {"bits": 8, "group_size": 32, "sym": False, "desc_act": True}}
+ROWS = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+RICH: dict[str, dict[str, Any]] = {
+    "auto-round": {
+        **{"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True},
+        **{"data_type": "int", "act_bits": 16, "extra_config": LAYER | {".*x": {"bits": 16}}},
+    },
+    "gptq": {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 64, "pack_dtype": "int32"},
+        **{"dynamic": {f"+:{name}": own for name, own in LAYER.items()} | {"-:.*x": {}}},
+    },
+    "modelopt": {
+        "quant_method": "modelopt",
+        "quantization": {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {MODULE: {"quant_algo": "NVFP4", "group_size": 16}},
+            "exclude_modules": ["lm_head"],
+        },
+    },
+    "quark": {
+        **{"quant_method": "quark", "exclude": ["lm_head"], "layer_type_quant_config": {}},
+        "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}},
+        "layer_quant_config": {
+            MODULE: {
+                "weight": {"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0},
+                "input_tensors": {"dtype": "int8", "qscheme": "per_channel", "is_dynamic": True},
+            }
+        },
+    },
+    "compressed-tensors": {
+        **{"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        **{"ignore": ["re:.*gate$"], "sparsity_config": {}, "transform_config": {}},
+        "config_groups": {
+            "group_0": {
+                "targets": ["re:.*experts.*", "Linear"],
+                "weights": ROWS | {"symmetric": True},
+                "input_activations": ROWS | {"dynamic": "local"},
+                "output_activations": None,
+            }
+        },
+    },
+}
 VALUES = (None, -1, 0, 3, 2.5, 1e300, 10**30, "x", "", [], [1], [[]], {}, {"a": 1}, True)
 
 
@@ -33,9 +75,19 @@ def with_value(config: dict[str, Any], path: tuple[Any, ...], value: Any) -> dic
     return changed
 
 
-@pytest.mark.parametrize("name", CASES)
+CONFIGS = {name: case.config for name, case in CASES.items()} | {
+    f"rich {name}": config for name, config in RICH.items()
+}
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_rich_configs_are_read(name: str) -> None:
+    assert read_quantization(RICH[name]).scheme(MODULE) is not None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_any_value_in_any_place(name: str) -> None:
-    config = CASES[name].config
+    config = CONFIGS[name]
     for path in places(config):
         for value in VALUES:
             changed = with_value(config, path, value)

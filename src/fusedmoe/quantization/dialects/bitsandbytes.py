@@ -3,6 +3,7 @@
 nf4   weight uint8 [N * K / 2, 1]: the flattened matrix, the first number in the high nibble
       weight.absmax: fp32, one per block, or uint8 into weight.nested_quant_map [256], times
           weight.nested_absmax (one per 256), plus nested_offset
+      (or these bytes as bnb_4bit_quant_storage, with fewer rows)
       weight.quant_map [16], weight.quant_state.bitsandbytes__nf4: JSON (blocksize, shape, ...)
 int8  weight int8 [N, K], SCB [N]: what 127 stands for; weight_format
 """
@@ -36,6 +37,7 @@ from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN, PER_ROW
 from fusedmoe.quantization.tensor import QuantFormat
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
+_STORAGE = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 64
 _NESTED_BLOCK = 256
 _MAX_STATE_BYTES = 4096
@@ -55,6 +57,8 @@ class BitsAndBytesQuantization(CheckpointQuantization):
         four_bits = flag(config, "load_in_4bit", False) or flag(config, "_load_in_4bit", False)
         if four_bits:
             one_of(config, "bnb_4bit_quant_type", "nf4")
+        elif not (flag(config, "load_in_8bit", False) or flag(config, "_load_in_8bit", False)):
+            raise ValueError("quantization_config: neither load_in_4bit nor load_in_8bit is true")
         nested = flag(config, "bnb_4bit_use_double_quant", False)
         if leaves:
             nested = "weight.nested_absmax" in leaves
@@ -91,6 +95,9 @@ class BitsAndBytesQuantization(CheckpointQuantization):
 
 
 def _nf4_weight(matrix: Matrix, weight: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """``bnb_4bit_quant_storage`` may call the bytes something else."""
+    if weight.dtype in _STORAGE and weight.is_contiguous():
+        weight = weight.view(torch.uint8).reshape(-1, 1)
     expect(matrix, "weight", weight, (matrix.N * matrix.K // 2, 1), torch.uint8)
     expect(matrix, "weight.quant_map", table, (16,), torch.float32)
     if not torch.allclose(table, torch.tensor(NF4_TABLE), rtol=0, atol=1e-6):

@@ -23,6 +23,7 @@ from fusedmoe.quantization.dialects.base import (
 from fusedmoe.quantization.dialects.compressed_tensors_integers import (
     DIALECT,
     IGNORED,
+    dynamic_of,
     integer_scheme,
 )
 from fusedmoe.quantization.dialects.expressions import matches
@@ -85,6 +86,8 @@ class CompressedTensorsQuantization(CheckpointQuantization):
                     f"quantization_config: group {name!r} is the preset {group!r}, not an object"
                 )
             weights = section(group, "weights")
+            if section(group, "output_activations"):
+                raise ValueError("quantization_config: rounded outputs are not known")
             scheme = None
             if weights:
                 packing = group.get("format") or config.get("format")
@@ -140,6 +143,7 @@ def scheme_of(
         raise ValueError("quantization_config: weights cannot be dynamic")
     if kind == "int":
         return integer_scheme(weights, inputs, bits, _group(weights), packing, leaves)
+    _check_symmetric(weights)
     group = _group(weights)
     if bits == 8 and not _is_mx(weights):
         return _fp8(group, inputs)
@@ -195,7 +199,8 @@ def _activation(inputs: dict[str, Any]) -> QuantKey | None:
     if not inputs:
         return None
     one_of(inputs, "type", "float")
-    bits, dynamic = integer(inputs, "num_bits", 8), bool(inputs.get("dynamic", False))
+    _check_symmetric(inputs)
+    bits, dynamic = integer(inputs, "num_bits", 8), dynamic_of(inputs)
     group = PER_ROW if inputs.get("strategy") == "token" else _group(inputs)
     in_groups = {
         (4, 16): NVFP4_DYNAMIC,  # of the second scale, too
@@ -216,6 +221,11 @@ def _activation(inputs: dict[str, Any]) -> QuantKey | None:
     if group == PER_TENSOR:
         return FP8_DYNAMIC_TENSOR if dynamic else FP8_STATIC_TENSOR
     return FP8_DYNAMIC_TOKEN
+
+
+def _check_symmetric(settings: dict[str, Any]) -> None:
+    if not flag(settings, "symmetric", True):
+        raise ValueError("quantization_config: zero points of floats are not known")
 
 
 def _scales_of(activation: QuantKey | None) -> tuple[Rule, ...]:

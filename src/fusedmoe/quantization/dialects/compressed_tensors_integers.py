@@ -40,6 +40,7 @@ from fusedmoe.quantization.keys import (
 from fusedmoe.quantization.quant_format import QuantFormat
 
 DIALECT = "compressed-tensors"
+_STRATEGIES = ("token", "tensor", "channel", "group", "block", "tensor_group")
 IGNORED = ("weight_shape", "weight_observer", "input_zero_point", "output_scale")
 
 
@@ -80,7 +81,10 @@ def integer_scheme(
         else scale_rule("weight_scale", group, scale_dtype),
         BIAS,
     ]
-    if not symmetric:
+    if symmetric:
+        convert = partial(_check_zeros, bits)
+        rules.append(Rule(needs=("weight_zero_point",), gives="", convert=convert, optional=True))
+    else:
         convert = partial(_packed_zeros if packed else _plain_zeros, bits, group)
         rules.append(Rule(needs=("weight_zero_point",), gives="weight_zero_point", convert=convert))
     if act_order:
@@ -97,7 +101,7 @@ def integer_scheme(
         ),
         activation=_activation_of_integers(inputs),
         rules=tuple(rules),
-        ignored=(*IGNORED, *["weight_zero_point"] * symmetric, "weight_g_idx"),
+        ignored=(*IGNORED, "weight_g_idx"),
     )
 
 
@@ -105,7 +109,9 @@ def _activation_of_integers(inputs: dict[str, Any]) -> QuantKey | None:
     if not inputs:
         return None
     kind, bits = one_of(inputs, "type", "int", "float"), integer(inputs, "num_bits", 8)
-    dynamic = bool(inputs.get("dynamic", False))
+    dynamic = dynamic_of(inputs)
+    if not flag(inputs, "symmetric", True):
+        raise ValueError("quantization_config: zero points of activations are not known")
     strategy = one_of(inputs, "strategy", "token", "tensor", "group")
     if bits != 8 or not dynamic or strategy != "token":
         raise ValueError(
@@ -113,6 +119,14 @@ def _activation_of_integers(inputs: dict[str, Any]) -> QuantKey | None:
             f"{kind} activations per {strategy} with integer weights"
         )
     return INT8_DYNAMIC_TOKEN if kind == "int" else FP8_DYNAMIC_TOKEN
+
+
+def dynamic_of(inputs: dict[str, Any]) -> bool:
+    """Whether scales of activations are computed; "local": those of groups, beside one that is
+    stored."""
+    if one_of(inputs, "strategy", None, *_STRATEGIES) == "tensor_group":
+        return bool(one_of(inputs, "dynamic", None, False, True, "local"))
+    return flag(inputs, "dynamic", False)
 
 
 def _size(values: int, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -130,7 +144,13 @@ def _one_byte_each(bits: int, matrix: Matrix, weight: torch.Tensor) -> torch.Ten
     expect(matrix, "weight", weight, (matrix.N, matrix.K), torch.int8)
     if bits > 4:
         return weight
-    return pack_nibbles((weight.to(torch.int16) + 8).clamp(0, 15).to(torch.uint8))
+    low, high = (int(bound) for bound in weight.aminmax()) if weight.numel() else (0, 0)
+    if low < -8 or high > 7:
+        raise ValueError(
+            f"{matrix.path('weight')}: expected numbers of {bits} bits, found "
+            f"{low if low < -8 else high}"
+        )
+    return pack_nibbles((weight.to(torch.int16) + 8).to(torch.uint8))
 
 
 def _packed_zeros(
@@ -140,6 +160,16 @@ def _packed_zeros(
     shape = (-(-matrix.N * bits // 32), columns)
     expect(matrix, "weight_zero_point", zeros, shape, torch.int32)
     return zero_points(unpack_words(zeros.T.contiguous(), bits, matrix.N).T, bits)
+
+
+def _check_zeros(bits: int, matrix: Matrix, zeros: torch.Tensor) -> None:
+    """Older files have zero points of symmetric weights, too: one byte each, or packed."""
+    if zeros.dtype == torch.int32:
+        zeros = unpack_words(zeros.T.contiguous(), bits, matrix.N) - (1 << (bits - 1))
+    if bool((zeros != 0).any()):
+        raise ValueError(
+            f"{matrix.path('weight_zero_point')}: expected 0 everywhere as symmetric is true"
+        )
 
 
 def _plain_zeros(bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tensor) -> torch.Tensor:

@@ -64,9 +64,11 @@ class ModelOptQuantization(CheckpointQuantization):
         config = section(config, "quantization") or config
         algorithm = str(config.get("quant_algo")).upper()
         layers = []
-        for name, settings in section(config, "quantized_layers").items():
-            own = settings.get("quant_algo") if isinstance(settings, dict) else None
-            layers.append((name, str(own).upper()))
+        for name in section(config, "quantized_layers"):
+            settings = section(section(config, "quantized_layers"), name)
+            layers.append((name, str(settings.get("quant_algo")).upper()))
+            if layers[-1][1] == "NVFP4":
+                _check_groups(settings)
         names = {own for _, own in layers} if algorithm == "MIXED_PRECISION" else {algorithm}
         for name in names:
             if name not in _SCHEMES:
@@ -74,10 +76,8 @@ class ModelOptQuantization(CheckpointQuantization):
                     f"quantization_config: unknown scheme: quant_algo {name!r}; known: "
                     f"{', '.join(_SCHEMES)}"
                 )
-        if algorithm == "NVFP4" and integer(config, "group_size", 16) != 16:
-            raise ValueError(
-                f"quantization_config: NVFP4 has groups of 16, not {config['group_size']}"
-            )
+        if algorithm == "NVFP4":
+            _check_groups(config)
         return cls(
             algorithm=algorithm,
             layers=tuple(layers),
@@ -94,6 +94,13 @@ class ModelOptQuantization(CheckpointQuantization):
             if is_listed(module, (name,)):
                 return _SCHEMES[algorithm](self.input_scales)
         return None
+
+
+def _check_groups(settings: dict[str, Any]) -> None:
+    if integer(settings, "group_size", 16) != 16:
+        raise ValueError(
+            f"quantization_config: NVFP4 has groups of 16, not {settings['group_size']}"
+        )
 
 
 def _fp8_tensor(static: bool) -> Scheme:

@@ -66,6 +66,8 @@ class QuarkQuantization(CheckpointQuantization):
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> QuarkQuantization:
         layers = section(config, "layer_quant_config")
+        if section(config, "layer_type_quant_config"):
+            raise ValueError("quantization_config: settings by type of layer are not known")
         return cls(
             default=scheme_of(section(config, "global_quant_config")),
             layers=tuple((name, scheme_of(section(layers, name))) for name in layers),
@@ -92,6 +94,11 @@ def scheme_of(settings: dict[str, Any]) -> Scheme | None:
         return _mx(weight, inputs, dtype)
     if dtype not in ("fp8_e4m3", "int8"):
         raise ValueError(f"quantization_config: unknown scheme: {dtype} {qscheme}")
+    if qscheme == "per_channel":
+        one_of(weight, "ch_axis", None, 0, -2)
+    for operand in (weight, inputs):
+        if not flag(operand, "symmetric", True):
+            raise ValueError(f"quantization_config: zero points of {dtype} are not known")
     group = PER_TENSOR if qscheme == "per_tensor" else PER_ROW
     activation = _activation(inputs, dtype)
     static = activation is not None and activation.static

@@ -1,0 +1,140 @@
+"""Settings that would change what the same bytes mean are obeyed, or refused: never passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from writers import CASES
+
+from fusedmoe.quantization.dialects import read_quantization
+from fusedmoe.quantization.dialects.base import Matrix
+
+MODULE = "model.layers.3.mlp.experts.7.up_proj"
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True}
+AS_AWQ = AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}
+QUARK_INT8 = {"dtype": "int8", "qscheme": "per_channel"}
+NVFP4 = {"quant_algo": "NVFP4"}
+
+
+def quark(weight: dict[str, Any], **more: Any) -> dict[str, Any]:
+    settings = {"weight": weight, "input_tensors": more.pop("inputs", None)}
+    return {"quant_method": "quark", "global_quant_config": settings} | more
+
+
+def compressed(weights: dict[str, Any], **group: Any) -> dict[str, Any]:
+    known = {"type": "float", "num_bits": 8, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": known | weights} | group
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+INT8 = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True}
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "rounded activations": (AUTO_ROUND | {"act_bits": 8}, "activations of 8 bits"),
+    "of one layer": (AUTO_ROUND | {"extra_config": {"x": {"act_bits": 4}}}, "activations of 4"),
+    "floats": (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
+    "floats of one layer": (AUTO_ROUND | {"extra_config": {"x": {"data_type": "fp8"}}}, "'fp8'"),
+    "bits by name": (AUTO_ROUND | {"extra_config": {"x": {"bits": "8"}}}, "must be an integer"),
+    "awq by layer": (AS_AWQ | {"extra_config": {"x": {"group_size": 32}}}, "x has group_size 32"),
+    "awq without zeros": (AS_AWQ | {"extra_config": {"x": {"sym": True}}}, "x has sym True"),
+    "zero points": (quark(QUARK_INT8 | {"symmetric": False}), "zero points of int8"),
+    "of rows": (
+        quark(QUARK_INT8, inputs=QUARK_INT8 | {"is_dynamic": True, "symmetric": False}),
+        "zero points of int8",
+    ),
+    "scales of columns": (quark(QUARK_INT8 | {"ch_axis": 1}), "ch_axis is 1"),
+    "by type": (
+        quark(QUARK_INT8, layer_type_quant_config={"Linear": {"weight": QUARK_INT8}}),
+        "by type of layer",
+    ),
+    "neither": ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
+    "groups of one layer": (
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {MODULE: NVFP4 | {"group_size": 32}},
+        },
+        "groups of 16, not 32",
+    ),
+    "asymmetric floats": (compressed({"symmetric": False}), "zero points of floats"),
+    "asymmetric rows": (
+        compressed({"type": "int"}, input_activations=INT8 | {"symmetric": False}),
+        "zero points of activations",
+    ),
+    "local scales of tensors": (
+        compressed({}, input_activations=INT8 | {"type": "float", "dynamic": "local"}),
+        "dynamic must be true or false, got 'local'",
+    ),
+    "rounded outputs": (compressed({}, output_activations=INT8), "rounded outputs"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_they_are_refused(case: str) -> None:
+    config, message = OTHERS[case]
+    with pytest.raises(ValueError, match=message):
+        read_quantization(config).scheme(MODULE)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        (MODULE, {"bits": 8}, "int8_g64"),
+        ("model.layers.3.mlp.experts.70.up_proj", {"bits": 8}, "int4_g64"),
+        (r".*experts\.\d+\.up_proj", {"bits": 8, "group_size": 32}, "int8_g32"),
+        (r"experts\.7\.", {"bits": 16}, None),
+        ("mlp.experts.7.up_proj", {"bits": 16}, None),
+        ("up_proj_of_another", {"bits": 16}, "int4_g64"),
+    ],
+)
+def test_auto_round_names_layers_and_searches_for_expressions(
+    name: str, own: dict[str, Any], expected: str | None
+) -> None:
+    config = AUTO_ROUND | {"extra_config": {name: own}}
+    scheme = read_quantization(config).scheme(MODULE)
+    assert (scheme and scheme.format.name) == expected
+
+
+def matrix(N: int, K: int) -> Matrix:
+    return Matrix(name=MODULE, N=N, K=K)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.int8])
+def test_bytes_of_nf4_may_be_stored_as_other_numbers(storage: torch.dtype) -> None:
+    case = CASES["bitsandbytes nf4"]
+    stored = case.write(torch.randn(64, 128))
+    rule = next(
+        rule
+        for rule in read_quantization(case.config).scheme(MODULE).rules
+        if rule.needs[0] == "weight"
+    )
+    tensors = [stored.tensors[name] for name in rule.needs]
+    wanted = rule.convert(matrix(64, 128), *tensors)
+    tensors[0] = tensors[0].flatten().view(storage).reshape(-1, 1)
+    assert rule.convert(matrix(64, 128), *tensors).equal(wanted)
+    with pytest.raises(ValueError, match="expected shape"):
+        rule.convert(matrix(64, 128), tensors[0][1:], tensors[1])
+
+
+def test_zero_points_of_symmetric_integers_must_be_none() -> None:
+    config = compressed({"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32})
+    config["format"] = "pack-quantized"
+    rules = read_quantization(config).scheme(MODULE).rules
+    rule = next(rule for rule in rules if rule.needs == ("weight_zero_point",))
+    assert rule.optional
+    for good in (torch.zeros(16, 2, dtype=torch.int8), torch.full((2, 2), -0x77777778).int()):
+        rule.convert(matrix(16, 64), good)
+    with pytest.raises(ValueError, match=r"up_proj.weight_zero_point: expected 0 everywhere"):
+        rule.convert(matrix(16, 64), torch.full((2, 2), -0x77777777).int())
+
+
+def test_bytes_outside_four_bits_are_named() -> None:
+    config = compressed({"type": "int", "num_bits": 4}) | {"format": "int-quantized"}
+    rules = read_quantization(config).scheme(MODULE).rules
+    rule = next(rule for rule in rules if rule.needs == ("weight",))
+    weight = torch.randint(-8, 8, (16, 64)).to(torch.int8)
+    rule.convert(matrix(16, 64), weight)
+    weight[3, 5] = 8
+    with pytest.raises(ValueError, match="expected numbers of 4 bits, found 8"):
+        rule.convert(matrix(16, 64), weight)
