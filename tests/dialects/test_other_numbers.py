@@ -96,6 +96,13 @@ def test_auto_round_names_layers_and_searches_for_expressions(
     assert (scheme and scheme.format.name) == expected
 
 
+def test_rows_of_llm_int8_are_rounded_where_none_of_their_columns_is_spared() -> None:
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    for threshold, rounded in ((None, False), (6.0, False), (0.0, True)):
+        scheme = read_quantization(config | {"llm_int8_threshold": threshold}).scheme(MODULE)
+        assert (scheme.activation is not None) == rounded
+
+
 def matrix(N: int, K: int) -> Matrix:
     return Matrix(name=MODULE, N=N, K=K)
 

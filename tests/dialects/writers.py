@@ -527,6 +527,11 @@ CASES |= {
     "bitsandbytes int8": Case(
         {"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb_int8, "int8_channel"
     ),
+    "bitsandbytes int8 rows": Case(
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
+        bnb_int8,
+        "int8_channel",
+    ),
 }
 
 

@@ -6,12 +6,15 @@ nf4   weight uint8 [N * K / 2, 1]: the flattened matrix, the first number in the
       (or these bytes as bnb_4bit_quant_storage, with fewer rows)
       weight.quant_map [16], weight.quant_state.bitsandbytes__nf4: JSON (blocksize, shape, ...)
 int8  weight int8 [N, K], SCB [N]: what 127 stands for; weight_format
+
+LLM.int8 rounds rows but for the columns where one lies past llm_int8_threshold (6 by default),
+which meet the weights as floats: here all of them do, unless the threshold is 0, for none.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,11 +48,13 @@ _MAX_STATE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class BitsAndBytesQuantization(CheckpointQuantization):
-    """``four_bits``: NF4; else int8. ``nested``: the maxima are quantized too."""
+    """``four_bits``: NF4; else int8. ``nested``: the maxima are quantized too. ``rounded``: so are
+    the rows that meet int8."""
 
     dialect: str = "bitsandbytes"
     four_bits: bool
     nested: bool = False
+    rounded: bool = False
     not_converted: tuple[str, ...] = ()
 
     @classmethod
@@ -65,13 +70,16 @@ class BitsAndBytesQuantization(CheckpointQuantization):
         return cls(
             four_bits=four_bits,
             nested=nested,
+            rounded=config.get("llm_int8_threshold") == 0,
             not_converted=names_of(config, "llm_int8_skip_modules") or ("lm_head",),
         )
 
     def scheme(self, module: str) -> Scheme | None:
         if is_listed(module, self.not_converted):
             return None
-        return self._nf4() if self.four_bits else _INT8
+        if self.four_bits:
+            return self._nf4()
+        return _INT8 if self.rounded else replace(_INT8, activation=None)
 
     def _nf4(self) -> Scheme:
         maxima = ["weight.absmax"]
