@@ -33,6 +33,7 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
 
+
 class QuantizedTritonExperts(FusedMoEExpertsModular):
     """What standard and batched rows share. ``tiles``, if set, replaces the tuned choice."""
 

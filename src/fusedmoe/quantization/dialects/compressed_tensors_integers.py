@@ -82,14 +82,14 @@ def integer_scheme(
         BIAS,
     ]
     if symmetric:
-        convert = partial(_check_zeros, bits)
-        rules.append(Rule(needs=("weight_zero_point",), gives="", convert=convert, optional=True))
+        check = partial(_check_zeros, bits)
+        rules.append(Rule(needs=("weight_zero_point",), gives="", convert=check, optional=True))
     else:
         convert = partial(_packed_zeros if packed else _plain_zeros, bits, group)
         rules.append(Rule(needs=("weight_zero_point",), gives="weight_zero_point", convert=convert))
     if act_order:
-        convert = partial(_group_index, group.col)
-        rules.append(Rule(needs=("weight_g_idx",), gives="weight_group_index", convert=convert))
+        groups = partial(_group_index, group.col)
+        rules.append(Rule(needs=("weight_g_idx",), gives="weight_group_index", convert=groups))
     return Scheme(
         dialect=DIALECT,
         format=QuantFormat(
