@@ -1,8 +1,11 @@
 """Without a GPU, Triton's bodies run under its interpreter; it must be asked for before import."""
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -14,3 +17,11 @@ if find_spec("hypothesis") is not None:
     # How long an example takes is the machine's business.
     settings.register_profile("fusedmoe", deadline=None)
     settings.load_profile("fusedmoe")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """How often a function may be compiled anew is not counted over tests."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

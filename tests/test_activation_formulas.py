@@ -224,7 +224,6 @@ def test_numbers_may_be_arguments_of_compiled_code(dynamic):
         numbers = ApplyMoEActivationConfig(clamp_limit=limit, alpha=limit / 4)
         return activation_reference(A.SWIGLUOAI, x, numbers)
 
-    torch._dynamo.reset()
     compiled = torch.compile(clamped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     x = 9 * torch.randn(3, 8)
     for limit in (1.0, 2.5):

@@ -75,7 +75,6 @@ def changed(layer: fusedmoe.MoERunner, how: str) -> fusedmoe.MoERunner:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_can_be_compiled_right_after_a_change(kind, how):
     """Choosing a kernel and checking weights is nothing that a compiler can trace."""
-    torch._dynamo.reset()
     layer, (x, logits) = layer_of(kind), inputs()
     wanted = layer(x, logits)
     layer = changed(layer, how)

@@ -240,11 +240,11 @@ def test_no_gradient_and_no_trace_of_one():
 def test_compiled_it_is_one_opaque_operator(dtype):
     inputs = make_inputs(Case(bias=True, local=3), dtype=dtype)
     arguments = (
-        inputs.hidden_states, inputs.w1, inputs.w2, inputs.topk_weights, inputs.topk_ids, "silu",
-        ApplyMoEActivationConfig().numbers(), inputs.w1_bias, inputs.w2_bias, inputs.expert_map, 4,
-        False, False,
+        inputs.hidden_states, inputs.w1, inputs.w2, inputs.topk_weights, inputs.topk_ids,
+        [inputs.w1_bias, inputs.w2_bias], "", inputs.expert_map, "silu", False, 4,
+        ApplyMoEActivationConfig().numbers(), False, None, "cpu", False,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fusedmoe.cpu_experts, arguments)
+    torch.library.opcheck(torch.ops.fusedmoe.fused_experts, arguments)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*tensors):

@@ -139,6 +139,5 @@ def test_a_compiled_model_is_one_graph(name):
     row = tiny_models.by_name(name)
     model = fusedmoe.accelerate(on_gpu(tiny_models.build(row)))
     wanted = logits(row, model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     assert tiny_models.relative_error(logits(row, compiled), wanted) <= 2e-3

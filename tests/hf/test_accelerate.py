@@ -564,7 +564,6 @@ def test_a_nan_row_harms_no_other():
 def test_a_compiled_model_has_no_graph_break(name):
     row = tiny_models.by_name(name)
     wanted, _ = tiny_models.eager_results(name)
-    torch._dynamo.reset()
     compiled = torch.compile(accelerated(row), fullgraph=True, backend="aot_eager")
     assert tiny_models.relative_error(tiny_models.logits(row, compiled), wanted) <= 1e-4
 
@@ -576,7 +575,6 @@ def test_a_compiled_model_still_records_its_router_logits():
     wanted = tiny_models.build(row)(**inputs).router_logits
     model = accelerated(row)
     model(**inputs)
-    torch._dynamo.reset()
     got = torch.compile(model, backend="eager")(**inputs).router_logits
     for ours, theirs in zip(got, wanted, strict=True):
         assert tiny_models.relative_error(ours, theirs) <= 1e-5

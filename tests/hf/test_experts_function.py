@@ -342,7 +342,6 @@ def test_a_compiled_model_has_no_graph_break(name):
     row = tiny_models.by_name(name)
     model = tiny_models.build(row, experts_implementation="fusedmoe")
     wanted, _ = tiny_models.eager_results(name)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         ids = tiny_models.token_ids()

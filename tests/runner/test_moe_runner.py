@@ -41,7 +41,6 @@ def full_layer():
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_it_compiles_into_one_graph(dynamic):
-    torch._dynamo.reset()
     runner = full_layer()
     compiled = torch.compile(runner, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for T in (4, 7, 1):
@@ -51,7 +50,6 @@ def test_it_compiles_into_one_graph(dynamic):
 
 @torch.no_grad()
 def test_it_compiles_before_it_ever_ran_and_with_a_workspace_limit():
-    torch._dynamo.reset()
     options = MoEOptions(experts="torch", max_workspace_bytes=1)
     runner = FusedMoE(E, K, H, I, torch.float32, options=options)
     for parameter in runner.routed_experts.parameters():
@@ -61,28 +59,14 @@ def test_it_compiles_before_it_ever_ran_and_with_a_workspace_limit():
     torch.testing.assert_close(compiled(x, logits), runner(x, logits))
 
 
-def test_the_torch_experts_op_passes_opcheck():
-    import fusedmoe.experts.torch_reference  # noqa: F401
+def test_the_op_of_compiled_code_passes_opcheck():
+    import fusedmoe.experts.functional  # noqa: F401
 
     w1, w2 = torch.randn(3, 8, 4), torch.randn(3, 4, 4)
-    ids = torch.tensor([[0, 2], [1, -1]])
+    rows = (torch.randn(2, 4), w1, w2, torch.rand(2, 2), torch.tensor([[0, 2], [1, -1]]))
     numbers = ApplyMoEActivationConfig().numbers()
-    torch.library.opcheck(
-        torch.ops.fusedmoe.torch_experts,
-        (
-            torch.randn(2, 4),
-            w1,
-            w2,
-            torch.rand(2, 2),
-            ids,
-            None,
-            None,
-            None,
-            "silu",
-            numbers,
-            False,
-        ),
-    )
+    rest = ([None, None], "", None, "silu", False, -1, numbers, False, None, "torch", False)
+    torch.library.opcheck(torch.ops.fusedmoe.fused_experts, (*rows, *rest))
 
 
 @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
@@ -249,7 +233,6 @@ def test_gpu_layer_compiled():
         shared_experts=nn.Linear(128, 128).cuda().bfloat16(),
         shared_expert_gate=nn.Linear(128, 1).cuda().bfloat16(),
     )
-    torch._dynamo.reset()
     compiled = torch.compile(runner, fullgraph=True)
     for T in (1, 16, 300):
         x = torch.randn(T, 128, device="cuda", dtype=torch.bfloat16)

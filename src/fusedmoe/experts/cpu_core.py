@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.config import MoEOptions
 from fusedmoe.experts.cpu_gemm import linear_for
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer
+from fusedmoe.quantization.config import biased_moe_quant_config
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,20 +51,21 @@ def cpu_fused_experts(
         )
     config = activation_config or ApplyMoEActivationConfig()
     if torch.compiler.is_compiling():
-        return _op(
+        from fusedmoe.experts.functional import fused_experts
+
+        return fused_experts(
             hidden_states,
             w1,
             w2,
             topk_weights,
             topk_ids,
-            activation.value,
-            config.numbers(),
-            w1_bias,
-            w2_bias,
-            expert_map,
-            global_num_experts,
+            activation,
             apply_router_weight_on_input,
-            batch_invariant,
+            global_num_experts,
+            expert_map,
+            biased_moe_quant_config(w1_bias, w2_bias),
+            activation_config=config,
+            options=MoEOptions(experts="cpu", batch_invariant=batch_invariant),
         )
     x, weights = hidden_states, topk_weights.float()
     if apply_router_weight_on_input:
@@ -111,41 +112,3 @@ def _check(
     for name, bias, shape in (("w1_bias", w1_bias, wanted[:2]), ("w2_bias", w2_bias, (e, H))):
         if bias is not None and tuple(bias.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")
-
-
-@torch.library.custom_op("fusedmoe::cpu_experts", mutates_args=(), device_types="cpu")
-def _op(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    global_num_experts: int,
-    apply_router_weight_on_input: bool,
-    batch_invariant: bool,
-) -> torch.Tensor:
-    return cpu_fused_experts(
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation=MoEActivation(activation),
-        activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
-        w1_bias=w1_bias,
-        w2_bias=w2_bias,
-        expert_map=expert_map,
-        global_num_experts=global_num_experts,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        batch_invariant=batch_invariant,
-    )
-
-
-@_op.register_fake
-def _fake(hidden_states: torch.Tensor, *rest: object) -> torch.Tensor:
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.modular_kernel import FusedMoEExpertsModular, FusedMoEKernel
 from fusedmoe.modular_kernel.checks import check_picks
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
@@ -177,4 +177,39 @@ def run_selected(
         global_num_experts=call.num_experts,
         expert_map=call.expert_map,
         apply_router_weight_on_input=call.apply_router_weight_on_input,
+    )
+
+
+def run_opaque(
+    experts: FusedMoEExpertsModular,
+    name: str,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    expert_map: torch.Tensor | None,
+) -> None:
+    """What the implementation ``name`` does, by the op that compiled code does not look into.
+
+    For those whose way depends on which experts have rows, which is known only at run time.
+    """
+    from fusedmoe.experts.functional import fused_experts
+
+    invariant = experts.moe_config.options.batch_invariant
+    output.copy_(
+        fused_experts(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation,
+            expert_map=expert_map,
+            quant_config=experts.quant_config,
+            activation_config=experts.activation_config,
+            options=MoEOptions(experts=name, batch_invariant=invariant),
+        )
     )

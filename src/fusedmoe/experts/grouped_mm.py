@@ -11,6 +11,7 @@ from torch.nn.functional import grouped_mm
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -90,9 +91,8 @@ class GroupedMMExperts(FusedMoEExpertsModular):
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
         if torch.compiler.is_compiling():
-            self._apply_opaque(
-                output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map
-            )
+            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
+            run_opaque(self, GroupedMMExperts.name, *given)
             return
         assert workspace13 is not None
         assert workspace2 is not None
@@ -122,33 +122,3 @@ class GroupedMMExperts(FusedMoEExpertsModular):
         row = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
         expert = torch.searchsorted(ends, row, right=True).clamp_(max=bias.shape[0] - 1)
         return rows.add_(bias[expert])
-
-    def _apply_opaque(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        expert_map: torch.Tensor | None,
-    ) -> None:
-        """The same through the op that compiled code does not look into."""
-        from fusedmoe.config import MoEOptions
-        from fusedmoe.experts.functional import fused_experts
-
-        output.copy_(
-            fused_experts(
-                hidden_states,
-                w1,
-                w2,
-                weights,
-                topk_ids,
-                activation,
-                expert_map=expert_map,
-                quant_config=self.quant_config,
-                activation_config=self.activation_config,
-                options=MoEOptions(experts=self.name),
-            )
-        )

@@ -6,12 +6,11 @@ back, everything else is as in ``torch_reference``. Any device, any format, slow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.experts.quantized_operands import config_of, quantized_pair, tensors_and_words
+from fusedmoe.experts.functional_call import run_opaque
+from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -20,7 +19,7 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.activations import fake_quantize
-from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
+from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
 from fusedmoe.quantization.tensor import QuantizedTensor
 
@@ -135,108 +134,31 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        config, numbers = self.quant_config, self.activation_config
-        invariant = self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():
-            routed = _op(
-                hidden_states,
-                w1,
-                w2,
-                weights,
-                topk_ids,
-                *tensors_and_words(config),
-                expert_map,
-                activation.value,
-                numbers.numbers(),
-                invariant,
-            )
-        else:
-            first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
-            routed = _run(
-                hidden_states,
+            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
+            run_opaque(self, TorchQuantizedExperts.name, *given)
+            return
+        config, T = self.quant_config, hidden_states.shape[0]
+        first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
+        # A BLAS may sum in another order for another number of rows.
+        step = 1 if self.moe_config.options.batch_invariant else max(1, T)
+        for start in range(0, T, step):
+            part = slice(start, start + step)
+            output[part] = quantized_experts_reference(
+                hidden_states[part],
                 first,
                 second,
-                weights,
-                topk_ids,
-                expert_map,
-                config,
-                activation,
-                numbers,
-                invariant,
+                weights[part],
+                topk_ids[part],
+                a1=config.a1,
+                a2=config.a2,
+                activation=activation,
+                activation_config=self.activation_config,
+                w1_bias=config.w1_bias,
+                w2_bias=config.w2_bias,
+                expert_map=expert_map,
+                compute_dtype=_wide(hidden_states.dtype),
             )
-        output.copy_(routed)
-
-
-def _run(
-    hidden_states: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    config: FusedMoEQuantConfig,
-    activation: MoEActivation,
-    numbers: ApplyMoEActivationConfig,
-    batch_invariant: bool,
-) -> torch.Tensor:
-    """The reference on all tokens, or on each alone: a BLAS may sum more rows in another order."""
-    T = hidden_states.shape[0]
-    step = 1 if batch_invariant else max(1, T)
-    output = hidden_states.new_empty(T, w2.shape[-2])
-    for start in range(0, T, step):
-        part = slice(start, start + step)
-        output[part] = quantized_experts_reference(
-            hidden_states[part],
-            w1,
-            w2,
-            topk_weights[part],
-            topk_ids[part],
-            a1=config.a1,
-            a2=config.a2,
-            activation=activation,
-            activation_config=numbers,
-            w1_bias=config.w1_bias,
-            w2_bias=config.w2_bias,
-            expert_map=expert_map,
-            compute_dtype=_wide(hidden_states.dtype),
-        )
-    return output
-
-
-# Which experts have rows is known only at run time, so a compiler must not look inside.
-@torch.library.custom_op("fusedmoe::torch_quantized_experts", mutates_args=())
-def _op(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    tensors: Sequence[torch.Tensor | None],
-    words: str,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    numbers: Sequence[float],
-    batch_invariant: bool,
-) -> torch.Tensor:
-    config, act = config_of(tensors, words), MoEActivation(activation)
-    return _run(
-        hidden_states,
-        *quantized_pair(w1, w2, config, act, hidden_states.dtype),
-        topk_weights,
-        topk_ids,
-        expert_map,
-        config,
-        act,
-        ApplyMoEActivationConfig.from_numbers(numbers),
-        batch_invariant,
-    )
-
-
-@_op.register_fake
-def _(
-    hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *rest: object
-) -> torch.Tensor:
-    return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
@@ -58,58 +55,6 @@ def experts_reference(
     return out.to(hidden_states.dtype)
 
 
-def _torch_experts(
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    numbers: Sequence[float],
-    batch_invariant: bool,
-) -> torch.Tensor:
-    """``experts_reference`` with arguments that an op's schema can hold.
-
-    A BLAS may sum in another order for another number of rows, so ``batch_invariant`` computes
-    every token alone.
-    """
-    step = 1 if batch_invariant else max(1, hidden_states.shape[0])
-    run = partial(
-        experts_reference,
-        w1=w1,
-        w2=w2,
-        activation=MoEActivation(activation),
-        activation_config=ApplyMoEActivationConfig.from_numbers(numbers),
-        w1_bias=w1_bias,
-        w2_bias=w2_bias,
-        expert_map=expert_map,
-        compute_dtype=_wide(hidden_states.dtype),
-    )
-    output = hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
-    for start in range(0, hidden_states.shape[0], step):
-        part = slice(start, start + step)
-        output[part] = run(
-            hidden_states[part], topk_weights=topk_weights[part], topk_ids=topk_ids[part]
-        )
-    return output
-
-
-# Which experts have rows is known only at run time, so a compiler must not look inside.
-_torch_experts_op = torch.library.custom_op(
-    "fusedmoe::torch_experts", _torch_experts, mutates_args=()
-)
-
-
-@_torch_experts_op.register_fake
-def _(
-    hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, *rest: object
-) -> torch.Tensor:
-    return hidden_states.new_empty(hidden_states.shape[0], w2.shape[1])
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -159,19 +104,27 @@ class TorchExperts(FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        run = _torch_experts_op if torch.compiler.is_compiling() else _torch_experts
-        output.copy_(
-            run(
-                hidden_states,
+        if torch.compiler.is_compiling():
+            from fusedmoe.experts.functional_call import run_opaque
+
+            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
+            run_opaque(self, TorchExperts.name, *given)
+            return
+        # A BLAS may sum in another order for another number of rows.
+        invariant = self.moe_config.options.batch_invariant
+        step = 1 if invariant else max(1, hidden_states.shape[0])
+        for start in range(0, hidden_states.shape[0], step):
+            part = slice(start, start + step)
+            output[part] = experts_reference(
+                hidden_states[part],
                 w1,
                 w2,
-                weights,
-                topk_ids,
-                self.quant_config.w1_bias,
-                self.quant_config.w2_bias,
-                expert_map,
-                activation.value,
-                self.activation_config.numbers(),
-                self.moe_config.options.batch_invariant,
+                weights[part],
+                topk_ids[part],
+                activation=activation,
+                activation_config=self.activation_config,
+                w1_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                expert_map=expert_map,
+                compute_dtype=_wide(hidden_states.dtype),
             )
-        )

@@ -57,8 +57,8 @@ def check_counts(tokens_per_rank: Sequence[int] | None, dispatchers: int, num_to
 def check_ids(topk_ids: torch.Tensor, num_experts: int, debug_checks: bool) -> None:
     """Raise ValueError for an id outside [-1, num_experts).
 
-    On the CPU always, on a GPU (where it waits for the device) with ``debug_checks``. Compiled
-    code has no such check: there, ids out of range count as -1.
+    On the CPU always, on a GPU (where it waits for the device) with ``debug_checks``. Graphs of
+    compiled code hold no such check: on a GPU, ids out of range count as -1 there.
     """
     if topk_ids.numel() == 0 or torch.compiler.is_compiling():
         return
