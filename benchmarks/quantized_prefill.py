@@ -114,7 +114,7 @@ def parts(
 
     calls["sum"] = add, 0.0
     calls["align"] = align, 0.0
-    for label, tiles in tile_variants(name, prefill_tiles(H, I, w1.format.element)):
+    for label, tiles in tile_variants(name, prefill_tiles(R, e, H, I, w1.format.element)):
         calls[f"up{label}"] = partial(first, tiles), flops * w1.shards / (w1.shards + 1)
         made = first(tiles)
         calls[f"down{label}"] = partial(second, made, tiles), flops / (w1.shards + 1)

@@ -48,6 +48,7 @@ STREAMED = {
 MANY = replace(WIDE, T=100, E=3, K=2)
 FILLED = {
     "block": Quantized("fp8_block", FP8_DYNAMIC_128, MANY),
+    "half_empty": Quantized("fp8_block", FP8_DYNAMIC_128, replace(MANY, T=24)),
     "block_odd": Quantized(
         "fp8_block", FP8_DYNAMIC_128_UE8M0, replace(MANY, H=272, I=144, bias=True)
     ),
@@ -73,7 +74,6 @@ ELSEWHERE = {
     "fp16": Quantized("int4_g32", layer=replace(BF16, dtype=torch.float16)),
     "narrow_rows": Quantized("int8_channel", layer=replace(BF16, I=24)),
     "one_scale_for_all_rows": Quantized("fp8_tensor", FP8_DYNAMIC_TENSOR, MANY),
-    "neither_few_nor_many": Quantized("fp8_block", FP8_DYNAMIC_128, replace(MANY, T=60)),
     "other_pairs": Quantized("fp8_block", FP8_DYNAMIC_TOKEN, WIDE),
     "rows_of_one_product": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, WIDE, only="w2"),
 }

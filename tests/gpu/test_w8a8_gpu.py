@@ -44,7 +44,7 @@ LAYERS = {
     "few": replace(LAYER, T=8, E=64),
     "mean_of_four": replace(LAYER, T=64, E=64),
     "mean_of_fifteen": LAYER,
-    "spread": replace(LAYER, T=70, E=12, K=4),
+    "spread": replace(LAYER, T=47, E=12, K=4),
     "long": replace(LAYER, T=9, H=4096 + 16, I=1040),
     "odd": replace(LAYER, T=33, H=272, I=144, bias=True),
     "gpt_oss": replace(LAYER, activation=MoEActivation.SWIGLUOAI, bias=True, H=576),

@@ -4,6 +4,7 @@ where their scales lie, and what their launcher refuses."""
 import threading
 import time
 import types
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -313,8 +314,10 @@ def test_what_the_kernels_cannot_multiply_is_named():
         fp8_prefill(x, *layer("fp8_tensor"), (FP8_DYNAMIC_TENSOR,) * 2, *call[4:], **given)
 
 
-def test_tiles_say_what_is_promoted():
+def test_tiles_say_what_is_promoted_and_what_comes_next():
     from fusedmoe.tuning.quantized_tiles import prefill_tiles
 
-    assert prefill_tiles(7168, 256, "e4m3") == QuantizedPrefillTiles(promoted=(2, 0))
-    assert prefill_tiles(7168, 18432, "int8") == QuantizedPrefillTiles()
+    many = QuantizedPrefillTiles(promoted=(2, 0))
+    assert prefill_tiles(1000, 8, 7168, 256, "e4m3") == many
+    assert prefill_tiles(500, 8, 7168, 256, "e4m3") == replace(many, group=1)
+    assert prefill_tiles(1000, 8, 7168, 18432, "int8") == QuantizedPrefillTiles()

@@ -1,9 +1,9 @@
 """Quantized experts on Hopper's own units: TMA, WGMMA, dependent launches, in Gluon and CUDA C++.
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
-quantized too, ``kernels.hopper_w8a8``; many of them run ``kernels.hopper_mixed_prefill`` or, with
-both in 8 bits, ``kernels.hopper_fp8_prefill``. What lies between, weights that TMA cannot view,
-compiled code and batch invariance take the quantized Triton experts' way.
+quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
+both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, compiled code and
+batch invariance take the quantized Triton experts' way.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from fusedmoe.tuning.mixed_tiles import (
 )
 from fusedmoe.tuning.quantized_tiles import (
     QuantizedPrefillTiles,
-    prefill_tiles,
     runs_prefill,
 )
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
@@ -279,10 +278,11 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             tiles = self.mixed_tiles or mixed_prefill_tiles(R, num_experts, bits)
             if room >= mixed_prefill_rows(R, e, tiles):
                 return partial(self._prefill_mixed, tiles)
+        prefills = runs_prefill(R, num_experts) and can_prefill(operands, *rows)
+        if prefills and room >= prefill_rows(R, e):
+            return self._prefill
         if room >= 2 * R and runs_decode(R, e, operands, *rows):
             return self._decode
-        if runs_prefill(R, num_experts) and can_prefill(operands, *rows):
-            return self._prefill if room >= prefill_rows(R, e) else None
         return None
 
     def _decode(
@@ -326,7 +326,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             (operands.a1_scale, operands.a2_scale),
             act=workspace13.flatten()[: P * I].view(P, I),
             y=workspace2.flatten()[: P * H].view(P, H),
-            tiles=self.prefill_tiles or prefill_tiles(H, I, operands.w1.format.element),
+            tiles=self.prefill_tiles,
             **given,
         )
 

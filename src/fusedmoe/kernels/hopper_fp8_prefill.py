@@ -104,12 +104,14 @@ def fp8_prefill(
 
     if topk_ids.numel() == 0:
         return
-    x, tables, arrivals = align_rows(x, topk_ids, w1.shape[0], expert_map)
+    e, H, I = w2.shape  # noqa: E741
+    experts = e if expert_map is None else expert_map.shape[0]
+    x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        tables, tiles or prefill_tiles(w2.shape[1], w2.shape[2], w1.format.element), programs,
-        x_scale, arrivals,
+        tables, tiles or prefill_tiles(topk_ids.numel(), experts, H, I, w1.format.element),
+        programs, x_scale, arrivals,
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 LONGEST_FP8_SUM = 256
+FEWEST_PREFILL_MEAN = 16
+MOST_LONE_MEAN = 64
 SUPERBLOCK_COLUMNS = 256
 SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
 SEXTETS = frozenset({"e3m2", "e2m3"})
@@ -137,13 +139,22 @@ def w8a8_tiles(
 
 
 def runs_prefill(R: int, num_experts: int) -> bool:
-    """Whether R slots over ``num_experts`` experts, local or not, half fill a block of 128 of
-    each."""
-    return 64 * num_experts <= R
+    """Whether R slots over ``num_experts`` experts, local or not, are enough for the prefill
+    kernels with both operands in 8 bits. Blocks of 128 slots may be half empty: as long as reading
+    the weights takes longer than the products, it costs nothing."""
+    return FEWEST_PREFILL_MEAN * num_experts <= R
 
 
-def prefill_tiles(H: int, I: int, element: str) -> QuantizedPrefillTiles:  # noqa: E741
-    """Tiles of the warp-specialised kernels.
+def prefill_tiles(
+    R: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    element: str,
+) -> QuantizedPrefillTiles:
+    """Tiles of the warp-specialised kernels for R slots over E experts.
+
+    Where few experts have two blocks, tiles follow each other as the weights lie in memory.
 
     Tensor cores add fp8 products with 13 bits behind the largest one's first and cut the rest off.
     Simulated over 2048 columns, that costs a relative 0.9e-3 where signs are random, but 3.3e-2
@@ -151,7 +162,8 @@ def prefill_tiles(H: int, I: int, element: str) -> QuantizedPrefillTiles:  # noq
     LONGEST_FP8_SUM it is 2e-3, so longer sums are promoted as often.
     """
     promoted = tuple(2 if element == "e4m3" and D > LONGEST_FP8_SUM else 0 for D in (H, I))
-    return QuantizedPrefillTiles(promoted=(promoted[0], promoted[1]))
+    group = 1 if R <= MOST_LONE_MEAN * E else 16
+    return QuantizedPrefillTiles(group=group, promoted=(promoted[0], promoted[1]))
 
 
 def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:
