@@ -95,6 +95,36 @@ def store_token(out_ptr, value, token, column, VALID: gl.constexpr, WIDTH: gl.co
 
 
 @gluon.jit
+def finish_slot(
+    out_ptr, bias_ptr, gate, up, slot, column, expert, bias_steps, numbers,
+    I: gl.constexpr,  # noqa: E741
+    PICKS: gl.constexpr, FORMULA: gl.constexpr, GATED: gl.constexpr, VALID: gl.constexpr,
+):  # fmt: skip
+    """Biases, activation and store of a slot's features from ``column`` on: both halves of a
+    tile's rows, gate and up of the same VALID features or, not GATED, neighbours.
+
+    bias_steps: (from gate to up, from feature to feature); numbers: (limit, alpha, beta).
+    """
+    if bias_ptr is not None:
+        TILE: gl.constexpr = gate.shape[0]
+        layout: gl.constexpr = gate.type.layout
+        STRIDE: gl.constexpr = 2 * I if GATED else I
+        BELOW: gl.constexpr = 0 if GATED else VALID
+        at = bias_ptr + expert.to(gl.int64) * STRIDE + column * bias_steps[1]
+        to_up = bias_steps[0] if GATED else VALID * bias_steps[1]
+        gate += load_bias(at, bias_steps[1], I - column, TILE, layout)
+        up += load_bias(at + to_up, bias_steps[1], I - column - BELOW, TILE, layout)
+    out = out_ptr + slot * I
+    token = slot // PICKS
+    if GATED:
+        act = hopper_activation(FORMULA, gate, up, numbers[0], numbers[1], numbers[2])
+        store_token(out, act, token, column, VALID, I)
+    else:
+        store_token(out, plain_activation(FORMULA, gate), token, column, VALID, I)
+        store_token(out, plain_activation(FORMULA, up), token, column + VALID, VALID, I)
+
+
+@gluon.jit
 def up_consumer(
     bias_ptr,
     out_ptr,
@@ -114,12 +144,11 @@ def up_consumer(
     SLOTS: gl.constexpr,
 ):
     ring, x_ring = rings
-    limit, alpha, beta = numbers
     N: gl.constexpr = x_ring.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    TILE: gl.constexpr = ring.shape[1] // 2
     WIDE: gl.constexpr = VALID if GATED else 2 * VALID
-    BELOW: gl.constexpr = 0 if GATED else VALID
+    STEP: gl.constexpr = 2 if INTERLEAVED else 1
+    TO_UP: gl.constexpr = 1 if INTERLEAVED else I
     tasks = sizes[0] * TILES
     programs = gl.num_programs(0)
 
@@ -131,24 +160,11 @@ def up_consumer(
     while task < tasks:
         acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
         gate, up = upper_and_lower(acc)
-        layout: gl.constexpr = gate.type.layout
         slot = task // TILES
-        token = slot // PICKS
-        column = task % TILES * WIDE
-        if bias_ptr is not None:
-            STEP: gl.constexpr = 2 if INTERLEAVED else 1
-            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else VALID
-            expert = pick_out(experts, slot).to(gl.int64)
-            at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
-            gate += load_bias(at, STEP, I - column, TILE, layout)
-            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
-        out = out_ptr + slot.to(gl.int64) * I
-        if GATED:
-            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
-            store_token(out, act, token, column, VALID, I)
-        else:
-            store_token(out, plain_activation(FORMULA, gate), token, column, VALID, I)
-            store_token(out, plain_activation(FORMULA, up), token, column + VALID, VALID, I)
+        finish_slot(
+            out_ptr, bias_ptr, gate, up, slot, task % TILES * WIDE, pick_out(experts, slot),
+            (TO_UP, STEP), numbers, I, PICKS, FORMULA, GATED, VALID,
+        )  # fmt: skip
         task = live_task(task + programs, tasks, experts, programs, TILES)
 
 

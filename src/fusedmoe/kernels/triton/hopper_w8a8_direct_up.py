@@ -4,8 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import hopper_activation, load_bias
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
     live_task,
@@ -13,7 +11,7 @@ from fusedmoe.kernels.triton.hopper_direct_common import (
     open_ring,
     pick_out,
 )
-from fusedmoe.kernels.triton.hopper_direct_up import store_token, up_producer, upper_and_lower
+from fusedmoe.kernels.triton.hopper_direct_up import finish_slot, up_producer, upper_and_lower
 from fusedmoe.kernels.triton.hopper_w8a8_direct_common import (
     allocate_rows,
     bring_rows,
@@ -86,27 +84,16 @@ def up_consumer(
         if not BY_STEP:
             total *= gl.expand_dims(w_scale, 1)
         task = live_task(task + programs, tasks, experts, programs, TILES)
-        expert_bias = expert.to(gl.int64)
+        own = expert
         expert = gl.maximum(pick_out(experts, task // TILES), 0)
         w_scale = task_scales(
             w_scales, task, expert, N, D, M, VALID, TILES, STEPS, GATED, GROUP, ACC
         )
         upper, lower = upper_and_lower(total)
-        layout: gl.constexpr = upper.type.layout
-        if bias_ptr is not None:
-            below = bias_steps[0] if GATED else VALID * bias_steps[1]
-            at = bias_ptr + expert_bias * (2 * N if GATED else N) + column * bias_steps[1]
-            BELOW: gl.constexpr = 0 if GATED else VALID
-            upper += load_bias(at, bias_steps[1], N - column, M // 2, layout)
-            lower += load_bias(at + below, bias_steps[1], N - column - BELOW, M // 2, layout)
-        out = out_ptr + slot * N
-        token = slot // PICKS
-        if GATED:
-            act = hopper_activation(FORMULA, upper, lower, numbers[0], numbers[1], numbers[2])
-            store_token(out, act, token, column, VALID, N)
-        else:
-            store_token(out, plain_activation(FORMULA, upper), token, column, VALID, N)
-            store_token(out, plain_activation(FORMULA, lower), token, column + VALID, VALID, N)
+        finish_slot(
+            out_ptr, bias_ptr, upper, lower, slot, column, own, bias_steps, numbers, N, PICKS,
+            FORMULA, GATED, VALID,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
