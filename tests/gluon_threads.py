@@ -196,7 +196,7 @@ def load(ptr: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Block:
     return block(found)
 
 
-def store(ptr: Pointer, value: torch.Tensor, mask: Any = True) -> None:
+def store(ptr: Pointer, value: torch.Tensor, mask: Any = True, **_: Any) -> None:
     at, value, mask = torch.broadcast_tensors(ptr.at, value, torch.as_tensor(mask))
     ptr.memory[at[mask].long()] = value[mask].to(ptr.memory.dtype)
 

@@ -42,7 +42,9 @@ def store_rows(out_ptr, value, slots, column, end, N: gl.constexpr):
     row = gl.where(live, slots, 0).to(gl.int64) * N
     at = out_ptr + gl.expand_dims(row, 0) + gl.expand_dims(column, 1)
     value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), layout)
-    gl.store(at, value, gl.expand_dims(live, 0) & gl.expand_dims(column < end, 1))
+    mask = gl.expand_dims(live, 0) & gl.expand_dims(column < end, 1)
+    # The next launch reads what weights, streaming by, would push out of the L2.
+    gl.store(at, value, mask, eviction_policy="evict_last")
 
 
 @gluon.jit
