@@ -2,16 +2,16 @@
 
     torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
         [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
-        [--ways peer peer+sent peer+copied naive_dp_ep ...] [--experts NAME]
+        [--ways peer naive_dp_ep ...] [--experts NAME]
         [--out benchmarks/results/h200-x4/ep_layer.json]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
 ranks (the first so many of the processes), two kinds of rows:
 
     layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches;
-               ``peer`` leaves sums to be fetched, ``+sent`` has them go to their tokens' ranks as
-               they are made, ``+copied`` that, and rows brought by the copy engines while the
-               experts compute (a ``PeerMemory`` does one of them, by the number of tokens)
+               ``peer`` goes by the number of tokens: ``+fetched`` leaves sums to be fetched,
+               ``+sent`` has them go to their tokens' ranks as they are made, ``+copied`` that, and
+               rows brought by the copy engines while the experts compute
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
@@ -54,6 +54,12 @@ from fusedmoe.selection import explain, name_of
 from fusedmoe.testing.routing import routing_logits
 
 TINY = LayerShape("tiny", 8, 2, 64, 32)
+PEERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "fetched": {"send_sums_from": None, "copy_rows_from": None},
+    "sent": {"send_sums_from": 1, "copy_rows_from": None},
+    "copied": {"send_sums_from": 1, "copy_rows_from": 1},
+}
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
 
@@ -159,23 +165,19 @@ def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[st
     if place.ranks == 1:
         return ["no_ep"]
     found = (
-        ["peer", "peer+sent", "peer+copied"] if with_peers else ["all_to_all", "all_to_all+halves"]
+        ["peer", *(f"peer+{how}" for how in PEERS if how)]
+        if with_peers
+        else ["all_to_all", "all_to_all+halves"]
     )
     found = [*found, "naive_dp_ep", "naive_dp_ep+halves"]
     return [name for name in found if wanted is None or name in wanted]
 
 
 def make_memory(shape: LayerShape, args: argparse.Namespace, place: Place, how: str) -> PeerMemory:
-    """``how``: "" has sums fetched, "sent" and "copied" as the head of this file says."""
+    """``how`` is one of PEERS."""
     key = FP8_DYNAMIC_128 if args.format == "fp8_block" else None
     layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, key)
-    return PeerMemory(
-        place.group,
-        layout,
-        send_sums_from=1 if how else None,
-        copy_rows_from=1 if how == "copied" else None,
-        timeout_s=COMPILING_S,
-    )
+    return PeerMemory(place.group, layout, timeout_s=COMPILING_S, **PEERS[how])
 
 
 def measure(

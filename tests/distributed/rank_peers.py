@@ -335,10 +335,9 @@ def hold_back_rows(memory: PeerMemory, cycles: int = 4_000_000) -> None:
     copy_rows = memory.copy_rows
 
     def later(*arguments: Any) -> None:
-        for number, stream in enumerate(memory._streams, 1):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(cycles // number)
+        memory._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory._stream):
+            torch.cuda._sleep(cycles)
         copy_rows(*arguments)
 
     memory.copy_rows = later  # type: ignore[method-assign]

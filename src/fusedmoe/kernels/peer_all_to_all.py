@@ -11,7 +11,7 @@ import torch
 
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView, Received
 from fusedmoe.kernels.quantize import quantize_rows_reference
-from fusedmoe.tuning.peer_tiles import PeerTiles, own_row_tiles, peer_tiles
+from fusedmoe.tuning.peer_tiles import PeerTiles, local_tiles, peer_tiles
 
 
 def dispatch(
@@ -54,7 +54,7 @@ def dispatch(
         owners,
         here,
         rows,
-        tiles or (own_row_tiles(x.shape[1]) if copied else peer_tiles(rows, x.shape[1])),
+        tiles or (local_tiles(x.shape[1]) if copied else peer_tiles(rows, x.shape[1])),
         max_polls,
         wait,
         copied,
@@ -155,7 +155,7 @@ def combine(
         owners,
         here,
         rows,
-        tiles or peer_tiles(*out.shape),
+        tiles or (local_tiles(out.shape[1]) if sent else peer_tiles(*out.shape)),
         max_polls,
         announce,
         sent,

@@ -17,7 +17,7 @@ class PeerTiles(NamedTuple):
 _BY_ROWS = ((8, 512, 4), (64, 1024, 4))
 _BEYOND = (2048, 8)
 _PROGRAMS = 264
-_PROGRAMS_OF_OWN = 2112
+_LOCAL_PROGRAMS = 2112
 
 
 def peer_tiles(rows: int, hidden: int) -> PeerTiles:
@@ -31,13 +31,13 @@ def peer_tiles(rows: int, hidden: int) -> PeerTiles:
     return PeerTiles(_PROGRAMS, block, num_warps)
 
 
-def own_row_tiles(hidden: int) -> PeerTiles:
-    """For rounding rows that stay here, or for sending none: there is no wire to wait for."""
-    return PeerTiles(_PROGRAMS_OF_OWN, min(1024, max(32, 1 << (hidden - 1).bit_length())), 4)
+def local_tiles(hidden: int) -> PeerTiles:
+    """For rows that are read and written here: rounded for others to fetch, or added up once all
+    have come. There is no wire to wait for, and many programs keep the memory busy."""
+    return PeerTiles(_LOCAL_PROGRAMS, min(1024, max(32, 1 << (hidden - 1).bit_length())), 4)
 
 
-def sum_tile(hidden: int, picks: int) -> tuple[int, int, int]:
-    """Columns (a power of two) of one token that a program sums and sends at once, how many times
-    so many, and its warps."""
+def sum_tile(hidden: int, picks: int) -> tuple[int, int]:
+    """Columns (a power of two) of one token that a program sums and sends, and its warps."""
     block = max(32, min(1024, 1 << (hidden - 1).bit_length()))
-    return block, 1, max(1, min(8, block * picks // 2048))
+    return block, max(1, min(8, block * picks // 2048))
