@@ -96,6 +96,20 @@ def test_formats(fmt, layer):
         assert run.experts._sorted.order is not None
 
 
+def test_sorted_weights_take_the_memory_that_they_took():
+    case = case_of("sorted", replace(LAYER, E=32, H=2048, I=1024))
+    tensors = case.layer.tensors()
+    run = case.runner(tensors)
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    run.prepare()
+    run()
+    size = sum(w.nbytes for w in run.weights)
+    assert torch.cuda.memory_allocated() - before < 0.02 * size
+    assert error(run(), case.expected(tensors)) <= WEIGHT_ONLY_ERROR
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_batches(fmt):
     case = case_of(fmt, replace(LAYER, bias=True))
