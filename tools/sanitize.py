@@ -296,7 +296,7 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
         pair = weight(name, 2, 2 * width, H), weight(name, 1, H, width)
         operands = Operands(*pair, rows, rows, emulate=emulate)
         known = sorted_operands(operands)
-        ways = [as_they_lie(operands), *[one for one in (known,) if one is not None]]
+        ways = [known, *[as_they_lie(operands)] * fmt.act_order]
         for T in (1, 5, 300):
             ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
             weights, R = torch.rand(T, picks, device="cuda"), T * picks

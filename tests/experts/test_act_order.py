@@ -13,6 +13,7 @@ from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
 from fusedmoe.kernels.gather_columns import gather_columns, gather_columns_reference
+from fusedmoe.quantization.formats.act_order import sort_columns
 from fusedmoe.quantization.keys import fp8_dynamic_group
 from gemm_oracle import assert_right
 from quantized_bodies import triton_gather, triton_gemm, triton_packed
@@ -238,6 +239,20 @@ def test_groups_that_a_rank_has_a_part_of_stay_in_their_table():
     assert found.w1.dequantize(torch.float64).equal(
         values.gather(2, order[:, None].expand_as(values))
     )
+
+
+def test_a_sorted_expert_among_others_that_cannot_be(kernels):
+    """It moved in: one expert's columns are sorted, another's groups are uneven."""
+    case = CASES["plain"]
+    tensors = case.layer.tensors()
+    w1, w2 = case.weights(tensors)
+    w2.group_index[1, 0, :33] = 0
+    wanted = case.runner(tensors, weights=(w1.map(torch.clone), w2.map(torch.clone)))()
+    parts = {name: part[2:3] for name, part in w2.parts().items()}
+    assert sort_columns(replace(w2, shape=(1, *w2.shape[1:]), **parts))
+    run = case.runner(tensors, weights=(w1, w2), prepare=True)
+    assert run.experts._sorted.w2.group_index is not None
+    assert_right(run(), wanted.double(), 2e-5)
 
 
 @pytest.mark.parametrize("experts", [TritonQuantizedExperts, BatchedTritonQuantizedExperts])

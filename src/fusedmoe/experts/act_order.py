@@ -29,40 +29,44 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 _LEAST_GROUP = 16
 
 
-def sorted_operands(operands: Operands) -> Operands | None:
-    """The same weights as plain formats, sorted where they lie, with what their rows have to do;
-    None where nothing can be sorted. Waits for the GPU: it is for loading."""
-    fields: dict[str, object] = {}
+def sorted_operands(operands: Operands) -> Operands:
+    """The same weights, as plain formats where their columns can be sorted, which they are where
+    they lie, with what their rows have to do. Waits for the GPU: it is for loading."""
     for name in ("w1", "w2"):
         w: QuantizedTensor = getattr(operands, name)
-        columns = w.format.group.col
-        if w.group_index is None or columns < _LEAST_GROUP or columns & (columns - 1):
+        columns, index = w.format.group.col, w.group_index
+        if index is None:
             continue
-        if not sort_columns(w):
-            continue
-        fmt = replace(w.format, act_order=False)
-        order = columns_of(w.group_index[:, 0])
-        order = to_planes(order) if fmt.element == "int4" else order
-        fields[name] = replace(w, format=fmt, group_index=None)
-        fields |= _followed(name, order)
-    return replace(operands, **fields) if fields else None  # type: ignore[arg-type]
+        sortable = columns >= _LEAST_GROUP and columns & (columns - 1) == 0
+        if sortable and sort_columns(w):
+            fmt = replace(w.format, act_order=False)
+            order = columns_of(index[:, 0])
+            order = to_planes(order) if fmt.element == "int4" else order
+            plain = replace(w, format=fmt, group_index=None)
+            operands = replace(operands, **{name: plain}, **_followed(name, order))  # type: ignore[arg-type]
+        elif bool((index < 0).any()):  # experts that came from where they could be
+            operands = _as_it_lies(operands, name)
+    return operands
 
 
 def as_they_lie(operands: Operands) -> Operands:
     """Act-order weights of which nobody has looked whether they are sorted: their rows move as if
     they were, and every number fetches its scale. Waits for nothing."""
-    fields: dict[str, object] = {}
     for name in ("w1", "w2"):
-        w: QuantizedTensor = getattr(operands, name)
-        if w.group_index is None:
-            continue
-        groups = groups_of(w.group_index, w.format.group.col).to(torch.int32)
-        fields[name] = replace(w, group_index=groups.contiguous())
-        fields |= _followed(name, columns_of(w.group_index[:, 0]))
-    return replace(operands, **fields) if fields else operands  # type: ignore[arg-type]
+        if getattr(operands, name).group_index is not None:
+            operands = _as_it_lies(operands, name)
+    return operands
 
 
-def _followed(name: str, order: torch.Tensor) -> dict[str, object]:
+def _as_it_lies(operands: Operands, name: str) -> Operands:
+    w: QuantizedTensor = getattr(operands, name)
+    assert w.group_index is not None
+    groups = groups_of(w.group_index, w.format.group.col).to(torch.int32).contiguous()
+    follow = _followed(name, columns_of(w.group_index[:, 0]))
+    return replace(operands, **{name: replace(w, group_index=groups)}, **follow)  # type: ignore[arg-type]
+
+
+def _followed(name: str, order: torch.Tensor) -> dict[str, torch.Tensor]:
     """How rows follow columns in ``order`` [e, K]: x is gathered, the rest is written there."""
     if name == "w1":
         return {"order": order.to(torch.int32).contiguous()}

@@ -97,7 +97,7 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
         w1, w2 = weights.w13_weight.detach(), weights.w2_weight.detach()
         moe = self.moe_config
         found = sorted_operands(self.operands(w1, w2, moe.activation, moe.in_dtype))
-        self._sorted = None if found is None else keep_tables(before, found)
+        self._sorted = keep_tables(before, found)
         self._sources = self._sources_of(w1, w2)
 
     def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
