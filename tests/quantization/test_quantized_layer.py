@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
+from fusedmoe import (
+    FusedMoE,
+    MoEOptions,
+    OnlineQuantization,
+    QuantizedFusedMoEMethod,
+    explain,
+)
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.activations import fake_quantize
@@ -319,3 +325,17 @@ def test_compiled_layers_give_the_same_bits(name, activation):
         eager = layer(x, logits)
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x, logits), eager)
+
+
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (8, 31)])
+def test_joined_tensors_that_do_not_split_are_refused_by_name(activation, shape):
+    layer = FusedMoE(
+        *(8, 2, 16, 16),
+        params_dtype=torch.float32,
+        has_bias=True,
+        activation=activation,
+        quant_config=OnlineQuantization.of("int4_g16"),
+    )
+    with pytest.raises(ValueError, match="gate_up_proj_bias"):
+        layer.load_weights([("gate_up_proj_bias", torch.zeros(shape))])

@@ -200,7 +200,8 @@ class ExpertLoader:
         written = set()
         for suffix, part in rule.parts(matrix, tensors).items():
             spec = self._spec_named(f"{owner}_{suffix}", name)
-            pieces = self._split_gate_up(shards, spec, fit(part, spec, layer.sizes, len(shards)))
+            part = fit(part, spec, layer.sizes, len(shards))
+            pieces = self._split_gate_up(shards, spec, part, name)
             for shard, piece in zip(shards, pieces, strict=True):
                 for expert in physical:
                     if self._load_named(spec.name, piece, name, shard, expert):
@@ -276,7 +277,7 @@ class ExpertLoader:
             rows = tensor.unflatten(0, (count, -1)) if stacked else tensor
             experts = dict(enumerate((rows.mT if flip else rows).unbind(0)))
         for expert, data in experts.items():
-            shards = self._split_gate_up(parsed.shards, spec, data)
+            shards = self._split_gate_up(parsed.shards, spec, data, name)
             for shard, piece in zip(parsed.shards, shards, strict=True):
                 yield expert, shard, piece
 
@@ -291,11 +292,15 @@ class ExpertLoader:
         return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
 
     def _split_gate_up(
-        self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor
+        self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, ...]:
         count, axis = len(shards), spec.intermediate_axis
         if count == 1:
             return (data,)
+        if data.dim() <= (axis or 0) or data.shape[axis or 0] % count:
+            raise ValueError(
+                f"{name}: {tuple(data.shape)} does not hold {' and '.join(shards)} of {spec.name}"
+            )
         if axis is None:
             return data.unbind(0)
         if self._interleaved:
