@@ -381,10 +381,10 @@ def check_batched(name: str, tokens: list[int]) -> None:
     memory.close()
 
 
-def check_missing_rank() -> None:
-    """The others learn who is missing, also while a graph replays, and nothing hangs."""
+def check_missing_rank(timeout_s: float) -> None:
+    """The others learn who is missing within 5 s, also while a graph replays; nothing hangs."""
     rank = dist.get_rank()
-    memory = memory_for(4, timeout_s=0.5)
+    memory = memory_for(4, timeout_s=timeout_s)
     owners = torch.zeros(E, dtype=torch.int32, device="cuda")
     x, ids, weights = picks(4, 0)
     out = torch.empty_like(x)
@@ -403,13 +403,14 @@ def check_missing_rank() -> None:
         try:
             graph.replay()
             torch.cuda.synchronize()
-            while time.monotonic() < start + 5:
+            while time.monotonic() < start + 9:
                 time.sleep(0.01)
         except PeerTimeoutError as error:
             caught = error
         assert caught is not None
         assert "rank 1 of" in str(caught)
-        assert time.monotonic() < start + 5
+        took = time.monotonic() - start
+        assert timeout_s / 2 < took < 5, f"told after {took:.2f} s"
     dist.barrier()
     memory.close()
 

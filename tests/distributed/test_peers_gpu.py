@@ -47,8 +47,9 @@ def test_products_begin_before_all_rows_are_here(gpu_ranks, tokens, key):
     gpu_ranks.run(rank_peers.check_late_rows, key, tokens)
 
 
-def test_a_missing_rank_is_named(gpu_ranks):
-    gpu_ranks.run(rank_peers.check_missing_rank)
+@pytest.mark.parametrize("timeout_s", [0.5, 4.0])
+def test_a_missing_rank_is_named(gpu_ranks, timeout_s):
+    gpu_ranks.run(rank_peers.check_missing_rank, timeout_s)
 
 
 def test_ranks_that_disagree_are_told(gpu_ranks):
