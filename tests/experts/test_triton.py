@@ -202,6 +202,7 @@ def test_ops_keep_their_promises(name):
         ({"hidden_states": torch.zeros(7, 40, dtype=torch.float16)}, "float16"),
         ({"global_num_experts": 9}, "expert_map"),
         ({"expert_map": torch.zeros(5, dtype=torch.int32), "global_num_experts": 6}, "expert_map"),
+        ({"expert_map": torch.zeros(4)}, "int32 or int64, got torch.float32"),
         ({"apply_router_weight_on_input": True}, "top-1"),
         (
             {"quant_config": FusedMoEQuantConfig(w1=FusedMoEQuantDesc(dtype="int4"))},

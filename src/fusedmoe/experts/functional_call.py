@@ -91,10 +91,11 @@ def check_call(call: ExpertsCall, num_local: int) -> None:
         raise ValueError(
             f"w1 holds {num_local} of {call.num_experts} experts: an expert_map must say which"
         )
-    if call.expert_map is not None and call.expert_map.shape != (call.num_experts,):
-        raise ValueError(
-            f"expert_map is {tuple(call.expert_map.shape)}, for {call.num_experts} experts"
-        )
+    given = call.expert_map
+    if given is not None and given.shape != (call.num_experts,):
+        raise ValueError(f"expert_map is {tuple(given.shape)}, for {call.num_experts} experts")
+    if given is not None and given.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert_map must be int32 or int64, got {given.dtype}")
     K = call.topk_ids.shape[1]
     if call.apply_router_weight_on_input and K != 1:
         raise ValueError(f"apply_router_weight_on_input needs top-1 routing, got K = {K}")
