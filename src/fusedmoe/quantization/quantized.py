@@ -231,6 +231,9 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
             return
         if name.removeprefix(f"{owner}_") not in ("weight", "weight_group_index"):
             return
+        index: torch.Tensor = getattr(layer, f"{owner}_weight_group_index")
+        if not bool(((index if row is None else index[row]) < 0).any()):
+            return
         weight = self.quantized_weights(layer)[OWNERS.index(owner)]
         for expert in range(weight.shape[0]) if row is None else (row,):
             unsort_columns(weight[expert])
