@@ -1,5 +1,6 @@
 """Layers of the formats that no other package runs as experts, on one GPU, from router logits:
-GGUF's, NF4, MXFP6 and GPTQ's act-order, as Triton reads them, beside plain int4.
+GGUF's, NF4, MXFP6, GPTQ's act-order, int4 by fp8 and rows whose format is emulated, as Triton runs
+them, beside plain int4.
 
     PYTHONPATH=src python benchmarks/packed_formats.py [--formats q4_k ...] [--shapes qwen3-30b ...]
         [--tokens 1 8 64 2048] [--out F.json]
@@ -23,8 +24,10 @@ from fusedmoe.bench.report import make_header
 
 FORMATS = (
     *("q4_k", "q5_k", "q6_k", "iq4_nl", "nf4", "mxfp6_e3m2", "mxfp6_e2m3"),
-    *("int4_g128_act_order", "int8_g128_act_order", "int4_g128"),
+    *("int4_g128_act_order", "int8_g128_act_order", "int4_g128", "int4_g128_by_fp8"),
+    *("nvfp4_by_nvfp4", "mxfp4_by_mxfp4", "mxfp6_e3m2_by_mxfp6"),
 )
+EMULATED = ("nvfp4_by_nvfp4", "mxfp4_by_mxfp4", "mxfp6_e3m2_by_mxfp6")
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
         for name in args.formats:
             with torch.inference_mode():
                 cells = [Cell("balanced", "layer", T) for T in args.tokens]
-                measure(SHAPES[shape], name, cells, ["triton_quantized"], report)
+                experts = "triton_emulated" if name in EMULATED else "triton_quantized"
+                measure(SHAPES[shape], name, cells, [experts], report)
             gc.collect()
             torch.cuda.empty_cache()
             if args.out:

@@ -46,14 +46,19 @@ SITUATIONS, REPEATS, CHECKED = 4, 30, 3
 # Of random bytes as numbers; with superblocks' own scales, likewise.
 DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
 DEVIATIONS |= {"e3m2": 9.2, "e2m3": 3.4, "q4_k": 310.0, "q5_k": 650.0, "q6_k": 1370.0}
-RATE_OF = {"e4m3": "fp8_tflops", "int8": "int8_tops"}
+RATE_OF = {"e4m3": "fp8_tflops", "int8": "int8_tops", "int4": "fp8_tflops"}
+
+
+def weights_named(name: str) -> QuantFormat:
+    """Of the weights alone: ``<weights>_by_<rows>`` says how rows are rounded, too."""
+    return format_named(name.partition("_by_")[0])
 
 
 class OneFormat:
     """A QuantizationConfig: one format for all layers."""
 
     def __init__(self, name: str) -> None:
-        self.format, self.rows = format_named(name), ROWS.get(name)
+        self.format, self.rows = weights_named(name), ROWS.get(name)
 
     def get_quant_method(self, moe_config: Any, prefix: str) -> QuantizedFusedMoEMethod:
         return QuantizedFusedMoEMethod(moe_config, self.format, activation=self.rows)
@@ -135,7 +140,7 @@ def build(shape: LayerShape, name: str, experts: str | None) -> MoERunner:
             has_bias=shape.bias,
             options=MoEOptions(experts=experts),
         )
-    routed, fmt = layer.routed_experts, format_named(name)
+    routed, fmt = layer.routed_experts, weights_named(name)
     for full, parameter in routed.named_parameters():
         owner, _, suffix = full.partition("_")
         fill(parameter, fmt, suffix, shape.H if owner == "w13" else shape.I)
@@ -191,7 +196,11 @@ def limit_us(
 ) -> float:  # fmt: skip
     """As the reports have it, with weights and scales as they are stored."""
     stored = sum(w.nbytes for w in weights) / shape.E * active + 4 * T * shape.H
-    rate = peak["bf16_tflops"] if key is None else peak[RATE_OF[weights[0].format.element]]
+    rate = (
+        peak["bf16_tflops"]
+        if key is None
+        else peak[RATE_OF.get(weights[0].format.element, "bf16_tflops")]
+    )
     return max(stored / peak["read_gbs"] / 1e3, shape.flops(T) / rate / 1e6)
 
 

@@ -17,6 +17,9 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+    MXFP6_E3M2_DYNAMIC,
+    NVFP4_DYNAMIC,
     QuantKey,
 )
 
@@ -57,6 +60,10 @@ ROWS: dict[str, QuantKey] = {
     "fp8_channel": FP8_DYNAMIC_TOKEN,
     "fp8_tensor": FP8_STATIC_TENSOR,
     "int8_channel": INT8_DYNAMIC_TOKEN,
+    "int4_g128_by_fp8": FP8_DYNAMIC_TOKEN,
+    "nvfp4_by_nvfp4": NVFP4_DYNAMIC,
+    "mxfp4_by_mxfp4": MXFP4_DYNAMIC,
+    "mxfp6_e3m2_by_mxfp6": MXFP6_E3M2_DYNAMIC,
 }
 """How rows are quantized beside these weights; rows of the others stay as they come."""
 
