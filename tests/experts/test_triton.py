@@ -195,7 +195,7 @@ def test_ops_keep_their_promises(name):
     [
         ({"w1": torch.zeros(4, 47, 40)}, "w1"),
         ({"w2": torch.zeros(4, 39, 24)}, "w2"),
-        ({"w2": torch.zeros(4, 40)}, r"must be \[e, S \* I, H\]"),
+        ({"w2": torch.zeros(4, 40)}, r"w1 \[e, S \* I, H\]"),
         ({"topk_ids": torch.zeros(6, 2, dtype=torch.int32)}, "topk_ids"),
         ({"topk_ids": torch.zeros(7, 2)}, "int32 or int64"),
         ({"topk_weights": torch.zeros(7, 1)}, "topk_weights"),

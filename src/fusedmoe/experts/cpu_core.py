@@ -9,6 +9,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.experts.cpu_gemm import linear_for
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer
+from fusedmoe.modular_kernel.checks import check_picks, check_weights
 from fusedmoe.quantization.config import biased_moe_quant_config
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +45,10 @@ def cpu_fused_experts(
 
     Raises ValueError for shapes or dtypes that disagree and for ids out of range.
     """
-    _check(hidden_states, w1, w2, topk_weights, topk_ids, activation, w1_bias, w2_bias)
+    check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
+    check_picks(hidden_states, topk_weights, topk_ids)
+    if hidden_states.dtype not in _DTYPES:
+        raise ValueError(f"hidden_states must be fp32, fp16 or bf16, got {hidden_states.dtype}")
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(
             f"apply_router_weight_on_input needs top-1 routing, got K = {topk_ids.shape[1]}"
@@ -74,41 +78,3 @@ def cpu_fused_experts(
     layer = Layer(products, w1_bias, w2_bias, activation, config, w1.shape[1])
     route = Route.make(w1.shape[0], expert_map, global_num_experts)
     return run_layer(layer, route, x, weights, topk_ids, batch_invariant, scratch)
-
-
-def _check(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> None:
-    if x.dim() != 2 or w1.dim() != 3 or w2.dim() != 3:
-        raise ValueError(
-            f"expected hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I]; got {tuple(x.shape)}, "
-            f"{tuple(w1.shape)}, {tuple(w2.shape)}"
-        )
-    e, H, width = w2.shape
-    wanted = (e, width * (2 if activation.is_gated else 1), H)
-    if tuple(w1.shape) != wanted or x.shape[1] != H:
-        raise ValueError(
-            f"w2 {tuple(w2.shape)} with {activation.value} goes with w1 {wanted} and hidden_states "
-            f"[T, {H}]; got {tuple(w1.shape)} and {tuple(x.shape)}"
-        )
-    if x.dtype not in _DTYPES or not x.dtype == w1.dtype == w2.dtype:
-        raise ValueError(
-            "hidden_states, w1 and w2 must all be fp32, fp16 or bf16; got "
-            f"{x.dtype}, {w1.dtype}, {w2.dtype}"
-        )
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"topk_ids must be [{x.shape[0]}, K], got {tuple(topk_ids.shape)}")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights {tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)} differ"
-        )
-    for name, bias, shape in (("w1_bias", w1_bias, wanted[:2]), ("w2_bias", w2_bias, (e, H))):
-        if bias is not None and tuple(bias.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(bias.shape)}")

@@ -19,7 +19,7 @@ from fusedmoe.experts.functional_call import (
 )
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
-from fusedmoe.modular_kernel.checks import check_ids
+from fusedmoe.modular_kernel.checks import check_ids, check_weights
 from fusedmoe.quantization.config import biased_moe_quant_config
 from fusedmoe.tuning.choice import checked_table
 from fusedmoe.tuning.hopper_tiles import hopper_tiles
@@ -27,8 +27,10 @@ from fusedmoe.tuning.hopper_tiles import hopper_tiles
 
 def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
     """As ``fused_experts``: the output [T, H] by what selection prefers for the call."""
-    _check(call)
-    x, (e, _, width) = call.hidden_states, call.w2.shape
+    x, w2 = call.hidden_states, call.w2
+    check_weights(x, call.w1, w2, call.activation, call.w1_bias, call.w2_bias)
+    e, _, width = w2.shape
+    check_call(call, e)
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     selection = selection_for(call, e, width)
@@ -39,31 +41,6 @@ def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
     if selection.chosen in (CpuExperts, CpuPackedExperts):
         return _on_cpu(call)
     return run_selected(call, selection, biased_moe_quant_config(call.w1_bias, call.w2_bias))
-
-
-def _check(call: ExpertsCall) -> None:
-    x, w1, w2 = call.hidden_states, call.w1, call.w2
-    if w1.dim() != 3 or w2.dim() != 3:
-        raise ValueError(
-            f"w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} must be [e, S * I, H] and [e, H, I]"
-        )
-    e, _, width = w2.shape
-    check_call(call, e)
-    H, S = x.shape[1], 2 if call.activation.is_gated else 1
-    wanted = (
-        ("w1", w1, (e, S * width, H)),
-        ("w2", w2, (e, H, width)),
-        ("w1_bias", call.w1_bias, (e, S * width)),
-        ("w2_bias", call.w2_bias, (e, H)),
-    )
-    for name, tensor, shape in wanted:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, but hidden_states {tuple(x.shape)}, w2 "
-                f"{tuple(w2.shape)} and {call.activation.value} ask for {shape}"
-            )
-    if not x.dtype == w1.dtype == w2.dtype or not x.is_floating_point():
-        raise ValueError(f"hidden_states, w1, w2 are {x.dtype}, {w1.dtype}, {w2.dtype}")
 
 
 def _on_hopper(call: ExpertsCall) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.quantized_operands import quantized_pair
+from fusedmoe.experts.torch_reference import wide_dtype
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -157,9 +158,5 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
                 w1_bias=config.w1_bias,
                 w2_bias=config.w2_bias,
                 expert_map=expert_map,
-                compute_dtype=_wide(hidden_states.dtype),
+                compute_dtype=wide_dtype(hidden_states.dtype),
             )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

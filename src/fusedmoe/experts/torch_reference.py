@@ -55,7 +55,8 @@ def experts_reference(
     return out.to(hidden_states.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over numbers of ``dtype`` are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -126,5 +127,5 @@ class TorchExperts(FusedMoEExpertsModular):
                 w1_bias=self.quant_config.w1_bias,
                 w2_bias=self.quant_config.w2_bias,
                 expert_map=expert_map,
-                compute_dtype=_wide(hidden_states.dtype),
+                compute_dtype=wide_dtype(hidden_states.dtype),
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -27,6 +28,40 @@ def check_picks(
         raise ValueError(f"topk_weights must be floating point, got {weights.dtype}")
     if ids.dtype not in _ID_DTYPES:
         raise ValueError(f"topk_ids must be int32 or int64, got {ids.dtype}")
+
+
+def check_weights(
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    activation: MoEActivation,
+    w1_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless these go with rows [T, H]: [e, S * I, H], [e, H, I], biases
+    [e, S * I] and [e, H]; floats of one dtype, biases apart."""
+    x = hidden_states
+    if x.dim() != 2 or w1.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"expected hidden_states [T, H], w1 [e, S * I, H] and w2 [e, H, I], got "
+            f"{tuple(x.shape)}, {tuple(w1.shape)} and {tuple(w2.shape)}"
+        )
+    e, _, width = w2.shape
+    H, N = x.shape[1], width * (2 if activation.is_gated else 1)
+    wanted = (
+        ("w1", w1, (e, N, H)),
+        ("w2", w2, (e, H, width)),
+        ("w1_bias", w1_bias, (e, N)),
+        ("w2_bias", w2_bias, (e, H)),
+    )
+    for name, tensor, shape in wanted:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, but hidden_states {tuple(x.shape)}, w2 "
+                f"{tuple(w2.shape)} and {activation.value} ask for {shape}"
+            )
+    if not x.dtype == w1.dtype == w2.dtype or not x.is_floating_point():
+        raise ValueError(f"hidden_states, w1, w2 are {x.dtype}, {w1.dtype}, {w2.dtype}")
 
 
 def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:
