@@ -57,7 +57,14 @@ def test_the_picture(cli, tmp_path: Path) -> None:
         ((*SIZES, "--ranks", "0"), "must be positive"),
         ((*SIZES, "--redundant-experts", "-4"), "-4 redundant experts"),
         ((*SIZES, "--top-k", "33"), "top 33 of 32"),
-        (("nowhere", "--device", "cpu"), "nowhere"),
+        ((*SIZES, "--ranks", "2", "--redundant-experts", "34"), "no room for 66 slots"),
+        ((*SIZES, "--prompt", "hi"), "--prompt goes with a checkpoint"),
+        ((*SIZES, "--max-new-tokens", "2"), "--max-new-tokens goes with a checkpoint"),
+        ((*SIZES, "--device", "cpu"), "--device goes with a checkpoint"),
+        (("nowhere", "--routing", "uniform"), "--routing goes with sizes"),
+        (("nowhere", "--num-experts", "8"), "--num-experts goes with sizes"),
+        (("nowhere", "--max-new-tokens", "0"), "at least 1, got 0"),
+        (("nowhere", "--dtype", "int4"), "unsupported dtype 'int4'"),
     ],
 )
 def test_what_makes_no_sense(cli, words, message) -> None:
@@ -66,3 +73,10 @@ def test_what_makes_no_sense(cli, words, message) -> None:
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_ranks_that_do_not_fit_are_refused_before_a_model_generates(cli, mixtral: Path) -> None:
+    pytest.importorskip("transformers")
+    code, out, err = cli("balance", mixtral, "--device", "cpu", "--ranks", "3")
+    assert (code, out) == (2, "")
+    assert "8 slots (8 experts and their copies) do not divide over 3" in err

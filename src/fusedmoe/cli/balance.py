@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedmoe.checkpoint import CheckpointError
-from fusedmoe.cli.generate import PROMPT
 from fusedmoe.cli.load_plot import write_load_plot
-from fusedmoe.cli.models import failing_in_words, load_tokenizer, quiet_transformers
-from fusedmoe.cli.output import check_writable, print_json, print_table
+from fusedmoe.cli.models import (
+    PROMPT,
+    check_model,
+    check_transformers,
+    greedy,
+    load_tokenizer,
+    prompt_tokens,
+)
+from fusedmoe.cli.output import check_writable, print_json, print_table, progress, steps
 from fusedmoe.cli.plot import check_can_draw
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.planner import rebalance_experts
@@ -21,20 +27,24 @@ from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.words import device_named, dtype_named
 
 COLUMNS = ("ranks", "redundant", "in order", "balanced")
-SIZES = ("num_experts", "top_k", "tokens", "layers")
+# What asks a model, and what describes a load instead, by their defaults.
+OF_MODELS = {"prompt": PROMPT, "max_new_tokens": 32, "dtype": "auto", "device": None}
+NO_SIZES = {"num_experts": None, "top_k": None}
+OF_SIZES = {"routing": "power_law_1.2", "tokens": 4096, "layers": 1, **NO_SIZES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder or GGUF file; or give the sizes")
-    parser.add_argument("--prompt", default=PROMPT, help="whose picks are counted")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), fp32, fp16, bf16")
+    parser.add_argument("--prompt", help="whose picks are counted")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--dtype", help="auto (the checkpoint's), fp32, fp16, bf16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
-    parser.add_argument("--routing", choices=ROUTINGS, default="power_law_1.2", help="by sizes")
+    parser.add_argument("--routing", choices=ROUTINGS, help="by sizes")
     parser.add_argument("--num-experts", type=int, metavar="E")
     parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--tokens", type=int, default=4096, metavar="T")
-    parser.add_argument("--layers", type=int, default=1, metavar="L")
+    parser.add_argument("--tokens", type=int, metavar="T")
+    parser.add_argument("--layers", type=int, metavar="L")
+    parser.set_defaults(**OF_MODELS, **OF_SIZES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], metavar="N")
     parser.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="copies")
     parser.add_argument("--plot", metavar="FILE", help="draw the load of each rank; png, svg, ...")
@@ -52,9 +62,6 @@ def run(args: argparse.Namespace) -> int:
     load = _simulated(args) if args.checkpoint is None else _of_model(args)
     E = load.shape[1]
     P = E + args.redundant_experts
-    for ranks in args.ranks:
-        if P % ranks:
-            raise ValueError(f"{P} slots ({E} experts and their copies) do not divide over {ranks}")
     loads = {}
     for ranks in dict.fromkeys(args.ranks):
         placements = {
@@ -82,13 +89,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _simulated(args: argparse.Namespace) -> torch.Tensor:
     """Picks of each expert [L, E], of logits with the distribution asked for."""
-    missing = [name for name in ("num_experts", "top_k") if getattr(args, name) is None]
+    _refuse(args, OF_MODELS, "a checkpoint, not with sizes")
+    missing = [name for name in NO_SIZES if getattr(args, name) is None]
     if missing:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"give a checkpoint, or the sizes: {options}")
-    E, K, T, L = (getattr(args, name) for name in SIZES)
+    E, K, T, L = args.num_experts, args.top_k, args.tokens, args.layers
     if min(K, T, L) < 1 or K > E:
         raise ValueError(f"{T} tokens, {L} layers and top {K} of {E} experts make no load")
+    _check_divides(args, E)
     found = []
     for layer in range(L):
         logits = routing_logits(args.routing, T, E, K, seed=layer)
@@ -101,32 +110,47 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
     import fusedmoe
     from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 
+    _refuse(args, OF_SIZES, "sizes, not with a checkpoint")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     folder, device = Path(args.checkpoint), device_named(args.device)
-    quiet_transformers(bars=False)
-    tokenizer = load_tokenizer(folder)
     dtype = dtype_named(args.dtype) or "auto"
-    model = fusedmoe.accelerate(fusedmoe.from_pretrained(folder, dtype=dtype, device=device))
+    check_transformers("balance")
+    check_model(folder)
+    tokenizer = load_tokenizer(folder)
+    with steps("reading") as show:
+        model = fusedmoe.from_pretrained(folder, dtype=dtype, device=device, progress=show)
+    fusedmoe.accelerate(model)
     blocks: list[Any] = list(accelerated_blocks(model).values())
     if not blocks or not all(hasattr(block, "router") for block in blocks):
         raise CheckpointError(f"{folder}: not all of its MoE layers route by a router of their own")
     E = max(block.moe_config.num_experts for block in blocks)
+    _check_divides(args, E)
     load = torch.zeros(len(blocks), E, dtype=torch.int64)
     for index, block in enumerate(blocks):
         block.router.set_capture_fn(_counting(load[index]))
-    prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
-    if prompt.shape[1] == 0:
-        raise ValueError("the prompt has no tokens")
-    with torch.inference_mode(), failing_in_words():
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=args.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
+    prompt = prompt_tokens(tokenizer, args.prompt, device)
+    with progress(args.max_new_tokens, "generating") as bar:
+        greedy(model, prompt, args.max_new_tokens, bar)
     return load
+
+
+def _refuse(args: argparse.Namespace, defaults: Mapping[str, Any], what: str) -> None:
+    """ValueError for an option that would be ignored."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} goes with {what}")
+
+
+def _check_divides(args: argparse.Namespace, E: int) -> None:
+    slots = E + args.redundant_experts
+    for ranks in args.ranks:
+        if slots % ranks:
+            raise ValueError(
+                f"{slots} slots ({E} experts and their copies) do not divide over {ranks}"
+            )
+        if slots > E * ranks:
+            raise ValueError(f"{ranks} ranks with {E} experts each have no room for {slots} slots")
 
 
 def _counting(load: torch.Tensor) -> Callable[[torch.Tensor], None]:

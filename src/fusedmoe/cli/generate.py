@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 import time
 from pathlib import Path
@@ -11,27 +10,24 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import read_checkpoint, read_quantization_config
-from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.generations import Generation, report
-from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.models import (
-    failing_in_words,
+    PROMPT,
+    check_model,
+    check_transformers,
+    greedy,
     load_tokenizer,
     load_whole,
+    prompt_tokens,
     quiet_transformers,
     with_fusedmoe,
 )
 from fusedmoe.cli.output import Progress, progress, steps
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 from fusedmoe.words import device_named, dtype_named
 
-PROMPT = "A mixture of experts"
 WARM_UP_TOKENS = 2
-# Below this a checkpoint loads in no time, and Transformers' own loading bar is only noise.
-QUIET_BYTES = 1 << 30
 PEERS = ("eager", "grouped_mm")
 
 
@@ -85,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     dtype, device = dtype_named(args.dtype), device_named(args.device)
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("generate needs Transformers: pip install 'fusedmoe[hf]'")
+    check_transformers("generate")
     if args.ep or args.tp:
         check_launched("--ep" if args.ep else "--tp")
     if args.preset is None:
@@ -120,20 +115,9 @@ def _generate(
 ) -> int:
     import fusedmoe
 
-    gguf = gguf_of(folder)
-    packed = gguf is not None or args.quantize is not None
-    if gguf is not None:
-        nbytes = GgufSource(gguf).file.nbytes
-    else:
-        checkpoint = read_checkpoint(folder)
-        facts = model_facts(checkpoint)
-        check_activation(facts, folder)
-        check_counts(checkpoint, facts)
-        nbytes = checkpoint.nbytes
-        packed = packed or read_quantization_config(folder, checkpoint.config) is not None
+    packed = check_model(folder) or args.quantize is not None
     if packed and args.tp:
         raise ValueError(f"{folder}: packed experts are spread with --ep, not cut with --tp")
-    quiet_transformers(bars=nbytes >= QUIET_BYTES)
     tokenizer = load_tokenizer(folder)
     if packed or (args.ep and not args.compare):
         with steps("reading") as show:
@@ -148,9 +132,7 @@ def _generate(
             )
     else:
         model = load_whole(folder, dtype, device, tp=args.tp)
-    prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
-    if prompt.shape[1] == 0:
-        raise ValueError("the prompt has no tokens")
+    prompt = prompt_tokens(tokenizer, args.prompt, device)
     runs: list[Generation] = []
     skipped: dict[str, str] = {}
     peers = PEERS if args.compare and not packed else ()
@@ -179,36 +161,7 @@ def _timed(
     model: Any, prompt: torch.Tensor, max_new_tokens: int, name: str, bar: Progress
 ) -> Generation:
     """Greedy tokens after the prompt [1, T], timed after a short run that warms up."""
-    _greedy(model, prompt, min(WARM_UP_TOKENS, max_new_tokens), bar)
+    greedy(model, prompt, min(WARM_UP_TOKENS, max_new_tokens), bar)
     start = time.perf_counter()
-    tokens = _greedy(model, prompt, max_new_tokens, bar)
+    tokens = greedy(model, prompt, max_new_tokens, bar)
     return Generation(name, tokens, time.perf_counter() - start)
-
-
-def _greedy(model: Any, prompt: torch.Tensor, max_new_tokens: int, bar: Progress) -> list[int]:
-    from transformers.generation.streamers import BaseStreamer
-
-    class Count(BaseStreamer):  # type: ignore[misc]
-        """Moves the bar by one for every token; the prompt comes first and does not count."""
-
-        prompt_seen = False
-
-        def put(self, value: torch.Tensor) -> None:
-            if self.prompt_seen:
-                bar.update()
-            self.prompt_seen = True
-
-        def end(self) -> None:
-            pass
-
-    with torch.inference_mode(), failing_in_words():
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            streamer=Count(),
-        )
-    # .tolist() waits for the device, so the time taken around this is the whole time.
-    return output[0, prompt.shape[1] :].tolist()

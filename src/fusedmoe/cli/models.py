@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,40 @@ from typing import Any
 
 import torch
 
-from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.checkpoint import CheckpointError, read_checkpoint, read_quantization_config
+from fusedmoe.cli.facts import check_activation, model_facts
+from fusedmoe.cli.layers import check_counts
+from fusedmoe.cli.output import Progress
 from fusedmoe.cli.ranks import Ranks
-from fusedmoe.integrations.transformers.gguf_source import gguf_of
+from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
+
+PROMPT = "A mixture of experts"
+# Below this a checkpoint loads in no time, and Transformers' own loading bar is only noise.
+QUIET_BYTES = 1 << 30
 
 _HERE = "fusedmoe.cli."
+
+
+def check_transformers(verb: str) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{verb} needs Transformers: pip install 'fusedmoe[hf]'")
+
+
+def check_model(folder: Path) -> bool:
+    """Whether the experts in a checkpoint folder or GGUF file are packed; quiets Transformers.
+
+    CheckpointError where its config.json promises what the files do not have.
+    """
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        quiet_transformers(bars=GgufSource(gguf).file.nbytes >= QUIET_BYTES)
+        return True
+    checkpoint = read_checkpoint(folder)
+    facts = model_facts(checkpoint)
+    check_activation(facts, folder)
+    check_counts(checkpoint, facts)
+    quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
+    return read_quantization_config(folder, checkpoint.config) is not None
 
 
 def quiet_transformers(*, bars: bool) -> None:
@@ -57,6 +87,8 @@ def load_whole(
     """
     from transformers import AutoModelForCausalLM
 
+    from fusedmoe.integrations.transformers.from_pretrained import check_complete
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -70,16 +102,51 @@ def load_whole(
     except Exception as error:
         # A config.json that makes no sense fails in as many ways as there are models.
         raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: lacks {len(missing)} tensors of its model, {missing[0]!r} among them"
-        )
+    check_complete(info, folder)
     return model.eval() if tp else model.to(device).eval()
 
 
+def prompt_tokens(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:
+    """The ids [1, T] of ``prompt``."""
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt has no tokens")
+    return ids
+
+
+def greedy(model: Any, prompt: torch.Tensor, max_new_tokens: int, bar: Progress) -> list[int]:
+    """The tokens that ``model`` goes on with after the prompt [1, T], each a step of the bar."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Count(BaseStreamer):  # type: ignore[misc]
+        """Moves the bar by one for every token; the prompt comes first and does not count."""
+
+        prompt_seen = False
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.prompt_seen:
+                bar.update()
+            self.prompt_seen = True
+
+        def end(self) -> None:
+            pass
+
+    with torch.inference_mode(), _failing_in_words():
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=Count(),
+        )
+    # .tolist() waits for the device: who takes the time around this takes the whole time.
+    tokens: list[int] = output[0, prompt.shape[1] :].tolist()
+    return tokens
+
+
 @contextmanager
-def failing_in_words() -> Iterator[None]:
+def _failing_in_words() -> Iterator[None]:
     """CheckpointError where the model's own code fails: numbers in config.json that fit no model.
 
     What our code raises, and too little memory, stay what they are.

@@ -181,7 +181,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
-    _check_complete(info, folder)
+    check_complete(info, folder)
     try:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     except ValueError as error:
@@ -189,7 +189,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
     return model.to(device).eval()
 
 
-def _check_complete(info: Any, where: Path) -> None:
+def check_complete(info: Any, where: Path) -> None:
     """CheckpointError where the files do not fill the model."""
     for what in ("missing_keys", "mismatched_keys"):
         wrong = sorted(str(key) for key in info[what])
@@ -248,7 +248,7 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         _read_generation_config(model, source.where)
     except Exception as error:
         raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
-    _check_complete(info, source.where)
+    check_complete(info, source.where)
     model.config.name_or_path = str(source.where)
     return model
 
