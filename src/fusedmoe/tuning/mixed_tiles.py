@@ -9,15 +9,16 @@ from typing import NamedTuple
 _FEWEST = 16
 # (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
 # of weights and the output on its way have to fit.
-_FEW = (256, 64, 2, 16), {4: 5, 8: 4}
-_SOME = (192, 128, 2, 16), {4: 4, 8: 3}
+_FEW = (256, 64, 2, 8), {4: 5, 8: 4}
+_SOME = (192, 128, 2, 8), {4: 4, 8: 3}
 _MANY = (128, 256, 1, 8), {4: 5, 8: 4}
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
     """``rows`` weight rows by ``slots`` slots: 256 by 64, 192 by 128 or 128 by 256, a warpgroup for
-    every 64 rows. Where half of a block is empty, that is not multiplied, down to 64 slots.
+    every 64 rows. Of a block, half or (not of 64) a quarter is multiplied where that holds all of
+    its slots.
 
     ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are finished
     before the next ones begin.

@@ -5,7 +5,11 @@ tile is 256 weight rows by 64 slots of one expert (a block of ``moe_align_block_
 or 128 by 256. Four or one producer warps fill a ring of steps of 64 columns: weights by TMA, as
 words of 32 bits, token rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of
 two to four consumer warpgroups has 64 of the weight rows and makes numbers of them while products
-run on the tensor cores, its own or the others'.
+run on the tensor cores, its own or the others'. Of a block that is not full, a half or a quarter is
+multiplied where that holds all of its slots.
+
+Products with nibbles want the other operand's columns in ``lane_order``: x is copied into y's
+memory first, which nobody needs yet; act is written so.
 
 A scale for all columns multiplies the sum. Where groups of columns share one, numbers of eight bits
 in groups of at least 64 columns, and of four in at least 128, stay as they are, and the sums change

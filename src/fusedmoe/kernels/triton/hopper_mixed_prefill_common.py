@@ -20,7 +20,7 @@ def unit_of(SLOTS):
 @gluon.constexpr_function
 def halvings_of(SLOTS):
     """How often the products of a block that is not full are halved at most."""
-    return {64: 0, 128: 1, 256: 2}[SLOTS]
+    return {64: 1, 128: 2, 256: 2}[SLOTS]
 
 
 @gluon.constexpr_function

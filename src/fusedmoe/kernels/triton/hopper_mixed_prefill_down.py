@@ -163,7 +163,7 @@ def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: 
         block, tile = tile_of(word // 4, blocks, TILES, GROUP_M)
         expert = expert_at(expert_ids_ptr, block, num_local)
         row = block * SLOTS
-        if HALVINGS == 0 or word % 4 == 0:
+        if word % 4 == 0:
             stage, phase = down_tile(
                 out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS, PROBLEM, WHICH
             )

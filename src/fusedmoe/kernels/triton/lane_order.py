@@ -24,15 +24,14 @@ def lane_order_kernel(
 ):
     """IN_ROW units of 32 columns in a row."""
     follow_previous(CHAINED)
-    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     column = tl.arange(0, 32)
     there = (unit < units)[:, None]
-    from_unit = unit // IN_ROW * stride_x + unit % IN_ROW * 32
+    from_unit = (unit // IN_ROW).to(tl.int64) * stride_x + unit % IN_ROW * 32
     words = tl.load(x_ptr + from_unit[:, None] + column[None, :], there)
     words = tl.permute(tl.reshape(words, [UNITS, 4, 2, 4]), [0, 3, 1, 2])
-    tl.store(
-        out_ptr + (unit * 32)[:, None] + column[None, :], tl.reshape(words, [UNITS, 32]), there
-    )
+    to_unit = out_ptr + unit.to(tl.int64)[:, None] * 32
+    tl.store(to_unit + column[None, :], tl.reshape(words, [UNITS, 32]), there)
 
 
 _launch = Launcher(lane_order_kernel, chained=True)
