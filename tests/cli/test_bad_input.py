@@ -169,6 +169,11 @@ def test_an_unknown_activation(cli, broken: Path, verb: str) -> None:
     [
         (["generate"], "a checkpoint folder or --preset"),
         (["generate", "folder", "--preset", "tiny-mixtral"], "a checkpoint folder or --preset"),
+        (
+            ["generate", "folder", "--write-to", "x", "--seed", "1"],
+            "--write-to, --seed would have no",
+        ),
+        (["tune", "folder", "--show", "x", "--again"], "checkpoint, --again would have no effect"),
         (["generate", "--preset", "tiny-gpt-9"], "unknown preset 'tiny-gpt-9'; known: tiny-mix"),
         (["generate", "--preset", "qwen3-30b-layer"], "--large"),
         (["generate", "--preset", "tiny-mixtral", "--dtype", "int4"], "unsupported dtype 'int4'"),

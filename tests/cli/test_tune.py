@@ -148,7 +148,8 @@ def test_showing_a_table_of_another_engine(cli, tmp_path: Path) -> None:
     ],
 )
 def test_bad_words_for_tune(cli, words: list[str], message: str) -> None:
-    code, out, err = cli("tune", "--device", "cpu", *words)
+    device = () if "--show" in words else ("--device", "cpu")
+    code, out, err = cli("tune", *device, *words)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

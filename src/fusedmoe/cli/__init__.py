@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=summary, description=summary)
         import_module(f"fusedmoe.cli.{name}").add_arguments(verb)
         verb.add_argument("--json", action="store_true", help="print one JSON object")
+        verb.set_defaults(default_of=verb.get_default)
         verb.add_argument("--traceback", action="store_true", help="show where an error was raised")
     return parser
 

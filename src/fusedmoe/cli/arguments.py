@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from fusedmoe.modular_kernel import FusedMoEExperts
@@ -37,6 +37,16 @@ def sizes_of(known: Mapping[str, int | None]) -> LayerSizes:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"the layer's sizes are not complete: give {options}")
     return LayerSizes(**{name: known[name] for name in SIZES})  # type: ignore[arg-type]
+
+
+def refuse_unused(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """ValueError for options among ``names`` that were given and that nothing reads ``where``."""
+    given = [name for name in names if getattr(args, name) != args.default_of(name)]
+    if given:
+        options = ", ".join(
+            name if name == "checkpoint" else "--" + name.replace("_", "-") for name in given
+        )
+        raise ValueError(f"{options} would have no effect {where}")
 
 
 def experts_of(name: str | None) -> str | type | None:

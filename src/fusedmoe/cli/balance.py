@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.cli.arguments import refuse_unused
 from fusedmoe.cli.load_plot import write_load_plot
 from fusedmoe.cli.models import (
     PROMPT,
@@ -27,24 +28,21 @@ from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.words import device_named, dtype_named
 
 COLUMNS = ("ranks", "redundant", "in order", "balanced")
-# What asks a model, and what describes a load instead, by their defaults.
-OF_MODELS = {"prompt": PROMPT, "max_new_tokens": 32, "dtype": "auto", "device": None}
-NO_SIZES = {"num_experts": None, "top_k": None}
-OF_SIZES = {"routing": "power_law_1.2", "tokens": 4096, "layers": 1, **NO_SIZES}
+OF_MODELS = ("prompt", "max_new_tokens", "dtype", "device")
+OF_SIZES = ("routing", "num_experts", "top_k", "tokens", "layers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder or GGUF file; or give the sizes")
-    parser.add_argument("--prompt", help="whose picks are counted")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N")
-    parser.add_argument("--dtype", help="auto (the checkpoint's), fp32, fp16, bf16")
+    parser.add_argument("--prompt", default=PROMPT, help="whose picks are counted")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), fp32, fp16, bf16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
-    parser.add_argument("--routing", choices=ROUTINGS, help="by sizes")
+    parser.add_argument("--routing", choices=ROUTINGS, default="power_law_1.2", help="by sizes")
     parser.add_argument("--num-experts", type=int, metavar="E")
     parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--tokens", type=int, metavar="T")
-    parser.add_argument("--layers", type=int, metavar="L")
-    parser.set_defaults(**OF_MODELS, **OF_SIZES)
+    parser.add_argument("--tokens", type=int, default=4096, metavar="T")
+    parser.add_argument("--layers", type=int, default=1, metavar="L")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], metavar="N")
     parser.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="copies")
     parser.add_argument("--plot", metavar="FILE", help="draw the load of each rank; png, svg, ...")
@@ -89,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _simulated(args: argparse.Namespace) -> torch.Tensor:
     """Picks of each expert [L, E], of logits with the distribution asked for."""
-    _refuse(args, OF_MODELS, "a checkpoint, not with sizes")
-    missing = [name for name in NO_SIZES if getattr(args, name) is None]
+    refuse_unused(args, OF_MODELS, "without a checkpoint")
+    missing = [name for name in ("num_experts", "top_k") if getattr(args, name) is None]
     if missing:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"give a checkpoint, or the sizes: {options}")
@@ -110,7 +108,7 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
     import fusedmoe
     from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 
-    _refuse(args, OF_SIZES, "sizes, not with a checkpoint")
+    refuse_unused(args, OF_SIZES, "with a checkpoint")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     folder, device = Path(args.checkpoint), device_named(args.device)
@@ -133,13 +131,6 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
     with progress(args.max_new_tokens, "generating") as bar:
         greedy(model, prompt, args.max_new_tokens, bar)
     return load
-
-
-def _refuse(args: argparse.Namespace, defaults: Mapping[str, Any], what: str) -> None:
-    """ValueError for an option that would be ignored."""
-    for name, default in defaults.items():
-        if getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} goes with {what}")
 
 
 def _check_divides(args: argparse.Namespace, E: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import experts_of
+from fusedmoe.cli.arguments import experts_of, refuse_unused
 from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shapes_asked
 from fusedmoe.cli.output import (
     check_writable,
@@ -26,15 +26,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
-# Options that mean nothing over ranks, where layers are timed as they are; and their defaults.
-_NOT_OVER_RANKS: dict[str, Any] = {
-    "scope": "layer",
-    "experts": [],
-    "tuned_table": None,
-    "max_workspace_bytes": None,
-    "no_peers": False,
-    "plot": None,
-}
+# Over ranks, layers are timed as they are.
+_NOT_OVER_RANKS = ("scope", "experts", "tuned_table", "max_workspace_bytes", "no_peers", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,10 +145,7 @@ def _run_over_ranks(
     """The layers with their experts spread over the processes of torchrun."""
     from fusedmoe.bench.over_ranks import run_ranks_bench
 
-    given = [name for name, default in _NOT_OVER_RANKS.items() if getattr(args, name) != default]
-    if given:
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{options} would have no effect with --ep")
+    refuse_unused(args, _NOT_OVER_RANKS, "with --ep")
     check_launched("--ep")
     with launched_ranks(device) as ranks:
         reports = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fusedmoe.cli.arguments import refuse_unused
 from fusedmoe.cli.generations import Generation, report
 from fusedmoe.cli.models import (
     PROMPT,
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ep or args.tp:
         check_launched("--ep" if args.ep else "--tp")
     if args.preset is None:
+        refuse_unused(args, ("write_to", "large", "seed"), "without --preset")
         return _over_ranks(args, Path(args.checkpoint), dtype, device)
     preset = find_preset(args.preset)
     if preset.large and not args.large:

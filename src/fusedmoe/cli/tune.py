@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusedmoe.cli.arguments import SIZES, refuse_unused
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import check_writable, print_json, print_table, steps
 from fusedmoe.words import device_named, dtype_named
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from fusedmoe.tuning.tuner.run import LayerTimer
 
 PARTIAL = ".partial"
+_NOT_SHOWN = (
+    *("checkpoint", "shapes", "activation", "bias", "dtype", "device"),
+    *("output", "again", "report", "measurements"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +170,7 @@ def _show(args: argparse.Namespace) -> int:
     from fusedmoe.tuning.foreign import read_table
     from fusedmoe.tuning.tuner.run import checked_tokens
 
+    refuse_unused(args, (*SIZES, *_NOT_SHOWN), "with --show")
     table = read_table(args.show)
     tokens = checked_tokens(args.tokens) if args.tokens else table.tokens
     if args.json:
