@@ -106,15 +106,17 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("scheme", ["one_launch", "three_launches"])
+@pytest.mark.parametrize("scheme", ["one_launch", "two_launches", "three_launches"])
 @pytest.mark.parametrize("placement", ["all_local", "mapped", "dropped"])
-def test_both_device_schemes_agree_with_the_definition(monkeypatch, routing, scheme, placement):
-    if scheme == "three_launches":
+def test_every_device_scheme_agrees_with_the_definition(monkeypatch, routing, scheme, placement):
+    if scheme != "one_launch":
         from fusedmoe.kernels.triton import align
 
         monkeypatch.setattr(align, "ONE_LAUNCH_SLOTS", -1)
+        if scheme == "three_launches":
+            monkeypatch.setattr(align, "TWO_LAUNCH_SLOTS", -1)
         if routing == "none":
-            pytest.skip("no slots never take three launches")
+            pytest.skip("no slots never take more than one launch")
     ids = ROUTINGS[routing]()
     expert_map = None
     if placement != "all_local":
@@ -122,8 +124,9 @@ def test_both_device_schemes_agree_with_the_definition(monkeypatch, routing, sch
     assert_same(*both(ids, 8, 6, expert_map, placement == "dropped"))
 
 
-def test_many_chunks():
-    ids = torch.randint(0, 40, (4500,), dtype=torch.int32)
+@pytest.mark.parametrize("R", [2049, 4500, 8192, 8200])
+def test_many_slots(R):
+    ids = torch.randint(0, 40, (R,), dtype=torch.int32)
     assert_same(*both(ids, 16, 40))
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation, activation_reference
-from fusedmoe.kernels import bounded_align as align_module
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.bounded_align import (
     BoundedRouting,
@@ -274,9 +273,3 @@ def test_sums_that_do_not_fit_are_refused(broken):
     }  # fmt: skip
     with pytest.raises(ValueError, match="T 9, K 3, H 4"):
         bounded_sum(**(sound | broken))
-
-
-def test_the_limit_of_one_launch_is_that_of_the_usual_alignment():
-    from fusedmoe.kernels.triton.align import ONE_LAUNCH_SLOTS
-
-    assert align_module.ONE_LAUNCH_SLOTS == ONE_LAUNCH_SLOTS

@@ -104,6 +104,7 @@ def test_tasks_come_out_even(rows, columns, width):
         ("gpt_oss_120b", 1024, 64, 128, 256),
         ("few_small", 64, 32, 64, 64),
         ("mixtral", 2, 8, 64, 128),
+        ("mixtral", 64, 32, 128, 128),
     ],
 )
 def test_blocks_have_room_and_wide_tiles_have_work(name, T, block, up, down):

@@ -55,7 +55,10 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
         return rounds * rows * (1 + short + 0.7 * max(0.0, block / weight_rows - 0.25))
 
     up = min((128, 64), key=lambda rows: cost(I, rows, 2 * rows))
-    return decode_tiles_of(block, up, min((256, 128, 64), key=lambda rows: cost(H, rows, rows)))
+    # Of equals the largest, but where it has one round of tasks: a block more would make it two.
+    one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
+    down = (128, 256, 64) if one_round else (256, 128, 64)
+    return decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
 
 
 def decode_tiles_of(block: int, up_rows: int, down_rows: int) -> DecodeTiles:

@@ -5,8 +5,9 @@ int32 [R] or None (contract: ``kernels/align.py``). ``count_map`` maps an id bef
 ``label_map`` names a group afterwards; at most one of them is there.
 
 Few slots, one launch, grid (groups,): each program counts all groups for its own offset, then
-ranks its own slots by a prefix sum. Many slots, three launches: counts per chunk of slots, grid
-(chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,).
+ranks its own slots by a prefix sum. More, two launches: each program of the first counts its own
+group alone, because counting all takes longer than a launch. Many, three launches: counts per chunk
+of slots, grid (chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,).
 """
 
 import torch
@@ -17,7 +18,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
-ONE_LAUNCH_SLOTS = 4096
+ONE_LAUNCH_SLOTS, TWO_LAUNCH_SLOTS = 2048, 4096
 CHUNK = 256
 # Sizes that follow the number of tokens: a new value must not compile a new kernel.
 COUNTS = ("R", "P", "B", "chunks")
@@ -40,10 +41,34 @@ def fill_range(ptr, value, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
+def group_counts_kernel(
+    ids_ptr,
+    count_map_ptr,
+    counts_ptr,
+    R,
+    groups,
+    num_mapped,
+    BLOCK_R: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """counts[group]"""
+    me = tl.program_id(0)
+    follow_previous(CHAINED)
+    mine = tl.zeros([BLOCK_R], dtype=tl.int32)
+    for first in range(0, R, BLOCK_R):
+        slot = first + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + slot, slot < R, -1)
+        group = local_expert(ids, count_map_ptr, num_mapped, groups)
+        mine += (group == me).to(tl.int32)
+    tl.store(counts_ptr + me, tl.sum(mine))
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def align_once_kernel(
     ids_ptr,
     count_map_ptr,
     label_map_ptr,
+    counts_ptr,
     sorted_ptr,
     expert_ids_ptr,
     num_post_ptr,
@@ -58,15 +83,20 @@ def align_once_kernel(
     BLOCK_G: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
+    # Slots side by side in a thread, because sums over threads cost more.
+    ROW: tl.constexpr = max(4, BLOCK_R // 256)
     me = tl.program_id(0)
     follow_previous(CHAINED)
-    counts = tl.zeros([BLOCK_G], dtype=tl.int32)
-    for first in range(0, R, BLOCK_R):
-        slot = first + tl.arange(0, BLOCK_R)
-        ids = tl.load(ids_ptr + slot, slot < R, -1)
-        group = local_expert(ids, count_map_ptr, num_mapped, groups)
-        counts += tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
     lane = tl.arange(0, BLOCK_G)
+    if counts_ptr is None:
+        counts = tl.zeros([BLOCK_G], dtype=tl.int32)
+        for first in range(0, R, BLOCK_R):
+            slot = first + tl.arange(0, BLOCK_R)
+            ids = tl.load(ids_ptr + slot, slot < R, -1)
+            group = local_expert(ids, count_map_ptr, num_mapped, groups)
+            counts += tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
+    else:
+        counts = tl.load(counts_ptr + lane, lane < groups, 0, cache_modifier=".cg")
     padded = tl.cdiv(counts, block_size) * block_size
     start = tl.sum(tl.where(lane < me, padded, 0))
     end = start + tl.sum(tl.where(lane == me, padded, 0))
@@ -75,13 +105,15 @@ def align_once_kernel(
 
     at = start
     for first in range(0, R, BLOCK_R):
-        slot = first + tl.arange(0, BLOCK_R)
+        slot = first + tl.reshape(tl.arange(0, BLOCK_R), [BLOCK_R // ROW, ROW])
         ids = tl.load(ids_ptr + slot, slot < R, -1)
         group = local_expert(ids, count_map_ptr, num_mapped, groups)
         mine = group == me
-        rank = tl.cumsum(mine.to(tl.int32), 0)
+        in_row = tl.cumsum(mine.to(tl.int32), 1)
+        of_row = tl.sum(mine.to(tl.int32), 1)
+        rank = (tl.cumsum(of_row, 0) - of_row)[:, None] + in_row
         tl.store(sorted_ptr + at + rank - 1, slot, mine)
-        at += tl.sum(mine.to(tl.int32))
+        at += tl.sum(of_row)
         if scatter_ptr is not None:
             tl.store(scatter_ptr + slot, tl.where(label >= 0, slot, -1), mine)
             nowhere = (group < 0) & (slot < R) & (me == 0)
@@ -211,6 +243,7 @@ def place_kernel(
 
 
 _launch_once = Launcher(align_once_kernel, chained=True)
+_launch_group_counts = Launcher(group_counts_kernel, chained=True)
 _launch_counts = Launcher(chunk_counts_kernel, chained=True)
 _launch_prefix = Launcher(prefix_kernel, chained=True)
 _launch_place = Launcher(place_kernel, chained=True)
@@ -235,15 +268,19 @@ def align(
     count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
     block_g = power_of_2(groups)
-    if R <= ONE_LAUNCH_SLOTS:
-        block_r = min(1024, max(32, power_of_2(R)))
-        warps = max(1, min(8, block_r // 128))
+    if R <= TWO_LAUNCH_SLOTS:
+        counts, block_r = None, min(1024, max(32, power_of_2(R)))
+        if R > ONE_LAUNCH_SLOTS:
+            counts, block_r = torch.empty(groups, dtype=torch.int32, device=ids.device), 4096
+            _launch_group_counts(
+                (groups, 1), (ids, count_map, counts), (R, groups, num_mapped), (block_r,), 8
+            )
         _launch_once(
             (groups, 1),
-            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter),
+            (ids, count_map, label_map, counts, sorted_ids, expert_ids, num_post, scatter),
             (R, P, B, groups, num_mapped, block_size),
             (block_r, block_g),
-            warps,
+            max(1, min(8, block_r // 128)),
         )
         return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
 
