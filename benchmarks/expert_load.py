@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fusedmoe.bench.report import make_header
-from fusedmoe.cli.load_plot import write_load_plot
+from fusedmoe.cli.plot import write_load_plot
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.planner import published_placement, rebalance_experts
 from fusedmoe.testing.routing import routing_logits

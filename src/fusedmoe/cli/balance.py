@@ -11,7 +11,6 @@ import torch
 
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli.arguments import refuse_unused
-from fusedmoe.cli.load_plot import write_load_plot
 from fusedmoe.cli.models import (
     PROMPT,
     check_model,
@@ -21,7 +20,7 @@ from fusedmoe.cli.models import (
     prompt_tokens,
 )
 from fusedmoe.cli.output import check_writable, print_json, print_table, progress, steps
-from fusedmoe.cli.plot import check_can_draw
+from fusedmoe.cli.plot import check_can_draw, write_load_plot
 from fusedmoe.eplb.maps import imbalance, rank_loads
 from fusedmoe.eplb.planner import rebalance_experts
 from fusedmoe.testing.routing import ROUTINGS, routing_logits

@@ -1,20 +1,25 @@
-"""The picture of a benchmark report: speed against batch, and the roofline. Needs matplotlib.
+"""Pictures of a benchmark report and of the load of ranks. They need matplotlib.
 
-It reads the report's JSON alone (a header with measured ceilings, and rows), so that a file of last
-month draws like one of today. Per shape, format and routing there are two axes.
+That of a report (speed against batch, and the roofline) reads its JSON alone, a header with
+measured ceilings, and rows, so that a file of last month draws like one of today. Per shape, format
+and routing there are two axes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Row = dict[str, Any]
 
 ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
+LOAD_WIDTH, LOAD_HEIGHT, LOAD_DOTS_PER_INCH = 4.0, 3.2, 110
 
 
 def check_can_draw(path: str | Path) -> None:
@@ -26,6 +31,26 @@ def check_can_draw(path: str | Path) -> None:
     kind, known = Path(path).suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
     if kind and kind not in known:
         raise ValueError(f"{path}: a plot is one of {', '.join(known)}, not {kind}")
+
+
+def write_load_plot(loads: Mapping[int, Mapping[str, torch.Tensor]], path: str | Path) -> None:
+    """Draw, for each number of ranks, its ``loads`` [L, ranks] by name: of the first layer, over
+    their mean, the busiest rank first. ValueError as ``check_can_draw``."""
+    check_can_draw(path)
+    from matplotlib.figure import Figure
+
+    size = LOAD_WIDTH * len(loads), LOAD_HEIGHT
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
+    for axis, (ranks, found) in zip(axes, loads.items(), strict=True):
+        for name, values in found.items():
+            first = values[0].double() / values[0].double().mean().clamp_min(1e-30)
+            axis.step(range(ranks), first.sort(descending=True).values, label=name, where="mid")
+        axis.set(title=f"{ranks} ranks", xlabel="rank, busiest first", yscale="log")
+    axes[0].set_ylabel("load / mean")
+    axes[0].legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=LOAD_DOTS_PER_INCH)
 
 
 def write_plot(report: dict[str, Any], path: str | Path) -> None:
