@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 benchmarks/ep_layer.py [--shapes deepseek-v3 qwen3-235b]
         [--tokens 8 128 1024 8192] [--format bf16 | fp8_block] [--ranks 1 2 4]
         [--ways peer naive_dp_ep ...] [--experts NAME]
-        [--out benchmarks/results/h200-x4/ep_layer.json]
+        [--out benchmarks/results/h200-x4/ep_layer.json] [--join FILE ...]
 
 Routing is uniform, every rank brings the same number of tokens, each with its own. Per number of
 ranks (the first so many of the processes), two kinds of rows:
@@ -30,8 +30,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -320,6 +322,20 @@ def publish(report: BenchReport, row: dict[str, Any], out: str | None) -> None:
         report.write(out)
 
 
+def join(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put the rows of ``other`` that ``record`` lacks into it, and say of which run they are."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("shape", "format", "ranks", "T", "impl"))
+
+    known = {key(row) for row in record["rows"]}
+    runs = record.setdefault("joined", [])
+    runs.append({name: other[name] for name in ("device", "commit", "command", "date")})
+    new = [row | {"joined": len(runs)} for row in other["rows"] if key(row) not in known]
+    record["rows"] += new
+    add_scaling(record["rows"])
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -333,7 +349,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy layer, to try the script")
     parser.add_argument("--out")
+    parser.add_argument(
+        "--join", nargs="+", metavar="FILE", help="measure nothing: --out takes in what it lacks"
+    )
     args = parser.parse_args()
+    if args.join:
+        record = json.loads(Path(args.out).read_text())
+        for other in args.join:
+            join(record, json.loads(Path(other).read_text()))
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+        return
     shapes = [TINY] if args.tiny else [SHAPES[name] for name in args.shapes]
     with launched_ranks(torch.device(args.device)) as here:
         counts = args.ranks or [1 << n for n in range(here.size.bit_length())]

@@ -35,6 +35,24 @@ def test_rows_of_layers_and_of_their_experts_alone(ranks, tmp_path, fmt):
         assert row["ranks"] > 1 or row["scaling"] == 1
 
 
+def test_files_are_joined(monkeypatch):
+    """Rows that are there stay; others come with the run they are of, and scaling is anew."""
+    monkeypatch.syspath_prepend(rank_ep_layer.BENCHMARKS)
+    import ep_layer
+
+    def row(ranks: int, us: float) -> dict[str, object]:
+        key = {"shape": "tiny", "format": "bf16", "ranks": ranks, "T": 8, "impl": "x"}
+        return key | {"scope": "layer", "us": us}
+
+    run = {"device": "cpu", "commit": "abc", "command": "words", "date": "today"}
+    record = {"rows": [row(4, 10.0)]}
+    ep_layer.join(record, run | {"rows": [row(4, 99.0), row(1, 20.0)]})
+    assert [one["us"] for one in record["rows"]] == [10.0, 20.0]
+    assert [one.get("joined") for one in record["rows"]] == [None, 1]
+    assert [one["scaling"] for one in record["rows"]] == [2.0, 1.0]
+    assert record["joined"] == [run]
+
+
 def test_experts_move_under_skewed_load(ranks, tmp_path):
     out = tmp_path / "balance.json"
     words = "--tiny --device cpu --tokens 64 --redundant 8 --layers 2 --repeats 1"
