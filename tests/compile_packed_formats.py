@@ -79,28 +79,28 @@ def arguments(name, tile, dtype, act):
     return torch.zeros(T, D, dtype=dtype), w, torch.zeros(T * K, N, dtype=dtype), blocks, act
 
 
-def packed(name, tile, dtype=BF16, act=MoEActivation.SILU, places=(False, None)):
+def packed(name, tile, dtype=BF16, act=MoEActivation.SILU, orders=(False, "", None)):
     a, w, c, blocks, act = arguments(name, tile, dtype, act)
     fitting = packed_tile(tile, w.format.element)
     native = dtype == BF16
-    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, None, act, *places, native)
+    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, None, act, *orders, native)
 
 
 packed("q4_k", FEW)
 packed("q4_k", MANY)
 packed("q5_k", SOME, act=MoEActivation.SWIGLUOAI)
 packed("q6_k", SOME)
-packed("q6_k", MANY)
+packed("q6_k", MANY, orders=(True, "sixes", None))
 packed("q6_k", FEW, torch.float16)
 packed("mxfp6_e3m2", FEW)
-packed("mxfp6_e3m2", MANY, places=(True, None))
+packed("mxfp6_e3m2", MANY, orders=(True, "units", None))
 packed("mxfp6_e2m3", SOME, torch.float16, MoEActivation.RELU2_NO_MUL)
 packed("int4_g32_zp_act_order", SOME)
-packed("int8_g32_act_order", FEW, places=(False, torch.zeros(E, N, dtype=torch.int32)))
+packed("int8_g32_act_order", FEW, orders=(False, "", torch.zeros(E, N, dtype=torch.int32)))
 for name in ("nf4", "iq4_nl"):
     a, w, c, blocks, act = arguments(name, SOME, BF16, MoEActivation.SILU)
     grouped_gemm_quantized.launch(
-        a, w, c, blocks, SOME, K, None, None, act, weight_addresses(w), False, True, None, True
+        a, w, c, blocks, SOME, K, None, None, act, weight_addresses(w), False, "halves", None, True
     )
 for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 64, 128, 4, 4, 4))):
     a, w, c, blocks, act = arguments(name, tile, BF16, MoEActivation.SILU)
@@ -108,7 +108,7 @@ for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 6
     grouped_gemm_w4a8.launch(rows, scale, w, c, blocks, tile, K, None, None, act, True)
 x = torch.zeros(T, D, dtype=BF16)
 for element, group, e8m0 in (("e4m3", 0, False), ("e2m1", 16, False), ("e3m2", 32, True)):
-    round_rows.launch(x, x, None, element, group, e8m0, True)
+    round_rows.launch(x, x, None, element, group, e8m0, "halves")
 order = torch.zeros(E, D, dtype=torch.int32)
 gather_columns.launch(x, order, torch.zeros(T * K, D, dtype=BF16), ids, None)
 print("compiled")

@@ -29,10 +29,10 @@ def triton_gemm(
     from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    planes = rest.get("a_planes", False), rest.get("c_planes", False), rest.get("c_places")
+    orders = rest.get("a_ordered", False), rest.get("c_order", ""), rest.get("c_places")
     launch(
         a, w, c, blocks, tile, top_k, rest.get("bias"), rest.get("row_weights"), act,
-        weight_addresses(w), *planes, False,
+        weight_addresses(w), *orders, False,
     )  # fmt: skip
     return c
 
@@ -49,15 +49,16 @@ def triton_packed(
     row_weights: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
-    c_planes: bool = False,
+    a_ordered: bool = False,
+    c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``packed_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_packed import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    places = c_planes, c_places
-    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *places, False)
+    orders = a_ordered, c_order, c_places
+    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *orders, False)
     return c
 
 
@@ -89,7 +90,7 @@ def triton_w8a8(
 
 
 def triton_round(
-    x: torch.Tensor, key: Any, scale: torch.Tensor | None = None, *, planes: bool = False
+    x: torch.Tensor, key: Any, scale: torch.Tensor | None = None, *, order: str = ""
 ) -> torch.Tensor:
     """As ``round_rows_reference``; a scale for the whole tensor is made as on a GPU."""
     from fusedmoe.kernels.triton.round_rows import launch
@@ -98,7 +99,7 @@ def triton_round(
         _, scale = quantize_activation(x, key)
     out = torch.full(x.shape, float("nan"), dtype=x.dtype)
     e8m0 = key.scale_kind == "e8m0"
-    launch(x, out, scale, ELEMENTS[key.dtype], max(0, key.group_shape.col), e8m0, planes)
+    launch(x, out, scale, ELEMENTS[key.dtype], max(0, key.group_shape.col), e8m0, order)
     return out
 
 

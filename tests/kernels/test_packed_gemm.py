@@ -7,8 +7,8 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
+from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
 from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
-from fusedmoe.kernels.grouped_gemm_quantized import from_planes
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
@@ -88,14 +88,42 @@ def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
 
 
 @BOTH
-def test_columns_are_written_in_planes_for_the_next_product(function):
-    w, tile = weights("q4_k", 256), tile_for("q4_k")
+@pytest.mark.parametrize("fmt", ["q6_k", "mxfp6_e3m2", "mxfp6_e2m3"])
+@pytest.mark.parametrize("slots", [16, 64])
+def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
+    w, tile = weights(fmt, 768), replace(tile_for(fmt, slots), depth=256 if fmt == "q6_k" else 128)
+    a, ids = rows_and_ids(768, T=20)
+    out = torch.full((ids.numel(), N), NAN)
+    function(
+        ordered(a, order_for(w.format, 768)), w, out, moe_align_block_size(ids, slots, E), tile,
+        top_k=TOP_K, a_ordered=True, c_order="halves",
+    )  # fmt: skip
+    assert_right(unordered(out, "halves"), by_slot(a, w, ids))
+
+
+@BOTH
+@pytest.mark.parametrize(("order", "fmt"), [("units", "mxfp6_e3m2"), ("sixes", "q6_k")])
+def test_columns_are_written_in_the_order_that_the_next_product_wants(function, order, fmt):
+    width = 2 * REPEATS[order]
+    wide = torch.randn(E, width, 256) / 16
+    w, tile = pack(wide, "q4_k"), tile_for("q4_k")
+    assert order_for(format_named(fmt), width) == order
+    assert order_for(format_named(fmt), width + 32) == ""
     a, ids = rows_and_ids(256)
     blocks = moe_align_block_size(ids, tile.slots, E)
-    straight, out = torch.full((2, ids.numel(), N), NAN)
+    straight, out = torch.full((2, ids.numel(), width), NAN)
     function(a, w, straight, blocks, tile, top_k=TOP_K)
-    function(a, w, out, blocks, tile, top_k=TOP_K, c_planes=True)
-    assert torch.equal(from_planes(out).nan_to_num(), straight.nan_to_num())
+    function(a, w, out, blocks, tile, top_k=TOP_K, c_order=order)
+    assert torch.equal(unordered(out, order).nan_to_num(), straight.nan_to_num())
+
+
+def test_the_order_of_a_superblock_is_as_its_bytes_say():
+    """Of a word of q6_k's nibbles: two low ones, two 64 columns on; then those 32 columns on."""
+    tiles = ordered(torch.arange(512)[None], "sixes").view(2, 8, 32)
+    assert tiles[0, :, 0].tolist() == [0, 2, 64, 66, 32, 34, 96, 98]
+    assert tiles[0, 0, :6].tolist() == [0, 1, 4, 5, 8, 9]
+    assert tiles[:, 0, 16].tolist() == [128, 384]
+    assert ordered(torch.arange(128)[None], "units").view(8, 16)[1, :4].tolist() == [2, 3, 18, 19]
 
 
 @pytest.mark.parametrize("fmt", ["q4_k", "int4_g32_act_order"])

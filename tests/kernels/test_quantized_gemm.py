@@ -5,11 +5,10 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
+from fusedmoe.kernels.column_orders import ordered, unordered
 from fusedmoe.kernels.grouped_gemm_quantized import (
-    from_planes,
     quantized_gemm,
     quantized_gemm_reference,
-    to_planes,
 )
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm, w8a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
@@ -144,10 +143,10 @@ def test_planes_are_the_same_numbers_in_another_order(function, fmt):
     blocks = moe_align_block_size(ids, tile.slots, E)
     out = torch.full((ids.numel(), N), NAN)
     function(
-        to_planes(a), w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU,
-        a_planes=True, c_planes=True,
+        ordered(a, "halves"), w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU,
+        a_ordered=True, c_order="halves",
     )  # fmt: skip
-    assert_right(from_planes(out), by_slot(a, w, ids, MoEActivation.SILU))
+    assert_right(unordered(out, "halves"), by_slot(a, w, ids, MoEActivation.SILU))
 
 
 @BOTH

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedmoe.kernels.grouped_gemm_quantized import to_planes
+from fusedmoe.kernels.column_orders import ordered
 from fusedmoe.kernels.round_rows import round_rows, round_rows_reference
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
@@ -60,13 +60,14 @@ def test_ties_go_to_even(key):
 
 
 @pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, MXFP4_DYNAMIC, NVFP4_DYNAMIC], ids=str)
-def test_planes_other_strides_and_16_bits(key):
-    x = torch.randn(96, 5).half().t()
+@pytest.mark.parametrize("order", ["halves", "units", "sixes"])
+def test_orders_other_strides_and_16_bits(key, order):
+    x = torch.randn(512, 5).half().t()
     expected = round_rows_reference(x, key)
-    close = torch.isclose(triton_round(x, key, planes=True), to_planes(expected), rtol=1e-3)
+    close = torch.isclose(triton_round(x, key, order=order), ordered(expected, order), rtol=1e-3)
     assert close.float().mean() > 0.99
-    assert round_rows(x, key, planes=True).equal(to_planes(expected))
-    assert triton_round(x[:0], key).shape == (0, 96)
+    assert round_rows(x, key, order=order).equal(ordered(expected, order))
+    assert triton_round(x[:0], key).shape == (0, 512)
 
 
 @pytest.mark.parametrize("key", [MXFP8_DYNAMIC, INT8_STATIC_TENSOR], ids=str)
@@ -111,7 +112,7 @@ def test_what_cannot_be_rounded_is_named():
             round_rows(x, key, scale, **rest)
 
     refused(r"\(3, 4, 16\)", x=x.view(3, 4, 16))
-    refused("an even D", x=x[:, :63], planes=True)
+    refused("a multiple of 128", x=x, order="units")
     refused("int4", key=QuantKey("int4", False, GroupShape(1, 32)))
     refused("96", key=fp8_dynamic_group(96))
     refused("static key", scale=torch.ones(1))

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from fusedmoe.experts.quantized_operands import Operands
-from fusedmoe.kernels.grouped_gemm_quantized import to_planes
+from fusedmoe.kernels.column_orders import order_for, ordered
 from fusedmoe.quantization.formats.act_order import sort_columns
 from fusedmoe.quantization.formats.groups import columns_of, groups_of
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -41,7 +41,7 @@ def sorted_operands(operands: Operands) -> Operands:
         if sortable and sort_columns(w):
             fmt = replace(w.format, act_order=False)
             order = columns_of(index[:, 0])
-            order = to_planes(order) if fmt.element == "int4" else order
+            order = ordered(order, order_for(fmt, order.shape[1]))
             plain = replace(w, format=fmt, group_index=None)
             operands = replace(operands, **{name: plain}, **_followed(name, order))  # type: ignore[arg-type]
         elif bool((index < 0).any()):  # experts that came from where they could be

@@ -28,7 +28,7 @@ class Operands:
     came as; so they are where one of the keys is None. Where act-order columns do not lie in the
     order of what meets them (see ``act_order``): ``order`` int32 [e, H], the column of x that meets
     each column of w1, and ``places`` int32 [e, I], the column of w2 that meets each feature of w1;
-    both in the planes of the weights.
+    both in the order of the weights.
     """
 
     w1: QuantizedTensor

@@ -12,9 +12,10 @@ import torch
 
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.column_orders import order_for, ordered
 from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import is_packed, packed_gemm
-from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm, to_planes
+from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import (
@@ -46,35 +47,33 @@ def floating_products(
     w1, w2 = operands.w1, operands.w2
     # What writes rows writes them in the order in which weights are met.
     a1, a2, places = operands.a1, operands.a2, operands.places
-    planes = _in_planes(w2) and places is None
-    many = _in_planes(w1) and (batch_invariant or x.shape[0] >= _MANY_TOKENS)
+    x_order, act_order = order_for(w1.format, x.shape[1]), order_for(w2.format, w2.shape[2])
+    written = "" if places is not None else act_order
     if operands.order is not None:
         a = x if a1 is None else round_rows(x, a1, operands.a1_scale)
         # The second product's rows are written after the first has read these.
         room = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
         a = gather_columns(a, operands.order, room, live["topk_ids"], live["expert_map"])
-        first, many = first | {"top_k": 1}, _in_planes(w1)
-    elif a1 is not None:
-        a = round_rows(x, a1, operands.a1_scale, planes=many)
+        first = first | {"top_k": 1}
     else:
-        a = to_planes(x) if many else x
+        if not (batch_invariant or x.shape[0] >= _MANY_TOKENS):
+            x_order = ""
+        if a1 is None:
+            a = ordered(x, x_order)
+        else:
+            a = round_rows(x, a1, operands.a1_scale, order=x_order)
     if a2 is None:
-        _product(a, w1, act, blocks, tiles.gemm1, (many, planes), c_places=places, **first)
+        _product(a, w1, act, blocks, tiles.gemm1, (x_order, written), c_places=places, **first)
     else:
-        _product(a, w1, act, blocks, tiles.gemm1, (many, False), **first)
+        _product(a, w1, act, blocks, tiles.gemm1, (x_order, ""), **first)
         act = round_rows(
-            act, a2, operands.a2_scale, planes=planes, num_local_experts=w1.shape[0], **live
+            act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **live
         )
         if places is not None:
             order = places.argsort(-1).to(torch.int32)
             room = torch.empty_like(act)
             act = gather_columns(act, order, room, live["topk_ids"], live["expert_map"])
-    _product(act, w2, rows, blocks, tiles.gemm2, (_in_planes(w2), False), **second)
-
-
-def _in_planes(w: QuantizedTensor) -> bool:
-    """Whether rows meet ``w`` sooner with the columns of even number first."""
-    return w.format.element in NIBBLES and not is_packed(w.format)
+    _product(act, w2, rows, blocks, tiles.gemm2, (act_order, ""), **second)
 
 
 def _product(
@@ -83,14 +82,15 @@ def _product(
     c: torch.Tensor,
     blocks: MoEAlignment | LoneSlots,
     tile: QuantizedTile,
-    planes: tuple[bool, bool],
+    orders: tuple[str, str],
     **rest: Any,
 ) -> None:
-    """By the kernel that reads ``w``; ``planes``: those of a and of c."""
+    """By the kernel that reads ``w``; ``orders``: of the columns of a and of c."""
+    given = rest | {"a_ordered": orders[0] != "", "c_order": orders[1]}
     if is_packed(w.format):
-        packed_gemm(a, w, c, blocks, tile, c_planes=planes[1], **rest)
+        packed_gemm(a, w, c, blocks, tile, **given)
     else:
-        quantized_gemm(a, w, c, blocks, tile, a_planes=planes[0], c_planes=planes[1], **rest)
+        quantized_gemm(a, w, c, blocks, tile, **given)
 
 
 def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:

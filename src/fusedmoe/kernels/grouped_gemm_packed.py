@@ -14,7 +14,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import (
-    check_places,
+    check_orders,
     check_rows,
     check_weights,
     has_packed_bf16,
@@ -48,7 +48,8 @@ def packed_gemm(
     row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
-    c_planes: bool = False,
+    a_ordered: bool = False,
+    c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
@@ -58,15 +59,15 @@ def packed_gemm(
     """
     check_weights(w, c, activation)
     check_rows(a, w, c, blocks, top_k, bias, row_weights)
-    check_places(w, c, c_planes, c_places)
+    check_orders(a, w, c, a_ordered, c_order, c_places)
     _check_format(w, tile)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_packed import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
-        places = c_planes, c_places
-        launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *places, native)
+        orders = a_ordered, c_order, c_places
+        launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *orders, native)
         return c
     return packed_gemm_reference(
         a,
@@ -79,7 +80,8 @@ def packed_gemm(
         row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
-        c_planes=c_planes,
+        a_ordered=a_ordered,
+        c_order=c_order,
         c_places=c_places,
     )
 

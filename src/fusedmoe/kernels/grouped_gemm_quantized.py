@@ -14,6 +14,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.tensor_checks import check_contiguous
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -42,8 +43,8 @@ def quantized_gemm(
     row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
-    a_planes: bool = False,
-    c_planes: bool = False,
+    a_ordered: bool = False,
+    c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
@@ -52,9 +53,9 @@ def quantized_gemm(
     gated), c [R, N] with R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]. ``blocks`` hold
     ``tile.slots`` slots each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
 
-    ``a_planes``: the columns of a are ordered, those of even number first, which spares 4-bit
-    weights an unzipping; ``c_planes``: those of c shall be. Or ``c_places`` int32 [e, N]: where
-    each feature of an expert is written, all of them somewhere.
+    ``a_ordered``: the columns of a lie as ``order_for`` these weights says, which spares them an
+    unzipping; ``c_order``: of those of c. Or ``c_places`` int32 [e, N]: where each feature of an
+    expert is written, all of them somewhere.
 
     Sums are fp32. Where scales change every few columns, a number times its scale is rounded to
     the dtype of a before it is multiplied. Raises ValueError where shapes or dtypes disagree, and
@@ -67,17 +68,15 @@ def quantized_gemm(
     group = w.format.group.col
     if group > 0 and max(group, tile.depth) % min(group, tile.depth):
         raise ValueError(f"steps of {tile.depth} columns and groups of {group} do not fit")
-    if a_planes and a.shape[1] % 2:
-        raise ValueError(f"planes need even widths, got {a.shape[1]}")
-    check_places(w, c, c_planes, c_places)
+    check_orders(a, w, c, a_ordered, c_order, c_places)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
         launch(
-            a, w, c, blocks, tile, top_k, bias, row_weights, act, weight_addresses(w), a_planes,
-            c_planes, c_places, native,
+            a, w, c, blocks, tile, top_k, bias, row_weights, act, weight_addresses(w), a_ordered,
+            c_order, c_places, native,
         )  # fmt: skip
         return c
     return quantized_gemm_reference(
@@ -91,8 +90,8 @@ def quantized_gemm(
         row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
-        a_planes=a_planes,
-        c_planes=c_planes,
+        a_ordered=a_ordered,
+        c_order=c_order,
         c_places=c_places,
     )
 
@@ -109,12 +108,12 @@ def quantized_gemm_reference(
     row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
-    a_planes: bool = False,
-    c_planes: bool = False,
+    a_ordered: bool = False,
+    c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch, on dequantized weights; walks the blocks on the host."""
-    rows = from_planes(a) if a_planes else a
+    rows = unordered(a, order_for(w.format, a.shape[1])) if a_ordered else a
     weights = w.dequantize(torch.float32)
     for slots, expert in blocks_on_host(blocks, tile.slots, c.shape[0], w.shape[0]):
         sums = rows[slots // top_k].float() @ weights[expert].T
@@ -123,7 +122,7 @@ def quantized_gemm_reference(
         sums = activate_sums(sums, w, activation, activation_config)
         if row_weights is not None:
             sums = sums * row_weights[slots, None]
-        sums = to_planes(sums) if c_planes else sums
+        sums = ordered(sums, c_order)
         if c_places is not None:
             sums = sums[:, c_places[expert].long().argsort()]
         c[slots] = sums.to(c.dtype)
@@ -163,16 +162,6 @@ def blocks_on_host(
     return found
 
 
-def to_planes(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, D], the columns of even number first, then those of odd number."""
-    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
-
-
-def from_planes(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``to_planes``."""
-    return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-
-
 def weight_addresses(w: QuantizedTensor) -> tuple[int, ...]:
     """Where things lie, for feature j of shard s of expert x, as nine numbers: the strides of data
     by expert and by row; row = s * shard_step + j * row_step (two numbers); the strides of the
@@ -204,16 +193,23 @@ def check_weights(w: QuantizedTensor, c: torch.Tensor, activation: MoEActivation
     check_contiguous(data=w.data, scale=w.scale, scale2=w.scale2, zero_point=w.zero_point)
 
 
-def check_places(
-    w: QuantizedTensor, c: torch.Tensor, c_planes: bool, c_places: torch.Tensor | None
+def check_orders(
+    a: torch.Tensor,
+    w: QuantizedTensor,
+    c: torch.Tensor,
+    a_ordered: bool,
+    c_order: str,
+    c_places: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError where the columns of ``c`` cannot be written there."""
-    if c_planes and c.shape[1] % 2:
-        raise ValueError(f"planes need even widths, got {c.shape[1]}")
+    """Raise ValueError where the columns of ``a`` and ``c`` cannot lie so."""
+    if a_ordered and not order_for(w.format, a.shape[1]):
+        raise ValueError(f"rows {tuple(a.shape)} have no order for {w.format.name}")
+    if c.shape[1] % REPEATS[c_order]:
+        raise ValueError(f"{c.shape[1]} columns are no multiple of {REPEATS[c_order]}")
     wanted = (w.shape[0], c.shape[1])
     if c_places is not None:
         check_contiguous(c_places=c_places)
-        if c_places.shape != wanted or c_places.dtype != torch.int32 or c_planes:
+        if c_places.shape != wanted or c_places.dtype != torch.int32 or c_order:
             raise ValueError(
                 f"c_places {tuple(c_places.shape)} {c_places.dtype}, expected {wanted} int32"
             )

@@ -73,7 +73,8 @@ def packed_gemm_kernel(
     ELEMENT: tl.constexpr,
     SUMS: tl.constexpr,
     NATIVE: tl.constexpr,
-    C_PLANES: tl.constexpr,
+    A_ORDERED: tl.constexpr,
+    C_ORDER: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,15 +110,15 @@ def packed_gemm_kernel(
     else:
         for first in range(0, D, DEPTH):
             if ELEMENT == "q6_k":
-                total = add_sixes(total, w_rows, a_row, live, first, PRECISION, NATIVE)
+                total = add_sixes(total, w_rows, a_row, live, first, A_ORDERED, PRECISION, NATIVE)
             elif ELEMENT == "q4_k" or ELEMENT == "q5_k":
                 total = add_superblocks(
                     total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE
                 )
             elif ELEMENT == "e3m2" or ELEMENT == "e2m3":
                 total = add_sextets(
-                    total, w_rows, scale_ptr + scales_at, a_row, live, first, D, ELEMENT, PRECISION,
-                    NATIVE, DEPTH,
+                    total, w_rows, scale_ptr + scales_at, a_row, live, first, D, A_ORDERED, ELEMENT,
+                    PRECISION, NATIVE, DEPTH,
                 )  # fmt: skip
             else:
                 zero_rows = None if zero_ptr is None else zero_ptr + scales_at
@@ -137,7 +138,7 @@ def packed_gemm_kernel(
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if places_ptr is not None:
         places_ptr += expert * N
-    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
+    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
 _launch = Launcher(packed_gemm_kernel, chained=True)
@@ -156,7 +157,8 @@ def launch(
     bias: torch.Tensor | None,
     row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
-    c_planes: bool,
+    a_ordered: bool,
+    c_order: str,
     c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
@@ -194,7 +196,8 @@ def launch(
             w.format.element,
             w.format.element in _FEW_GROUPS and D > 0 and tile.slots <= MOST_SUMS,
             native,
-            c_planes,
+            a_ordered,
+            c_order,
             act.formula or None,
             act.gated,
             _PRECISION.get(a.dtype, "tf32"),

@@ -6,7 +6,7 @@ SLOTS slots of one block; order, tables and slots as in ``grouped_gemm``.
 a [rows, D], columns dense; w [e, S * N, packed columns], scale and zero point in the canonical
 layout of ``QuantizedTensor``; c [R, N] written by slot. DEPTH columns per step, PACKED bytes of a
 row. Where two columns share a byte, the columns of even number make one product and those of odd
-number another: neither bytes nor rows are interleaved. With A_PLANES the rows lie so already, even
+number another: neither bytes nor rows are interleaved. With A_ORDERED the rows lie so already, even
 columns first.
 
 SCALING says where scales go. "end": a row has one for all columns, and its sum is multiplied.
@@ -81,8 +81,8 @@ def quantized_gemm_kernel(
     NATIVE: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
-    A_PLANES: tl.constexpr,
-    C_PLANES: tl.constexpr,
+    A_ORDERED: tl.constexpr,
+    C_ORDER: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -131,7 +131,7 @@ def quantized_gemm_kernel(
             packed = tl.load(w_ptrs + first_at)
         else:
             packed = tl.load(w_ptrs + first_at, (at < columns - first_at)[None, :], 0.0)
-        if HALVES and A_PLANES:
+        if HALVES and A_ORDERED:
             inside = live[:, None] if EVEN_D else live[:, None] & (at < columns - first_at)[None, :]
             even = tl.load(a_row + (first_at + at)[None, :], inside, 0.0)
             odd = tl.load(a_row + (columns + first_at + at)[None, :], inside, 0.0)
@@ -184,7 +184,7 @@ def quantized_gemm_kernel(
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if places_ptr is not None:
         places_ptr += expert * N
-    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_PLANES)
+    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
@@ -226,8 +226,8 @@ def launch(
     row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
     addresses: tuple[int, ...],
-    a_planes: bool,
-    c_planes: bool,
+    a_ordered: bool,
+    c_order: str,
     c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
@@ -272,8 +272,8 @@ def launch(
             native,
             act.formula or None,
             act.gated,
-            a_planes,
-            c_planes,
+            a_ordered,
+            c_order,
             D % tile.depth == 0,
             _PRECISION.get(a.dtype, "tf32"),
             tile.rows,

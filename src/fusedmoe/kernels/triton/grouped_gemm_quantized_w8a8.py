@@ -163,7 +163,7 @@ def w8a8_gemm_kernel(
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if c_scale_ptr is None:
-        store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, False)
+        store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, "")
     else:
         _store_quantized(
             value, c_ptr, c_scale_ptr, slots, live, tile, N, stride_cm, stride_cs, E8M0

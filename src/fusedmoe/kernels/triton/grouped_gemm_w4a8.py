@@ -163,7 +163,7 @@ def w4a8_gemm_kernel(
         bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
-    store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, False)
+    store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, "")
 
 
 _launch = Launcher(w4a8_gemm_kernel, chained=True)

@@ -39,6 +39,19 @@ from fusedmoe.kernels.triton.superblocks import (
 
 
 @triton.jit
+def side_by_side(x, y):
+    """Two tiles as one, the columns of the second behind those of the first."""
+    both = tl.permute(tl.join(x, y), (0, 2, 1))
+    return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def four_tiles(x, y, z, w):
+    """Four tiles as one."""
+    return side_by_side(side_by_side(x, y), side_by_side(z, w))
+
+
+@triton.jit
 def add_superblocks(
     total, w_rows, a_row, live, first, ELEMENT: tl.constexpr, PRECISION: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -56,26 +69,39 @@ def add_superblocks(
 
 @triton.jit
 def add_sixes(
-    total, w_rows, a_row, live, first, PRECISION: tl.constexpr, NATIVE: tl.constexpr
+    total, w_rows, a_row, live, first, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """total + the products of the 256 columns from ``first`` on; q6_k."""
+    """total + the products of the 256 columns from ``first`` on; q6_k. ORDERED: rows lie tile by
+    tile."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
     block = w_rows + first // 256 * 212
+    near, far, bits, d = load_sixes(block)
+    scales = load_six_scales(block, 0), load_six_scales(block, 1)
     at = tl.arange(0, 32)
     at = first + at // 16 * 128 + at // 2 % 8 * 4 + at % 2
-    near, far, bits, d = load_sixes(block)
-    scale_words = load_six_scales(block, 0), load_six_scales(block, 1)
+    wide = first + tl.arange(0, 128)
     for run in tl.static_range(2):
         nibbles = near if run == 0 else far
         if run == 1:
             bits = bits >> 2
         words = sixes_bf16(nibbles, bits) if NATIVE else None
-        for tile in tl.static_range(4):
-            scale = six_scales(scale_words[tile // 2], d, run + tile // 2 * 2)
-            value = six_values(nibbles, bits, words, scale, tile, DTYPE, NATIVE)
-            column = at + (32 * run + 64 * (tile // 2) + 2 * (tile % 2))
-            a = tl.load(a_row + column[None, :], live[:, None], 0.0)
+        low, high = six_scales(scales[0], d, run), six_scales(scales[1], d, run)
+        tiles = (
+            six_values(nibbles, bits, words, low, 0, DTYPE, NATIVE),
+            six_values(nibbles, bits, words, low, 1, DTYPE, NATIVE),
+            six_values(nibbles, bits, words, high, 2, DTYPE, NATIVE),
+            six_values(nibbles, bits, words, high, 3, DTYPE, NATIVE),
+        )
+        if ORDERED:
+            a = tl.load(a_row + (wide + 128 * run)[None, :], live[:, None], 0.0)
+            value = four_tiles(tiles[0], tiles[1], tiles[2], tiles[3])
             total = tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
+        else:
+            for tile in tl.static_range(4):
+                column = at + (32 * run + 64 * (tile // 2) + 2 * (tile % 2))
+                a = tl.load(a_row + column[None, :], live[:, None], 0.0)
+                total = tl.dot(tiles[tile], tl.trans(a), total, input_precision=PRECISION)
     return total
 
 
@@ -118,11 +144,22 @@ def sum_groups(
 
 
 @triton.jit
+def _sextets(units, pairs, factor, PAIR: tl.constexpr, ELEMENT: tl.constexpr,
+             DTYPE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Tile PAIR of units times the scales."""
+    if NATIVE:
+        return times_bf16(bf16_pair(pairs[PAIR]), factor)
+    else:
+        return sextet_pair(units, PAIR, factor, ELEMENT, DTYPE)
+
+
+@triton.jit
 def add_sextets(
-    total, w_rows, scale_rows, a_row, live, first, D, ELEMENT: tl.constexpr,
-    PRECISION: tl.constexpr, NATIVE: tl.constexpr, DEPTH: tl.constexpr,
+    total, w_rows, scale_rows, a_row, live, first, D, ORDERED: tl.constexpr,
+    ELEMENT: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """total + the products of DEPTH columns; D is a multiple of 32."""
+    """total + the products of DEPTH columns; D is a multiple of 32. ORDERED: of 128, DEPTH is
+    128, and rows lie tile by tile."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
     WIDTH: tl.constexpr = DEPTH // PAIRS
     words = w_rows.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -135,17 +172,33 @@ def add_sextets(
         pairs = sextet_pairs_bf16(units, ELEMENT)
     else:
         factor = spread_groups(float_scale(scale), WIDTH)
-    at = tl.arange(0, WIDTH)
-    at = first + at // 2 * UNIT_COLUMNS + at % 2
-    inside = live[:, None] & (at < D)[None, :]
-    for pair in tl.static_range(PAIRS):
-        if NATIVE:
-            numbers = times_bf16(bf16_pair(pairs[pair]), factor)
-        else:
-            numbers = sextet_pair(units, pair, factor, ELEMENT, DTYPE)
-        a = tl.load(a_row + (at + 2 * pair)[None, :], inside, 0.0)
-        total = tl.dot(numbers, tl.trans(a), total, input_precision=PRECISION)
-    return total
+        pairs = None
+    if ORDERED:
+        value = side_by_side(
+            four_tiles(
+                _sextets(units, pairs, factor, 0, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 1, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 2, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 3, ELEMENT, DTYPE, NATIVE),
+            ),
+            four_tiles(
+                _sextets(units, pairs, factor, 4, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 5, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 6, ELEMENT, DTYPE, NATIVE),
+                _sextets(units, pairs, factor, 7, ELEMENT, DTYPE, NATIVE),
+            ),
+        )
+        a = tl.load(a_row + (first + tl.arange(0, DEPTH))[None, :], live[:, None], 0.0)
+        return tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
+    else:
+        at = tl.arange(0, WIDTH)
+        at = first + at // 2 * UNIT_COLUMNS + at % 2
+        inside = live[:, None] & (at < D)[None, :]
+        for pair in tl.static_range(PAIRS):
+            numbers = _sextets(units, pairs, factor, pair, ELEMENT, DTYPE, NATIVE)
+            a = tl.load(a_row + (at + 2 * pair)[None, :], inside, 0.0)
+            total = tl.dot(numbers, tl.trans(a), total, input_precision=PRECISION)
+        return total
 
 
 @triton.jit

@@ -280,19 +280,33 @@ def activated(total, limit, alpha, beta, FORMULA: tl.constexpr, GATED: tl.conste
 
 
 @triton.jit
+def place_of(column, D, ORDER: tl.constexpr):
+    """Where a column of D lies in an order of ``kernels/column_orders.py``."""
+    if ORDER == "halves":
+        return column % 2 * (D // 2) + column // 2
+    elif ORDER == "units":
+        return column // 128 * 128 + column // 2 % 8 * 16 + column // 16 % 8 * 2 + column % 2
+    elif ORDER == "sixes":
+        tile = column // 32 % 2 * 4 + column // 64 % 2 * 2 + column // 2 % 2
+        at = column // 128 % 2 * 16 + column // 4 % 8 * 2 + column % 2
+        return column // 256 * 256 + tile * 32 + at
+    else:
+        return column
+
+
+@triton.jit
 def store_features(
-    value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, PLANES: tl.constexpr
+    value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, ORDER: tl.constexpr
 ):
-    """c[slot, place of feature] = value[feature, slot] times the slot's weight. Places [N]; or,
-    with PLANES, features of even number first."""
+    """c[slot, place of feature] = value[feature, slot] times the slot's weight. Places [N], or
+    in this order."""
     WIDTH: tl.constexpr = value.shape[0]
     if weights_ptr is not None:
         value *= tl.load(weights_ptr + slots, live, 0.0)[None, :]
     feature = tile * WIDTH + tl.arange(0, WIDTH)
-    column = feature
-    if places_ptr is not None:
+    if places_ptr is None:
+        column = place_of(feature, N, ORDER)
+    else:
         column = tl.load(places_ptr + feature, feature < N, 0)
-    elif PLANES:
-        column = feature // 2 + feature % 2 * (N // 2)
     c_ptrs = c_ptr + (slots * stride_cm)[None, :] + column[:, None]
     tl.store(c_ptrs, value.to(c_ptr.dtype.element_ty), live[None, :] & (feature < N)[:, None])

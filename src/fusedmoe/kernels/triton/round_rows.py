@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, largest_magnitude, scale_from
-from fusedmoe.kernels.triton.quantized_common import float_scale
+from fusedmoe.kernels.triton.quantized_common import float_scale, place_of
 
 NVFP4_GROUP = tl.constexpr(16)
 MOST_FP16 = tl.constexpr(65504.0)
@@ -79,11 +79,11 @@ def round_rows_kernel(
     ELEMENT: tl.constexpr,
     GROUP: tl.constexpr,
     E8M0: tl.constexpr,
-    PLANES: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """PLANES: the columns of even number first."""
+    """ORDER: of out's columns (``kernels/column_orders.py``)."""
     follow_previous(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
@@ -115,9 +115,7 @@ def round_rows_kernel(
             value = tl.reshape(_nearest(tl.div_rn(x, scale), ELEMENT) * scale, (BLOCK,))
         if out_ptr.dtype.element_ty == tl.float16:
             value = tl.clamp(value, -MOST_FP16, MOST_FP16, propagate_nan=tl.PropagateNan.ALL)
-        place = column
-        if PLANES:
-            place = column // 2 + column % 2 * (D // 2)
+        place = place_of(column, D, ORDER)
         tl.store(out_ptr + row * D + place, value.to(out_ptr.dtype.element_ty), column < D)
 
 
@@ -131,7 +129,7 @@ def launch(
     element: str,
     group: int,
     e8m0: bool,
-    planes: bool,
+    order: str,
 ) -> None:
     """As ``round_rows``, unchecked; ``group`` 0: the whole row, or ``given``."""
     rows, D = x.shape
@@ -142,6 +140,6 @@ def launch(
         (rows, 1),
         (x, out, given),
         (D, *x.stride()),
-        (element, group, e8m0, planes, block),
+        (element, group, e8m0, order, block),
         max(1, min(16, block // 512)),
     )
