@@ -4,8 +4,8 @@ Grid, order, tables and slots as in ``grouped_gemm_quantized``: ROWS weight rows
 the SLOTS slots of one block. a [rows, D], columns dense; w in the canonical layout of
 ``QuantizedTensor``; c [R, N] written by slot.
 
-ELEMENT says how DEPTH columns of a row are read (``packed_products``), always in planes (columns
-that one product takes together, in any order):
+ELEMENT says how DEPTH columns of a row are read (``packed_products``), always in tiles (columns
+that one product takes together, in any order; with A_ORDERED rows lie tile by tile):
 
     q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``, ``sixes``), scales within
     e3m2, e2m3         units of sixteen columns in three words (``sextets``), e8m0 scales
