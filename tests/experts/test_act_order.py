@@ -8,8 +8,9 @@ import torch
 from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import triton_quantized_floating
 from fusedmoe.experts.act_order import sorted_operands
-from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.quantized_operands import TABLES, Operands
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
 from fusedmoe.kernels.gather_columns import gather_columns, gather_columns_reference
@@ -85,6 +86,7 @@ def test_sorted_layers(name, kernels):
     wanted = SORTED.get(name, (True, True))
     found = experts._sorted
     assert (found.order is not None, found.places is not None) == wanted
+    assert (found.down_order is None) == (found.places is None)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,7 +116,7 @@ def test_sorted_weights_mean_what_they_meant(name):
 
 @pytest.mark.parametrize("name", ["plain", "zero_points_bias", "down_alone"])
 def test_every_weight_lives_once(name):
-    """What a layer holds beside its parameters is two tables, not weights."""
+    """What a layer holds beside its parameters is three tables, not weights."""
     run, experts, tensors = loaded(CASES[name])
     run()
     own = {part.untyped_storage().data_ptr() for w in run.weights for part in w.parts().values()}
@@ -125,7 +127,7 @@ def test_every_weight_lives_once(name):
     }
     beside = sum(size for address, size in held.items() if address not in own)
     e, N, K = run.weights[1].shape
-    assert beside <= 4 * e * (N + K)
+    assert beside <= 4 * e * (N + 2 * K)
 
 
 def tensors_held_by(thing):
@@ -190,7 +192,7 @@ def test_a_bias_written_since_is_read_as_it_is():
 
 
 def addresses_of_tables(experts):
-    tables = experts._sorted.order, experts._sorted.places
+    tables = [getattr(experts._sorted, name) for name in TABLES]
     return [None if table is None else table.data_ptr() for table in tables]
 
 
@@ -207,6 +209,15 @@ def test_weights_prepared_again_keep_their_place(name):
     run.prepare()
     assert addresses_of_tables(experts) == wanted
     assert_right(run(), case.runner(tensors, weights=other)().double(), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "down_of_blocks"])
+def test_many_rows_are_gathered_not_scattered(name, monkeypatch):
+    """The same numbers, whichever way they take."""
+    run, _, _ = loaded(CASES[name])
+    few = run()
+    monkeypatch.setattr(triton_quantized_floating, "_MANY_TOKENS", 1)
+    assert_right(run(), few.double(), 1e-6)
 
 
 @pytest.mark.parametrize("prepare", [False, True])

@@ -4,11 +4,11 @@ Where the group of a column comes from a table, every number has to fetch its ow
 group, the columns are those of the plain format, and what moves is the rows that meet them:
 
 * the columns of w1 are those of x: each slot's row is gathered in the order of its expert;
-* the columns of w2 are the features of w1, whose product is written in the order in which w2 reads
-  it, which costs nothing.
+* the columns of w2 are the features of w1: few rows of its product are written in the order in
+  which w2 reads them, which costs nothing, and many gathered, for scattered bytes are slower.
 
-Gathering moves T * K rows of x, a few microseconds for few tokens, where fetching scales takes a
-load per weight. There is no copy: the weights and their ``group_index`` are rewritten together, one
+Gathering moves T * K rows, a few microseconds for few tokens, where fetching scales takes a load
+per weight. There is no copy: the weights and their ``group_index`` are rewritten together, one
 expert at a time, so that they say what they are wherever they go. Gate and up of a checkpoint have
 one order, for they see the same rows; where they have not, and where a rank's columns are no whole
 groups, the columns stay and the table is read.
@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.quantized_operands import TABLES, Operands
 from fusedmoe.kernels.column_orders import order_for, ordered
 from fusedmoe.quantization.formats.act_order import sort_columns
 from fusedmoe.quantization.formats.groups import columns_of, groups_of
@@ -67,10 +67,12 @@ def _as_it_lies(operands: Operands, name: str) -> Operands:
 
 
 def _followed(name: str, order: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How rows follow columns in ``order`` [e, K]: x is gathered, the rest is written there."""
+    """How rows follow columns in ``order`` [e, K]: x is gathered, the rest is written there or
+    gathered, too."""
+    order = order.to(torch.int32).contiguous()
     if name == "w1":
-        return {"order": order.to(torch.int32).contiguous()}
-    return {"places": order.argsort(-1).to(torch.int32).contiguous()}
+        return {"order": order}
+    return {"down_order": order, "places": order.argsort(-1).to(torch.int32).contiguous()}
 
 
 def keep_tables(old: Operands | None, new: Operands) -> Operands:
@@ -79,7 +81,7 @@ def keep_tables(old: Operands | None, new: Operands) -> Operands:
     if old is None:
         return new
     kept: dict[str, torch.Tensor] = {}
-    for name in ("order", "places"):
+    for name in TABLES:
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine is None or theirs is None or mine.shape != theirs.shape:
             continue

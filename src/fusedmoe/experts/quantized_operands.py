@@ -18,6 +18,9 @@ from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
 
+TABLES = ("order", "down_order", "places")
+"""The fields of ``Operands`` that say where columns lie."""
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -27,8 +30,8 @@ class Operands:
     to static keys. ``emulate``: rows are rounded to their format, but multiplied as the floats they
     came as; so they are where one of the keys is None. Where act-order columns do not lie in the
     order of what meets them (see ``act_order``): ``order`` int32 [e, H], the column of x that meets
-    each column of w1, and ``places`` int32 [e, I], the column of w2 that meets each feature of w1;
-    both in the order of the weights.
+    each column of w1; ``down_order`` int32 [e, I], the feature of w1 that meets each column of w2,
+    and ``places``, its inverse; all in the order of the weights.
     """
 
     w1: QuantizedTensor
@@ -41,6 +44,7 @@ class Operands:
     w2_bias: torch.Tensor | None = None
     emulate: bool = False
     order: torch.Tensor | None = None
+    down_order: torch.Tensor | None = None
     places: torch.Tensor | None = None
 
     @classmethod

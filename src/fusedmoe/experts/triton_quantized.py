@@ -15,7 +15,7 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.act_order import as_they_lie, keep_tables, sorted_operands
 from fusedmoe.experts.copies import Source
-from fusedmoe.experts.quantized_operands import Operands, tensors_and_words
+from fusedmoe.experts.quantized_operands import TABLES, Operands, tensors_and_words
 from fusedmoe.experts.triton_quantized_formats import (
     capabilities,
     emulated_capabilities,
@@ -118,10 +118,10 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
     def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, ...]:
         """What runs, as a custom op takes it; while compiling, sorted columns are not doubted."""
         found, config = self._sorted, self.quant_config
-        tables: tuple[torch.Tensor | None, ...] = (None, None)
+        tables: list[torch.Tensor | None] = [None for _ in TABLES]
         if found is not None:
-            config, tables = found.config(config), (found.order, found.places)
-        return (w1, w2, *tensors_and_words(config), *tables)
+            config, tables = found.config(config), [getattr(found, name) for name in TABLES]
+        return (w1, w2, *tensors_and_words(config), tables)
 
 
 class TritonQuantizedExperts(QuantizedTritonExperts):

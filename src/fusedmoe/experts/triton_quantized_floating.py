@@ -12,20 +12,21 @@ import torch
 
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.kernels.column_orders import order_for, ordered
+from fusedmoe.kernels.column_orders import SIXES, UNITS, order_for, ordered
 from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import is_packed, packed_gemm
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import (
+    LEAST_ORDERED_SLOTS,
     QuantizedTile,
     QuantizedTiles,
     packed_tile,
     weight_only_tiles,
 )
 
-_MANY_TOKENS = 512
+_SOME_TOKENS, _MANY_TOKENS = 8, 512
 
 
 def floating_products(
@@ -46,9 +47,8 @@ def floating_products(
     first, second, live = given
     w1, w2 = operands.w1, operands.w2
     # What writes rows writes them in the order in which weights are met.
-    a1, a2, places = operands.a1, operands.a2, operands.places
-    x_order, act_order = order_for(w1.format, x.shape[1]), order_for(w2.format, w2.shape[2])
-    written = "" if places is not None else act_order
+    a1, a2, many = operands.a1, operands.a2, x.shape[0] >= _MANY_TOKENS
+    x_order, act_order = _order(w1, x.shape[1], tiles.gemm1), _order(w2, w2.shape[2], tiles.gemm2)
     if operands.order is not None:
         a = x if a1 is None else round_rows(x, a1, operands.a1_scale)
         # The second product's rows are written after the first has read these.
@@ -56,24 +56,34 @@ def floating_products(
         a = gather_columns(a, operands.order, room, live["topk_ids"], live["expert_map"])
         first = first | {"top_k": 1}
     else:
-        if not (batch_invariant or x.shape[0] >= _MANY_TOKENS):
+        if not (batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)):
             x_order = ""
         if a1 is None:
             a = ordered(x, x_order)
         else:
             a = round_rows(x, a1, operands.a1_scale, order=x_order)
-    if a2 is None:
-        _product(a, w1, act, blocks, tiles.gemm1, (x_order, written), c_places=places, **first)
-    else:
-        _product(a, w1, act, blocks, tiles.gemm1, (x_order, ""), **first)
+    follows = operands.down_order is not None
+    scattered = follows and a2 is None and not many
+    written = "" if follows else act_order
+    _product(
+        a, w1, act, blocks, tiles.gemm1, (x_order, written if a2 is None else ""),
+        c_places=operands.places if scattered else None, **first,
+    )  # fmt: skip
+    if a2 is not None:
         act = round_rows(
             act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **live
         )
-        if places is not None:
-            order = places.argsort(-1).to(torch.int32)
-            room = torch.empty_like(act)
-            act = gather_columns(act, order, room, live["topk_ids"], live["expert_map"])
+    if operands.down_order is not None and not scattered:
+        room = torch.empty_like(act)
+        act = gather_columns(act, operands.down_order, room, live["topk_ids"], live["expert_map"])
     _product(act, w2, rows, blocks, tiles.gemm2, (act_order, ""), **second)
+
+
+def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:
+    """Of columns that meet ``w``; floats of six bits are met by few slots as they come, for steps
+    of their order are short."""
+    order = order_for(w.format, D)
+    return "" if order == UNITS and tile.slots < LEAST_ORDERED_SLOTS else order
 
 
 def _product(

@@ -1,7 +1,7 @@
 """The quantized Triton experts as torch.compile sees them: ops that take tensors and words.
 
 What describes the weights and the rows that meet them is ``tensors_and_words`` of a quant config;
-``order`` and ``places`` are the tables of ``Operands`` that say where columns lie.
+``tables`` are those of ``Operands`` that say where columns lie.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _operands(
     activation: MoEActivation,
     dtype: torch.dtype,
     emulate: bool,
-    order: torch.Tensor | None,
-    places: torch.Tensor | None,
+    tables: Sequence[torch.Tensor | None],
 ) -> Operands:
     found = Operands.of(config, w1, w2, activation, dtype, emulate=emulate)
-    return as_they_lie(replace(found, order=order, places=places))
+    order, down_order, places = tables
+    return as_they_lie(replace(found, order=order, down_order=down_order, places=places))
 
 
 @torch.library.custom_op(
@@ -43,8 +43,7 @@ def standard_op(
     w2: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
     words: str,
-    order: torch.Tensor | None,
-    places: torch.Tensor | None,
+    tables: Sequence[torch.Tensor | None],
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
     activation: str,
@@ -60,7 +59,7 @@ def standard_op(
     quantized_experts(
         output,
         hidden_states,
-        _operands(config, w1, w2, act, output.dtype, emulate, order, places),
+        _operands(config, w1, w2, act, output.dtype, emulate, tables),
         topk_weights,
         topk_ids,
         act,
@@ -83,8 +82,7 @@ def batched_op(
     w2: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
     words: str,
-    order: torch.Tensor | None,
-    places: torch.Tensor | None,
+    tables: Sequence[torch.Tensor | None],
     expert_num_tokens: torch.Tensor,
     activation: str,
     numbers: Sequence[float],
@@ -97,7 +95,7 @@ def batched_op(
     batched_quantized_experts(
         output,
         hidden_states,
-        _operands(config, w1, w2, act, hidden_states.dtype, emulate, order, places),
+        _operands(config, w1, w2, act, hidden_states.dtype, emulate, tables),
         expert_num_tokens,
         act,
         ApplyMoEActivationConfig.from_numbers(numbers),

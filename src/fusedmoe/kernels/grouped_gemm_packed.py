@@ -13,6 +13,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.column_orders import REPEATS, UNITS
 from fusedmoe.kernels.grouped_gemm_quantized import (
     check_orders,
     check_rows,
@@ -61,6 +62,8 @@ def packed_gemm(
     check_rows(a, w, c, blocks, top_k, bias, row_weights)
     check_orders(a, w, c, a_ordered, c_order, c_places)
     _check_format(w, tile)
+    if a_ordered and w.format.element in SEXTETS and tile.depth != REPEATS[UNITS]:
+        raise ValueError(f"ordered rows meet {w.format.name} in steps of {REPEATS[UNITS]} columns")
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_packed import launch
 

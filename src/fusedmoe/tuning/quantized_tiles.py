@@ -17,6 +17,8 @@ MOST_LONE_MEAN = 64
 SUPERBLOCK_COLUMNS = 256
 SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
 SEXTETS = frozenset({"e3m2", "e2m3"})
+LEAST_ORDERED_SLOTS = 64
+"""Of a block, for floats of six bits to meet rows in the order of their tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +102,20 @@ def weight_only_tiles(
 def packed_tile(tile: QuantizedTile, element: str) -> QuantizedTile:
     """For weights that take more instructions than reading them, instead of ``tile`` and with as
     many slots: superblocks are read one per step, floats of six bits in as many columns while slots
-    are few, the rest by 128. Steps of many slots are large: one of a superblock at a time leaves
-    room for a second program, and for smaller GPUs."""
-    many = tile.slots > 64
-    superblocks, sextets = element in SUPERBLOCKS, element in SEXTETS
-    crowded = tile.slots >= 64 if superblocks else many
-    deep = superblocks or (sextets and tile.slots < 64)
+    are few, the rest by 128. Steps of many slots are large."""
+    many, sextets = tile.slots > 64, element in SEXTETS
+    if element in SUPERBLOCKS:
+        depth, stages = SUPERBLOCK_COLUMNS, 1 if tile.slots == 64 else 2
+    else:
+        deep = sextets and tile.slots < LEAST_ORDERED_SLOTS
+        depth, stages = SUPERBLOCK_COLUMNS if deep else 128, 2 if many else 3
+    low = sextets or not many
     return replace(
         tile,
-        rows=128 if many else min(tile.rows, 64),
-        depth=SUPERBLOCK_COLUMNS if deep else 128,
-        warps=8 if many else min(tile.warps, 4),
-        stages=(2 if superblocks else 3) - crowded,
+        rows=min(tile.rows, 64) if low else 128,
+        depth=depth,
+        warps=min(tile.warps, 4) if low else 8,
+        stages=stages,
     )
 
 
