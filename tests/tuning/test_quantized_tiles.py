@@ -2,7 +2,12 @@
 
 import pytest
 
-from fusedmoe.tuning.quantized_tiles import QuantizedTile, w8a8_tiles, weight_only_tiles
+from fusedmoe.tuning.quantized_tiles import (
+    QuantizedTile,
+    packed_tile,
+    w8a8_tiles,
+    weight_only_tiles,
+)
 
 SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (128, 4, 2880, 2880), (384, 8, 7168, 256)]
 TOKENS = [1, 2, 8, 16, 33, 64, 128, 1024, 8192, 50000]
@@ -47,3 +52,12 @@ def test_more_rows_per_expert_never_make_smaller_blocks():
 def test_impossible_tiles_are_refused(numbers):
     with pytest.raises(ValueError, match=r"power of two|positive"):
         QuantizedTile(*numbers)
+
+
+@pytest.mark.parametrize("element", ["q4_k", "q6_k", "e3m2"])
+def test_steps_of_packed_weights_fit_the_shared_memory_of_smaller_gpus(element):
+    for slots in (8, 64, 128):
+        tile = packed_tile(QuantizedTile(128, slots, 64, 8, 8, 4), element, roomy=False)
+        rows = slots * tile.depth * 2
+        ahead = tile.stages if tile.stages > 1 else 0
+        assert ahead * (rows + tile.rows * tile.depth) <= 100 << 10

@@ -6,6 +6,7 @@ Rows come as they are, or are rounded to their format and back ("emulated") befo
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fusedmoe.tuning.quantized_tiles import (
 )
 
 _SOME_TOKENS, _MANY_TOKENS = 8, 512
+_ROOMY_BYTES = 200 << 10
 
 
 def floating_products(
@@ -116,7 +118,7 @@ def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) ->
 
 def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
     if is_packed(w.format):
-        return packed_tile(tile, w.format.element)
+        return packed_tile(tile, w.format.element, roomy=_is_roomy(w.data.device))
     depth, group = tile.depth, w.format.group.col
     if w.format.element in TABLES:
         depth = min(depth, 128)  # deeper, table words take too many registers
@@ -124,3 +126,10 @@ def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
         while depth > 16 and group % depth:
             depth //= 2  # no more than a group, so that its scale meets the sum of a step
     return replace(tile, depth=depth)
+
+
+@lru_cache
+def _is_roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _ROOMY_BYTES

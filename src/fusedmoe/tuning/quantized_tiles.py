@@ -99,16 +99,21 @@ def weight_only_tiles(
     return QuantizedTiles(_fit(tile, H, groups[0]), _fit(tile, I, groups[1]))
 
 
-def packed_tile(tile: QuantizedTile, element: str) -> QuantizedTile:
+def packed_tile(tile: QuantizedTile, element: str, *, roomy: bool = True) -> QuantizedTile:
     """For weights that take more instructions than reading them, instead of ``tile`` and with as
     many slots: superblocks are read one per step, floats of six bits in as many columns while slots
-    are few, the rest by 128. Steps of many slots are large."""
+    are few, the rest by 128. Steps of many slots are large: only where shared memory is ``roomy``
+    (200 KiB) is one more on its way."""
     many, sextets = tile.slots > 64, element in SEXTETS
     if element in SUPERBLOCKS:
-        depth, stages = SUPERBLOCK_COLUMNS, 1 if tile.slots == 64 else 2
+        alone = tile.slots == 64 and element != "q6_k"
+        depth, stages = SUPERBLOCK_COLUMNS, 1 if alone or (many and not roomy) else 2
     else:
         deep = sextets and tile.slots < LEAST_ORDERED_SLOTS
-        depth, stages = SUPERBLOCK_COLUMNS if deep else 128, 2 if many else 3
+        depth, stages = (
+            SUPERBLOCK_COLUMNS if deep else 128,
+            2 if many and not (sextets and roomy) else 3,
+        )
     low = sextets or not many
     return replace(
         tile,
