@@ -132,4 +132,5 @@ def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
 def _is_roomy(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _ROOMY_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) >= _ROOMY_BYTES
