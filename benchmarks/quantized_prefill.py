@@ -104,7 +104,7 @@ def parts(
         return out
 
     def add() -> torch.Tensor:
-        sum_rows(y, one.topk_weights, position, one.topk_ids, None, out, e, 1)
+        sum_rows(y, one.topk_weights, position, one.topk_ids, None, out, e)
         return out
 
     def align() -> torch.Tensor:

@@ -46,9 +46,9 @@ def test_wider_programs_add_the_same_bits(weighted, E, H):
     y[rows[live.flatten()].long()] = torch.randn(int(live.sum()), H, generator=generator)
     weights = torch.rand(T, K, generator=generator) if weighted else None
     sums = []
-    for spans in (1, 2, 3, 4):
+    for passes in ((1024, 1), (1024, 2), (1024, 3), (1024, 4), (2048, 1)):
         out = torch.full((T, H), float("nan"))
-        hopper_prefill.sum_rows(y, weights, position, ids, expert_map, out, local, spans)
+        hopper_prefill.sum_rows(y, weights, position, ids, expert_map, out, local, passes)
         sums.append(out)
     expected = torch.zeros(T, H)
     for t, k in live.nonzero().tolist():

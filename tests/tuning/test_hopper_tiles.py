@@ -13,6 +13,7 @@ from fusedmoe.tuning.hopper_tiles import (
     PrefillTiles,
     even_width,
     hopper_tiles,
+    sum_passes,
 )
 
 # name: experts, picks, hidden and intermediate size
@@ -126,3 +127,10 @@ def test_remote_experts_count_where_they_are():
     assert isinstance(whole, DecodeTiles)
     assert isinstance(part, DecodeTiles)
     assert whole.block == part.block
+
+
+@pytest.mark.parametrize(
+    ("H", "passes"), [(2048, (2048, 1)), (4096, (2048, 1)), (2880, (1024, 3)), (5120, (1024, 4))]
+)
+def test_sums_are_one_pass_where_columns_come_out_even(H, passes):
+    assert sum_passes(H) == passes

@@ -94,10 +94,12 @@ SUM_COLUMNS = 1024  # of one pass of a program of the prefill kernel's sum
 MOST_SUM_COLUMNS = 4096
 
 
-def sum_spans(H: int) -> int:
-    """Passes of one program of the sum: so that it finds the rows of a token once, in few
-    registers."""
-    return min(MOST_SUM_COLUMNS // SUM_COLUMNS, -(-H // SUM_COLUMNS))
+def sum_passes(H: int) -> tuple[int, int]:
+    """(columns of a pass, passes) of one program of the sum: at once where they come out even,
+    otherwise so that it finds the rows of a token once, in few registers."""
+    if H % (2 * SUM_COLUMNS) == 0:
+        return 2 * SUM_COLUMNS, 1
+    return SUM_COLUMNS, min(MOST_SUM_COLUMNS // SUM_COLUMNS, -(-H // SUM_COLUMNS))
 
 
 @dataclass(frozen=True)

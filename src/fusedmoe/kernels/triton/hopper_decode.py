@@ -99,7 +99,7 @@ def decode(
     H = w2.shape[1]
     T, K = topk_ids.shape
     decode_gemms(x, w1, w2, K, act, y, activation, w1_bias, w2_bias, tables, tiles, programs)
-    warps = 1 if T <= 256 else 4
+    warps = 1 if T <= 512 else 4
     _launch_sum(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),

@@ -121,7 +121,7 @@ def prefill(
         programs, arrivals,
     )  # fmt: skip
     down(act, act_scale, w2, y, position.shape[0], biases[1], tables, tiles, programs)
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])
 
 
 def up(

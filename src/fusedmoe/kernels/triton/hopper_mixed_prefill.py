@@ -216,4 +216,4 @@ def prefill(
         ordered=has_nibbles(w2),
     )  # fmt: skip
     down(act, w2, y, w2_bias, tables, T * K, tiles.gemm2, programs)
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], 1)
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])

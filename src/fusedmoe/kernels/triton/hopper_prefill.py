@@ -42,7 +42,7 @@ from fusedmoe.tuning.hopper_tiles import (
     MOST_SUM_COLUMNS,
     SUM_COLUMNS,
     PrefillTiles,
-    sum_spans,
+    sum_passes,
 )
 
 
@@ -64,23 +64,27 @@ def sum_kernel(
     SPANS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    follow_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pick = tl.arange(0, PADDED_PICKS)
     slot = token * PICKS + pick
     there = pick < PICKS
-    # Nobody wrote the row of a slot without an expert; it is asked for before that is known.
+    # All but y was complete before down_kernel let this launch begin. Nobody wrote the row of a
+    # slot without an expert; it is asked for before that is known.
     row = tl.load(position_ptr + slot, there, 0, cache_modifier=".cg")
-    expert = tl.load(ids_ptr + slot, there, -1)
+    expert = tl.load(ids_ptr + slot, there, -1, cache_modifier=".cg")
+    weight = tl.zeros([PADDED_PICKS], tl.float32)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + slot, there, 0.0, cache_modifier=".cg").to(tl.float32)
     live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
     row = tl.where(live, row, 0).to(tl.int64)
+    follow_previous(CHAINED)
     for span in tl.static_range(SPANS):
         column = (tl.program_id(1) * SPANS + span) * BLOCK + tl.arange(0, BLOCK)
         wanted = live[:, None] & (column < H)[None, :]
         at = row[:, None] * H + column[None, :]
         rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
         if weights_ptr is not None:
-            rows *= tl.load(weights_ptr + slot, live, 0.0).to(tl.float32)[:, None]
+            rows *= weight[:, None]
         # As hopper_decode's sum, to the bit: the choice keeps them from being contracted.
         total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
         tl.store(out_ptr + token * stride_out + column, total, column < H)
@@ -160,7 +164,7 @@ def prefill(
         x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs,
         arrivals,
     )  # fmt: skip
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_spans(H))
+    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_passes(H))
 
 
 def sum_rows(
@@ -171,12 +175,12 @@ def sum_rows(
     expert_map: torch.Tensor | None,
     out: torch.Tensor,
     num_local: int,
-    spans: int,
+    passes: tuple[int, int] = (SUM_COLUMNS, 1),
 ) -> None:
     """out [T, H]: the rows of y [P, H] at each token's positions, weighted, in one fixed order.
 
-    A program sums ``spans`` times SUM_COLUMNS columns of a token, or more where few slots are
-    local: then it goes from one local slot to the next instead of loading all at once. An ``out``
+    A program sums so many columns of a token, so many times; or more where few slots are local:
+    then it goes from one local slot to the next instead of loading all at once. An ``out``
     that is ``PeerSums`` goes to the tokens' ranks.
     """
     if isinstance(out, PeerSums):
@@ -193,12 +197,13 @@ def sum_rows(
             4,
         )
         return
+    columns, spans = passes
     _launch_sum(
-        (T, -(-H // (SUM_COLUMNS * spans))),
+        (T, -(-H // (columns * spans))),
         (y, topk_weights, position, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
-        (K, power_of_2(K), SUM_COLUMNS, spans),
-        4,
+        (K, power_of_2(K), columns, spans),
+        columns // 256,
     )
 
 
