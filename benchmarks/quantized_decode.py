@@ -1,13 +1,12 @@
-"""The streaming CUDA kernel with the tiles that the library chooses and with others, on one GPU.
+"""The streaming CUDA kernels with the tiles that the library chooses and with others, on one GPU.
 
-    PYTHONPATH=src python benchmarks/quantized_decode.py [--cases qwen3-30b:int4_g128:1,8,64 ...]
-        [--tiles "2,8,2,2,64,4,4/2,8,1,4,64,4,4" ...] [--out F.json]
+    PYTHONPATH=src python benchmarks/quantized_decode.py [--cases qwen3-30b:int4_g128:8,64 ...]
+        [--tiles "8,2,4,3,3/8,2,4,3,3" ...] [--out F.json]
 
-A tile is tiles of 16 rows, slots, warps along the columns, warps across the rows, bytes per step,
-stages, programs per multiprocessor, as ``CudaDecodeTile`` has them; two of them, one per GEMM.
-Experts scope: ids given, alignment and sum included; balanced routing, graph replays, weights that
-change from call to call, all in turns. Exits with an error where an output is further than 4e-3
-from fp64's.
+A tile is the fields of ``CudaStreamTile``, or, with "lone" in front, of ``CudaLoneTile``; two of
+them, one per GEMM. Experts scope: ids given, alignment and sum included; balanced routing, graph
+replays, weights that change from call to call, all in turns. Exits with an error where an output is
+further than 4e-3 from fp64's.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fusedmoe.experts.hopper import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, lone_slots, quantized_decode
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
-from fusedmoe.tuning.cuda_tiles import CudaDecodeTile, CudaDecodeTiles
+from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, CudaLoneTile, CudaStreamTile
 
 CASES = (
     *("qwen3-30b:int4_g128:1,8,64", "gpt-oss-120b:mxfp4:1,8,32,128"),
@@ -42,7 +41,9 @@ COPIES, MOST_ERROR = 4, 4e-3
 
 
 def parsed(text: str) -> CudaDecodeTiles:
-    first, second = (CudaDecodeTile(*map(int, part.split(","))) for part in text.split("/"))
+    kind = CudaLoneTile if text.startswith("lone") else CudaStreamTile
+    parts = text.removeprefix("lone").split("/")
+    first, second = (kind(*map(int, part.split(","))) for part in parts)
     return CudaDecodeTiles(first, second)
 
 

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <vector>
 
 typedef uint32_t u32;
@@ -149,7 +150,108 @@ inline void copy(u32 to, const void* from, u32 size, bool inside) {
   memset(shared_at(to, size), 0xFF, size);
   fibers[current].open.push_back({to, bytes});
 }
+// What tests put in place of a tensor map: an address, sizes, strides of all but bytes, a box.
+struct alignas(64) TensorMap { i64 data, sizes[4], strides[3], box[4]; };
+struct Barrier {
+  int count = 1, left = 1, phases = 0;
+  std::deque<std::vector<Copy>> boxes;  // on their way, or a thread's copies
+  void pass() {
+    if (left || !boxes.empty()) return;
+    phases++;
+    left = count;
+  }
+};
+static std::map<u32, Barrier> engine;
+inline void begin_barrier(u32 barrier, int count = 1) {
+  engine[barrier] = Barrier();
+  engine[barrier].count = engine[barrier].left = count;
+}
+inline void arrive(u32 barrier) { engine[barrier].left--; engine[barrier].pass(); }
+inline void barriers_have_begun() { __syncwarp(); }
+inline void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+  std::vector<Copy> rows;
+  u32 row = to;
+  for (int shard = 0; shard < map.box[2]; shard++)
+    for (int i = 0; i < map.box[1]; i++, row += map.box[0])
+      for (int chunk = 0; chunk < map.box[0] / 16; chunk++) {
+        const int at = x + chunk * 16;
+        std::vector<u8> found(16, 0);
+        const u8* from = (const u8*)map.data + at + (y + i) * map.strides[0] +
+                         shard * map.strides[1] + z * map.strides[2];
+        if (at < map.sizes[0] && y + i < map.sizes[1]) memcpy(found.data(), from, 16);
+        const u32 place = row + (u32)((chunk ^ (row >> 7 & 7)) << 4);
+        memset(shared_at(place, 16), 0xFF, 16);
+        rows.push_back({place, found});
+      }
+  if ((int)rows.size() * 16 != bytes || to % 1024) abort();
+  engine[barrier].boxes.push_back(rows);
+  engine[barrier].left--;
+}
+inline void arrive_with_copies(u32 barrier) {
+  engine[barrier].boxes.push_back(std::move(fibers[current].open));
+  fibers[current].open.clear();
+  engine[barrier].left--;
+}
+inline void prefetch_tile(const TensorMap&, int, int, int) {}
+inline int from_first_thread(int value) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  operands[warp][lane][0] = (u32)value;
+  __syncwarp();
+  value = (int)operands[warp][0][0];
+  __syncwarp();
+  return value;
+}
+inline void wait_barrier(u32 barrier, int phase) {
+  Barrier& own = engine[barrier];
+  while (own.phases % 2 == phase) {
+    if (own.boxes.empty()) {
+      yield();
+      continue;
+    }
+    for (Copy& one : own.boxes.front())
+      memcpy(shared_at(one.to, 1), one.bytes.data(), one.bytes.size());
+    own.boxes.pop_front();
+    own.pass();
+  }
+}
+inline float from_lane(float value, int lane) {
+  const int warp = threadIdx.x / 32;
+  operands[warp][threadIdx.x % 32][0] = as_bits(value);
+  __syncwarp();
+  value = as_float(operands[warp][lane][0]);
+  __syncwarp();
+  return value;
+}
+inline void store_shared(u32 address, u32 value) { memcpy(shared_at(address, 4), &value, 4); }
+inline void begin_products() {}
+inline void end_products() {}
+template <int LEFT>
+void wait_products() {}
+template <typename T>
+void hold(T&) {}
+inline void show_to_products() {}
+template <int SLOTS>
+void products(float (&d)[SLOTS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 matrices, int from, bool keep) {
+  const u32 at = (u32)(matrices & 0x3FFF) * 16 + from;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 own[4] = {a0, a1, a2, a3};
+  memcpy(operands[warp][lane], own, sizeof own);
+  __syncwarp();
+  for (int i = 0; i < SLOTS / 2; i++) {
+    const int row = lane / 4 + i / 2 % 2 * 8, slot = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = keep ? d[i] : 0.0;
+    for (int k = 0; k < 16; k++) {
+      const u32 left = operands[warp][row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+      const u8* right = shared_at(at + k / 8 * SLOTS * 16 + slot * 16 + k % 8 * 2, 2);
+      sum += (double)bf16_float(left >> 16 * (k % 2)) * bf16_float(*(const u16*)right);
+    }
+    d[i] = (float)sum;
+  }
+  __syncwarp();
+}
 inline void copy16(u32 to, const void* from, bool inside) { copy(to, from, 16, inside); }
+template <int N>
+void load_shared(u32 (&v)[N], u32 address) { memcpy(v, shared_at(address, 4 * N), 4 * N); }
 inline void copy4(u32 to, const void* from, bool inside) { copy(to, from, 4, inside); }
 inline void commit() {
   fibers[current].groups.push_back(std::move(fibers[current].open));

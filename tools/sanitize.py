@@ -23,7 +23,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.act_order import as_they_lie, sorted_operands
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
 from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
-from fusedmoe.experts.hopper_quantized import runs_decode
+from fusedmoe.experts.hopper_quantized_choice import runs_decode
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.experts.triton_quantized_run import quantized_experts
@@ -216,7 +216,7 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                 else:
                     for lone in (False, True)[: 1 + (R <= MAX_LONE_SLOTS)]:
                         tiles = decode_tiles_for(R, *pair, lone, 132)
-                        table = moe_align_block_size(ids, tiles.gemm1.slots, e)
+                        table = moe_align_block_size(ids, tiles.slots, e)
                         blocks = LoneSlots(ids.flatten()) if lone else MoEAlignment(*table[:3])
                         quantized_decode(x, *pair, *tensors, blocks, tiles=tiles, **common)
             if streams and rows is not None and not unmet_by_prefill(*pair, (rows, rows)):

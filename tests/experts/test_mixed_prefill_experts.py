@@ -25,7 +25,7 @@ PREFILLED = {
     "no_gate": Quantized("nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL)),
     "few": Quantized("int4_g32", layer=replace(MANY, T=60)),
     # So few that streaming kernels could read them, too.
-    "fewest": Quantized("int4_g128", layer=replace(MANY, T=24)),
+    "fewest": Quantized("mxfp4", layer=replace(MANY, T=24)),
     "map": Quantized("int8_channel", layer=replace(MANY, T=300, E=8, local=3)),
     "weight_on_input": Quantized(
         "fp8_block", layer=replace(MANY, T=200, K=1, weight_on_input=True)
@@ -59,6 +59,11 @@ def error(case):
 def test_many_rows_fill_tiles(name, prefilled):
     assert error(PREFILLED[name]) < 6e-3
     assert prefilled == [{"zero_points": 256, "few": 64, "fewest": 64}.get(name, 128)]
+
+
+def test_int4_streams_where_others_begin_to_fill_tiles(prefilled):
+    assert error(Quantized("int4_g128", layer=replace(MANY, T=24))) < 6e-3
+    assert prefilled == []
 
 
 def test_tiles_may_be_given(prefilled, monkeypatch):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import struct
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,18 @@ from cuda_on_cpu import KernelOnCpu
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
-from fusedmoe.kernels.cuda import program, quantized_decode
+from fusedmoe.kernels.align_pair import PairedOrder, paired_reference
+from fusedmoe.kernels.cuda import program, quantized_cut, quantized_decode, quantized_warps
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference, weight_addresses
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, unmet_by_stream
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.tuning.cuda_tiles import CudaDecodeTile, CudaDecodeTiles, cuda_decode_tiles
+from fusedmoe.tuning.cuda_tiles import (
+    CudaDecodeTiles,
+    CudaLoneTile,
+    CudaStreamTile,
+    CudaWarpsTile,
+    cuda_decode_tiles,
+)
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles with g++")
@@ -28,17 +36,40 @@ RELU2 = MoEActivation.RELU2_NO_MUL
 NAN = float("nan")
 
 
-def tile(along=1, across=4, slots=8, stages=4, tiles=2, step=64):
-    return CudaDecodeTile(tiles, slots, along, across, step, stages, 2)
+def lone(along=1, across=4, stages=4, tiles=2):
+    return CudaLoneTile(tiles, along, across, stages, 2)
+
+
+def warps(along=1, across=4, stages=4, tiles=2):
+    return CudaWarpsTile(tiles, along, across, stages, 2)
+
+
+def block(slots=16, warps=4, stages=3):
+    return CudaStreamTile(slots, warps, stages, 1)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    def kernel(defines, threads, shared):
-        given = quantized_decode.SOURCES, quantized_decode.ENTRY, defines, threads, shared
+    def kernel(entry, defines, threads, shared):
+        return KernelOnCpu(
+            (*quantized_decode.COMMON, f"{entry}.cu"), entry, defines, threads, shared
+        )
+
+    def warps_kernel(defines, threads, shared):
+        given = quantized_warps.SOURCES, "quantized_warps", defines, threads, shared
         return KernelOnCpu(*given)
 
     monkeypatch.setattr(quantized_decode, "_kernel", kernel)
+    monkeypatch.setattr(quantized_warps, "_kernel", warps_kernel)
+    monkeypatch.setattr(quantized_decode, "tile_map", tile_map)
+
+
+def tile_map(data, e, features, shards, row, interleaved, box):
+    """As ``cuda_on_cpu.hpp`` reads it."""
+    apart = (shards, 1) if interleaved else (1, features)
+    strides = [row * rows for rows in (*apart, shards * features)]
+    numbers = [data, row, features, shards, e, *strides, quantized_decode.STEP, box, shards, 1]
+    return struct.pack("12q", *numbers)
 
 
 def weights(fmt, e, N, D, act):
@@ -71,21 +102,44 @@ def routed(T, K, E, local):
 
 # format, activation (None: the second GEMM), T, K, E, D, N, tile, what else
 ONE_GEMM = {
-    "groups_of_32_split": ("int4_g32", None, 3, 2, 9, 1024, 80, tile(4, 1, stages=5), {}),
-    "zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, tile(2, 2), {"bias": True}),
-    "zero_points_of_rows": ("int4_channel_zp", SILU, 9, 2, 4, 416, 40, tile(2, 2), {"bias": True}),
-    "zero_points_of_short_rows": ("int4_channel_zp", None, 3, 2, 9, 96, 40, tile(), {}),
-    "one_scale_per_row": ("int4_channel", SILU, 2, 2, 9, 416, 40, tile(2, 2), {"local": 5}),
-    "bytes_in_groups": ("int8_g32", SILU, 9, 2, 4, 320, 40, tile(2, 2), {}),
-    "scales_inside_words": ("mxfp4", OAI, 2, 4, 16, 2880, 24, tile(4, 1, stages=5), {"bias": True}),
-    "groups_of_16": ("nvfp4", SILU, 9, 2, 4, 1056, 40, tile(2, 2), {}),
-    "no_gate": ("mxfp8", RELU2, 9, 2, 4, 288, 48, tile(), {"bias": True}),
-    "blocks": ("fp8_block", SILU, 9, 2, 4, 1040, 200, tile(2, 2), {}),
-    "tensor": ("fp8_tensor", None, 9, 2, 4, 272, 48, tile(), {"bias": True}),
-    "many_slots": ("mxfp4", OAI, 60, 2, 4, 576, 48, tile(slots=32), {"local": 3, "bias": True}),
-    "lines_split": ("mxfp8", SILU, 9, 2, 4, 160, 24, tile(2, 2, tiles=1, step=128), {}),
-    "steps_of_a_line": ("int4_g128", None, 9, 2, 4, 1024, 48, tile(tiles=1, step=128), {}),
-    "few_steps": ("int4_g32", None, 9, 2, 4, 256, 200, tile(), {"programs": 1}),
+    "lone_groups_of_32": ("int4_g32", None, 3, 2, 9, 1024, 80, lone(4, 1, stages=5), {}),
+    "lone_zero_points": ("int4_g128_zp", GELU, 3, 2, 4, 896, 40, lone(2, 2), {"bias": True}),
+    "lone_short_rows": ("int4_channel_zp", None, 3, 2, 9, 96, 40, lone(), {}),
+    "lone_scale_per_row": ("int4_channel", SILU, 2, 2, 9, 416, 40, lone(2, 2), {"local": 5}),
+    "lone_bytes": ("int8_g32", SILU, 3, 2, 4, 320, 40, lone(2, 2), {}),
+    "lone_mxfp4": ("mxfp4", OAI, 2, 4, 16, 2880, 24, lone(4, 1, stages=5), {"bias": True}),
+    "lone_nvfp4": ("nvfp4", SILU, 3, 2, 4, 1056, 40, lone(2, 2), {}),
+    "lone_no_gate": ("mxfp8", RELU2, 3, 2, 4, 160, 24, lone(2, 2, tiles=1), {"bias": True}),
+    "lone_fp8_blocks": ("fp8_block", SILU, 3, 2, 4, 1040, 200, lone(), {"programs": 1}),
+    "warps_zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, warps(2, 2), {"bias": True}),
+    "warps_of_rows": ("int4_channel_zp", SILU, 9, 2, 4, 416, 40, warps(2, 2), {"bias": True}),
+    "warps_bytes": ("int8_g32", SILU, 9, 2, 4, 320, 40, warps(2, 2), {}),
+    "warps_mxfp4": ("mxfp4", OAI, 20, 4, 16, 2880, 24, warps(), {"local": 7, "bias": True}),
+    "warps_nvfp4": ("nvfp4", SILU, 9, 2, 4, 1056, 40, warps(4, 1), {}),
+    "warps_no_gate": ("mxfp8", RELU2, 9, 2, 4, 288, 48, warps(tiles=1), {"bias": True}),
+    "warps_fp8_blocks": ("fp8_block", SILU, 9, 2, 4, 1040, 200, warps(2, 2), {}),
+    "warps_few_steps": ("int4_g32", None, 9, 2, 4, 256, 200, warps(), {"programs": 1}),
+    "zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, block(), {"bias": True}),
+    "zero_points_of_rows": (
+        "int4_channel_zp",
+        SILU,
+        9,
+        2,
+        4,
+        416,
+        40,
+        block(16, 8),
+        {"bias": True},
+    ),
+    "groups_of_128": ("int4_g128", SILU, 40, 2, 4, 640, 72, block(24, 8), {"bias": True}),
+    "groups_of_64": ("int4_g64", None, 9, 2, 4, 640, 72, block(), {}),
+    "groups_of_32": ("int4_g32", None, 9, 2, 4, 288, 200, block(32), {"programs": 1}),
+    "bytes_in_groups": ("int8_g32", SILU, 9, 2, 4, 320, 40, block(16), {}),
+    "mxfp4": ("mxfp4", OAI, 20, 4, 16, 2880, 24, block(8, 8), {"local": 7, "bias": True}),
+    "nvfp4": ("nvfp4", SILU, 9, 2, 4, 1056, 40, block(), {}),
+    "no_gate": ("mxfp8", RELU2, 9, 2, 4, 288, 48, block(), {"bias": True}),
+    "fp8_blocks": ("fp8_block", SILU, 9, 2, 4, 1040, 200, block(), {}),
+    "fp8_tensor": ("fp8_tensor", None, 9, 2, 4, 272, 48, block(), {"bias": True}),
 }
 
 
@@ -98,21 +152,26 @@ def test_one_gemm(name, on_cpu):
     e = more.get("local") or E
     w, x = weights(fmt, e, N, D, act), torch.randn(T, D).bfloat16()
     bias = torch.randn(e, w.shape[1]).bfloat16() if more.get("bias") else None
-    blocks = LoneSlots(ids.flatten(), expert_map)
+    blocks = of_eight = LoneSlots(ids.flatten(), expert_map)
     if T > 3:
-        blocks = MoEAlignment(
-            *moe_align_block_size(
-                ids, cut.slots, E, expert_map, ignore_invalid_experts=True, num_local_experts=e
-            )[:3]
+        blocks, of_eight = (
+            MoEAlignment(
+                *moe_align_block_size(
+                    ids, slots, E, expert_map, ignore_invalid_experts=True, num_local_experts=e
+                )[:3]
+            )
+            for slots in (cut.slots, 8)
         )
     out = torch.full((T * K, N), NAN, dtype=torch.float32 if act is None else torch.bfloat16)
     expected = out.clone()
-    reference = QuantizedTile(64, cut.slots, 64, 1, 4, 2)
-    quantized_gemm_reference(x, w, expected, blocks, reference, top_k=K, bias=bias, activation=act)
-    quantized_decode.stream(
-        x, w, out, bias, None if act is None else device_activation(act), blocks,
-        weight_addresses(w), K, cut, more.get("programs", 2), early=act is None,
-    )  # fmt: skip
+    eight = QuantizedTile(64, 8, 64, 1, 4, 2)
+    quantized_gemm_reference(x, w, expected, of_eight, eight, top_k=K, bias=bias, activation=act)
+    given = blocks, weight_addresses(w), K, cut, more.get("programs", 2)
+    if isinstance(cut, CudaStreamTile):
+        x = paired_reference(x, PairedOrder.of(w.format))
+    activation = None if act is None else device_activation(act)
+    launcher = quantized_warps if isinstance(cut, CudaWarpsTile) else quantized_decode
+    launcher.stream(x, w, out, bias, activation, *given, early=act is None)
     assert out.isnan().equal(expected.isnan())
     out, expected = out.double().nan_to_num(), expected.double().nan_to_num()
     # Scales, weights and zero points are exact: only sums in another order differ.
@@ -126,14 +185,14 @@ def test_a_layer_whose_last_row_is_nan(on_cpu):
     ids, _ = routed(T, K, E, None)
     w1, w2 = weights("int4_g32_zp", E, I, H, SILU), weights("int4_g32_zp", E, H, I, None)
     x, picked = torch.randn(T, H).bfloat16(), torch.rand(T, K)
-    tiles = CudaDecodeTiles(tile(2, 2), tile())
+    tiles = CudaDecodeTiles(block(), block())
     found = []
     for last in (x[-1].clone(), NAN):
         x[-1] = last
         outs = torch.empty(2, T, H, dtype=torch.bfloat16)
         for function, out in zip((quantized_decode.decode, None), outs, strict=True):
             act, y = torch.full((T * K, I), NAN).bfloat16(), torch.full((T * K, H), NAN)
-            table = MoEAlignment(*moe_align_block_size(ids, 8, E)[:3])
+            table = MoEAlignment(*moe_align_block_size(ids, 16, E)[:3])
             given = x, w1, w2, picked, ids, out, act, y
             if function is None:
                 quantized_decode_reference(*given, table, tiles=tiles, programs=2)
@@ -142,6 +201,7 @@ def test_a_layer_whose_last_row_is_nan(on_cpu):
                     device_activation(SILU),
                     (weight_addresses(w1), weight_addresses(w2)),
                 )
+                given = paired_reference(x, PairedOrder.of(w1.format)), *given[1:]
                 function(*given, silu, None, None, None, table, addresses, tiles, 2)
         torch.testing.assert_close(outs[0][:-1], outs[1][:-1], rtol=2e-2, atol=2e-3)
         found.append(outs[0])
@@ -150,11 +210,11 @@ def test_a_layer_whose_last_row_is_nan(on_cpu):
 
 
 def test_warps_without_a_step_are_refused():
-    w, x = weights("int4_g32", 2, 32, 256, None), torch.zeros(1, 256).bfloat16()
+    w, x = weights("int4_g32", 2, 32, 512, None), torch.zeros(1, 512).bfloat16()
     blocks, out = LoneSlots(torch.zeros(1, dtype=torch.int32)), torch.zeros(1, 32)
     with pytest.raises(ValueError, match="4 warps share a row of 2 steps"):
         quantized_decode.stream(
-            x, w, out, None, None, blocks, weight_addresses(w), 1, tile(4, 1), 1, early=False
+            x, w, out, None, None, blocks, weight_addresses(w), 1, lone(4, 1), 1, early=False
         )
 
 
@@ -164,7 +224,7 @@ def test_arguments_and_constants_are_those_of_the_source():
     fields = re.sub(r"//.*", "", fields)
     names = [name for line in fields.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line)]
     assert names == [name for name, _ in quantized_decode.Arguments._fields_]
-    assert ctypes.sizeof(quantized_decode.Arguments) == 13 * 8 + 7 * 4 + 4
+    assert ctypes.sizeof(quantized_decode.Arguments) == 256
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6, 16, 23, 56])
@@ -175,7 +235,7 @@ def test_spans_of_scales(steps, along, columns, group, unit):
     if steps < along:
         return
     stride, stages = -(-steps * columns // group), 4
-    spans = quantized_decode.spans_of(steps, columns, group, unit, stride, along, stages)
+    spans = quantized_cut.spans_of(steps, columns, group, unit, stride, along, stages)
     for i in range(along):
         first, last = i * steps // along, (i + 1) * steps // along
         of_step = []
@@ -186,33 +246,44 @@ def test_spans_of_scales(steps, along, columns, group, unit):
             assert spans.loose[0] or low * unit % 4 == 0
             # A row may begin inside a word as well.
             miss = max(miss, 4 - unit) if stride * unit % 4 else miss
-            assert miss + (high - low) * unit <= quantized_decode.SPAN_BYTES
+            assert miss + (high - low) * unit <= spans.pitch <= quantized_cut.SPAN_BYTES + 4
             of_step += [begin] * (end - begin)
         tasks = [(task, begin) for task in range(stages + 1) for begin in of_step]
         for at in range(len(of_step)):
             assert len(set(tasks[at : at + stages])) <= spans.alive
 
 
-def test_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
-    def along(R, e, rows, row_bytes, lone=False):
-        tiles = cuda_decode_tiles(R, e, rows, row_bytes, lone, 132)
-        return tiles.gemm1.along, tiles.gemm2.along, tiles.gemm1.slots
-
-    assert along(8, 128, (1536, 2048), (1024, 384), True) == (4, 2, 8)
-    assert along(64, 128, (1536, 2048), (1024, 384)) == (2, 1, 8)
-    assert along(512, 128, (1536, 2048), (1024, 384)) == (1, 1, 8)
-    assert along(128, 8, (28672, 4096), (2048, 7168))[2] == 32
-    assert along(90, 8, (28672, 4096), (2048, 7168))[2] == 16
+def test_lone_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
+    tiles = cuda_decode_tiles(8, 128, (1536, 2048), (1024, 384), True, 132)
+    assert (tiles.gemm1.along, tiles.gemm2.along) == (4, 2)
+    assert cuda_decode_tiles(32, 128, (1536, 2048), (1024, 384), True, 132).gemm1.along == 1
 
 
-BAD_TILES = {"slots": 12, "tiles": 0, "across": 17, "step": 256, "stages": 1}
-BAD_TILES |= {"per_multiprocessor": 0}
+@pytest.mark.parametrize(("R", "slots"), [(64, 8), (768, 8), (1024, 16), (2048, 24), (3072, 32)])
+def test_blocks_have_room_for_the_mean_number_of_slots(R, slots):
+    tiles = cuda_decode_tiles(R, 128, (1536, 2048), (1024, 384), False, 132)
+    assert tiles.slots == slots
 
 
-@pytest.mark.parametrize(("name", "size"), BAD_TILES.items())
-def test_tiles_that_the_kernel_does_not_have_are_refused(name, size):
-    with pytest.raises(ValueError, match=str(size)):
-        replace(tile(), **{name: size})
+BAD_TILES = [
+    *((lone(), {"tiles": 0}), (lone(), {"across": 17}), (lone(), {"stages": 1})),
+    *((warps(), {"tiles": 0}), (warps(), {"per_multiprocessor": 0})),
+    *((block(), {"slots": 12}), (block(), {"warps": 6}), (block(), {"stages": 1})),
+]
+
+
+def test_stages_are_fewer_where_scales_and_zero_points_leave_no_room():
+    w = weights("int4_g32_zp", 1, 128, 4096, None)
+    tile = block(24, 16, 4)
+    cut = quantized_cut.cut_of(w, 4096, 128, tile)
+    assert cut.constants["STAGES"] < tile.stages
+    assert cut.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize(("tile", "change"), BAD_TILES)
+def test_tiles_that_the_kernels_do_not_have_are_refused(tile, change):
+    with pytest.raises(ValueError, match=str(*change.values())):
+        replace(tile, **change)
 
 
 def test_what_the_kernel_cannot_read_is_named():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.hopper_quantized import can_prefill
+from fusedmoe.experts.hopper_quantized_choice import can_prefill
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.kernels.activation import device_activation

@@ -18,20 +18,23 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of, too_many_picks
+from fusedmoe.experts.hopper_quantized_choice import (
+    MAX_DECODE_MEAN,
+    can_prefill,
+    can_prefill_mixed,
+    runs_decode,
+    streams_longest,
+)
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of
-from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
-from fusedmoe.kernels.hopper_mixed_prefill import (
-    mixed_prefill,
-    mixed_prefill_rows,
-    unmet_by_mixed_prefill,
-)
+from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
-from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, quantized_decode, unmet_by_stream
-from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs, w8a8_decode
+from fusedmoe.kernels.hopper_quantized import quantized_decode
+from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -54,59 +57,12 @@ from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
 _WEIGHTS = (torch.float8_e4m3fn, torch.int8, "int4", "mxfp4", "nvfp4", "mxfp8")
 
-# Beyond so many slots per expert the products take longer than reading the weights.
-MAX_DECODE_MEAN = 24
-
 
 def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
     """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
     if weight.act_order or weight.dtype not in _WEIGHTS:
         return False
     return rows is None or weight.dtype not in ("int4", "mxfp4", "nvfp4")
-
-
-def runs_decode(
-    R: int, num_local: int, operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None
-) -> bool:
-    """Whether the streaming kernels can run R slots, and should; rows rounded already or not."""
-    if MAX_DECODE_MEAN * num_local < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
-        return False
-    w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
-    if (a1 is None) != (a2 is None):
-        return False
-    if x_scale is not None:
-        if x.dtype != w1.data.dtype or not (x.is_contiguous() and x_scale.is_contiguous()):
-            return False
-    elif x.dtype != torch.bfloat16:
-        return False
-    if a1 is None or a2 is None:
-        return x.stride(0) % 8 == 0 and unmet_by_stream(w1, w2) is None
-    return unmet_by_pairs((w1, a1), (w2, a2)) is None
-
-
-def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
-    """Whether the prefill kernels can run these weights and rows, rounded already or not."""
-    a1, a2 = operands.a1, operands.a2
-    if a1 is None or a2 is None or operands.emulate:
-        return False
-    if x_scale is None and x.dtype != torch.bfloat16:
-        return False
-    if x_scale is not None:
-        dense_rows = x.is_contiguous() and x_scale.is_contiguous()
-        if a1.group_shape.col != STEP or not dense_rows or x.data_ptr() % ALIGNED_BYTES:
-            return False
-    return unmet_by_prefill(operands.w1, operands.w2, (a1, a2)) is None
-
-
-def can_prefill_mixed(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
-    """Whether the prefill kernels can run these weights with rows as they are."""
-    if operands.a1 is not None or operands.a2 is not None or x_scale is not None:
-        return False
-    if x.dtype != torch.bfloat16 or x.stride(1) != 1:
-        return False
-    if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % ALIGNED_BYTES:
-        return False
-    return unmet_by_mixed_prefill(operands.w1, operands.w2) is None
 
 
 class HopperQuantizedExperts(TritonQuantizedExperts):
@@ -273,6 +229,9 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
         bits; None: plain Triton."""
         e, num_experts = experts
+        streams = room >= 2 * R and runs_decode(R, e, operands, *rows)
+        if streams and streams_longest(R, num_experts, operands):
+            return self._decode
         if runs_mixed_prefill(R, num_experts) and can_prefill_mixed(operands, *rows):
             bits = operands.w1.format.bits, operands.w2.format.bits
             tiles = self.mixed_tiles or mixed_prefill_tiles(R, num_experts, bits)
@@ -281,9 +240,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         prefills = runs_prefill(R, num_experts) and can_prefill(operands, *rows)
         if prefills and room >= prefill_rows(R, e):
             return self._prefill
-        if room >= 2 * R and runs_decode(R, e, operands, *rows):
-            return self._decode
-        return None
+        return self._decode if streams else None
 
     def _decode(
         self,

@@ -1,7 +1,8 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
-The whole layer but routing. Device code: ``kernels/cuda/quantized_decode.cu``, compiled when it is
-first needed. The definition is the weighted sum of ``quantized_gemm_reference`` twice.
+The whole layer but routing. Device code: ``kernels/cuda/quantized_lone.cu`` for slots that hardly
+share experts, ``quantized_stream.cu`` for blocks of them, compiled when they are first needed. The
+definition is the weighted sum of ``quantized_gemm_reference`` twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
+from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
     check_weights,
@@ -71,17 +73,8 @@ def unmet_by_stream(*weights: QuantizedTensor) -> str | None:
     return None
 
 
-def stream_blocks(
-    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, slots: int
-) -> MoEAlignment | LoneSlots:
-    """Blocks of ``slots`` slots for e local experts; no table, and a launch less, where slots are
-    so few that two rarely share an expert."""
-    if lone_slots(topk_ids.numel(), e, expert_map):
-        return LoneSlots.of(topk_ids, expert_map)
-    return align_local_slots(topk_ids, slots, e, expert_map)
-
-
 def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:
+    """Whether R slots are so few that two rarely share an expert."""
     return min(MAX_LONE_SLOTS, (e if expert_map is None else expert_map.shape[0]) // 4) >= R
 
 
@@ -128,8 +121,8 @@ def quantized_decode(
             raise ValueError("a table of blocks comes with the tiles it was made for")
         lone = blocks is not None or lone_slots(topk_ids.numel(), w2.shape[0], expert_map)
         tiles = decode_tiles_for(topk_ids.numel(), w1, w2, lone, programs)
-    if blocks is None:
-        blocks = stream_blocks(topk_ids, w2.shape[0], expert_map, tiles.gemm1.slots)
+    if blocks is None and tiles.slots == 1:
+        blocks = LoneSlots.of(topk_ids, expert_map)
     check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
     check_layer(w1, w2, topk_ids, act, y, activation, (w1_bias, w2_bias), expert_map)
     if not x.is_cuda:
@@ -143,6 +136,13 @@ def quantized_decode(
 
     if topk_ids.numel() == 0:
         return
+    if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
+        e = w2.shape[0]
+        if tiles.paired:
+            order = PairedOrder.of(w1.format)
+            blocks, x = align_and_pair(x, order, topk_ids, tiles.slots, e, expert_map, blocks)
+        else:
+            blocks = align_local_slots(topk_ids, tiles.slots, e, expert_map)
     decode(
         x, w1, w2, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, blocks,
@@ -171,10 +171,10 @@ def quantized_decode_reference(
 ) -> None:
     """The definition, in plain torch."""
     (T, K), H = topk_ids.shape, w2.shape[1]
-    slots = 8 if tiles is None else tiles.gemm1.slots
-    if blocks is None:
-        blocks = stream_blocks(topk_ids, w2.shape[0], expert_map, slots)
-    tile = QuantizedTile(64, slots, 64, 1, 4, 2)
+    # The definition knows no tiles: its blocks are of eight slots, or its caller's.
+    if not isinstance(blocks, LoneSlots):
+        blocks = align_local_slots(topk_ids, 8, w2.shape[0], expert_map)
+    tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(
         x, w1, act, blocks, tile, top_k=K, bias=w1_bias, activation=activation,
         activation_config=activation_config,
@@ -193,7 +193,7 @@ def check_decode(
     out: torch.Tensor,
     act: torch.Tensor,
     y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
+    blocks: MoEAlignment | LoneSlots | None,
 ) -> None:
     """Raise ValueError where the tensors of a streaming launch do not fit."""
     R, (_, H, I) = topk_ids.numel(), w2.shape  # noqa: E741

@@ -1,4 +1,5 @@
-"""How ``kernels/cuda/quantized_decode.cu`` cuts the two GEMMs of few slots per expert."""
+"""How ``kernels/cuda/quantized_lone.cu`` and ``quantized_stream.cu`` cut the two GEMMs of few slots
+per expert."""
 
 from __future__ import annotations
 
@@ -6,46 +7,109 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-WARPS = 4
+STEP = 128  # bytes of a row at a time
+WARPS = 4  # of a program whose warps work by themselves
+LONE_STAGES, LONE_PROGRAMS = 3, 3
+# Blocks of eight slots, up to how many slots per expert on average.
+EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
 # A launch whose last round of tasks is so full wants no more warps per task.
 FULL_ENOUGH = 0.85
-# (slots of a block, the most slots per expert on average)
-SLOTS = ((8, 6.0), (16, 12.0), (32, 24.0))
+
+
+def _check_warps(tiles: int, warps: int) -> None:
+    if tiles < 1 or not 1 <= warps <= 16:
+        raise ValueError(f"{tiles} tiles and {warps} warps: tiles are positive, warps at most 16")
+
+
+def _check_depth(stages: int, programs: int) -> None:
+    if stages < 2 or programs < 1:
+        raise ValueError(
+            f"got {stages} stages in {programs} programs: stages are two at least, programs "
+            "positive"
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class CudaDecodeTile:
-    """``tiles`` of 16 weight rows and ``slots`` slots per warp, ``across`` warps side by side,
-    ``along`` that share the columns; ``step`` bytes of a row at a time, ``stages`` of them in a
-    warp's ring; so many programs per multiprocessor."""
+class CudaLoneTile:
+    """One slot by ``tiles`` times 16 weight rows per warp, ``across`` warps side by side, ``along``
+    that share the columns; ``stages`` steps in a warp's ring; so many programs per
+    multiprocessor."""
 
     tiles: int
-    slots: int
     along: int
     across: int
-    step: int
     stages: int
     per_multiprocessor: int
 
     def __post_init__(self) -> None:
-        warps = self.along * self.across
-        if self.tiles < 1 or self.slots < 8 or self.slots % 8 or not 1 <= warps <= 16:
+        _check_warps(self.tiles, self.along * self.across)
+        _check_depth(self.stages, self.per_multiprocessor)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaWarpsTile:
+    """Eight slots by ``tiles`` times 16 weight rows per warp, ``across`` warps side by side,
+    ``along`` that share the columns; ``stages`` steps in a warp's ring; so many programs per
+    multiprocessor."""
+
+    tiles: int
+    along: int
+    across: int
+    stages: int
+    per_multiprocessor: int
+
+    def __post_init__(self) -> None:
+        _check_warps(self.tiles, self.along * self.across)
+        _check_depth(self.stages, self.per_multiprocessor)
+
+    @property
+    def slots(self) -> int:
+        """Of a block."""
+        return 8
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStreamTile:
+    """``slots`` slots by 16 weight rows for each of ``warps`` warps, all in step; ``stages`` steps
+    in a program's ring; so many programs per multiprocessor."""
+
+    slots: int
+    warps: int
+    stages: int
+    per_multiprocessor: int
+
+    def __post_init__(self) -> None:
+        if self.slots not in (8, 16, 24, 32) or self.warps not in (4, 8, 12, 16):
             raise ValueError(
-                f"{self.tiles} tiles, {self.slots} slots and {warps} warps: tiles are positive, "
-                "slots a multiple of 8, warps at most 16"
+                f"{self.slots} slots and {self.warps} warps: slots are 8, 16, 24 or 32, warps "
+                "4, 8, 12 or 16"
             )
-        if self.step not in (64, 128) or self.stages < 2 or self.per_multiprocessor < 1:
-            raise ValueError(
-                f"got {self.stages} steps of {self.step} bytes in {self.per_multiprocessor} "
-                "programs: steps are of 64 or 128, two at least, programs positive"
-            )
+        _check_depth(self.stages, self.per_multiprocessor)
 
 
 class CudaDecodeTiles(NamedTuple):
     """Of a layer's two GEMMs; slots are the same."""
 
-    gemm1: CudaDecodeTile
-    gemm2: CudaDecodeTile
+    gemm1: CudaLoneTile | CudaWarpsTile | CudaStreamTile
+    gemm2: CudaLoneTile | CudaWarpsTile | CudaStreamTile
+
+    @property
+    def slots(self) -> int:
+        """Of a block; lone slots are one."""
+        return 1 if isinstance(self.gemm1, CudaLoneTile) else self.gemm1.slots
+
+    @property
+    def paired(self) -> bool:
+        """Whether both GEMMs want their rows in ``PairedOrder``."""
+        return isinstance(self.gemm1, CudaStreamTile)
+
+
+# By the most slots per expert on average.
+STREAM_TILES = (
+    (10.0, CudaStreamTile(16, 16, 4, 1)),
+    (16.0, CudaStreamTile(24, 16, 4, 1)),
+    (24.0, CudaStreamTile(32, 12, 4, 1)),
+)
 
 
 @lru_cache(maxsize=4096)
@@ -59,30 +123,31 @@ def cuda_decode_tiles(
 ) -> CudaDecodeTiles:
     """For R slots over e local experts whose two matrices have so many rows of so many bytes;
     ``lone``: every slot is a block. ``programs``: the number of multiprocessors."""
-    slots = next((size for size, most in SLOTS if most * e >= R), SLOTS[-1][0])
-    blocks = R if lone else min(R, e)
-    return CudaDecodeTiles(
-        *(
-            _tile(blocks, slots, N, row, lone, programs)
-            for N, row in zip(rows, row_bytes, strict=True)
+    sizes = tuple(zip(rows, row_bytes, strict=True))
+    if lone:
+        first, second = (_along(R, *size, LONE_PROGRAMS * programs) for size in sizes)
+        return CudaDecodeTiles(
+            CudaLoneTile(2, first, WARPS // first, LONE_STAGES, LONE_PROGRAMS),
+            CudaLoneTile(2, second, WARPS // second, LONE_STAGES, LONE_PROGRAMS),
         )
-    )
+    if EIGHT_MEAN * e >= R:
+        blocks = min(R, e)
+        first, second = (_along(blocks, *size, EIGHT_PROGRAMS * programs) for size in sizes)
+        return CudaDecodeTiles(
+            CudaWarpsTile(2, first, WARPS // first, EIGHT_STAGES, EIGHT_PROGRAMS),
+            CudaWarpsTile(2, second, WARPS // second, EIGHT_STAGES, EIGHT_PROGRAMS),
+        )
+    tile = next((tile for most, tile in STREAM_TILES if most * e >= R), STREAM_TILES[-1][1])
+    return CudaDecodeTiles(tile, tile)
 
 
-def _tile(
-    blocks: int, slots: int, rows: int, row_bytes: int, lone: bool, programs: int
-) -> CudaDecodeTile:
-    """As few warps per task as fill the multiprocessors, two steps for each at least."""
-    resident = {8: 4, 16: 3, 32: 2}[slots]
-    step = 64
+def _along(blocks: int, rows: int, row_bytes: int, resident: int) -> int:
+    """As few warps along a task's columns as fill the ``resident`` programs."""
 
     def fullness(along: int) -> float:
-        tasks = blocks * -(-rows // (32 * (WARPS // along)))
-        rounds = tasks / (programs * resident)
+        rounds = blocks * -(-rows // (32 * (WARPS // along))) / resident
         return rounds / -(-rounds // 1)
 
-    choices = [along for along in (1, 2, 4) if along == 1 or along * 2 * step <= row_bytes]
+    choices = [along for along in (1, 2, 4) if along == 1 or along * STEP <= row_bytes]
     along = next((n for n in choices if fullness(n) >= FULL_ENOUGH), None)
-    if along is None:
-        along = max(choices, key=lambda n: (fullness(n), n))
-    return CudaDecodeTile(2, slots, along, WARPS // along, step, 5 if lone else 4, resident)
+    return along or max(choices, key=lambda n: (fullness(n), n))

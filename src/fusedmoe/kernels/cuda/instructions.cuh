@@ -10,9 +10,10 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
 DEVICE float bf16_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 DEVICE float half_float(u16 bits) {
   float value;
@@ -82,10 +83,120 @@ DEVICE u32 shared_u32(u32 address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+// Barriers that copies arrive at: one arrival, and the bytes that it announces.
+DEVICE void begin_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void barriers_have_begun() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+}
+// An arrival once this thread's cp.async until here are done; the barrier counts on it.
+DEVICE void arrive_with_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void wait_barrier(u32 barrier, int phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+// What the copy engine reads tensors by, encoded by the driver.
+struct alignas(64) TensorMap {
+  u8 bytes[128];
+};
+// The box of ``map`` from byte ``x`` of row ``y`` of every shard of expert ``z`` on.
+DEVICE void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, 0, %4}], [%5];" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, 0, %3}];" ::"l"(&map),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
+DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
+DEVICE void store_shared(u32 address, u32 value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+// WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
+// the compiler from touching them.
+DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+DEVICE void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+DEVICE void hold(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+DEVICE void hold(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
+// What barriers have shown of shared memory to this thread, before WGMMA reads it.
+DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// d = 16 x 16 numbers a of this warp times 16 x SLOTS of b, plus d if ``keep``. b: two rows of
+// matrices of 8 slots by 8 columns, 128 bytes each, slots first.
+#define SUM(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NUMBERS_AND_B "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(1), "r"((int)keep)
+template <int SLOTS>
+DEVICE void products(float (&d)[SLOTS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 matrices, int at, bool keep) {
+  const u64 b = matrices + (at >> 4);
+  static_assert(SLOTS <= 32 && SLOTS % 8 == 0, "");
+  if constexpr (SLOTS == 8)
+    asm volatile(
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, keep, "
+        "%9, %9, 0;\n}"
+        : SUM(0)
+        : NUMBERS_AND_B
+        : "memory");
+  if constexpr (SLOTS == 16)
+    asm volatile(
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, %14, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, "
+        "{%8,%9,%10,%11}, %12, keep, %13, %13, 0;\n}"
+        : SUM(0), SUM(4)
+        : NUMBERS_AND_B
+        : "memory");
+  if constexpr (SLOTS == 24)
+    asm volatile(
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,"
+        "%11}, {%12,%13,%14,%15}, %16, keep, %17, %17, 0;\n}"
+        : SUM(0), SUM(4), SUM(8)
+        : NUMBERS_AND_B
+        : "memory");
+  if constexpr (SLOTS == 32)
+    asm volatile(
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, %22, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,"
+        "%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, keep, %21, %21, 0;\n}"
+        : SUM(0), SUM(4), SUM(8), SUM(12)
+        : NUMBERS_AND_B
+        : "memory");
+}
+#undef SUM
+#undef NUMBERS_AND_B
 DEVICE void copy16(u32 to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(inside ? 16 : 0)
                : "memory");
+}
+DEVICE void load_shared(u32 (&v)[4], u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+DEVICE void load_shared(u32 (&v)[2], u32 address) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
 }
 DEVICE void copy4(u32 to, const void* from, bool inside) {  // zeros where it is not
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),

@@ -72,7 +72,7 @@ class CudaKernel:
         if answer[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             _enter_context(device)
             answer = driver.cuLaunchKernelEx(*call)
-        _checked(answer)
+        checked(answer)
 
     def _load(self, device: int) -> Any:
         if device != torch.cuda.current_device():
@@ -80,12 +80,12 @@ class CudaKernel:
         _enter_context(device)
         driver = _driver()
         image = compiled(self._source, self._defines, torch.cuda.get_device_capability(device))
-        library = _checked(driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))
-        kernel = _checked(driver.cuLibraryGetKernel(library, self._entry.encode()))
+        library = checked(driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))
+        kernel = checked(driver.cuLibraryGetKernel(library, self._entry.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle = _checked(driver.cuDeviceGet(device))
-        _checked(driver.cuKernelSetAttribute(attribute, self._shared, kernel, handle))
-        return _checked(driver.cuKernelGetFunction(kernel))
+        handle = checked(driver.cuDeviceGet(device))
+        checked(driver.cuKernelSetAttribute(attribute, self._shared, kernel, handle))
+        return checked(driver.cuKernelGetFunction(kernel))
 
 
 @lru_cache
@@ -98,8 +98,8 @@ def _driver() -> Any:
 def _enter_context(device: int) -> None:
     """What the runtime does on a thread's first use of a GPU, and the driver does not."""
     driver = _driver()
-    handle = _checked(driver.cuDeviceGet(device))
-    _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(handle))))
+    handle = checked(driver.cuDeviceGet(device))
+    checked(driver.cuCtxSetCurrent(checked(driver.cuDevicePrimaryCtxRetain(handle))))
 
 
 @lru_cache(maxsize=256)
@@ -116,7 +116,7 @@ def _config(blocks: int, threads: int, shared: int, stream: int) -> Any:
     return config
 
 
-def _checked(answer: tuple[Any, ...]) -> Any:
+def checked(answer: tuple[Any, ...]) -> Any:
     """The result of a call; RuntimeError with the error's name where it failed."""
     code, *results = answer
     if code:
@@ -164,15 +164,15 @@ def _cache_folder() -> Path:
 def _compile(source: str, options: list[bytes]) -> bytes:
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"program.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"program.cu", 0, [], []))
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if code:
-            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
             nvrtc.nvrtcGetProgramLog(program, log)
             raise RuntimeError(f"NVRTC: {code}\n{log.decode()}")
-        image = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, image))
+        image = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, image))
         return bytes(image)
     finally:
         nvrtc.nvrtcDestroyProgram(program)

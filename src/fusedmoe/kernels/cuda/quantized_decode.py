@@ -1,23 +1,29 @@
-"""Launching ``quantized_decode.cu``: the constants it is compiled with, and its arguments."""
+"""Launching ``quantized_lone.cu`` and ``quantized_stream.cu``: constants and arguments."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.align_pair import PairedOrder
 from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.kernels.cuda.quantized_cut import cut_of
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.cuda_tiles import CudaDecodeTile, CudaDecodeTiles
+from fusedmoe.tuning.cuda_tiles import (
+    STEP,
+    CudaDecodeTiles,
+    CudaLoneTile,
+    CudaStreamTile,
+    CudaWarpsTile,
+)
 
-ENTRY = "quantized_decode"
-SOURCES = (
-    *("quantized_numbers.cuh", "activation.cuh", "quantized_tasks.cuh", "quantized_loads.cuh"),
-    "quantized_decode.cu",
+COMMON = (
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_tasks.cuh", "quantized_scales.cuh"),
+    "quantized_ends.cuh",
 )
 ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -25,16 +31,17 @@ SCALES[torch.float8_e4m3fn] = 4
 BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FORMULAS = ("", "silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "swiglustep", "situ")
 _POINTERS = (
-    *("weights", "scale", "scale2", "zero", "bias", "x", "out", "ids", "map"),
+    *("scale", "scale2", "zero", "bias", "x", "out", "ids", "map"),
     *("experts", "sorted", "num_post"),
 )
-_NUMBERS = ("R", "num_mapped", "num_local", "last_block")
+_NUMBERS = ("R", "num_mapped", "num_local", "last_block", "guess")
 
 
 class Arguments(ctypes.Structure):
     """The kernel's one parameter, field by field as the source has it."""
 
     _fields_ = (
+        ("tiles", ctypes.c_char * 128),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("stride_x", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _NUMBERS),
@@ -43,52 +50,47 @@ class Arguments(ctypes.Structure):
 
 
 @lru_cache(maxsize=1024)
-def _kernel(defines: tuple[tuple[str, int | str], ...], threads: int, shared: int) -> CudaKernel:
+def _kernel(
+    entry: str, defines: tuple[tuple[str, int], ...], threads: int, shared: int
+) -> CudaKernel:
     text = tuple((name, str(value)) for name, value in defines)
-    return CudaKernel(source_of("instructions.cuh", *SOURCES), ENTRY, text, threads, shared)
+    return CudaKernel(
+        source_of("instructions.cuh", *COMMON, f"{entry}.cu"), entry, text, threads, shared
+    )
 
 
 # Shared memory of a multiprocessor, and what every program costs beside its own.
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
-SPAN_BYTES = 32  # of a row's scales, and of its zero points, that travel together
+LIKELY_MEAN = 2  # slots per expert from which on most experts have some
 
 
-class Spans(NamedTuple):
-    """How a warp takes the scales of a row: those of ``steps`` steps at a time, ``alive`` such
-    spans in its ring; scales and zero points may begin inside a 4-byte word (``loose``)."""
+@lru_cache(maxsize=4096)
+def tile_map(data: int, e: int, features: int, shards: int, row: int, interleaved: bool,
+             box: int) -> bytes:  # fmt: skip
+    """What the copy engine reads steps of a warp's rows by: ``box`` features of every shard, of
+    e * shards * features rows of ``row`` bytes at address ``data``; zeros beyond the last."""
+    from cuda.bindings import driver
 
-    steps: int
-    alive: int
-    loose: tuple[bool, bool]
+    from fusedmoe.kernels.cuda.program import checked
 
-
-@lru_cache(maxsize=1024)
-def spans_of(
-    steps: int, columns: int, group: int, unit: int, stride: int, along: int, stages: int
-) -> Spans:
-    """For rows of ``steps`` steps of so many columns, which ``along`` warps share; a scale of
-    ``unit`` bytes per ``group`` columns (0: per row), ``stride`` of them in a row."""
-    if group == 0:
-        return Spans(1, 1, (False, False))
-    parts = [(i * steps // along, (i + 1) * steps // along) for i in range(along)]
-    longest = max(last - first for first, last in parts)
-
-    def fits(span: int) -> bool:
-        most = -(-span * columns // group) + (columns % group != 0)
-        return most * unit + 3 <= SPAN_BYTES or (most * unit <= SPAN_BYTES and not loose(span)[0])
-
-    def loose(span: int) -> tuple[bool, bool]:
-        begins = [k * columns // group for first, last in parts for k in range(first, last, span)]
-        return tuple(  # type: ignore[return-value]
-            any(at * size % 4 for at in (*begins, stride)) for size in (unit, 1)
+    apart = (shards, 1) if interleaved else (1, features)
+    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8
+    found = checked(
+        driver.cuTensorMapEncodeTiled(
+            kind,
+            4,
+            data,
+            [driver.cuuint64_t(size) for size in (row, features, shards, e)],
+            [driver.cuuint64_t(row * rows) for rows in (*apart, shards * features)],
+            [driver.cuuint32_t(size) for size in (STEP, box, shards, 1)],
+            [driver.cuuint32_t(1)] * 4,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
-
-    span = max((n for n in range(1, longest + 1) if fits(n)), default=0)
-    if span == 0:
-        raise ValueError(f"{columns} columns in groups of {group} pass {SPAN_BYTES} bytes")
-    shortest = min((last - first) % span or span for first, last in parts)
-    # What a ring's steps can touch: one span, and another after each of the shortest.
-    return Spans(span, 1 + -(-(stages - 1) // shortest), loose(span))
+    )
+    return ctypes.string_at(found.getPtr(), 128)
 
 
 def decode(
@@ -114,8 +116,26 @@ def decode(
 
     first, second = addresses
     K = topk_ids.shape[1]
-    stream(x, w1, act, w1_bias, activation, blocks, first, K, tiles.gemm1, programs, early=False)
-    stream(act, w2, y, w2_bias, None, blocks, second, 1, tiles.gemm2, programs, early=True)
+    if isinstance(tiles.gemm1, CudaWarpsTile) and isinstance(tiles.gemm2, CudaWarpsTile):
+        from fusedmoe.kernels.cuda.quantized_warps import stream as eight
+
+        assert isinstance(blocks, MoEAlignment)
+        given = blocks, first, K, tiles.gemm1, programs
+        eight(x, w1, act, w1_bias, activation, *given, early=False)
+        given = blocks, second, 1, tiles.gemm2, programs
+        eight(act, w2, y, w2_bias, None, *given, early=True)
+    else:
+        assert not isinstance(tiles.gemm1, CudaWarpsTile)
+        assert not isinstance(tiles.gemm2, CudaWarpsTile)
+        experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
+        guess = topk_ids.numel() >= LIKELY_MEAN * experts
+        order = PairedOrder.of(w2.format) if tiles.paired else None
+        blocks_of = blocks, first, K, tiles.gemm1, programs
+        stream(
+            x, w1, act, w1_bias, activation, *blocks_of, early=False, guess=guess, following=order
+        )
+        blocks_of = blocks, second, 1, tiles.gemm2, programs
+        stream(act, w2, y, w2_bias, None, *blocks_of, early=True)
     weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
 
 
@@ -128,95 +148,72 @@ def stream(
     blocks: MoEAlignment | LoneSlots,
     addresses: tuple[int, ...],
     top_k: int,
-    tile: CudaDecodeTile,
+    tile: CudaLoneTile | CudaStreamTile,
     programs: int,
     *,
     early: bool,
+    guess: bool = False,
+    following: PairedOrder | None = None,
 ) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``."""
+    """One launch; ``addresses`` from ``weight_addresses``. ``guess``: begin to read before there
+    are tables, as if every expert had a block. Blocks of slots read x in ``PairedOrder``;
+    ``following``: that of the GEMM that reads ``out``."""
     N, D = out.shape[1], x.shape[1]
-    lone = isinstance(blocks, LoneSlots)
-    R = blocks.topk_ids.numel() if isinstance(blocks, LoneSlots) else out.shape[0]
     act = activation or DeviceActivation(formula="", gated=False)
-    expert_scales, scale_stride, scale_shard, scale_step, scale_block = addresses[4:]
-    fmt, scale = w.format, w.scale
-    assert scale is not None
-    group = fmt.group.col
-    if group == -1 or group >= D:
-        # Zero points travel as groups' do: a row is one group, of a size that the kernel knows.
-        group = 0 if fmt.symmetric else 1 << (D - 1).bit_length()
-    unit = scale.element_size()
-    step_columns = tile.step * fmt.values
-    steps = -(-w.data.shape[-1] // tile.step)
-    if tile.along > steps:
-        raise ValueError(f"{tile.along} warps share a row of {steps} steps of {tile.step} bytes")
-    stride = scale_stride if scale.dim() == 3 else 4
-    spans = spans_of(steps, step_columns, group, unit, stride, tile.along, tile.stages)
-    warps = tile.along * tile.across
-    rows = tile.tiles * 16
-    shared = tile.stages * rows * tile.step
-    if group:
-        shared += spans.alive * rows * 36 * (1 if fmt.symmetric else 2)
-    shared *= warps
-    if tile.along > 1:
-        shared += 2 * warps * tile.tiles * (tile.slots // 8) * (128 if lone else 512)
-    ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
-    defines = (
-        ("FEATURES", N),
-        ("COLUMNS", D),
-        ("TOP_K", top_k),
-        ("INTERLEAVED", int(w.interleaved)),
-        ("EXPERT_SCALES", expert_scales),
-        ("SCALE_STRIDE", scale_stride),
-        ("SCALE_SHARD", scale_shard),
-        ("SCALE_STEP", scale_step),
-        ("ELEMENT", ELEMENTS[fmt.element]),
-        ("GROUP", group),
-        ("SCALE", SCALES[scale.dtype]),
-        ("SCALE_BYTES", unit),
-        ("SPAN", spans.steps),
-        ("SPANS", spans.alive),
-        ("SCALE_LOOSE", int(spans.loose[0])),
-        ("SCALE_BLOCK", scale_block),
-        ("ZERO", int(w.zero_point is not None)),
-        ("ZERO_LOOSE", int(spans.loose[1])),
-        ("SCALE2", int(w.scale2 is not None)),
-        ("BIAS", 0 if bias is None else BIASES[bias.dtype]),
-        ("FORMULA", FORMULAS.index(act.formula)),
-        ("GATED", int(act.gated)),
-        ("LIMITED", int(act.limit is not None)),
-        ("LONE", int(lone)),
-        ("EARLY", int(early)),
-        ("ID64", int(ids is not None and ids.dtype == torch.int64)),
-        ("WIDE", int(out.dtype == torch.float32)),
-        ("MT", tile.tiles),
-        ("NT", tile.slots // 8),
-        ("KW", tile.along),
-        ("WM", tile.across),
-        ("STEP", tile.step),
-        ("STAGES", tile.stages),
-        ("PER_SM", tile.per_multiprocessor),
-    )
-    kernel = _kernel(defines, warps * 32, shared)
+    cut = cut_of(w, D, addresses[5], tile)
+    constants = weight_constants(w, addresses, act) | cut.constants
+    constants |= {"COLUMNS": D, "TOP_K": top_k, "EARLY": int(early)}
+    constants |= {"WIDE": int(out.dtype == torch.float32)}
+    constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
+    constants |= zip(("NEXT", "NEXT_EVEN", "NEXT_ODD"), following or (0, 0, 0), strict=True)
+    ids = expert_map = None
     tables: tuple[torch.Tensor | None, ...] = (None, None, None)
-    expert_map = None
     if isinstance(blocks, LoneSlots):
-        expert_map = blocks.expert_map
+        ids, expert_map = blocks.topk_ids, blocks.expert_map
+        constants |= {"ID64": int(ids.dtype == torch.int64)}
     else:
         tables = blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad
-    tensors = (
-        w.data, scale, w.scale2, w.zero_point, bias, x, out, ids, expert_map, *tables,
-    )  # fmt: skip
+        constants |= {"ID64": 0}
+    tensors = (w.scale, w.scale2, w.zero_point, bias, x, out, ids, expert_map, *tables)
     parameters = Arguments(
+        b"",
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         x.stride(0),
-        R,
+        out.shape[0],
         0 if expert_map is None else expert_map.shape[0],
         w.shape[0],
         0 if tables[0] is None else tables[0].shape[0] - 1,
+        guess,
         act.limit or 0.0,
         act.alpha,
         act.beta,
     )
-    resident = min(tile.per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
+    shards = 2 if act.gated else 1
+    data, row, box = w.data.data_ptr(), w.data.shape[-1], cut.rows // shards
+    boxes = tile_map(data, w.shape[0], N, shards, row, w.interleaved, box)
+    ctypes.memmove(ctypes.addressof(parameters), boxes, len(boxes))
+    kernel = _kernel(cut.entry, tuple(constants.items()), cut.threads, cut.shared)
+    resident = min(tile.per_multiprocessor, SHARED_BYTES // (cut.shared + RESERVED_BYTES))
     kernel.launch(programs * resident, parameters, x.get_device())
+
+
+def weight_constants(
+    w: QuantizedTensor, addresses: tuple[int, ...], act: DeviceActivation
+) -> dict[str, int]:
+    """What the source is told of weights, where they lie and what becomes of the sums."""
+    fmt, scale = w.format, w.scale
+    assert scale is not None
+    places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
+    return {
+        "FEATURES": w.shape[1] // (2 if act.gated else 1),
+        "INTERLEAVED": int(w.interleaved),
+        **dict(zip(places, addresses[4:], strict=True)),
+        "ELEMENT": ELEMENTS[fmt.element],
+        "SCALE": SCALES[scale.dtype],
+        "SCALE_BYTES": scale.element_size(),
+        "SCALE2": int(w.scale2 is not None),
+        "ZERO": int(w.zero_point is not None),
+        "FORMULA": FORMULAS.index(act.formula),
+        "GATED": int(act.gated),
+        "LIMITED": int(act.limit is not None),
+    }

@@ -64,26 +64,37 @@ DEVICE void pair_up(u32 (&to)[XR], const u32* x) {
   }
 }
 
-// SCALE: fp32, bf16, fp16, e8m0 (e4m3 is read by scale_numbers).
-DEVICE float stored_scale(u32 address) {
-  if (SCALE == 0) return as_float(shared_u32(address));
-  if (SCALE == 1) return as_float(shared_u16(address) << 16);
-  if (SCALE == 2) return half_float((u16)shared_u16(address));
-  return as_float(shared_u8(address) << 23);
+// Where a feature goes, and times what, in rows for a next GEMM: kernels/align_pair.py's order of
+// width NEXT, 0: as they are.
+DEVICE int paired_place(int feature) {
+  if (NEXT == 0) return feature;
+  constexpr int WIDTH = NEXT ? NEXT : 1;
+  const int column = feature % (8 * WIDTH), own = column % (2 * WIDTH);
+  return feature - column + own % WIDTH * 8 + column / (2 * WIDTH) * 2 + own / WIDTH;
 }
-DEVICE float global_scale(const u8* at, i64 index) {
-  if (SCALE == 0) return ((const float*)at)[index];
-  if (SCALE == 1) return bf16_float(((const u16*)at)[index]);
-  if (SCALE == 2) return half_float(((const u16*)at)[index]);
-  return as_float((u32)at[index] << 23);
+DEVICE float paired_unit(int feature) {
+  return as_float((127 + (feature % 2 ? NEXT_ODD : NEXT_EVEN)) << 23);
+}
+
+// Scales and biases are of a TYPE: fp32, bf16, fp16, e8m0 (e4m3 is read by scale_numbers). Bits are
+// loaded early and become numbers where they are needed.
+template <int TYPE>
+DEVICE u32 bits_at(const void* at, i64 index) {
+  if (TYPE == 0) return ((const u32*)at)[index];
+  if (TYPE < 3) return ((const u16*)at)[index];
+  return ((const u8*)at)[index];
+}
+template <int TYPE>
+DEVICE float number(u32 bits) {
+  if (TYPE == 0) return as_float(bits);
+  if (TYPE == 1) return as_float(bits << 16);
+  if (TYPE == 2) return half_float((u16)bits);
+  return as_float(bits << 23);
+}
+DEVICE float stored_scale(u32 address) {
+  if (SCALE == 0) return number<SCALE>(shared_u32(address));
+  return number<SCALE>(SCALE < 3 ? shared_u16(address) : shared_u8(address));
 }
 DEVICE float stored_middle(u32 address) {
   return as_float(0x4B000000u | shared_u8(address)) - 0x1p23f;
-}
-
-// BIAS: none, fp32, bf16, fp16.
-DEVICE float bias_at(const void* bias, i64 index) {
-  if (BIAS == 1) return ((const float*)bias)[index];
-  if (BIAS == 2) return bf16_float(((const u16*)bias)[index]);
-  return half_float(((const u16*)bias)[index]);
 }

@@ -1,7 +1,7 @@
-// What a launch of quantized_decode.cu is cut into, and its parameter.
+// What a launch of quantized_lone.cu or quantized_stream.cu is cut into, and its parameter.
 
 struct Arguments {
-  const u8* weights;
+  TensorMap tiles;
   const u8* scale;
   const float* scale2;
   const u8* zero;
@@ -14,21 +14,18 @@ struct Arguments {
   const int* sorted;
   const int* num_post;
   i64 stride_x;  // elements
-  int R, num_mapped, num_local, last_block;
+  int R, num_mapped, num_local, last_block, guess;
   float limit, alpha, beta;
 };
 
-// Of a row: S steps of STEP bytes; a beat is 64 bytes, a chunk 16.
+// Of a row: S steps of STEP bytes, a line; CHUNKS of a step, 16 bytes each.
+constexpr int STEP = 128, CHUNKS = STEP / 16;
 constexpr int ROW_BYTES = FOUR ? COLUMNS / 2 : COLUMNS;
 constexpr int S = (ROW_BYTES + STEP - 1) / STEP;
-constexpr int BEATS = STEP / 64;
-constexpr int CHUNK_COLS = FOUR ? 32 : 16;
-constexpr int BEAT_COLS = 4 * CHUNK_COLS;
-constexpr int STEP_COLS = BEATS * BEAT_COLS;
+constexpr int CHUNK_COLS = FOUR ? 32 : 16, STEP_COLS = CHUNKS * CHUNK_COLS;
+constexpr int LAST_BYTES = ROW_BYTES - (S - 1) * STEP;  // of the last step
 // Of an expert: where rows lie.
 constexpr int SHARD_STEP = INTERLEAVED ? 1 : FEATURES, ROW_STEP = INTERLEAVED ? 2 : 1;
-constexpr int ROW_STRIDE = ROW_STEP * ROW_BYTES;
-constexpr int HALF_OFFSET = GATED ? SHARD_STEP * ROW_BYTES : 8 * ROW_STRIDE;
 constexpr i64 EXPERT_ROWS = GATED ? 2 * FEATURES : FEATURES;
 // Of a task: BN slots, FT features; FM of a tile of 16 rows.
 constexpr int WARPS = KW * WM;
@@ -36,18 +33,23 @@ constexpr int BN = 8 * NT;
 constexpr int FM = GATED ? 8 : 16;
 constexpr int FT = WM * MT * FM;
 constexpr int TILES = (FEATURES + FT - 1) / FT;
-// Of scales: whether they come with the weights; how many chunks share one; how many belong to a
-// step; SPAN steps' travel together, 32 bytes, a sector, of each row.
+constexpr int TILE_BYTES = MT * 16 * STEP;  // a warp's rows of a step
+// Of scales: whether they come with the weights; how many chunks share one, half a step's at most;
+// SPAN steps' travel together, at most 32 bytes, a sector, of each row.
 constexpr bool RINGED = GROUP != 0;
 constexpr int WIDTH = GROUP == 0 ? COLUMNS : GROUP;
-constexpr int GC = SCALED || WIDTH >= BEAT_COLS ? 4 : WIDTH / CHUNK_COLS;
-constexpr bool ONE_PER_STEP = WIDTH >= STEP_COLS;
-constexpr int PITCH = 36;  // no two of eight rows begin in one bank
+constexpr int GC = SCALED || WIDTH >= STEP_COLS / 2 ? CHUNKS / 2 : WIDTH / CHUNK_COLS;
 constexpr int SPAN_BYTES = RINGED ? MT * 16 * PITCH : 0;
-// Of a warp's ring.
-constexpr int TILE_BYTES = MT * 16 * STEP;
-constexpr int RING_BYTES = STAGES * TILE_BYTES + SPANS * SPAN_BYTES * (ZERO ? 2 : 1);
+constexpr int SCALES_BYTES = SPANS * SPAN_BYTES * (ZERO ? 2 : 1);
+// Whether groups are summed by themselves.
+constexpr bool FOLD = RINGED || ELEMENT == INT4;
 
+typedef float Accumulators[MT][NT][4];
+
+DEVICE void clear(Accumulators& acc) {
+#pragma unroll
+  for (int i = 0; i < MT * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+}
 DEVICE int turn(int i, int count) { return i + 1 == count ? 0 : i + 1; }
 DEVICE int first_group(int k) { return RINGED ? k * STEP_COLS / WIDTH : 0; }
 
@@ -75,22 +77,29 @@ struct Tasks {
     return task;
   }
   DEVICE int next(int task) const { return live(task + gridDim.x); }
-  // ``early``: before the launch in front has ended.
-  DEVICE int expert(int task, bool early = false) const {
-    if (LONE) return lone[task / TILES];
+  // As the table has it: not yet within what there is. ``early``: before the launch in front ends.
+  DEVICE int listed(int task, bool early) const {
+    if (LONE) return task < count ? lone[task / TILES] : 0;
     const int* at = a.experts + min(task / TILES, a.last_block);
-    return min(max(early ? load_past_l1(at) : *at, 0), a.num_local - 1);
+    return early ? load_past_l1(at) : *at;
   }
+  DEVICE int within(int expert) const { return min(max(expert, 0), a.num_local - 1); }
+  DEVICE int expert(int task) const { return within(listed(task, false)); }
+  // In a place of the task's block; outside [0, R) where there is none.
+  DEVICE int slot(int task, int place) const { return a.sorted[task / TILES * BN + place]; }
 };
 
-// The first feature of a tile of 16 rows; an expert's last ones are done twice where they must.
+// The first feature of a tile of 16 rows; beyond FEATURES the copy engine brings zeros.
 DEVICE int feature(const Place& p, int task, int mt) {
-  const int first = task % TILES * FT + (p.wm * MT + mt) * FM;
-  return FEATURES % FT ? min(first, FEATURES - FM) : first;
+  return task % TILES * FT + (p.wm * MT + mt) * FM;
+}
+// Where row r of a tile lies in a box of so many features: rows of one shard after the other's.
+DEVICE int box_row(int tile, int r, int features) {
+  return GATED ? tile * 8 + r % 8 + r / 8 * features : tile * 16 + r;
 }
 // The row of scales that belongs to row r (of 16) of a tile.
 DEVICE int scale_row(const Place& p, int task, int mt, int r) {
-  const int f = feature(p, task, mt) + (GATED ? r & 7 : r);
+  const int f = min(feature(p, task, mt) + (GATED ? r & 7 : r), FEATURES - 1);
   return (GATED && r >= 8 ? SCALE_SHARD : 0) + f / SCALE_BLOCK * SCALE_STEP;
 }
 
@@ -103,6 +112,28 @@ struct Walk {
     task = tasks.next(task);
     k = p.k_begin;
     return true;
+  }
+};
+
+// The step that a warp asks for, and its expert, which is looked up when the task before begins.
+struct Ahead {
+  const Place& p;
+  const Tasks& tasks;
+  Walk at;
+  int upcoming, expert = 0;
+
+  DEVICE Ahead(const Place& p, const Tasks& tasks, int task)
+      : p(p), tasks(tasks), at{task, p.k_begin}, upcoming(tasks.listed(task, EARLY)) {
+    aim();
+  }
+  DEVICE bool inside() const { return at.task < tasks.count; }
+  DEVICE void advance() {
+    if (at.advance(p, tasks)) aim();
+  }
+  DEVICE void aim() {
+    if (!inside()) return;
+    expert = tasks.within(upcoming);
+    upcoming = tasks.listed(tasks.next(at.task), EARLY);
   }
 };
 

@@ -82,13 +82,10 @@ struct Rows {
     const int block = at.task / TILES;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      int slot = block;
-      if (!LONE) {
-        // Places without a slot take the block's first, whose sums they then throw away.
-        slot = tasks.a.sorted[block * BN + n * 8 + p.g];
-        if (slot < 0 || slot >= tasks.a.R) slot = tasks.a.sorted[block * BN];
-        slot = min(max(slot, 0), tasks.a.R - 1);
-      }
+      // Places without a slot take the block's first, whose sums they then throw away.
+      int slot = tasks.a.sorted[block * BN + n * 8 + p.g];
+      if (slot < 0 || slot >= tasks.a.R) slot = tasks.a.sorted[block * BN];
+      slot = min(max(slot, 0), tasks.a.R - 1);
       from[n] = tasks.a.x + (i64)(slot / TOP_K) * tasks.a.stride_x +
                 (at.k * STEP_COLS + p.t * 2 * XR);
     }

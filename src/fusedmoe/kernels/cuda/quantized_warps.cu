@@ -1,7 +1,6 @@
-// Few slots per expert on Hopper: one GEMM whose quantized weights stream once, as they are stored.
+// A few slots per expert on Hopper: one GEMM whose quantized weights stream once, as they are stored.
 //
-// out[slot, f] = act(x[slot / TOP_K] . w[expert(slot)] + bias). Blocks of slots come from tables,
-// or every slot is one (LONE).
+// out[slot, f] = act(x[slot / TOP_K] . w[expert(slot)] + bias). Blocks of slots come from tables.
 //
 // Weights are the M side of mma.m16n8k16, slots the N side. A warp owns MT tiles of 16 weight rows
 // (GATED: eight of gate, eight of up, so that both numbers of a feature meet in one thread) and a
@@ -17,15 +16,12 @@
 //
 // EARLY: the launch before is the first GEMM; weights and tables are read before it has ended. The
 // launch that wrote the tables has, because the first GEMM waits for it before it lets this begin.
-// Other constants come from the launcher as macros; quantized_decode.py names them, and the files
+// Other constants come from the launcher as macros; quantized_warps.py names them, and the files
 // whose text stands before this one.
 
 // Groups are summed by themselves, and begin with what x takes away.
 constexpr bool FOLD = RINGED || ELEMENT == INT4;
 constexpr bool FROM_SUMS = ELEMENT == INT4 && GC == 1 && !ZERO;
-
-// Threads of a warp whose sums are wanted: a lone slot has the first column, of every fourth.
-constexpr int SUMMERS = LONE ? 8 : 32;
 
 typedef float Accumulators[MT][NT][4];
 
@@ -142,7 +138,6 @@ DEVICE void multiply(Accumulators& acc, const u32 (&x)[NT][4][XR], const Place& 
 // One tile's sums, of eight slots, to the rows of out.
 DEVICE void store(const Place& p, const Tasks& tasks, int task, int mt, int n,
                   const float (&v)[4]) {
-  if (LONE && (p.t != 0 || n != 0)) return;
   const Arguments& a = tasks.a;
   const int block = task / TILES, expert = tasks.expert(task), f = feature(p, task, mt) + p.g;
   float factor[2] = {UNIT, UNIT}, added[2] = {0.0f, 0.0f};
@@ -150,17 +145,17 @@ DEVICE void store(const Place& p, const Tasks& tasks, int task, int mt, int n,
   for (int half = 0; half < 2; half++) {
     if (!RINGED) {
       const int row = scale_row(p, task, mt, p.g + 8 * half);
-      factor[half] *= global_scale(a.scale, expert * (i64)EXPERT_SCALES + row * SCALE_STRIDE);
+      factor[half] *= number<SCALE>(bits_at<SCALE>(a.scale, expert * (i64)EXPERT_SCALES + row * SCALE_STRIDE));
     }
     if (SCALE2) factor[half] *= a.scale2[GATED ? expert * 2 + half : expert];
     if (BIAS) {
       const int row = f * ROW_STEP + half * (GATED ? SHARD_STEP : 8 * ROW_STEP);
-      added[half] = bias_at(a.bias, expert * EXPERT_ROWS + row);
+      added[half] = number<BIAS - 1>(bits_at<BIAS - 1>(a.bias, expert * EXPERT_ROWS + row));
     }
   }
 #pragma unroll
-  for (int i = 0; i < (LONE ? 1 : 2); i++) {
-    const int slot = LONE ? block : a.sorted[block * BN + n * 8 + 2 * p.t + i];
+  for (int i = 0; i < 2; i++) {
+    const int slot = a.sorted[block * BN + n * 8 + 2 * p.t + i];
     if (slot < 0 || slot >= a.R) continue;
     const float low = fmaf(v[i], factor[0], added[0]), high = fmaf(v[2 + i], factor[1], added[1]);
     const i64 at = (i64)slot * FEATURES + f;
@@ -184,12 +179,11 @@ DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulat
     for (int i = 0; i < MT * NT; i++) store(p, tasks, task, i / NT, i % NT, acc[i / NT][i % NT]);
     return;
   }
-  parts += p.wm * KW * MT * NT * SUMMERS + (LONE ? p.g : p.lane);
+  parts += p.wm * KW * MT * NT * 32 + p.lane;
 #pragma unroll
   for (int i = 0; i < MT * NT; i++) {
     const float(&own)[4] = acc[i / NT][i % NT];
-    if (!LONE || p.t == 0)
-      parts[(i * KW + p.kw) * SUMMERS] = make_float4(own[0], own[1], own[2], own[3]);
+    parts[(i * KW + p.kw) * 32] = make_float4(own[0], own[1], own[2], own[3]);
   }
   meet<KW * 32>(1 + p.wm);
 #pragma unroll
@@ -198,7 +192,7 @@ DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulat
     float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < KW; j++) {
-      const float4 part = parts[(i * KW + j) * SUMMERS];
+      const float4 part = parts[(i * KW + j) * 32];
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
     store(p, tasks, task, i / NT, i % NT, v);
@@ -206,21 +200,16 @@ DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulat
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
-quantized_decode(const __grid_constant__ Arguments a) {
+quantized_warps(const __grid_constant__ Arguments a) {
   DYNAMIC_SHARED(memory);
-  __shared__ int lone_experts[32];
   const Place p = find_place();
   const u32 ring = shared_address(memory) + p.warp * RING_BYTES;
   if (!EARLY) {
     wait_for_previous();
     let_next_begin();
   }
-  if (LONE) {
-    if (threadIdx.x < 32) lone_experts[threadIdx.x] = lone_expert(a, threadIdx.x);
-    __syncthreads();
-  }
-  const Tasks tasks{a, lone_experts, (LONE ? a.R : load_past_l1(a.num_post) / BN) * TILES};
-  int task = tasks.live(blockIdx.x);
+  const Tasks tasks{a, load_past_l1(a.num_post) / BN * TILES};
+  int task = blockIdx.x;
 
   Weights weights{p, tasks, ring, Walk{task, p.k_begin}, a.weights};
   weights.aim();
@@ -258,7 +247,7 @@ quantized_decode(const __grid_constant__ Arguments a) {
     }
     // Two buffers in turns: whoever writes one again has met the others at the barrier between.
     finish(p, tasks, task, acc, (float4*)(memory + WARPS * RING_BYTES) + parity);
-    parity ^= WARPS * MT * NT * SUMMERS;
+    parity ^= WARPS * MT * NT * 32;
   }
   wait_groups<0>();
 }
