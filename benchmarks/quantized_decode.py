@@ -1,10 +1,10 @@
 """The streaming CUDA kernels with the tiles that the library chooses and with others, on one GPU.
 
     PYTHONPATH=src python benchmarks/quantized_decode.py [--cases qwen3-30b:int4_g128:8,64 ...]
-        [--tiles "8,2,4,3,3/8,2,4,3,3" ...] [--out F.json]
+        [--tiles stream:16,16,4,1/16,16,4,1 warps:2,1,4,4,4/2,1,4,4,4 ...] [--out F.json]
 
-A tile is the fields of ``CudaStreamTile``, or, with "lone" in front, of ``CudaLoneTile``; two of
-them, one per GEMM. Experts scope: ids given, alignment and sum included; balanced routing, graph
+A tile is the fields of ``CudaStreamTile``, ``CudaWarpsTile`` or ``CudaLoneTile``; two of them, one
+per GEMM. Experts scope: ids given, alignment and sum included; balanced routing, graph
 replays, weights that change from call to call, all in turns. Exits with an error where an output is
 further than 4e-3 from fp64's.
 """
@@ -31,19 +31,24 @@ from fusedmoe.experts.hopper import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, lone_slots, quantized_decode
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
-from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, CudaLoneTile, CudaStreamTile
+from fusedmoe.tuning.cuda_tiles import (
+    CudaDecodeTiles,
+    CudaLoneTile,
+    CudaStreamTile,
+    CudaWarpsTile,
+)
 
 CASES = (
     *("qwen3-30b:int4_g128:1,8,64", "gpt-oss-120b:mxfp4:1,8,32,128"),
     *("kimi-k2-tp8:int4_g32:1,16,64", "mixtral:int4_g128:1,8,64"),
 )
 COPIES, MOST_ERROR = 4, 4e-3
+TILES: dict[str, Any] = {"lone": CudaLoneTile, "warps": CudaWarpsTile, "stream": CudaStreamTile}
 
 
 def parsed(text: str) -> CudaDecodeTiles:
-    kind = CudaLoneTile if text.startswith("lone") else CudaStreamTile
-    parts = text.removeprefix("lone").split("/")
-    first, second = (kind(*map(int, part.split(","))) for part in parts)
+    kind, _, fields = text.partition(":")
+    first, second = (TILES[kind](*map(int, part.split(","))) for part in fields.split("/"))
     return CudaDecodeTiles(first, second)
 
 

@@ -1,8 +1,9 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
-The whole layer but routing. Device code: ``kernels/cuda/quantized_lone.cu`` for slots that hardly
-share experts, ``quantized_stream.cu`` for blocks of them, compiled when they are first needed. The
-definition is the weighted sum of ``quantized_gemm_reference`` twice.
+The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
+``quantized_lone.cu`` for slots that hardly share experts, ``quantized_warps.cu`` for blocks of
+eight, ``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
+``quantized_gemm_reference`` twice.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How ``kernels/cuda/quantized_lone.cu`` and ``quantized_stream.cu`` cut the two GEMMs of few slots
-per expert."""
+"""How the kernels of ``kernels/cuda`` cut the two GEMMs of few slots per expert with quantized
+weights: ``quantized_lone.cu``, ``quantized_warps.cu`` or ``quantized_stream.cu``."""
 
 from __future__ import annotations
 
