@@ -83,7 +83,10 @@ def align_once_kernel(
     BLOCK_G: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    # Slots side by side in a thread, because sums over threads cost more.
+    """The whole alignment; ``counts_ptr`` None: every program counts for itself.
+
+    ROW slots stand side by side in a thread, because sums over threads cost more.
+    """
     ROW: tl.constexpr = max(4, BLOCK_R // 256)
     me = tl.program_id(0)
     follow_previous(CHAINED)
