@@ -214,15 +214,6 @@ inline void wait_barrier(u32 barrier, int phase) {
     own.pass();
   }
 }
-inline float from_lane(float value, int lane) {
-  const int warp = threadIdx.x / 32;
-  operands[warp][threadIdx.x % 32][0] = as_bits(value);
-  __syncwarp();
-  value = as_float(operands[warp][lane][0]);
-  __syncwarp();
-  return value;
-}
-inline void store_shared(u32 address, u32 value) { memcpy(shared_at(address, 4), &value, 4); }
 inline void begin_products() {}
 inline void end_products() {}
 template <int LEFT>

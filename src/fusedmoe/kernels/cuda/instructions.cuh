@@ -13,8 +13,6 @@ typedef unsigned long long u64;
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
-DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
-DEVICE float bf16_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 DEVICE float half_float(u16 bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -125,10 +123,6 @@ DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
                : "memory");
 }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
-DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
-DEVICE void store_shared(u32 address, u32 value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
 // WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
 // the compiler from touching them.
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
