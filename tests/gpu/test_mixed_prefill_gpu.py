@@ -1,4 +1,4 @@
-"""Prefill with quantized weights and 16-bit rows on a Hopper GPU: every format in both shapes of
+"""Prefill with quantized weights and 16-bit rows on a Hopper GPU: every format, all shapes of
 tiles, odd sizes, graphs, slots without an expert, rows that are NaN."""
 
 from __future__ import annotations
@@ -111,6 +111,20 @@ def test_in_a_graph_with_no_expert_and_nan_rows(mean, ran, monkeypatch):
     graph.replay()
     assert out[:-1].equal(clean[:-1])
     assert out[-1].isnan().all()
+
+
+@pytest.mark.parametrize("mean", [32, 128, 256])
+def test_blocks_that_are_not_full(mean, ran, monkeypatch):
+    """A half or a quarter of them is multiplied, in either launch."""
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles_of(mean, "mxfp4", "mxfp4"))
+    case = CASES["mxfp4"]
+    tensors = case.layer.tensors()
+    slots = torch.tensor((20, 40, 90, 150, 400), device="cuda")
+    tensors["topk_ids"][:, 0] = torch.arange(5, device="cuda").repeat_interleave(slots)
+    tensors["topk_ids"][:, 1] = -1
+    out = case.run(tensors, HopperQuantizedExperts)
+    assert ran
+    assert error(out, case.expected(tensors)) < TOLERANCES["weight_only"].frobenius
 
 
 def test_all_tokens_to_one_expert(ran):
