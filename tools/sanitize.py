@@ -8,8 +8,10 @@
 Without caching every tensor is its own allocation, so that a stray access leaves it. Errors of the
 API are left out: cuda-bindings asks the driver for every function, also those that it has not.
 
-racecheck names the word by which Triton hands work to the other warps of the warp-specialised
-kernels; barriers of all threads stand around it (benchmarks/results/h200/notes_hopper.md).
+racecheck names two things in the warp-specialised kernels. The word by which Triton hands work to
+the other warps: barriers of all threads stand around it (benchmarks/results/h200/notes_hopper.md).
+And the words of ``hopper_drawn``'s box: all threads of the producer write the same one, a barrier
+among them follows, and one arrives for all where the consumers wait.
 """
 
 from __future__ import annotations
