@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from h200_ceilings import LEAST_BF16_TFLOPS, LEAST_READ_GBS, h200_ceilings
 from h200_targets import SKEWED, TARGETS, print_verdicts, verdicts
 
 from fusedmoe.bench import SHAPES, BenchReport
-from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.measure import REST, Effort
 from fusedmoe.bench.problems import Cell, Scope
 from fusedmoe.bench.report import make_header
 from fusedmoe.bench.run import run_cells
 
-LEAST_READ_GBS, LEAST_BF16_TFLOPS = 4300.0, 710.0
 PEER_BYTES = 24 << 30
 DENSE_FROM = 1024  # tokens from which matrix units are what bounds a layer
 SHAPES_IN_TABLE = tuple(dict.fromkeys(target.shape for target in TARGETS))
@@ -84,13 +83,7 @@ def peers_of(cell: Cell) -> tuple[str, ...]:
 
 def open_report(path: Path, device: torch.device, least: tuple[float, float]) -> dict[str, Any]:
     """The file so far, with this run's ceilings as its newest run; SystemExit if they are low."""
-    ceilings = measure_ceilings(device, (torch.bfloat16,))
-    read, rate = ceilings["read_gbs"], ceilings["bf16_tflops"]
-    if read < least[0] or rate < least[1]:
-        raise SystemExit(
-            f"thrown away: this GPU reads {read:.0f} GB/s and multiplies at {rate:.0f} TFLOP/s, "
-            f"at least {least[0]:.0f} and {least[1]:.0f} are asked"
-        )
+    ceilings = h200_ceilings(device, *least)
     header = make_header(device, ceilings)
     record = (
         json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": [], "notes": []}
