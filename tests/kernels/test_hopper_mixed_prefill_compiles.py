@@ -15,7 +15,7 @@ from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from hopper_compiler import compile_as_launched, ptxas
 
-SPILL = 16
+SPILL = 32  # a few words, never a sum: those are kilobytes
 
 
 def check(compiled):
@@ -57,7 +57,6 @@ run("int4_g128", 256)
 run("nvfp4", 32, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", 32)
 run("fp8_block", 128)
-SPILL = 320  # eight scales and eight zero points of two steps wait in registers
 run("int4_g32_zp", 128, H=544, I=288)
 print("compiled")
 """
