@@ -116,6 +116,7 @@ def _cut(
     spans = spans_of(steps, step_columns, group, unit, stride, along, stages)
     constants = spans.constants() | {
         "GROUP": group,
+        "STEP": STEP,
         "PITCH": spans.pitch,
         "KW": along,
         "STAGES": stages,

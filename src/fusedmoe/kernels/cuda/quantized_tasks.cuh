@@ -18,53 +18,11 @@ struct Arguments {
   float limit, alpha, beta;
 };
 
-// Of a row: S steps of STEP bytes, a line; CHUNKS of a step, 16 bytes each.
-constexpr int STEP = 128, CHUNKS = STEP / 16;
-constexpr int ROW_BYTES = FOUR ? COLUMNS / 2 : COLUMNS;
-constexpr int S = (ROW_BYTES + STEP - 1) / STEP;
-constexpr int CHUNK_COLS = FOUR ? 32 : 16, STEP_COLS = CHUNKS * CHUNK_COLS;
+// Of a row: CHUNKS of a step.
+constexpr int CHUNKS = STEP / 16;
 constexpr int LAST_BYTES = ROW_BYTES - (S - 1) * STEP;  // of the last step
-// Of an expert: where rows lie.
-constexpr int SHARD_STEP = INTERLEAVED ? 1 : FEATURES, ROW_STEP = INTERLEAVED ? 2 : 1;
-constexpr i64 EXPERT_ROWS = GATED ? 2 * FEATURES : FEATURES;
-// Of a task: BN slots, FT features; FM of a tile of 16 rows.
-constexpr int WARPS = KW * WM;
-constexpr int BN = 8 * NT;
-constexpr int FM = GATED ? 8 : 16;
-constexpr int FT = WM * MT * FM;
-constexpr int TILES = (FEATURES + FT - 1) / FT;
-constexpr int TILE_BYTES = MT * 16 * STEP;  // a warp's rows of a step
-// Of scales: whether they come with the weights; how many chunks share one, half a step's at most;
-// SPAN steps' travel together, at most 32 bytes, a sector, of each row.
-constexpr bool RINGED = GROUP != 0;
-constexpr int WIDTH = GROUP == 0 ? COLUMNS : GROUP;
+// How many chunks share a scale, half a step's at most.
 constexpr int GC = SCALED || WIDTH >= STEP_COLS / 2 ? CHUNKS / 2 : WIDTH / CHUNK_COLS;
-constexpr int SPAN_BYTES = RINGED ? MT * 16 * PITCH : 0;
-constexpr int SCALES_BYTES = SPANS * SPAN_BYTES * (ZERO ? 2 : 1);
-// Whether groups are summed by themselves.
-constexpr bool FOLD = RINGED || ELEMENT == INT4;
-
-typedef float Accumulators[MT][NT][4];
-
-DEVICE void clear(Accumulators& acc) {
-#pragma unroll
-  for (int i = 0; i < MT * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
-}
-DEVICE int turn(int i, int count) { return i + 1 == count ? 0 : i + 1; }
-DEVICE int first_group(int k) { return RINGED ? k * STEP_COLS / WIDTH : 0; }
-
-// A warp of a block, a thread of it, and the steps that are its part of every task.
-struct Place {
-  int lane, warp, kw, wm, g, t, k_begin, k_end;
-};
-DEVICE Place find_place() {
-  Place p;
-  p.lane = threadIdx.x & 31, p.warp = threadIdx.x >> 5;
-  p.kw = p.warp % KW, p.wm = p.warp / KW;
-  p.g = p.lane >> 2, p.t = p.lane & 3;
-  p.k_begin = p.kw * S / KW, p.k_end = (p.kw + 1) * S / KW;
-  return p;
-}
 
 struct Tasks {
   const Arguments& a;
@@ -102,18 +60,6 @@ DEVICE int scale_row(const Place& p, int task, int mt, int r) {
   const int f = min(feature(p, task, mt) + (GATED ? r & 7 : r), FEATURES - 1);
   return (GATED && r >= 8 ? SCALE_SHARD : 0) + f / SCALE_BLOCK * SCALE_STEP;
 }
-
-// Where a warp is: step k of the rows of a task.
-struct Walk {
-  int task, k;
-
-  DEVICE bool advance(const Place& p, const Tasks& tasks) {  // whether to another task
-    if (++k < p.k_end) return false;
-    task = tasks.next(task);
-    k = p.k_begin;
-    return true;
-  }
-};
 
 // The step that a warp asks for, and its expert, which is looked up when the task before begins.
 struct Ahead {

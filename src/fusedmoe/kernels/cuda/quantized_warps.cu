@@ -19,16 +19,8 @@
 // Other constants come from the launcher as macros; quantized_warps.py names them, and the files
 // whose text stands before this one.
 
-// Groups are summed by themselves, and begin with what x takes away.
-constexpr bool FOLD = RINGED || ELEMENT == INT4;
+// Sums of groups begin with what x takes away.
 constexpr bool FROM_SUMS = ELEMENT == INT4 && GC == 1 && !ZERO;
-
-typedef float Accumulators[MT][NT][4];
-
-DEVICE void clear(Accumulators& acc) {
-#pragma unroll
-  for (int i = 0; i < MT * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
-}
 
 // Where the scales and zero points of this thread's rows lie, less what precedes their span.
 struct Scales {

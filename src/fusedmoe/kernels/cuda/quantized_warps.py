@@ -21,8 +21,8 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaWarpsTile
 
 SOURCES = (
-    *("quantized_numbers.cuh", "activation.cuh", "quantized_warps_tasks.cuh"),
-    *("quantized_warps_loads.cuh", "quantized_warps.cu"),
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh"),
+    *("quantized_warps_tasks.cuh", "quantized_warps_loads.cuh", "quantized_warps.cu"),
 )
 STEP, PITCH, SLOTS = 64, 36, 8
 _POINTERS = (
@@ -84,7 +84,8 @@ def stream(
     constants |= {"COLUMNS": D, "TOP_K": top_k, "EARLY": int(early), "GROUP": group}
     constants |= {"WIDE": int(out.dtype == torch.float32)}
     constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
-    constants |= {"MT": tile.tiles, "NT": 1, "KW": tile.along, "WM": tile.across, "STEP": STEP}
+    constants |= {"MT": tile.tiles, "NT": 1, "KW": tile.along, "WM": tile.across}
+    constants |= {"STEP": STEP, "PITCH": PITCH}
     constants |= {"STAGES": tile.stages, "PER_SM": tile.per_multiprocessor}
     constants |= {"NEXT": 0, "NEXT_EVEN": 0, "NEXT_ODD": 0}
     kernel = _kernel(tuple(constants.items()), warps * 32, shared)
