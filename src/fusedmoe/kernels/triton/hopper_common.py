@@ -78,6 +78,17 @@ def hopper_activation(FORMULA: gl.constexpr, gate, up, limit, alpha, beta):
 
 
 @gluon.jit
+def known(expert, num_local):
+    """The expert, which then has weights, whatever the table said."""
+    return gl.minimum(gl.maximum(expert, 0), num_local - 1)
+
+
+@gluon.jit
+def expert_at(expert_ids_ptr, block, num_local):
+    return known(gl.load(expert_ids_ptr + block), num_local)
+
+
+@gluon.jit
 def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
     """(block, column tile): groups of GROUP blocks, column tiles outer, blocks inner, so that
     blocks of one expert find its weights in the L2."""
@@ -92,7 +103,7 @@ def find_block(block, tables, num_local, BN: gl.constexpr, LAYOUT: gl.constexpr)
     """(expert, slots [BN] in LAYOUT) of a block; a place without a slot is -1 or >= R."""
     expert = gl.load(tables[0] + block, cache_modifier=".cg")
     slots = gl.load(tables[1] + block * BN + gl.arange(0, BN, LAYOUT), cache_modifier=".cg")
-    return gl.minimum(gl.maximum(expert, 0), num_local - 1), slots
+    return known(expert, num_local), slots
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fusedmoe.kernels.triton.hopper_common import tile_of
+from fusedmoe.kernels.triton.hopper_common import expert_at, tile_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, store_tile
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
@@ -47,8 +47,7 @@ def open_rings(
 def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: gl.constexpr):
     """(block, column tile, expert) of a task."""
     block, tile = tile_of(task, blocks, TILES, GROUP)
-    expert = gl.load(expert_ids_ptr + block)
-    return block, tile, gl.minimum(gl.maximum(expert, 0), num_local - 1)
+    return block, tile, expert_at(expert_ids_ptr, block, num_local)
 
 
 @gluon.jit

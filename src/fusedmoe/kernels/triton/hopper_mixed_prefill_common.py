@@ -30,12 +30,6 @@ def room_of(ROWS):
 
 
 @gluon.jit
-def expert_at(expert_ids_ptr, block, num_local):
-    expert = gl.load(expert_ids_ptr + block)
-    return gl.minimum(gl.maximum(expert, 0), num_local - 1)
-
-
-@gluon.jit
 def open_rings(
     w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr,
     STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr, PARTS: gl.constexpr,

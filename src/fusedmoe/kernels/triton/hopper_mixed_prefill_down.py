@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import expert_at, next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     group_pointers,
@@ -14,7 +14,6 @@ from fusedmoe.kernels.triton.hopper_mixed_multiply import (
 )
 from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
-    expert_at,
     finished,
     halvings,
     halvings_of,

@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
+    expert_at,
     hopper_activation,
     next_stage,
     rows_layout,
@@ -20,7 +21,6 @@ from fusedmoe.kernels.triton.hopper_mixed_multiply import (
 )
 from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
-    expert_at,
     finished,
     halvings,
     halvings_of,

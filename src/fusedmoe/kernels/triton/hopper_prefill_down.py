@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import expert_at, next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
@@ -31,8 +31,7 @@ def weight_row_of(
     H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     block, tile = tile_of(task, blocks, TILES, GROUP)
-    expert = gl.load(expert_ids_ptr + block)
-    return gl.minimum(gl.maximum(expert, 0), num_local - 1) * H + tile * (2 * TILE_N)
+    return expert_at(expert_ids_ptr, block, num_local) * H + tile * (2 * TILE_N)
 
 
 @gluon.jit
@@ -137,8 +136,7 @@ def down_consumer(
             low, high = halves(acc)
             column = tile * (2 * TILE_N)
             if bias_ptr is not None:
-                expert = gl.load(expert_ids_ptr + block)
-                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
+                expert = expert_at(expert_ids_ptr, block, num_local).to(gl.int64)
                 at = bias_ptr + expert * H + column
                 low += load_bias(at, 1, H - column)
                 high += load_bias(at + TILE_N, 1, H - column - TILE_N)

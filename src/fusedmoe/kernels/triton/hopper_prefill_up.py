@@ -8,6 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import (
+    expert_at,
     hopper_activation,
     next_stage,
     rows_layout,
@@ -105,8 +106,7 @@ def up_producer(
     coming = tasks
     while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP)
-        expert = gl.load(expert_ids_ptr + block)
-        expert = gl.minimum(gl.maximum(expert, 0), num_local - 1)
+        expert = expert_at(expert_ids_ptr, block, num_local)
         all_here = await_rows(arrivals, block, all_here, WORLD)
         place = block * BLOCK_M + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
@@ -178,8 +178,7 @@ def up_consumer(
             if bias_ptr is not None:
                 STEP: gl.constexpr = 2 if INTERLEAVED else 1
                 TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
-                expert = gl.load(expert_ids_ptr + block)
-                expert = gl.minimum(gl.maximum(expert, 0), num_local - 1).to(gl.int64)
+                expert = expert_at(expert_ids_ptr, block, num_local).to(gl.int64)
                 at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
                 gate += load_bias(at, STEP, I - column)
                 up += load_bias(at + TO_UP, STEP, I - column - BELOW)

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import next_stage, open_barriers
+from fusedmoe.kernels.triton.hopper_common import known, next_stage, open_barriers
 from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_task
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
 from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
@@ -26,7 +26,6 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     fill,
     first_tasks,
     guessed_experts,
-    known,
     load_scales,
     row_scales,
     stored_expert,

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fusedmoe.kernels.triton.hopper_common import known
 from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
 
 
@@ -17,12 +18,6 @@ def stored_expert(task, tasks, experts_ptr, TILES: gl.constexpr):
     """What the table says of a task's block; of any block, where there is no such task."""
     block = gl.maximum(gl.minimum(task, tasks - 1), 0) // TILES
     return gl.load(experts_ptr + block, cache_modifier=".cg")
-
-
-@gluon.jit
-def known(expert, num_local):
-    """The expert, which then has weights, whatever the table said."""
-    return gl.minimum(gl.maximum(expert, 0), num_local - 1)
 
 
 @gluon.jit
