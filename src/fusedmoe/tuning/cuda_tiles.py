@@ -16,11 +16,6 @@ EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
 FULL_ENOUGH = 0.85
 
 
-def _check_warps(tiles: int, warps: int) -> None:
-    if tiles < 1 or not 1 <= warps <= 16:
-        raise ValueError(f"{tiles} tiles and {warps} warps: tiles are positive, warps at most 16")
-
-
 def _check_depth(stages: int, programs: int) -> None:
     if stages < 2 or programs < 1:
         raise ValueError(
@@ -30,10 +25,9 @@ def _check_depth(stages: int, programs: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaLoneTile:
-    """One slot by ``tiles`` times 16 weight rows per warp, ``across`` warps side by side, ``along``
-    that share the columns; ``stages`` steps in a warp's ring; so many programs per
-    multiprocessor."""
+class _OwnRings:
+    """``tiles`` times 16 weight rows per warp, ``across`` warps side by side, ``along`` that share
+    the columns; ``stages`` steps in a warp's ring; so many programs per multiprocessor."""
 
     tiles: int
     along: int
@@ -42,25 +36,24 @@ class CudaLoneTile:
     per_multiprocessor: int
 
     def __post_init__(self) -> None:
-        _check_warps(self.tiles, self.along * self.across)
+        warps = self.along * self.across
+        if self.tiles < 1 or not 1 <= warps <= 16:
+            raise ValueError(
+                f"{self.tiles} tiles and {warps} warps: tiles are positive, warps at most 16"
+            )
         _check_depth(self.stages, self.per_multiprocessor)
 
 
-@dataclass(frozen=True, slots=True)
-class CudaWarpsTile:
-    """Eight slots by ``tiles`` times 16 weight rows per warp, ``across`` warps side by side,
-    ``along`` that share the columns; ``stages`` steps in a warp's ring; so many programs per
-    multiprocessor."""
+class CudaLoneTile(_OwnRings):
+    """One slot by the rows of its warps."""
 
-    tiles: int
-    along: int
-    across: int
-    stages: int
-    per_multiprocessor: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        _check_warps(self.tiles, self.along * self.across)
-        _check_depth(self.stages, self.per_multiprocessor)
+
+class CudaWarpsTile(_OwnRings):
+    """Eight slots by the rows of its warps."""
+
+    __slots__ = ()
 
     @property
     def slots(self) -> int:
