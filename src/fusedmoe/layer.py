@@ -18,7 +18,7 @@ from fusedmoe.config import (
     ParallelPlace,
     shard_size,
 )
-from fusedmoe.distributed.agreement import check_agreement, facts_of
+from fusedmoe.distributed.agreement import check_agreement, facts_of, facts_of_method
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, QuantizationConfig
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.arguments import RoutingArguments
@@ -240,8 +240,9 @@ def FusedMoE(
     if enable_eplb and not method.supports_eplb:
         raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
     if groups.connected:
-        facts = facts_of(method.moe_config) | {
-            "method": type(method).__name__,
+        facts = facts_of(method.moe_config) | facts_of_method(method, groups)
+        facts |= {
+            "enable_eplb": str(enable_eplb),
             "intermediate_size": str(intermediate_size),
             "router": repr(getattr(layer_router, "spec", type(layer_router).__name__)),
             "placement": expert_placement,

@@ -227,17 +227,30 @@ def check_refusals() -> None:
     groups, _ = make_groups(LAYOUT)
     balanced = build(0, groups, enable_eplb=True, num_redundant_experts=REDUNDANT)
     fewer = build(0, groups, enable_eplb=True)
+    dealt = build(0, groups, enable_eplb=True, expert_placement="round_robin")
+    sizes, given = (E, K, H, I + 2, torch.float32), {"has_bias": True, "enable_eplb": True}
+    wider = FusedMoE(*sizes, parallel=groups, **given)
     uneven = build(0, groups, enable_eplb=True, num_redundant_experts=1)
     for layers, message in (
         ([], "at least one layer"),
         ([balanced, fewer], "layer 1 has 12 slots for 12 experts, layer 0 16"),
         ([uneven], "13 slots do not divide over 4 ranks"),
         ([build(0, None)], "layer 0 is rank 0 of 1"),
+        ([dealt], "layer 0 is placed round_robin"),
+        ([fewer, wider], "an expert of layer 1 has 864 bytes, of layer 0 656"),
     ):
         with pytest.raises(ValueError, match=message):
             ExpertBalancer(layers, groups.ep)
     with pytest.raises(ValueError, match="enable_eplb=False"):
         ExpertBalancer([build(0, groups)], groups.ep)
+    odd = dist.get_rank() == 1
+    for message, layers, given in (
+        ("step_interval is 4, 5, 4", [fewer], {"config": EPLBConfig(window_size=1, step_interval=4 + odd)}),
+        ("layers is 1, 2, 1", [fewer] * (1 + odd), {}),
+        (r"must be \(1, 12\), got \(12,\)", [fewer], {"physical_to_logical": torch.arange(E)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExpertBalancer(layers, groups.ep, **given)
     for wrong in ({"window_size": 0}, {"window_size": 9, "step_interval": 5}):
         with pytest.raises(ValueError, match="window_size"):
             EPLBConfig(**wrong)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from rank_layers import E, H, I, K, Layout, build, make_groups, rows
 from rank_micro_batches import kernel_of
 
-from fusedmoe import FusedMoE, MoEOptions
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization
 from fusedmoe.distributed.collectives import (
     all_gather_rows,
     exchange_rows,
@@ -28,6 +30,8 @@ def check_disagreement() -> None:
     groups, _ = make_groups(Layout(dp=2, tp=2, ep=True))
     odd = dist.get_rank() == 2
     common = {"parallel": groups, "params_dtype": torch.float32}
+    format_of_rank = "int8_channel" if odd else "fp8_channel"
+    peers: Any = object() if odd else None
     dtypes = "in_dtype is torch.float32, torch.float32, torch.bfloat16, torch.float32"
     for message, changed in (
         ("num_experts is 6, 6, 8, 6", {"num_experts": E + 2 * odd}),
@@ -38,6 +42,10 @@ def check_disagreement() -> None:
         ("renormalize=False", {"renormalize": not odd}),
         ("batch_invariant is", {"options": MoEOptions(batch_invariant=odd)}),
         ("experts is , , torch, ", {"options": MoEOptions(experts="torch" if odd else None)}),
+        ("debug_checks is False, False, True, False", {"options": MoEOptions(debug_checks=odd)}),
+        ("weights and rows is", {"quant_config": OnlineQuantization.of(format_of_rank)}),
+        ("enable_eplb is", {"enable_eplb": odd}),
+        ("peers is False, False, True", {"parallel": replace(groups, peers=peers)}),
         ("placement is", {"expert_placement": "round_robin" if odd else "linear"}),
     ):
         sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}

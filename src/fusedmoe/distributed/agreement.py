@@ -6,12 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import all_gather_rows, gather_vectors
 from fusedmoe.distributed.groups import TokenRanks, communication_device
+
+if TYPE_CHECKING:
+    from fusedmoe.quantization.method_base import FusedMoEMethodBase
 
 # What may differ from rank to rank, or follows from what is compared.
 _OWN = {"num_local_experts", "moe_parallel_config", "device", "options"}
@@ -34,10 +38,21 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
     }
     facts["micro_batch_tokens"] = str(options.micro_batch_tokens)
     facts["batch_invariant"] = str(options.batch_invariant)
+    facts["debug_checks"] = str(options.debug_checks)
     facts["experts"] = _name_of(options.experts)
     facts["device"] = moe.device.type
     facts["prepare_finalize"] = _name_of(options.prepare_finalize)
     return facts
+
+
+def facts_of_method(method: FusedMoEMethodBase, groups: ParallelGroups) -> dict[str, str]:
+    """What decides which messages a layer sends, beside its config, as text."""
+    return {
+        "method": type(method).__name__,
+        "weights and rows": f"{method.weight_key}, {method.activation_key}",
+        "peers": str(groups.peers is not None),
+        "deep_ep": str(groups.deep_ep is not None),
+    }
 
 
 def _name_of(forced: str | type | None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from fusedmoe.config import FusedMoEConfig
+from fusedmoe.config import FusedMoEConfig, ParallelGroups
+from fusedmoe.distributed.agreement import check_agreement
 from fusedmoe.distributed.groups import communication_device
 from fusedmoe.eplb.executor import ExpertMover, expert_bytes
 from fusedmoe.eplb.maps import balancedness, compute_logical_maps, rank_loads
@@ -87,11 +88,18 @@ class ExpertBalancer:
         self.config = config or EPLBConfig()
         first = _check(self.layers, group)
         L, P, E = len(self.layers), first.num_experts, first.num_logical_experts
+        if physical_to_logical is not None and tuple(physical_to_logical.shape) != (L, P):
+            raise ValueError(
+                f"physical_to_logical must be {(L, P)}, got {tuple(physical_to_logical.shape)}"
+            )
         self.physical_to_logical = (
             (torch.arange(P) % E).repeat(L, 1)
             if physical_to_logical is None
             else physical_to_logical.long().cpu().clone()
         )
+        facts = {name: str(value) for name, value in asdict(self.config).items()}
+        facts |= {"layers": str(L), "physical_to_logical": str(self.physical_to_logical.tolist())}
+        check_agreement(facts, ParallelGroups(dp=group), "the balancer")
         device = self.layers[0].routed_experts.w13_weight.device
         self.expert_load = torch.zeros(L, P, dtype=torch.int32, device=device)
         self.logical_to_physical = torch.full(
@@ -99,9 +107,8 @@ class ExpertBalancer:
         )
         self.replica_count = torch.ones(L, E, dtype=torch.int32, device=device)
         self.should_record = torch.zeros(1, dtype=torch.int32, device=device)
-        rows = self._rows(0)
         self.mover = ExpertMover(
-            transfer_group or group, expert_bytes(rows), P // group.size(), device
+            transfer_group or group, _expert_bytes(self.layers[0]), P // group.size(), device
         )
         for index, layer in enumerate(self.layers):
             self._write_maps(index)
@@ -242,10 +249,14 @@ class ExpertBalancer:
             self.should_record.fill_(int(wanted))
 
 
+def _expert_bytes(layer: BalancedLayer) -> int:
+    return expert_bytes(layer.routed_experts.get_expert_weights())
+
+
 def _check(layers: Sequence[BalancedLayer], group: dist.ProcessGroup) -> FusedMoEConfig:
     if not layers:
         raise ValueError("a balancer needs at least one layer")
-    first = layers[0].moe_config
+    first, width = layers[0].moe_config, _expert_bytes(layers[0])
     for index, layer in enumerate(layers):
         moe = layer.moe_config
         parallel = moe.moe_parallel_config
@@ -261,6 +272,13 @@ def _check(layers: Sequence[BalancedLayer], group: dist.ProcessGroup) -> FusedMo
             raise ValueError(
                 f"layer {index} is rank {parallel.ep_rank} of {parallel.ep_size}, the group says "
                 f"{group.rank()} of {group.size()}"
+            )
+        placement = layer.routed_experts.expert_map_manager.strategy
+        if placement != "linear":
+            raise ValueError(f"layer {index} is placed {placement}: only linear can be balanced")
+        if _expert_bytes(layer) != width:
+            raise ValueError(
+                f"an expert of layer {index} has {_expert_bytes(layer)} bytes, of layer 0 {width}"
             )
     if first.num_experts % group.size():
         raise ValueError(f"{first.num_experts} slots do not divide over {group.size()} ranks")
