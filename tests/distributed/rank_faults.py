@@ -75,6 +75,7 @@ def check_wrong_counts() -> None:
         ([2, 2, 2], r"\[2, 2, 2\] for 2 tokens here and 4 ranks"),
         ([3, 3, 3, 3], "has 2 tokens, tokens_per_rank says 3"),
         ([2, 2, 2, -2], "4 counts of tokens"),
+        ([2, 2, 2, 2.5], r"must be integers, got \[2, 2, 2, 2.5\]"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(*rows(2, rank), tokens_per_rank=counts)

@@ -75,12 +75,14 @@ def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:
 
 
 def check_counts(tokens_per_rank: Sequence[int] | None, dispatchers: int, num_tokens: int) -> None:
-    """Raise ValueError unless there is a count for each rank that brings tokens.
+    """Raise ValueError unless there is an integer for each rank that brings tokens.
 
     A single one's own is compared too; among several ranks, whoever moves the tokens does that.
     """
     if tokens_per_rank is None:
         return
+    if not all(hasattr(count, "__index__") for count in tokens_per_rank):
+        raise ValueError(f"tokens_per_rank must be integers, got {list(tokens_per_rank)}")
     alone_and_wrong = dispatchers == 1 and list(tokens_per_rank) != [num_tokens]
     if len(tokens_per_rank) != dispatchers or alone_and_wrong:
         raise ValueError(
