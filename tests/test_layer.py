@@ -545,6 +545,27 @@ def test_gate_computes_the_logits_where_none_are_given():
         layer(experts)(x)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, fusedmoe.GateLinear])
+def test_batch_invariance_begins_at_the_gate(kind):
+    """A token alone has the bits that it has among others, from its hidden state on."""
+    hidden = 256  # one that CPUs multiply in another order where rows are many
+    runner = FusedMoE(
+        *(E, K, hidden, I, torch.float32),
+        gate=kind(hidden, E),
+        options=MoEOptions(batch_invariant=True),
+    )
+    for weight in runner.routed_experts.parameters():
+        nn.init.normal_(weight, std=0.1)
+    x = torch.randn(33, hidden)
+    with torch.no_grad():
+        whole = runner(x)
+        for T in (1, 2, 7):
+            assert torch.equal(runner(x[5 : 5 + T]), whole[5 : 5 + T])
+            assert torch.equal(
+                runner.compute_logits(x[5 : 5 + T]), runner.compute_logits(x)[5 : 5 + T]
+            )
+
+
 def test_a_gate_in_another_precision_reads_the_rows_in_its_own():
     experts = Experts.random(E, H, I)
     gate = nn.Linear(H, E, bias=False).double()

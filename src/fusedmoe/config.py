@@ -59,7 +59,8 @@ class RoutingMethodType(IntEnum):
 class MoEOptions:
     """How a layer may run, never what it computes (rounding order aside).
 
-    ``batch_invariant``: a token's output has the same bits in any batch. ``deterministic``: the
+    ``batch_invariant``: a token's output has the same bits in any batch, its logits too where the
+    gate is a Linear or a GateLinear (other modules answer for themselves). ``deterministic``: the
     same input gives the same bits from run to run; False also allows experts that do not promise
     that (``ExpertsCapabilities``; all of ours do). ``max_workspace_bytes`` bounds the scratch
     memory of the experts, which then take the tokens in passes; the references in plain torch

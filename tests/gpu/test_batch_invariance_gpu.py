@@ -14,7 +14,7 @@ def make_layer(shape, dtype, experts):
     E, K, H, I = SHAPES[shape]  # noqa: E741
     torch.manual_seed(0)
     with torch.device("cuda"):
-        gate = GateLinear(H, E, out_dtype=torch.float32, params_dtype=dtype, batch_invariant=True)
+        gate = GateLinear(H, E, out_dtype=torch.float32, params_dtype=dtype)
         layer = FusedMoE(
             E,
             K,

@@ -512,6 +512,16 @@ def test_options_reach_the_experts():
         )
 
 
+def test_batch_invariance_reaches_the_routers():
+    model = tiny_models.build(tiny_models.by_name("mixtral"))
+    fusedmoe.accelerate(model, options=fusedmoe.MoEOptions(batch_invariant=True))
+    for runner in accelerated_blocks(model).values():
+        x = torch.randn(40, runner.moe_config.hidden_dim)
+        whole = runner.router.logits(x)
+        assert torch.equal(runner.router.logits(x[:1]), whole[:1])
+        assert runner.router.batch_invariant
+
+
 class OnlyOnTheMoon(TorchExperts):
     @classmethod
     def capabilities(cls):

@@ -1,5 +1,7 @@
 """Router logits: every tier is the same linear layer, rounded once from fp32 sums."""
 
+import math
+
 import pytest
 import torch
 
@@ -57,7 +59,8 @@ def chained(x, weight, bias, out_dtype):
         ((MAX_PARTS_TOKENS + 1, FP32, FP32, FP32, "cuda"), "linear"),
         ((1, FP64, FP64, FP64, "cuda"), "linear"),
         ((1, BF16, BF16, FP32, "cpu"), "linear"),
-        ((1, BF16, BF16, FP32, "cpu", True), "linear"),
+        ((1, BF16, BF16, FP32, "cpu", True), "by_token"),
+        ((1, FP64, FP64, FP64, "cuda", True), "by_token"),
         ((1, BF16, BF16, FP32, "cuda", True), "parts"),
         ((4096, BF16, BF16, FP32, "cuda", True), "parts"),
     ],
@@ -152,6 +155,20 @@ def test_gate_linear_on_this_machine(leading):
     assert logits.dtype is FP32
     exact = x.double() @ gate.weight.double().T + gate.bias.double()
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("leading", [(0,), (1,), (2,), (7,), (3, 5)])
+def test_batch_invariant_logits_on_this_machine(leading, dtype):
+    x = torch.randn(64, 256, device=DEVICE, dtype=dtype)
+    weight, bias = torch.randn(60, 256, device=DEVICE).to(dtype), torch.randn(60, device=DEVICE)
+
+    def logits(rows):
+        return gate_linear(rows, weight, bias, out_dtype=FP32, batch_invariant=True)
+
+    T = math.prod(leading)
+    part = x[30 : 30 + T].view(*leading, 256)
+    assert torch.equal(logits(part).view(T, 60), logits(x)[30 : 30 + T])
 
 
 def test_fp32_logits_are_not_widened_bf16_ones():

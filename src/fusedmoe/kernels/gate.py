@@ -7,6 +7,7 @@ Which way it is computed, its tier, is a pure function of shapes, dtypes and the
               H and add its parts in order (Triton)
     mm_fp32   16-bit operands with an fp32 result on a GPU (torch.mm)
     linear    everything else
+    by_token  batch invariance where no kernel of ours promises it: ``linear``, token by token
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from fusedmoe.kernels.device import device_of
 
-GateTier = Literal["rows", "parts", "mm_fp32", "linear"]
+GateTier = Literal["rows", "parts", "mm_fp32", "linear", "by_token"]
 
 MAX_ROWS_TOKENS = 4
 MAX_PARTS_TOKENS = 16
@@ -67,7 +68,7 @@ def gate_tier(
 ) -> GateTier:
     """How logits are computed; see the module's table."""
     if device_type != "cuda" or x_dtype not in _DTYPES or weight_dtype not in _DTYPES:
-        return "linear"
+        return "by_token" if batch_invariant else "linear"
     if batch_invariant:
         return "parts"
     if num_tokens <= MAX_ROWS_TOKENS:
@@ -97,7 +98,7 @@ def gate_linear(
     """
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, out_dtype)
-    if torch.compiler.is_compiling() and x.is_cuda:
+    if torch.compiler.is_compiling() and (x.is_cuda or batch_invariant):
         return torch.ops.fusedmoe.gate_linear(x, weight, bias, out_dtype, batch_invariant)
     return _gate_linear(x, weight, bias, out_dtype, batch_invariant)
 
@@ -129,7 +130,9 @@ def _gate_linear(
         if bias is not None:
             logits += bias
     else:
-        logits = gate_linear_reference(rows, weight, bias, out_dtype=out_dtype)
+        logits = gate_linear_reference(
+            rows, weight, bias, out_dtype=out_dtype, batch_invariant=tier == "by_token"
+        )
     return logits.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -144,12 +147,12 @@ def gate_linear_reference(
     """The definition, in plain torch."""
     out_dtype = out_dtype or x.dtype
     compute_dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), out_dtype)
-    logits = torch.nn.functional.linear(
-        x.to(compute_dtype),
-        weight.to(compute_dtype),
-        None if bias is None else bias.to(compute_dtype),
-    )
-    return logits.to(out_dtype)
+    weight, bias = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
+    linear = torch.nn.functional.linear
+    if not batch_invariant or x.shape[0] == 0:
+        return linear(x.to(compute_dtype), weight, bias).to(out_dtype)
+    rows = x.to(compute_dtype).split(1)
+    return torch.cat([linear(row, weight, bias) for row in rows]).to(out_dtype)
 
 
 _gate_linear_op = torch.library.custom_op("fusedmoe::gate_linear", _gate_linear, mutates_args=())

@@ -14,7 +14,7 @@ class GateLinear(nn.Module):
     ``out_dtype`` (None: that of the input) is the dtype of the logits; it may be set later, when
     the experts are known. Routing is sensitive to rounding, so fp32 logits from bf16 operands are
     computed without a detour over bf16. ``batch_invariant``: a token's logits have the same bits
-    in any batch (on a GPU; slower).
+    in any batch; slower. A layer with ``MoEOptions(batch_invariant=True)`` sets it.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
@@ -91,9 +92,11 @@ class MoERunner(PlacedLayer):
         self.prefix = prefix
         self.shared_overlap_token_limit = shared_overlap_token_limit
         routed_experts.set_router(router)
-        set_out_dtype: Any = getattr(gate, "set_out_dtype", None)
-        if router_logits_dtype is not None and set_out_dtype is not None:
-            set_out_dtype(router_logits_dtype)
+        wanted: Any = gate
+        if router_logits_dtype is not None and hasattr(gate, "set_out_dtype"):
+            wanted.set_out_dtype(router_logits_dtype)
+        if moe_config.options.batch_invariant and hasattr(gate, "batch_invariant"):
+            wanted.batch_invariant = True
         self._check()
 
     def _check(self) -> None:
@@ -177,11 +180,15 @@ class MoERunner(PlacedLayer):
 
     def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The gate's logits [T, E] of x [T, width]."""
-        if self.gate is None:
+        gate = self.gate
+        if gate is None:
             raise ValueError("this layer has no gate: router_logits must be given")
-        if isinstance(self.gate, nn.Linear):
-            x = x.to(self.gate.weight.dtype)
-        return _output_of(self.gate(x))
+        if isinstance(gate, nn.Linear):
+            x = x.to(gate.weight.dtype)
+            observed = gate._forward_hooks or gate._forward_pre_hooks
+            if self.moe_config.options.batch_invariant and type(gate) is nn.Linear and not observed:
+                return gate_linear(x, gate.weight, gate.bias, batch_invariant=True)
+        return _output_of(gate(x))
 
     def _start_shared(self, x: torch.Tensor | None) -> SharedExpertsRun | None:
         if x is None:

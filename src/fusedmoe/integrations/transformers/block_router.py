@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Router, at
 from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.router.routers import SpecRouter
@@ -36,12 +37,13 @@ class BlockRouter(SpecRouter):
     would call it (``ask``); its choice is taken while it stands in ``answer``.
     """
 
-    def __init__(self, row: Router, block: nn.Module) -> None:
+    def __init__(self, row: Router, block: nn.Module, options: MoEOptions | None = None) -> None:
         # Plain attributes: the block's modules must not become submodules here.
         self.__dict__.update(row=row, block=block, module=at(block, row.at))
         self.listened = tuple(self.module.modules())
         self.answer: Answer | None = None
         self.keep_result = False
+        self.batch_invariant = options is not None and options.batch_invariant
         self.result: RoutingResult | None = None
         super().__init__(row.spec(block), self._current_tensors)
 
@@ -67,7 +69,11 @@ class BlockRouter(SpecRouter):
         if row.transform is not None:
             x = row.transform(module, x)
         dtype = torch.float32 if row.fp32_logits else weight.dtype
-        return gate_linear(x, weight, at(module, row.bias), out_dtype=dtype)
+        return gate_linear(
+            *(x, weight, at(module, row.bias)),
+            out_dtype=dtype,
+            batch_invariant=self.batch_invariant,
+        )
 
     def ask(self, x: torch.Tensor, input_ids: torch.Tensor | None) -> Answer:
         """Call the module with x [T, H]. Without logits among its results, x stands for them."""

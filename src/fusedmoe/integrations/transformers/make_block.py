@@ -54,7 +54,7 @@ def make_replacements(
             raise ValueError("its experts are replaced apart from the rest, which runs on one rank")
         return _make_parts(block, family, options)
     gate = None if is_packed(module) else _gate(family, module)
-    router = BlockRouter(family.router, block)
+    router = BlockRouter(family.router, block, options)
     router.keep_result = family.returns == "hidden_and_weights"
     transforms = [
         None if isinstance(found := at(block, path), nn.Identity) else found
@@ -130,7 +130,7 @@ def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) ->
     made: list[Replacement] = []
     top_k = getattr(router_module, "top_k", None)
     if family.router.rule:
-        router = BlockRouter(family.router, block)
+        router = BlockRouter(family.router, block, options)
         top_k = router.spec.top_k
         made.append(RouterForward(router_module, router))
     if isinstance(module, PackedExperts):
