@@ -11,13 +11,15 @@ from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.hopper_quantized_choice import runs_decode
+from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
-from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_128_UE8M0,
@@ -28,6 +30,7 @@ from fusedmoe.quantization.keys import (
     GroupShape,
 )
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
+from fusedmoe.tuning.quantized_tiles import expected_slots
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -171,6 +174,18 @@ def test_it_is_for_compute_capability_9_and_bf16(monkeypatch):
     assert "picks" in reason
     half = replace(moe, in_dtype=torch.float16)
     assert not HopperQuantizedExperts.is_supported_config(half, weight, None, rows)[0]
+
+
+def test_a_rank_of_several_counts_the_slots_that_meet_its_experts():
+    """All experts' slots arrive at a rank that holds an eighth of them: few of them are its own."""
+    w1 = quantize(torch.zeros(4, 256, 256), format_named("int4_g128"), shards=2)
+    w2 = quantize(torch.zeros(4, 256, 128), format_named("int4_g128"))
+    x = torch.zeros(64, 256, dtype=torch.bfloat16)
+    R = 64 * 8  # 16 for each of 32 experts, 128 for each of the 4 here if all were its own
+    assert runs_decode(R, 32, Operands(w1, w2), x, None)
+    assert not runs_decode(R, 4, Operands(w1, w2), x, None)
+    assert [expected_slots(512, 4, E) for E in (4, 32, 33)] == [512, 64, 63]
+    assert expected_slots(1, 1, 256) == 1
 
 
 def test_workspaces_follow_from_sizes():

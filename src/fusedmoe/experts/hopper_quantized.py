@@ -136,7 +136,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if self.moe_config.options.batch_invariant:
             return shapes
         first, second = shapes.workspace13, [shapes.workspace2]
-        if MAX_DECODE_MEAN * e >= R:
+        if MAX_DECODE_MEAN * global_num_experts >= R:
             second.append((M, topk, 2 * K))
         mixed = self.quant_config.a1.key is None
         if (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
@@ -229,7 +229,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
         bits; None: plain Triton."""
         e, num_experts = experts
-        streams = room >= 2 * R and runs_decode(R, e, operands, *rows)
+        streams = room >= 2 * R and runs_decode(R, num_experts, operands, *rows)
         if streams and streams_longest(R, num_experts, operands):
             return self._decode
         if runs_mixed_prefill(R, num_experts) and can_prefill_mixed(operands, *rows):

@@ -17,10 +17,11 @@ INT4_DECODE_MEAN = 16
 
 
 def runs_decode(
-    R: int, num_local: int, operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None
+    R: int, num_experts: int, operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None
 ) -> bool:
-    """Whether the streaming kernels can run R slots, and should; rows rounded already or not."""
-    if MAX_DECODE_MEAN * num_local < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
+    """Whether the streaming kernels can run R slots over ``num_experts`` experts, local or not, and
+    should; rows rounded already or not."""
+    if MAX_DECODE_MEAN * num_experts < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
     if (a1 is None) != (a2 is None):

@@ -25,7 +25,7 @@ from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
 MAX_LONE_SLOTS = 32
@@ -120,8 +120,11 @@ def quantized_decode(
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
             raise ValueError("a table of blocks comes with the tiles it was made for")
-        lone = blocks is not None or lone_slots(topk_ids.numel(), w2.shape[0], expert_map)
-        tiles = decode_tiles_for(topk_ids.numel(), w1, w2, lone, programs)
+        R, e = topk_ids.numel(), w2.shape[0]
+        lone = blocks is not None or lone_slots(R, e, expert_map)
+        if not lone and expert_map is not None:
+            R = expected_slots(R, e, expert_map.shape[0])
+        tiles = decode_tiles_for(R, w1, w2, lone, programs)
     if blocks is None and tiles.slots == 1:
         blocks = LoneSlots.of(topk_ids, expert_map)
     check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)

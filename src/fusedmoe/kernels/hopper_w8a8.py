@@ -20,7 +20,7 @@ from fusedmoe.kernels.tensor_checks import check_contiguous, check_quantized_row
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DirectTiles
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 from fusedmoe.tuning.w8a8_tiles import StreamTiles, direct_stream_tiles, stream_tiles
 
 STEP = 128
@@ -125,7 +125,7 @@ def _tiles(
     if x.dtype == torch.bfloat16 and all(_rounding(key) for key in keys):
         (T, K), (_, H, I) = topk_ids.shape, w2.shape  # noqa: E741
         direct = direct_stream_tiles(T, K, experts, H, I)
-    return direct or stream_tiles(topk_ids.numel(), *w2.shape)
+    return direct or stream_tiles(expected_slots(topk_ids.numel(), w2.shape[0], experts), *w2.shape)
 
 
 def _rounding(key: QuantKey) -> str:

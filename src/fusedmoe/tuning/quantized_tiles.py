@@ -147,6 +147,12 @@ def w8a8_tiles(
     return QuantizedTiles(*(replace(tile, depth=depth) for depth in depths))
 
 
+def expected_slots(R: int, num_local: int, num_experts: int) -> int:
+    """How many of R slots over ``num_experts`` experts meet the ``num_local`` that are stored here,
+    where all are asked for alike."""
+    return max(1, -(-R * num_local // num_experts))
+
+
 def runs_prefill(R: int, num_experts: int) -> bool:
     """Whether R slots over ``num_experts`` experts, local or not, are enough for the prefill
     kernels with both operands in 8 bits. Blocks of 128 slots may be half empty: as long as reading
