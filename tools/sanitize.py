@@ -212,15 +212,16 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
             if streams and runs_decode(R, e, operands, x, None):
                 common: dict[str, Any] = {"activation": act, "programs": 132}
                 common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
-                tensors = weights, ids, out, act_rows, y
+                given = weights, ids, out, act_rows
                 if rows is not None:
+                    tensors = *given, y.bfloat16()
                     w8a8_decode(x, *pair, (rows, rows), (None, None), *tensors, **common)
                 else:
                     for lone in (False, True)[: 1 + (R <= MAX_LONE_SLOTS)]:
                         tiles = decode_tiles_for(R, *pair, lone, 132)
                         table = moe_align_block_size(ids, tiles.slots, e)
                         blocks = LoneSlots(ids.flatten()) if lone else MoEAlignment(*table[:3])
-                        quantized_decode(x, *pair, *tensors, blocks, tiles=tiles, **common)
+                        quantized_decode(x, *pair, *given, y, blocks, tiles=tiles, **common)
             if streams and rows is not None and not unmet_by_prefill(*pair, (rows, rows)):
                 P = prefill_rows(R, e)
                 prefilled = torch.empty(P, width, device="cuda", dtype=torch.bfloat16)

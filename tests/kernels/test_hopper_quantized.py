@@ -186,12 +186,12 @@ def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
     return w1, quantize(torch.randn(e, H, I), format_named(fmt))
 
 
-def scratch(T, K, H, I):  # noqa: E741
+def scratch(T, K, H, I, dtype=torch.float32):  # noqa: E741
     R = T * K
     return {
         "out": torch.zeros(T, H, dtype=torch.bfloat16),
         "act": torch.zeros(R, I, dtype=torch.bfloat16),
-        "y": torch.zeros(R, H),
+        "y": torch.zeros(R, H, dtype=dtype),
     }
 
 
@@ -240,9 +240,10 @@ def test_weights_and_ids_that_do_not_fit_are_refused(rows):
     """Before a launch: what a kernel would read past a tensor's end, or as other numbers."""
     w1, w2 = layer("int4_g32" if rows is None else "fp8_channel")
     x, ids = torch.zeros(4, 64).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
+    dtype = torch.float32 if rows is None else torch.bfloat16
 
     def refused(match, first=w1, ids=ids, **change):
-        given = scratch(4, 2, 64, 32) | {"programs": 1} | change
+        given = scratch(4, 2, 64, 32, dtype) | {"programs": 1} | change
         more = () if rows is None else ((rows, rows), (None, None))
         decode = quantized_decode if rows is None else w8a8_decode
         with pytest.raises(ValueError, match=match):
@@ -257,4 +258,4 @@ def test_weights_and_ids_that_do_not_fit_are_refused(rows):
     refused("expert_map", expert_map=torch.zeros(3, dtype=torch.int64))
     refused("bias", w1_bias=torch.zeros(3, 32))
     refused("bias", w2_bias=torch.zeros(64, 3).T)
-    refused("multiples of 16 bytes", y=torch.zeros(8 * 64 + 1)[1:].view(8, 64))
+    refused("multiples of 16 bytes", y=torch.zeros(8 * 64 + 1, dtype=dtype)[1:].view(8, 64))

@@ -127,8 +127,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> WorkspaceShapes:
-        """As the Triton experts', the second GEMM's rows in fp32 wherever they may be streamed, and
-        whole blocks of rows where slots are many."""
+        """As the Triton experts', the second GEMM's rows in fp32 wherever weights alone are in few
+        bits and may be streamed, and whole blocks of rows where slots are many."""
         shapes = super().workspace_shapes(
             M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
         )
@@ -136,9 +136,9 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if self.moe_config.options.batch_invariant:
             return shapes
         first, second = shapes.workspace13, [shapes.workspace2]
-        if MAX_DECODE_MEAN * global_num_experts >= R:
-            second.append((M, topk, 2 * K))
         mixed = self.quant_config.a1.key is None
+        if MAX_DECODE_MEAN * global_num_experts >= R:
+            second.append((M, topk, 2 * K if mixed else K))
         if (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
             P = prefill_rows(R, e)
             if mixed:
@@ -229,7 +229,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
         bits; None: plain Triton."""
         e, num_experts = experts
-        streams = room >= 2 * R and runs_decode(R, num_experts, operands, *rows)
+        width = 2 if operands.a1 is None else 1  # of the second GEMM's rows: fp32, or 16 bits
+        streams = room >= width * R and runs_decode(R, num_experts, operands, *rows)
         if streams and streams_longest(R, num_experts, operands):
             return self._decode
         if runs_mixed_prefill(R, num_experts) and can_prefill_mixed(operands, *rows):
@@ -251,17 +252,16 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         given: dict[str, Any],
     ) -> None:
         R, (_, H, I) = given["topk_ids"].numel(), operands.w2.shape  # noqa: E741
-        given |= {
-            "act": workspace13.flatten()[: R * I].view(R, I),
-            "y": workspace2.flatten()[: 2 * R * H].view(torch.float32).view(R, H),
-        }
-        weights = x, operands.w1, operands.w2
+        given["act"] = workspace13.flatten()[: R * I].view(R, I)
+        weights, second = (x, operands.w1, operands.w2), workspace2.flatten()
         if operands.a1 is None or operands.a2 is None:
-            quantized_decode(*weights, tiles=self.decode_tiles, **given)
+            y = second[: 2 * R * H].view(torch.float32).view(R, H)
+            quantized_decode(*weights, y=y, tiles=self.decode_tiles, **given)
         else:
             keys = operands.a1, operands.a2
             scales = operands.a1_scale, operands.a2_scale
-            w8a8_decode(*weights, keys=keys, scales=scales, tiles=self.stream_tiles, **given)
+            given |= {"y": second[: R * H].view(R, H), "tiles": self.stream_tiles}
+            w8a8_decode(*weights, keys=keys, scales=scales, **given)
 
     def _prefill(
         self,

@@ -12,7 +12,7 @@ from fusedmoe.kernels.align import MoEAlignment, align_local_slots, dense, padde
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
-ONE_LAUNCH_SLOTS = 4096
+ONE_LAUNCH_SLOTS = 2048
 
 
 class AlignedRows(NamedTuple):

@@ -68,7 +68,7 @@ def w8a8_decode(
     x [T, H] bf16, or quantized already as the first key says, with ``x_scale`` fp32 [T, groups];
     w1 [e, S * I, H], w2 [e, H, I]; ``keys`` say how the rows entering w1 and w2 are quantized,
     ``scales`` fp32 [1] belong to static keys.
-    topk_ids int [T, K]; out [T, H] bf16; scratch act [R, I] bf16 and y [R, H] fp32, R = T * K.
+    topk_ids int [T, K]; out [T, H] bf16; scratch act [R, I] and y [R, H] bf16, R = T * K.
     ``programs``: the number of multiprocessors.
 
     Raises ValueError for pairs that the kernel cannot multiply and for tensors that do not fit.
@@ -242,10 +242,8 @@ def _check(
                 f"scales of x are {tuple(x.scale.shape)} {x.scale.dtype}, expected "
                 f"{allowed[0]} {torch.float32}"
             )
-    check_quantized_rows(
-        (H, I, topk_ids.numel()), rows, topk_weights, topk_ids, out, act, y, x_dtype=dtype,
-        y_dtype=torch.float32,
-    )  # fmt: skip
+    sizes = H, I, topk_ids.numel()
+    check_quantized_rows(sizes, rows, topk_weights, topk_ids, out, act, y, x_dtype=dtype)
     if isinstance(x, QuantizedRows):
         check_contiguous(x=x.data, x_scale=x.scale)
     if rows.stride(1) != 1:

@@ -1,4 +1,4 @@
-"""The sum over picks at the end of a streamed layer: fp32 rows by slot to rows by token."""
+"""The sum over picks at the end of a streamed layer: rows by slot to rows by token, in fp32."""
 
 import torch
 
@@ -16,7 +16,7 @@ def weighted_sum(
     out: torch.Tensor,
     num_local: int,
 ) -> None:
-    """y fp32 [T * K, H] -> out [T, H]."""
+    """y [T * K, H] -> out [T, H]."""
     (T, K), H = topk_ids.shape, out.shape[1]
     warps = 1 if T <= 256 else 4
     _launch_sum(
