@@ -52,7 +52,8 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One pass: all rows are loaded before it is known which of them live."""
+    """One pass: rows are loaded before it is known which of them live, unless an expert map says
+    that most of them do not."""
     follow_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pick = tl.arange(0, PADDED_PICKS)
@@ -61,12 +62,14 @@ def sum_kernel(
     slot = token * PICKS + pick
     at = slot[:, None] * H + column[None, :]
     wanted = (pick < PICKS)[:, None] & inside[None, :]
-    rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
     expert = tl.load(ids_ptr + slot, pick < PICKS, -1, cache_modifier=".cg")
+    live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
+    if map_ptr is not None:
+        wanted &= live[:, None]
+    rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + slot, pick < PICKS, 0.0, cache_modifier=".cg")
         rows *= weight.to(tl.float32)[:, None]
-    live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
     total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
     tl.store(out_ptr + token * stride_out + column, total, inside)
 
