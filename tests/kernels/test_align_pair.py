@@ -7,6 +7,7 @@ from fusedmoe.kernels.align import MoEAlignment, align_reference, padded_slots
 from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair, paired_reference
 from fusedmoe.kernels.triton.align_pair import align_and_pair as launch
 from fusedmoe.quantization.formats import format_named
+from hopper_compiler import run_program
 
 FORMATS = ["int4_g128", "mxfp4", "nvfp4", "int8_channel", "fp8_block"]
 
@@ -47,6 +48,31 @@ def test_the_launch_is_both(fmt, mapped):
     paired.fill_(float("nan"))
     launch(x, paired, order)
     assert paired.equal(paired_reference(x, order))
+
+
+COMPILES_BOTH = """
+import torch
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.align_pair import PairedOrder
+from fusedmoe.kernels.triton import align_pair
+from fusedmoe.quantization.formats import format_named
+from hopper_compiler import compile_as_launched
+
+compile_it = compile_as_launched(align_pair.align_and_pair_kernel, lambda found: None, gluon=False)
+align_pair._launch = lambda grid, tensors, numbers, constants, warps: compile_it(
+    grid, (), tensors, numbers, (*constants, True), num_warps=warps
+)
+x, ids = torch.zeros(5, 160).bfloat16(), torch.zeros(5, 3, dtype=torch.int32)
+order, table = PairedOrder.of(format_named("int4_g128")), torch.zeros(64, dtype=torch.int32)
+align_pair.align_and_pair(x, x, order)
+align_pair.align_and_pair(x, x, order, ids, None, 6, 8, MoEAlignment(table, table, table))
+print("compiled")
+"""
+
+
+def test_it_compiles_with_slots_and_without():
+    """The interpreter does not mind operations on tensors that are not there."""
+    run_program(COMPILES_BOTH, gluon=False)
 
 
 def test_rows_that_end_inside_a_chunk_are_refused():

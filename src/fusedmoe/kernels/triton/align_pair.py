@@ -14,6 +14,23 @@ from fusedmoe.kernels.triton.align import COUNTS, align_once_kernel
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 
+@triton.jit
+def pair_row(
+    x_ptr, paired_ptr, row, D, stride_xm,
+    XR: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    follow_previous(CHAINED)
+    row = row.to(tl.int64)
+    for first in range(0, D, BLOCK_D):
+        to = first + tl.arange(0, BLOCK_D)
+        matrix, thread, half = to % (8 * XR) // 8, to % 8 // 2, to % 2
+        column = to - to % (8 * XR) + thread * 2 * XR + half * XR + matrix
+        values = tl.load(x_ptr + row * stride_xm + column, to < D).to(tl.float32)
+        unit = tl.where(matrix % 2 == 0, 2.0**EVEN, 2.0**ODD)
+        tl.store(paired_ptr + row * D + to, (values * unit).to(x_ptr.dtype.element_ty), to < D)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def align_and_pair_kernel(
     x_ptr,
@@ -39,21 +56,18 @@ def align_and_pair_kernel(
     BLOCK_D: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    if tl.program_id(0) < groups:
-        align_once_kernel(
-            ids_ptr, map_ptr, None, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P, B,
-            groups, num_mapped, block_size, BLOCK_R, BLOCK_G, CHAINED,
-        )  # fmt: skip
+    me = tl.program_id(0)
+    if ids_ptr is not None:
+        if me < groups:
+            align_once_kernel(
+                ids_ptr, map_ptr, None, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P,
+                B, groups, num_mapped, block_size, BLOCK_R, BLOCK_G, CHAINED,
+            )  # fmt: skip
+        else:
+            row = me - groups
+            pair_row(x_ptr, paired_ptr, row, D, stride_xm, XR, EVEN, ODD, BLOCK_D, CHAINED)
     else:
-        follow_previous(CHAINED)
-        row = (tl.program_id(0) - groups).to(tl.int64)
-        for first in range(0, D, BLOCK_D):
-            to = first + tl.arange(0, BLOCK_D)
-            matrix, thread, half = to % (8 * XR) // 8, to % 8 // 2, to % 2
-            column = to - to % (8 * XR) + thread * 2 * XR + half * XR + matrix
-            values = tl.load(x_ptr + row * stride_xm + column, to < D).to(tl.float32)
-            unit = tl.where(matrix % 2 == 0, 2.0**EVEN, 2.0**ODD)
-            tl.store(paired_ptr + row * D + to, (values * unit).to(x_ptr.dtype.element_ty), to < D)
+        pair_row(x_ptr, paired_ptr, me, D, stride_xm, XR, EVEN, ODD, BLOCK_D, CHAINED)
 
 
 _launch = Launcher(align_and_pair_kernel, chained=True)
