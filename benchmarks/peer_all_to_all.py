@@ -81,8 +81,8 @@ def check(memory: PeerMemory, x, ids, weights, owners, rows: int, tiles: PeerTil
     for parts, mine in zip(everyones, (x, ids, weights), strict=True):
         dist.all_gather(parts, mine)
     all_x, all_ids, all_weights = everyones
-    polls = memory.max_polls
-    dispatch(x, ids, weights, owners, memory.view, rows, max_polls=polls, tiles=tiles)
+    timeout_us = memory.timeout_us
+    dispatch(x, ids, weights, owners, memory.view, rows, timeout_us=timeout_us, tiles=tiles)
     got = memory.view.received(rows)
     want = dispatch_reference(all_x, all_ids, all_weights, owners, layout, rows, rank)
     used = want.topk_ids >= 0
@@ -99,7 +99,7 @@ def check(memory: PeerMemory, x, ids, weights, owners, rows: int, tiles: PeerTil
     all_outputs = [torch.empty_like(got.outputs) for _ in range(world)]
     dist.all_gather(all_outputs, got.outputs)
     out = torch.full_like(x, float("nan"))
-    combine(out, ids, owners, memory.view, rows, max_polls=polls, tiles=tiles)
+    combine(out, ids, owners, memory.view, rows, timeout_us=timeout_us, tiles=tiles)
     assert torch.equal(out, combine_reference(all_outputs, ids, owners, layout, rows, rank))
     memory.check()
 
@@ -133,10 +133,10 @@ def measure(memory: PeerMemory, T: int, gbs: float, choices: list[PeerTiles]) ->
     dist.all_reduce(wire, dist.ReduceOp.MAX)
     limit = wire.item() / gbs / 1e3
     out = torch.empty_like(x)
-    view, polls = memory.view, memory.max_polls
+    view, timeout_us = memory.view, memory.timeout_us
     found = {}
     for tiles in choices:
-        both = functools.partial(run_both, x, ids, weights, owners, view, out, tiles, polls)
+        both = functools.partial(run_both, x, ids, weights, owners, view, out, tiles, timeout_us)
         found[tiles] = time_graph(both, ROUNDS)
     best = min(found, key=lambda n: found[n])
     nccl = time_graph(nccl_round(x, layout, out), ROUNDS)
@@ -154,10 +154,10 @@ def measure(memory: PeerMemory, T: int, gbs: float, choices: list[PeerTiles]) ->
     }
 
 
-def run_both(x, ids, weights, owners, view, out, tiles, polls) -> None:  # type: ignore[no-untyped-def]
+def run_both(x, ids, weights, owners, view, out, tiles, timeout_us) -> None:  # type: ignore[no-untyped-def]
     rows = x.shape[0]
-    dispatch(x, ids, weights, owners, view, rows, max_polls=polls, tiles=tiles)
-    combine(out, ids, owners, view, rows, max_polls=polls, tiles=tiles)
+    dispatch(x, ids, weights, owners, view, rows, timeout_us=timeout_us, tiles=tiles)
+    combine(out, ids, owners, view, rows, timeout_us=timeout_us, tiles=tiles)
 
 
 def main() -> None:

@@ -196,8 +196,10 @@ def load(ptr: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Block:
     return block(found)
 
 
-def store(ptr: Pointer, value: torch.Tensor, mask: Any = True, **_: Any) -> None:
-    at, value, mask = torch.broadcast_tensors(ptr.at, value, torch.as_tensor(mask))
+def store(ptr: Pointer, value: Any, mask: Any = True, **_: Any) -> None:
+    at, value, mask = torch.broadcast_tensors(
+        torch.as_tensor(ptr.at), torch.as_tensor(value), torch.as_tensor(mask)
+    )
     ptr.memory[at[mask].long()] = value[mask].to(ptr.memory.dtype)
 
 
@@ -210,6 +212,18 @@ def add_to(ptr: Pointer, value: int, sem: str, scope: str = "gpu") -> int:
     before = int(ptr.memory[int(ptr.at)])
     ptr.memory[int(ptr.at)] += value
     return before
+
+
+def exchange(ptr: Pointer, expected: int, value: Any, sem: str, scope: str) -> int:
+    before = int(ptr.memory[int(ptr.at)])
+    if before == expected:
+        ptr.memory[int(ptr.at)] = int(value)
+    return before
+
+
+def read_clock(asm: str, *_: Any, **__: Any) -> int:
+    assert "%globaltimer" in asm
+    return time.monotonic_ns()
 
 
 def specialize(roles: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -254,7 +268,8 @@ def pick(function: Any) -> Any:
 LANGUAGE: dict[str, Any] = {
     "program_id": lambda axis: PROGRAM.number, "num_programs": lambda axis: PROGRAM.count,
     "num_warps": lambda: PROGRAM.warps, "load": load, "store": store, "atomic_max": raise_to,
-    "atomic_add": add_to, "max": lambda x, axis: block(x.amax(axis)),
+    "atomic_add": add_to, "atomic_cas": exchange, "inline_asm_elementwise": read_clock,
+    "max": lambda x, axis: block(x.amax(axis)),
     "arange": lambda first, last, layout: block(torch.arange(first, last)),
     "zeros": lambda shape, dtype, layout: block(torch.zeros(shape, dtype=DTYPES.get(dtype, dtype))),
     "full": lambda shape, value, dtype, layout: block(

@@ -245,7 +245,11 @@ def check_refusals() -> None:
         ExpertBalancer([build(0, groups)], groups.ep)
     odd = dist.get_rank() == 1
     for message, layers, given in (
-        ("step_interval is 4, 5, 4", [fewer], {"config": EPLBConfig(window_size=1, step_interval=4 + odd)}),
+        (
+            "step_interval is 4, 5, 4",
+            [fewer],
+            {"config": EPLBConfig(window_size=1, step_interval=4 + odd)},
+        ),
         ("layers is 1, 2, 1", [fewer] * (1 + odd), {}),
         (r"must be \(1, 12\), got \(12,\)", [fewer], {"physical_to_logical": torch.arange(E)}),
     ):

@@ -97,7 +97,7 @@ def check_kernels(name: str) -> None:
         counts = [max(0, most - 2 * r) for r in range(world)]
         everyones = [picks(T, 10 * step + r) for r, T in enumerate(counts)]
         x, ids, weights = everyones[rank]
-        dispatch(x, ids, weights, owners, memory.view, most, max_polls=memory.max_polls)
+        dispatch(x, ids, weights, owners, memory.view, most, timeout_us=memory.timeout_us)
         got = memory.view.received(most)
         columns = [list(column) for column in zip(*everyones, strict=True)]
         want = dispatch_reference(*columns, owners, memory.layout, most, rank)
@@ -120,7 +120,7 @@ def check_kernels(name: str) -> None:
         ]
         got.outputs.copy_(outputs[rank])
         out = torch.full_like(x, float("nan"))
-        combine(out, ids, owners, memory.view, most, max_polls=memory.max_polls)
+        combine(out, ids, owners, memory.view, most, timeout_us=memory.timeout_us)
         on_device = [one.cuda() for one in outputs]
         want = combine_reference(on_device, ids, owners, memory.layout, most, rank)
         assert torch.equal(out, want)
@@ -390,8 +390,8 @@ def check_missing_rank(timeout_s: float) -> None:
     out = torch.empty_like(x)
 
     def both() -> None:
-        dispatch(x, ids, weights, owners, memory.view, 4, max_polls=memory.max_polls)
-        combine(out, ids, owners, memory.view, 4, max_polls=memory.max_polls)
+        dispatch(x, ids, weights, owners, memory.view, 4, timeout_us=memory.timeout_us)
+        combine(out, ids, owners, memory.view, 4, timeout_us=memory.timeout_us)
 
     both()
     graph, _ = record_graph(both, torch.cuda.Stream())

@@ -140,7 +140,7 @@ def desc(rows, columns):
 def build(kernel, types, constants, **options):
     names = kernel.arg_names
     ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows", "me",
-            "max_polls"}
+            "timeout_us"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
     pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
     known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}

@@ -249,6 +249,24 @@ def test_tiles_wait_for_rows_that_come_late(programs, monkeypatch):
     assert view.error.item() == 0
 
 
+def test_a_rank_whose_rows_never_come_is_named(monkeypatch):
+    """By the program that waited for them, once the time is over; the others do not wait again."""
+    torch.manual_seed(0)
+    T, K, H, me, epoch = 40, 2, 384, 0, 3
+    key, (w1, w2) = FP8_DYNAMIC_128, layer("fp8_block", H=H, I=208)
+    layout = PeerLayout(2, T, H, K, torch.bfloat16, key)
+    own = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    state = torch.tensor([epoch, epoch, 0, 0], dtype=torch.int32)
+    view = PeerView(layout, me, torch.zeros(2).long(), own, state, torch.zeros(1).int())
+    rows, scales = quantize_rows_reference(torch.randn(2 * T, H).bfloat16(), key)
+    arriving = LateRows.over(rows, view, 200_000, None)
+    start = time.monotonic()
+    ids = torch.zeros(2 * T, K, dtype=torch.int32)
+    as_the_kernels_do(None, w1, w2, ids, key, monkeypatch, 3, (arriving, scales))
+    assert 0.2 <= time.monotonic() - start < 10
+    assert view.error.item() == view.state[2] == 2
+
+
 @pytest.mark.parametrize("spread", [1.0, 64.0])
 def test_token_rows_with_a_scale_per_tile_are_no_worse(spread):
     """act's columns vary by ``spread`` from one tile to the next, or not."""

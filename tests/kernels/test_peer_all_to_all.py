@@ -80,11 +80,11 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens, announced):
         for rank, view in enumerate(views):
             dispatch(
                 *(x[rank], ids[rank], weights[rank], OWNERS, view, rows),
-                **{"tiles": PeerTiles(3, 64, 4), "max_polls": 0, "wait": False},
+                **{"tiles": PeerTiles(3, 64, 4), "timeout_us": 0, "wait": False},
             )
         outputs = []
         for rank, view in enumerate(views):
-            wait_for_dispatch(view, max_polls=0)
+            wait_for_dispatch(view, timeout_us=0)
             got = view.received(rows)
             want = dispatch_reference(x, ids, weights, OWNERS, layout, rows, rank)
             used = want.topk_ids >= 0
@@ -101,10 +101,10 @@ def test_rows_arrive_and_sums_come_back(dtype, tokens, announced):
             raise_combine_flags(views, epoch)
         for rank, view in enumerate(views):
             out = torch.full((tokens[rank], layout.hidden), float("nan"), dtype=dtype)
-            wait_for_outputs(view, max_polls=0)
+            wait_for_outputs(view, timeout_us=0)
             combine(
                 *(out, ids[rank], OWNERS, view, rows),
-                **{"tiles": PeerTiles(2, 64, 4), "max_polls": 0, "announce": not announced},
+                **{"tiles": PeerTiles(2, 64, 4), "timeout_us": 0, "announce": not announced},
             )
             want = combine_reference(outputs, ids[rank], OWNERS, layout, rows, rank)
             assert torch.equal(out, want)
@@ -123,14 +123,14 @@ def test_rows_that_are_copied(key):
             view.own[: layout.ids_at].fill_(GARBAGE)
             dispatch(
                 *(x[rank], ids[rank], weights[rank], OWNERS, view, 5),
-                **{"max_polls": 0, "wait": False, "copied": True},
+                **{"timeout_us": 0, "wait": False, "copied": True},
             )
         for rank in (3, 0, 2, 1):
             own = x[rank] if key is None else None
             for to in (r for r in range(4) if r != rank):
                 copy_rows(views[rank], to, views[to].own, own, tokens[rank], 5)
         for rank, view in enumerate(views):
-            wait_for_dispatch(view, max_polls=0)
+            wait_for_dispatch(view, timeout_us=0)
             got = view.received(5)
             own = x[rank] if key is None else None
             late = LateRows.over(got.hidden_states, view, 0, own)
@@ -152,7 +152,7 @@ def test_a_rank_whose_rows_never_come_is_named():
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
-            **{"max_polls": 0, "wait": False, "copied": True},
+            **{"timeout_us": 0, "wait": False, "copied": True},
         )
     for rank in (1, 3):
         copy_rows(views[rank], 0, views[0].own, x[rank], 2, 2)
@@ -168,7 +168,7 @@ def test_a_row_goes_nowhere_it_is_not_needed():
     x, weights = torch.randn(1, 64), torch.rand(1, 2)
     dispatch(
         *(x, torch.tensor([[2, 3]]), weights, OWNERS, views[0], 1),
-        **{"max_polls": 0, "wait": False},
+        **{"timeout_us": 0, "wait": False},
     )
     assert torch.equal(views[1].received(1).hidden_states[0], x[0])
     for rank in (0, 2, 3):
@@ -195,7 +195,7 @@ def test_rows_are_rounded_on_the_way(key, hidden):
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], owners, view, 3),
-            **{"tiles": PeerTiles(3, 64, 4), "max_polls": 0, "wait": False},
+            **{"tiles": PeerTiles(3, 64, 4), "timeout_us": 0, "wait": False},
         )
     for rank, view in enumerate(views):
         want = dispatch_reference(x, ids, weights, owners, layout, 3, rank)
@@ -218,11 +218,11 @@ def test_a_missing_rank_is_named_and_nothing_waits_again():
     for rank in (0, 2, 3):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, views[rank], 2),
-            **{"max_polls": 0, "wait": False},
+            **{"timeout_us": 0, "wait": False},
         )
-    wait_for_dispatch(views[0], max_polls=3)
+    wait_for_dispatch(views[0], timeout_us=3)
     assert views[0].error.item() == 2
-    wait_for_dispatch(views[0], max_polls=1 << 30)
+    wait_for_dispatch(views[0], timeout_us=1 << 30)
 
 
 def test_outputs_that_are_not_announced_are_missed():
@@ -232,11 +232,11 @@ def test_outputs_that_are_not_announced_are_missed():
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
-            **{"max_polls": 0, "wait": False},
+            **{"timeout_us": 0, "wait": False},
         )
     for rank in (0, 1, 3):
         announce_outputs(views[rank])
-    wait_for_outputs(views[0], max_polls=3)
+    wait_for_outputs(views[0], timeout_us=3)
     assert views[0].error.item() == 3
 
 
@@ -248,9 +248,9 @@ def test_a_rank_without_tokens_waits_for_the_others_too():
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, view, 2),
-            **{"max_polls": 0, "wait": False},
+            **{"timeout_us": 0, "wait": False},
         )
-    combine(x[0].clone(), ids[0], OWNERS, views[0], 2, max_polls=3)
+    combine(x[0].clone(), ids[0], OWNERS, views[0], 2, timeout_us=3)
     assert views[0].error.item() == 2
 
 
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dispatch(
             *(x, ids, torch.ones(ids.shape), OWNERS, view, sizes["rows"]),
-            **{"max_polls": 0},
+            **{"timeout_us": 0},
         )
 
 

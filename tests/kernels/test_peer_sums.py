@@ -25,7 +25,7 @@ def made(tokens: tuple[int, ...], dtype: torch.dtype, seed: int = 0):
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, view, max(tokens)),
-            **{"tiles": PeerTiles(3, 64, 4), "max_polls": 0, "wait": False},
+            **{"tiles": PeerTiles(3, 64, 4), "timeout_us": 0, "wait": False},
         )
     return layout, views, ids, [view.received(max(tokens)) for view in views]
 
@@ -69,7 +69,7 @@ def test_sums_arrive_where_their_tokens_are(tokens, dtype, scattered, weighted):
         out = torch.full((tokens[rank], layout.hidden), NAN, dtype=dtype)
         combine(
             *(out, ids[rank], OWNERS, view, rows),
-            **{"tiles": PeerTiles(2, 64, 4), "max_polls": 0, "sent": True},
+            **{"tiles": PeerTiles(2, 64, 4), "timeout_us": 0, "sent": True},
         )
         parts = view.received(rows).outputs.view(4, rows, -1)[:, : tokens[rank]].float()
         torch.testing.assert_close(out, parts.nan_to_num().sum(0).to(dtype), rtol=2e-3, atol=2e-3)

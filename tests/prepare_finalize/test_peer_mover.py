@@ -33,7 +33,7 @@ PLAIN = FusedMoEQuantConfig()
 class Memory:
     """What a PeerMemory is to the movers, on the CPU: each rank's views of all ranks' buffers."""
 
-    max_polls = 0
+    timeout_us = 0
     layout = LAYOUT
     send_sums_from: int | None = None
 

@@ -16,8 +16,8 @@ from fusedmoe.distributed.agreement import check_agreement
 from fusedmoe.kernels.peer_all_to_all import copy_rows
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
-# One look at a flag in the GPU's own memory takes about this long.
-_SECONDS_PER_POLL = 0.2e-6
+_MICROSECONDS = 1_000_000
+_LONGEST_S = 2_000.0  # in microseconds still an int32
 _WATCH_INTERVAL = 0.05
 SEND_SUMS_FROM = 256
 """Tokens. On four H200s fetching is faster at 8, either at 128, and sending from 256 on."""
@@ -70,6 +70,8 @@ class PeerMemory:
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise ValueError(f"timeout_s must lie in (0, {_LONGEST_S:.0f}], got {timeout_s}")
         if layout.world != group.size():
             raise ValueError(
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
@@ -88,7 +90,7 @@ class PeerMemory:
         sizes, dtype = (layout.nbytes,), torch.uint8
         self.buffers = [self._handle.get_buffer(one, sizes, dtype) for one in range(layout.world)]
         self._stream = torch.cuda.Stream(device)
-        self.max_polls = max(1, int(timeout_s / _SECONDS_PER_POLL))
+        self.timeout_us = max(1, int(timeout_s * _MICROSECONDS))
         self._gave_up = False
         self._view: PeerView | None = first_view(layout, group.rank(), bases, own)
         torch.cuda.synchronize(device)
@@ -153,7 +155,7 @@ class PeerMemory:
         if missing:
             raise PeerTimeoutError(
                 f"rank {missing - 1} of {self.layout.world} did not answer rank {self.view.rank} "
-                f"within {self.max_polls * _SECONDS_PER_POLL:.1f} s"
+                f"within {self.timeout_us / _MICROSECONDS:.1f} s"
             )
 
     def close(self) -> None:

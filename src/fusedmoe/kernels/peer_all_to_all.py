@@ -22,7 +22,7 @@ def dispatch(
     here: PeerView,
     rows: int,
     *,
-    max_polls: int,
+    timeout_us: int,
     wait: bool = True,
     copied: bool = False,
     tiles: PeerTiles | None = None,
@@ -55,7 +55,7 @@ def dispatch(
         here,
         rows,
         tiles or (local_tiles(x.shape[1]) if copied else peer_tiles(rows, x.shape[1])),
-        max_polls,
+        timeout_us,
         wait,
         copied,
     )
@@ -98,18 +98,18 @@ def settled(x: torch.Tensor) -> torch.Tensor:
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     here, whole = x.here, x.plain()
-    triton_kernels.wait(here, here.layout.row_flags_at, x.max_polls)
+    triton_kernels.wait(here, here.layout.row_flags_at, x.timeout_us)
     if x.own is not None:
         first = here.rank * (whole.shape[0] // here.layout.world)
         whole[first : first + x.own.shape[0]] = x.own
     return whole
 
 
-def wait_for_dispatch(here: PeerView, *, max_polls: int) -> None:
+def wait_for_dispatch(here: PeerView, *, timeout_us: int) -> None:
     """Until the rows of every rank's last ``dispatch`` have arrived here."""
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
-    triton_kernels.wait(here, here.layout.dispatch_flags_at, max_polls)
+    triton_kernels.wait(here, here.layout.dispatch_flags_at, timeout_us)
 
 
 def announce_outputs(here: PeerView) -> None:
@@ -119,11 +119,11 @@ def announce_outputs(here: PeerView) -> None:
     triton_kernels.announce(here)
 
 
-def wait_for_outputs(here: PeerView, *, max_polls: int) -> None:
+def wait_for_outputs(here: PeerView, *, timeout_us: int) -> None:
     """Until every rank has announced its outputs. ``combine`` waits too, with all its programs."""
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
-    triton_kernels.wait(here, here.layout.combine_flags_at, max_polls)
+    triton_kernels.wait(here, here.layout.combine_flags_at, timeout_us)
 
 
 def combine(
@@ -133,7 +133,7 @@ def combine(
     here: PeerView,
     rows: int,
     *,
-    max_polls: int,
+    timeout_us: int,
     announce: bool = True,
     sent: bool = False,
     tiles: PeerTiles | None = None,
@@ -156,7 +156,7 @@ def combine(
         here,
         rows,
         tiles or (local_tiles(out.shape[1]) if sent else peer_tiles(*out.shape)),
-        max_polls,
+        timeout_us,
         announce,
         sent,
     )

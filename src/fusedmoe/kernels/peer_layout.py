@@ -172,16 +172,16 @@ class LateRows(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     here: PeerView
-    max_polls: int
+    timeout_us: int
     own: torch.Tensor | None
 
     @classmethod
     def over(
-        cls, x: torch.Tensor, here: PeerView, max_polls: int, own: torch.Tensor | None
+        cls, x: torch.Tensor, here: PeerView, timeout_us: int, own: torch.Tensor | None
     ) -> LateRows:
         """The memory of ``x``."""
         made = x.as_subclass(cls)
-        made.here, made.max_polls, made.own = here, max_polls, own
+        made.here, made.timeout_us, made.own = here, timeout_us, own
         return made
 
     def plain(self) -> torch.Tensor:

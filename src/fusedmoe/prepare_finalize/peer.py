@@ -137,8 +137,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             return self._received()
         own = _dense(a1) if self.memory.layout.key is None else None
         self.memory.copy_rows(own, a1.shape[0], self._rows)
-        got, polls = self._received(), self.memory.max_polls
-        rows = LateRows.over(got.hidden_states, self._view, polls, own)
+        got, timeout_us = self._received(), self.memory.timeout_us
+        rows = LateRows.over(got.hidden_states, self._view, timeout_us, own)
         return got._replace(hidden_states=rows)
 
     def prepare_async(
@@ -156,8 +156,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
         self._check(a1, quant_config, defer_input_quant)
         self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=False)
-        polls = self.memory.max_polls
-        return lambda: wait_for_dispatch(self._view, max_polls=polls), self._received
+        timeout_us = self.memory.timeout_us
+        return lambda: wait_for_dispatch(self._view, timeout_us=timeout_us), self._received
 
     def _check(
         self, a1: torch.Tensor, quant_config: FusedMoEQuantConfig, defer_input_quant: bool
@@ -186,7 +186,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         self._copied = wait and self.rows_may_be_late and self.memory.copies_rows(rows)
         dispatch(
             *(a1, topk_ids, topk_weights, self._owners, self._view, rows),
-            max_polls=self.memory.max_polls,
+            timeout_us=self.memory.timeout_us,
             wait=wait,
             copied=self._copied,
         )
@@ -234,9 +234,9 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             weight_and_reduce_impl,
         )
         announce_outputs(self._view)
-        polls = self.memory.max_polls
+        timeout_us = self.memory.timeout_us
         return (
-            lambda: wait_for_outputs(self._view, max_polls=polls),
+            lambda: wait_for_outputs(self._view, timeout_us=timeout_us),
             lambda: self._fetch(output, announce=False),
         )
 
@@ -272,7 +272,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             self.memory.join_copies()
         combine(
             *(output, self._ids, self._owners, self._view, self._rows),
-            max_polls=self.memory.max_polls,
+            timeout_us=self.memory.timeout_us,
             announce=announce,
             sent=self._sends_sums,
         )

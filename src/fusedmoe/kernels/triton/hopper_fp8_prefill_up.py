@@ -42,7 +42,7 @@ from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
-    "P", "R", "num_local", "desc_rows", "me", "max_polls",
+    "P", "R", "num_local", "desc_rows", "me", "timeout_us",
 )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def up_kernel(
     num_local,
     desc_rows,
     me,
-    max_polls,
+    timeout_us,
     limit,
     alpha,
     beta,
@@ -275,7 +275,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
+    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, timeout_us)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)

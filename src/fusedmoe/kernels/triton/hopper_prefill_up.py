@@ -29,7 +29,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     store_tile,
 )
 
-UNSPECIALIZED = ("R", "num_local", "desc_rows", "me", "max_polls")
+UNSPECIALIZED = ("R", "num_local", "desc_rows", "me", "timeout_us")
 
 
 @gluon.jit
@@ -215,7 +215,7 @@ def up_kernel(
     num_local,
     desc_rows,
     me,
-    max_polls,
+    timeout_us,
     limit,
     alpha,
     beta,
@@ -239,7 +239,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
+    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, timeout_us)
     per_rank = R // PICKS // WORLD
     x = (x_ptr, stride_x, own_ptr, me * per_rank, per_rank)
     sizes = (R, num_local, desc_rows)

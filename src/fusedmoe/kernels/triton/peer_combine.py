@@ -42,7 +42,7 @@ def combine_kernel(
     me,
     outputs_at,
     flags_at,
-    max_polls,
+    timeout_us,
     K: tl.constexpr,
     K2: tl.constexpr,
     WORLD: tl.constexpr,
@@ -57,13 +57,13 @@ def combine_kernel(
     if ANNOUNCE & (tl.program_id(0) == 0):
         raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
     if T == 0:
-        wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
+        wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD)
     parts = tl.cdiv(H, BLOCK)
     for task in range(tl.program_id(0), T * parts, tl.num_programs(0)):
         token, part = task // parts, task % parts
         _, owners = owners_of(ids_ptr, owners_ptr, token, T, num_experts, K, K2)
         if task < tl.num_programs(0):
-            wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
+            wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD)
             tl.debug_barrier()
         column = part * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -94,7 +94,7 @@ def combine(
     here: PeerView,
     rows: int,
     tiles: PeerTiles,
-    max_polls: int,
+    timeout_us: int,
     announce: bool,
     sent: bool,
 ) -> None:
@@ -105,7 +105,7 @@ def combine(
         (out, topk_ids, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank),
-            *(layout.outputs_at, layout.combine_flags_at, max_polls),
+            *(layout.outputs_at, layout.combine_flags_at, timeout_us),
         ),
         (
             *(K, power_of_2(K), layout.world, tiles.block),

@@ -69,7 +69,7 @@ def dispatch_kernel(
     weights_at,
     flags_at,
     row_flags_at,
-    max_polls,
+    timeout_us,
     K: tl.constexpr,
     K2: tl.constexpr,
     WORLD: tl.constexpr,
@@ -128,7 +128,7 @@ def dispatch_kernel(
         if COPIED:
             tl.store(peer_pointer(bases_ptr, me, row_flags_at, tl.int32) + me, epoch)
         if WAIT:
-            wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
+            wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD)
 
 
 _dispatch = Launcher(dispatch_kernel, chained=True)
@@ -142,7 +142,7 @@ def dispatch(
     here: PeerView,
     rows: int,
     tiles: PeerTiles,
-    max_polls: int,
+    timeout_us: int,
     wait: bool,
     copied: bool,
 ) -> None:
@@ -163,7 +163,7 @@ def dispatch(
         (
             *(T, rows, H, x.stride(0), owners.shape[0], here.rank),
             *(layout.rows_at, layout.scales_at, layout.ids_at, layout.weights_at),
-            *(layout.dispatch_flags_at, layout.row_flags_at, max_polls),
+            *(layout.dispatch_flags_at, layout.row_flags_at, timeout_us),
         ),
         (
             *(K, power_of_2(K), layout.world, block, *rounding),

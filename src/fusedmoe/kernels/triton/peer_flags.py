@@ -10,13 +10,17 @@ replayed: a dispatch takes STATE_DISPATCH and hands it to the combine, whose las
 on. A rank sends its next dispatch only after its combine, which waits for every other rank's
 experts; so no buffer is written while somebody still reads it.
 
-Waits end after ``max_polls`` looks: the rank that is missing is written, plus one, to ``error``
-(pinned host memory) and to ``state``, after which nothing waits any more.
+Waits end after ``timeout_us`` microseconds: the rank that is missing is written, plus one, to
+``error`` (pinned host memory) and to ``state``, after which nothing waits for longer than LOOKS
+looks at its flags. So often the clock is asked. Looks are no clock: on H200s one takes a third of
+a microsecond, and more where many programs look at once.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.extra.cuda import globaltimer
 
 from fusedmoe.kernels.peer_layout import PeerView
 from fusedmoe.kernels.triton.launch import Launcher
@@ -34,6 +38,18 @@ STATE_COMBINE = tl.constexpr(1)
 STATE_ERROR = tl.constexpr(2)
 STATE_DONE = tl.constexpr(3)
 
+LOOKS = tl.constexpr(128)
+HAS_CLOCK = tl.constexpr(not knobs.runtime.interpret)
+
+
+@triton.jit
+def microseconds(looks):
+    """The GPU's clock; under the interpreter, which has none, one microsecond per look."""
+    if HAS_CLOCK:
+        return globaltimer() // 1000
+    else:
+        return looks
+
 
 @triton.jit
 def peer_pointer(bases_ptr, rank, offset, dtype: tl.constexpr):
@@ -43,22 +59,45 @@ def peer_pointer(bases_ptr, rank, offset, dtype: tl.constexpr):
 
 
 @triton.jit
+def is_late(flags_ptr, epoch):
+    """Of each flag int32: 1 unless it shows ``epoch``."""
+    return (tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch).to(tl.int32)
+
+
+@triton.jit
+def give_up(state_ptr, missing, waited, timeout_us):
+    """Who was missed on this GPU, plus one, or 0: after ``timeout_us`` it is ``missing``.
+
+    Threads read the clock at different times, but have to leave a loop together: one of them
+    exchanges, its clock counts, and all of them go by what it reads then.
+    """
+    missing = tl.where(waited < timeout_us, 0, missing)
+    tl.atomic_cas(state_ptr + STATE_ERROR, 0, missing, sem="relaxed", scope="gpu")
+    return tl.atomic_add(state_ptr + STATE_ERROR, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def wait_for_flags(
-    bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD: tl.constexpr
+    bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD: tl.constexpr
 ):
     """Until every rank's flag in this rank's buffer shows ``epoch``."""
     rank = tl.arange(0, WORLD)
     flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32) + rank
-    broken = tl.load(state_ptr + STATE_ERROR)
-    late = tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch
-    polls = 0
-    while (tl.max(late.to(tl.int32), axis=0) > 0) & (polls < max_polls) & (broken == 0):
-        late = tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch
-        polls += 1
-    missing = tl.max(tl.where(late, rank + 1, 0), axis=0)
-    if (missing > 0) & (broken == 0):
-        tl.store(state_ptr + STATE_ERROR, missing)
-        tl.store(error_ptr, missing)
+    late = is_late(flags_ptr, epoch)
+    missing = tl.max(late * (rank + 1), axis=0)
+    if missing > 0:
+        looks = tl.full((), 0, tl.int64)
+        begun = microseconds(looks)
+        broken = 0
+        while (missing > 0) & (broken == 0):
+            last = looks + LOOKS
+            while (missing > 0) & (looks < last):
+                late = is_late(flags_ptr, epoch)
+                missing = tl.max(late * (rank + 1), axis=0)
+                looks += 1
+            broken = give_up(state_ptr, missing, microseconds(looks) - begun, timeout_us)
+        if (missing > 0) & (broken > 0):
+            tl.store(error_ptr, broken)
 
 
 @triton.jit
@@ -75,9 +114,9 @@ def announce_kernel(bases_ptr, state_ptr, flags_at, me, WORLD: tl.constexpr):
 
 
 @triton.jit
-def wait_kernel(bases_ptr, state_ptr, error_ptr, flags_at, max_polls, me, WORLD: tl.constexpr):
+def wait_kernel(bases_ptr, state_ptr, error_ptr, flags_at, timeout_us, me, WORLD: tl.constexpr):
     epoch = tl.load(state_ptr + STATE_COMBINE)
-    wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, max_polls, me, WORLD)
+    wait_for_flags(bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD)
 
 
 _announce = Launcher(announce_kernel)
@@ -94,11 +133,11 @@ def announce(here: PeerView) -> None:
     )
 
 
-def wait(here: PeerView, flags_at: int, max_polls: int) -> None:
+def wait(here: PeerView, flags_at: int, timeout_us: int) -> None:
     _wait(
         (1, 1),
         (here.bases, here.state, here.error),
-        (flags_at, max_polls, here.rank),
+        (flags_at, timeout_us, here.rank),
         (here.layout.world,),
         1,
     )
