@@ -88,6 +88,7 @@ def accelerate(
     placement) and sends tokens to the others': every rank accelerates the same model, and every
     forward is a call on all of them. Ranks have batches of their own, of any size, or with
     ``same_tokens`` all have the same one; then what each rank's experts make of it is added up.
+    Transformers' ``generate`` has ``synced_gpus`` for batches that end at different steps.
     Blocks that cannot be spread run on each rank by themselves. A model that ``from_pretrained``
     has spread needs no ``ep_group`` here.
 
