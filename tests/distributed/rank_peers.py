@@ -63,7 +63,7 @@ WEIGHTS = {"fp8 blocks": "fp8_block", "fp8": "fp8_channel", "int8": "int8_channe
 def memory_for(
     rows: int,
     key: QuantKey | None = None,
-    timeout_s: float = 4.0,
+    timeout_s: float = 20.0,  # kernels may have to be compiled
     send_sums_from: int | None = None,
     copy_rows_from: int | None = None,
     group: dist.ProcessGroup | None = None,
