@@ -82,8 +82,8 @@ def gemm(
             blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad,
         ),
         (
-            R, w.shape[0], desc_rows, below, *x.strides, *of_scales, row_shard_step, row_step,
-            act.limit, act.alpha, act.beta,
+            R, blocks.sorted_ids.shape[0] // tile.slots, w.shape[0], desc_rows, below, *x.strides,
+            *of_scales, row_shard_step, row_step, act.limit, act.alpha, act.beta,
         ),
         (
             N, D, x.top_k, x.rounding, w.format.element != "int8" or by_groups, group, x.e8m0,

@@ -32,7 +32,7 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
 )
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
-UNSPECIALIZED = ("R", "num_local", "desc_rows")
+UNSPECIALIZED = ("R", "blocks", "num_local", "desc_rows")
 
 
 @gluon.jit
@@ -89,6 +89,7 @@ def gemm_kernel(
     sorted_ptr,
     num_post_ptr,
     R,
+    blocks,
     num_local,
     desc_rows,
     below,
@@ -128,7 +129,8 @@ def gemm_kernel(
     EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
     GUESS: they are loaded before the tables are there, as if every expert had one block; where that
     was wrong, again. largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes
-    of out's rows.
+    of out's rows. blocks: that the tables have room for; behind those in use lies nothing that is
+    alive, so what they say of the first tasks is asked for all at once.
     """
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = low_desc.dtype
@@ -184,7 +186,11 @@ def gemm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
-    experts = experts_of(queue, tasks, experts_ptr, TILES)
+    places = blocks * TILES
+    experts = experts_of(queue, places, experts_ptr, TILES)
+    slots = find_rows(queue[0], places, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    second = queue[FILLED - 1] + gl.num_programs(0)
+    second_expert = stored_expert(second, places, experts_ptr, TILES)
     phase = 0
     filled = False
     if GUESS:
@@ -199,20 +205,18 @@ def gemm_kernel(
                 stage, stage, queue, experts, tasks, descs, ring, bars, sizes, KSTEPS, TILES,
                 VALID, GATED,
             )  # fmt: skip
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-
-    queue += (queue[FILLED - 1] + gl.num_programs(0),)
-    experts += (stored_expert(queue[FILLED], tasks, experts_ptr, TILES),)
-    slots = find_rows(queue[0], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
-    values, known_scales = load_span(x_from, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
-    next_slots = find_rows(queue[1], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    queue += (second,)
+    experts += (second_expert,)
+    next_slots = find_rows(queue[1], places, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
     if BY_STEP:
         w_scales = load_scales(
             scale_ptr, strides, steps, queue[0], known(experts[0], num_local), 0, N, D, TILE,
             VALID, TILES, SPAN, GATED, GROUP,
         )  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    values, known_scales = load_span(x_from, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
     stage = 0
     while queue[0] < tasks:
         task = queue[0]
