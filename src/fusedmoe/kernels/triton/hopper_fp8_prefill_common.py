@@ -163,7 +163,8 @@ def store_rounded(
     out, act, row, column, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
 ):
     """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
-    or with the given one. Columns from WIDTH on do not count."""
+    or with the given one, whose inverse stands for their pointer. Columns from WIDTH on do not
+    count."""
     desc, buffers, scale_ptr, P = out
     DTYPE: gl.constexpr = buffers.dtype
     if OWN:
@@ -173,10 +174,12 @@ def store_rounded(
         scale = scale_of(act, 1, DTYPE, E8M0)
         at = (column // TILE_N).to(gl.int64) * P + row
         gl.store(scale_ptr + at + gl.arange(0, HALF_M, BY_ROW), scale)
-        # No magnitude is beyond the range, and conversion to fp8 saturates.
         stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
+    elif gl.int8 == DTYPE:
+        stored = quantized(act * scale_ptr, 1.0, DTYPE)
     else:
-        stored = quantized(act, gl.load(scale_ptr), DTYPE)
+        # Conversion to fp8 saturates.
+        stored = (act * scale_ptr).to(DTYPE)
     store_whole(desc, buffers.index(0), stored, row, column)
 
 

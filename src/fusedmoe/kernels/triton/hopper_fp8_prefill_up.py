@@ -42,7 +42,7 @@ from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
-    "P", "R", "num_local", "desc_rows", "me", "timeout_us",
+    "P", "R", "num_local", "desc_rows", "me", "max_polls",
 )  # fmt: skip
 
 
@@ -161,6 +161,8 @@ def up_consumer(
     # From a feature to the next, and from one of low to its partner of high.
     BY: gl.constexpr = 2 if INTERLEAVED else 1
     TO_HIGH: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
+    if ROUNDED and not OWN:
+        out = (out[0], out[1], 1.0 / gl.load(out[2]), out[3])
     stage = 0
     phase = 0
     number = 0
@@ -243,7 +245,7 @@ def up_kernel(
     num_local,
     desc_rows,
     me,
-    timeout_us,
+    max_polls,
     limit,
     alpha,
     beta,
@@ -275,7 +277,7 @@ def up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
-    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, timeout_us)
+    arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
     sizes = (R, num_local, desc_rows)
     numbers = (limit, alpha, beta)
     scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
