@@ -110,6 +110,12 @@ _HOME = {
     "EPLBConfig": "fusedmoe.eplb.balancer",
     "ExpertBalancer": "fusedmoe.eplb.balancer",
     "rebalance_experts": "fusedmoe.eplb.planner",
+    "reshard_experts": "fusedmoe.eplb.executor",
+    "make_transfer_plan": "fusedmoe.eplb.transfer",
+    "PeerLayout": "fusedmoe.kernels.peer_layout",
+    "PeerMemory": "fusedmoe.distributed.peer_memory",
+    "PeerTimeoutError": "fusedmoe.distributed.peer_memory",
+    "RanksDisagreeError": "fusedmoe.distributed.agreement",
     "MoEPrepareAndFinalizeNaiveDPEPModular": "fusedmoe.prepare_finalize.naive_dp_ep",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic": "fusedmoe.prepare_finalize.naive_dp_ep",
 }
