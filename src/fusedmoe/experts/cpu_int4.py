@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
-from fusedmoe.quantization.formats.int4 import OFFSET, unpack_nibbles
+from fusedmoe.quantization.formats.int4 import OFFSET, pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 _KERNEL_GROUPS = (256, 128, 64, 32)
 _KERNEL_ROWS = 16
+_KERNEL_BLOCK = 64
 
 
 def unmet_int4(N: int, K: int, g: int) -> str | None:
@@ -76,8 +77,8 @@ class Int4Weight(NamedTuple):
 
     packed: torch.Tensor
     scales: torch.Tensor
-    rest: torch.Tensor | None
     group: int
+    rest: torch.Tensor | None
     offset: torch.Tensor | None
     factor: torch.Tensor | None
 
@@ -85,43 +86,66 @@ class Int4Weight(NamedTuple):
 def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
     """Each expert of an int4 tensor with scales per row or group of columns.
 
-    What lasts lies in one allocation: between the large tensors that packing needs for a moment,
-    many small ones would leave holes that no later expert fits into.
+    Each part lies in one allocation for all: between the large tensors that packing needs for a
+    moment, many small ones would leave holes that no later expert fits into.
     """
-    K, g = q.shape[-1], q.format.group.col
+    assert q.scale is not None
+    (e, N, K), G, g = q.shape, q.scale.shape[-1], q.format.group.col
     group = next(size for size in _KERNEL_GROUPS if (K if g < 0 else g) % size == 0)
+    by_row = G == 1
     packed = torch.empty(q.data.shape, dtype=torch.uint8)
-    return [_int4_weight(q[expert], group, packed[expert]) for expert in range(q.shape[0])]
+    scales = torch.empty(e, K // group, N, 2, dtype=torch.bfloat16)
+    rounded = not by_row and any(bool((one != one.bfloat16()).any()) for one in q.scale)
+    rest = torch.empty_like(scales) if rounded else None
+    # Of rows with one scale what is added are small integers, which are exact.
+    offset = None if q.zero_point is None or by_row else torch.empty(e, G, N)
+    factor = torch.empty(e, N) if by_row else None
+    weights = []
+    for expert in range(e):
+        own = (None if part is None else part[expert] for part in (rest, offset, factor))
+        weights.append(Int4Weight(packed[expert], scales[expert], group, *own))
+        _fill(weights[-1], q[expert])
+    return weights
 
 
-def _int4_weight(q: QuantizedTensor, group: int, packed: torch.Tensor) -> Int4Weight:
-    """The nibbles go into ``packed`` [N, K / 2]."""
+def _fill(weight: Int4Weight, q: QuantizedTensor) -> None:
     assert q.scale is not None
     scale = q.scale.float().T  # [G, N]
-    repeats, factor = q.shape[-1] // group // scale.shape[0], None
-    if scale.shape[0] == 1:
-        factor, scale = scale[0].contiguous(), torch.ones_like(scale)
-    added, offset = torch.zeros_like(scale), None
+    if weight.factor is not None:
+        weight.factor.copy_(scale[0])
+        scale = torch.ones_like(scale)
+    none = added = torch.zeros_like(scale)
     if q.zero_point is not None:
         exact = (OFFSET - q.zero_point.float()).T * scale
         added = exact.bfloat16().float()
-        offset = None if factor is not None else exact - added  # small integers are exact
-    lost = scale - scale.bfloat16().float()
+        if weight.offset is not None:
+            weight.offset.copy_(exact - added)
+    for target, first, second in (
+        (weight.scales, scale, added),
+        (weight.rest, scale - scale.bfloat16().float(), none),
+    ):
+        if target is not None:
+            pairs = torch.stack([first, second], -1)
+            target.copy_(pairs.repeat_interleave(target.shape[0] // pairs.shape[0], 0))
     codes = unpack_nibbles(q.data).int().contiguous()
-    packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2))
-    return Int4Weight(
-        packed,
-        _kernel_scales(scale, added, repeats),
-        _kernel_scales(lost, torch.zeros_like(lost), repeats) if lost.any() else None,
-        group,
-        offset,
-        factor,
-    )
+    weight.packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2))
 
 
-def _kernel_scales(scale: torch.Tensor, added: torch.Tensor, repeats: int) -> torch.Tensor:
-    """[G, N] each to bf16 [G * repeats, N, 2]."""
-    return torch.stack([scale, added], -1).repeat_interleave(repeats, 0).bfloat16().contiguous()
+def unpacked_int4(weight: Int4Weight) -> torch.Tensor:
+    """uint8 [N, K / 2] as ``QuantizedTensor`` has it, of what was packed.
+
+    Whole blocks of 64 rows lie column by column, row r in the low nibble of a byte that has row
+    r + 32 in its high one; the rows after them likewise, but neighbours share a byte.
+    """
+    N, half = weight.packed.shape
+    whole = N // _KERNEL_BLOCK * _KERNEL_BLOCK
+    codes = torch.empty(N, 2 * half, dtype=torch.uint8)
+    blocks = weight.packed[:whole].view(whole // _KERNEL_BLOCK, 2 * half, _KERNEL_BLOCK // 2)
+    pairs = torch.stack([blocks & 15, blocks >> 4], -2)  # [blocks, K, 2, 32]
+    codes[:whole] = pairs.flatten(-2).transpose(1, 2).reshape(whole, 2 * half)
+    if whole < N:
+        codes[whole:] = unpack_nibbles(weight.packed[whole:].view(2 * half, -1)).T
+    return pack_nibbles(codes)
 
 
 def int4_linear(rows: FloatRows, weight: Int4Weight, out: torch.Tensor) -> None:

@@ -13,7 +13,8 @@ M rows, N and K of a weight [N, K], g columns to a group, G = K / g.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 _LEAST_AMAX = 1e-10
+_LEAST_COLUMNS = 128
 _HALVES_MAX = 127 * 256 + 127
 
 
@@ -85,48 +87,56 @@ def _amax(x: torch.Tensor) -> torch.Tensor:
 
 
 class Int8Weight(NamedTuple):
-    """G matrices [N, g] in oneDNN's layout, and for each a scale fp32 [N]; zeros int32 [N].
+    """A matrix [N, K] as P = G / m matrices of m groups in oneDNN's layout; zeros int32 [N].
 
-    ``offset`` fp32 [G, N] is -zero point * scale, None without zero points.
+    ``scales`` are fp32 [G, N], ``offset``, -zero point * scale, likewise, None without zero points.
     """
 
     packed: tuple[torch.Tensor, ...]
-    scales: tuple[torch.Tensor, ...]
+    scales: torch.Tensor
     zeros: torch.Tensor
     offset: torch.Tensor | None
 
+    @property
+    def together(self) -> int:
+        """m"""
+        return self.scales.shape[0] // len(self.packed)
+
 
 def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
-    """Each expert of an int8 tensor with scales per row or group of columns."""
-    return [_int8_weight(q[expert]) for expert in range(q.shape[0])]
+    """Each expert of an int8 tensor with scales per row or group of columns.
 
-
-def _int8_weight(q: QuantizedTensor) -> Int8Weight:
+    oneDNN rounds the columns of a matrix up to 64. Smaller groups lie several to a matrix, and a
+    row meets each of them with zeros in the place of the others.
+    """
     assert q.scale is not None
-    scale = q.scale.float().T.contiguous()  # [G, N]
-    offset = None if q.zero_point is None else -q.zero_point.float().T * scale
-    return Int8Weight(
-        tuple(
-            torch.ops.onednn.qlinear_prepack(group.contiguous(), None)
-            for group in q.data.chunk(scale.shape[0], 1)
-        ),
-        scale.unbind(0),
-        torch.zeros(q.shape[-2], dtype=torch.int32),
-        offset,
-    )
+    scale = q.scale.float().mT.contiguous()  # [e, G, N]
+    offset = None if q.zero_point is None else (-q.zero_point.float().mT * scale).contiguous()
+    (N, K), G = q.shape[-2:], scale.shape[1]
+    matrices = G // gcd(G, max(1, _LEAST_COLUMNS // max(1, K // G)))
+    zeros = torch.zeros(N, dtype=torch.int32)
+    return [
+        Int8Weight(
+            tuple(
+                torch.ops.onednn.qlinear_prepack(matrix, None)
+                for matrix in one.unflatten(1, (matrices, -1)).transpose(0, 1).contiguous()
+            ),
+            scale[expert],
+            zeros,
+            None if offset is None else offset[expert],
+        )
+        for expert, one in enumerate(q.data)
+    ]
+
+
+def unpacked_int8(weight: Int8Weight) -> torch.Tensor:
+    """int8 [N, K] as ``QuantizedTensor`` has it, of what was packed."""
+    return torch.cat([matrix.to_dense() for matrix in weight.packed]).T  # oneDNN's are [columns, N]
 
 
 def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
     """Write rows times the transposed weight into ``out`` fp32 [M, N]."""
-    groups = len(weight.packed)
-    pieces = (rows.codes,) if groups == 1 else rows.codes.chunk(groups, 1)
-    y, *more = [
-        _qlinear(
-            *(piece, 1.0, 128, packed, scale, weight.zeros),
-            *(None, 1.0, 0, torch.float32, "none", [], ""),
-        )
-        for piece, packed, scale in zip(pieces, weight.packed, weight.scales, strict=True)
-    ]
+    y, *more = _products(rows.codes, weight)
     for part in more:
         y += part
     if rows.parts == 1:
@@ -140,6 +150,30 @@ def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
         out.addmm_(rows.sums, weight.offset)
 
 
+def _products(codes: torch.Tensor, weight: Int8Weight) -> Iterator[torch.Tensor]:
+    """Codes [M, K] times each of the matrices: fp32 [M, N], scaled."""
+    P, m = len(weight.packed), weight.together
+    rest: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+    if m == 1:
+        pieces = (codes,) if P == 1 else codes.chunk(P, 1)
+        for piece, packed, scale in zip(pieces, weight.packed, weight.scales, strict=True):
+            yield _qlinear(piece, 1.0, 128, packed, scale, weight.zeros, *rest)
+        return
+    ones = torch.ones_like(weight.scales[0])
+    scales = weight.scales.unflatten(0, (P, m))
+    for piece, packed, scale in zip(_apart(codes, P, m), weight.packed, scales, strict=True):
+        y = _qlinear(piece, 1.0, 128, packed, ones, weight.zeros, *rest)
+        yield y.unflatten(0, (-1, m)).mul_(scale).sum(1)
+
+
+def _apart(codes: torch.Tensor, P: int, m: int) -> torch.Tensor:
+    """Codes [M, P * m * g] as [P, M * m, m * g]: each row m times, with one group each."""
+    groups = codes.unflatten(1, (P, m, -1)).permute(1, 0, 3, 2)  # [P, M, g, m]
+    apart = codes.new_full((P, codes.shape[0], m, m, groups.shape[2]), 128)
+    apart.diagonal(dim1=2, dim2=3).copy_(groups)
+    return apart.flatten(3).flatten(1, 2)
+
+
 def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     """[n, N] fp32: each of n weights times its row, or times the only one.
 
@@ -147,7 +181,7 @@ def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     every step of the interpreter runs from cold caches, and takes many times as long.
     """
     n = len(weights)
-    if len(weights[0].packed) > 1 or weights[0].offset is not None:
+    if weights[0].scales.shape[0] > 1 or weights[0].offset is not None:
         return one_by_one(int8_linear, rows, weights, weights[0].zeros.shape[0])
     codes = rows.codes.split(rows.parts) if rows.rows == n else (rows.codes,) * n
     product = torch.ops.onednn.qlinear_pointwise.default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,13 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.copies import Source, room_for
 from fusedmoe.experts.cpu_int4 import (
+    Int4Weight,
     float_rows,
     int4_linear,
     int4_linears,
     int4_weights,
     unmet_int4,
+    unpacked_int4,
 )
 from fusedmoe.experts.cpu_int8 import (
     byte_rows,
@@ -26,9 +28,20 @@ from fusedmoe.experts.cpu_int8 import (
     int8_linears,
     int8_weights,
     unmet_int8,
+    unpacked_int8,
 )
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
+from fusedmoe.experts.functional_call import run_opaque
+from fusedmoe.experts.packed_weight import (
+    Packed,
+    can_pack,
+    pack,
+    packed_of,
+    packing,
+    unpack,
+    was_packed,
+)
 from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
 from fusedmoe.modular_kernel import (
@@ -47,22 +60,28 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.quantization.tensor import QuantizedTensor
 
+Encoder = Callable[[torch.Tensor], Any]
+"""Makes of floats the rows that enter a product."""
+
 _INT8_CHANNEL = QuantKey(torch.int8, True, PER_CHANNEL)
 _log = logging.getLogger(__name__)
 
 
 class CpuQuantizedExperts(TorchQuantizedExperts):
-    """The default for integer weights on a CPU: a copy of them in the layout that kernels read.
+    """The default for integer weights on a CPU: held once, in the layout that kernels read.
 
-    Without the memory for it, or where weights have been written to since, and in compiled code,
-    the reference runs instead. All is fp32, but int4 products give bf16. Scales of int4 groups that
-    bf16 does not hold cost a second product.
+    ``process_weights_after_loading`` makes packed weights (``packed_weight.py``) of ``w13_weight``
+    and ``w2_weight``, one after the other. Whoever reads or writes their numbers gets them back as
+    they were loaded, and the next forward packs them again. Where somebody else has their memory
+    too (a view, another process) there is a second copy; the reference runs without the memory for
+    it, and where the weights were written to since. All is fp32, but int4 products give bf16.
+    Scales of int4 groups that bf16 does not hold cost a second product.
     """
 
     name = "cpu_quantized"
-    derived = ("_packed", "_sources")
-    _packed: Products | None = None
-    _sources: tuple[Source, ...] = ()
+    derived = ("_copies", "_encoders")
+    _copies: tuple[Packed | None, Packed | None] = (None, None)
+    _encoders: tuple[Encoder, Encoder] | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -100,41 +119,37 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         if torch.compiler.is_compiling():
             return
         weights: Any = layer
-        w13, w2 = weights.w13_weight, weights.w2_weight
-        self._packed, self._sources = None, ()
-        if not room_for(w13.nbytes + w2.nbytes):
-            _log.info("no memory to spare for packed expert weights: they are dequantized instead")
-            return
-        self._packed = self._products(w13.detach(), w2.detach())
-        self._sources = self._sources_of(w13, w2)
+        self._pack(weights.w13_weight, weights.w2_weight)
 
-    def _sources_of(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Source, ...]:
-        config = self.quant_config
-        parts = (w1, w2, config.w1.scale, config.w2.scale, config.w1.zp, config.w2.zp)
-        return tuple(Source.of(part) for part in parts if part is not None)
-
-    def _products(self, w13: torch.Tensor, w2: torch.Tensor) -> Products:
-        config = self.quant_config
-        up, down = quantized_pair(
-            w13, w2, config, self.moe_config.activation, self.moe_config.in_dtype
+    def _pack(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        config, moe = self.quant_config, self.moe_config
+        self._copies = (None, None)
+        up, down = quantized_pair(w13, w2, config, moe.activation, moe.in_dtype)
+        self._copies = (_packed(up, config.w1), _packed(down, config.w2))
+        self._encoders = (
+            _encoder(up, config.a1, exact=moe.in_dtype is torch.bfloat16),
+            _encoder(down, config.a2, exact=False),
         )
-        exact = self.moe_config.in_dtype is torch.bfloat16
-        first, second = _product(up, config.a1, exact), _product(down, config.a2, False)
-        if first[0] is second[0]:
-            linears: Any = int8_linears if first[0] is int8_linear else int4_linears
-            return Products(first[0], first[1], second[1], first[2], second[2], linears)
 
-        def linear(rows: Any, weight: Any, out: torch.Tensor) -> None:
-            """The two weights are of different kinds: each names its own product."""
-            weight[0](rows, weight[1], out)
+    def _products(self, w1: torch.Tensor, w2: torch.Tensor) -> Products | None:
+        """What multiplies by these weights, packed again where somebody had their numbers back."""
+        found = self._found(w1, w2)
+        if (found is None or self._encoders is None) and was_packed(w1) and was_packed(w2):
+            with packing:
+                found = self._found(w1, w2) if self._encoders else None
+                if found is None:
+                    self._pack(w1, w2)
+                    found = self._found(w1, w2)
+        if found is None or self._encoders is None:
+            return None
+        first, second = found
+        return Products(_linear, first.weights, second.weights, *self._encoders, _linears)
 
-        return Products(
-            linear,
-            [(first[0], one) for one in first[1]],
-            [(second[0], one) for one in second[1]],
-            first[2],
-            second[2],
-        )
+    def _found(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Packed, Packed] | None:
+        """What was made of both weights as they are now."""
+        config, (up, down) = self.quant_config, self._copies
+        first, second = _current(w1, config.w1, up), _current(w2, config.w2, down)
+        return None if first is None or second is None else (first, second)
 
     def workspace_shapes(
         self,
@@ -168,9 +183,13 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         expert_tokens_meta: ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        packed = self._packed
-        compiling = torch.compiler.is_compiling()
-        if compiling or packed is None or self._sources_of(w1, w2) != self._sources:
+        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        if torch.compiler.is_compiling():
+            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
+            run_opaque(self, self.name, *given)
+            return
+        products = self._products(w1, w2)
+        if products is None:
             super().apply(
                 output,
                 hidden_states,
@@ -189,9 +208,8 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
                 apply_router_weight_on_input,
             )
             return
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
         layer = Layer(
-            packed,
+            products,
             self.quant_config.w1_bias,
             self.quant_config.w2_bias,
             activation,
@@ -211,22 +229,55 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         )
 
 
-def _product(
-    q: QuantizedTensor, activation: FusedMoEQuantDesc, exact: bool
-) -> tuple[Any, Any, Any]:
-    """(linear, one weight per expert, what makes its rows) for one of the two weights.
+def _sources(part: FusedMoEQuantDesc) -> tuple[Source, ...]:
+    return tuple(Source.of(tensor) for tensor in (part.scale, part.zp) if tensor is not None)
 
-    ``exact``: the rows are bf16.
-    """
-    encode = row_encoder(q, exact=exact)
+
+def _current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None) -> Packed | None:
+    """What stands for the numbers of ``weight``, or a ``copy`` beside them; None: out of date."""
+    held, sources = packed_of(weight), _sources(part)
+    if held is not None:
+        return held if held.sources == sources else None
+    return copy if copy is not None and copy.sources == (Source.of(weight), *sources) else None
+
+
+def _packed(q: QuantizedTensor, part: FusedMoEQuantDesc) -> Packed | None:
+    """Pack ``q.data``; where somebody else has its memory too, the result is a copy, or None if
+    there is no room for one."""
+    weight, sources = q.data, _sources(part)
+    if _current(weight, part, None) is not None:
+        return None
+    unpack(weight)
+    if not can_pack(weight) and not room_for(weight.nbytes):
+        _log.info("no memory to spare for packed expert weights: they are dequantized instead")
+        return None
     if q.format.element == "int4":
-        return int4_linear, int4_weights(q), encode
-    if activation.key is not None:
-        encode = partial(byte_rows, scale=activation.scale)
-    return int8_linear, int8_weights(q), encode
+        made = Packed(int4_weights(q), unpacked_int4, sources)
+    else:
+        made = Packed(int8_weights(q), unpacked_int8, sources)
+    if pack(weight, made):
+        return None
+    made.sources = (Source.of(weight), *sources)
+    return made
 
 
-def row_encoder(q: QuantizedTensor, *, exact: bool) -> Callable[[torch.Tensor], Any]:
+def _linear(rows: Any, weight: Any, out: torch.Tensor) -> None:
+    linear = int4_linear if isinstance(weight, Int4Weight) else int8_linear
+    linear(rows, weight, out)
+
+
+def _linears(rows: Any, weights: Sequence[Any]) -> torch.Tensor:
+    return (int4_linears if isinstance(weights[0], Int4Weight) else int8_linears)(rows, weights)
+
+
+def _encoder(q: QuantizedTensor, activation: FusedMoEQuantDesc, exact: bool) -> Encoder:
+    """What makes the rows that enter products with ``q``; ``exact``: they are bf16."""
+    if q.format.element == "int8" and activation.key is not None:
+        return partial(byte_rows, scale=activation.scale)
+    return row_encoder(q, exact=exact)
+
+
+def row_encoder(q: QuantizedTensor, *, exact: bool) -> Encoder:
     """What makes the rows of floats that enter products with ``q``; ``exact``: they are bf16."""
     columns = q.shape[-1] if q.format.group.col == -1 else q.format.group.col
     g = 0 if q.zero_point is None else columns

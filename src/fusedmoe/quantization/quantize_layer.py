@@ -51,12 +51,7 @@ def quantize_layer(
     for owner in OWNERS:
         _check(experts, owner)
     for owner in OWNERS:
-        parts = _quantized(experts, owner, method, specs)
-        _remove(experts, f"{owner}_weight")
-        for name, tensor in parts.items():
-            parameter: Any = nn.Parameter(tensor, requires_grad=False)
-            parameter.weight_loader = experts.weight_loader
-            experts.register_parameter(name, parameter)
+        _replace(experts, f"{owner}_weight", _quantized(experts, owner, method, specs))
     experts.param_specs, experts.quant_method = specs, method
     method.process_weights_after_loading(experts)
 
@@ -74,8 +69,13 @@ def _check(experts: Any, owner: Owner) -> None:
             raise ValueError(f"{name}: {bad} weights of local expert {expert} are not finite")
 
 
-def _remove(experts: Any, name: str) -> None:
+def _replace(experts: Any, name: str, parts: dict[str, torch.Tensor]) -> None:
+    """Register ``parts`` in the place of the float weight ``name``."""
     (experts._parameters if name in experts._parameters else experts._buffers).pop(name)
+    for part, tensor in parts.items():
+        parameter: Any = nn.Parameter(tensor, requires_grad=False)
+        parameter.weight_loader = experts.weight_loader
+        experts.register_parameter(part, parameter)
 
 
 @torch.no_grad()

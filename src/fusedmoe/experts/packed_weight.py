@@ -1,0 +1,148 @@
+"""Weights of which memory holds what a kernel made of them, and not their own numbers as well.
+
+A packed weight is the same Parameter as before, of another class. What is asked about it (shape,
+dtype, device) is answered as ever. Whatever reads or writes its numbers, be it indexing, a
+state_dict, a move to another device or a load of new values, puts them back first, bit by bit as
+they were; it is then a plain Parameter again, until it is packed anew. So there is one copy at a
+time, and nobody meets a layout that is not the one of ``QuantizedTensor``.
+
+Several threads may run a layer. To read its numbers meanwhile is as writing them would be.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from fusedmoe.experts.copies import Source
+
+packing = threading.RLock()
+"""Held while numbers come or go."""
+
+_ABOUT_IT = ("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "grad", "is_leaf")
+_DESCRIPTIONS = frozenset(
+    getattr(torch.Tensor, name).__get__
+    for name in (*_ABOUT_IT, "is_cpu", "is_cuda", "is_meta", "requires_grad")
+) | {
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_inference),
+    *(torch.Tensor.requires_grad_, torch.Tensor.__len__),
+}
+
+
+class Packed:
+    """What a kernel made of a weight [e, N, K]: ``weights``, one for each expert.
+
+    ``unpack`` gives one expert's numbers back. ``sources`` are the other tensors that went into
+    them, such as scales: where they change, ``weights`` are out of date, the numbers are not.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Any],
+        unpack: Callable[[Any], torch.Tensor],
+        sources: tuple[Source, ...],
+    ) -> None:
+        self.weights, self.sources = weights, sources
+        self._unpack = unpack
+
+    def gives_back(self, weight: torch.Tensor) -> bool:
+        """Whether the first expert comes back as it is in ``weight``: all have one layout."""
+        return torch.equal(self._unpack(self.weights[0]), weight[0])
+
+    def numbers(self, like: torch.Tensor) -> torch.Tensor:
+        """All of them again, in the shape and dtype of ``like``."""
+        out = torch.empty(like.shape, dtype=like.dtype)
+        for one, weight in zip(out, self.weights, strict=True):
+            one.copy_(self._unpack(weight))
+        return out
+
+
+class PackedWeight(nn.Parameter):
+    """A Parameter whose numbers ``packed`` stands for; ``pack`` makes one of a plain Parameter.
+
+    Its storage is one element that repeats: what does not ask it may read that, and nothing beside.
+    """
+
+    packed: Packed
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = partial(super().__torch_function__, func, types, args, kwargs or {})
+        described = func in _DESCRIPTIONS or getattr(func, "namespace", None) == "fusedmoe"
+        if described or torch.compiler.is_compiling():
+            return call()
+        with packing:
+            for leaf in tree_leaves((args, kwargs)):
+                unpack(leaf)
+            return call()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        unpack(self)
+        return self.__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        unpack(self)
+        return self.__reduce_ex__(protocol)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` is a Parameter, and nobody else has its memory, which is to be given up:
+    neither a view nor another process."""
+    if type(weight) is not nn.Parameter or weight.is_shared():
+        return False
+    return weight.numel() > 0 and _owners(weight) == _owners(torch.empty(0))
+
+
+def _owners(tensor: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def pack(weight: torch.Tensor, packed: Packed) -> bool:
+    """Let ``packed`` stand for the numbers of ``weight``, and give up their memory.
+
+    False, and nothing happens, for weights that cannot be packed, and where the numbers would not
+    come back as they are.
+    """
+    # Numbers that lie elsewhere are inference tensors where they were before, and only there.
+    with packing, torch.inference_mode(weight.is_inference()):
+        if not (can_pack(weight) and packed.gives_back(weight)):
+            return False
+        repeated = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
+        with torch._C.DisableTorchFunctionSubclass():
+            weight.packed = packed  # type: ignore[attr-defined]
+            weight.was_packed = True  # type: ignore[attr-defined]
+            # In this order: another thread that runs it meets the numbers or what stands for them.
+            weight.__class__ = PackedWeight
+            weight.data = repeated
+    return True
+
+
+def unpack(weight: Any) -> None:
+    """Put the numbers of a packed weight back; anything else stays as it is."""
+    if type(weight) is not PackedWeight:
+        return
+    with packing, torch.inference_mode(weight.is_inference()):
+        if type(weight) is PackedWeight:
+            with torch._C.DisableTorchFunctionSubclass():
+                weight.data = weight.packed.numbers(weight)
+            weight.__class__ = nn.Parameter  # type: ignore[assignment]
+            del weight.packed
+
+
+def packed_of(weight: Any) -> Packed | None:
+    """What stands for the numbers of ``weight``; None where they are there."""
+    return getattr(weight, "packed", None) if type(weight) is PackedWeight else None
+
+
+def was_packed(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` is or was packed: it may be again."""
+    return getattr(weight, "was_packed", False)
