@@ -11,10 +11,10 @@ Which parameters there are follows from the formats alone:
     w13_bias, w2_bias                      where the layer has them
 
 Shapes are those of ``QuantizedTensor``, with e for its leading dimensions, and so are the numbers,
-whenever they are read or written. In between, the kernel may hold a weight in its own order only: the
-Parameter is then a ``PackedWeight`` (``experts/packed_weight.py``), which puts the numbers back as
-they were loaded before anything else sees them. Loads, ``state_dict``, moves of experts or of the
-layer and copies need to know nothing of it.
+whenever they are read or written. In between, the kernel may hold a weight in its own order only:
+the Parameter is then a ``PackedWeight`` (``experts/packed_weight.py``), which puts the numbers back
+as they were loaded before anything else sees them. Loads, ``state_dict``, moves of experts or of
+the layer, and copies need to know nothing of it.
 """
 
 from __future__ import annotations
