@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedmoe import FusedMoE, MoEOptions, explain, quantize_layer
 from fusedmoe.activation import MoEActivation, activation_reference
 from fusedmoe.experts.torch_reference import TorchExperts, experts_reference
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.testing import STANDARD_CASES, Case, check_experts, make_inputs, relative_error
+from quantized_layers import make_layer
 
 
 def dense(case: Case, inputs) -> torch.Tensor:
@@ -81,3 +85,51 @@ def test_sixteen_bit_inputs_are_summed_in_fp32():
         activation=MoEActivation.RELU2_NO_MUL, compute_dtype=torch.float32,
     )  # fmt: skip
     assert found[0, 0].item() == torch.tensor((2048 * 1.0078125) ** 2).bfloat16().item()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a new tensor with as many columns as ``width``, weights aside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.bytes = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten.mm.default and out.shape[1] == self.width:
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("fmt", [None, "fp8_channel"])
+def test_tokens_are_taken_in_passes_that_fit(fmt):
+    """All tokens go to the same experts: one product has all rows, unless a limit is given."""
+    results, largest = [], []
+    for limit in (None, 40_000):
+        torch.manual_seed(0)
+        options = MoEOptions(max_workspace_bytes=limit, experts="torch" if fmt is None else None)
+        layer = FusedMoE(4, 2, 64, 48, torch.float32, options=options)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        layer.routed_experts.process_weights_after_loading()
+        if fmt is not None:
+            quantize_layer(layer, fmt)
+            assert explain(layer).chosen.name == "torch_quantized"
+        x, logits = torch.randn(50, 64), torch.tensor([[3.0, 2.0, 0.0, 0.0]]).expand(50, 4)
+        with Largest(96) as mode, torch.no_grad():
+            results.append(layer(x, logits))
+        largest.append(mode.bytes)
+    assert largest[0] == 50 * 96 * 4
+    assert 0 < largest[1] < largest[0] / 3
+    torch.testing.assert_close(*results)
+
+
+def test_a_scale_that_all_tokens_make_is_made_of_all_tokens():
+    outs = []
+    for limit in (None, 1):
+        options = MoEOptions(experts="torch_quantized", max_workspace_bytes=limit)
+        layer, *_ = make_layer("fp8_tensor", FP8_DYNAMIC_TENSOR, options=options)
+        torch.manual_seed(0)
+        x, logits = torch.randn(9, 128) * torch.logspace(-3, 0, 9)[:, None], torch.randn(9, 4)
+        outs.append(layer(x, logits))
+    assert torch.equal(*outs)

@@ -199,7 +199,12 @@ def run_opaque(
     """
     from fusedmoe.experts.functional import fused_experts
 
-    invariant = experts.moe_config.options.batch_invariant
+    given = experts.moe_config.options
+    options = MoEOptions(
+        experts=name,
+        batch_invariant=given.batch_invariant,
+        max_workspace_bytes=given.max_workspace_bytes,
+    )
     output.copy_(
         fused_experts(
             hidden_states,
@@ -211,6 +216,6 @@ def run_opaque(
             expert_map=expert_map,
             quant_config=experts.quant_config,
             activation_config=experts.activation_config,
-            options=MoEOptions(experts=name, batch_invariant=invariant),
+            options=options,
         )
     )

@@ -11,7 +11,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.quantized_operands import quantized_pair
-from fusedmoe.experts.torch_reference import wide_dtype
+from fusedmoe.experts.torch_reference import tokens_at_once, wide_dtype
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -22,6 +22,7 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 
@@ -141,8 +142,9 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
             return
         config, T = self.quant_config, hidden_states.shape[0]
         first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
-        # A BLAS may sum in another order for another number of rows.
-        step = 1 if self.moe_config.options.batch_invariant else max(1, T)
+        step = tokens_at_once(self, T, topk_ids.shape[1], w1, w2)
+        if step > 1 and FP8_DYNAMIC_TENSOR in (config.a1.key, config.a2.key):
+            step = T  # all tokens together make the scale
         for start in range(0, T, step):
             part = slice(start, start + step)
             output[part] = quantized_experts_reference(

@@ -55,6 +55,23 @@ def experts_reference(
     return out.to(hidden_states.dtype)
 
 
+def tokens_at_once(
+    experts: FusedMoEExpertsModular, T: int, K: int, w1: torch.Tensor, w2: torch.Tensor
+) -> int:
+    """How many of T tokens the references take in one pass, w1 [e, N, ...] and w2 [e, H, ...].
+
+    One where batches must not matter, for a BLAS may sum in another order for another number of
+    rows; else what ``max_workspace_bytes`` has room for, in fp32, if one expert has all rows:
+    [H] before and after for each token, [H], [N], twice [N] or less, and [H] for each row.
+    """
+    options = experts.moe_config.options
+    if options.batch_invariant:
+        return 1
+    limit, H, N = options.max_workspace_bytes, w2.shape[1], w1.shape[1]
+    per_token = 4 * (2 * H + K * (2 * H + 3 * N))
+    return max(1, T if limit is None else min(T, limit // per_token))
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over numbers of ``dtype`` are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -111,10 +128,9 @@ class TorchExperts(FusedMoEExpertsModular):
             given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
             run_opaque(self, TorchExperts.name, *given)
             return
-        # A BLAS may sum in another order for another number of rows.
-        invariant = self.moe_config.options.batch_invariant
-        step = 1 if invariant else max(1, hidden_states.shape[0])
-        for start in range(0, hidden_states.shape[0], step):
+        T, K = topk_ids.shape
+        step = tokens_at_once(self, T, K, w1, w2)
+        for start in range(0, T, step):
             part = slice(start, start + step)
             output[part] = experts_reference(
                 hidden_states[part],
