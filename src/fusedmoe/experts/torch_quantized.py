@@ -143,8 +143,9 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
         config, T = self.quant_config, hidden_states.shape[0]
         first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
         step = tokens_at_once(self, T, topk_ids.shape[1], w1, w2)
-        if step > 1 and FP8_DYNAMIC_TENSOR in (config.a1.key, config.a2.key):
-            step = T  # all tokens together make the scale
+        invariant = self.moe_config.options.batch_invariant
+        if not invariant and FP8_DYNAMIC_TENSOR in (config.a1.key, config.a2.key):
+            step = max(1, T)  # all tokens together make the scale
         for start in range(0, T, step):
             part = slice(start, start + step)
             output[part] = quantized_experts_reference(
