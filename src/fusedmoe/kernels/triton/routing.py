@@ -1,7 +1,7 @@
 """Routing in one launch: scores, bias, groups, top-k, renormalization, scales, empty slots.
 
-Grid cdiv(T, BLOCK_T): one program owns BLOCK_T tokens and all their candidates. The rule itself is
-``route_rows`` (``routing_rows.py``).
+Grid min(cdiv(T, BLOCK_T), MOST_PROGRAMS): a program owns BLOCK_T tokens at a time, with all their
+candidates. The rule itself is ``route_rows`` (``routing_rows.py``).
 
 logits [T, E + Z] of any float dtype and strides; bias, vision_bias fp [E + Z]; scale fp [E];
 table int [vocab, K]; input_ids int [T]; is_padding bool [T]; each of them may be None.
@@ -71,73 +71,75 @@ def routing_kernel(
     CHAINED: tl.constexpr,
 ):
     follow_previous(CHAINED)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < num_tokens
-    weights, ids = route_rows(
-        logits_ptr,
-        bias_ptr,
-        vision_bias_ptr,
-        table_ptr,
-        input_ids_ptr,
-        rows,
-        row_mask,
-        stride_row,
-        stride_expert,
-        stride_input_id,
-        num_table_rows,
-        stride_table_row,
-        stride_table_slot,
-        SCORE,
-        AFTER_TOPK,
-        SOFTCAP,
-        NUM_EXPERTS + NUM_ZERO,
-        K,
-        GROUPS,
-        GROUP_SIZE,
-        TOPK_GROUP,
-        TOP2,
-        PER_GROUP,
-        VISION_LO,
-        BLOCK_T,
-        BLOCK_G,
-        BLOCK_S,
-        BLOCK_K,
-    )
-    weights, ids, zero_weight = finish_rows(
-        weights,
-        ids,
-        scale_ptr,
-        padding_ptr,
-        rows,
-        row_mask,
-        stride_padding,
-        NUM_EXPERTS,
-        NUM_ZERO,
-        NUM_SHARED,
-        K,
-        BLOCK_K,
-        RENORMALIZE,
-        EPSILON,
-        FLOOR,
-        NORM,
-        SCALE,
-        SHARED_WEIGHT,
-    )
-    store_rows(
-        weights,
-        ids,
-        zero_weight,
-        weights_ptr,
-        ids_ptr,
-        zero_weight_ptr,
-        rows,
-        row_mask,
-        K + NUM_SHARED,
-        BLOCK_K,
-    )
+    for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+        rows = block * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        row_mask = rows < num_tokens
+        weights, ids = route_rows(
+            logits_ptr,
+            bias_ptr,
+            vision_bias_ptr,
+            table_ptr,
+            input_ids_ptr,
+            rows,
+            row_mask,
+            stride_row,
+            stride_expert,
+            stride_input_id,
+            num_table_rows,
+            stride_table_row,
+            stride_table_slot,
+            SCORE,
+            AFTER_TOPK,
+            SOFTCAP,
+            NUM_EXPERTS + NUM_ZERO,
+            K,
+            GROUPS,
+            GROUP_SIZE,
+            TOPK_GROUP,
+            TOP2,
+            PER_GROUP,
+            VISION_LO,
+            BLOCK_T,
+            BLOCK_G,
+            BLOCK_S,
+            BLOCK_K,
+        )
+        weights, ids, zero_weight = finish_rows(
+            weights,
+            ids,
+            scale_ptr,
+            padding_ptr,
+            rows,
+            row_mask,
+            stride_padding,
+            NUM_EXPERTS,
+            NUM_ZERO,
+            NUM_SHARED,
+            K,
+            BLOCK_K,
+            RENORMALIZE,
+            EPSILON,
+            FLOOR,
+            NORM,
+            SCALE,
+            SHARED_WEIGHT,
+        )
+        store_rows(
+            weights,
+            ids,
+            zero_weight,
+            weights_ptr,
+            ids_ptr,
+            zero_weight_ptr,
+            rows,
+            row_mask,
+            K + NUM_SHARED,
+            BLOCK_K,
+        )
 
 
 TOKENS_PER_PROGRAM = 1
+MOST_PROGRAMS = 4096  # that run at once; to begin one takes about as long as its token
 
 
 def routing_warps(columns: int) -> int:
@@ -177,7 +179,7 @@ def routing_triton(
     table, vision_bias = tensors.hash_indices_table, flat(tensors.vision_bias)
     constants, num_warps = _constants(spec, candidates, vision_bias is not None, TOKENS_PER_PROGRAM)
     _launch(
-        (-(-num_tokens // TOKENS_PER_PROGRAM), 1),
+        (min(MOST_PROGRAMS, -(-num_tokens // TOKENS_PER_PROGRAM)), 1),
         (
             logits,
             flat(tensors.correction_bias),
