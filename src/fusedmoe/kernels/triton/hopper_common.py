@@ -26,10 +26,10 @@ def rows_layout(BN, BK, num_warps):
 
 
 @gluon.constexpr_function
-def columns_layout(TILE, num_warps):
-    """[TILE, BN] with 16 bytes per thread along TILE: the shape of a transposed store."""
-    along = min(num_warps, TILE // 64)
-    return gl.BlockedLayout([8, 1], [8, 4], [along, num_warps // along], [0, 1])
+def columns_layout(num_warps):
+    """[TILE, BN], 16 bytes per thread along TILE, in each warp the rows of its products: what a
+    transposed store needs without waiting for other warps."""
+    return gl.BlockedLayout([8, 1], [2, 16], [num_warps, 1], [0, 1])
 
 
 @gluon.jit

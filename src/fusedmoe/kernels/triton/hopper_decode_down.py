@@ -74,7 +74,7 @@ def down_kernel(
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + TILE - 1) // TILE
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
-    stored: gl.constexpr = columns_layout(TILE, WARPS)
+    stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
     ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], desc.layout)
@@ -118,6 +118,9 @@ def down_kernel(
     stage = 0
     phase = 0
     for task in range(first, tasks, programs):
+        block, tile = tile_of(task, blocks, TILES, GROUP)
+        column = tile * TILE
+        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         acc = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
             mbarrier.wait(bars.index(stage), phase)
@@ -135,9 +138,6 @@ def down_kernel(
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
             stage, phase = next_stage(stage, phase, STAGES)
 
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        column = tile * TILE
-        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         if bias_ptr is not None:
             at = bias_ptr + expert.to(gl.int64) * H + column
             acc += load_bias(at, 1, H - column, TILE, acc_layout)

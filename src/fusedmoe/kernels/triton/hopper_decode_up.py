@@ -109,7 +109,7 @@ def up_kernel(
     BELOW: gl.constexpr = 0 if GATED else TILE
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
-    stored: gl.constexpr = columns_layout(TILE, WARPS)
+    stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
     gate_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], gate_desc.layout)
@@ -141,6 +141,9 @@ def up_kernel(
     stage = 0
     phase = 0
     for task in range(first, tasks, programs):
+        block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
+        column = tile * WIDE
+        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         gate = gl.zeros([TILE, BN], gl.float32, acc_layout)
         up = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
@@ -157,9 +160,6 @@ def up_kernel(
             ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
             stage, phase = next_stage(stage, phase, STAGES)
 
-        block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
-        column = tile * WIDE
-        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         if bias_ptr is not None:
             STEP: gl.constexpr = 2 if INTERLEAVED else 1
             TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
