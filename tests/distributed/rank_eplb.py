@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from rank_layers import Layout, make_groups
 
-from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.eplb.balancer import EPLBConfig, ExpertBalancer
 from fusedmoe.eplb.executor import ExpertMover, expert_bytes, reshard_experts
@@ -196,6 +196,27 @@ def check_all_dtypes_travel_together() -> None:
         mover.commit(mine)
         for found, expected in zip(mine, rows(target[rank]), strict=True):
             assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def check_quantized_layer(name: str) -> None:
+    """Data and scales of a format go with their expert: the outputs stay."""
+    groups, rank = make_groups(everyone())
+    sizes = (E, K, 128, 64)
+    layer = FusedMoE(
+        *(*sizes, torch.bfloat16),
+        parallel=groups,
+        quant_config=OnlineQuantization.of(name),
+        **{"enable_eplb": True, "num_redundant_experts": REDUNDANT},
+    )
+    layer.load_weights(Experts.random(E, *sizes[2:]).named())
+    balancer = ExpertBalancer([layer], groups.ep)
+    balancer.should_record.fill_(1)
+    _, logits = tokens(rank, 0)
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    before, placement = layer(x, logits), balancer.physical_to_logical.clone()
+    balancer.rearrange()
+    assert not torch.equal(balancer.physical_to_logical, placement)
+    torch.testing.assert_close(layer(x, logits), before, rtol=2e-2, atol=1e-2)
 
 
 def check_elastic() -> None:

@@ -19,6 +19,11 @@ def test_an_expert_travels_with_all_of_its_tensors(ranks):
     ranks.run(rank_eplb.check_all_dtypes_travel_together)
 
 
+@pytest.mark.parametrize("name", ["fp8_block", "int4_g32", "nvfp4"])
+def test_quantized_experts_move_with_their_scales(ranks, name):
+    ranks.run(rank_eplb.check_quantized_layer, name)
+
+
 def test_ranks_join_and_leave(ranks):
     ranks.run(rank_eplb.check_elastic)
 
