@@ -74,3 +74,9 @@ def check_different_models() -> None:
     other = model(8 if dist.get_rank() == 1 else 6)
     with pytest.raises(ValueError, match="num_experts is 6, 8, 6, 6"):
         fusedmoe.accelerate(other, ep_group=group)
+    peers: Any = object() if dist.get_rank() == 3 else None
+    with pytest.raises(ValueError, match="peers is False, False, False, True"):
+        fusedmoe.accelerate(model(), ep_group=group, peers=peers)
+    for given in ({}, {"ep_group": group, "same_tokens": True}):
+        with pytest.raises(ValueError, match="whose batches differ"):
+            fusedmoe.accelerate(model(), peers=object(), **given)

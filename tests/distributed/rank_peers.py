@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import rank_models
 import torch
 import torch.distributed as dist
 from rank_layers import SPREADS, Layout, linear, make_groups, token_counts
 
+import fusedmoe
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.distributed.peer_memory import PeerMemory, PeerTimeoutError
 from fusedmoe.experts.hopper import HopperExperts
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 from fusedmoe.kernels.peer_all_to_all import (
     combine,
     combine_reference,
@@ -22,6 +25,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     dispatch_reference,
 )
 from fusedmoe.kernels.peer_layout import PeerLayout
+from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_128_UE8M0,
@@ -173,6 +177,23 @@ def check_layer(tokens: list[int], sent: bool) -> None:
         logits.copy_(others)
         graph.replay()
         assert_near(out, whole(x, logits))
+    memory.check()
+    memory.close()
+
+
+def check_model() -> None:
+    """A Transformers model: each rank's batch gives what all experts on one rank make of it."""
+    spread, plain = (rank_models.model().to("cuda", torch.bfloat16) for _ in range(2))
+    config, group = plain.config, dist.group.WORLD
+    sizes = {"hidden": config.hidden_size, "topk": config.num_experts_per_tok}
+    memory = memory_for(24, **sizes)
+    fusedmoe.accelerate(spread, ep_group=group, peers=memory)
+    fusedmoe.accelerate(plain, replay_rows=0)
+    rank = dist.get_rank()
+    ids = rank_models.prompt(rank, 1 + rank % 2, 3 + rank).cuda()
+    for block in accelerated_blocks(spread).values():
+        assert fusedmoe.explain(block).prepare_finalize is PeerPrepareAndFinalize
+    assert_near(spread(ids).logits, plain(ids).logits, 5e-2)
     memory.check()
     memory.close()
 

@@ -52,6 +52,10 @@ def test_a_missing_rank_is_named(gpu_ranks, timeout_s):
     gpu_ranks.run(rank_peers.check_missing_rank, timeout_s)
 
 
+def test_a_model_of_transformers(gpu_ranks):
+    gpu_ranks.run(rank_peers.check_model)
+
+
 def test_ranks_that_disagree_are_told(gpu_ranks):
     gpu_ranks.run(rank_peers.check_disagreement)
 

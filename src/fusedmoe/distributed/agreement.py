@@ -47,9 +47,15 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
 
 def facts_of_method(method: FusedMoEMethodBase, groups: ParallelGroups) -> dict[str, str]:
     """What decides which messages a layer sends, beside its config, as text."""
-    return {
+    return facts_of_groups(groups) | {
         "method": type(method).__name__,
         "weights and rows": f"{method.weight_key}, {method.activation_key}",
+    }
+
+
+def facts_of_groups(groups: ParallelGroups) -> dict[str, str]:
+    """Which ways are open to tokens, as text."""
+    return {
         "peers": str(groups.peers is not None),
         "deep_ep": str(groups.deep_ep is not None),
     }

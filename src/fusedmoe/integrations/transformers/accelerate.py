@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from fusedmoe.distributed.peer_memory import PeerMemory
+
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +71,7 @@ def accelerate(
     replay_rows: int = 64,
     ep_group: ProcessGroup | DeviceMesh | None = None,
     same_tokens: bool = False,
+    peers: PeerMemory | None = None,
 ) -> Model:
     """Run the MoE blocks of a Transformers model through fusedmoe; returns the same model.
 
@@ -88,7 +91,8 @@ def accelerate(
     placement) and sends tokens to the others': every rank accelerates the same model, and every
     forward is a call on all of them. Ranks have batches of their own, of any size, or with
     ``same_tokens`` all have the same one; then what each rank's experts make of it is added up.
-    Transformers' ``generate`` has ``synced_gpus`` for batches that end at different steps.
+    Transformers' ``generate`` has ``synced_gpus`` for batches that end at different steps. On GPUs
+    of one host tokens go through ``peers``, if these are given.
     Blocks that cannot be spread run on each rank by themselves. A model that ``from_pretrained``
     has spread needs no ``ep_group`` here.
 
@@ -96,7 +100,7 @@ def accelerate(
     ranks have different models.
     """
     check_forced_names(options or MoEOptions())
-    ranks = None if ep_group is None else BlockRanks.make(ep_group, same_tokens)
+    ranks = BlockRanks.make(ep_group, same_tokens, peers)
     handled = []
     for block in plan(model):
         handled.append(block.path)

@@ -17,7 +17,7 @@ from torch import nn
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.distributed.agreement import check_agreement, facts_of
+from fusedmoe.distributed.agreement import check_agreement, facts_of, facts_of_groups
 from fusedmoe.integrations.transformers.families import Experts, at
 from fusedmoe.integrations.transformers.gates import Gate, gate_of, recognise_gate
 from fusedmoe.integrations.transformers.ranks import BlockRanks, RankWeights
@@ -262,7 +262,8 @@ def borrow_experts(
     )
     if ranks is not None:
         _, moe_config = ranks.share(moe_config)
-        check_agreement(facts_of(moe_config), ranks.groups, "an accelerated block")
+        facts = facts_of(moe_config) | facts_of_groups(ranks.groups)
+        check_agreement(facts, ranks.groups, "an accelerated block")
         weights = RankWeights.of(weights, ranks.own_experts(E))
     experts = BorrowedExperts(moe_config, weights, ranks)
     experts.process_weights_after_loading()

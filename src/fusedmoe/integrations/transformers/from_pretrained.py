@@ -22,7 +22,7 @@ from fusedmoe.checkpoint import (
     read_quantization_config,
 )
 from fusedmoe.config import MoEOptions
-from fusedmoe.distributed.agreement import facts_of
+from fusedmoe.distributed.agreement import facts_of, facts_of_groups
 from fusedmoe.integrations.transformers.accelerate import run_whole_blocks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from fusedmoe.distributed.peer_memory import PeerMemory
+
 logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "fusedmoe"
@@ -54,6 +56,7 @@ def from_pretrained(
     options: MoEOptions | None = None,
     ep_group: ProcessGroup | DeviceMesh | None = None,
     same_tokens: bool = False,
+    peers: PeerMemory | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """The model in ``path``, a checkpoint folder or a GGUF file, in eval mode.
@@ -67,7 +70,8 @@ def from_pretrained(
 
     With ``ep_group``, every rank of it calls this with the same arguments and reads its share of
     the experts alone (linear placement), packed or floats; every forward is then a call on all
-    ranks. They have batches of their own, of any size, or with ``same_tokens`` all have one.
+    ranks. They have batches of their own, of any size, or with ``same_tokens`` all have one. On
+    GPUs of one host tokens go through ``peers``, if these are given.
 
     ``progress(done, total, path)`` is called before each layer of packed experts is read.
 
@@ -80,9 +84,9 @@ def from_pretrained(
     wanted = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and not wanted.is_floating_point:
         raise ValueError(f"dtype is that of rows and of layers of floats, got {wanted}")
-    if ep_group is None:
+    ranks = BlockRanks.make(ep_group, same_tokens, peers)
+    if ranks is None:
         return _load(path, wanted, target, quantize, options, None, progress)
-    ranks = BlockRanks.make(ep_group, same_tokens)
     return make_together(
         ranks, lambda: _load(path, wanted, target, quantize, options, ranks, progress), _facts
     )
@@ -134,6 +138,8 @@ def _facts(model: Any) -> dict[str, str]:
     for path, module in model.named_modules():
         if isinstance(module, PackedExperts) and module.routed_experts is not None:
             known = facts_of(module.routed_experts.moe_config)
+            if module.ranks is not None:
+                known |= facts_of_groups(module.ranks.groups)
             known["format"] = "floats" if module.schemes is None else module.schemes.name
             facts |= {f"{path}: {name}": value for name, value in known.items()}
     return facts

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from fusedmoe.distributed.peer_memory import PeerMemory
     from fusedmoe.integrations.transformers.borrowed import ExpertWeights
 
 Made = TypeVar("Made")
@@ -33,14 +34,29 @@ class BlockRanks:
     rank_sum: RankSum
 
     @classmethod
-    def make(cls, ep_group: ProcessGroup | DeviceMesh, same_tokens: bool) -> BlockRanks:
-        """``same_tokens``: every rank runs the whole batch; else each has a batch of its own."""
+    def make(
+        cls,
+        ep_group: ProcessGroup | DeviceMesh | None,
+        same_tokens: bool,
+        peers: PeerMemory | None = None,
+    ) -> BlockRanks | None:
+        """``same_tokens``: every rank runs the whole batch; else each has a batch of its own, which
+        may go through ``peers``. None without a group.
+
+        Raises ValueError for ``peers`` that nothing would go through.
+        """
+        if peers is not None and (ep_group is None or same_tokens):
+            raise ValueError(
+                "peers move tokens between the ranks of an ep_group whose batches differ"
+            )
         group = ParallelGroups.process_group(ep_group)
+        if group is None:
+            return None
         nothing: dict[str, int | None] = dict.fromkeys(("tp", "dp", "pcp"))
         if same_tokens:
             groups = ParallelGroups(tp=group, enable_expert_parallel=True)
         else:
-            groups = ParallelGroups(dp=group, ep=group, enable_expert_parallel=True)
+            groups = ParallelGroups(dp=group, ep=group, enable_expert_parallel=True, peers=peers)
         place = ParallelPlace.of(groups, nothing, nothing)
         parallel = FusedMoEParallelConfig.make(place.tp_size, 1, place.dp_size, 1, place)
         return cls(groups, parallel, RankSum(place.tp_size, place.tp_rank, groups.tp))  # type: ignore[arg-type]
