@@ -150,6 +150,7 @@ def test_explain_prints_what_was_chosen_and_why_the_rest_was_not(monkeypatch):
 def test_explain_takes_a_layer_and_looks_at_where_its_weights_are():
     layer = FusedMoE(4, 2, 8, 8, torch.float32, options=MoEOptions(experts=SlotExperts))
     assert explain(layer).chosen is SlotExperts
+    assert explain(layer.routed_experts).chosen is SlotExperts
     layer.to(torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
         explain(layer)

@@ -29,6 +29,7 @@ from fusedmoe.quantization.keys import QuantKey, accepts
 
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
+    from fusedmoe.weights.routed_experts import RoutedExperts
 
 _Keys = tuple[QuantKey | None, QuantKey | None]
 
@@ -312,9 +313,10 @@ def _join(candidates: tuple[Candidate, ...]) -> str:
     return "; ".join(f"{c.name}: {c.reason}" for c in candidates)
 
 
-def explain(layer: FusedMoEConfig | MoERunner) -> Selection:
-    """What runs a layer and why; ``print`` the result. Takes a config or a built layer."""
+def explain(layer: FusedMoEConfig | MoERunner | RoutedExperts) -> Selection:
+    """What runs a layer and why; ``print`` the result. Takes a config, a built layer or its
+    experts, those of a model from ``from_pretrained`` too."""
     if isinstance(layer, FusedMoEConfig):
         return select(layer)
-    experts = layer.routed_experts
+    experts: Any = getattr(layer, "routed_experts", layer)
     return experts.quant_method.select(experts)

@@ -189,6 +189,10 @@ def broken(tmp_path: Path, **changes: Any) -> Path:
     return folders.packed
 
 
+def other_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
 EXPERT = "layers.1.mlp.experts.2.up_proj"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "missing scale": ({f"{EXPERT}.scales": None}, r"lacks .*up_proj\.scales, which gptq"),
@@ -221,6 +225,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"layers.0.self_attn.q_proj.scales": None},
         r"lacks .*q_proj\.scales beside",
     ),
+    "a router of fewer experts": (
+        {"layers.1.mlp.gate.weight": lambda t: t[:3]},
+        r"layers\.1\.mlp\.gate\.weight: expected shape \(4, 64\), found \(3, 64\)",
+    ),
+    "truncated norm": (
+        {"layers.0.input_layernorm.weight": lambda t: t[:-1]},
+        r"layers\.0\.input_layernorm\.weight: expected shape \(64,\), found \(63,\)",
+    ),
+    "truncated attention": (
+        {
+            "layers.0.self_attn.k_proj.qweight": lambda t: t[:, :-8],
+            "layers.0.self_attn.k_proj.scales": lambda t: t[:, :-8],
+            "layers.0.self_attn.k_proj.qzeros": lambda t: t[:, :-1],
+        },
+        r"layers\.0\.self_attn\.k_proj\.weight: expected shape \(32, 64\), found \(24, 64\)",
+    ),
+    "a router in other numbers": (
+        {"layers.1.mlp.gate.weight": other_numbers},
+        r"layers\.1\.mlp\.gate\.weight is F8_E4M3, but config\.json names no",
+    ),
 }
 
 
@@ -247,6 +271,19 @@ def test_nonsense_in_the_config_is_refused(config: Any, message: str, tmp_path: 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
     with pytest.raises(CheckpointError, match=message):
         fusedmoe.from_pretrained(folders.packed)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_floats_beside_which_something_is_packed_are_refused(
+    quantize: str | None, tmp_path: Path
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).floats
+    tensors = read_tensors(folder)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = other_numbers(tensors[name])
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"o_proj\.weight is F8_E4M3, but config\.json names"):
+        fusedmoe.from_pretrained(folder, quantize=quantize)
 
 
 def test_packed_weights_of_which_the_config_says_nothing_are_refused(tmp_path: Path) -> None:

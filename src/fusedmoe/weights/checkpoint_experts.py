@@ -5,7 +5,7 @@ From config.json and the headers of the files alone; no tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -140,7 +140,7 @@ class CheckpointExperts:
     def check(self, layer: ExpertLayer, schemes: LayerSchemes | None) -> None:
         """CheckpointError naming the first tensor that is missing or of another format."""
         if schemes is None:
-            self._check_floats(layer)
+            self.check_floats(tensor.name for tensor in layer.tensors)
             return
         found: dict[tuple[str, bool], set[str]] = {}
         for tensor in layer.tensors:
@@ -162,13 +162,14 @@ class CheckpointExperts:
                     f"which have {', '.join(sorted(scheme.known))}"
                 )
 
-    def _check_floats(self, layer: ExpertLayer) -> None:
-        for tensor in layer.tensors:
-            entry = self.checkpoint.tensors[tensor.name]
+    def check_floats(self, names: Iterable[str]) -> None:
+        """CheckpointError for tensors that are stored as something else."""
+        for name in names:
+            entry = self.checkpoint.tensors[name]
             if entry.dtype not in FLOAT_DTYPES:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: {tensor.name} is {entry.dtype}, but config.json "
-                    "names no quantization for it"
+                    f"{self.checkpoint.folder}: {name} is {entry.dtype}, but config.json names no "
+                    "quantization for it"
                 )
 
 

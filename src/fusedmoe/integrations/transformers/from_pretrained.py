@@ -28,7 +28,7 @@ from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
 from fusedmoe.integrations.transformers.seats import find_seats
-from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource, Source
+from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource, Source, is_linear
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
@@ -171,6 +171,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
         experts = CheckpointExperts.read(checkpoint)
         for layer in experts.model_layers.values():
             experts.check(layer, None)
+        experts.check_floats(name for name in checkpoint.tensors if is_linear(name))
     register()
     folder = checkpoint.folder
     try:
@@ -277,15 +278,27 @@ def _register() -> None:
 
     @register_quantizer(QUANT_METHOD)
     class PackedExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
-        """Replaces the experts of a model on the meta device; loads nothing itself."""
+        """Replaces the experts of a model on the meta device; loads nothing itself.
+
+        Transformers leaves it to quantizers whether a tensor fits, whatever its shape.
+        """
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+            self._shapes = {name: p.shape for name, p in model.named_parameters()}
             for seat in find_seats(model):
                 parent, _, name = seat.path.rpartition(".")
                 block = model.get_submodule(parent)
                 setattr(block, name, PackedExperts(seat))
                 # Everything is read from files: some blocks initialise their experts' tensors.
                 block._is_hf_initialized = True  # type: ignore[assignment]
+
+        def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                expected, found = self._shapes.get(name, parameter.shape), parameter.shape
+                if found != expected:
+                    raise ValueError(
+                        f"{name}: expected shape {tuple(expected)}, found {tuple(found)}"
+                    )
 
         def is_serializable(self) -> bool:
             return False

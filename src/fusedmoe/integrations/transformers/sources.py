@@ -67,6 +67,11 @@ class LazyMatrix:
         return read_matrix(self.scheme, self.read(), self.matrix).dequantize(self.dtype)[index]
 
 
+def is_linear(name: str) -> bool:
+    """Whether a tensor is a weight or bias, which is floats unless a scheme says otherwise."""
+    return name.endswith((".weight", ".bias"))
+
+
 def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
     """Those of all experts that are [E, in, out], as some families have them, and ours are not.
 
@@ -150,12 +155,14 @@ class FolderSource:
         return config
 
     def rest(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Raises CheckpointError for what lacks its scale."""
+        """Raises CheckpointError for what lacks its scale, or is no floats for no known reason."""
         of_experts = {t.name for layer in self.experts.layers.values() for t in layer.tensors}
         names = [name for name in self.experts.checkpoint.tensors if name not in of_experts]
         matrices = self._matrices(names)
         taken = {name for _, found in matrices.values() for name in found.values()}
-        state: dict[str, Any] = {n: self.reader.slice(n) for n in names if n not in taken}
+        names = [name for name in names if name not in taken]
+        self.experts.check_floats(name for name in names if is_linear(name))
+        state: dict[str, Any] = {name: self.reader.slice(name) for name in names}
         for module, (scheme, found) in matrices.items():
             state[f"{module}.weight"] = self._matrix(module, scheme, found, dtype)
             if "bias" in found:
