@@ -5,9 +5,9 @@ tile.
         [--formats int4_g128 mxfp4] [--tokens 2048 4096 8192] [--routing balanced] [--out F.json]
 
 CUDA-graph replays in turns with a dense bf16 product, so that all of them see the same clock; ids
-given. Formats that a shape's columns do not fit are left out. ``whole`` is everything behind the
-routing, ``triton_quantized`` the layer on plain Triton. The errors are against fp64, on a few
-tokens.
+given. Formats that a shape's columns do not fit are left out. Launches for blocks of 256 slots and
+for what is left beside them count all operations each. ``whole`` is everything behind the routing,
+``triton_quantized`` the layer on plain Triton. The errors are against fp64, on a few tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
 from fusedmoe.experts.hopper import multiprocessors_of
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import MoEAlignment, align_local_slots
-from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
-from fusedmoe.kernels.triton.hopper_mixed_prefill import down, up
+from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.hopper_mixed_prefill import (
+    mixed_prefill,
+    mixed_prefill_rows,
+    mixed_prefill_tables,
+)
+from fusedmoe.kernels.triton.hopper_mixed_prefill import down, shares_of, up, wants_lane_order
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
@@ -75,24 +79,26 @@ def parts(
         P = mixed_prefill_rows(T * K, e, tiles)
         act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
         y = torch.empty(P, H, dtype=torch.bfloat16, device=DEVICE)
-        tables = align_local_slots(
-            one.topk_ids, tiles.gemm1.slots, e, None, whole_blocks=True, spare_slots=COUNTER_SLOTS
-        )
-        first = (
-            x, w1, K, act, position, device_activation(activation), config.w1_bias, tables,
-            tiles.gemm1, programs,
-        )  # fmt: skip
-        second = act, w2, y, config.w2_bias, tables, T * K, tiles.gemm2, programs
+        tables = mixed_prefill_tables(one.topk_ids, e, None, tiles)
         whole = partial(
             mixed_prefill, x, w1, w2, one.topk_weights, one.topk_ids, out, act, y,
             activation=activation, w1_bias=config.w1_bias, w2_bias=config.w2_bias, tiles=tiles,
             programs=programs,
         )  # fmt: skip
         share = w1.shards / (w1.shards + 1)
-        calls[f"up {label}"] = partial(recounted, tables, T * K, up, *first), flops * share
-        calls[f"down {label}"] = (
-            partial(recounted, tables, T * K, down, *second), flops * (1 - share),
-        )  # fmt: skip
+        for blocks, (first_tile, second_tile) in shares_of(tiles).items():
+            first = (
+                x, w1, K, act, position, device_activation(activation), config.w1_bias, tables,
+                first_tile, programs, blocks,
+            )  # fmt: skip
+            second = act, w2, y, config.w2_bias, tables, T * K, second_tile, programs, blocks
+            begin = partial(up, ordered=wants_lane_order(w2))
+            calls[f"up {label} {blocks}"] = (
+                partial(recounted, tables, T * K, begin, *first), flops * share,
+            )  # fmt: skip
+            calls[f"down {label} {blocks}"] = (
+                partial(recounted, tables, T * K, down, *second), flops * (1 - share),
+            )  # fmt: skip
         calls[f"whole {label}"] = whole, flops
     return calls
 

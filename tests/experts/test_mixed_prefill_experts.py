@@ -67,8 +67,9 @@ def test_int4_streams_where_others_begin_to_fill_tiles(prefilled):
 
 
 def test_tiles_may_be_given(prefilled, monkeypatch):
-    tile = MixedPrefillTile(128, 256, 1, 2, 4)
-    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", MixedPrefillTiles(tile, tile))
+    tile, tail = MixedPrefillTile(128, 256, 1, 2, 4), MixedPrefillTile(192, 128, 2, 2, 4)
+    tiles = MixedPrefillTiles(tile, tile, (tail, tail))
+    monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles)
     assert error(PREFILLED["int4"]) < 6e-3
     assert prefilled == [256]
 

@@ -31,6 +31,11 @@ CASES = {
     "nvfp4": Quantized(
         "nvfp4", layer=replace(MANY, activation=MoEActivation.RELU2_NO_MUL, bias=True, I=320)
     ),
+    "mxfp6_e3m2": Quantized("mxfp6_e3m2", layer=MANY),
+    "mxfp6_e2m3": Quantized(
+        "mxfp6_e2m3",
+        layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=576, I=320),
+    ),
     "int8_channel": Quantized("int8_channel", layer=MANY),
     "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
     "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),
@@ -62,13 +67,15 @@ def error(out, expected):
 def tiles_of(mean, *formats):
     """Those for so many slots per expert, with blocks finished in groups of four."""
     bits = tuple(format_named(fmt).bits for fmt in formats)
+    *tiles, tails = mixed_prefill_tiles(mean, 1, bits)
+    grouped = (replace(tile, group=4) for tile in tiles)
     return MixedPrefillTiles(
-        *(replace(tile, group=4) for tile in mixed_prefill_tiles(mean, 1, bits))
+        *grouped, tails=tails and tuple(replace(tile, group=4) for tile in tails)
     )
 
 
 # Every format in one shape of tiles, and in all shapes what differs most.
-IN_ALL_TILES = {"int4_g128", "int4_g32_zp", "mxfp4", "nvfp4", "fp8_block"}
+IN_ALL_TILES = {"int4_g128", "int4_g32_zp", "mxfp4", "nvfp4", "fp8_block", "mxfp6_e3m2"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_in_a_graph_with_no_expert_and_nan_rows(mean, ran, monkeypatch):
 
 @pytest.mark.parametrize("mean", [32, 128, 256])
 def test_blocks_that_are_not_full(mean, ran, monkeypatch):
-    """A half or a quarter of them is multiplied, in either launch."""
+    """What is multiplied of them holds all of their slots, in every launch."""
     monkeypatch.setattr(HopperQuantizedExperts, "mixed_tiles", tiles_of(mean, "mxfp4", "mxfp4"))
     case = CASES["mxfp4"]
     tensors = case.layer.tensors()

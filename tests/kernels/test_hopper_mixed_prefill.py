@@ -17,6 +17,8 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
 )
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.formats.minifloat import E2M3, E3M2
+from fusedmoe.quantization.formats.mxfp6 import pack_sextets
 from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.mixed_tiles import (
     MixedPrefillTile,
@@ -73,6 +75,26 @@ def test_a_lane_takes_two_neighbouring_bytes(word, lane):
     taken = execute("take_e4m3", word, selector("e4m3", lane))[0]
     exact = stored.view(torch.float8_e4m3fn).float()
     assert taken.equal(torch.where(exact.isnan(), 480.0 * (1 - 2 * (stored > 127).float()), exact))
+
+
+@pytest.mark.parametrize("lane", range(4))
+@pytest.mark.parametrize(("kind", "short"), [(E3M2, 124), (E2M3, 126)], ids=["e3m2", "e2m3"])
+def test_a_lane_takes_eight_columns_of_32_in_six_bits(kind, short, lane):
+    """From the words of all boxes to its pairs of columns i and i + 4, in both halves of a step."""
+    from fusedmoe.kernels.triton import hopper_mixed_sextets as module
+
+    codes = torch.randint(64, (64,), dtype=torch.uint8)
+    words = pack_sextets(codes).view(torch.int32)
+    boxes = types.SimpleNamespace(index=lambda box: words[4 * box : 4 * box + 4])
+    names = {"gl": OnTensors, "BOXES": 3, "four_words": lambda box, *_: box.unbind()}
+    own = types.FunctionType(module.own.fn.__code__, names)
+    load = types.FunctionType(module.load_sextets.fn.__code__, names | {"own": own})
+    mine = load(boxes, 0, 0, torch.tensor(lane), 32)
+    text = module.sextets_asm(2 if kind is E3M2 else 3)
+    found = run_ptx(text, [int(word) & 0xFFFFFFFF for word in mine] + [lane % 2], 8)
+    found = torch.stack([pair(word).float() for word in found]).view(2, 4, 2) * 2.0**short
+    expected = kind.decode(codes, torch.float32).view(2, 4, 2, 4)[:, lane]
+    assert found.equal(expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 64, 127, 191])
@@ -276,7 +298,9 @@ def test_the_reference_is_two_products_and_a_weighted_sum(fmt):
 def test_what_the_kernels_cannot_read_is_named():
     for fmt in ("int4_g32", "int4_g32_zp", "int4_channel", "nvfp4", "mxfp8", "int8_channel"):
         assert unmet_by_mixed_prefill(*layer(fmt)) is None
-    assert "mxfp6" in unmet_by_mixed_prefill(*layer("mxfp6_e3m2"))
+    assert unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=64)) is None
+    assert "64 columns, got 32" in unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=32))
+    assert "nf4" in unmet_by_mixed_prefill(*layer("nf4", I=64))
     assert "int8" in unmet_by_mixed_prefill(*layer("int8_g32_zp"))
     assert "multiple" in unmet_by_mixed_prefill(*layer("int4_channel", I=8))
     w1, w2 = layer("int4_g32")
@@ -307,12 +331,13 @@ def test_what_does_not_fit_is_refused(changed, words):
 
 
 def test_tiles():
-    means = 48, 49, 192, 193
+    means = 48, 49, 128, 129
     found = [mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in means]
     shapes = [(tiles.gemm1.rows, tiles.gemm1.slots) for tiles in found]
     assert shapes == [(256, 64), (192, 128), (192, 128), (128, 256)]
     for tiles in found:
-        for tile, words in zip(tiles, (8, 16), strict=True):
+        tiles.check()
+        for tile, words in zip([*tiles[:2], *(tiles.tails or ())], (8, 16, 8, 16), strict=False):
             room = 128 if tile.rows == 128 else 256
             ring = tile.stages * tile.steps * (room * words * 4 + tile.slots * 128)
             written = tile.rows // 64 * 2 * max(tile.slots // 2, 64) * 64
@@ -327,6 +352,10 @@ def test_tiles():
         MixedPrefillTile(128, 256, 1, 8, 1)
     w1, w2 = layer("int4_g32")
     unequal = MixedPrefillTiles(found[2].gemm1, found[3].gemm1)
+    with pytest.raises(ValueError, match="tails of None"):
+        MixedPrefillTiles(*found[3][:2]).check()
+    with pytest.raises(ValueError, match=r"128 slots do not go with tails of \(128, 128\)"):
+        MixedPrefillTiles(*found[2][:2], tails=found[2][:2]).check()
     with pytest.raises(ValueError, match="128 and 256 slots"):
         mixed_prefill(
             torch.zeros(4, 64).bfloat16(), w1, w2, None, torch.zeros(4, 2, dtype=torch.int32),

@@ -51,15 +51,36 @@ def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768):
                    torch.zeros(P, H).bfloat16(), act, *biases, None, table, tiles, 132)
 
 
-for mean in (32, 128):
+for mean in (32, 256):
     run("mxfp4", mean, MoEActivation.SWIGLUOAI, True, 576, 320)
 run("int4_g128", 256)
 run("nvfp4", 32, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", 32)
+run("mxfp6_e2m3", 128, MoEActivation.SWIGLUOAI, True, 576, 320)
 run("fp8_block", 128)
 run("int4_g32_zp", 128, H=544, I=288)
 print("compiled")
 """
+
+ALIGN = """
+from triton.compiler import ASTSource
+from fusedmoe.kernels.triton.align_tails import place_tails_kernel
+from hopper_compiler import build
+
+constants = {"LARGE": 256, "SMALL": 128, "CHUNK": 256, "BLOCK_G": 128, "BLOCK_B": 8}
+constants |= {"CHAINED": True}
+for mapped in (True, False):
+    constants |= {} if mapped else {"map_ptr": None}
+    types = {name: "*i32" if name.endswith("_ptr") else "i32"
+             for name in place_tails_kernel.arg_names}
+    types |= dict.fromkeys(constants, "constexpr")
+    build(ASTSource(place_tails_kernel, types, constants), num_warps=8)
+print("compiled")
+"""
+
+
+def test_the_alignment_compiles():
+    run_program(ALIGN, gluon=False)
 
 
 def test_every_variant_compiles_and_keeps_its_sums_in_registers():

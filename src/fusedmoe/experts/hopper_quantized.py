@@ -2,8 +2,8 @@
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
-both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, compiled code and
-batch invariance take the quantized Triton experts' way.
+both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with floats
+of six bits, compiled code and batch invariance take the quantized Triton experts' way.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ from fusedmoe.tuning.quantized_tiles import (
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
 _WEIGHTS = (torch.float8_e4m3fn, torch.int8, "int4", "mxfp4", "nvfp4", "mxfp8")
+_SEXTETS = ("mxfp6_e3m2", "mxfp6_e2m3")
 
 
 def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
     """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
-    if weight.act_order or weight.dtype not in _WEIGHTS:
+    if weight.act_order or weight.dtype not in _WEIGHTS + _SEXTETS:
         return False
-    return rows is None or weight.dtype not in ("int4", "mxfp4", "nvfp4")
+    return rows is None or weight.dtype not in ("int4", "mxfp4", "nvfp4", *_SEXTETS)
 
 
 class HopperQuantizedExperts(TritonQuantizedExperts):
@@ -93,6 +94,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             min_capability=(9, 0),
             requires=can.requires,
             batch_invariant=True,
+            emulated=can.emulated,
         )
 
     @classmethod

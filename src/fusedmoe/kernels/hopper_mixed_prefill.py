@@ -10,7 +10,8 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import align_local_slots, padded_slots
+from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
+from fusedmoe.kernels.align_tails import align_with_tails, tails_rows
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_quantized import check_plain_rows
@@ -18,15 +19,18 @@ from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.quantized_tiles import SEXTETS, QuantizedTile
 
 ALIGNED_BYTES = 16
 ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
+SEXTET_COLUMNS = 64  # of floats of six bits: what a step has
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
 
 def mixed_prefill_rows(R: int, num_local: int, tiles: MixedPrefillTiles) -> int:
     """How many rows the scratch of R slots over ``num_local`` experts has at most."""
+    if tiles.tails is not None:
+        return tails_rows(R, num_local)
     return padded_slots(R, tiles.gemm1.slots, num_local, whole_blocks=True)
 
 
@@ -35,10 +39,12 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
     for w in (w1, w2):
         fmt, group = w.format, w.format.group.col
         packed = fmt.element in NIBBLES
-        if fmt.element not in ELEMENTS or fmt.act_order or not (packed or fmt.symmetric):
+        if fmt.element not in ELEMENTS | SEXTETS or fmt.act_order or not (packed or fmt.symmetric):
             return f"does not read {fmt.name}"
         if fmt.scale_dtype is None or (fmt.element == "e2m1" and group < 0):
             return f"wants scales of its own for groups of columns, not {fmt.name}"
+        if fmt.element in SEXTETS and w.shape[-1] % SEXTET_COLUMNS:
+            return f"wants rows of a multiple of {SEXTET_COLUMNS} columns, got {w.shape[-1]}"
         least = 16 if packed else 32
         if group > 0 and (group < least or group & (group - 1)):
             return f"wants groups of a power of two of at least {least} columns, not {fmt.name}"
@@ -73,7 +79,7 @@ def mixed_prefill(
 ) -> None:
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
-    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in 4 or 8 bits; topk_ids int [T, K]; out [T, H]
+    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in 4, 6 or 8 bits; topk_ids int [T, K]; out [T, H]
     bf16; scratch act [P, I] and y [P, H] bf16, P = ``mixed_prefill_rows``. ``programs``: the number
     of multiprocessors. Raises ValueError for weights that the kernels cannot read and for tensors
     that do not fit.
@@ -81,8 +87,7 @@ def mixed_prefill(
     reason = unmet_by_mixed_prefill(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
-    if tiles.gemm1.slots != tiles.gemm2.slots:
-        raise ValueError(f"blocks of {tiles.gemm1.slots} and {tiles.gemm2.slots} slots differ")
+    tiles.check()
     _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, tiles)
     check_biases(w1, w2, w1_bias, w2_bias)
     if not x.is_cuda:
@@ -99,12 +104,19 @@ def mixed_prefill(
     prefill(
         x, w1, w2, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
-        align_local_slots(
-            topk_ids, tiles.gemm1.slots, w1.shape[0], expert_map, whole_blocks=True,
-            spare_slots=COUNTER_SLOTS,
-        ),
-        tiles, programs,
+        mixed_prefill_tables(topk_ids, w1.shape[0], expert_map, tiles), tiles, programs,
     )  # fmt: skip
+
+
+def mixed_prefill_tables(
+    topk_ids: torch.Tensor, e: int, expert_map: torch.Tensor | None, tiles: MixedPrefillTiles
+) -> MoEAlignment:
+    """The blocks that these tiles read, with room for what they count."""
+    if tiles.tails is not None:
+        return align_with_tails(topk_ids, e, expert_map, spare_slots=COUNTER_SLOTS)
+    return align_local_slots(
+        topk_ids, tiles.gemm1.slots, e, expert_map, whole_blocks=True, spare_slots=COUNTER_SLOTS
+    )
 
 
 def mixed_prefill_reference(

@@ -17,8 +17,8 @@ _MANY = (128, 256, 1, 8), {4: 5, 8: 4}
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
     """``rows`` weight rows by ``slots`` slots: 256 by 64, 192 by 128 or 128 by 256, a warpgroup for
-    every 64 rows. Of a block, half or (not of 64) a quarter is multiplied where that holds all of
-    its slots.
+    every 64 rows. Of a block that is not full, less is multiplied: 192 of 256; 64 or 32 of 128; 32
+    of 64.
 
     ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are finished
     before the next ones begin.
@@ -43,10 +43,21 @@ class MixedPrefillTile:
 
 
 class MixedPrefillTiles(NamedTuple):
-    """Of a layer's two GEMMs; they share one alignment, so slots are the same."""
+    """Of a layer's two GEMMs; they share one alignment, so slots are the same. Blocks of 256 slots
+    go with ``tails``, the same of blocks of 128, for up to so many that an expert has left."""
 
     gemm1: MixedPrefillTile
     gemm2: MixedPrefillTile
+    tails: tuple[MixedPrefillTile, MixedPrefillTile] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where slots do not go together."""
+        slots = self.gemm1.slots, self.gemm2.slots
+        if slots[0] != slots[1]:
+            raise ValueError(f"blocks of {slots[0]} and {slots[1]} slots differ")
+        tails = None if self.tails is None else tuple(tile.slots for tile in self.tails)
+        if tails != ((128, 128) if slots[0] == 256 else None):
+            raise ValueError(f"blocks of {slots[0]} slots do not go with tails of {tails}")
 
 
 def runs_mixed_prefill(R: int, num_experts: int) -> bool:
@@ -57,14 +68,18 @@ def runs_mixed_prefill(R: int, num_experts: int) -> bool:
 def mixed_prefill_tiles(R: int, E: int, bits: tuple[float, float]) -> MixedPrefillTiles:
     """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
-    Numbers are made once per block, so blocks are as large as the mean number of slots fills. Half
-    of the experts have more than the mean: where that asks for one more block each, the next larger
-    ones are faster already.
+    Numbers are made once per block, so blocks are as large as the mean number of slots fills.
     """
-    tile, stages = _MANY
-    if R <= 192 * E:
-        tile, stages = _SOME
     if R <= 48 * E:
-        tile, stages = _FEW
+        return MixedPrefillTiles(*_tiles(_FEW, bits))
+    if R <= 128 * E:
+        return MixedPrefillTiles(*_tiles(_SOME, bits))
+    return MixedPrefillTiles(*_tiles(_MANY, bits), tails=_tiles(_SOME, bits))
+
+
+def _tiles(
+    shape: tuple[tuple[int, int, int, int], dict[int, int]], bits: tuple[float, float]
+) -> tuple[MixedPrefillTile, MixedPrefillTile]:
+    tile, stages = shape
     first, second = (MixedPrefillTile(*tile, stages[4 if width <= 4 else 8]) for width in bits)
-    return MixedPrefillTiles(first, second)
+    return first, second

@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.align import CHUNK, fill_range, prefix_kernel, rank_in_chunk
+from fusedmoe.kernels.triton.align_chunks import (
+    CHUNK,
+    fill_range,
+    prefix_kernel,
+    rank_in_chunk,
+)
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.align import COUNTS, align_once_kernel
+from fusedmoe.kernels.triton.align import align_once_kernel
+from fusedmoe.kernels.triton.align_chunks import COUNTS
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import round_given, round_groups, round_row
 

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting
-from fusedmoe.kernels.triton.align import align, fill_range
+from fusedmoe.kernels.triton.align import align
+from fusedmoe.kernels.triton.align_chunks import fill_range
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 

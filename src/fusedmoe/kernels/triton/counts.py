@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.triton.align import fill_range
+from fusedmoe.kernels.triton.align_chunks import fill_range
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, power_of_2
 from fusedmoe.kernels.triton.mul_sum import ANY_EXPERT

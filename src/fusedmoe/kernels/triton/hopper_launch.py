@@ -7,6 +7,7 @@ as well: an address and sizes, nothing that would hold on to memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -81,17 +82,16 @@ def gate_up_descriptors(
     return matrix_descriptor(w1, H, tile), matrix_descriptor(w1, H, tile, first=I), width
 
 
-def task_counters(sorted_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the programs of two launches count the tasks that they draw: cache lines of their own
-    in the last COUNTER_SLOTS of the table of slots, padding behind ``rows`` places. Counted up, so
-    a table serves once. ValueError if the table is shorter."""
+def task_counters(sorted_ids: torch.Tensor, rows: int, launches: int = 2) -> Sequence[torch.Tensor]:
+    """Where the programs of up to four launches count the tasks that they draw: cache lines of
+    their own in the last COUNTER_SLOTS of the table of slots, padding behind ``rows`` places.
+    Counted up, so a table serves once. ValueError if the table is shorter."""
     if sorted_ids.shape[0] < rows + COUNTER_SLOTS:
         raise ValueError(
             f"a table of {sorted_ids.shape[0]} slots for {rows} rows has no room for "
             f"{COUNTER_SLOTS} counters"
         )
-    first, second = sorted_ids[-COUNTER_SLOTS:].chunk(2)
-    return first, second
+    return sorted_ids[-COUNTER_SLOTS:].chunk(launches)
 
 
 class HopperLauncher:

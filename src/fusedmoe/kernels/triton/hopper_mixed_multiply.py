@@ -17,16 +17,15 @@ from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
     STEP,
-    by_scale,
     factors,
     fragment,
-    loaded_layout,
+    loaded,
     scales_of_step,
     selectors,
     side,
     taken,
-    words_of_step,
 )
+from fusedmoe.kernels.triton.hopper_mixed_scales import groups_at
 from fusedmoe.kernels.triton.hopper_mixed_sums import (
     first_units,
     multiples,
@@ -55,86 +54,16 @@ def rows_of(tile, index, ROWS: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def scale_rows(scales, expert, shard, feature, N: gl.constexpr, D: gl.constexpr,
-               GROUP: gl.constexpr):  # fmt: skip
-    """(index of the expert's first scale, and from there of those of these features)."""
-    stride_expert, shard_step, row_step, block = scales
-    WIDTH: gl.constexpr = 1 if GROUP == 0 else (D + GROUP - 1) // GROUP
-    row = shard * shard_step + gl.minimum(feature, N - 1) // block * row_step
-    return expert.to(gl.int64) * stride_expert, row * WIDTH
-
-
-@gluon.jit
-def group_pointers(
-    scale_ptr, zero_ptr, scales, expert, first, N: gl.constexpr, D: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """``groups_at`` goes on from here, for the features from ``first`` (low, high) on."""
-    COUNT: gl.constexpr = scales_of_step(GROUP)
-    layout: gl.constexpr = gl.SliceLayout(1, by_scale(words_of_step(ELEMENT), COUNT))
-    r = gl.arange(0, SIDE, layout)
-    base, low = scale_rows(scales, expert, 0, first[0] + r, N, D, GROUP)
-    SHARD: gl.constexpr = 1 if GATED else 0
-    base, high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
-    if GROUP == 0 and zero_ptr is None:
-        return ()
-    elif GROUP == 0:
-        return (zero_ptr + base) + low, (zero_ptr + base) + high
-    elif zero_ptr is None:
-        return (scale_ptr + base) + low, (scale_ptr + base) + high
-    else:
-        return (
-            (scale_ptr + base) + low,
-            (scale_ptr + base) + high,
-            (zero_ptr + base) + low,
-            (zero_ptr + base) + high,
-        )
-
-
-@gluon.jit
-def load_groups(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
-    """Scales, or zero points, [32, COUNT] of step k; ptrs [32] to those of column 0."""
-    COUNT: gl.constexpr = scales_of_step(GROUP)
-    layout: gl.constexpr = by_scale(words_of_step(ELEMENT), COUNT)
-    if GROUP == 0:
-        return gl.load(gl.expand_dims(ptrs, 1))
-    elif COUNT == 1:
-        return gl.load(gl.expand_dims(ptrs, 1) + k // (GROUP // STEP))
-    else:
-        at = k * COUNT + gl.arange(0, COUNT, gl.SliceLayout(0, layout))
-        if D % STEP != 0:
-            at = gl.minimum(at, (D + GROUP - 1) // GROUP - 1)
-        return gl.load(gl.expand_dims(ptrs, 1) + gl.expand_dims(at, 0))
-
-
-@gluon.jit
-def groups_at(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
-    """What ``ptrs`` (tuple of pointers [32]) have for step k: scales of low and of high, then zero
-    points likewise; where a row has one scale for all columns, only zero points."""
-    if len(ptrs) == 0:
-        return (k,)
-    elif len(ptrs) == 2:
-        low = load_groups(ptrs[0], k, D, ELEMENT, GROUP)
-        return low, load_groups(ptrs[1], k, D, ELEMENT, GROUP)
-    else:
-        low = load_groups(ptrs[0], k, D, ELEMENT, GROUP)
-        high = load_groups(ptrs[1], k, D, ELEMENT, GROUP)
-        low_zero = load_groups(ptrs[2], k, D, ELEMENT, GROUP)
-        return low, high, low_zero, load_groups(ptrs[3], k, D, ELEMENT, GROUP)
-
-
-@gluon.jit
 def prepare(
-    words, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
+    w_ring, at, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """What ``operand`` makes product number INDEX of: pairs and factors of both sides, and what
-    sums become ``multiples`` of; then the units from there on."""
-    ROWS: gl.constexpr = words.shape[0]
+    """What ``operand`` makes product number INDEX of the step at ``at`` in the ring of: pairs and
+    factors of both sides, and what sums become ``multiples`` of; then the units from there on."""
+    ROWS: gl.constexpr = w_ring.shape[1]
     COUNT: gl.constexpr = scales_of_step(GROUP)
-    layout: gl.constexpr = loaded_layout(words.shape[1])
-    low = words.slice(place_of(INDEX, ROWS, GATED, 0), SIDE, 0).load(layout)
-    high = words.slice(place_of(INDEX, ROWS, GATED, 1), SIDE, 0).load(layout)
+    low = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 0), selector, ELEMENT)
+    high = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 1), selector, ELEMENT)
     ZERO: gl.constexpr = 2 if GROUP != 0 else 0
     low_zero, high_zero = None, None
     if len(groups) == ZERO + 2:
@@ -153,34 +82,73 @@ def prepare(
 
 
 @gluon.jit
-def operand(prepared, SLOTS: gl.constexpr):
-    """The A operand of 64 rows."""
+def operand(prepared, FIRST: gl.constexpr, REST: gl.constexpr):
+    """The A operand of 64 rows, for each part of the slots."""
     low = side(prepared[0], prepared[2])
     high = side(prepared[1], prepared[3])
-    return fragment(low, high, sums_layout(SLOTS))
+    if REST == 0:
+        return (fragment(low, high, sums_layout(FIRST)),)
+    else:
+        return fragment(low, high, sums_layout(FIRST)), fragment(low, high, sums_layout(REST))
 
 
 @gluon.jit
-def slots_of(x_ring, at, SLOTS: gl.constexpr):
-    """The first rows of a step, as the B operand."""
-    return x_ring.index(at).slice(0, SLOTS, 0).permute((1, 0))
+def no_sums(FIRST: gl.constexpr, REST: gl.constexpr):
+    first = gl.zeros([2 * SIDE, FIRST], gl.float32, sums_layout(FIRST))
+    if REST == 0:
+        return (first,)
+    else:
+        return first, gl.zeros([2 * SIDE, REST], gl.float32, sums_layout(REST))
+
+
+@gluon.jit
+def all_multiples(sums, by):
+    """``multiples`` of every part."""
+    if len(sums) == 1:
+        return (multiples(sums[0], by),)
+    else:
+        return multiples(sums[0], by), multiples(sums[1], by)
+
+
+@gluon.jit
+def product(a, rows, FROM: gl.constexpr, SLOTS: gl.constexpr, sums):
+    b = rows.slice(FROM, SLOTS, 0).permute((1, 0))
+    return warpgroup_mma(a, b, sums, is_async=True)
+
+
+@gluon.jit
+def products(a, rows, sums, FIRST: gl.constexpr, REST: gl.constexpr):
+    """Begin to multiply ``operand`` a by the first of these rows, part by part."""
+    first = product(a[0], rows, 0, FIRST, sums[0])
+    if REST == 0:
+        return (first,)
+    else:
+        return first, product(a[1], rows, FIRST, REST, sums[1])
+
+
+@gluon.jit
+def waited(sums):
+    if len(sums) == 1:
+        return (warpgroup_mma_wait(0, deps=sums),)
+    else:
+        return warpgroup_mma_wait(0, deps=sums)
 
 
 @gluon.jit
 def multiply(
-    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
     ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
     STEPS: gl.constexpr,
 ):  # fmt: skip
-    """The sums [64, SLOTS] of product INDEX of a tile, of the block's first slots; ``pointers`` are
-    its ``group_pointers``."""
-    if STEPS == 1 and SLOTS == 256:
+    """The sums [64, slots] of product INDEX of a tile, of the block's FIRST slots and of the
+    REST behind them; ``pointers`` are its ``group_pointers``."""
+    if STEPS == 1:
         return multiply_ahead(
-            rings, bars, stage, phase, pointers, SLOTS, D, ELEMENT, GROUP, GATED, INDEX
+            rings, bars, stage, phase, pointers, FIRST, REST, D, ELEMENT, GROUP, GATED, INDEX
         )
     else:
         return multiply_pairs(
-            rings, bars, stage, phase, pointers, SLOTS, D, ELEMENT, GROUP, GATED, INDEX, STEPS
+            rings, bars, stage, phase, pointers, FIRST, REST, D, ELEMENT, GROUP, GATED, INDEX
         )
 
 
@@ -189,13 +157,13 @@ def in_new_units(sums, grown, k, GROUP: gl.constexpr):
     """Sums before step k: what they are multiplied by is one where no group begins."""
     if len(grown) != 0:  # noqa: SIM102 (the outer one is settled at compile time)
         if k % (GROUP // STEP) == 0:
-            sums = multiples(sums, grown)
+            sums = all_multiples(sums, grown)
     return sums
 
 
 @gluon.jit
 def multiply_ahead(
-    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
     ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
     """``multiply`` with one step in a stage.
@@ -208,40 +176,36 @@ def multiply_ahead(
     full, empty = bars
     STAGES: gl.constexpr = x_ring.shape[0]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
-    sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
+    sums = no_sums(FIRST, REST)
     selector = selectors(ELEMENT, scales_of_step(GROUP))
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
     units = first_units(groups, ELEMENT, GROUP)
     mbarrier.wait(full.index(stage), phase)
-    ready, units = prepare(
-        w_ring.index(stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-    )
+    ready, units = prepare(w_ring, stage, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
-        a = operand(ready, SLOTS)
+        a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
-        sums = warpgroup_mma(a, slots_of(x_ring, stage, SLOTS), sums, is_async=True)
+        sums = products(a, x_ring.index(stage), sums, FIRST, REST)
         done = stage + 0
         stage, phase = next_stage(stage, phase, STAGES)
         if k + 1 < KSTEPS:
             mbarrier.wait(full.index(stage), phase)
             ready, units = prepare(
-                w_ring.index(stage), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+                w_ring, stage, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
             )
             groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
-        sums = warpgroup_mma_wait(0, deps=(sums,))
+        sums = waited(sums)
         mbarrier.arrive(empty.index(done), count=1)
-    return multiples(sums, units[::2]), stage, phase
+    return all_multiples(sums, units[::2]), stage, phase
 
 
 @gluon.jit
 def multiply_pairs(
-    rings, bars, stage, phase, pointers, SLOTS: gl.constexpr, D: gl.constexpr,
+    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
     ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
-    STEPS: gl.constexpr,
 ):  # fmt: skip
-    """``multiply`` by two steps at a time, those of a stage or of two stages; the last one may be
-    alone.
+    """``multiply`` with two steps in a stage; the last one may be alone.
 
     The second operand is made while the first is multiplied; both have left their registers before
     the next ones are made.
@@ -250,51 +214,39 @@ def multiply_pairs(
     full, empty = bars
     STAGES: gl.constexpr = full.shape[0]
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
-    sums = gl.zeros([2 * SIDE, SLOTS], gl.float32, sums_layout(SLOTS))
+    sums = no_sums(FIRST, REST)
     selector = selectors(ELEMENT, scales_of_step(GROUP))
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
     later = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     units = first_units(groups, ELEMENT, GROUP)
     for pair in range(KSTEPS // 2):
         k = 2 * pair
-        first = stage * STEPS
+        first = stage * 2
         mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(
-            w_ring.index(first), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-        )
+        ready, units = prepare(w_ring, first, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
         groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
-        a = operand(ready, SLOTS)
+        a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
-        sums = warpgroup_mma(a, slots_of(x_ring, first, SLOTS), sums, is_async=True)
-        done = stage + 0
-        second = first + 1
-        if STEPS == 1:
-            stage, phase = next_stage(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase)
-            second = stage + 0
+        sums = products(a, x_ring.index(first), sums, FIRST, REST)
         other, units = prepare(
-            w_ring.index(second), later, units, selector, INDEX, ELEMENT, GROUP, GATED
+            w_ring, first + 1, later, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
         later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
-        b = operand(other, SLOTS)
+        b = operand(other, FIRST, REST)
         if len(other[4]) != 0 and GROUP == STEP:
-            sums = multiples(warpgroup_mma_wait(0, deps=(sums,)), other[4])
-        sums = warpgroup_mma(b, slots_of(x_ring, second, SLOTS), sums, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(empty.index(done), count=1)
-        if STEPS == 1:
-            mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-    if KSTEPS % 2 != 0:
-        first = stage * STEPS
-        mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(
-            w_ring.index(first), groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-        )
-        a = operand(ready, SLOTS)
-        sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
-        sums = warpgroup_mma(a, slots_of(x_ring, first, SLOTS), sums, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=(sums,))
+            sums = all_multiples(waited(sums), other[4])
+        sums = products(b, x_ring.index(first + 1), sums, FIRST, REST)
+        sums = waited(sums)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-    return multiples(sums, units[::2]), stage, phase
+    if KSTEPS % 2 != 0:
+        first = stage * 2
+        mbarrier.wait(full.index(stage), phase)
+        ready, units = prepare(w_ring, first, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
+        a = operand(ready, FIRST, REST)
+        sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
+        sums = products(a, x_ring.index(first), sums, FIRST, REST)
+        sums = waited(sums)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return all_multiples(sums, units[::2]), stage, phase

@@ -15,6 +15,11 @@ bf16. ``taken`` makes pairs of words, without their scales; ``side`` multiplies 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedmoe.kernels.triton.hopper_mixed_sextets import (
+    lanes_of_row,
+    load_sextets,
+    take_sextets,
+)
 from fusedmoe.kernels.triton.hopper_mixed_words import (
     as_pair,
     halves,
@@ -35,9 +40,38 @@ HALF_EXPONENT = gl.constexpr(2.0**63)
 
 
 @gluon.constexpr_function
+def is_sextet(ELEMENT):
+    return ELEMENT in ("e3m2", "e2m3")
+
+
+@gluon.constexpr_function
 def words_of_step(ELEMENT):
     """Words of 32 bits that hold a row's columns of one step."""
-    return 8 if ELEMENT in ("int4", "e2m1") else 16
+    return 12 if is_sextet(ELEMENT) else 8 if ELEMENT in ("int4", "e2m1") else 16
+
+
+@gluon.constexpr_function
+def boxes_of_step(ELEMENT):
+    """Loads of TMA that bring them: each has a power of two of words."""
+    return 3 if is_sextet(ELEMENT) else 1
+
+
+@gluon.constexpr_function
+def in_lane_order(ELEMENT):
+    """Whether a lane takes eight columns of 32, which lie so in the other operand."""
+    return ELEMENT not in ("int8", "e4m3")
+
+
+@gluon.constexpr_function
+def chunks_of_step(ELEMENT):
+    """What ``pairs_layout`` calls WORDS: runs of columns that are words of nibbles or of bytes."""
+    return 8 if in_lane_order(ELEMENT) else 16
+
+
+@gluon.constexpr_function
+def short_of(ELEMENT):
+    """The exponent of two that floats are short of beside ``factors``, for their sums."""
+    return {"e2m1": 63, "e3m2": 61, "e2m3": 63}.get(ELEMENT, 0)
 
 
 @gluon.constexpr_function
@@ -91,23 +125,37 @@ def by_scale(WORDS, COUNT):
 
 @gluon.jit
 def selectors(ELEMENT: gl.constexpr, COUNT: gl.constexpr):
-    """Which bytes of a word a lane takes, as prmt wants to know it: [1, 1, 1, lanes]."""
-    WORDS: gl.constexpr = words_of_step(ELEMENT)
-    layout: gl.constexpr = pairs_layout(WORDS, COUNT)
-    lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    lane = gl.arange(0, layout.shape[3], lane_layout)
-    chosen = lane * 0x0202 + 0x4140 if ELEMENT == "int8" else lane * 0x2020 + 0x1404
-    return gl.expand_dims(gl.expand_dims(gl.expand_dims(chosen, 0), 1), 2)
+    """What a lane takes of words: its number where columns have six bits, else which bytes, as prmt
+    wants to know it, [1, 1, 1, lanes]."""
+    if is_sextet(ELEMENT):
+        return lanes_of_row()
+    else:
+        layout: gl.constexpr = pairs_layout(chunks_of_step(ELEMENT), COUNT)
+        lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        lane = gl.arange(0, layout.shape[3], lane_layout)
+        chosen = lane * 0x0202 + 0x4140 if ELEMENT == "int8" else lane * 0x2020 + 0x1404
+        return gl.expand_dims(gl.expand_dims(gl.expand_dims(chosen, 0), 1), 2)
+
+
+@gluon.jit
+def loaded(w_ring, at, row, selector, ELEMENT: gl.constexpr):
+    """The words of SIDE rows from ``row`` on of the step at ``at`` in the ring."""
+    if is_sextet(ELEMENT):
+        return load_sextets(w_ring, at, row, selector, SIDE)
+    else:
+        layout: gl.constexpr = loaded_layout(w_ring.shape[2])
+        return w_ring.index(at).slice(row, SIDE, 0).load(layout)
 
 
 @gluon.jit
 def factors(scale, ELEMENT: gl.constexpr):
-    """Scales [32, COUNT] as a tuple of pairs [32, COUNT, 1, 1]; those of e2m1 times 2^63.
+    """Scales [32, COUNT] as a tuple of pairs [32, COUNT, 1, 1]; those of floats in four or
+    six bits times 2^63.
 
     Numbers of eight bits in groups of 32 get what bf16 cuts off a scale as a second pair: nearly
     all of their products are rounded, and twice would be too often.
     """
-    if ELEMENT == "e2m1" and scale.dtype == gl.uint8:
+    if short_of(ELEMENT) != 0 and scale.dtype == gl.uint8:
         return (spread(power_pair(scale.to(gl.int32))),)
     elif ELEMENT == "e2m1":
         return (spread(as_pair(scale.to(gl.float32) * HALF_EXPONENT)),)
@@ -138,9 +186,8 @@ def in_chunks(first, second, third, fourth, COUNT: gl.constexpr):
 
 @gluon.jit
 def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
-    """Pairs of numbers from words [32, WORDS]; zero [32, COUNT] or None."""
-    WORDS: gl.constexpr = words.shape[1]
-    layout: gl.constexpr = pairs_layout(WORDS, COUNT)
+    """Pairs of numbers from what ``loaded`` gave; zero [32, COUNT] or None."""
+    layout: gl.constexpr = pairs_layout(chunks_of_step(ELEMENT), COUNT)
     if ELEMENT == "int4":
         first, second, third, fourth = take_int4(words)
         pairs = in_chunks(first, second, third, fourth, COUNT)
@@ -152,8 +199,11 @@ def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
     elif ELEMENT == "e2m1":
         first, second, third, fourth = take_e2m1(words)
         return in_chunks(first, second, third, fourth, COUNT)
+    elif is_sextet(ELEMENT):
+        first, second, third, fourth = take_sextets(words, selector, ELEMENT)
+        return in_chunks(first, second, third, fourth, COUNT)
     else:
-        words = gl.reshape(words, [SIDE, COUNT, WORDS // COUNT])
+        words = gl.reshape(words, [SIDE, COUNT, words.shape[1] // COUNT])
         shared: gl.constexpr = gl.SliceLayout(3, layout)
         words = gl.expand_dims(gl.convert_layout(words, shared, assert_trivial=True), 3)
         if ELEMENT == "int8":

@@ -2,14 +2,14 @@
 
 Weights are read as they are stored and become numbers in registers, on their way to the WGMMA. A
 tile is 256 weight rows by 64 slots of one expert (a block of ``moe_align_block_size``), 192 by 128
-or 128 by 256. Four or one producer warps fill a ring of steps of 64 columns: weights by TMA, as
-words of 32 bits, token rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of
-two to four consumer warpgroups has 64 of the weight rows and makes numbers of them while products
-run on the tensor cores, its own or the others'. Of a block that is not full, a half or a quarter is
-multiplied where that holds all of its slots.
+or 128 by 256; what experts have left beside blocks of 256 is for launches with tiles of 128. Four
+or one producer warps fill a ring of steps of 64 columns: weights by TMA, as words of 32 bits, token
+rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of two to four consumer
+warpgroups has 64 of the weight rows and makes numbers of them while products run on the tensor
+cores, its own or the others'. Of a block that is not full, less is multiplied.
 
-Products with nibbles want the other operand's columns in ``lane_order``: x is copied into y's
-memory first, which nobody needs yet; act is written so.
+Products with numbers of four or six bits want the other operand's columns in ``lane_order``: x is
+copied into y's memory first, which nobody needs yet; act is written so.
 
 A scale for all columns multiplies the sum. Where groups of columns share one, numbers of eight bits
 in groups of at least 64 columns, and of four in at least 128, stay as they are, and the sums change
@@ -21,7 +21,8 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   that of ``hopper_prefill``.
 
-Tiles are drawn from a counter, in groups of blocks that share weights in the L2.
+Tiles are drawn from a counter, in groups of blocks that share weights in the L2. Launches for what
+is left follow those of large blocks, and begin while they end.
 """
 
 from functools import lru_cache
@@ -32,7 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -40,7 +41,13 @@ from fusedmoe.kernels.triton.hopper_launch import (
     matrix_descriptor,
     task_counters,
 )
-from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_numbers import (
+    SIDE,
+    STEP,
+    boxes_of_step,
+    in_lane_order,
+    words_of_step,
+)
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import room_of, unit_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
@@ -72,7 +79,8 @@ def _weight_words(
     many rows one expert has in them; of a single shard, the same view twice."""
     address, width = w.data.data_ptr(), w.data.shape[-1] // 4
     e, N = w.shape[:2]
-    box = room_of(tile.rows) // 2, words_of_step(w.format.element)
+    element = w.format.element
+    box = room_of(tile.rows) // 2, words_of_step(element) // boxes_of_step(element)
     if w.shards == 1:
         both = _words(address, e * N, width, width, box)
         return both, both, N
@@ -84,9 +92,9 @@ def _weight_words(
     return gate, _words(address + N // 2 * row, e * N - N // 2, width, width, box), N
 
 
-def has_nibbles(w: QuantizedTensor) -> bool:
+def wants_lane_order(w: QuantizedTensor) -> bool:
     """Whether products with w want the other operand's columns in ``lane_order``."""
-    return w.format.element in NIBBLES
+    return bool(in_lane_order(w.format.element))
 
 
 def _group(w: QuantizedTensor) -> int:
@@ -111,17 +119,21 @@ def up(
     tables: MoEAlignment,
     tile: MixedPrefillTile,
     programs: int,
+    share: str = "all",
     *,
     ordered: bool,
 ) -> None:
     """act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R].
 
-    Columns of x are in that order if w1 ``has_nibbles``. ``task_counters`` says what the table of
-    slots must have.
+    ``share``: of "all" blocks or, where tables come from ``align_with_tails``, of those that are
+    "large" or those that are "tails".
+
+    Columns of x are in that order if w1 ``wants_lane_order``. ``task_counters`` says what the
+    table of slots must have.
     """
     H, I = x.shape[1], act.shape[1]  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
-    counter, _ = task_counters(sorted_ids, act.shape[0])
+    counter = task_counters(sorted_ids, act.shape[0], 4)[share == "tails"]
     low, high, desc_rows = _weight_words(w1, tile)
     stride_expert, _, *steps = weight_addresses(w1)[4:]
     _launch_up(
@@ -142,7 +154,7 @@ def up(
         (
             *(H, I, K, w1.format.element, _group(w1)),
             *(activation.formula, activation.gated, w1.interleaved, ordered),
-            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
+            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
         ),
         num_warps=4,
         maxnreg=_REGISTERS[tile.rows],
@@ -158,14 +170,15 @@ def down(
     R: int,
     tile: MixedPrefillTile,
     programs: int,
+    share: str = "all",
 ) -> None:
     """y [P, H], of tables that have served ``up`` of R slots.
 
-    Columns of act are in ``lane_order`` if w2 ``has_nibbles``.
+    Columns of act are in ``lane_order`` if w2 ``wants_lane_order``.
     """
     e, H, I = w2.shape  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
-    _, counter = task_counters(sorted_ids, act.shape[0])
+    counter = task_counters(sorted_ids, act.shape[0], 4)[2 + (share == "tails")]
     low, high, _ = _weight_words(w2, tile)
     stride_expert, _, _, row_step, block = weight_addresses(w2)[4:]
     _launch_down(
@@ -180,11 +193,19 @@ def down(
         (stride_expert, row_step, block, R, e),
         (
             *(H, I, w2.format.element, _group(w2)),
-            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group),
+            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
         ),
         num_warps=4,
         maxnreg=_REGISTERS[tile.rows],
     )
+
+
+def shares_of(
+    tiles: MixedPrefillTiles,
+) -> dict[str, tuple[MixedPrefillTile, MixedPrefillTile]]:
+    """By share: what a launch of each GEMM takes of the blocks, in this order."""
+    both = tiles.gemm1, tiles.gemm2
+    return {"all": both} if tiles.tails is None else {"large": both, "tails": tiles.tails}
 
 
 def prefill(
@@ -207,13 +228,18 @@ def prefill(
     """Launch the three kernels; arguments as checked by ``kernels.hopper_mixed_prefill``."""
     T, K = topk_ids.shape
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
-    if has_nibbles(w1):
+    if wants_lane_order(w1):
         rows = y[:T]  # which nobody needs before the second launch
         lane_order(x, rows)
         x = rows
-    up(
-        x, w1, K, act, position, activation, w1_bias, tables, tiles.gemm1, programs,
-        ordered=has_nibbles(w2),
-    )  # fmt: skip
-    down(act, w2, y, w2_bias, tables, T * K, tiles.gemm2, programs)
+    shares = (
+        {"all": tiles[:2]} if tiles.tails is None else {"large": tiles[:2], "tails": tiles.tails}
+    )
+    for share, (tile, _) in shares.items():
+        up(
+            x, w1, K, act, position, activation, w1_bias, tables, tile, programs, share,
+            ordered=wants_lane_order(w2),
+        )  # fmt: skip
+    for share, (_, tile) in shares.items():
+        down(act, w2, y, w2_bias, tables, T * K, tile, programs, share)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])

@@ -4,9 +4,11 @@ product's sums."""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_mixed_multiply import scale_rows
-from fusedmoe.kernels.triton.hopper_mixed_numbers import HALF_EXPONENT, SIDE, STEP
+from fusedmoe.kernels.triton.hopper_common import expert_at
+from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, short_of
+from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
@@ -18,9 +20,62 @@ def unit_of(SLOTS):
 
 
 @gluon.constexpr_function
-def halvings_of(SLOTS):
-    """How often the products of a block that is not full are halved at most."""
-    return {64: 1, 128: 2, 256: 2}[SLOTS]
+def kind_of(SLOTS, LESS):
+    """What a block is multiplied in, the LESS-th largest that holds all of its slots: a product of
+    so many slots, and one of so many behind them (0: none). Blocks of 256 have more than 128."""
+    kinds = {
+        256: ((256, 0), (128, 64)),
+        128: ((128, 0), (64, 0), (32, 0)),
+        64: ((64, 0), (32, 0)),
+    }[SLOTS]
+    return kinds[min(LESS, len(kinds) - 1)]
+
+
+@gluon.constexpr_function
+def first_of(SLOTS, LESS):
+    return kind_of(SLOTS, LESS)[0]
+
+
+@gluon.constexpr_function
+def rest_of(SLOTS, LESS):
+    return kind_of(SLOTS, LESS)[1]
+
+
+@gluon.constexpr_function
+def smallest_of(SLOTS):
+    """The largest LESS."""
+    return {256: 1, 128: 2, 64: 1}[SLOTS]
+
+
+@gluon.jit
+def wait_for_previous(SHARE: gl.constexpr):
+    """What tails read was complete before the launch of large blocks let theirs begin."""
+    if SHARE != "tails":
+        gdc_wait()
+    gdc_launch_dependents()
+
+
+@gluon.jit
+def wait_at_the_end(SHARE: gl.constexpr):
+    """The launch behind that of tails waits for that one alone."""
+    if SHARE == "tails":
+        gdc_wait()
+
+
+@gluon.jit
+def blocks_of(num_post_ptr, SLOTS: gl.constexpr, SHARE: gl.constexpr):
+    """(first, how many) blocks a launch has to do with."""
+    used = gl.load(num_post_ptr) // SLOTS
+    if SHARE == "tails":
+        return used, gl.load(num_post_ptr + 1) // SLOTS - used
+    else:
+        return used * 0, used
+
+
+@gluon.jit
+def expert_of(expert_ids_ptr, block, num_local, SHARE: gl.constexpr):
+    """The table has an entry for every 128 slots where large blocks are not all."""
+    return expert_at(expert_ids_ptr, block * 2 if SHARE == "large" else block, num_local)
 
 
 @gluon.constexpr_function
@@ -32,7 +87,8 @@ def room_of(ROWS):
 @gluon.jit
 def open_rings(
     w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr,
-    STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr, PARTS: gl.constexpr,
+    BOXES: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """((weights, rows), barriers, the output buffers of each warpgroup); FILLERS threads gather
     beside the TMA arrival."""
@@ -42,7 +98,9 @@ def open_rings(
     ROOM: gl.constexpr = room_of(ROWS)
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
     rings = (
-        gl.allocate_shared_memory(gl.int32, [STAGES * STEPS, ROOM, WORDS], w_desc.layout),
+        gl.allocate_shared_memory(
+            gl.int32, [STAGES * STEPS * BOXES, ROOM, WORDS // BOXES], w_desc.layout
+        ),
         gl.allocate_shared_memory(gl.bfloat16, [STAGES * STEPS, SLOTS, STEP], x_shared),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -59,24 +117,27 @@ def open_rings(
 
 
 @gluon.jit
-def halvings(sorted_ptr, block, R, SLOTS: gl.constexpr):
-    """How often a block can be halved so that all its slots are left: they fill from the front."""
+def less_of(sorted_ptr, block, R, SLOTS: gl.constexpr):
+    """LESS of a block, whose slots fill from the front."""
     found = block * 0
-    for i in gl.static_range(halvings_of(SLOTS)):
-        slot = gl.load(sorted_ptr + block * SLOTS + (SLOTS >> i + 1))
+    for less in gl.static_range(1, smallest_of(SLOTS) + 1):
+        slot = gl.load(sorted_ptr + block * SLOTS + first_of(SLOTS, less) + rest_of(SLOTS, less))
         found += gl.where((slot >= 0) & (slot < R), 0, 1)
     return found
 
 
 @gluon.jit
-def load_words(descs, words, bar, row, below, k):
-    """TMA of a step's words of a tile's weight rows, half of the rows from ``row`` on, half from
+def load_words(descs, w_ring, at, bar, row, below, k, BOXES: gl.constexpr):
+    """TMA of step k's words of a tile's weight rows, half of the rows from ``row`` on, half from
     ``row + below`` on."""
-    HALF: gl.constexpr = words.shape[0] // 2
-    WORDS: gl.constexpr = words.shape[1]
-    low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
-    tma.async_copy_global_to_shared(descs[0], [row, k * WORDS], bar, low)
-    tma.async_copy_global_to_shared(descs[1], [row + below, k * WORDS], bar, high)
+    HALF: gl.constexpr = w_ring.shape[1] // 2
+    WORDS: gl.constexpr = w_ring.shape[2]
+    for box in gl.static_range(BOXES):
+        words = w_ring.index(at * BOXES + box)
+        low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
+        column = (k * BOXES + box) * WORDS
+        tma.async_copy_global_to_shared(descs[0], [row, column], bar, low)
+        tma.async_copy_global_to_shared(descs[1], [row + below, column], bar, high)
 
 
 @gluon.jit
@@ -100,9 +161,9 @@ def finished(
         base, at_high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
         low *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_low)), 1)
         high *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_high)), 1)
-    if ELEMENT == "e2m1":
-        low *= HALF_EXPONENT
-        high *= HALF_EXPONENT
+    if short_of(ELEMENT) != 0:
+        low *= 2.0 ** short_of(ELEMENT)
+        high *= 2.0 ** short_of(ELEMENT)
     if scale2_ptr is not None:
         at = scale2_ptr + expert.to(gl.int64) * (SHARD + 1)
         low *= gl.load(at)

@@ -3,25 +3,30 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import expert_at, next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
-    group_pointers,
     multiply,
     rows_of,
 )
-from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, boxes_of_step, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
+    blocks_of,
+    expert_of,
     finished,
-    halvings,
-    halvings_of,
+    first_of,
+    less_of,
     load_words,
     open_rings,
+    rest_of,
+    smallest_of,
     store_side,
     unit_of,
+    wait_at_the_end,
+    wait_for_previous,
 )
+from fusedmoe.kernels.triton.hopper_mixed_scales import group_pointers
 
 UNSPECIALIZED = ("scale_row_step", "scale_block", "R", "num_local")
 
@@ -29,8 +34,8 @@ UNSPECIALIZED = ("scale_row_step", "scale_block", "R", "num_local")
 @gluon.jit
 def expect_stage(bar, whole, WORDS: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr):
     """WORDS bytes of weights, and ROWS bytes of act or, of a block that is not whole, the part of
-    them that its first unit has."""
-    if unit_of(SLOTS) == SLOTS:
+    them that its first unit has; those of 256 are."""
+    if SLOTS != 128:
         mbarrier.expect(bar, WORDS + ROWS)
     else:
         mbarrier.expect(bar, WORDS + ROWS, pred=whole)
@@ -40,7 +45,7 @@ def expect_stage(bar, whole, WORDS: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.
 @gluon.jit
 def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLEM: gl.constexpr):
     """One warp: words of weights and rows of act."""
-    H, I, _, _, TILES, GROUP_M, ROWS, STEPS = PROBLEM  # noqa: E741
+    H, I, ELEMENT, _, TILES, GROUP_M, ROWS, STEPS, SHARE = PROBLEM  # noqa: E741
     box, counter_ptr, R = drawn
     w_ring, x_ring = rings
     full, empty = bars
@@ -49,26 +54,28 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     SLOTS: gl.constexpr = x_ring.shape[1]
     HALF: gl.constexpr = w_ring.shape[1] // 2
     UNIT: gl.constexpr = unit_of(SLOTS)
-    WORDS: gl.constexpr = STEPS * w_ring.shape[1] * w_ring.shape[2] * 4
+    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
+    WORDS: gl.constexpr = STEPS * BOXES * w_ring.shape[1] * w_ring.shape[2] * 4
     X_BYTES: gl.constexpr = STEPS * SLOTS * STEP * 2
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
-    blocks = gl.load(num_post_ptr) // SLOTS
+    first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     tasks = blocks * TILES
     first = gl.program_id(0)
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
     EARLY: gl.constexpr = min(STAGES, (KSTEPS + STEPS - 1) // STEPS)
     if first < tasks:
         block, tile = tile_of(first, blocks, TILES, GROUP_M)
-        smaller = halvings(sorted_ptr, block, R, SLOTS)
-        weight_row = expert_at(expert_ids_ptr, block, num_local) * H + tile * ROWS
+        block += first_block
+        less = less_of(sorted_ptr, block, R, SLOTS)
+        whole = (SLOTS != 128) | (less == 0)
+        weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * H + tile * ROWS
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            expect_stage(bar, smaller == 0, WORDS, X_BYTES, SLOTS)
+            expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
             for step in gl.static_range(STEPS):
                 at = stage * STEPS + step
-                load_words(descs, w_ring.index(at), bar, weight_row, HALF, at)
-    gdc_wait()
-    gdc_launch_dependents()
+                load_words(descs, w_ring, at, bar, weight_row, HALF, at, BOXES)
+    wait_for_previous(SHARE)
     stage = 0
     phase = 1
     number = 0
@@ -76,20 +83,22 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     coming = tasks
     while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
-        smaller = halvings(sorted_ptr, block, R, SLOTS)
-        announce(box, number, 4 * task + smaller)
+        block += first_block
+        less = less_of(sorted_ptr, block, R, SLOTS)
+        whole = (SLOTS != 128) | (less == 0)
+        announce(box, number, 4 * task + less)
         number += 1
-        weight_row = expert_at(expert_ids_ptr, block, num_local) * H + tile * ROWS
+        weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * H + tile * ROWS
         for k in range(0, KSTEPS, STEPS):
             if k == KSTEPS // 2 // STEPS * STEPS:
                 coming = draw(counter_ptr, R)
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * STEPS):
-                expect_stage(bar, smaller == 0, WORDS, X_BYTES, SLOTS)
+                expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
                 for step in gl.static_range(STEPS):
-                    words = w_ring.index(stage * STEPS + step)
-                    load_words(descs, words, bar, weight_row, HALF, k + step)
+                    at = stage * STEPS + step
+                    load_words(descs, w_ring, at, bar, weight_row, HALF, k + step, BOXES)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 column = (k + step) * STEP
@@ -99,11 +108,12 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
                 if UNIT < SLOTS:
                     rest = part.slice(UNIT, UNIT, 0)
                     tma.async_copy_global_to_shared(
-                        act_desc, [block * SLOTS + UNIT, column], bar, rest, pred=smaller == 0
+                        act_desc, [block * SLOTS + UNIT, column], bar, rest, pred=whole
                     )
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
     announce(box, number, 4 * tasks)
+    wait_at_the_end(SHARE)
 
 
 @gluon.jit
@@ -111,8 +121,8 @@ def finish_product(
     out_desc, buffers, acc, pointers, scales, expert, row, tile, INDEX: gl.constexpr,
     PROBLEM: gl.constexpr,
 ):  # fmt: skip
-    """Scales, biases and store of one product's sums."""
-    H, I, ELEMENT, GROUP, _, _, ROWS, _ = PROBLEM  # noqa: E741
+    """Scales, biases and store of one product's sums, or a part of them."""
+    H, I, ELEMENT, GROUP, _, _, ROWS, _, _ = PROBLEM  # noqa: E741
     scale_ptr, _, scale2_ptr, bias_ptr = pointers
     first = rows_of(tile, INDEX, ROWS, False)
     low, high = finished(
@@ -125,21 +135,28 @@ def finish_product(
 
 @gluon.jit
 def down_tile(
-    out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS: gl.constexpr,
+    out_desc, buffers, common, stage, phase, expert, row, tile, LESS: gl.constexpr,
     PROBLEM: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Product number WHICH of a tile, for the SLOTS places from ``row`` on."""
+    """Product number WHICH of a tile, of a block's places from ``row`` on."""
     pointers, scales, rings, bars, _, _ = common
-    H, I, ELEMENT, GROUP, _, _, ROWS, STEPS = PROBLEM  # noqa: E741
+    FIRST: gl.constexpr = first_of(rings[1].shape[1], LESS)
+    REST: gl.constexpr = rest_of(rings[1].shape[1], LESS)
+    H, I, ELEMENT, GROUP, _, _, ROWS, STEPS, _ = PROBLEM  # noqa: E741
     scale_ptr, zero_ptr, _, _ = pointers
     groups = group_pointers(
         scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, False), H, I, ELEMENT,
         GROUP, False,
     )  # fmt: skip
-    acc, stage, phase = multiply(
-        rings, bars, stage, phase, groups, SLOTS, I, ELEMENT, GROUP, False, WHICH, STEPS
+    sums, stage, phase = multiply(
+        rings, bars, stage, phase, groups, FIRST, REST, I, ELEMENT, GROUP, False, WHICH, STEPS
     )
-    finish_product(out_desc, buffers, acc, pointers, scales, expert, row, tile, WHICH, PROBLEM)
+    tma.store_wait(0)  # what the tile before stored has left its buffers long ago
+    for part in gl.static_range(len(sums)):
+        finish_product(
+            out_desc, buffers, sums[part], pointers, scales, expert, row + part * FIRST, tile,
+            WHICH, PROBLEM,
+        )  # fmt: skip
     return stage, phase
 
 
@@ -147,32 +164,31 @@ def down_tile(
 def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
     _, _, rings, _, tables, num_local = common
-    _, _, _, _, TILES, GROUP_M, _, _ = PROBLEM
+    _, _, _, _, TILES, GROUP_M, _, _, SHARE = PROBLEM
     expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
-    HALVINGS: gl.constexpr = halvings_of(SLOTS)
-    HALF: gl.constexpr = SLOTS // 2
-    QUARTER: gl.constexpr = SLOTS // 4
-    blocks = gl.load(num_post_ptr) // SLOTS
+    SMALLEST: gl.constexpr = smallest_of(SLOTS)
+    first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     stage = 0
     phase = 0
     number = 0
     word = hear(box, number)
     while word // 4 < blocks * TILES:
         block, tile = tile_of(word // 4, blocks, TILES, GROUP_M)
-        expert = expert_at(expert_ids_ptr, block, num_local)
+        block += first_block
+        expert = expert_of(expert_ids_ptr, block, num_local, SHARE)
         row = block * SLOTS
         if word % 4 == 0:
             stage, phase = down_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 0, PROBLEM, WHICH
             )
-        elif HALVINGS == 1 or word % 4 == 1:
+        elif SMALLEST == 1 or word % 4 == 1:
             stage, phase = down_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, HALF, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 1, PROBLEM, WHICH
             )
         else:
             stage, phase = down_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, QUARTER, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 2, PROBLEM, WHICH
             )
         number += 1
         word = hear(box, number)
@@ -207,18 +223,22 @@ def down_kernel(
     STAGES: gl.constexpr,
     STEPS: gl.constexpr,
     GROUP_M: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """As ``up_kernel``, of w2; both descriptors are the same."""
     TILES: gl.constexpr = (H + ROWS - 1) // ROWS
     WORDS: gl.constexpr = words_of_step(ELEMENT)
-    rings, bars, out = open_rings(low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 0, 2)
+    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
+    rings, bars, out = open_rings(
+        low_desc, out_desc, SLOTS, ROWS, WORDS, BOXES, STAGES, STEPS, 0, 2
+    )
     box = open_box(ROWS // 64)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     descs = (low_desc, high_desc)
     pointers = (scale_ptr, zero_ptr, scale2_ptr, bias_ptr)
     scales = (stride_se, 0, scale_row_step, scale_block)
     common = (pointers, scales, rings, bars, tables, num_local)
-    PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, TILES, GROUP_M, ROWS, STEPS)
+    PROBLEM: gl.constexpr = (H, I, ELEMENT, GROUP, TILES, GROUP_M, ROWS, STEPS, SHARE)
     drawn = (box, counter_ptr, R)
     if ROWS == 128:
         gl.warp_specialize(

@@ -3,11 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.hopper_common import (
-    expert_at,
     hopper_activation,
     next_stage,
     rows_layout,
@@ -15,19 +13,25 @@ from fusedmoe.kernels.triton.hopper_common import (
 )
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
-    group_pointers,
     multiply,
     rows_of,
 )
-from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, boxes_of_step, words_of_step
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
+    blocks_of,
+    expert_of,
     finished,
-    halvings,
-    halvings_of,
+    first_of,
+    less_of,
     load_words,
     open_rings,
+    rest_of,
+    smallest_of,
     store_side,
+    wait_at_the_end,
+    wait_for_previous,
 )
+from fusedmoe.kernels.triton.hopper_mixed_scales import group_pointers
 from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
 UNSPECIALIZED = (
@@ -41,7 +45,7 @@ def up_producer(
     PICKS: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
     """Words of weights by TMA, rows of x by cp.async."""
-    H, _, _, _, _, GATED, TILES, GROUP_M, _, STEPS, _ = PROBLEM
+    H, _, ELEMENT, _, _, GATED, TILES, GROUP_M, _, STEPS, _, SHARE = PROBLEM
     box, counter_ptr = drawn
     w_ring, x_ring = rings
     full, empty = bars
@@ -49,13 +53,14 @@ def up_producer(
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = full.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
-    BYTES: gl.constexpr = STEPS * w_ring.shape[1] * w_ring.shape[2] * 4
+    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
+    BYTES: gl.constexpr = STEPS * BOXES * w_ring.shape[1] * w_ring.shape[2] * 4
     BELOW: gl.constexpr = 0 if GATED else w_ring.shape[1] // 2
     KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
     layout: gl.constexpr = rows_layout(SLOTS, STEP, gl.num_warps())
     row = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(0, layout)), 0)
-    blocks = gl.load(num_post_ptr) // SLOTS
+    first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     stage = 0
     phase = 1
     number = 0
@@ -64,10 +69,11 @@ def up_producer(
     coming = tasks
     while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
-        smaller = halvings(sorted_ptr, block, R, SLOTS)
-        announce(box, number, 4 * task + smaller)
+        block += first_block
+        less = less_of(sorted_ptr, block, R, SLOTS)
+        announce(box, number, 4 * task + less)
         number += 1
-        weight_row = expert_at(expert_ids_ptr, block, num_local) * desc_rows + tile * WIDE
+        weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * desc_rows + tile * WIDE
         place = block * SLOTS + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         for k in range(0, KSTEPS, STEPS):
@@ -78,7 +84,7 @@ def up_producer(
             mbarrier.expect(bar, BYTES)
             for step in gl.static_range(STEPS):
                 at = stage * STEPS + step
-                load_words(descs, w_ring.index(at), bar, weight_row, BELOW, k + step)
+                load_words(descs, w_ring, at, bar, weight_row, BELOW, k + step, BOXES)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 if KSTEPS % STEPS == 0 or k + step < KSTEPS:
@@ -92,10 +98,10 @@ def up_producer(
 @gluon.jit
 def finish_product(
     out_desc, buffers, acc, pointers, scales, bias_steps, expert, row, tile, numbers,
-    INDEX: gl.constexpr, PROBLEM: gl.constexpr,
+    PART: gl.constexpr, INDEX: gl.constexpr, PROBLEM: gl.constexpr,
 ):  # fmt: skip
-    """Scales, biases, activation and store of one product's sums."""
-    H, I, ELEMENT, GROUP, FORMULA, GATED, _, _, ROWS, _, ORDERED = PROBLEM  # noqa: E741
+    """Scales, biases, activation and store of one product's sums, or a part of them."""
+    H, I, ELEMENT, GROUP, FORMULA, GATED, _, _, ROWS, _, ORDERED, _ = PROBLEM  # noqa: E741
     scale_ptr, _, scale2_ptr, bias_ptr = pointers
     limit, alpha, beta = numbers
     first = rows_of(tile, INDEX, ROWS, GATED)
@@ -105,7 +111,7 @@ def finish_product(
     )  # fmt: skip
     if GATED:
         act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
-        store_side(out_desc, buffers, act, row, first[0], 0, ORDERED)
+        store_side(out_desc, buffers, act, row, first[0], PART, ORDERED)
     else:
         store_side(out_desc, buffers, plain_activation(FORMULA, low), row, first[0], 0, ORDERED)
         store_side(out_desc, buffers, plain_activation(FORMULA, high), row, first[1], 1, ORDERED)
@@ -113,24 +119,28 @@ def finish_product(
 
 @gluon.jit
 def up_tile(
-    out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS: gl.constexpr,
+    out_desc, buffers, common, stage, phase, expert, row, tile, LESS: gl.constexpr,
     PROBLEM: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Product number WHICH of a tile, for the SLOTS places from ``row`` on."""
+    """Product number WHICH of a tile, of a block's places from ``row`` on."""
     pointers, scales, bias_steps, rings, bars, _, _, numbers = common
-    H, I, ELEMENT, GROUP, _, GATED, _, _, ROWS, STEPS, _ = PROBLEM  # noqa: E741
+    FIRST: gl.constexpr = first_of(rings[1].shape[1], LESS)
+    REST: gl.constexpr = rest_of(rings[1].shape[1], LESS)
+    H, I, ELEMENT, GROUP, _, GATED, _, _, ROWS, STEPS, _, _ = PROBLEM  # noqa: E741
     scale_ptr, zero_ptr, _, _ = pointers
     groups = group_pointers(
         scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, GATED), I, H, ELEMENT,
         GROUP, GATED,
     )  # fmt: skip
-    acc, stage, phase = multiply(
-        rings, bars, stage, phase, groups, SLOTS, H, ELEMENT, GROUP, GATED, WHICH, STEPS
+    sums, stage, phase = multiply(
+        rings, bars, stage, phase, groups, FIRST, REST, H, ELEMENT, GROUP, GATED, WHICH, STEPS
     )
-    finish_product(
-        out_desc, buffers, acc, pointers, scales, bias_steps, expert, row, tile, numbers, WHICH,
-        PROBLEM,
-    )  # fmt: skip
+    tma.store_wait(0)  # what the tile before stored has left its buffers long ago
+    for part in gl.static_range(len(sums)):
+        finish_product(
+            out_desc, buffers, sums[part], pointers, scales, bias_steps, expert,
+            row + part * FIRST, tile, numbers, part, WHICH, PROBLEM,
+        )  # fmt: skip
     return stage, phase
 
 
@@ -138,32 +148,31 @@ def up_tile(
 def up_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl.constexpr):
     """Product number WHICH of every tile."""
     _, _, _, rings, _, tables, num_local, _ = common
-    _, _, _, _, _, _, TILES, GROUP_M, _, _, _ = PROBLEM
+    _, _, _, _, _, _, TILES, GROUP_M, _, _, _, SHARE = PROBLEM
     expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
-    HALVINGS: gl.constexpr = halvings_of(SLOTS)
-    HALF: gl.constexpr = SLOTS // 2
-    QUARTER: gl.constexpr = SLOTS // 4
-    blocks = gl.load(num_post_ptr) // SLOTS
+    SMALLEST: gl.constexpr = smallest_of(SLOTS)
+    first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     stage = 0
     phase = 0
     number = 0
     word = hear(box, number)
     while word // 4 < blocks * TILES:
         block, tile = tile_of(word // 4, blocks, TILES, GROUP_M)
-        expert = expert_at(expert_ids_ptr, block, num_local)
+        block += first_block
+        expert = expert_of(expert_ids_ptr, block, num_local, SHARE)
         row = block * SLOTS
         if word % 4 == 0:
             stage, phase = up_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, SLOTS, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 0, PROBLEM, WHICH
             )
-        elif HALVINGS == 1 or word % 4 == 1:
+        elif SMALLEST == 1 or word % 4 == 1:
             stage, phase = up_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, HALF, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 1, PROBLEM, WHICH
             )
         else:
             stage, phase = up_tile(
-                out_desc, buffers, common, stage, phase, expert, row, tile, QUARTER, PROBLEM, WHICH
+                out_desc, buffers, common, stage, phase, expert, row, tile, 2, PROBLEM, WHICH
             )
         number += 1
         word = hear(box, number)
@@ -210,18 +219,19 @@ def up_kernel(
     STAGES: gl.constexpr,
     STEPS: gl.constexpr,
     GROUP_M: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """low_desc, high_desc: words of gate and of up, or w1 twice, with ``desc_rows`` rows for each
     expert. GROUP columns share a scale (0: a row does)."""
     WIDE: gl.constexpr = ROWS // 2 if GATED else ROWS
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     WORDS: gl.constexpr = words_of_step(ELEMENT)
+    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
     rings, bars, out = open_rings(
-        low_desc, out_desc, SLOTS, ROWS, WORDS, STAGES, STEPS, 128, 1 if GATED else 2
+        low_desc, out_desc, SLOTS, ROWS, WORDS, BOXES, STAGES, STEPS, 128, 1 if GATED else 2
     )
     box = open_box(ROWS // 64)
-    gdc_wait()
-    gdc_launch_dependents()
+    wait_for_previous(SHARE)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     sizes = (R, num_local, desc_rows)
     descs = (low_desc, high_desc)
@@ -233,7 +243,7 @@ def up_kernel(
     bias_steps = (TO_UP, 2 if INTERLEAVED else 1)
     common = (pointers, scales, bias_steps, rings, bars, tables, num_local, numbers)
     PROBLEM: gl.constexpr = (
-        H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS, ORDERED,
+        H, I, ELEMENT, GROUP, FORMULA, GATED, TILES, GROUP_M, ROWS, STEPS, ORDERED, SHARE,
     )  # fmt: skip
     drawn = (box, counter_ptr)
     if ROWS == 128:
@@ -287,3 +297,4 @@ def up_kernel(
             [4, 4, 4, 4],
             [104, 104, 104, 64],
         )  # fmt: skip
+    wait_at_the_end(SHARE)

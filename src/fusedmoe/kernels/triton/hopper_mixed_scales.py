@@ -1,0 +1,84 @@
+"""Where the scales and zero points of a step lie, for ``hopper_mixed_prefill``.
+
+``scales`` are (stride of experts, step from gate to up, step from row to row, rows that share one).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusedmoe.kernels.triton.hopper_mixed_numbers import (
+    SIDE,
+    STEP,
+    by_scale,
+    chunks_of_step,
+    scales_of_step,
+)
+
+
+@gluon.jit
+def scale_rows(scales, expert, shard, feature, N: gl.constexpr, D: gl.constexpr,
+               GROUP: gl.constexpr):  # fmt: skip
+    """(index of the expert's first scale, and from there of those of these features)."""
+    stride_expert, shard_step, row_step, block = scales
+    WIDTH: gl.constexpr = 1 if GROUP == 0 else (D + GROUP - 1) // GROUP
+    row = shard * shard_step + gl.minimum(feature, N - 1) // block * row_step
+    return expert.to(gl.int64) * stride_expert, row * WIDTH
+
+
+@gluon.jit
+def group_pointers(
+    scale_ptr, zero_ptr, scales, expert, first, N: gl.constexpr, D: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """``groups_at`` goes on from here, for the features from ``first`` (low, high) on."""
+    COUNT: gl.constexpr = scales_of_step(GROUP)
+    layout: gl.constexpr = gl.SliceLayout(1, by_scale(chunks_of_step(ELEMENT), COUNT))
+    r = gl.arange(0, SIDE, layout)
+    base, low = scale_rows(scales, expert, 0, first[0] + r, N, D, GROUP)
+    SHARD: gl.constexpr = 1 if GATED else 0
+    base, high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
+    if GROUP == 0 and zero_ptr is None:
+        return ()
+    elif GROUP == 0:
+        return (zero_ptr + base) + low, (zero_ptr + base) + high
+    elif zero_ptr is None:
+        return (scale_ptr + base) + low, (scale_ptr + base) + high
+    else:
+        return (
+            (scale_ptr + base) + low,
+            (scale_ptr + base) + high,
+            (zero_ptr + base) + low,
+            (zero_ptr + base) + high,
+        )
+
+
+@gluon.jit
+def load_groups(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
+    """Scales, or zero points, [32, COUNT] of step k; ptrs [32] to those of column 0."""
+    COUNT: gl.constexpr = scales_of_step(GROUP)
+    layout: gl.constexpr = by_scale(chunks_of_step(ELEMENT), COUNT)
+    if GROUP == 0:
+        return gl.load(gl.expand_dims(ptrs, 1))
+    elif COUNT == 1:
+        return gl.load(gl.expand_dims(ptrs, 1) + k // (GROUP // STEP))
+    else:
+        at = k * COUNT + gl.arange(0, COUNT, gl.SliceLayout(0, layout))
+        if D % STEP != 0:
+            at = gl.minimum(at, (D + GROUP - 1) // GROUP - 1)
+        return gl.load(gl.expand_dims(ptrs, 1) + gl.expand_dims(at, 0))
+
+
+@gluon.jit
+def groups_at(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
+    """What ``ptrs`` (tuple of pointers [32]) have for step k: scales of low and of high, then zero
+    points likewise; where a row has one scale for all columns, only zero points."""
+    if len(ptrs) == 0:
+        return (k,)
+    elif len(ptrs) == 2:
+        low = load_groups(ptrs[0], k, D, ELEMENT, GROUP)
+        return low, load_groups(ptrs[1], k, D, ELEMENT, GROUP)
+    else:
+        low = load_groups(ptrs[0], k, D, ELEMENT, GROUP)
+        high = load_groups(ptrs[1], k, D, ELEMENT, GROUP)
+        low_zero = load_groups(ptrs[2], k, D, ELEMENT, GROUP)
+        return low, high, low_zero, load_groups(ptrs[3], k, D, ELEMENT, GROUP)
