@@ -195,6 +195,19 @@ def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
     check_layout(layout, **named)
 
 
+def check_batch_invariance(layout: Layout) -> None:
+    """A rank's tokens have the same bits whatever else it and the others bring."""
+    groups, token_rank = make_groups(layout)
+    layer = build(
+        torch.bfloat16, parallel=groups, options=MoEOptions(batch_invariant=True), top_k=E
+    )
+    x, logits = rows(40, 10 + token_rank, torch.bfloat16)
+    whole = layer(x, logits)
+    for T in (1, 7, 33):
+        T = T if layout.token_ranks == 1 else T - token_rank % 2
+        assert torch.equal(layer(x[:T], logits[:T]), whole[:T]), T
+
+
 def check_compiled(layout: Layout) -> None:
     """``torch.compile(fullgraph=True)`` traces dispatch and combine as it finds them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rank_layers import Layout, check_compiled, check_layout, run_with
+from rank_layers import Layout, check_batch_invariance, check_compiled, check_layout, run_with
 
 EVERYWHERE = {
     "tp": Layout(tp=2),
@@ -57,6 +57,11 @@ def test_all_tokens_go_to_one_rank(ranks, name, mover):
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
 def test_counts_may_be_given(ranks, name):
     ranks.run(check_layout, MOVING[name], "naive_dp_ep", ("even", "uneven"), True)
+
+
+@pytest.mark.parametrize("name", ["tp4", "ep4", "dp_tp", "dp4_ep"])
+def test_batch_invariance_over_ranks(ranks, name):
+    ranks.run(check_batch_invariance, EVERYWHERE[name])
 
 
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_tp"])

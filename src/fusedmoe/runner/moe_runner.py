@@ -11,6 +11,7 @@ Experts that were removed from the model add their constants before the scale.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ class MoERunner(PlacedLayer):
         self.routed_scaling_factor = routed_scaling_factor
         self.router_logits_dtype = router_logits_dtype
         self.num_router_logits = num_router_logits
-        self.rank_sum = rank_sum or RankSum()
+        in_order = moe_config.options.batch_invariant
+        self.rank_sum = replace(rank_sum or RankSum(), in_order=in_order)
         self.shared_experts_sharded = shared_experts_sharded
         self.skip_padding = skip_padding
         self.enable_eplb = enable_eplb

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fusedmoe.distributed.collectives import all_gather_rows, sum_in_order
+from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.parallel_config import ParallelGroups, ParallelPlace
 
 if TYPE_CHECKING:
@@ -40,12 +42,16 @@ class RankSum:
     Without a ``group`` (sizes given for loading alone), or with ``enabled`` False (the caller
     sums), nothing is communicated and a PARTIAL stays one: adding the ranks' results then gives
     the output, so what is whole on every rank is added on rank 0 alone.
+
+    ``in_order``: ranks' summands are added in fp32 one after the other. A backend's own all-reduce
+    moves less, but the order in which it adds an element's summands depends on where that lies.
     """
 
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
     enabled: bool = True
+    in_order: bool = False
 
     @classmethod
     def around(
@@ -77,6 +83,13 @@ class RankSum:
         if summand.extent is Extent.WHOLE or not self.communicates:
             return summand
         value = summand.value.contiguous()
+        if self.in_order:
+            assert self.group is not None
+            everyones = all_gather_rows(
+                value, [value.shape[0]] * self.size, TokenRanks((self.group,))
+            )
+            parts = everyones().view(self.size, *value.shape)
+            return Summand(sum_in_order(parts), Extent.WHOLE)
         torch.distributed.all_reduce(value, group=self.group)
         return Summand(value, Extent.WHOLE)
 
