@@ -16,6 +16,12 @@ from fusedmoe.integrations.transformers.borrowed import (
     BorrowedExperts,
     ExpertWeights,
 )
+from fusedmoe.integrations.transformers.compiled_block import (
+    accelerated_block,
+    can_be_opaque,
+    number_block,
+    tensor_of,
+)
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import (
@@ -26,12 +32,6 @@ from fusedmoe.runner.replay import GraphReplay
 
 # Looking at more addresses than this on each call costs more than replaying saves.
 _MAX_REPLAYED_TENSORS = 32
-
-
-def _tensor_of(owner: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter or buffer, without the cost of a module's own attribute look-up."""
-    parameters = owner._parameters
-    return parameters[name] if name in parameters else owner._buffers.get(name)
 
 
 class BlockForward(Replacement):
@@ -58,13 +58,61 @@ class BlockForward(Replacement):
         self.stack = weights.stack if isinstance(weights, StackedWeights) else None
         self.width: int = at(self.router.module, family.router.weight).shape[1]
         self.output_scale: float = resolve(family.output_scale, block)
-        self.replay = GraphReplay(self._compute, self._can_be_captured, max_rows=replay_rows)
+        self.replay = GraphReplay(self.compute, self._can_be_captured, max_rows=replay_rows)
         self.inner_modules = tuple(block.modules())[1:]
         self.owners = tuple(
             (owner, name)
             for owner in block.modules()
             for name in (*owner._parameters, *owner._buffers)
         )
+        self.number = number_block(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = number_block(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
+            x = args[0].reshape(-1, self.width)
+            tensors = [tensor_of(*pair) for pair in self.owners]
+            output, beside = accelerated_block(x, tensors, self.number)
+            return self._as_returned(output, beside, args[0])
+        return super().__call__(*args, **kwargs)
+
+    def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether torch.compile is to see one operator. An exported program must do without us."""
+        return (
+            len(args) == 1
+            and not kwargs
+            and not torch.is_grad_enabled()
+            and not self.module.training
+            and not torch.is_autocast_enabled(args[0].device.type)
+            and not torch.compiler.is_exporting()
+            and can_be_opaque(self.number)
+        )
+
+    def can_be_opaque(self) -> bool:
+        """As ``OpaqueBlock`` says."""
+        plain = (torch.Tensor, nn.Parameter, type(None))
+        return (
+            not self.family.takes_input_ids
+            and not self.router.row.decides
+            and not self._has_other_parts()
+            and self.runner.rank_sum.size == 1
+            and self._replays(None)
+            and all(type(tensor_of(*pair)) in plain for pair in self.owners)
+        )
+
+    def beside_like(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``OpaqueBlock`` says."""
+        router = self.router
+        weight = at(router.module, router.row.weight)
+        dtype = torch.float32 if router.row.fp32_logits else weight.dtype
+        spec = router.spec
+        width = (
+            spec.top_k + spec.num_fused_shared_experts if router.keep_result else weight.shape[0]
+        )
+        return x.new_empty(x.shape[0], width, dtype=dtype)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         if not self.family.takes_input_ids:
@@ -86,12 +134,12 @@ class BlockForward(Replacement):
         if router.must_be_called:
             output, beside = self._run_asking(x, input_ids)
         elif self._replays(input_ids):
-            output, beside = self.replay((x,), [_tensor_of(*pair) for pair in self.owners])
+            output, beside = self.replay((x,), [tensor_of(*pair) for pair in self.owners])
         else:
-            output, beside = self._compute(x, input_ids)
+            output, beside = self.compute(x, input_ids)
         return self._as_returned(output, beside, hidden_states)
 
-    def _compute(
+    def compute(
         self, x: torch.Tensor, input_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and what the family returns beside it, by our router and experts."""
@@ -128,7 +176,7 @@ class BlockForward(Replacement):
     def _run_asking(
         self, x: torch.Tensor, input_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``_compute``, with the router module called, once, and its choice taken."""
+        """As ``compute``, with the router module called, once, and its choice taken."""
         router = self.router
         router.answer = answer = router.ask(x, input_ids)
         try:

@@ -58,7 +58,11 @@ class Replacement(ABC):
             return True
         if torch.is_autocast_enabled(x.device.type) or is_hooked(self.listened):
             return True
-        children = module._modules
+        return self._has_other_parts()
+
+    def _has_other_parts(self) -> bool:
+        """Whether a submodule was replaced."""
+        children = self.module._modules
         return any(children.get(name) is not child for name, child in self.parts)
 
     def release(self) -> None:
