@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -69,13 +71,13 @@ def test_truncated_and_wrongly_typed_tensors_are_named(name: str) -> None:
             read_matrix(scheme, tensors | {suffix: tensors[suffix].to(torch.complex64)}, matrix)
 
 
-def layer_tensors(case: Case) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def layer_tensors(case: Case, shift: int = 0) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name, tensor, values of its matrix) for E experts, out of order."""
     for e in reversed(range(E)):
         for i, (name, N, K) in enumerate(
             (("down_proj", H, I), ("up_proj", I, H), ("gate_proj", I, H))
         ):
-            stored = case.write(random_weight(10 * e + i, N, K))
+            stored = case.write(random_weight(shift + 10 * e + i, N, K))
             for suffix, tensor in stored.tensors.items():
                 yield f"{e}.{name}.{suffix}", tensor, stored.values
 
@@ -94,14 +96,16 @@ def new_layer(case: Case, **arguments: int) -> fusedmoe.MoERunner:
     )
 
 
-def check_rank(case: Case, layer: fusedmoe.MoERunner, rank: int, width: int) -> None:
+def check_rank(
+    case: Case, layer: fusedmoe.MoERunner, rank: int, width: int, shift: int = 0
+) -> None:
     """The layer's values are those of the matrices, or a rank's part of them."""
     experts = layer.routed_experts
     w13, w2 = experts.quant_method.quantized_weights(experts)
     gate_up, down = w13.dequantize(torch.float32), w2.dequantize(torch.float32)
     stored = gate_up.shape[1] // 2
     start, stop = rank * stored, min((rank + 1) * stored, width)
-    for name, _, values in layer_tensors(case):
+    for name, _, values in layer_tensors(case, shift):
         e, projection, _ = name.split(".", 2)
         if projection == "down_proj":
             mine, wanted = down[int(e)], values[:, start:stop]
@@ -226,3 +230,24 @@ def test_gpt_oss_tensors_hold_all_experts_with_gate_and_up_interleaved() -> None
         )
         assert torch.equal(found.dequantize(torch.bfloat16), wanted.transpose(1, 2))
     assert torch.equal(experts.w13_bias, tensors["experts.gate_up_proj_bias"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_values_may_be_loaded_over_the_first(name: str) -> None:
+    """All of a matrix's tensors or none: new numbers with old scales would be neither."""
+    case = CASES[name]
+    layer, first = new_layer(case), list(layer_tensors(case))
+    layer.load_weights((n, t) for n, t, _ in first)
+    for shift in (100, 200):
+        shuffled = list(layer_tensors(case, shift))
+        random.Random(shift).shuffle(shuffled)
+        layer.load_weights((n, t) for n, t, _ in shuffled)
+        check_rank(case, layer, 0, I, shift)
+    weight = next(n for n, *_ in first if n.endswith((".weight", "qweight", "weight_packed")))
+    base = weight.rpartition(".")[0]
+    again = [(n, t) for n, t, _ in first if n.startswith(f"{base}.")]
+    layer.load_weights((n, t) for n, t in again if n == weight)
+    with pytest.raises(ValueError, match=rf"the checkpoint lacks {re.escape(base)}\."):
+        layer(torch.randn(2, H), torch.randn(2, E))
+    layer.load_weights((n, t) for n, t in again if n != weight)
+    assert layer(torch.randn(2, H), torch.randn(2, E)).isfinite().all()

@@ -309,7 +309,8 @@ class ExpertLoader:
 
     @property
     def is_complete(self) -> bool:
-        return len(self._loaded) == len(self._wanted)
+        """Whether everything has come, and what came again did so with all that belongs to it."""
+        return len(self._loaded) == len(self._wanted) and not self.missing_stored()
 
     def missing_stored(self) -> list[str]:
         """Names of tensors that are missing beside others of the same matrix."""

@@ -32,13 +32,25 @@ class MatrixKey(NamedTuple):
         return Matrix(name=name, N=count * sizes.intermediate, K=sizes.hidden, shards=count)
 
 
+class Waiting(NamedTuple):
+    """A tensor, and the places of the rules that have not used it yet."""
+
+    tensor: torch.Tensor
+    rules: set[int]
+
+
 class StoredTensors:
-    """What has arrived of each matrix and is still needed."""
+    """What has arrived of each matrix and is still needed.
+
+    A matrix that is complete may come again: with its weight, everything that belongs to it has to
+    come again, too. Other tensors may come alone.
+    """
 
     def __init__(self, schemes: LayerSchemes) -> None:
         self.schemes = schemes
-        self._pending: dict[MatrixKey, dict[str, torch.Tensor]] = {}
-        self._seen: dict[MatrixKey, set[str]] = {}
+        self._pending: dict[MatrixKey, dict[str, Waiting]] = {}
+        # What has come of a matrix, and what of that has come again without its weight.
+        self._seen: dict[MatrixKey, tuple[set[str], set[str]]] = {}
         self._names: dict[MatrixKey, str] = {}
 
     def scheme(self, key: MatrixKey) -> Scheme:
@@ -59,29 +71,31 @@ class StoredTensors:
                 f"{', '.join(sorted(scheme.known))}, not {suffix}"
             )
         self._names[key] = base
-        self._seen.setdefault(key, set()).add(suffix)
+        self._note(key, scheme, suffix)
         pending = self._pending.setdefault(key, {})
-        pending[suffix] = tensor
-        complete = [
-            rule
-            for rule in scheme.rules
-            if suffix in rule.needs and pending.keys() >= {*rule.needs}
-        ]
-        for rule in complete:
-            yield rule, tuple(pending[need] for need in rule.needs)
-        waiting = [rule.needs for rule in scheme.rules if not self._is_seen(key, rule)]
-        self._pending[key] = {
-            name: kept for name, kept in pending.items() if any(name in needs for needs in waiting)
-        }
+        users = {i for i, rule in enumerate(scheme.rules) if suffix in rule.needs}
+        pending[suffix] = Waiting(tensor, users)
+        for i in sorted(users):
+            rule = scheme.rules[i]
+            if all(need in pending and i in pending[need].rules for need in rule.needs):
+                yield rule, tuple(pending[need].tensor for need in rule.needs)
+                for need in rule.needs:
+                    pending[need].rules.discard(i)
+        self._pending[key] = {name: kept for name, kept in pending.items() if kept.rules}
 
-    def _is_seen(self, key: MatrixKey, rule: Rule) -> bool:
-        return self._seen[key] >= {*rule.needs}
+    def _note(self, key: MatrixKey, scheme: Scheme, suffix: str) -> None:
+        seen, again = self._seen.setdefault(key, (set(), set()))
+        if suffix in seen and not scheme.missing(frozenset(seen)):
+            again.add(suffix)
+            if suffix in scheme.weight_needs:
+                self._seen[key] = again, set()
+        seen.add(suffix)
 
     def missing(self) -> list[str]:
         """Full names of the stored tensors that matrices which arrived in part still lack."""
         return [
             f"{self._names[key]}{'' if key.expert is None else '.'}{suffix}"
-            for key, seen in self._seen.items()
+            for key, (seen, _) in self._seen.items()
             for suffix in sorted(self.scheme(key).missing(frozenset(seen)))
         ]
 

@@ -92,6 +92,15 @@ class Scheme:
         return frozenset(n for rule in self.rules if not rule.optional for n in rule.needs)
 
     @property
+    def weight_needs(self) -> frozenset[str]:
+        """Suffixes of what the numbers themselves are made of."""
+        gives = (
+            (rule, (rule.gives,) if isinstance(rule.gives, str) else rule.gives)
+            for rule in self.rules
+        )
+        return frozenset(n for rule, parts in gives if "weight" in parts for n in rule.needs)
+
+    @property
     def known(self) -> frozenset[str]:
         return frozenset(n for rule in self.rules for n in rule.needs) | frozenset(self.ignored)
 
