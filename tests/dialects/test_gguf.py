@@ -21,6 +21,7 @@ from fusedmoe.quantization.dialects.base import (
 )
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
 from fusedmoe.weights.gguf_file import TYPES, GgufFile
+from fusedmoe.weights.gguf_parts import GgufParts
 
 
 def test_types_are_the_package_s() -> None:
@@ -83,7 +84,10 @@ def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadat
     """A file of the package's own writer; arrays are bytes of the named type, or floats."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "qwen3moe"))
+    parts = metadata.pop("tensors_per_part", 0)
+    writer = gguf.GGUFWriter(
+        path, metadata.pop("architecture", "qwen3moe"), split_max_tensors=parts
+    )
     for key, value in metadata.items():
         name = key.replace("__", ".")
         if isinstance(value, list):
@@ -281,7 +285,9 @@ NAMES = {
 }
 
 
-def write_model(path: Path, model: Any, architecture: str, up: str, down: str) -> Path:
+def write_model(
+    path: Path, model: Any, architecture: str, up: str, down: str, **options: int
+) -> Path:
     """``model`` as llama.cpp's converter would write it; its weights become what the file holds."""
     import gguf
 
@@ -332,7 +338,7 @@ def write_model(path: Path, model: Any, architecture: str, up: str, down: str) -
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
     found = {f"{architecture}__{k.replace('.', '__')}": v for k, v in keys.items()}
-    return write_gguf(path, tensors, architecture=architecture, **found)
+    return write_gguf(path, tensors, architecture=architecture, **found, **options)
 
 
 def tiny_model(architecture: str, model_type: str) -> Any:
@@ -390,6 +396,41 @@ def test_a_whole_model(
     tokens = [m.generate(prompt, max_new_tokens=4, do_sample=False) for m in (model, plain)]
     assert torch.equal(*tokens)
     assert fusedmoe.from_pretrained(tmp_path, dtype=torch.float32) is not None
+
+
+def test_a_model_in_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tiny_model("qwen3moe", "qwen3_moe")
+    (folder := tmp_path / "parts").mkdir()
+    write_model(folder / "x.gguf", plain, "qwen3moe", "Q4_K", "Q6_K", tensors_per_part=11)
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == [f"x-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    prompt = torch.tensor([[1, 40, 77, 30]])
+    reference = fusedmoe.MoEOptions(experts="torch_quantized")
+    for path in (folder, parts[0], parts[2]):
+        model = fusedmoe.from_pretrained(path, dtype=torch.float32, options=reference)
+        with torch.inference_mode():
+            ours, wanted = model(prompt).logits, plain(prompt).logits
+        assert (ours - wanted).norm() < 1e-4 * wanted.norm()
+    assert main(["inspect", str(folder)]) == 0
+    assert "q4_k + q6_k" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda one, two: two.unlink(), r"lacks x-00002-of-00002\.gguf, a part of the model"),
+        (lambda one, two: two.write_bytes(one.read_bytes()), r"expected part 1 of 2, found 0 of 2"),
+        (lambda one, two: two.write_bytes(two.read_bytes()[:-40]), r"00002\.gguf: truncated"),
+    ],
+)
+def test_parts_that_are_none_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    tensors = {name: (np.ones(64, np.float32), "F32") for name in ("a", "b", "c")}
+    write_gguf(tmp_path / "x.gguf", tensors, tensors_per_part=2)
+    one, two = sorted(tmp_path.iterdir())
+    assert GgufParts(two).tensors.keys() == tensors.keys()
+    change(one, two)
+    with pytest.raises(CheckpointError, match=message):
+        GgufParts(one)
 
 
 def test_models_that_cannot_be_read_say_why(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from fusedmoe.quantization.dialects import LayerSchemes, Matrix
 from fusedmoe.quantization.dialects.gguf import GgufQuantization
 from fusedmoe.weights.checkpoint_experts import ExpertLayer, ExpertTensor
 from fusedmoe.weights.families import Part
-from fusedmoe.weights.gguf_file import FLOATS, ArrayOf, GgufFile
+from fusedmoe.weights.gguf_file import FLOATS, ArrayOf
+from fusedmoe.weights.gguf_parts import GgufParts, paths_of
 
 # Field of a Transformers configuration: key of the header, below the architecture's name.
 _SIZES = {
@@ -95,25 +96,31 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def gguf_of(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is, or that is all a folder has of a model; else None."""
+    """The GGUF file that ``path`` is, or that is all a folder has of a model; else None.
+
+    Of a model in several parts, the first.
+    """
     if path.suffix.lower() == ".gguf":
         return path
     inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return inside[0] if len(inside) == 1 and not (path / CONFIG_NAME).is_file() else None
+    if not inside or (path / CONFIG_NAME).is_file():
+        return None
+    return inside[0] if inside == paths_of(inside[0]) else None
 
 
 class GgufSource:
-    """A checked GGUF file. Raises CheckpointError where it is no model that we know."""
+    """A checked GGUF file, or all parts of one.
+
+    Raises CheckpointError where it is no model that we know.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = GgufFile(path)
+        self.file = GgufParts(path)
         name = self.file.metadata.get("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
             raise CheckpointError(
                 f"{path}: the architecture is {name!r}; known: {', '.join(ARCHITECTURES)}"
             )
-        if self.file.metadata.get("split.count", 1) != 1:
-            raise CheckpointError(f"{path}: is one of several parts; merge them first")
         self.name, self.architecture = name, ARCHITECTURES[name]
         self.layers = self._expert_layers()
         types = {
