@@ -127,12 +127,12 @@ class Group:
 
 
 class Mesh:
-    """As much of a one-dimensional DeviceMesh."""
+    """As much of a DeviceMesh."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group | int, ndim: int = 1) -> None:
+        self._group, self.ndim = group, ndim
 
-    def get_group(self) -> Group:
+    def get_group(self) -> Group | int:
         return self._group
 
 
@@ -157,6 +157,20 @@ def test_a_size_or_rank_that_contradicts_its_group_is_refused(size, rank):
         ParallelPlace.of(
             ParallelGroups(tp=Group(4, 3)), NOTHING | {"tp": size}, NOTHING | {"tp": rank}
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("world", "'world' is no process group"),
+        (-100, "-100 is no process group that this process belongs to"),  # what new_group gives it
+        (Mesh(-100), "-100 is no process group"),
+        (Mesh(Group(4, 3), 2), "DeviceMesh of 2 dimensions"),
+    ],
+)
+def test_what_is_no_group_of_this_process_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelPlace.of(ParallelGroups(dp=given), NOTHING, NOTHING)
 
 
 @pytest.mark.parametrize(("size", "ranks", "each"), [(12, 3, 4), (13, 3, 5), (2, 5, 1)])

@@ -43,9 +43,18 @@ class ParallelGroups:
 
     @staticmethod
     def process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
-        """The process group itself, also of a one-dimensional DeviceMesh."""
-        get_group: Any = getattr(group, "get_group", None)
-        return cast("ProcessGroup | None", group if get_group is None else get_group())
+        """The process group itself, also of a one-dimensional DeviceMesh.
+
+        Raises ValueError for other meshes, and for groups that this process does not belong to.
+        """
+        given: Any = group
+        if hasattr(given, "get_group"):
+            if given.ndim != 1:
+                raise ValueError(f"a DeviceMesh of {given.ndim} dimensions: give one of them")
+            given = given.get_group()
+        if given is not None and not callable(getattr(given, "size", None)):
+            raise ValueError(f"{given!r} is no process group that this process belongs to")
+        return cast("ProcessGroup | None", given)
 
     @property
     def connected(self) -> bool:
