@@ -28,4 +28,4 @@ def test_replayed_steps_give_what_eager_ones_give(name):
         wanted, got = block(x), compiled(x)
         pairs = zip(wanted, got, strict=True) if isinstance(got, tuple) else [(wanted, got)]
         for ours, theirs in pairs:
-            torch.testing.assert_close(theirs.clone(), ours)
+            assert tiny_models.relative_error(theirs, ours) <= 1e-2

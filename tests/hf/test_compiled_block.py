@@ -86,7 +86,7 @@ def test_shapes_and_dtypes_are_known_without_running(name):
         block = block_of(name).to(dtype)
         x = torch.randn(5, 32, dtype=dtype)
         forward = block.forward
-        tensors = [compiled_block.tensor_of(*pair) for pair in forward.owners]
+        tensors = compiled_block.tensors_of(forward.owners)
         torch.library.opcheck(
             compiled_block.accelerated_block,
             (x, tensors, forward.number),
@@ -181,7 +181,7 @@ def test_router_logits_asked_for_in_a_compiled_call_are_returned():
         assert tiny_models.relative_error(ours, theirs) <= 1e-5
 
 
-def test_with_gradients_autocast_or_in_training_it_is_traced():
+def test_with_gradients_autocast_or_noise_it_is_traced():
     block, x = block_of(), torch.randn(1, 4, 32)
 
     def opaque_calls():
@@ -195,6 +195,8 @@ def test_with_gradients_autocast_or_in_training_it_is_traced():
         with torch.autocast("cpu", torch.bfloat16):
             assert opaque_calls() == 0
         block.train()
+        assert opaque_calls() == 1
+        block.forward.noisy = True
         assert opaque_calls() == 0
         block.eval()
         assert opaque_calls() == 1
@@ -215,9 +217,11 @@ def test_a_restored_model_runs_its_own_forward():
     assert graphs.opaque == 1
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
-def test_an_exported_program_holds_no_number_of_this_process():
-    program = torch.export.export(Holder(block_of()), (torch.randn(4, 32),))
+def test_an_exported_program_holds_no_number_of_this_process(strict):
+    torch._dynamo.reset()
+    program = torch.export.export(Holder(block_of()), (torch.randn(4, 32),), strict=strict)
     assert "accelerated_block" not in str(program.graph)
 
 

@@ -20,7 +20,7 @@ from fusedmoe.integrations.transformers.compiled_block import (
     accelerated_block,
     can_be_opaque,
     number_block,
-    tensor_of,
+    tensors_of,
 )
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
 from fusedmoe.integrations.transformers.replacement import Replacement
@@ -60,11 +60,9 @@ class BlockForward(Replacement):
         self.output_scale: float = resolve(family.output_scale, block)
         self.replay = GraphReplay(self.compute, self._can_be_captured, max_rows=replay_rows)
         self.inner_modules = tuple(block.modules())[1:]
-        self.owners = tuple(
-            (owner, name)
-            for owner in block.modules()
-            for name in (*owner._parameters, *owner._buffers)
-        )
+        names = ((owner, (*owner._parameters, *owner._buffers)) for owner in block.modules())
+        self.owners = tuple((owner, held) for owner, held in names if held)
+        self.returns = family.returns
         self.number = number_block(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,21 +71,19 @@ class BlockForward(Replacement):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
-            x = args[0].reshape(-1, self.width)
-            tensors = [tensor_of(*pair) for pair in self.owners]
-            output, beside = accelerated_block(x, tensors, self.number)
+            x = args[0].reshape(-1, args[0].shape[-1])
+            output, beside = accelerated_block(x, tensors_of(self.owners), self.number)
             return self._as_returned(output, beside, args[0])
         return super().__call__(*args, **kwargs)
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether torch.compile is to see one operator. An exported program must do without us."""
+        """Whether torch.compile is to see one operator."""
         return (
             len(args) == 1
             and not kwargs
             and not torch.is_grad_enabled()
-            and not self.module.training
+            and not (self.noisy and self.module.training)
             and not torch.is_autocast_enabled(args[0].device.type)
-            and not torch.compiler.is_exporting()
             and can_be_opaque(self.number)
         )
 
@@ -100,7 +96,7 @@ class BlockForward(Replacement):
             and not self._has_other_parts()
             and self.runner.rank_sum.size == 1
             and self._replays(None)
-            and all(type(tensor_of(*pair)) in plain for pair in self.owners)
+            and all(type(tensor) in plain for tensor in tensors_of(self.owners))
         )
 
     def beside_like(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +130,7 @@ class BlockForward(Replacement):
         if router.must_be_called:
             output, beside = self._run_asking(x, input_ids)
         elif self._replays(input_ids):
-            output, beside = self.replay((x,), [tensor_of(*pair) for pair in self.owners])
+            output, beside = self.replay((x,), tensors_of(self.owners))
         else:
             output, beside = self.compute(x, input_ids)
         return self._as_returned(output, beside, hidden_states)
@@ -169,7 +165,7 @@ class BlockForward(Replacement):
             input_ids is None
             and not watched
             and self.stack is None
-            and len(self.owners) <= _MAX_REPLAYED_TENSORS
+            and sum(len(held) for _, held in self.owners) <= _MAX_REPLAYED_TENSORS
             and not is_hooked(self.inner_modules)
         )
 
@@ -199,7 +195,7 @@ class BlockForward(Replacement):
     def _as_returned(
         self, output: torch.Tensor, beside: torch.Tensor, hidden_states: torch.Tensor
     ) -> Any:
-        returns = self.family.returns
+        returns = self.returns
         if returns == "flat_and_logits":
             return output, beside
         if returns == "flattened_and_logits":

@@ -2,7 +2,10 @@
 
 Traced through, a block leaves some 450 guards, which the host checks before each call of the
 compiled program: a tenth of a millisecond for each block, more than a decode step's experts take on
-a GPU. The operator leaves a tenth of them. T tokens, H hidden, N the width of what is beside.
+a GPU. The operator leaves a tenth of them. What is looked at while tracing is looked at on one path
+only: a second one to the same object is a guard of Python, dearer than ten others.
+
+T tokens, H hidden, N the width of what is beside.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+# Modules, each with the names of the parameters and buffers that it holds itself.
+Owners = tuple[tuple[nn.Module, tuple[str, ...]], ...]
+
 
 class OpaqueBlock(Protocol):
     """A block that can run as one operator."""
 
-    owners: tuple[tuple[nn.Module, str], ...]
+    owners: Owners
 
     def can_be_opaque(self) -> bool:
         """Whether a call depends on nothing but x and the tensors of ``owners``."""
@@ -46,14 +52,21 @@ def number_block(block: OpaqueBlock) -> int:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def can_be_opaque(number: int) -> bool:
-    """Asked once, while a call is traced: the answer is a constant without guards."""
-    return _blocks[number].can_be_opaque()
+    """Asked once, while a call is traced: the answer is a constant without guards.
+
+    An exported program outlives the numbers. (Traced itself, ``is_exporting`` is always true in
+    torch 2.11.)
+    """
+    return not torch.compiler.is_exporting() and _blocks[number].can_be_opaque()
 
 
-def tensor_of(owner: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter or buffer, without the cost of a module's own attribute look-up."""
-    parameters = owner._parameters
-    return parameters[name] if name in parameters else owner._buffers.get(name)
+def tensors_of(owners: Owners) -> list[torch.Tensor | None]:
+    """The parameters and buffers, without the cost of a module's own attribute look-up."""
+    return [
+        owner._parameters[name] if name in owner._parameters else owner._buffers.get(name)
+        for owner, names in owners
+        for name in names
+    ]
 
 
 @torch.library.custom_op("fusedmoe::accelerated_block", mutates_args=())
@@ -74,13 +87,11 @@ def _(
 
 
 @contextmanager
-def _in_place(
-    owners: Sequence[tuple[nn.Module, str]], tensors: Sequence[torch.Tensor | None]
-) -> Iterator[None]:
+def _in_place(owners: Owners, tensors: Sequence[torch.Tensor | None]) -> Iterator[None]:
     """``tensors`` stand where ``owners`` keep theirs, as those of a functional call do."""
+    places = [(owner, name) for owner, names in owners for name in names]
     changed: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    for (owner, name), given in zip(owners, tensors, strict=True):
-        own = tensor_of(owner, name)
+    for (owner, name), own, given in zip(places, tensors_of(owners), tensors, strict=True):
         if given is None or own is None or given.data_ptr() == own.data_ptr():
             continue
         kept: Any = owner._parameters if name in owner._parameters else owner._buffers
