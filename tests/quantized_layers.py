@@ -96,11 +96,13 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     input_scale: float | None = None,
     act: str = "silu",
+    one_order: bool = False,
     **arguments: Any,
 ) -> tuple[MoERunner, QuantizedTensor, QuantizedTensor]:
     """(layer, w13, w2) with everything random and static activation scales set.
 
-    It runs the reference unless ``options`` say otherwise.
+    It runs the reference unless ``options`` say otherwise. ``one_order``: act-order columns of gate
+    and up lie alike, as they do in checkpoints.
     """
     arguments = {"options": REFERENCE} | arguments
     layer = FusedMoE(
@@ -118,5 +120,7 @@ def make_layer(
     if layer.moe_config.has_bias:
         for owner in ("w13", "w2"):
             torch.nn.init.normal_(getattr(experts, f"{owner}_bias"))
+    if one_order and w13.group_index is not None:
+        w13.group_index[:, 1:] = w13.group_index[:, :1]
     fill(layer, w13, w2)
     return layer, w13, w2

@@ -223,7 +223,7 @@ def test_a_part_of_the_layer_that_does_not_fit_leaves_nothing_usable():
 
 def test_sorted_columns_live_through_a_layers_life():
     """As a GPU's experts leave them: copied, saved, moved, and written one tensor at a time."""
-    layer, (x, logits) = layer_of("int4_g32_act_order"), inputs()
+    layer, (x, logits) = make_layer("int4_g32_act_order")[0], inputs()
     experts, wanted = layer.routed_experts, layer(x, logits)
     published = copy.deepcopy(layer.state_dict())
     w13, w2 = experts.quant_method.quantized_weights(experts)
@@ -235,7 +235,7 @@ def test_sorted_columns_live_through_a_layers_life():
     assert torch.equal(layer(x, logits), fresh)
     for twin in (copy.deepcopy(layer), saved_and_read(layer), copy.deepcopy(layer).to("cpu")):
         assert torch.equal(twin(x, logits), fresh)
-    other = layer_of("int4_g32_act_order")
+    other = make_layer("int4_g32_act_order")[0]
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x, logits), fresh)
     for half in ("weight", "group_index"):

@@ -28,13 +28,15 @@ E, H, I = 4, 128, 96  # noqa: E741
 PLAIN = (
     *("int8_channel", "int8_channel_zp", "int8_g32", "int8_g32_zp"),
     *("int4_channel", "int4_channel_zp", "int4_g32", "int4_g32_zp"),
+    *("int4_g32_act_order", "int4_g32_zp_act_order", "int8_g32_act_order"),
 )
 WEIGHTS = ("w13_weight", "w2_weight")
 
 
 def built(name, **arguments):
     """(experts, layer, what was written) of a layer that packs its weights."""
-    layer, w13, w2 = make_layer(name, options=MoEOptions(), **{"I": I} | arguments)
+    sizes = {"I": I, "one_order": True}
+    layer, w13, w2 = make_layer(name, options=MoEOptions(), **sizes | arguments)
     assert explain(layer).chosen.name == "cpu_quantized"
     return layer.routed_experts, layer, (w13.data, w2.data)
 
@@ -105,12 +107,15 @@ def test_a_layout_that_is_not_known_costs_a_second_copy(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["state_dict", "assign", "by hand", "per expert"])
-@pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp"])
+@pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp", "int4_g32_act_order"])
 def test_other_values_take_the_place_of_packed_ones_twice(name, how):
     experts, layer, _ = built(name)
     for seed in (5, 6):
         other, *_ = make_layer(name, options=MoEOptions(), I=I)
-        fill(other, draw(name, E, 2 * I, H, shards=2, seed=seed), draw(name, E, H, I, seed=seed))
+        w13, w2 = draw(name, E, 2 * I, H, shards=2, seed=seed), draw(name, E, H, I, seed=seed)
+        if w13.group_index is not None:
+            w13.group_index[:, 1] = w13.group_index[:, 0]
+        fill(other, w13, w2)
         state = {key: value.clone() for key, value in other.routed_experts.state_dict().items()}
         if how == "by hand":
             with torch.no_grad():
@@ -119,10 +124,10 @@ def test_other_values_take_the_place_of_packed_ones_twice(name, how):
                     getattr(experts, key)[E // 2 :].copy_(value[E // 2 :])
             experts.process_weights_after_loading()
         elif how == "per expert":
-            parts = ("weight", "weight_scale", "weight_zero_point")
-            for part in parts if f"w2_{parts[2]}" in state else parts[:2]:
+            for part in [key.removeprefix("w2_") for key in state if key.startswith("w2_")]:
                 for e in range(E):
                     gate, up = state[f"w13_{part}"][e].chunk(2)
+                    gate, up = (t[0] if "index" in part else t for t in (gate, up))
                     experts.load_weights(
                         (f"experts.{e}.{proj}_proj.{part}", tensor)
                         for proj, tensor in (
@@ -229,6 +234,29 @@ def test_experts_that_move_between_ranks_are_rows_of_the_numbers():
     assert torch.equal(layer(x, logits[:, [1, 0, 2, 3]]), before)
 
 
+def test_compiled_code_of_others_reads_the_numbers():
+    """Two layers over the same weights, one of which dequantizes; and one of two that is packed."""
+    experts, layer, written = built("int8_channel")
+    first = layer(*rows())
+    twin, *_ = make_layer("int8_channel", I=I)
+    wanted = twin(*rows())
+    for name in experts.param_specs:
+        twin.routed_experts._parameters[name] = experts._parameters[name]
+    twin.routed_experts.quant_method.kernel(twin.routed_experts)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*rows()), wanted)
+    assert torch.equal(layer(*rows()), first)
+    assert is_packed(experts)
+    assert torch.equal(compiled(*rows()), wanted)
+    assert torch.equal(experts.w2_weight, written[1])
+    layer, *_ = make_layer("int4_g32_act_order", options=MoEOptions())  # only w2 can be sorted
+    experts, wanted = layer.routed_experts, layer(*rows())
+    experts.process_weights_after_loading()
+    assert type(experts.w2_weight) is PackedWeight
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*rows()), wanted)
+
+
 @pytest.mark.parametrize("name", ["int8_channel", "int4_g32_zp"])
 def test_compiled_code_runs_packed_weights(name):
     experts, layer, written = built(name)
@@ -241,6 +269,17 @@ def test_compiled_code_runs_packed_weights(name):
     assert torch.equal(compiled(*rows()), first)
     assert is_packed(experts)
     assert torch.equal(compiled(*rows()), first)
+
+
+def test_numbers_that_compiled_code_would_read_are_refused():
+    """It would see the element that repeats."""
+    experts, layer, _ = built("int8_channel")
+
+    def both(x, logits):
+        return layer(x, logits) + experts.w13_weight.float().sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed weights in compiled"):
+        torch.compile(both, fullgraph=True, backend="eager")(*rows())
 
 
 def test_two_layers_over_the_same_weights_share_what_is_packed():

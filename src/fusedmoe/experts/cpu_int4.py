@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.experts.cpu_act_order import Order, sorted_columns, stored_columns
 from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
 from fusedmoe.quantization.formats.int4 import OFFSET, pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -57,6 +58,14 @@ class FloatRows(NamedTuple):
         sums = (None,) * len(x) if self.sums is None else self.sums.split(counts)
         return [FloatRows(*pieces, self.parts) for pieces in zip(x, sums, strict=True)]
 
+    def following(self, order: Order, G: int) -> FloatRows:
+        """In the order of an expert's columns; with sums over G groups unless that is 0."""
+        x, sums = self.x[:, order.columns], None
+        if G:
+            whole = x.float().unflatten(0, (-1, self.parts)).sum(1)
+            sums = whole.unflatten(1, (G, -1)).sum(-1)
+        return FloatRows(x, sums, self.parts)
+
 
 def float_rows(x: torch.Tensor, g: int, exact: bool) -> FloatRows:
     """x [M, K] as bf16, which holds it exactly or not; sums over ``g`` columns unless that is 0."""
@@ -73,6 +82,7 @@ class Int4Weight(NamedTuple):
     ``rest``, as ``scales``, is what rounding took from these, None where that is nothing.
     ``offset`` fp32 [G, N] is what rounding took from what is added, None without zero points.
     ``factor`` fp32 [N] multiplies the product where rows have one scale; ``scales`` leave it out.
+    ``order`` is that of the columns where rows have to follow it.
     """
 
     packed: torch.Tensor
@@ -81,6 +91,7 @@ class Int4Weight(NamedTuple):
     rest: torch.Tensor | None
     offset: torch.Tensor | None
     factor: torch.Tensor | None
+    order: Order | None = None
 
 
 def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
@@ -102,9 +113,19 @@ def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
     factor = torch.empty(e, N) if by_row else None
     weights = []
     for expert in range(e):
-        own = (None if part is None else part[expert] for part in (rest, offset, factor))
-        weights.append(Int4Weight(packed[expert], scales[expert], group, *own))
-        _fill(weights[-1], q[expert])
+        plain, order = sorted_columns(q[expert])
+        weights.append(
+            Int4Weight(
+                packed[expert],
+                scales[expert],
+                group,
+                None if rest is None else rest[expert],
+                None if offset is None else offset[expert],
+                None if factor is None else factor[expert],
+                order,
+            )
+        )
+        _fill(weights[-1], plain)
     return weights
 
 
@@ -145,11 +166,13 @@ def unpacked_int4(weight: Int4Weight) -> torch.Tensor:
     codes[:whole] = pairs.flatten(-2).transpose(1, 2).reshape(whole, 2 * half)
     if whole < N:
         codes[whole:] = unpack_nibbles(weight.packed[whole:].view(2 * half, -1)).T
-    return pack_nibbles(codes)
+    return stored_columns(pack_nibbles(codes), weight.order, is_int4=True)
 
 
 def int4_linear(rows: FloatRows, weight: Int4Weight, out: torch.Tensor) -> None:
     """Write rows times the transposed weight into ``out`` [M, N]."""
+    if weight.order is not None:
+        rows = rows.following(weight.order, 0 if weight.offset is None else len(weight.offset))
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(
         rows.x, weight.packed, weight.group, weight.scales
     )
@@ -171,7 +194,7 @@ def int4_linear(rows: FloatRows, weight: Int4Weight, out: torch.Tensor) -> None:
 def int4_linears(rows: FloatRows, weights: Sequence[Int4Weight]) -> torch.Tensor:
     """[n, N] fp32: each of n weights times its row, or times the only one; see ``int8_linears``."""
     n = len(weights)
-    if any(not (w.rest is w.offset is w.factor is None) for w in weights):
+    if any(part is not None for w in weights for part in (w.rest, w.offset, w.factor, w.order)):
         return one_by_one(int4_linear, rows, weights, weights[0].scales.shape[1])
     pieces = rows.x.split(rows.parts) if rows.rows == n else (rows.x,) * n
     product = torch.ops.aten._weight_int4pack_mm_for_cpu.default

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.experts.cpu_act_order import Order, sorted_columns, stored_columns
 from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
 from fusedmoe.quantization.tensor import QuantizedTensor
 
@@ -62,6 +63,15 @@ class ByteRows(NamedTuple):
         sums = (None,) * len(codes) if self.sums is None else self.sums.split(counts)
         return [ByteRows(*pieces, self.parts) for pieces in zip(codes, scales, sums, strict=True)]
 
+    def following(self, order: Order, G: int) -> ByteRows:
+        """In the order of an expert's columns; with sums over G groups unless that is 0."""
+        codes, sums = self.codes[:, order.columns], None
+        if G:
+            bytes_ = (codes.float() - 128).unflatten(0, (-1, self.parts))
+            whole = (bytes_ * self.scale.unsqueeze(-1)).sum(1)
+            sums = whole.unflatten(1, (G, -1)).sum(-1)
+        return ByteRows(codes, self.scale, sums, self.parts)
+
 
 def byte_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> ByteRows:
     """x [M, K] quantized to int8 as ``quantization.activations`` defines it."""
@@ -90,12 +100,14 @@ class Int8Weight(NamedTuple):
     """A matrix [N, K] as P = G / m matrices of m groups in oneDNN's layout; zeros int32 [N].
 
     ``scales`` are fp32 [G, N], ``offset``, -zero point * scale, likewise, None without zero points.
+    ``order`` is that of the columns where rows have to follow it.
     """
 
     packed: tuple[torch.Tensor, ...]
     scales: torch.Tensor
     zeros: torch.Tensor
     offset: torch.Tensor | None
+    order: Order | None = None
 
     @property
     def together(self) -> int:
@@ -115,27 +127,26 @@ def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
     (N, K), G = q.shape[-2:], scale.shape[1]
     matrices = G // gcd(G, max(1, _LEAST_COLUMNS // max(1, K // G)))
     zeros = torch.zeros(N, dtype=torch.int32)
-    return [
-        Int8Weight(
-            tuple(
-                torch.ops.onednn.qlinear_prepack(matrix, None)
-                for matrix in one.unflatten(1, (matrices, -1)).transpose(0, 1).contiguous()
-            ),
-            scale[expert],
-            zeros,
-            None if offset is None else offset[expert],
-        )
-        for expert, one in enumerate(q.data)
-    ]
+    weights = []
+    for expert in range(q.shape[0]):
+        plain, order = sorted_columns(q[expert])
+        apart = plain.data.unflatten(1, (matrices, -1)).transpose(0, 1).contiguous()
+        packed = tuple(torch.ops.onednn.qlinear_prepack(matrix, None) for matrix in apart)
+        own = None if offset is None else offset[expert]
+        weights.append(Int8Weight(packed, scale[expert], zeros, own, order))
+    return weights
 
 
 def unpacked_int8(weight: Int8Weight) -> torch.Tensor:
     """int8 [N, K] as ``QuantizedTensor`` has it, of what was packed."""
-    return torch.cat([matrix.to_dense() for matrix in weight.packed]).T  # oneDNN's are [columns, N]
+    data = torch.cat([matrix.to_dense() for matrix in weight.packed]).T  # oneDNN's: [columns, N]
+    return stored_columns(data, weight.order, is_int4=False)
 
 
 def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
     """Write rows times the transposed weight into ``out`` fp32 [M, N]."""
+    if weight.order is not None:
+        rows = rows.following(weight.order, 0 if weight.offset is None else len(weight.offset))
     y, *more = _products(rows.codes, weight)
     for part in more:
         y += part
@@ -181,7 +192,8 @@ def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     every step of the interpreter runs from cold caches, and takes many times as long.
     """
     n = len(weights)
-    if weights[0].scales.shape[0] > 1 or weights[0].offset is not None:
+    first = weights[0]
+    if first.scales.shape[0] > 1 or first.offset is not None or first.order is not None:
         return one_by_one(int8_linear, rows, weights, weights[0].zeros.shape[0])
     codes = rows.codes.split(rows.parts) if rows.rows == n else (rows.codes,) * n
     product = torch.ops.onednn.qlinear_pointwise.default

@@ -12,6 +12,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.copies import Source, room_for
+from fusedmoe.experts.cpu_act_order import can_sort
 from fusedmoe.experts.cpu_int4 import (
     Int4Weight,
     float_rows,
@@ -34,6 +35,7 @@ from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
 from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.packed_weight import (
+    CPU_QUANTIZED,
     Packed,
     can_pack,
     pack,
@@ -78,18 +80,18 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     Scales of int4 groups that bf16 does not hold cost a second product.
     """
 
-    name = "cpu_quantized"
+    name = CPU_QUANTIZED
     derived = ("_copies", "_encoders")
     _copies: tuple[Packed | None, Packed | None] = (None, None)
     _encoders: tuple[Encoder, Encoder] | None = None
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
-        plain = {(key, None) for key in INTEGER_WEIGHTS if not key.act_order}
+        alone = {(key, None) for key in INTEGER_WEIGHTS}
         return ExpertsCapabilities(
             devices=frozenset({"cpu"}),
             weight_formats=frozenset(
-                plain | {(_INT8_CHANNEL, INT8_DYNAMIC_TOKEN), (_INT8_CHANNEL, INT8_STATIC_TENSOR)}
+                alone | {(_INT8_CHANNEL, INT8_DYNAMIC_TOKEN), (_INT8_CHANNEL, INT8_STATIC_TENSOR)}
             ),
             batch_invariant=True,
         )
@@ -190,6 +192,8 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
             return
         products = self._products(w1, w2)
         if products is None:
+            unpack(w1)
+            unpack(w2)
             super().apply(
                 output,
                 hidden_states,
@@ -230,7 +234,8 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
 
 
 def _sources(part: FusedMoEQuantDesc) -> tuple[Source, ...]:
-    return tuple(Source.of(tensor) for tensor in (part.scale, part.zp) if tensor is not None)
+    parts = (part.scale, part.zp, part.group_index)
+    return tuple(Source.of(tensor) for tensor in parts if tensor is not None)
 
 
 def _current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None) -> Packed | None:
@@ -243,11 +248,13 @@ def _current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None)
 
 def _packed(q: QuantizedTensor, part: FusedMoEQuantDesc) -> Packed | None:
     """Pack ``q.data``; where somebody else has its memory too, the result is a copy, or None if
-    there is no room for one."""
+    there is no room for one. None, too, for act-order columns that cannot be sorted."""
     weight, sources = q.data, _sources(part)
     if _current(weight, part, None) is not None:
         return None
     unpack(weight)
+    if q.group_index is not None and not can_sort(q):
+        return None
     if not can_pack(weight) and not room_for(weight.nbytes):
         _log.info("no memory to spare for packed expert weights: they are dequantized instead")
         return None
@@ -280,7 +287,7 @@ def _encoder(q: QuantizedTensor, activation: FusedMoEQuantDesc, exact: bool) -> 
 def row_encoder(q: QuantizedTensor, *, exact: bool) -> Encoder:
     """What makes the rows of floats that enter products with ``q``; ``exact``: they are bf16."""
     columns = q.shape[-1] if q.format.group.col == -1 else q.format.group.col
-    g = 0 if q.zero_point is None else columns
+    g = 0 if q.zero_point is None or q.format.act_order else columns
     if q.format.element == "int8":
         return partial(half_rows, g=g)
     return partial(float_rows, g=g, exact=exact)

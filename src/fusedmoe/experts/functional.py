@@ -14,6 +14,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional_call import ExpertsCall, option_words, options_of
 from fusedmoe.experts.functional_plain import plain_fused_experts
 from fusedmoe.experts.functional_quantized import quantized_fused_experts
+from fusedmoe.experts.packed_weight import CPU_QUANTIZED, unpack
 from fusedmoe.experts.quantized_operands import config_of, tensors_and_words
 from fusedmoe.modular_kernel.experts import merged_activation_config
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
@@ -113,6 +114,9 @@ def _op(
     tuned_table: str | None = None,
 ) -> torch.Tensor:
     """``fused_experts`` as torch.compile sees it: opaque."""
+    if experts != CPU_QUANTIZED:
+        unpack(w1)
+        unpack(w2)
     return fused_experts(
         hidden_states,
         w1,

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from fusedmoe.experts.copies import Source
 
+CPU_QUANTIZED = "cpu_quantized"
+"""The implementation that knows packed weights."""
 packing = threading.RLock()
 """Held while numbers come or go."""
 
@@ -34,6 +36,10 @@ _DESCRIPTIONS = frozenset(
     *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_inference),
     *(torch.Tensor.requires_grad_, torch.Tensor.__len__),
 }
+
+
+_OPS = ("fusedmoe.fused_experts.default", "fusedmoe.fused_experts")
+"""Ops that take packed weights. What runs inside them is not noticed here: it has to ``unpack``."""
 
 
 class Packed:
@@ -77,8 +83,12 @@ class PackedWeight(nn.Parameter):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         call = partial(super().__torch_function__, func, types, args, kwargs or {})
-        described = func in _DESCRIPTIONS or getattr(func, "namespace", None) == "fusedmoe"
-        if described or torch.compiler.is_compiling():
+        described = func in _DESCRIPTIONS or str(func) in _OPS
+        if described:
+            return call()
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(f"{func} of packed weights in compiled code: read them outside")
+        if torch.compiler.is_compiling():
             return call()
         with packing:
             for leaf in tree_leaves((args, kwargs)):
