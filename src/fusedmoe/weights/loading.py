@@ -1,19 +1,17 @@
-"""Checkpoint tensors into the parameters of RoutedExperts: find, split into shards, write."""
+"""Checkpoint tensors into the parameters of RoutedExperts: find, convert, write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from fusedmoe.weights.param_spec import (
-    Dim,
     ParamSpec,
     ShardId,
     load_shard,
-    split_interleaved,
 )
 from fusedmoe.weights.params_mapping import (
     CheckpointNames,
@@ -23,6 +21,7 @@ from fusedmoe.weights.params_mapping import (
     ExpertTensorName,
 )
 from fusedmoe.weights.stored import MatrixKey, StoredTensors, fit
+from fusedmoe.weights.stored_layout import StoredLayout
 
 if TYPE_CHECKING:
     from fusedmoe.quantization.dialects.base import Matrix, Rule
@@ -49,8 +48,7 @@ class LoadReport:
 
 
 class ExpertLoader:
-    """Loads one layer. ``transposed``: 3-D tensors are [E, H, I]-like; ``interleaved``: joined
-    gate and up alternate row by row instead of following each other."""
+    """Loads one layer. ``transposed`` and ``interleaved`` are those of ``StoredLayout``."""
 
     def __init__(
         self,
@@ -64,8 +62,8 @@ class ExpertLoader:
         self._layer = layer
         self._parser = ExpertNameParser(ckpt_names, layer.moe_config.is_act_and_mul)
         self._table = ExpertParamsTable(expert_mapping or ())
-        self._transposed = transposed
-        self._interleaved = interleaved
+        count = layer.expert_map_manager.num_logical_experts
+        self._layout = StoredLayout(layer.sizes, count, transposed, interleaved)
         self._loaded: set[tuple[str, ShardId, int]] = set()
         schemes = layer.quant_method.checkpoint_schemes
         self._stored = None if schemes is None else StoredTensors(schemes)
@@ -107,7 +105,7 @@ class ExpertLoader:
             return self._load_stored(key, parsed.suffix, name, tensor, replicas)
         spec = self._spec(parsed, name)
         written = set()
-        for expert, shard, data in self._pieces(parsed, spec, name, tensor):
+        for expert, shard, data in self._layout.pieces(parsed, spec, name, tensor):
             for physical in layer.expert_map_manager.replicas(expert):
                 if self._load_named(spec.name, data, name, shard, physical):
                     written.add(spec.name)
@@ -118,7 +116,7 @@ class ExpertLoader:
         parsed = self._parser.parse(name)
         if parsed is None or parsed.expert is not None:
             raise ValueError(f"{name} does not hold all experts")
-        if self._stored is None and self._transposed and tensor.dim() == 2:
+        if self._stored is None and self._layout.transposed and tensor.dim() == 2:
             tensor = tensor.mT
         return self.load_part(parsed._replace(expert=expert), name, tensor)
 
@@ -201,7 +199,7 @@ class ExpertLoader:
         for suffix, part in rule.parts(matrix, tensors).items():
             spec = self._spec_named(f"{owner}_{suffix}", name)
             part = fit(part, spec, layer.sizes, len(shards))
-            pieces = self._split_gate_up(shards, spec, part, name)
+            pieces = self._layout.split(shards, spec, part, name)
             for shard, piece in zip(shards, pieces, strict=True):
                 for expert in physical:
                     if self._load_named(spec.name, piece, name, shard, expert):
@@ -256,57 +254,6 @@ class ExpertLoader:
             )
         return spec
 
-    def _pieces(
-        self, parsed: ExpertTensorName, spec: ParamSpec, name: str, tensor: torch.Tensor
-    ) -> Iterator[tuple[int, ShardId, torch.Tensor]]:
-        """(logical expert, shard, whole shard) of one checkpoint tensor, as views."""
-        count = self._layer.expert_map_manager.num_logical_experts
-        one = self._joined_shape(parsed, spec)
-        if parsed.expert is not None:
-            _check_shape(name, tensor, one)
-            experts = {parsed.expert: tensor}
-        else:
-            # Stacked rows [E * I, H] end in the hidden dimension, whichever projection they are.
-            stacked = len(one) == tensor.dim() == 2
-            ends_in_hidden = bool(spec.axes) and spec.axes[-1].dim is Dim.HIDDEN
-            flip = len(one) == 2 and (not ends_in_hidden if stacked else self._transposed)
-            of_one = one[::-1] if flip else one
-            _check_shape(
-                name, tensor, (count * of_one[0], of_one[1]) if stacked else (count, *of_one)
-            )
-            rows = tensor.unflatten(0, (count, -1)) if stacked else tensor
-            experts = dict(enumerate((rows.mT if flip else rows).unbind(0)))
-        for expert, data in experts.items():
-            shards = self._split_gate_up(parsed.shards, spec, data, name)
-            for shard, piece in zip(parsed.shards, shards, strict=True):
-                yield expert, shard, piece
-
-    def _joined_shape(self, parsed: ExpertTensorName, spec: ParamSpec) -> tuple[int, ...]:
-        """Of the shards of one expert in one tensor, in storage orientation."""
-        shape = spec.checkpoint_shape(self._layer.sizes)
-        count, axis = len(parsed.shards), spec.intermediate_axis
-        if count == 1:
-            return shape
-        if axis is None:
-            return (count, *shape)
-        return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
-
-    def _split_gate_up(
-        self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor, name: str
-    ) -> tuple[torch.Tensor, ...]:
-        count, axis = len(shards), spec.intermediate_axis
-        if count == 1:
-            return (data,)
-        if data.dim() <= (axis or 0) or data.shape[axis or 0] % count:
-            raise ValueError(
-                f"{name}: {tuple(data.shape)} does not hold {' and '.join(shards)} of {spec.name}"
-            )
-        if axis is None:
-            return data.unbind(0)
-        if self._interleaved:
-            return split_interleaved(data, axis, count)
-        return data.chunk(count, axis)
-
     @property
     def is_complete(self) -> bool:
         """Whether everything has come, and what came again did so with all that belongs to it."""
@@ -318,12 +265,3 @@ class ExpertLoader:
 
     def report(self) -> LoadReport:
         return LoadReport(frozenset(self._loaded), self._wanted - self._loaded)
-
-
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    found = tuple(tensor.shape)
-    if found == expected or (not expected and tensor.numel() == 1):
-        return
-    flipped = expected[:-2] + expected[-2:][::-1]
-    hint = "; it is stored the other way round" if found == flipped else ""
-    raise ValueError(f"{name}: expected shape {expected}, found {found}{hint}")
