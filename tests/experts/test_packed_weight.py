@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusedmoe import FusedMoE, MoEOptions, explain, quantize_layer
-from fusedmoe.experts import cpu_int4, cpu_int8, cpu_quantized
+from fusedmoe.experts import cpu_int4, cpu_int8, cpu_packing
 from fusedmoe.experts.packed_weight import PackedWeight, packed_of
 from quantized_layers import draw, fill, make_layer
 
@@ -79,9 +79,10 @@ def test_one_copy_that_gives_back_what_was_loaded(name, act):
     assert all(torch.equal(state[n], w) for n, w in zip(WEIGHTS, written, strict=True))
     assert not is_packed(experts), "who has a state_dict has the weights too"
     del state
-    experts.process_weights_after_loading()
     assert torch.equal(layer(*rows()), first)
     assert is_packed(experts)
+    assert size <= storage_bytes(experts) <= size + 2
+    assert experts.quant_method.kernel(experts).experts._copies == (None, None)
 
 
 @pytest.mark.parametrize("N", [16, 48, 64, 80, 192])
@@ -95,7 +96,7 @@ def test_the_layout_of_packed_nibbles_is_the_one_that_is_unpacked(N, K):
 def test_a_layout_that_is_not_known_costs_a_second_copy(monkeypatch):
     """Another torch may lay nibbles out otherwise: that is seen, and nothing is given up."""
     wrong = lambda weight: torch.zeros(weight.packed.shape, dtype=torch.uint8)  # noqa: E731
-    monkeypatch.setattr(cpu_quantized, "unpacked_int4", wrong)
+    monkeypatch.setattr(cpu_packing, "unpacked_int4", wrong)
     experts, layer, written = built("int4_g32")
     out = layer(*rows())
     assert not is_packed(experts)

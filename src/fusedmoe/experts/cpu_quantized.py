@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,34 +10,27 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.copies import Source, room_for
-from fusedmoe.experts.cpu_act_order import can_sort
 from fusedmoe.experts.cpu_int4 import (
     Int4Weight,
     float_rows,
     int4_linear,
     int4_linears,
-    int4_weights,
     unmet_int4,
-    unpacked_int4,
 )
 from fusedmoe.experts.cpu_int8 import (
     byte_rows,
     half_rows,
     int8_linear,
     int8_linears,
-    int8_weights,
     unmet_int8,
-    unpacked_int8,
 )
+from fusedmoe.experts.cpu_packing import current, packed_or_copy
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
 from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.packed_weight import (
     CPU_QUANTIZED,
     Packed,
-    can_pack,
-    pack,
     packed_of,
     packing,
     unpack,
@@ -66,7 +58,6 @@ Encoder = Callable[[torch.Tensor], Any]
 """Makes of floats the rows that enter a product."""
 
 _INT8_CHANNEL = QuantKey(torch.int8, True, PER_CHANNEL)
-_log = logging.getLogger(__name__)
 
 
 class CpuQuantizedExperts(TorchQuantizedExperts):
@@ -75,9 +66,9 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     ``process_weights_after_loading`` makes packed weights (``packed_weight.py``) of ``w13_weight``
     and ``w2_weight``, one after the other. Whoever reads or writes their numbers gets them back as
     they were loaded, and the next forward packs them again. Where somebody else has their memory
-    too (a view, another process) there is a second copy; the reference runs without the memory for
-    it, and where the weights were written to since. All is fp32, but int4 products give bf16.
-    Scales of int4 groups that bf16 does not hold cost a second product.
+    too (a view, another process) there is a second copy until they let go; the reference runs
+    without the memory for it, and where the weights were written to since. All is fp32, but int4
+    products give bf16. Scales of int4 groups that bf16 does not hold cost a second product.
     """
 
     name = CPU_QUANTIZED
@@ -127,7 +118,7 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         config, moe = self.quant_config, self.moe_config
         self._copies = (None, None)
         up, down = quantized_pair(w13, w2, config, moe.activation, moe.in_dtype)
-        self._copies = (_packed(up, config.w1), _packed(down, config.w2))
+        self._copies = (packed_or_copy(up, config.w1), packed_or_copy(down, config.w2))
         self._encoders = (
             _encoder(up, config.a1, exact=moe.in_dtype is torch.bfloat16),
             _encoder(down, config.a2, exact=False),
@@ -150,7 +141,12 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     def _found(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Packed, Packed] | None:
         """What was made of both weights as they are now."""
         config, (up, down) = self.quant_config, self._copies
-        first, second = _current(w1, config.w1, up), _current(w2, config.w2, down)
+        first, second = current(w1, config.w1, up), current(w2, config.w2, down)
+        if up is not None or down is not None:  # those that have become the weights are theirs
+            self._copies = (
+                None if packed_of(w1) is up else up,
+                None if packed_of(w2) is down else down,
+            )
         return None if first is None or second is None else (first, second)
 
     def workspace_shapes(
@@ -231,41 +227,6 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
                 None if workspace13 is None else workspace13.view(torch.float32),
             )
         )
-
-
-def _sources(part: FusedMoEQuantDesc) -> tuple[Source, ...]:
-    parts = (part.scale, part.zp, part.group_index)
-    return tuple(Source.of(tensor) for tensor in parts if tensor is not None)
-
-
-def _current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None) -> Packed | None:
-    """What stands for the numbers of ``weight``, or a ``copy`` beside them; None: out of date."""
-    held, sources = packed_of(weight), _sources(part)
-    if held is not None:
-        return held if held.sources == sources else None
-    return copy if copy is not None and copy.sources == (Source.of(weight), *sources) else None
-
-
-def _packed(q: QuantizedTensor, part: FusedMoEQuantDesc) -> Packed | None:
-    """Pack ``q.data``; where somebody else has its memory too, the result is a copy, or None if
-    there is no room for one. None, too, for act-order columns that cannot be sorted."""
-    weight, sources = q.data, _sources(part)
-    if _current(weight, part, None) is not None:
-        return None
-    unpack(weight)
-    if q.group_index is not None and not can_sort(q):
-        return None
-    if not can_pack(weight) and not room_for(weight.nbytes):
-        _log.info("no memory to spare for packed expert weights: they are dequantized instead")
-        return None
-    if q.format.element == "int4":
-        made = Packed(int4_weights(q), unpacked_int4, sources)
-    else:
-        made = Packed(int8_weights(q), unpacked_int8, sources)
-    if pack(weight, made):
-        return None
-    made.sources = (Source.of(weight), *sources)
-    return made
 
 
 def _linear(rows: Any, weight: Any, out: torch.Tensor) -> None:

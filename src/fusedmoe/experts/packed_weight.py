@@ -57,10 +57,13 @@ class Packed:
     ) -> None:
         self.weights, self.sources = weights, sources
         self._unpack = unpack
+        self._gives_back: bool | None = None
 
     def gives_back(self, weight: torch.Tensor) -> bool:
-        """Whether the first expert comes back as it is in ``weight``: all have one layout."""
-        return torch.equal(self._unpack(self.weights[0]), weight[0])
+        """Whether the first expert comes back as it was in ``weight``: all have one layout."""
+        if self._gives_back is None:
+            self._gives_back = torch.equal(self._unpack(self.weights[0]), weight[0])
+        return self._gives_back
 
     def numbers(self, like: torch.Tensor) -> torch.Tensor:
         """All of them again, in the shape and dtype of ``like``."""
