@@ -110,11 +110,11 @@ ROUTINGS = {
 @pytest.mark.parametrize("placement", ["all_local", "mapped", "dropped"])
 def test_every_device_scheme_agrees_with_the_definition(monkeypatch, routing, scheme, placement):
     if scheme != "one_launch":
-        from fusedmoe.kernels.triton import align
+        from fusedmoe.kernels.triton import align, align_chunks
 
         monkeypatch.setattr(align, "ONE_LAUNCH_SLOTS", -1)
         if scheme == "three_launches":
-            monkeypatch.setattr(align, "TWO_LAUNCH_SLOTS", -1)
+            monkeypatch.setattr(align_chunks, "MOST_COUNTS", -1)
         if routing == "none":
             pytest.skip("no slots never take more than one launch")
     ids = ROUTINGS[routing]()

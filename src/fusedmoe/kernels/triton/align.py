@@ -5,9 +5,9 @@ int32 [R] or None (contract: ``kernels/align.py``). ``count_map`` maps an id bef
 ``label_map`` names a group afterwards; at most one of them is there.
 
 Few slots, one launch, grid (groups,): each program counts all groups for its own offset, then
-ranks its own slots by a prefix sum. More, two launches: each program of the first counts its own
-group alone, because counting all takes longer than a launch. Many, three launches: counts per chunk
-of slots, grid (chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,).
+ranks its own slots by a prefix sum. Many, three launches: counts per chunk of slots, grid
+(chunks,); their prefix sums over chunks, grid (groups,); placement, grid (chunks,). Between them
+two: smaller chunks, whose counts each program of the placement adds up itself.
 """
 
 import torch
@@ -18,14 +18,18 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.align_chunks import (
     CHUNK,
     COUNTS,
+    SMALL_CHUNK,
+    add_counts,
+    chunk_counts,
     chunk_prefixes,
+    few_chunks,
     fill_range,
     rank_in_chunk,
 )
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
-ONE_LAUNCH_SLOTS, TWO_LAUNCH_SLOTS = 2048, 4096
+ONE_LAUNCH_SLOTS = 2048
 
 
 @triton.jit
@@ -37,34 +41,10 @@ def _label_of(group, label_map_ptr, num_mapped):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def group_counts_kernel(
-    ids_ptr,
-    count_map_ptr,
-    counts_ptr,
-    R,
-    groups,
-    num_mapped,
-    BLOCK_R: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """counts[group]"""
-    me = tl.program_id(0)
-    follow_previous(CHAINED)
-    mine = tl.zeros([BLOCK_R], dtype=tl.int32)
-    for first in range(0, R, BLOCK_R):
-        slot = first + tl.arange(0, BLOCK_R)
-        ids = tl.load(ids_ptr + slot, slot < R, -1)
-        group = local_expert(ids, count_map_ptr, num_mapped, groups)
-        mine += (group == me).to(tl.int32)
-    tl.store(counts_ptr + me, tl.sum(mine))
-
-
-@triton.jit(do_not_specialize=COUNTS)
 def align_once_kernel(
     ids_ptr,
     count_map_ptr,
     label_map_ptr,
-    counts_ptr,
     sorted_ptr,
     expert_ids_ptr,
     num_post_ptr,
@@ -79,23 +59,18 @@ def align_once_kernel(
     BLOCK_G: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """The whole alignment; ``counts_ptr`` None: every program counts for itself.
-
-    ROW slots stand side by side in a thread, because sums over threads cost more.
-    """
+    """The whole alignment. ROW slots stand side by side in a thread, because sums over
+    threads cost more."""
     ROW: tl.constexpr = max(4, BLOCK_R // 256)
     me = tl.program_id(0)
     follow_previous(CHAINED)
     lane = tl.arange(0, BLOCK_G)
-    if counts_ptr is None:
-        counts = tl.zeros([BLOCK_G], dtype=tl.int32)
-        for first in range(0, R, BLOCK_R):
-            slot = first + tl.arange(0, BLOCK_R)
-            ids = tl.load(ids_ptr + slot, slot < R, -1)
-            group = local_expert(ids, count_map_ptr, num_mapped, groups)
-            counts += tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
-    else:
-        counts = tl.load(counts_ptr + lane, lane < groups, 0, cache_modifier=".cg")
+    counts = tl.zeros([BLOCK_G], dtype=tl.int32)
+    for first in range(0, R, BLOCK_R):
+        slot = first + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + slot, slot < R, -1)
+        group = local_expert(ids, count_map_ptr, num_mapped, groups)
+        counts += tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
     padded = tl.cdiv(counts, block_size) * block_size
     start = tl.sum(tl.where(lane < me, padded, 0))
     end = start + tl.sum(tl.where(lane == me, padded, 0))
@@ -146,13 +121,18 @@ def place_kernel(
     CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
+    """``totals_ptr`` None: the counts [chunk, group], of at most CHUNKS chunks, are no sums yet."""
     follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, BLOCK_G)
-    padded = tl.load(totals_ptr + lane, lane < groups, 0)
-    padded = tl.cdiv(padded, block_size) * block_size
+    if totals_ptr is None:
+        totals, before = add_counts(counts_ptr, chunk, chunks, groups, CHUNKS, BLOCK_G)
+    else:
+        totals = tl.load(totals_ptr + lane, lane < groups, 0, cache_modifier=".cg")
+    padded = tl.cdiv(totals, block_size) * block_size
     ends = tl.cumsum(padded, 0)
     used = tl.sum(padded)
 
@@ -162,7 +142,11 @@ def place_kernel(
     counted = group >= 0
     known = tl.maximum(group, 0)
     start = tl.gather(ends - padded, known, 0)
-    earlier = tl.load(counts_ptr + known.to(tl.int64) * chunks + chunk, counted, 0)
+    if totals_ptr is None:
+        earlier = tl.gather(before, known, 0)
+    else:
+        at = counts_ptr + known.to(tl.int64) * chunks + chunk
+        earlier = tl.load(at, counted, 0, cache_modifier=".cg")
     first_slot = chunk * CHUNK
     rank = rank_in_chunk(
         ids_ptr, count_map_ptr, slot, group, first_slot, R, groups, num_mapped, CHUNK
@@ -185,7 +169,6 @@ def place_kernel(
 
 
 _launch_once = Launcher(align_once_kernel, chained=True)
-_launch_group_counts = Launcher(group_counts_kernel, chained=True)
 _launch_place = Launcher(place_kernel, chained=True)
 
 
@@ -208,28 +191,28 @@ def align(
     count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
     block_g = power_of_2(groups)
-    if R <= TWO_LAUNCH_SLOTS:
-        counts, block_r = None, min(1024, max(32, power_of_2(R)))
-        if R > ONE_LAUNCH_SLOTS:
-            counts, block_r = torch.empty(groups, dtype=torch.int32, device=ids.device), 4096
-            _launch_group_counts(
-                (groups, 1), (ids, count_map, counts), (R, groups, num_mapped), (block_r,), 8
-            )
+    if R <= ONE_LAUNCH_SLOTS:
+        block_r = min(1024, max(32, power_of_2(R)))
         _launch_once(
             (groups, 1),
-            (ids, count_map, label_map, counts, sorted_ids, expert_ids, num_post, scatter),
+            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter),
             (R, P, B, groups, num_mapped, block_size),
             (block_r, block_g),
             max(1, min(8, block_r // 128)),
         )
         return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
 
-    counts, totals = chunk_prefixes(ids, count_map, groups, num_mapped, sorted_ids)
+    totals, chunk, most = None, SMALL_CHUNK, few_chunks(R, groups)
+    if most:
+        counts = chunk_counts(ids, count_map, groups, num_mapped, sorted_ids, chunk)
+    else:
+        chunk, most = CHUNK, 1
+        counts, totals = chunk_prefixes(ids, count_map, groups, num_mapped, sorted_ids)
     _launch_place(
-        (counts.shape[1], 1),
+        (-(-R // chunk), 1),
         (ids, count_map, label_map, counts, totals, sorted_ids, expert_ids, num_post, scatter),
         (R, B, groups, num_mapped, block_size),
-        (CHUNK, block_g, 8),
-        8,
+        (chunk, block_g, 8, most),
+        chunk // 32,
     )
     return MoEAlignment(sorted_ids, expert_ids, num_post), scatter

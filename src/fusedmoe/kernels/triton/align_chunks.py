@@ -10,9 +10,10 @@ import triton.language as tl
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
-CHUNK = 256
+CHUNK, SMALL_CHUNK = 256, 128
+MOST_COUNTS = 16384  # of all chunks, for every chunk to add them up
 # Sizes that follow the number of tokens: a new value must not compile a new kernel.
-COUNTS = ("R", "P", "B", "chunks")
+COUNTS = ("R", "P", "B", "chunks", "stride_group", "stride_chunk")
 
 
 @triton.jit
@@ -33,6 +34,8 @@ def chunk_counts_kernel(
     P,
     groups,
     num_mapped,
+    stride_group,
+    stride_chunk,
     CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -45,7 +48,8 @@ def chunk_counts_kernel(
     group = local_expert(ids, count_map_ptr, num_mapped, groups)
     counts = tl.histogram(tl.maximum(group, 0), BLOCK_G, mask=group >= 0)
     lane = tl.arange(0, BLOCK_G)
-    tl.store(counts_ptr + lane.to(tl.int64) * chunks + chunk, counts, lane < groups)
+    at = lane.to(tl.int64) * stride_group + chunk * stride_chunk
+    tl.store(counts_ptr + at, counts, lane < groups)
     share = tl.cdiv(P, chunks)
     fill_range(sorted_ptr, R, chunk * share, tl.minimum((chunk + 1) * share, P), CHUNK)
 
@@ -63,6 +67,15 @@ def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr, CHAINED: 
         tl.store(counts_ptr + chunk, total + tl.cumsum(counts, 0) - counts, chunk < chunks)
         total += tl.sum(counts)
     tl.store(totals_ptr + group, total)
+
+
+@triton.jit
+def add_counts(counts_ptr, chunk, chunks, groups, CHUNKS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Of counts [chunks, groups]: the sums over all chunks and over those before ``chunk``."""
+    lane, other = tl.arange(0, BLOCK_G)[None, :], tl.arange(0, CHUNKS)[:, None]
+    there = (other < chunks) & (lane < groups)
+    counts = tl.load(counts_ptr + other * groups + lane, there, 0, cache_modifier=".cg")
+    return tl.sum(counts, 0), tl.sum(tl.where(other < chunk, counts, 0), 0)
 
 
 @triton.jit
@@ -84,6 +97,40 @@ _launch_counts = Launcher(chunk_counts_kernel, chained=True)
 _launch_prefix = Launcher(prefix_kernel, chained=True)
 
 
+def few_chunks(R: int, groups: int) -> int:
+    """A power of two, at least as many as the small chunks of R slots; 0 if those are too many for
+    each to add up the counts of all."""
+    chunks = power_of_2(-(-R // SMALL_CHUNK))
+    return chunks if chunks * power_of_2(groups) <= MOST_COUNTS else 0
+
+
+def chunk_counts(
+    ids: torch.Tensor,
+    count_map: torch.Tensor | None,
+    groups: int,
+    num_mapped: int,
+    sorted_ids: torch.Tensor,
+    chunk: int,
+    group_first: bool = False,
+) -> torch.Tensor:
+    """How many slots of each group are in each chunk of so many: [chunks, groups] or, if
+    ``group_first``, [groups, chunks]; ``sorted_ids`` is filled with padding."""
+    (R,), (P,) = ids.shape, sorted_ids.shape
+    chunks = -(-R // chunk)
+    shape, strides = (
+        ((groups, chunks), (chunks, 1)) if group_first else ((chunks, groups), (1, groups))
+    )
+    counts = torch.empty(shape, dtype=torch.int32, device=ids.device)
+    _launch_counts(
+        (chunks, 1),
+        (ids, count_map, counts, sorted_ids),
+        (R, P, groups, num_mapped, *strides),
+        (chunk, power_of_2(groups)),
+        4,
+    )
+    return counts
+
+
 def chunk_prefixes(
     ids: torch.Tensor,
     count_map: torch.Tensor | None,
@@ -93,16 +140,8 @@ def chunk_prefixes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(how many slots of each group are before each chunk [groups, chunks], in all [groups]) of
     ids [R]; ``sorted_ids`` is filled with padding."""
-    (R,), (P,) = ids.shape, sorted_ids.shape
-    chunks = -(-R // CHUNK)
+    counts = chunk_counts(ids, count_map, groups, num_mapped, sorted_ids, CHUNK, True)
+    chunks = counts.shape[1]
     totals = torch.empty(groups, dtype=torch.int32, device=ids.device)
-    counts = torch.empty(groups, chunks, dtype=torch.int32, device=ids.device)
-    _launch_counts(
-        (chunks, 1),
-        (ids, count_map, counts, sorted_ids),
-        (R, P, groups, num_mapped),
-        (CHUNK, power_of_2(groups)),
-        4,
-    )
     _launch_prefix((groups, 1), (counts, totals), (chunks,), (min(1024, power_of_2(chunks)),), 4)
     return counts, totals

@@ -61,7 +61,7 @@ def align_and_pair_kernel(
     if ids_ptr is not None:
         if me < groups:
             align_once_kernel(
-                ids_ptr, map_ptr, None, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P,
+                ids_ptr, map_ptr, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P,
                 B, groups, num_mapped, block_size, BLOCK_R, BLOCK_G, CHAINED,
             )  # fmt: skip
         else:

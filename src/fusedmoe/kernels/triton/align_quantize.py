@@ -48,7 +48,7 @@ def align_and_quantize_kernel(
     """GROUP: columns that share a scale, 0: a whole row does, -1: all rows, and it is given."""
     if tl.program_id(0) < groups:
         align_once_kernel(
-            ids_ptr, map_ptr, None, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P, B,
+            ids_ptr, map_ptr, None, sorted_ptr, expert_ids_ptr, num_post_ptr, None, R, P, B,
             groups, num_mapped, block_size, BLOCK_R, BLOCK_G, CHAINED,
         )  # fmt: skip
     else:
