@@ -17,11 +17,11 @@ pytest.importorskip("triton")
 NAN = float("nan")
 
 
-def made(tokens: tuple[int, ...], dtype: torch.dtype, seed: int = 0):
+def made(tokens: tuple[int, ...], dtype: torch.dtype, picks: int = 3):
     """After a dispatch: layout, views, ids of each rank's own tokens and of what it received."""
-    layout = PeerLayout(4, 5, 160, 3, dtype)
+    layout = PeerLayout(4, 5, 160, picks, dtype)
     views = views_of(layout)
-    x, ids, weights = inputs_of(layout, tokens, dtype, seed)
+    x, ids, weights = inputs_of(layout, tokens, dtype, 0)
     for rank, view in enumerate(views):
         dispatch(
             *(x[rank], ids[rank], weights[rank], OWNERS, view, max(tokens)),
@@ -74,6 +74,19 @@ def test_sums_arrive_where_their_tokens_are(tokens, dtype, scattered, weighted):
         parts = view.received(rows).outputs.view(4, rows, -1)[:, : tokens[rank]].float()
         torch.testing.assert_close(out, parts.nan_to_num().sum(0).to(dtype), rtol=2e-3, atol=2e-3)
         assert view.error.item() == 0
+
+
+def test_more_picks_than_a_word_has_bits():
+    layout, views, _, received = made((2, 1, 1, 2), torch.float32, picks=34)
+    want = poisoned(views, 2)
+    for rank, (view, got) in enumerate(zip(views, received, strict=True)):
+        y = torch.randn(got.topk_ids.numel(), layout.hidden)
+        arguments = (y, got.topk_weights.nan_to_num(), got.topk_ids)
+        send_sums(PeerSums.make(view, 2), *arguments)
+        send_sums_reference(want, *arguments, layout, 2, rank)
+    for view, one in zip(views, want, strict=True):
+        found = view.received(2).outputs
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("knows", [False, True])

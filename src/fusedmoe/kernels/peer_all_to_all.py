@@ -11,7 +11,7 @@ import torch
 
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView, Received
 from fusedmoe.kernels.quantize import quantize_rows_reference
-from fusedmoe.tuning.peer_tiles import PeerTiles, local_tiles, peer_tiles
+from fusedmoe.tuning.peer_tiles import PeerTiles, adding_tiles, local_tiles, peer_tiles
 
 
 def dispatch(
@@ -155,7 +155,7 @@ def combine(
         owners,
         here,
         rows,
-        tiles or (local_tiles(out.shape[1]) if sent else peer_tiles(*out.shape)),
+        tiles or (adding_tiles(out.shape[1]) if sent else peer_tiles(*out.shape)),
         timeout_us,
         announce,
         sent,

@@ -27,17 +27,25 @@ def peer_tiles(rows: int, hidden: int) -> PeerTiles:
     bytes in flight. Measured on four H200s with 7168 columns and 1, 16, 128, 1024 and 4096 rows.
     """
     wide, num_warps = next((tile for most, *tile in _BY_ROWS if rows <= most), _BEYOND)
-    block = min(wide, max(32, 1 << (hidden - 1).bit_length()))
-    return PeerTiles(_PROGRAMS, block, num_warps)
+    return PeerTiles(_PROGRAMS, _columns(hidden, wide), num_warps)
 
 
 def local_tiles(hidden: int) -> PeerTiles:
-    """For rows that are read and written here: rounded for others to fetch, or added up once all
-    have come. There is no wire to wait for, and many programs keep the memory busy."""
-    return PeerTiles(_LOCAL_PROGRAMS, min(1024, max(32, 1 << (hidden - 1).bit_length())), 4)
+    """For rows that are rounded here for others to fetch. There is no wire to wait for, and many
+    programs keep the memory busy."""
+    return PeerTiles(_LOCAL_PROGRAMS, _columns(hidden, 1024), 4)
 
 
-def sum_tile(hidden: int, picks: int) -> tuple[int, int]:
+def adding_tiles(hidden: int) -> PeerTiles:
+    """For rows that are added up once all have come."""
+    return PeerTiles(_LOCAL_PROGRAMS, _columns(hidden, 4096), 8)
+
+
+def sum_tile(hidden: int) -> tuple[int, int]:
     """Columns (a power of two) of one token that a program sums and sends, and its warps."""
-    block = max(32, min(1024, 1 << (hidden - 1).bit_length()))
-    return block, max(1, min(8, block * picks // 2048))
+    return _columns(hidden, 1024), 2
+
+
+def _columns(hidden: int, most: int) -> int:
+    """A power of two of at least 32, at most ``most``, that is not far above ``hidden``."""
+    return max(32, min(most, 1 << (hidden - 1).bit_length()))
