@@ -61,6 +61,8 @@ LAYERS = {
     "gelu_tanh": replace(GPU, activation=MoEActivation.GELU_TANH, T=2000),
     "clamped": replace(GPU, numbers=ApplyMoEActivationConfig(clamp_limit=0.5)),
     "weight_on_input": replace(GPU, K=1, weight_on_input=True),
+    "rows_discarded": replace(GPU, H=1024, E=128, T=1024),
+    "rows_discarded_many": replace(GPU, H=1088, E=16, T=3000),
     "passes": replace(GPU, T=200, options=MoEOptions(max_workspace_bytes=100_000)),
 }
 KINDS = {

@@ -11,7 +11,8 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. Two weigh
 down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins wherever a program
              of up_kernel has ended (programmatic dependent launch), and fills its ring before it
              waits for the rest of them: weights depend on nothing.
-sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order.
+sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order; y may
+             be undefined afterwards (``discarded``).
 
 A task is (block, tile of weight rows), GROUP blocks side by side (``tile_of``): of an expert with
 several, all but one find its weights in the L2. Tasks go round robin over the programs. Slots
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
@@ -50,6 +52,7 @@ def sum_kernel(
     PICKS: tl.constexpr,
     PADDED_PICKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DISCARD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One pass: rows are loaded before it is known which of them live, unless an expert map says
@@ -72,6 +75,9 @@ def sum_kernel(
         rows *= weight.to(tl.float32)[:, None]
     total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
     tl.store(out_ptr + token * stride_out + column, total, inside)
+    if DISCARD:
+        tl.debug_barrier()
+        discard_rows(y_ptr, slot, live, tl.program_id(1) * BLOCK, H, BLOCK)
 
 
 GROUP = 8
@@ -107,7 +113,7 @@ def decode(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], w2.shape[0]),
-        (K, power_of_2(K), 256 * warps),
+        (K, power_of_2(K), 256 * warps, may_discard(y, T * K)),
         warps,
     )
 

@@ -10,7 +10,7 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
              and position [R]: where a slot's row is.
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
-             order. sum_few_kernel does the same where most slots are other ranks'.
+             order; y may be undefined afterwards. sum_few_kernel: most slots are other ranks'.
 
 Tiles are drawn from a counter, because those of half-empty blocks are done sooner: in groups of
 GROUP blocks that share weights in the L2. The producer announces them to the consumers. Of a block
@@ -26,6 +26,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.peer_layout import PeerSums
 from fusedmoe.kernels.peer_sums import send_sums
+from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -62,6 +63,7 @@ def sum_kernel(
     PADDED_PICKS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
+    DISCARD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -88,6 +90,10 @@ def sum_kernel(
         # As hopper_decode's sum, to the bit: the choice keeps them from being contracted.
         total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
         tl.store(out_ptr + token * stride_out + column, total, column < H)
+        if DISCARD:
+            tl.debug_barrier()
+            first = (tl.program_id(1) * SPANS + span) * BLOCK
+            discard_rows(y_ptr, row, live, first, H, BLOCK)
 
 
 @triton.jit
@@ -202,7 +208,7 @@ def sum_rows(
         (T, -(-H // (columns * spans))),
         (y, topk_weights, position, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
-        (K, power_of_2(K), columns, spans),
+        (K, power_of_2(K), columns, spans, may_discard(y, T * K)),
         columns // 256,
     )
 

@@ -23,6 +23,6 @@ def weighted_sum(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
-        (K, power_of_2(K), 256 * warps),
+        (K, power_of_2(K), 256 * warps, False),
         warps,
     )
