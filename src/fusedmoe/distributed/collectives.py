@@ -184,7 +184,8 @@ def _may_overlap() -> bool:
 
 def _received(work: Any, sent: torch.Tensor, result: Callable[[], torch.Tensor]) -> Pending:
     """Wait for ``work`` (the stream does, on a GPU), once; ``sent`` lives until then."""
-    state: list[Any] = [work, sent]
+    # A compiled call is done when it returns; in torch 2.11 it returns something all the same.
+    state: list[Any] = [work if _may_overlap() else None, sent]
 
     def receive() -> torch.Tensor:
         if state:

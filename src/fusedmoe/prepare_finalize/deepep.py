@@ -32,6 +32,7 @@ BLOCK_FP8 = (FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0)
 class DeepEPDispatching(DispatchingModular):
     """What both modes share; ``buffer`` is a ``deep_ep.Buffer`` of ``ranks``."""
 
+    carried = (*DispatchingModular.carried, "buffer", "_placement")
     low_latency: ClassVar[bool]
     _handle: Any = None
 

@@ -22,6 +22,7 @@ class PeerBatchedPrepareAndFinalize(PeerPrepareAndFinalize):
 
     name = "peer_batched"
     row_format = FusedMoEActivationFormat.BatchedExperts
+    carried = (*PeerPrepareAndFinalize.carried, "num_local_experts")
     num_local_experts: int
 
     @classmethod
