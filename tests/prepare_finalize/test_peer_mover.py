@@ -64,6 +64,8 @@ def movers(
         axis: Any = SimpleNamespace(size=lambda: WORLD, rank=lambda rank=rank: rank)
         one = kind(ranks=TokenRanks((axis,)), max_num_tokens=10)
         one.memory = memory  # type: ignore[assignment]
+        if isinstance(one, PeerBatchedPrepareAndFinalize):
+            one.num_local_experts = 2
         expert_map = torch.where(rank == OWNERS, torch.arange(E).int() % 2, -1).int()
         table = torch.arange(WORLD)[:, None] == OWNERS
         one._learnt[:] = [Hosts(expert_map, table, OWNERS)]
