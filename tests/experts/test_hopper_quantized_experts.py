@@ -189,7 +189,11 @@ def test_a_rank_of_several_counts_the_slots_that_meet_its_experts():
 
 
 def test_workspaces_follow_from_sizes():
-    experts = HopperQuantizedExperts(BF16.config(), FusedMoEQuantConfig())
+    def of(name):
+        weight = FusedMoEQuantDesc(format=format_named(name))
+        return HopperQuantizedExperts(BF16.config(), FusedMoEQuantConfig(w1=weight, w2=weight))
+
+    experts = of("int4_g32")
     act = MoEActivation.SILU
     assert experts.workspace_shapes(7, 64, 64, 2, 4, 4, None, act).workspace2 == (7, 2, 128)
     shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)

@@ -36,6 +36,7 @@ CASES = {
         "mxfp6_e2m3",
         layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=576, I=320),
     ),
+    "nf4": Quantized("nf4", layer=MANY),
     "int8_channel": Quantized("int8_channel", layer=MANY),
     "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
     "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),

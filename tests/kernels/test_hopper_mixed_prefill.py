@@ -17,6 +17,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
 )
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.formats.lookup import CODECS, nf4_group
 from fusedmoe.quantization.formats.minifloat import E2M3, E3M2
 from fusedmoe.quantization.formats.mxfp6 import pack_sextets
 from fusedmoe.testing.tolerances import relative_error
@@ -64,6 +65,16 @@ def test_a_lane_takes_pairs_of_nibbles_that_are_four_apart(word):
     nibbles = torch.tensor([[word >> 4 * (i + j) & 15 for j in (0, 4)] for i in range(4)])
     assert execute("take_int4", word).equal(nibbles + 128.0)
     assert (execute("take_e2m1", word) * 2.0**126).equal(E2M1[nibbles])
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_lane_takes_entries_of_nf4_that_are_four_apart(word):
+    from fusedmoe.kernels.triton.hopper_mixed_words import NF4_ASM
+
+    found = torch.stack([pair(taken).float() for taken in run_ptx(NF4_ASM.value, [word], 4)])
+    nibbles = torch.tensor([[word >> 4 * (i + j) & 15 for j in (0, 4)] for i in range(4)])
+    entries = torch.tensor(CODECS["nf4"].table) * 1.4367218017578125
+    assert found.equal(entries.bfloat16().float()[nibbles])
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -261,8 +272,9 @@ def test_the_products_of_a_tile_have_all_of_its_rows(rows, gated):
 
 def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
     torch.manual_seed(0)
-    w1 = quantize(torch.randn(e, shards * I, H) / H**0.5, format_named(fmt), shards=shards)
-    return w1, quantize(torch.randn(e, H, I) / I**0.5, format_named(fmt))
+    fmt = format_named(fmt) if isinstance(fmt, str) else fmt
+    w1 = quantize(torch.randn(e, shards * I, H) / H**0.5, fmt, shards=shards)
+    return w1, quantize(torch.randn(e, H, I) / I**0.5, fmt)
 
 
 def scratch(T, K, e, H, I):  # noqa: E741
@@ -300,7 +312,9 @@ def test_what_the_kernels_cannot_read_is_named():
         assert unmet_by_mixed_prefill(*layer(fmt)) is None
     assert unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=64)) is None
     assert "64 columns, got 32" in unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=32))
-    assert "nf4" in unmet_by_mixed_prefill(*layer("nf4", I=64))
+    assert unmet_by_mixed_prefill(*layer("nf4", I=64)) is None
+    assert "iq4_nl" in unmet_by_mixed_prefill(*layer("iq4_nl", I=64))
+    assert "at least 64 columns" in unmet_by_mixed_prefill(*layer(nf4_group(32), I=64))
     assert "int8" in unmet_by_mixed_prefill(*layer("int8_g32_zp"))
     assert "multiple" in unmet_by_mixed_prefill(*layer("int4_channel", I=8))
     w1, w2 = layer("int4_g32")
@@ -344,6 +358,8 @@ def test_tiles():
             assert ring + written + 512 <= 227 * 1024
     assert runs_mixed_prefill(128, 8)
     assert not runs_mixed_prefill(127, 8)
+    assert runs_mixed_prefill(64, 8, streams=False)
+    assert mixed_prefill_tiles(97 * 8, 8, (4, 4), costly=True).tails is not None
     with pytest.raises(ValueError, match="128 by 128"):
         MixedPrefillTile(128, 128, 1, 8, 4)
     with pytest.raises(ValueError, match="one or two steps, not 3"):

@@ -2,8 +2,9 @@
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
-both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with floats
-of six bits, compiled code and batch invariance take the quantized Triton experts' way.
+both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with
+MXFP6 or nf4, compiled code and batch invariance take the quantized
+Triton experts' way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fusedmoe.experts.hopper_quantized_choice import (
     MAX_DECODE_MEAN,
     can_prefill,
     can_prefill_mixed,
+    mixed_tiles_for,
     runs_decode,
     streams_longest,
 )
@@ -44,26 +46,24 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
-from fusedmoe.tuning.mixed_tiles import (
-    MixedPrefillTiles,
-    mixed_prefill_tiles,
-    runs_mixed_prefill,
-)
+from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import (
     QuantizedPrefillTiles,
     runs_prefill,
 )
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
-_WEIGHTS = (torch.float8_e4m3fn, torch.int8, "int4", "mxfp4", "nvfp4", "mxfp8")
-_SEXTETS = ("mxfp6_e3m2", "mxfp6_e2m3")
+_WEIGHTS = (torch.float8_e4m3fn, torch.int8, "mxfp8")
+_WEIGHTS_ALONE = (
+    *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3"),
+    "nf4",
+)
 
 
 def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
     """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
-    if weight.act_order or weight.dtype not in _WEIGHTS + _SEXTETS:
-        return False
-    return rows is None or weight.dtype not in ("int4", "mxfp4", "nvfp4", *_SEXTETS)
+    known = _WEIGHTS if rows is not None else _WEIGHTS + _WEIGHTS_ALONE
+    return weight.dtype in known and not weight.act_order
 
 
 class HopperQuantizedExperts(TritonQuantizedExperts):
@@ -141,12 +141,16 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         mixed = self.quant_config.a1.key is None
         if MAX_DECODE_MEAN * global_num_experts >= R:
             second.append((M, topk, 2 * K if mixed else K))
-        if (runs_mixed_prefill if mixed else runs_prefill)(R, global_num_experts):
+        formats = [fmt for fmt in (self.quant_config.w1.format, self.quant_config.w2.format) if fmt]
+        tiles = None
+        if mixed and len(formats) == 2:
+            tiles = mixed_tiles_for(R, global_num_experts, *formats)
+        if tiles is not None:
+            P = mixed_prefill_rows(R, e, self.mixed_tiles or tiles)
+            first = P, first[-1]
+            second.append((P, K))
+        elif not mixed and runs_prefill(R, global_num_experts):
             P = prefill_rows(R, e)
-            if mixed:
-                # Stages differ by the width of weights, blocks of slots do not.
-                tiles = self.mixed_tiles or mixed_prefill_tiles(R, global_num_experts, (4, 4))
-                P = mixed_prefill_rows(R, e, tiles)
             first = P, first[-1]
             second.append((P, K))
         return shapes._replace(workspace13=first, workspace2=max(second, key=math.prod))
@@ -235,9 +239,10 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         streams = room >= width * R and runs_decode(R, num_experts, operands, *rows)
         if streams and streams_longest(R, num_experts, operands):
             return self._decode
-        if runs_mixed_prefill(R, num_experts) and can_prefill_mixed(operands, *rows):
-            bits = operands.w1.format.bits, operands.w2.format.bits
-            tiles = self.mixed_tiles or mixed_prefill_tiles(R, num_experts, bits)
+        formats = operands.w1.format, operands.w2.format
+        tiles = mixed_tiles_for(R, num_experts, *formats)
+        if tiles is not None and can_prefill_mixed(operands, *rows):
+            tiles = self.mixed_tiles or tiles
             if room >= mixed_prefill_rows(R, e, tiles):
                 return partial(self._prefill_mixed, tiles)
         prefills = runs_prefill(R, num_experts) and can_prefill(operands, *rows)

@@ -6,10 +6,17 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS
 from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import unmet_by_mixed_prefill
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
+from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.tuning.mixed_tiles import (
+    MixedPrefillTiles,
+    mixed_prefill_tiles,
+    runs_mixed_prefill,
+)
 
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
@@ -65,3 +72,13 @@ def can_prefill_mixed(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor
     if x.data_ptr() % ALIGNED_BYTES or x.stride(0) % ALIGNED_BYTES:
         return False
     return unmet_by_mixed_prefill(operands.w1, operands.w2) is None
+
+
+def mixed_tiles_for(R: int, num_experts: int, *formats: QuantFormat) -> MixedPrefillTiles | None:
+    """Tiles of the prefill kernels for rows as they are, R slots over ``num_experts``
+    experts, local or not, and w1 and w2 of these formats; None where slots are too few."""
+    streams = all(fmt.element in ELEMENTS for fmt in formats)
+    if not runs_mixed_prefill(R, num_experts, streams=streams):
+        return None
+    bits = formats[0].bits, formats[1].bits
+    return mixed_prefill_tiles(R, num_experts, bits, costly=not streams)

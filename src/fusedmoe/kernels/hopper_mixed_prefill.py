@@ -12,7 +12,11 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
 from fusedmoe.kernels.align_tails import align_with_tails, tails_rows
-from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, quantized_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import (
+    ELEMENTS,
+    NIBBLES,
+    quantized_gemm_reference,
+)
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_quantized import check_plain_rows
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
@@ -23,6 +27,7 @@ from fusedmoe.tuning.quantized_tiles import SEXTETS, QuantizedTile
 
 ALIGNED_BYTES = 16
 ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
+_ELEMENTS = ELEMENTS | SEXTETS | {"nf4"}
 SEXTET_COLUMNS = 64  # of floats of six bits: what a step has
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
@@ -39,13 +44,14 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
     for w in (w1, w2):
         fmt, group = w.format, w.format.group.col
         packed = fmt.element in NIBBLES
-        if fmt.element not in ELEMENTS | SEXTETS or fmt.act_order or not (packed or fmt.symmetric):
+        if fmt.element not in _ELEMENTS or fmt.act_order or not (packed or fmt.symmetric):
             return f"does not read {fmt.name}"
         if fmt.scale_dtype is None or (fmt.element == "e2m1" and group < 0):
             return f"wants scales of its own for groups of columns, not {fmt.name}"
         if fmt.element in SEXTETS and w.shape[-1] % SEXTET_COLUMNS:
             return f"wants rows of a multiple of {SEXTET_COLUMNS} columns, got {w.shape[-1]}"
-        least = 16 if packed else 32
+        # nf4's scales meet sums alone: its entries are rounded once already.
+        least = 64 if fmt.element == "nf4" else 16 if packed else 32
         if group > 0 and (group < least or group & (group - 1)):
             return f"wants groups of a power of two of at least {least} columns, not {fmt.name}"
         parts = {"data": w.data, "scale": w.scale, "zero_point": w.zero_point, "scale2": w.scale2}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 # From so many slots per expert on, reading and converting all weights pays.
-_FEWEST = 16
+_FEWEST, _FEWEST_ALONE = 16, 8
 # (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
 # of weights and the output on its way have to fit.
 _FEW = (256, 64, 2, 8), {4: 5, 8: 4}
@@ -60,19 +60,23 @@ class MixedPrefillTiles(NamedTuple):
             raise ValueError(f"blocks of {slots[0]} slots do not go with tails of {tails}")
 
 
-def runs_mixed_prefill(R: int, num_experts: int) -> bool:
-    """Whether R slots over ``num_experts`` experts, local or not, are enough for these kernels."""
-    return num_experts * _FEWEST <= R
+def runs_mixed_prefill(R: int, num_experts: int, *, streams: bool = True) -> bool:
+    """Whether R slots over ``num_experts`` experts, local or not, are enough for these kernels;
+    ``streams``: fewer would be streamed."""
+    return num_experts * (_FEWEST if streams else _FEWEST_ALONE) <= R
 
 
-def mixed_prefill_tiles(R: int, E: int, bits: tuple[float, float]) -> MixedPrefillTiles:
+def mixed_prefill_tiles(
+    R: int, E: int, bits: tuple[float, float], *, costly: bool = False
+) -> MixedPrefillTiles:
     """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
-    Numbers are made once per block, so blocks are as large as the mean number of slots fills.
+    Numbers are made once per block, so blocks are as large as the mean number of slots fills, and
+    the sooner the more they cost (``costly``).
     """
     if R <= 48 * E:
         return MixedPrefillTiles(*_tiles(_FEW, bits))
-    if R <= 128 * E:
+    if (96 if costly else 128) * E >= R:
         return MixedPrefillTiles(*_tiles(_SOME, bits))
     return MixedPrefillTiles(*_tiles(_MANY, bits), tails=_tiles(_SOME, bits))
 

@@ -29,9 +29,11 @@ from fusedmoe.kernels.triton.hopper_mixed_words import (
     take_e4m3,
     take_int4,
     take_int8,
+    take_nf4,
     times,
     times_both,
 )
+from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 STEP = gl.constexpr(64)  # columns
@@ -42,18 +44,6 @@ HALF_EXPONENT = gl.constexpr(2.0**63)
 @gluon.constexpr_function
 def is_sextet(ELEMENT):
     return ELEMENT in ("e3m2", "e2m3")
-
-
-@gluon.constexpr_function
-def words_of_step(ELEMENT):
-    """Words of 32 bits that hold a row's columns of one step."""
-    return 12 if is_sextet(ELEMENT) else 8 if ELEMENT in ("int4", "e2m1") else 16
-
-
-@gluon.constexpr_function
-def boxes_of_step(ELEMENT):
-    """Loads of TMA that bring them: each has a power of two of words."""
-    return 3 if is_sextet(ELEMENT) else 1
 
 
 @gluon.constexpr_function
@@ -69,9 +59,27 @@ def chunks_of_step(ELEMENT):
 
 
 @gluon.constexpr_function
+def words_of_step(ELEMENT):
+    """Words of 32 bits that hold a row's columns of one step."""
+    return 12 if is_sextet(ELEMENT) else chunks_of_step(ELEMENT)
+
+
+@gluon.constexpr_function
+def boxes_of_step(ELEMENT):
+    """Loads of TMA that bring them: each has a power of two of words."""
+    return 3 if is_sextet(ELEMENT) else 1
+
+
+@gluon.constexpr_function
 def short_of(ELEMENT):
     """The exponent of two that floats are short of beside ``factors``, for their sums."""
     return {"e2m1": 63, "e3m2": 61, "e2m3": 63}.get(ELEMENT, 0)
+
+
+@gluon.constexpr_function
+def rest_of_sums(ELEMENT):
+    """What sums are multiplied by in the end."""
+    return 1 / NF4_LIFT.value if ELEMENT == "nf4" else 2.0 ** short_of(ELEMENT)
 
 
 @gluon.constexpr_function
@@ -198,6 +206,9 @@ def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
         return less(pairs, middle)
     elif ELEMENT == "e2m1":
         first, second, third, fourth = take_e2m1(words)
+        return in_chunks(first, second, third, fourth, COUNT)
+    elif ELEMENT == "nf4":
+        first, second, third, fourth = take_nf4(words)
         return in_chunks(first, second, third, fourth, COUNT)
     elif is_sextet(ELEMENT):
         first, second, third, fourth = take_sextets(words, selector, ELEMENT)

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import expert_at
-from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, short_of
+from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, rest_of_sums
 from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
@@ -161,9 +161,9 @@ def finished(
         base, at_high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
         low *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_low)), 1)
         high *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_high)), 1)
-    if short_of(ELEMENT) != 0:
-        low *= 2.0 ** short_of(ELEMENT)
-        high *= 2.0 ** short_of(ELEMENT)
+    if rest_of_sums(ELEMENT) != 1:
+        low *= rest_of_sums(ELEMENT)
+        high *= rest_of_sums(ELEMENT)
     if scale2_ptr is not None:
         at = scale2_ptr + expert.to(gl.int64) * (SHARD + 1)
         low *= gl.load(at)

@@ -4,6 +4,9 @@ with the halves in bf16, and their products."""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedmoe.kernels.triton.lookup import NEXT_SELECTORS, NF4_LIFT, SELECTORS, entries_asm
+from fusedmoe.quantization.formats.lookup import CODECS
+
 
 @gluon.jit
 def take_int4(words):
@@ -63,6 +66,36 @@ def take_e2m1(words):
             mul.lo.u32 $2, a, 16;
             lop3.b32 $3, 0x01C001C0, right, odd, 0xCA;
         }""",
+        "=&r,=&r,=&r,=&r,r",
+        [words],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+def _nf4_asm() -> str:
+    """A word -> four pairs of the entries that its nibbles name, those of number i and i + 4."""
+    table = tuple(NF4_LIFT.value * x for x in CODECS["nf4"].table)
+    lines = ["{ .reg .b32 s, m, x, y, la, ha, lb, hb, p, q;", SELECTORS]
+    lines += [*entries_asm(table, "a"), NEXT_SELECTORS, *entries_asm(table, "b")]
+    for first, beside in ((0, "0x5140"), (2, "0x7362")):
+        lines += [
+            f"prmt.b32 p, la, ha, {beside}; prmt.b32 q, lb, hb, {beside};",
+            f"prmt.b32 ${first}, p, q, 0x5410; prmt.b32 ${first + 1}, p, q, 0x7632;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+NF4_ASM = gl.constexpr(_nf4_asm())
+
+
+@gluon.jit
+def take_nf4(words):
+    """Four pairs of the entries that a word's nibbles name, those of number i and i + 4, times
+    NF4_LIFT."""
+    return gl.inline_asm_elementwise(
+        NF4_ASM,
         "=&r,=&r,=&r,=&r,r",
         [words],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32),

@@ -35,36 +35,44 @@ def looked_up(nibble, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     return tl.where(nibble > 7, above, below).to(DTYPE)
 
 
-def _lookup_asm(table: tuple[float, ...]) -> str:
-    """Four bytes -> the bf16 entries of their low nibbles, then of their high ones.
+def entries_asm(table: tuple[float, ...], target: str) -> list[str]:
+    """PTX: the bf16 entries that s and m name, four of them, their low bytes into l``target`` and
+    their high ones into h``target``; x and y are lost.
 
     A permutation of bytes picks four out of eight at a time, so an entry comes in four parts: its
-    two bytes, each from the lower or the upper half of the table.
+    two bytes, each from the lower or the upper half of the table. s are the lower three bits of
+    nibbles, m chooses halves (``SELECTORS``).
     """
     bits = torch.tensor(table).bfloat16().view(torch.int16).tolist()
-    words = [
-        sum(((bits[first + i] >> shift) & 255) << (8 * i) for i in range(4))
-        for shift in (0, 8)
-        for first in (0, 4, 8, 12)
-    ]
-    lines = [
-        "{",
-        ".reg .b32 s, m, x, y, l, h;",
-        "and.b32 s, $4, 0x77777777;",
-        "shr.u32 m, $4, 1;",
-        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;",
-    ]
+    lines = []
+    for byte, shift in (("l", 0), ("h", 8)):
+        a, b, c, d = (
+            sum(((bits[first + i] >> shift) & 255) << (8 * i) for i in range(4))
+            for first in (0, 4, 8, 12)
+        )
+        lines += [
+            f"mov.b32 x, {a:#010x};",
+            f"mov.b32 y, {c:#010x};",
+            f"prmt.b32 x, x, {b:#010x}, s;",
+            f"prmt.b32 y, y, {d:#010x}, s;",
+            f"prmt.b32 {byte}{target}, x, y, m;",
+        ]
+    return lines
+
+
+SELECTORS = """and.b32 s, $4, 0x77777777;
+    shr.u32 m, $4, 1;
+    lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;"""
+"""PTX: s and m of ``entries_asm`` from $4, for its four low nibbles."""
+NEXT_SELECTORS = "shr.u32 s, s, 16; shr.u32 m, m, 16;"
+"""PTX: the same for the four high ones."""
+
+
+def _lookup_asm(table: tuple[float, ...]) -> str:
+    """Four bytes -> the bf16 entries of their low nibbles, then of their high ones."""
+    lines = ["{ .reg .b32 s, m, x, y, l, h;", SELECTORS]
     for half in range(2):
-        if half:
-            lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;"]
-        for byte, (a, b, c, d) in zip("lh", (words[:4], words[4:]), strict=True):
-            lines += [
-                f"mov.b32 x, {a:#010x};",
-                f"mov.b32 y, {c:#010x};",
-                f"prmt.b32 x, x, {b:#010x}, s;",
-                f"prmt.b32 y, y, {d:#010x}, s;",
-                f"prmt.b32 {byte}, x, y, m;",
-            ]
+        lines += [NEXT_SELECTORS] * half + entries_asm(table, "")
         lines += [f"prmt.b32 ${half}, l, h, 0x6240;", f"prmt.b32 ${2 + half}, l, h, 0x7351;"]
     return "\n".join([*lines, "}"])
 
