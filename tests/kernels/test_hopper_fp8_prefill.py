@@ -32,6 +32,7 @@ from fusedmoe.quantization.keys import (
     GroupShape,
     QuantKey,
 )
+from fusedmoe.testing import nan_poison
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 from gluon_threads import ROUNDING, Matrix, run
 
@@ -287,15 +288,21 @@ def test_token_rows_with_a_scale_per_tile_are_no_worse(spread):
 
 
 @pytest.mark.parametrize("I", [48, 800])
-def test_rounding_leaves_rows_alone_that_the_tables_do_not_have(I):  # noqa: E741
+def test_rounding_leaves_rows_alone_that_no_slot_has(I):  # noqa: E741
     from fusedmoe.kernels.triton.hopper_fp8_prefill import _round_rows
 
-    act = torch.randn(384, I).bfloat16()
-    act[256:] = float("nan")
-    q, scale = _round_rows(act, torch.tensor([256], dtype=torch.int32))
-    expected, expected_scale = quantize_rows_reference(act[:256], INT8_DYNAMIC_TOKEN)
-    torch.testing.assert_close(scale[:256, None], expected_scale)
-    assert (q[:256].int() - expected.int()).abs().max() <= 1
+    R, P = 140, 384  # blocks of 128, 12 and no slots
+    table = torch.full((P,), R, dtype=torch.int32)
+    live = torch.arange(R)
+    table[live] = live.int()
+    act = torch.full((P, I), float("nan")).bfloat16()
+    act[live] = torch.randn(R, I).bfloat16()
+    with nan_poison():
+        q, scale = _round_rows(act, table, R)
+    expected, expected_scale = quantize_rows_reference(act[live], INT8_DYNAMIC_TOKEN)
+    torch.testing.assert_close(scale[live, None], expected_scale)
+    assert (q[live].int() - expected.int()).abs().max() <= 1
+    assert scale[R:].isnan().all()  # poisoned memory that nobody has written
 
 
 def test_what_the_kernels_cannot_multiply_is_named():

@@ -18,7 +18,7 @@ from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, align_rows, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
+from fusedmoe.kernels.quantize import STORED, quantize_rows_reference, room_for_rows
 from fusedmoe.kernels.tensor_checks import (
     check_contiguous,
     check_quantized_rows,
@@ -106,12 +106,15 @@ def fp8_prefill(
         return
     e, H, I = w2.shape  # noqa: E741
     experts = e if expert_map is None else expert_map.shape[0]
+    room = None
+    if x_scale is None and (keys[0].static or keys[0].group_shape != PER_TENSOR):
+        room = room_for_rows(x, keys[0], scales[0])
     x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
         tables, tiles or prefill_tiles(topk_ids.numel(), experts, H, I, w1.format.element),
-        programs, x_scale, arrivals,
+        programs, x_scale, arrivals, room if arrivals is None else None,
     )  # fmt: skip
 
 

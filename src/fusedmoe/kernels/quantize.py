@@ -29,6 +29,18 @@ class QuantizedRows(NamedTuple):
     scale: torch.Tensor
 
 
+def room_for_rows(
+    x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None = None
+) -> QuantizedRows:
+    """What ``quantize_rows`` of a key without a scale of all rows, or with a given one, writes."""
+    (rows, D), group = x.shape, key.group_shape.col
+    q = torch.empty(rows, D, dtype=STORED[key.dtype], device=x.device)
+    if scale is None:
+        groups = 1 if group == -1 else -(-D // group)
+        scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+    return QuantizedRows(q, scale)
+
+
 def quantize_rows(
     x: torch.Tensor,
     key: QuantKey,
@@ -37,13 +49,16 @@ def quantize_rows(
     topk_ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     num_local_experts: int | None = None,
+    beside: QuantizedRows | None = None,
 ) -> QuantizedRows:
     """x [rows, D] -> q [rows, D] of the key's dtype, scale fp32 [rows, groups] or [1].
 
     ``scale`` fp32 [1] belongs to a static key and is returned. With a dynamic scale for the whole
     tensor, rows whose id in ``topk_ids`` [rows] names no expert of ``num_local_experts`` (after
-    ``expert_map``) do not count; q of such rows means nothing. Raises ValueError for keys of other
-    elements than fp8 and int8, and for groups that are not a power of two of columns.
+    ``expert_map``) do not count; q of such rows means nothing. ``beside``: room, had before the
+    alignment of the rows' slots was launched, to round them beside its last launch. Raises
+    ValueError for keys of other elements than fp8 and int8, and for groups that are not a power of
+    two of columns.
     """
     _check(x, key, scale, topk_ids)
     if not x.is_cuda:
@@ -57,18 +72,14 @@ def quantize_rows(
         )
     from fusedmoe.kernels.triton.quantize import quantize
 
-    rows, D = x.shape
     if scale is None and key.group_shape == PER_TENSOR:
         live = live_rows(x, topk_ids, expert_map, num_local_experts)
         _, scale = quantize_activation(live, key)
-    q = torch.empty(rows, D, dtype=STORED[key.dtype], device=x.device)
-    out = scale
+    room = beside or room_for_rows(x, key, scale)
     group = None if key.group_shape.col == -1 else key.group_shape.col
-    if out is None:
-        groups = 1 if group is None else -(-D // group)
-        out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-    quantize(x, q, out, group, key.scale_kind == "e8m0", scale is not None)
-    return QuantizedRows(q, out)
+    e8m0 = key.scale_kind == "e8m0"
+    quantize(x, *room, group, e8m0, scale is not None, beside is not None)
+    return room
 
 
 def quantize_rows_reference(

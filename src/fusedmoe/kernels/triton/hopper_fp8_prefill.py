@@ -24,7 +24,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
-from fusedmoe.kernels.quantize import STORED, quantize_rows
+from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
@@ -45,28 +45,31 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def round_kernel(
     act_ptr,
     q_ptr,
     scale_ptr,
-    num_post_ptr,
+    sorted_ptr,
+    R,
     I,  # noqa: E741
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """act [P, I] -> q int8 [P, I], scale fp32 [P], of the rows that the tables have."""
+    """act [P, I] -> q int8 [P, I], scale fp32 [P], of the rows that slots have."""
+    # The tables were complete before up_kernel let this launch begin.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(sorted_ptr + row, cache_modifier=".cg") < R
     follow_previous(CHAINED)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= tl.load(num_post_ptr):
+    if tl.max(live.to(tl.int32)) == 0:
         return
     column = tl.arange(0, BLOCK)[None, :]
-    at = (first + tl.arange(0, ROWS))[:, None] * I + column
-    act = tl.load(act_ptr + at, column < I, 0.0).to(tl.float32)
+    at, there = row[:, None] * I + column, live[:, None] & (column < I)
+    act = tl.load(act_ptr + at, there, 0.0).to(tl.float32)
     scale = scale_of(act, 1, q_ptr.dtype.element_ty, False)
-    tl.store(scale_ptr + first + tl.arange(0, ROWS), scale)
-    tl.store(q_ptr + at, quantized(act, scale[:, None], q_ptr.dtype.element_ty), column < I)
+    tl.store(scale_ptr + row, scale, live)
+    tl.store(q_ptr + at, quantized(act, scale[:, None], q_ptr.dtype.element_ty), there)
 
 
 _launch_up = HopperLauncher(up_kernel)
@@ -111,10 +114,14 @@ def prefill(
     programs: int,
     x_scale: torch.Tensor | None = None,
     arrivals: Arrivals | None = None,
+    room: QuantizedRows | None = None,
 ) -> None:
-    """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``."""
+    """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``.
+    ``room`` for rounded x was had before the alignment."""
     T, K = topk_ids.shape
-    q, q_scale = quantize_rows(x, keys[0], scales[0]) if x_scale is None else (x, x_scale)
+    q, q_scale = x, x_scale
+    if q_scale is None:
+        q, q_scale = quantize_rows(x, keys[0], scales[0], beside=room)
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     act, act_scale = up(
         q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,
@@ -186,18 +193,20 @@ def up(
         assert act_scale is not None
         return rounded, act_scale
     if act_scale is None:
-        rounded, act_scale = _round_rows(act, tables.num_tokens_post_pad)
+        rounded, act_scale = _round_rows(act, tables.sorted_ids, position.shape[0])
     return rounded, act_scale
 
 
-def _round_rows(act: torch.Tensor, num_post: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_rows(
+    act: torch.Tensor, sorted_ids: torch.Tensor, R: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     P, I = act.shape  # noqa: E741
     q = torch.empty(P, I, dtype=torch.int8, device=act.device)
     scale = torch.empty(P, dtype=torch.float32, device=act.device)
     block = power_of_2(I)
     rows = min(max(_ROUNDED_AT_ONCE // block, 1), BLOCK_M.value)
     warps = max(4, min(16, block // 1024))
-    _launch_round((P // rows, 1), (act, q, scale, num_post), (I,), (rows, block), warps)
+    _launch_round((P // rows, 1), (act, q, scale, sorted_ids), (R, I), (rows, block), warps)
     return q, scale
 
 

@@ -1,13 +1,15 @@
 """Rows to fp8 or int8 with scales computed from their values, or with a given scale.
 
 Grid (rows, cdiv(D, BLOCK)) for groups of columns and for a given scale, (rows,) for a scale per
-row, which reads its row twice (the second time from the cache). x [rows, D] of any strides ->
+row, which reads its row twice (the second time from the cache); of many rows, a program rounds
+several. x [rows, D] of any strides ->
 q [rows, D] dense, scale fp32 [rows, cdiv(D, GROUP)]. The helpers do the same on registers.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
@@ -110,10 +112,28 @@ def round_row(
 
 
 @triton.jit
+def begin_rounding(BESIDE: tl.constexpr, CHAINED: tl.constexpr):
+    """BESIDE: the launch before this one writes nothing that is read here, and began when all
+    before it had ended; so rows are rounded beside it."""
+    if BESIDE and CHAINED:
+        gdc_launch_dependents()
+    else:
+        follow_previous(CHAINED)
+
+
+@triton.jit
+def end_rounding(BESIDE: tl.constexpr, CHAINED: tl.constexpr):
+    """Who waits for this launch waits for the one before it, too."""
+    if BESIDE and CHAINED and tl.program_id(0) + tl.program_id(1) == 0:
+        gdc_wait()
+
+
+@triton.jit(do_not_specialize=["rows"])
 def quantize_groups_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
+    rows,
     D,
     groups,
     stride_xm,
@@ -121,51 +141,62 @@ def quantize_groups_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     E8M0: tl.constexpr,
+    BESIDE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    follow_previous(CHAINED)
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    round_groups(
-        x_ptr, q_ptr, scale_ptr, row, first, D, groups, stride_xm, stride_xd, GROUP, BLOCK, E8M0
-    )
+    begin_rounding(BESIDE, CHAINED)
+    first = tl.program_id(1) * BLOCK
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        round_groups(
+            x_ptr, q_ptr, scale_ptr, row, first, D, groups, stride_xm, stride_xd, GROUP, BLOCK, E8M0
+        )
+    end_rounding(BESIDE, CHAINED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_row_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
+    rows,
     D,
     stride_xm,
     stride_xd,
     BLOCK: tl.constexpr,
     E8M0: tl.constexpr,
+    BESIDE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    follow_previous(CHAINED)
-    row = tl.program_id(0).to(tl.int64)
-    round_row(x_ptr, q_ptr, scale_ptr, row, D, stride_xm, stride_xd, BLOCK, E8M0)
+    begin_rounding(BESIDE, CHAINED)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        round_row(x_ptr, q_ptr, scale_ptr, row, D, stride_xm, stride_xd, BLOCK, E8M0)
+    end_rounding(BESIDE, CHAINED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_given_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
+    rows,
     D,
     stride_xm,
     stride_xd,
     BLOCK: tl.constexpr,
+    BESIDE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    follow_previous(CHAINED)
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    round_given(x_ptr, q_ptr, scale_ptr, row, first, D, stride_xm, stride_xd, BLOCK)
+    begin_rounding(BESIDE, CHAINED)
+    first = tl.program_id(1) * BLOCK
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        round_given(x_ptr, q_ptr, scale_ptr, row, first, D, stride_xm, stride_xd, BLOCK)
+    end_rounding(BESIDE, CHAINED)
 
 
 _launch_groups = Launcher(quantize_groups_kernel, chained=True)
 _launch_row = Launcher(quantize_row_kernel, chained=True)
 _launch_given = Launcher(quantize_given_kernel, chained=True)
+_MOST_PROGRAMS = 4096  # beginning one takes 1.3 ns
 
 
 def quantize(
@@ -175,25 +206,32 @@ def quantize(
     group: int | None,
     e8m0: bool,
     given: bool,
+    beside: bool = False,
 ) -> None:
-    """As ``quantize_rows`` with its outputs; ``given``: ``scale`` is read instead of written."""
+    """As ``quantize_rows`` with its outputs; ``given``: ``scale`` is read instead of written.
+    ``beside``: not behind, but beside the launch before, as in ``begin_rounding``."""
     rows, D = x.shape
     if rows == 0 or D == 0:
         return
+    sizes = rows, D, *x.stride()
     if given:
         block = min(2048, power_of_2(D))
-        grid = (rows, -(-D // block))
-        _launch_given(grid, (x, q, scale), (D, *x.stride()), (block,), max(1, block // 512))
+        grid = _grid(rows, -(-D // block))
+        _launch_given(grid, (x, q, scale), sizes, (block, beside), max(1, block // 512))
     elif group is None:
         block = min(8192, power_of_2(D))
         warps = max(1, min(16, block // 512))
-        _launch_row((rows, 1), (x, q, scale), (D, *x.stride()), (block, e8m0), warps)
+        _launch_row(_grid(rows, 1), (x, q, scale), sizes, (block, e8m0, beside), warps)
     else:
         block = max(group, min(1024, power_of_2(D)))
         _launch_groups(
-            (rows, -(-D // block)),
+            _grid(rows, -(-D // block)),
             (x, q, scale),
-            (D, scale.shape[1], *x.stride()),
-            (group, block, e8m0),
+            (rows, D, scale.shape[1], *x.stride()),
+            (group, block, e8m0, beside),
             max(1, block // 512),
         )
+
+
+def _grid(rows: int, parts: int) -> tuple[int, int]:
+    return min(rows, max(1, _MOST_PROGRAMS // parts)), parts
