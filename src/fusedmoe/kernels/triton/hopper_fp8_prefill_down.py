@@ -24,7 +24,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
     scale_row,
     unpacked,
 )
-from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, open_turns, skip
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
@@ -129,6 +129,7 @@ def down_consumer(
     scales,
     rings,
     bars,
+    turns,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
@@ -141,6 +142,7 @@ def down_consumer(
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
     stage = 0
     phase = 0
+    turn = 1 - WHICH
     number = 0
     # The scales of act are read here, not only by the producer.
     gdc_wait()
@@ -170,9 +172,9 @@ def down_consumer(
                 at = bias_ptr + expert.to(gl.int64) * H + column
                 low_bias = load_features(at, 1, H - column)
                 high_bias = load_features(at + TILE_N, 1, H - column - TILE_N)
-            low, high, stage, phase = multiply(
-                rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE, OWN,
-                PROMOTED, WHICH,
+            low, high, stage, phase, turn = multiply(
+                rings, bars, stage, phase, turns, turn, low_scales, high_scales, KSTEPS, PER_SCALE,
+                OWN, PROMOTED, WHICH,
             )  # fmt: skip
             low, high = finished(
                 low, high, row_scale, of_low, of_high, low_bias, high_bias, buffers.index(0),
@@ -181,7 +183,10 @@ def down_consumer(
             store_tile(out_desc, buffers, low, row, column)
             store_tile(out_desc, buffers, high, row, column + TILE_N)
         else:
-            stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
+            stage, phase, turn = skip(
+                bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],
+                OWN or PROMOTED == 1, WHICH,
+            )  # fmt: skip
         number += 1
         word = hear(box, number)
     tma.store_wait(0)
@@ -220,6 +225,7 @@ def down_kernel(
     128 * scale_blocks. Others as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 32 if OWN else 0, OWN)
+    turns = open_turns()
     box = open_box(2, gl.int64)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     scales = (scale_ptr, stride_se, stride_sn, 0, scale_row_step, scale_block)
@@ -229,14 +235,14 @@ def down_kernel(
             (
                 down_consumer,
                 (
-                    out_desc, out0, box, bias_ptr, act_scales, scales, rings, bars, H, I,
+                    out_desc, out0, box, bias_ptr, act_scales, scales, rings, bars, turns, H, I,
                     PROMOTED, PER_SCALE, BY_FEATURE, OWN, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, box, bias_ptr, act_scales, scales, rings, bars, H, I,
+                    out_desc, out1, box, bias_ptr, act_scales, scales, rings, bars, turns, H, I,
                     PROMOTED, PER_SCALE, BY_FEATURE, OWN, 1,
                 ),
             ),

@@ -6,7 +6,8 @@ A step is 128 columns: 128 token rows and 256 weight rows, 48 KiB. A consumer wa
 ``multiply_promoted`` adds every product of one step or two to the sums in fp32, with row scale x
 block scale where scales change along the columns. That is also what keeps fp8 sums exact, because
 the tensor cores add fp8 products in about 14 bits. Two sums and one product take 192 registers; two
-products would not fit, so one warpgroup's additions overlap the other one's products.
+products would not fit, so one warpgroup's additions overlap the other one's products: by turns
+where every step is promoted.
 
 ``multiply_whole`` runs one product of 256 weight rows per step through all columns: int8, whose
 sums are exact, and rows of fp8 that are short.
@@ -29,14 +30,38 @@ WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32])
 
 
 @gluon.jit
-def skip(bars, stage, phase, KSTEPS: gl.constexpr, STAGES: gl.constexpr):
-    """Give a tile's steps back unread."""
+def open_turns():
+    """Where every step is promoted, the warpgroups' products follow each other by turns, so that
+    one adds to its sums while the other multiplies; left alone, both multiply and then both add."""
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    return turns
+
+
+@gluon.jit
+def next_turn(turns, turn, WHICH: gl.constexpr):
+    """Let the other warpgroup go on; the phase that makes it this one's turn again."""
+    mbarrier.arrive(turns.index(1 - WHICH), count=1)
+    return turn ^ 1
+
+
+@gluon.jit
+def skip(
+    bars, stage, phase, turns, turn,
+    KSTEPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Give a tile's steps back unread, and the turns of their two products, if TURNS."""
     full, empty = bars
     for _ in range(KSTEPS):
         mbarrier.wait(full.index(stage), phase)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-    return stage, phase
+        if TURNS:
+            for _ in gl.static_range(2):
+                mbarrier.wait(turns.index(WHICH), turn)
+                turn = next_turn(turns, turn, WHICH)
+    return stage, phase, turn
 
 
 @gluon.jit
@@ -50,7 +75,7 @@ def product(rings, stage, part, FIRST: gl.constexpr, HIGH: gl.constexpr, WHICH: 
 
 @gluon.jit
 def multiply_promoted(
-    rings, bars, stage, phase, low_scales, high_scales,
+    rings, bars, stage, phase, turns, turn, low_scales, high_scales,
     KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """One tile's (low, high), [HALF_M, TILE_N] fp32 each, every step promoted.
@@ -68,8 +93,10 @@ def multiply_promoted(
         high_scale = gl.load(high_scales).to(gl.float32)
     for k in range(KSTEPS):
         mbarrier.wait(full.index(stage), phase)
+        mbarrier.wait(turns.index(WHICH), turn)
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
         part = product(rings, stage, part, True, 0, WHICH)
+        turn = next_turn(turns, turn, WHICH)
         if ROWS:
             of_low = rings[2].index(stage).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
             of_high = of_low
@@ -84,8 +111,10 @@ def multiply_promoted(
             low += part * gl.expand_dims(of_low, 1)
         else:
             low += part
+        mbarrier.wait(turns.index(WHICH), turn)
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
         part = product(rings, stage, part, True, 1, WHICH)
+        turn = next_turn(turns, turn, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
         mbarrier.arrive(empty.index(stage), count=1)
         if ROWS:
@@ -93,7 +122,7 @@ def multiply_promoted(
         else:
             high += part
         stage, phase = next_stage(stage, phase, STAGES)
-    return low, high, stage, phase
+    return low, high, stage, phase, turn
 
 
 @gluon.jit
@@ -165,17 +194,18 @@ def multiply_whole(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.co
 
 @gluon.jit
 def multiply(
-    rings, bars, stage, phase, low_scales, high_scales,
+    rings, bars, stage, phase, turns, turn, low_scales, high_scales,
     KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, PROMOTED: gl.constexpr,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """As ``multiply_promoted``; without scales every PROMOTED steps (0: never)."""
     if ROWS or PROMOTED == 1:
-        low, high, stage, phase = multiply_promoted(
-            rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE, ROWS, WHICH
-        )
+        low, high, stage, phase, turn = multiply_promoted(
+            rings, bars, stage, phase, turns, turn, low_scales, high_scales, KSTEPS, PER_SCALE,
+            ROWS, WHICH,
+        )  # fmt: skip
     elif PROMOTED == 2:
         low, high, stage, phase = multiply_in_pairs(rings, bars, stage, phase, KSTEPS, WHICH)
     else:
         low, high, stage, phase = multiply_whole(rings, bars, stage, phase, KSTEPS, WHICH)
-    return low, high, stage, phase
+    return low, high, stage, phase, turn

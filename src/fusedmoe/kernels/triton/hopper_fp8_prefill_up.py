@@ -31,7 +31,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
     store_act,
     unpacked,
 )
-from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, skip
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, open_turns, skip
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
@@ -139,6 +139,7 @@ def up_consumer(
     scales,
     rings,
     bars,
+    turns,
     numbers,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
@@ -165,6 +166,7 @@ def up_consumer(
         out = (out[0], out[1], 1.0 / gl.load(out[2]), out[3])
     stage = 0
     phase = 0
+    turn = 1 - WHICH
     number = 0
     word = read(box, number)
     while word >= 0:
@@ -192,8 +194,8 @@ def up_consumer(
                 at = bias_ptr + expert.to(gl.int64) * (SHARDS * I) + column * BY
                 low_bias = load_features(at, BY, I - column)
                 high_bias = load_features(at + TO_HIGH, BY, I - column - BELOW)
-            low, high, stage, phase = multiply(
-                rings, bars, stage, phase, low_scales, high_scales, KSTEPS, PER_SCALE,
+            low, high, stage, phase, turn = multiply(
+                rings, bars, stage, phase, turns, turn, low_scales, high_scales, KSTEPS, PER_SCALE,
                 PER_SCALE > 0, PROMOTED, WHICH,
             )  # fmt: skip
             low, high = finished(
@@ -209,7 +211,10 @@ def up_consumer(
                 high = plain_activation(FORMULA, high)
                 store_act(out, high, row, column + TILE_N, I, ROUNDED, OWN, E8M0)
         else:
-            stage, phase = skip(bars, stage, phase, KSTEPS, rings[0].shape[0])
+            stage, phase, turn = skip(
+                bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],
+                PER_SCALE > 0 or PROMOTED == 1, WHICH,
+            )  # fmt: skip
         number += 1
         word = read(box, number)
     tma.store_wait(0)
@@ -273,6 +278,7 @@ def up_kernel(
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     ROUNDED: gl.constexpr = act_scale_ptr is not None
     rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128, PER_SCALE > 0)
+    turns = open_turns()
     box = open_box(2, gl.int64)
     gdc_wait()
     gdc_launch_dependents()
@@ -287,16 +293,16 @@ def up_kernel(
                 up_consumer,
                 (
                     (out_desc, out0, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
-                    numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE, BY_FEATURE,
-                    ROUNDED, OWN, E8M0, WIDE, BELOW, 0,
+                    turns, numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE,
+                    BY_FEATURE, ROUNDED, OWN, E8M0, WIDE, BELOW, 0,
                 ),
             ),
             (
                 up_consumer,
                 (
                     (out_desc, out1, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
-                    numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE, BY_FEATURE,
-                    ROUNDED, OWN, E8M0, WIDE, BELOW, 1,
+                    turns, numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE,
+                    BY_FEATURE, ROUNDED, OWN, E8M0, WIDE, BELOW, 1,
                 ),
             ),
             (
