@@ -56,7 +56,7 @@ for mean in (32, 256):
 run("int4_g128", 256)
 run("nvfp4", 32, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", 32)
-run("nf4", 256)
+run("nf4", 32)
 run("mxfp6_e2m3", 128, MoEActivation.SWIGLUOAI, True, 576, 320)
 run("fp8_block", 128)
 run("int4_g32_zp", 128, H=544, I=288)
