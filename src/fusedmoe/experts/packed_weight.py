@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ _DESCRIPTIONS = frozenset(
     *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_inference),
     *(torch.Tensor.requires_grad_, torch.Tensor.__len__),
 }
-
-
 _OPS = ("fusedmoe.fused_experts.default", "fusedmoe.fused_experts")
 """Ops that take packed weights. What runs inside them is not noticed here: it has to ``unpack``."""
 
@@ -85,18 +82,17 @@ class PackedWeight(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = partial(super().__torch_function__, func, types, args, kwargs or {})
-        described = func in _DESCRIPTIONS or str(func) in _OPS
-        if described:
-            return call()
+        run = super().__torch_function__
+        if func in _DESCRIPTIONS or str(func) in _OPS:
+            return run(func, types, args, kwargs or {})
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError(f"{func} of packed weights in compiled code: read them outside")
-        if torch.compiler.is_compiling():
-            return call()
+        if torch.compiler.is_compiling():  # a compiler looks at what it was given
+            return run(func, types, args, kwargs or {})
         with packing:
             for leaf in tree_leaves((args, kwargs)):
                 unpack(leaf)
-            return call()
+            return run(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         unpack(self)
