@@ -1,12 +1,12 @@
 """The streaming CUDA kernels with the tiles that the library chooses and with others, on one GPU.
 
     PYTHONPATH=src python benchmarks/quantized_decode.py [--cases qwen3-30b:int4_g128:8,64 ...]
-        [--tiles stream:16,16,4,1/16,16,4,1 warps:2,1,4,4,4/2,1,4,4,4 ...] [--out F.json]
+        [--tiles stream:16,16,4,1/16,16,4,1 rows:1,4,3,4,1,2/1,3,4,8,1,2 ...] [--out F.json]
 
-A tile is the fields of ``CudaStreamTile``, ``CudaWarpsTile`` or ``CudaLoneTile``; two of them, one
-per GEMM. Experts scope: ids given, alignment and sum included; balanced routing, graph
-replays, weights that change from call to call, all in turns. Exits with an error where an output is
-further than 4e-3 from fp64's.
+A tile is the fields of ``CudaStreamTile``, ``CudaRowsTile``, ``CudaWarpsTile`` or ``CudaLoneTile``;
+two of them, one per GEMM. Experts scope: ids given, alignment and sum included; balanced routing,
+graph replays, weights that change from call to call, all in turns. Exits with an error where an
+output is further than 4e-3 from fp64's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
     CudaLoneTile,
+    CudaRowsTile,
     CudaStreamTile,
     CudaWarpsTile,
 )
@@ -43,7 +44,12 @@ CASES = (
     *("kimi-k2-tp8:int4_g32:1,16,64", "mixtral:int4_g128:1,8,64"),
 )
 COPIES, MOST_ERROR = 4, 4e-3
-TILES: dict[str, Any] = {"lone": CudaLoneTile, "warps": CudaWarpsTile, "stream": CudaStreamTile}
+TILES: dict[str, Any] = {
+    "lone": CudaLoneTile,
+    "rows": CudaRowsTile,
+    "warps": CudaWarpsTile,
+    "stream": CudaStreamTile,
+}
 
 
 def parsed(text: str) -> CudaDecodeTiles:

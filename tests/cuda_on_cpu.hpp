@@ -33,7 +33,9 @@ using std::min;
 struct Index { int x; };
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -137,6 +139,7 @@ inline void ldmatrix(u32 (&w)[4], u32 address) {
 inline u32 shared_u8(u32 address) { return *shared_at(address, 1); }
 inline u32 shared_u16(u32 address) { u16 v; memcpy(&v, shared_at(address, 2), 2); return v; }
 inline u32 shared_u32(u32 address) { u32 v; memcpy(&v, shared_at(address, 4), 4); return v; }
+inline void store_shared(u32 address, u32 value) { memcpy(shared_at(address, 4), &value, 4); }
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
 template <typename T>
 T load_past_l1(const T* from) { return *from; }
@@ -153,10 +156,10 @@ inline void copy(u32 to, const void* from, u32 size, bool inside) {
 // What tests put in place of a tensor map: an address, sizes, strides of all but bytes, a box.
 struct alignas(64) TensorMap { i64 data, sizes[4], strides[3], box[4]; };
 struct Barrier {
-  int count = 1, left = 1, phases = 0;
+  int count = 1, left = 1, phases = 0, expected = 0;  // bytes that are not here yet
   std::deque<std::vector<Copy>> boxes;  // on their way, or a thread's copies
   void pass() {
-    if (left || !boxes.empty()) return;
+    if (left || expected || !boxes.empty()) return;
     phases++;
     left = count;
   }
@@ -168,7 +171,17 @@ inline void begin_barrier(u32 barrier, int count = 1) {
 }
 inline void arrive(u32 barrier) { engine[barrier].left--; engine[barrier].pass(); }
 inline void barriers_have_begun() { __syncwarp(); }
-inline void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+inline void expect(u32 barrier, int bytes) {
+  engine[barrier].expected += bytes;
+  engine[barrier].left--;
+  engine[barrier].pass();
+}
+inline void bring(u32 barrier, const std::vector<Copy>& parts) {
+  engine[barrier].boxes.push_back(parts);
+  for (const Copy& one : parts) engine[barrier].expected -= (int)one.bytes.size();
+}
+inline void copy_box(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
+  const bool swizzled = map.box[0] == 128;
   std::vector<Copy> rows;
   u32 row = to;
   for (int shard = 0; shard < map.box[2]; shard++)
@@ -178,14 +191,28 @@ inline void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 bar
         std::vector<u8> found(16, 0);
         const u8* from = (const u8*)map.data + at + (y + i) * map.strides[0] +
                          shard * map.strides[1] + z * map.strides[2];
-        if (at < map.sizes[0] && y + i < map.sizes[1]) memcpy(found.data(), from, 16);
-        const u32 place = row + (u32)((chunk ^ (row >> 7 & 7)) << 4);
+        const i64 inside = min((i64)16, map.sizes[0] - at);
+        if (inside > 0 && y + i < map.sizes[1]) memcpy(found.data(), from, inside);
+        const u32 place = row + (u32)((chunk ^ (swizzled ? row >> 7 & 7 : 0)) << 4);
         memset(shared_at(place, 16), 0xFF, 16);
         rows.push_back({place, found});
       }
-  if ((int)rows.size() * 16 != bytes || to % 1024) abort();
-  engine[barrier].boxes.push_back(rows);
-  engine[barrier].left--;
+  if (to % (swizzled ? 1024 : 128)) abort();
+  bring(barrier, rows);
+}
+inline void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+  expect(barrier, bytes);
+  copy_box(to, map, x, y, z, barrier);
+  if (engine[barrier].expected) abort();
+}
+inline void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+  if (bytes % 16 || (u64)from % 16 || to % 16) {
+    fprintf(stderr, "a copy of %d bytes from %p to %u\n", bytes, from, to);
+    abort();
+  }
+  shared_at(to + bytes - 16, 16);
+  memset(shared_at(to, 16), 0xFF, bytes);
+  bring(barrier, {{to, std::vector<u8>((const u8*)from, (const u8*)from + bytes)}});
 }
 inline void arrive_with_copies(u32 barrier) {
   engine[barrier].boxes.push_back(std::move(fibers[current].open));
@@ -198,6 +225,14 @@ inline int from_first_thread(int value) {
   operands[warp][lane][0] = (u32)value;
   __syncwarp();
   value = (int)operands[warp][0][0];
+  __syncwarp();
+  return value;
+}
+inline float from_thread(float value, int apart) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  operands[warp][lane][0] = as_bits(value);
+  __syncwarp();
+  value = as_float(operands[warp][lane ^ apart][0]);
   __syncwarp();
   return value;
 }
@@ -257,6 +292,10 @@ void wait_groups() {
     groups.pop_front();
   }
 }
+template <int>
+void give_registers() {}
+template <int>
+void take_registers() {}
 inline void wait_for_previous() {}
 inline void let_next_begin() {}
 

@@ -197,8 +197,8 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
             w1_bias=torch.randn(e, 2 * width, device="cuda"),
             w2_bias=torch.randn(e, H, device="cuda"),
         )
-        # 20: 16 slots a block with both operands in 8 bits, half of them empty in some.
-        for T in (1, 5, 300) if rows is None else (1, 5, 20, 300):
+        # 20: 16 slots a block, half of them empty in some.
+        for T in (1, 5, 20, 300):
             x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
             ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
             weights, R = torch.rand(T, picks, device="cuda"), T * picks

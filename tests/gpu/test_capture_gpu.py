@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusedmoe.kernels.cuda import quantized_decode as cuda_decode
+from fusedmoe.kernels.cuda import quantized_rows as cuda_rows
 from fusedmoe.kernels.cuda import quantized_warps as cuda_warps
 from fusedmoe.kernels.hopper_quantized import quantized_decode, quantized_decode_reference
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode, w8a8_decode_reference
@@ -27,6 +28,7 @@ def forget_launches():
     from fusedmoe.kernels.triton import align, align_pair, align_quantize, hopper_w8a8, weighted_sum
 
     cuda_decode._kernel.cache_clear()
+    cuda_rows._kernel.cache_clear()
     cuda_warps._kernel.cache_clear()
     for launcher in (
         align._launch_once,

@@ -17,13 +17,20 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.align_pair import PairedOrder, paired_reference
-from fusedmoe.kernels.cuda import program, quantized_cut, quantized_decode, quantized_warps
+from fusedmoe.kernels.cuda import (
+    program,
+    quantized_cut,
+    quantized_decode,
+    quantized_rows,
+    quantized_warps,
+)
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference, weight_addresses
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, unmet_by_stream
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
     CudaLoneTile,
+    CudaRowsTile,
     CudaStreamTile,
     CudaWarpsTile,
     cuda_decode_tiles,
@@ -44,6 +51,10 @@ def warps(along=1, across=4, stages=4, tiles=2):
     return CudaWarpsTile(tiles, along, across, stages, 2)
 
 
+def rows(along=1, across=4, stages=3, tiles=1, ahead=99, slots=8, parts=1):
+    return CudaRowsTile(tiles, along, across, stages, 1, ahead, slots, parts)
+
+
 def block(slots=16, warps=4, stages=3):
     return CudaStreamTile(slots, warps, stages, 1)
 
@@ -59,16 +70,22 @@ def on_cpu(monkeypatch):
         given = quantized_warps.SOURCES, "quantized_warps", defines, threads, shared
         return KernelOnCpu(*given)
 
+    def rows_kernel(defines, threads, shared):
+        given = quantized_rows.SOURCES, "quantized_rows", defines, threads, shared
+        return KernelOnCpu(*given)
+
+    monkeypatch.setattr(quantized_rows, "_kernel", rows_kernel)
+    monkeypatch.setattr(quantized_rows, "tile_map", tile_map)
     monkeypatch.setattr(quantized_decode, "_kernel", kernel)
     monkeypatch.setattr(quantized_warps, "_kernel", warps_kernel)
     monkeypatch.setattr(quantized_decode, "tile_map", tile_map)
 
 
-def tile_map(data, e, features, shards, row, interleaved, box):
+def tile_map(data, e, features, shards, row, interleaved, box, width=quantized_decode.STEP):
     """As ``cuda_on_cpu.hpp`` reads it."""
     apart = (shards, 1) if interleaved else (1, features)
     strides = [row * rows for rows in (*apart, shards * features)]
-    numbers = [data, row, features, shards, e, *strides, quantized_decode.STEP, box, shards, 1]
+    numbers = [data, row, features, shards, e, *strides, width, box, shards, 1]
     return struct.pack("12q", *numbers)
 
 
@@ -119,6 +136,29 @@ ONE_GEMM = {
     "warps_no_gate": ("mxfp8", RELU2, 9, 2, 4, 288, 48, warps(tiles=1), {"bias": True}),
     "warps_fp8_blocks": ("fp8_block", SILU, 9, 2, 4, 1040, 200, warps(2, 2), {}),
     "warps_few_steps": ("int4_g32", None, 9, 2, 4, 256, 200, warps(), {"programs": 1}),
+    "rows_mxfp4": ("mxfp4", OAI, 20, 4, 16, 320, 96, rows(4, 2), {"local": 7, "bias": True}),
+    "rows_mxfp4_down": ("mxfp4", None, 20, 4, 16, 320, 96, rows(3, 2, 3, 1, 2), {"bias": True}),
+    "rows_swizzled": ("mxfp4", OAI, 20, 4, 16, 512, 96, rows(3, 2), {"local": 7, "bias": True}),
+    "rows_int4": ("int4_g32", SILU, 20, 4, 16, 1024, 96, rows(4, 3), {"bias": True}),
+    "rows_int4_apart": ("int4_g32", SILU, 9, 4, 16, 8192, 16, rows(8, 1, 2), {}),
+    "rows_int4_ahead": ("int4_g32", None, 20, 4, 16, 256, 128, rows(1, 4, ahead=1), {}),
+    "rows_int4_g128": ("int4_g128", SILU, 20, 4, 16, 1024, 96, rows(4, 2, tiles=2), {}),
+    "rows_int4_g128_straddling": ("int4_g128", None, 20, 4, 16, 768, 64, rows(4, 2), {}),
+    "rows_of_16": ("int4_g128", SILU, 20, 4, 16, 1024, 96, rows(4, 2, tiles=2, slots=16), {}),
+    "rows_of_16_apart": ("int4_g32", SILU, 20, 4, 6, 8192, 16, rows(16, 1, slots=16), {}),
+    "rows_lone": ("int4_g32", SILU, 3, 4, 16, 1024, 96, rows(4, 2, slots=1), {"bias": True}),
+    "rows_lone_mxfp4": (
+        "mxfp4",
+        OAI,
+        3,
+        4,
+        16,
+        320,
+        96,
+        rows(4, 2, slots=1),
+        {"local": 5, "bias": True},
+    ),
+    "rows_lone_down": ("int4_g32", None, 2, 2, 16, 256, 128, rows(2, 4, slots=1), {"bias": True}),
     "zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, block(), {"bias": True}),
     "zero_points_of_rows": (
         "int4_channel_zp",
@@ -170,7 +210,9 @@ def test_one_gemm(name, on_cpu):
     if isinstance(cut, CudaStreamTile):
         x = paired_reference(x, PairedOrder.of(w.format))
     activation = None if act is None else device_activation(act)
-    launcher = quantized_warps if isinstance(cut, CudaWarpsTile) else quantized_decode
+    launcher = quantized_decode
+    if isinstance(cut, (CudaRowsTile, CudaWarpsTile)):
+        launcher = quantized_rows if isinstance(cut, CudaRowsTile) else quantized_warps
     launcher.stream(x, w, out, bias, activation, *given, early=act is None)
     assert out.isnan().equal(expected.isnan())
     out, expected = out.double().nan_to_num(), expected.double().nan_to_num()
@@ -178,30 +220,43 @@ def test_one_gemm(name, on_cpu):
     assert (out - expected).norm() <= (1e-3 if act else 1e-5) * expected.norm()
 
 
+LAYERS = {
+    "stream": ("int4_g32_zp", 96, CudaDecodeTiles(block(), block())),
+    "warps_and_rows": ("int4_g32", 96 + 32, CudaDecodeTiles(warps(), rows(2, 2))),
+    "parts_of_rows": (
+        "int4_g128",
+        512,
+        CudaDecodeTiles(rows(4, 2, slots=16), rows(2, 2, slots=16, parts=2)),
+    ),
+}
+
+
 @needs_compiler
-def test_a_layer_whose_last_row_is_nan(on_cpu):
-    T, K, E, H, I = 5, 2, 4, 512, 96  # noqa: E741
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_whose_last_row_is_nan(name, on_cpu):
+    fmt, I, tiles = LAYERS[name]  # noqa: E741
+    T, K, E, H = 5, 2, 4, 512
     torch.manual_seed(0)
     ids, _ = routed(T, K, E, None)
-    w1, w2 = weights("int4_g32_zp", E, I, H, SILU), weights("int4_g32_zp", E, H, I, None)
+    w1, w2 = weights(fmt, E, I, H, SILU), weights(fmt, E, H, I, None)
     x, picked = torch.randn(T, H).bfloat16(), torch.rand(T, K)
-    tiles = CudaDecodeTiles(block(), block())
     found = []
     for last in (x[-1].clone(), NAN):
         x[-1] = last
         outs = torch.empty(2, T, H, dtype=torch.bfloat16)
         for function, out in zip((quantized_decode.decode, None), outs, strict=True):
             act, y = torch.full((T * K, I), NAN).bfloat16(), torch.full((T * K, H), NAN)
-            table = MoEAlignment(*moe_align_block_size(ids, 16, E)[:3])
+            table = MoEAlignment(*moe_align_block_size(ids, tiles.slots, E)[:3])
             given = x, w1, w2, picked, ids, out, act, y
             if function is None:
-                quantized_decode_reference(*given, table, tiles=tiles, programs=2)
+                quantized_decode_reference(*given, tiles=tiles, programs=2)
             else:
                 silu, addresses = (
                     device_activation(SILU),
                     (weight_addresses(w1), weight_addresses(w2)),
                 )
-                given = paired_reference(x, PairedOrder.of(w1.format)), *given[1:]
+                if tiles.paired:
+                    given = paired_reference(x, PairedOrder.of(w1.format)), *given[1:]
                 function(*given, silu, None, None, None, table, addresses, tiles, 2)
         torch.testing.assert_close(outs[0][:-1], outs[1][:-1], rtol=2e-2, atol=2e-3)
         found.append(outs[0])

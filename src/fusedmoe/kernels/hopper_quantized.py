@@ -1,8 +1,9 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
-``quantized_lone.cu`` for slots that hardly share experts, ``quantized_warps.cu`` for blocks of
-eight, ``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
+``quantized_lone.cu`` for slots that hardly share experts, ``quantized_rows.cu`` for blocks of eight
+or sixteen of mxfp4, ``quantized_warps.cu`` for blocks of eight of all others,
+``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
 ``quantized_gemm_reference`` twice.
 """
 
@@ -24,11 +25,16 @@ from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, cuda_decode_tiles
+from fusedmoe.tuning.cuda_tiles import (
+    CudaDecodeTiles,
+    CudaRowsTile,
+    cuda_decode_tiles,
+    rows_tile,
+)
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
-MAX_LONE_SLOTS = 32
+MAX_LONE_SLOTS, FEWEST_LONE_ROWS = 32, 17
 FEWEST_FEATURES = 16
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,9 +88,33 @@ def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:
 def decode_tiles_for(
     R: int, w1: QuantizedTensor, w2: QuantizedTensor, lone: bool, programs: int
 ) -> CudaDecodeTiles:
-    """Tiles for R slots and these weights; ``lone``: every slot is a block."""
+    """Tiles for R slots and these weights; ``lone``: every slot is a block. ``programs``: the
+    number of multiprocessors."""
     rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
-    return cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
+    tiles = cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
+    slots = 1 if lone else 8 if tiles.slots == 8 else 16
+    if R < FEWEST_LONE_ROWS if lone else slots * w2.shape[0] < R:
+        return tiles
+    first, second = _rows(w1, slots, splits=False), _rows(w2, slots, splits=not lone)
+    if first is not None and second is not None:
+        return CudaDecodeTiles(first, second)
+    if slots == 8:
+        return CudaDecodeTiles(first or tiles.gemm1, second or tiles.gemm2)
+    return tiles
+
+
+def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | None:
+    """A tile of ``quantized_rows.cu``; None where that does not read these: it takes mxfp4, whose
+    scales the copy engine can bring."""
+    fmt, scale = w.format, w.scale
+    if fmt.element != "e2m1" or scale is None:
+        return None
+    grouped = fmt.group.row == 1 and 32 <= fmt.group.col < w.shape[-1] and fmt.group.col <= 256
+    if not grouped or w.scale2 is not None or scale.data_ptr() % ALIGNED_BYTES:
+        return None
+    scale_bytes = scale.shape[-1] * scale.element_size()
+    features = w.shape[1] // w.shards
+    return rows_tile(features, w.shards, w.data.shape[-1], scale_bytes, slots, splits)
 
 
 def quantized_decode(

@@ -1,5 +1,6 @@
 """How the kernels of ``kernels/cuda`` cut the two GEMMs of few slots per expert with quantized
-weights: ``quantized_lone.cu``, ``quantized_warps.cu`` or ``quantized_stream.cu``."""
+weights: ``quantized_lone.cu``, ``quantized_rows.cu``, ``quantized_warps.cu`` or
+``quantized_stream.cu``."""
 
 from __future__ import annotations
 
@@ -12,6 +13,12 @@ WARPS = 4  # of a program whose warps work by themselves
 LONE_STAGES, LONE_PROGRAMS = 3, 3
 # Blocks of eight slots, up to how many slots per expert on average.
 EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
+# Whole rows: bytes that one matrix instruction takes of each; warps of a program, and how many such
+# pairs of chunks each has registers for, of x for one or two eights of slots; bytes of ring and
+# sums, and how many steps are on their way at a time.
+ROWS_STEP = 32
+ROWS_PAIRS = ((12, (8, 4)), (8, (14, 8)))
+ROWS_BYTES, ROWS_AHEAD = 220 * 1024, 2
 # A launch whose last round of tasks is so full wants no more warps per task.
 FULL_ENOUGH = 0.85
 
@@ -62,6 +69,16 @@ class CudaWarpsTile(_OwnRings):
 
 
 @dataclass(frozen=True, slots=True)
+class CudaRowsTile(_OwnRings):
+    """``slots`` slots by whole rows, or by one of ``parts`` of them: ``stages`` are those of a
+    program's ring, ``ahead`` of them on their way at a time; every warp has its part of x."""
+
+    ahead: int = 99
+    slots: int = 8
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class CudaStreamTile:
     """``slots`` slots by 16 weight rows for each of ``warps`` warps, all in step; ``stages`` steps
     in a program's ring; so many programs per multiprocessor."""
@@ -83,8 +100,8 @@ class CudaStreamTile:
 class CudaDecodeTiles(NamedTuple):
     """Of a layer's two GEMMs; slots are the same."""
 
-    gemm1: CudaLoneTile | CudaWarpsTile | CudaStreamTile
-    gemm2: CudaLoneTile | CudaWarpsTile | CudaStreamTile
+    gemm1: CudaLoneTile | CudaWarpsTile | CudaRowsTile | CudaStreamTile
+    gemm2: CudaLoneTile | CudaWarpsTile | CudaRowsTile | CudaStreamTile
 
     @property
     def slots(self) -> int:
@@ -132,6 +149,65 @@ def cuda_decode_tiles(
         )
     tile = next((tile for most, tile in STREAM_TILES if most * e >= R), STREAM_TILES[-1][1])
     return CudaDecodeTiles(tile, tile)
+
+
+@lru_cache(maxsize=4096)
+def rows_tile(
+    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
+) -> CudaRowsTile | None:
+    """For blocks of so many slots and weights of so many features, bytes of a row and of its
+    scales; None where no tile fits. ``splits``: rows may be read in parts."""
+    pairs, rest = divmod(row_bytes, ROWS_STEP)
+    eights, of_tile = -(-slots // 8), 16 // shards
+    if rest or eights > 2:
+        return None
+    found = [
+        (parts, warps, most[eights - 1])
+        for parts in ((1, 2, 4) if splits else (1,))
+        for warps, most in ROWS_PAIRS
+        if pairs <= parts * warps * most[eights - 1]
+        and (parts == 1 or (row_bytes % (parts * STEP) == 0 and scale_bytes % 16 == 0))
+    ]
+    if not found:
+        return None
+    parts, warps, most_pairs = found[0]
+    own, (_, boxes) = pairs // parts, scale_boxes(scale_bytes, parts)
+
+    def beside(along: int) -> int:
+        """How many warps can stand side by side; none where scales come not with their warps."""
+        fitting = (n for n in range(warps // along, 0, -1) if features % (n * of_tile) == 0)
+        apart = along % boxes or (boxes > 1 and scale_bytes // parts % 16)
+        return 0 if apart else next(fitting, 0)
+
+    def busy(along: int) -> float:
+        """How many warps' worth of products are done at a time."""
+        return beside(along) * own / -(-own // along)
+
+    least = -(-own // most_pairs)
+    along = max((least, min(least + 1, warps)), key=busy)
+    across = beside(along)
+    if across == 0:
+        return None
+
+    def stages(tiles: int) -> int:
+        stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
+        return min(8, (ROWS_BYTES - 1024 * along * across * tiles * eights) // stage)
+
+    both = across == 1 and features % (2 * of_tile) == 0 and stages(2) >= 3
+    tiles = 2 if both else 1
+    return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots, parts)
+
+
+def scale_boxes(row: int, parts: int) -> tuple[int, int]:
+    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes
+    for one of so many parts of the row; (0, 1): rows come as they lie. In boxes where a row is not
+    taken as a whole, and where eight rows as they lie would meet in few banks."""
+    if parts == 1 and (row % 64 or row < 256):
+        return 0, 1
+    own = row // parts
+    most = max(own + i * own % 16 for i in range(parts))
+    boxes = -(-most // 256)
+    return -(-most // boxes // 16) * 16, boxes
 
 
 def _along(blocks: int, rows: int, row_bytes: int, resident: int) -> int:

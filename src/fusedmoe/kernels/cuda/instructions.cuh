@@ -81,6 +81,9 @@ DEVICE u32 shared_u32(u32 address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+DEVICE void store_shared(u32 address, u32 value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
 // Barriers that copies arrive at: one arrival, and the bytes that it announces.
 DEVICE void begin_barrier(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -107,14 +110,29 @@ DEVICE void wait_barrier(u32 barrier, int phase) {
 struct alignas(64) TensorMap {
   u8 bytes[128];
 };
-// The box of ``map`` from byte ``x`` of row ``y`` of every shard of expert ``z`` on.
-DEVICE void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+// An arrival of one thread, which announces bytes that copies bring.
+DEVICE void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+// The box of ``map`` from byte ``x`` of row ``y`` of every shard of expert ``z`` on.
+DEVICE void copy_box(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, 0, %4}], [%5];" ::"r"(to),
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+DEVICE void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
+  expect(barrier, bytes);
+  copy_box(to, map, x, y, z, barrier);
+}
+// Neighbouring bytes, a multiple of 16 of them from a multiple of 16 on.
+DEVICE void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
@@ -122,6 +140,7 @@ DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
                "r"(x), "r"(y), "r"(z)
                : "memory");
 }
+DEVICE float from_thread(float value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
 // WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
 // the compiler from touching them.
@@ -218,6 +237,15 @@ DEVICE void wait_groups() {
 template <int THREADS>
 DEVICE void meet(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+// Registers of a thread, of four neighbouring warps at a time.
+template <int COUNT>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 // Programmatic dependent launches.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

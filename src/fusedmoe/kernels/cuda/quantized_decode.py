@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -17,13 +18,14 @@ from fusedmoe.tuning.cuda_tiles import (
     STEP,
     CudaDecodeTiles,
     CudaLoneTile,
+    CudaRowsTile,
     CudaStreamTile,
     CudaWarpsTile,
 )
 
 COMMON = (
-    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_tasks.cuh"),
-    *("quantized_scales.cuh", "quantized_ends.cuh"),
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
+    *("quantized_tasks.cuh", "quantized_scales.cuh", "quantized_ends.cuh"),
 )
 ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -66,15 +68,17 @@ LIKELY_MEAN = 2  # slots per expert from which on most experts have some
 
 @lru_cache(maxsize=4096)
 def tile_map(data: int, e: int, features: int, shards: int, row: int, interleaved: bool,
-             box: int) -> bytes:  # fmt: skip
-    """What the copy engine reads steps of a warp's rows by: ``box`` features of every shard, of
-    e * shards * features rows of ``row`` bytes at address ``data``; zeros beyond the last."""
+             box: int, width: int = STEP) -> bytes:  # fmt: skip
+    """What the copy engine reads ``width`` bytes of rows by, steps swizzled: ``box`` features of
+    every shard, of e * shards * features rows of ``row`` bytes at address ``data``; zeros beyond
+    the last."""
     from cuda.bindings import driver
 
     from fusedmoe.kernels.cuda.program import checked
 
     apart = (shards, 1) if interleaved else (1, features)
     kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8
+    swizzle = driver.CUtensorMapSwizzle
     found = checked(
         driver.cuTensorMapEncodeTiled(
             kind,
@@ -82,10 +86,12 @@ def tile_map(data: int, e: int, features: int, shards: int, row: int, interleave
             data,
             [driver.cuuint64_t(size) for size in (row, features, shards, e)],
             [driver.cuuint64_t(row * rows) for rows in (*apart, shards * features)],
-            [driver.cuuint32_t(size) for size in (STEP, box, shards, 1)],
+            [driver.cuuint32_t(size) for size in (width, box, shards, 1)],
             [driver.cuuint32_t(1)] * 4,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle.CU_TENSOR_MAP_SWIZZLE_128B
+            if width == STEP
+            else swizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
@@ -115,28 +121,33 @@ def decode(
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     first, second = addresses
-    K = topk_ids.shape[1]
-    if isinstance(tiles.gemm1, CudaWarpsTile) and isinstance(tiles.gemm2, CudaWarpsTile):
-        from fusedmoe.kernels.cuda.quantized_warps import stream as eight
+    K, parts = topk_ids.shape[1], 1
+    experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
+    guess = topk_ids.numel() >= LIKELY_MEAN * experts
+    of_first = x, w1, act, w1_bias, activation, blocks, first, K, tiles.gemm1, programs
+    of_second = act, w2, y, w2_bias, None, blocks, second, 1, tiles.gemm2, programs
+    if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
+        parts = tiles.gemm2.parts
+        of_second = act, w2, y.new_empty(parts * y.shape[0], y.shape[1]), *of_second[3:]
+    order = PairedOrder.of(w2.format) if tiles.paired else None
+    _gemm(*of_first, early=False, guess=guess, following=order)
+    _gemm(*of_second, early=True)
+    weighted_sum(of_second[2], topk_weights, topk_ids, expert_map, out, w2.shape[0], parts)
 
-        assert isinstance(blocks, MoEAlignment)
-        given = blocks, first, K, tiles.gemm1, programs
-        eight(x, w1, act, w1_bias, activation, *given, early=False)
-        given = blocks, second, 1, tiles.gemm2, programs
-        eight(act, w2, y, w2_bias, None, *given, early=True)
+
+def _gemm(
+    *given: Any, early: bool, guess: bool = False, following: PairedOrder | None = None
+) -> None:
+    """``stream`` of the kernel whose tile is given."""
+    from fusedmoe.kernels.cuda import quantized_rows, quantized_warps
+
+    tile = given[8]
+    if isinstance(tile, CudaRowsTile):
+        quantized_rows.stream(*given, early=early)
+    elif isinstance(tile, CudaWarpsTile):
+        quantized_warps.stream(*given, early=early)
     else:
-        assert not isinstance(tiles.gemm1, CudaWarpsTile)
-        assert not isinstance(tiles.gemm2, CudaWarpsTile)
-        experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-        guess = topk_ids.numel() >= LIKELY_MEAN * experts
-        order = PairedOrder.of(w2.format) if tiles.paired else None
-        blocks_of = blocks, first, K, tiles.gemm1, programs
-        stream(
-            x, w1, act, w1_bias, activation, *blocks_of, early=False, guess=guess, following=order
-        )
-        blocks_of = blocks, second, 1, tiles.gemm2, programs
-        stream(act, w2, y, w2_bias, None, *blocks_of, early=True)
-    weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
+        stream(*given, early=early, guess=guess, following=following)
 
 
 def stream(

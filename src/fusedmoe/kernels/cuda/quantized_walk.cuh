@@ -58,4 +58,3 @@ struct Walk {
     return true;
   }
 };
-

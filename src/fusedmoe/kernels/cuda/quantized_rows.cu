@@ -1,0 +1,248 @@
+// A few slots per expert on Hopper: one GEMM whose quantized weights stream once, whole rows at a
+// time, past rows of x that stay in registers.
+//
+// out[slot, f] = act(x[slot / TOP_K] . w[expert(slot)] + bias). Blocks of NT eights of slots from
+// tables, or (LONE) every slot by itself, which reads its own id.
+//
+// Weights are the M side of mma.m16n8k16, slots the N side. One warp asks for whole rows of weights
+// and their scales by bulk copies into a ring, the first of BRINGERS, whose registers the others
+// have; WARPS multiply: WM side by side of MT tiles of 16 rows each (GATED: eight of gate, eight of
+// up, so that both numbers of a feature meet in one thread), KW along the columns. Each has its own
+// part of x, which it loads once per block of slots. An item is (block of slots, part of the columns,
+// ROWS rows), a program has neighbouring ones. Where columns are too many for that, PARTS rows of out
+// are the parts of a slot's sum.
+//
+// Sums of KW warps meet in shared memory, two buffers in turns. They are added up one item late, by
+// another of the warps for each item, so that nobody waits for the others.
+//
+// The sum over columns may be taken in any order, so no nibble is moved: the 4 bytes that ldmatrix
+// hands a thread count as the columns that the instruction expects of it, and x is paired to match.
+// A group's products are summed by themselves and multiplied by the scale in fp32. What the zero
+// point of int4 adds, sums of x take away.
+//
+// EARLY: the launch before is the first GEMM; weights and tables are read before it has ended. The
+// launch that wrote the tables has, because the first GEMM waits for it before it lets this begin.
+// Other constants come from the launcher as macros; quantized_rows.py names them, and the files
+// whose text stands before this one.
+
+// This warp's columns of x, for one part of a block of slots.
+struct Rows {
+  u32 x[NT][2 * PAIRS][XR];
+  float sums[SUMS_STAY ? UNITS : 1][NT][2];  // of x times what takes the zero point away
+  float2* others;                            // or where they are
+  int known = -1, lead, slots[NT];           // of the block that comes next
+
+  DEVICE void look(const Place& p, const Arguments& a, int block) {
+    known = block;
+    lead = slot_of(a, block, 0);
+#pragma unroll
+    for (int n = 0; n < NT; n++) slots[n] = slot_of(a, block, n * 8 + p.g);
+  }
+  DEVICE void load(const Place& p, const Arguments& a, int block, int part, int blocks) {
+    if (block != known) look(p, a, block);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      // Places without a slot take the block's first, whose sums they then throw away.
+      int slot = slots[n];
+      if (slot < 0 || slot >= a.R) slot = lead;
+      slot = min(max(slot, 0), a.R - 1);
+      const u16* from = a.x + (i64)(slot / TOP_K) * a.stride_x +
+                        (part * COLUMNS + p.k_begin * STEP_COLS + p.t * 2 * XR);
+#pragma unroll
+      for (int c = 0; c < 2 * PAIRS; c++) {
+        const bool inside = c / 2 < FEWEST || p.k_begin + c / 2 < p.k_end;
+        const u16* one = from + c * CHUNK_COLS;
+        if (FOUR) {
+          const uint4 v = inside ? *(const uint4*)one : make_uint4(0, 0, 0, 0);
+          x[n][c][0] = v.x, x[n][c][1] = v.y, x[n][c][XR - 2] = v.z, x[n][c][XR - 1] = v.w;
+        } else {
+          const uint2 v = inside ? *(const uint2*)one : make_uint2(0, 0);
+          x[n][c][0] = v.x, x[n][c][1] = v.y;
+        }
+      }
+    }
+    if (!LONE && PARTS == 1 && block + 1 < blocks) look(p, a, block + 1);
+    float all[4];
+#pragma unroll
+    for (int i = 0; i < NT * 2 * PAIRS; i++) {
+      const int n = i / (2 * PAIRS), c = i % (2 * PAIRS);
+      u32 own[XR];
+#pragma unroll
+      for (int j = 0; j < XR; j++) own[j] = x[n][c][j];
+      pair_up(x[n][c], own);
+      if (ELEMENT != INT4) continue;
+      if (c % GC == 0) all[0] = all[1] = all[2] = all[3] = 0.0f;
+      // -8, as numbers() has it in even and odd registers.
+      const u32 even = 0x80088008u, odd = 0x80808080u;
+      mma(all, even, even, odd, odd, x[n][c][0], x[n][c][1]);
+      mma(all, even, even, odd, odd, x[n][c][XR - 2], x[n][c][XR - 1]);
+      if (SUMS_STAY)
+        sums[c / GC][n][0] = all[0], sums[c / GC][n][1] = all[1];
+      else if (p.g == 0 && ((c + 1) % GC == 0 || c + 1 == 2 * PAIRS))
+        others[(c / GC * NT + n) * 4 + p.t] = make_float2(all[0], all[1]);
+    }
+    if (!SUMS_STAY) __syncwarp();
+  }
+  DEVICE float2 sum(const Place& p, int unit, int n) const {
+    if (ELEMENT != INT4) return make_float2(0.0f, 0.0f);
+    if (SUMS_STAY) return make_float2(sums[unit][n][0], sums[unit][n][1]);
+    return others[(unit * NT + n) * 4 + p.t];
+  }
+};
+
+// Where this thread's row of an ldmatrix has chunk c of this warp's, of a tile at ``tile``.
+DEVICE u32 chunk_at(const Place& p, u32 tile, int row, int c) {
+  if (!BOXES) return tile + row * ROW_BYTES + p.k_begin * STEP + (p.lane >> 4) * 16 + c * 16;
+  const u32 own = tile + row * 128;
+  if (WHOLE)  // every warp begins with a line
+    return own + (p.k_begin / 4 + c / 8) * (ROWS * 128) +
+           ((((p.lane >> 4) ^ row & 7) ^ c & 7) << 4);
+  const int chunk = p.k_begin * 2 + c + (p.lane >> 4);
+  return own + (chunk >> 3) * (ROWS * 128) + (((chunk ^ row) & 7) << 4);
+}
+
+// The products of this warp's part of a tile of 16 rows, scales of two of them.
+DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
+                     const u32 (&scales)[2], const Rows& rows) {
+  float part[CHAINS][NT][4];
+  u32 w[4];
+#pragma unroll
+  for (int c = 0; c < 2 * PAIRS; c++) {
+    if (c / 2 >= FEWEST && p.k_begin + c / 2 >= p.k_end) break;
+    if (c % 2 == 0) ldmatrix(w, chunk_at(p, place, row, c));
+    u32 v[2][XR];
+#pragma unroll
+    for (int half = 0; half < 2; half++) numbers(v[half], w[c % 2 * 2 + half]);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      if (c % GC == 0) {
+        const float2 sum = rows.sum(p, c / GC, n);
+#pragma unroll
+        for (int i = 0; i < 4 * CHAINS; i++)
+          part[i / 4][n][i % 4] = i >= 4 ? 0.0f : i % 2 ? sum.y : sum.x;
+      }
+#pragma unroll
+      for (int i = 0; i < XR; i += 2)
+        mma(part[i / 2 % CHAINS][n], v[0][i], v[1][i], v[0][i + 1], v[1][i + 1], rows.x[n][c][i],
+            rows.x[n][c][i + 1]);
+    }
+    const bool last = c % 2 == 1 && c + 1 >= 2 * FEWEST && p.k_begin + (c + 1) / 2 >= p.k_end;
+    if ((c + 1) % GC && !last) continue;
+    const int group = ALIGNED ? c / GC * GC * CHUNK_COLS / WIDTH + first_group(p.k_begin)
+                              : (p.k_begin * STEP_COLS + c * CHUNK_COLS) / WIDTH;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float factor = stored_scale(scales[half] + group * SCALE_BYTES);
+#pragma unroll
+      for (int i = 0; i < NT * 2; i++) {
+        const int n = i / 2, j = half * 2 + i % 2;
+        acc[n][j] = fmaf(factor, part[0][n][j] + (CHAINS > 1 ? part[CHAINS - 1][n][j] : 0.0f),
+                         acc[n][j]);
+      }
+    }
+  }
+}
+
+DEVICE void take_block(const Place& p, const Arguments& a, int count, int known, Rows& rows,
+                       Ends& ends) {
+  __syncwarp();
+  rows.load(p, a, known / PARTS, known % PARTS, count / (TILES * PARTS));
+#pragma unroll
+  for (int i = 0; i < NT * 2; i++)
+    ends.slots[i / 2][i % 2] = slot_of(a, known / PARTS, i / 2 * 8 + 2 * p.t + i % 2);
+}
+
+DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& ring, Parts parts,
+                    u8* sums) {
+  Rows rows;
+  rows.others = (float2*)sums + p.warp * UNITS * NT * 4;
+  Ends ends, before;
+  Turns turns;
+  // Rows of the first item are asked for beside its weights, in the EARLY launch once they are there.
+  const int first = first_item(count, blockIdx.x);
+  int known = first < first_item(count, blockIdx.x + 1) ? first / TILES : -1;
+  if (EARLY) {
+    if (known >= 0) rows.look(p, a, known / PARTS);
+    wait_for_previous();
+    let_next_begin();
+  }
+  if (known >= 0) take_block(p, a, count, known, rows, ends);
+  bool any = false;
+  for (;; turns.next()) {
+    wait_barrier(ring.full_at(turns.stage), turns.phase);
+    ends.item = (int)shared_u32(ring.items + turns.stage * 4);
+    const bool mine = KW > 1 && any && parts.mine(p);
+    if (mine) before.load(p, a);
+    if (ends.item < 0) {
+      if (mine) parts.finish(p, a, before);
+      break;
+    }
+    if (ends.item / TILES != known) {
+      known = ends.item / TILES;
+      take_block(p, a, count, known, rows, ends);
+    }
+    if (KW == 1) ends.load(p, a);
+    const u32 place = ring.places + turns.stage * PLACE_BYTES;
+    const u32 of_place = ring.scales + turns.stage * PLACE_SCALES + known % PARTS * SLICE % 16;
+    Accumulators acc;
+    clear(acc);
+    const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SLICE + 1);
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+      const int tile = p.wm * MT + mt;
+      u32 scales[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        scales[half] = of_place + scale_at(tile, half * 8 + p.g) * SCALE_PITCH +
+                       slice * (ROWS - 1) * SCALE_PITCH;
+      multiply(acc[mt], p, place, row_at(tile, p.lane & 15), scales, rows);
+    }
+    __syncwarp();
+    if (p.lane == 0) arrive(ring.empty_at(turns.stage));
+    if (KW == 1) {
+#pragma unroll
+      for (int i = 0; i < MT * NT; i++) ends.store(p, a, i / NT, i % NT, acc[i / NT][i % NT]);
+    } else {
+      parts.write(p, acc);
+      if (mine) parts.finish(p, a, before);
+      parts.next();
+      before = ends;
+      any = true;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__((WARPS + BRINGERS) * 32, PER_SM)
+quantized_rows(const __grid_constant__ Arguments a) {
+  DYNAMIC_SHARED(memory);
+  const Place p = find_place();
+  u8* const scales = memory + STAGES * PLACE_BYTES;
+  float4* const sums = (float4*)(scales + STAGES * PLACE_SCALES);
+  u8* const of_x = (u8*)(sums + (KW > 1 ? 2 * WARPS * MT * NT * 32 : 0));
+  u8* const barriers = of_x + SUM_BYTES;
+  const u32 first = shared_address(barriers), parts = first + STAGES * 16;
+  const Ring ring{shared_address(memory), shared_address(scales), parts + 4 * WM * 8, first,
+                  first + STAGES * 8};
+  if (threadIdx.x < STAGES) {
+    begin_barrier(ring.full_at(threadIdx.x), 1);
+    begin_barrier(ring.empty_at(threadIdx.x), WARPS);
+  }
+  if (threadIdx.x < 2 * WM) {
+    begin_barrier(parts + threadIdx.x * 8, KW);
+    begin_barrier(parts + (2 * WM + threadIdx.x) * 8, 1);
+  }
+  barriers_have_begun();
+  __syncthreads();
+  if (!EARLY) {
+    wait_for_previous();
+    let_next_begin();
+  }
+  const int count = (LONE ? a.R : load_past_l1(a.num_post) / BN) * (TILES * PARTS);
+  if (p.warp >= WARPS) {
+    if (REGISTERS) give_registers<32>();
+    if (p.warp == WARPS) bring(a, count, ring);
+    return;
+  }
+  if (REGISTERS) take_registers<REGISTERS>();
+  consume(p, a, count, ring, Parts{sums, parts, parts + 2 * WM * 8}, of_x);
+}

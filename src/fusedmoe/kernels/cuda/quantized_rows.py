@@ -1,0 +1,165 @@
+"""Launching ``quantized_rows.cu``: constants and arguments."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
+from fusedmoe.kernels.cuda.quantized_decode import (
+    BIASES,
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    tile_map,
+    weight_constants,
+)
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.cuda_tiles import CudaRowsTile, scale_boxes
+
+SOURCES = (
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
+    *("quantized_rows_ring.cuh", "quantized_rows_sums.cuh", "quantized_rows.cu"),
+)
+# Of a thread, for programs of so many warps whose four others give up theirs.
+REGISTERS = {8: 224, 12: 160, 16: 112}
+PAIR = 32  # bytes of a row that one matrix instruction takes
+_POINTERS = (
+    *("weights", "scale", "bias", "x", "out"),
+    *("ids", "map", "experts", "sorted", "num_post"),
+)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's one parameter, field by field as the source has it."""
+
+    _fields_ = (
+        ("boxes", ctypes.c_char * 128),
+        ("scale_boxes", ctypes.c_char * 128),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("stride_x", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("R", "num_mapped", "num_local", "last_block")),
+        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _kernel(defines: tuple[tuple[str, int], ...], threads: int, shared: int) -> CudaKernel:
+    text = tuple((name, str(value)) for name, value in defines)
+    return CudaKernel(
+        source_of("instructions.cuh", *SOURCES), "quantized_rows", text, threads, shared
+    )
+
+
+def _all_begin(pairs: int, along: int, unit: float) -> bool:
+    """Whether every warp's part of so many pairs begins with a whole ``unit`` of them."""
+    return all(i * pairs // along % unit == 0 for i in range(along))
+
+
+def sum_bytes(pairs: int, along: int, group: int) -> int:
+    """Of a warp's sums of x for eight slots, one for each unit of a scale, where they do not stay
+    in registers."""
+    chunks = group // 32
+    aligned = _all_begin(pairs, along, group / 64)
+    of_unit = min(chunks, 4) if aligned or chunks < 2 else 2
+    units = -(-2 * -(-pairs // along) // of_unit)
+    return units * 32 if units > 4 else 0
+
+
+def stream(
+    x: torch.Tensor,
+    w: QuantizedTensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: DeviceActivation | None,
+    blocks: MoEAlignment | LoneSlots,
+    addresses: tuple[int, ...],
+    top_k: int,
+    tile: CudaRowsTile,
+    programs: int,
+    *,
+    early: bool,
+) -> None:
+    """One launch; ``addresses`` from ``weight_addresses``, ``blocks`` of the tile's slots."""
+    N, D, scale = out.shape[1], x.shape[1], w.scale
+    assert scale is not None
+    act = activation or DeviceActivation(formula="", gated=False)
+    warps, rows = tile.along * tile.across, tile.across * tile.tiles * 16
+    row_bytes, eights, group = w.data.shape[-1], -(-tile.slots // 8), w.format.group.col
+    part_bytes = row_bytes // tile.parts
+    scale_row = addresses[5] * scale.element_size()
+    box, boxes = scale_boxes(scale_row, tile.parts)
+    scale_bytes = boxes * box or scale_row
+    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
+    shared = 4 * tile.across * 8
+    if tile.along > 1:
+        shared += 2 * warps * tile.tiles * eights * 512
+    if w.format.element == "int4":
+        shared += warps * eights * sum_bytes(part_bytes // PAIR, tile.along, group)
+    if tile.along % boxes:
+        raise ValueError(
+            f"{tile.along} warps share {scale_bytes} bytes of scales that come {box} at a time"
+        )
+    stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
+    if stages < 2:
+        raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
+    shared += stages * of_stage
+    constants = weight_constants(w, addresses, act)
+    constants |= {"COLUMNS": D // tile.parts, "PARTS": tile.parts, "GROUP": group}
+    constants |= {"TOP_K": top_k, "EARLY": int(early)}
+    constants |= {"WIDE": int(out.dtype == torch.float32)}
+    constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
+    constants |= {"MT": tile.tiles, "NT": eights, "KW": tile.along, "WM": tile.across}
+    constants |= {"STEP": PAIR, "PITCH": 0, "SPANS": 0, "SCALE_BOX": box}
+    constants |= {"STAGES": stages, "PER_SM": tile.per_multiprocessor}
+    constants |= {"AHEAD": tile.ahead}
+    constants |= {"NEXT": 0, "NEXT_EVEN": 0, "NEXT_ODD": 0}
+    ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
+    constants |= {"LONE": int(ids is not None)}
+    constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
+    registers = REGISTERS.get(warps, 0) if tile.per_multiprocessor == 1 else 0
+    bringers = 4 if registers else 1
+    pairs = part_bytes // PAIR
+    constants |= {
+        "BRINGERS": bringers,
+        "REGISTERS": registers,
+        "WHOLE": int(_all_begin(pairs, tile.along, 4)),
+    }
+    constants |= {"ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values)))}
+    kernel = _kernel(tuple(constants.items()), (warps + bringers) * 32, shared)
+    tensors: tuple[torch.Tensor | None, ...] = (w.data, scale, bias, x, out)
+    last_block = 0
+    expert_map = None
+    if isinstance(blocks, LoneSlots):
+        expert_map = blocks.expert_map
+        tensors += (ids, expert_map, None, None, None)
+    else:
+        tensors += (None, None, blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad)
+        last_block = blocks.expert_ids.shape[0] - 1
+    parameters = Arguments(
+        b"",
+        b"",
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        x.stride(0),
+        out.shape[0] // tile.parts,
+        0 if expert_map is None else expert_map.shape[0],
+        w.shape[0],
+        last_block,
+        act.limit or 0.0,
+        act.alpha,
+        act.beta,
+    )
+    shards = 2 if act.gated else 1
+    sizes = w.shape[0], N, shards
+    order, address = (w.interleaved, rows // shards), ctypes.addressof(parameters)
+    if part_bytes % 128 == 0:
+        ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
+    if box:
+        brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)
+        ctypes.memmove(address + 128, brought, 128)
+    resident = min(tile.per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
+    kernel.launch(programs * resident, parameters, x.get_device())

@@ -1,0 +1,133 @@
+// What a launch of quantized_rows.cu is cut into, and the warp that fills its ring.
+
+struct Arguments {
+  TensorMap boxes, scale_boxes;
+  const u8* weights;
+  const u8* scale;
+  const void* bias;
+  const u16* x;
+  void* out;
+  const void* ids;
+  const int* map;
+  const int* experts;
+  const int* sorted;
+  const int* num_post;
+  i64 stride_x;  // elements
+  int R, num_mapped, num_local, last_block;
+  float limit, alpha, beta;
+};
+
+// Of a row: a step is a pair of chunks, PAIRS of them a warp's at most.
+constexpr int PAIRS = (S + KW - 1) / KW, FEWEST = S / KW;
+// How many chunks share a scale, and sums of those are units; a pair at most where not all warps begin
+// with a group (ALIGNED).
+constexpr int GROUP_CHUNKS = WIDTH / CHUNK_COLS;
+constexpr int GC = ALIGNED || GROUP_CHUNKS < 2 ? (GROUP_CHUNKS < 4 ? GROUP_CHUNKS : 4) : 2;
+constexpr int UNITS = (2 * PAIRS + GC - 1) / GC;
+// Products of a long unit are summed in two chains at least: a chain waits for each of its products.
+constexpr int CHAINS = GC > 1 && XR == 4 && NT == 1 ? 2 : 1;
+// Sums of x of so many units stay in registers.
+constexpr bool SUMS_STAY = ELEMENT != INT4 || UNITS <= 4;
+constexpr int SUM_BYTES = SUMS_STAY ? 0 : WARPS * UNITS * NT * 32;
+// Of a place of the ring: ROWS rows, shard by shard. BOXES: the copy engine brings them a line of 128
+// bytes of each at a time, swizzled; otherwise they lie as in memory, so that two shards in turns stay
+// so (ALTERNATING). Scales lie as in memory, SCALE_PITCH bytes apart.
+constexpr int ROWS = WM * MT * 16;
+constexpr bool BOXES = ROW_BYTES % 128 == 0, ALTERNATING = INTERLEAVED && !BOXES;
+constexpr int RUNS = GATED && !INTERLEAVED ? 2 : 1;  // of neighbouring rows
+constexpr int PLACE_BYTES = ROWS * ROW_BYTES;
+// Scales lie as in memory, or (SCALE_BOX) so many bytes of each row at a time, SLICE in all from a
+// multiple of 16 on; a warp's are in one of those.
+constexpr int SCALE_ROW = SCALE_STRIDE * SCALE_BYTES;
+constexpr int SLICE = PARTS == 1 ? SCALE_ROW : COLUMNS / WIDTH * SCALE_BYTES;
+constexpr int SLICES = SCALE_BOX ? (SLICE + SCALE_BOX - 1) / SCALE_BOX : 1;
+constexpr int SCALE_PITCH = SCALE_BOX ? SCALE_BOX : SCALE_ROW;
+constexpr int PLACE_SCALES = SLICES * ROWS * SCALE_PITCH;
+static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0 && (PARTS == 1 || BOXES), "");
+
+struct Ring {
+  u32 places, scales, items, full, empty;
+
+  DEVICE u32 full_at(int stage) const { return full + stage * 8; }
+  DEVICE u32 empty_at(int stage) const { return empty + stage * 8; }
+};
+
+// Steps of all items of this program, in order, each with its place in the ring.
+struct Turns {
+  int stage = 0, phase = 0;
+  DEVICE void next() {
+    stage = turn(stage, STAGES);
+    phase ^= stage == 0;
+  }
+};
+
+// Where row r of a tile of 16 lies among the rows, and the scales, of a place.
+DEVICE int row_at(int tile, int r) {
+  return GATED && !ALTERNATING ? tile * 8 + r % 8 + r / 8 * FT : tile * 16 + r;
+}
+DEVICE int scale_at(int tile, int r) {
+  return INTERLEAVED && BOXES && !SCALE_BOX ? tile * 16 + r % 8 * 2 + r / 8 : row_at(tile, r);
+}
+
+// Of a block of slots; -1 where LONE slots have none.
+DEVICE int expert_of(const Arguments& a, int block) {
+  if (LONE) return lone_expert(a, block);
+  const int expert = load_past_l1(a.experts + min(block, a.last_block));
+  return min(max(expert, 0), a.num_local - 1);
+}
+// In a place of a block; outside [0, R) where there is none.
+DEVICE int slot_of(const Arguments& a, int block, int place) {
+  if (LONE) return place == 0 ? block : -1;
+  return load_past_l1(a.sorted + block * BN + place);
+}
+
+// Programs have neighbouring items, so that rows of x rarely change and memory is read in long runs.
+DEVICE int first_item(int count, int program) { return (int)((i64)count * program / gridDim.x); }
+
+// Never more than AHEAD steps are on their way: whatever else is asked for waits behind them.
+DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
+  const int lane = threadIdx.x & 31;
+  Turns turns, late;
+  int known = -1, expert = 0, asked = 0;
+  for (int at = first_item(count, blockIdx.x);; at++) {
+    const int item = at < first_item(count, blockIdx.x + 1) ? at : -1;
+    if (item >= 0 && item / TILES != known) {
+      known = item / TILES;
+      expert = expert_of(a, known / PARTS);
+    }
+    if (LONE && item >= 0 && expert < 0) continue;
+    const u32 full = ring.full_at(turns.stage);
+    wait_barrier(ring.empty_at(turns.stage), turns.phase ^ 1);
+    if (AHEAD < STAGES && asked++ >= AHEAD) {
+      wait_barrier(ring.full_at(late.stage), late.phase);
+      late.next();
+    }
+    if (lane == 0) {
+      store_shared(ring.items + turns.stage * 4, item);
+      expect(full, item < 0 ? 0 : PLACE_BYTES + PLACE_SCALES);
+    }
+    if (item < 0) break;
+    __syncwarp();
+    const u32 place = ring.places + turns.stage * PLACE_BYTES;
+    const u32 scales = ring.scales + turns.stage * PLACE_SCALES;
+    const int first = item % TILES * FT;
+    const int part = known % PARTS;
+    if (BOXES) {
+      for (int i = lane; i < ROW_BYTES / 128; i += 32)
+        copy_box(place + i * ROWS * 128, a.boxes, part * ROW_BYTES + i * 128, first, expert, full);
+    } else if (lane < RUNS) {
+      const i64 row = expert * EXPERT_ROWS + first * ROW_STEP + lane * SHARD_STEP;
+      copy_bytes(place + lane * (ROWS / RUNS) * ROW_BYTES, a.weights + row * ROW_BYTES,
+                 ROWS / RUNS * ROW_BYTES, full);
+    }
+    if (SCALE_BOX && lane < SLICES) {
+      copy_box(scales + lane * ROWS * SCALE_BOX, a.scale_boxes,
+               part * SLICE / 16 * 16 + lane * SCALE_BOX, first, expert, full);
+    } else if (!SCALE_BOX && lane < RUNS) {
+      const i64 row = expert * (EXPERT_SCALES / SCALE_STRIDE) + first * ROW_STEP + lane * SHARD_STEP;
+      copy_bytes(scales + lane * (ROWS / RUNS) * SCALE_ROW, a.scale + row * SCALE_ROW,
+                 ROWS / RUNS * SCALE_ROW, full);
+    }
+    turns.next();
+  }
+}

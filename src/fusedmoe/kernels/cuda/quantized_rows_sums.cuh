@@ -1,0 +1,100 @@
+// The end of an item of quantized_rows.cu: sums of warps along the columns, the rows of out.
+
+// Of a tile's, the first feature whose sums this thread has at the end.
+DEVICE int own_feature(const Place& p) { return ALTERNATING ? p.g / 2 + p.g % 2 * 4 : p.g; }
+
+// The end of an item: what it needs from global memory, and the rows of out.
+struct Ends {
+  int item = 0, slots[NT][2];
+  u32 bias[MT][2];
+
+  DEVICE void load(const Place& p, const Arguments& a) {
+    if (!BIAS) return;
+    const int expert = expert_of(a, item / TILES / PARTS);
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+      const int f = item % TILES * FT + (p.wm * MT + i / 2) * FM + own_feature(p);
+      const int row = f * ROW_STEP + i % 2 * (GATED ? SHARD_STEP : 8 * ROW_STEP);
+      bias[i / 2][i % 2] = bits_at<BIAS - 1>(a.bias, expert * EXPERT_ROWS + row);
+    }
+  }
+  DEVICE void store(const Place& p, const Arguments& a, int mt, int n, float (&v)[4]) const {
+    const int f = item % TILES * FT + (p.wm * MT + mt) * FM + own_feature(p);
+    if (ALTERNATING) {
+      // Gate and up of a feature are in neighbouring rows: each of two threads gives half of its own.
+      const bool odd = p.g % 2;
+      const float low = from_thread(odd ? v[0] : v[2], 4), high = from_thread(odd ? v[1] : v[3], 4);
+      if (odd)
+        v[0] = low, v[1] = high;
+      else
+        v[2] = low, v[3] = high;
+    }
+    float added[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      if (BIAS && (PARTS == 1 || item / TILES % PARTS == 0))
+        added[half] = number<BIAS - 1>(bias[mt][half]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int slot = slots[n][i];
+      if (slot < 0 || slot >= a.R) continue;
+      const float low = fmaf(v[i], UNIT, added[0]), high = fmaf(v[2 + i], UNIT, added[1]);
+      const i64 at = ((i64)slot * PARTS + item / TILES % PARTS) * FEATURES + f;
+      if (GATED) {
+        ((u16*)a.out)[at] = float_bf16(gated(low, high, a.limit, a.alpha, a.beta));
+      } else if (WIDE) {
+        ((float*)a.out)[at] = plain(low);
+        ((float*)a.out)[at + 8] = plain(high);
+      } else {
+        ((u16*)a.out)[at] = float_bf16(plain(low));
+        ((u16*)a.out)[at + 8] = float_bf16(plain(high));
+      }
+    }
+  }
+};
+
+// Sums of KW warps, two items' in turns.
+struct Parts {
+  float4* sums;
+  u32 full, empty;
+  int buffer = 0, phase = 0, owner = 0;  // of the item that is multiplied
+
+  DEVICE u32 full_at(const Place& p, int buffer) const { return full + (buffer * WM + p.wm) * 8; }
+  DEVICE u32 empty_at(const Place& p, int buffer) const { return empty + (buffer * WM + p.wm) * 8; }
+  DEVICE float4* at(const Place& p, int buffer, int i, int kw) const {
+    return sums + (((buffer * WM + p.wm) * MT * NT + i) * KW + kw) * 32 + p.lane;
+  }
+  DEVICE void write(const Place& p, const Accumulators& acc) {
+    wait_barrier(empty_at(p, buffer), phase ^ 1);
+#pragma unroll
+    for (int i = 0; i < MT * NT; i++) {
+      const float(&own)[4] = acc[i / NT][i % NT];
+      *at(p, buffer, i, p.kw) = make_float4(own[0], own[1], own[2], own[3]);
+    }
+    __syncwarp();
+    if (p.lane == 0) arrive(full_at(p, buffer));
+  }
+  DEVICE void next() {
+    buffer ^= 1;
+    phase ^= buffer == 0;
+    owner = turn(owner, KW);
+  }
+  // Whether this warp adds up the item before.
+  DEVICE bool mine(const Place& p) const { return owner == turn(p.kw, KW); }
+  DEVICE void finish(const Place& p, const Arguments& a, const Ends& before) const {
+    const int own = buffer ^ 1;
+    wait_barrier(full_at(p, own), buffer == 0 ? phase ^ 1 : phase);
+#pragma unroll
+    for (int i = 0; i < MT * NT; i++) {
+      float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int j = 0; j < KW; j++) {
+        const float4 part = *at(p, own, i, j);
+        v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+      }
+      before.store(p, a, i / NT, i % NT, v);
+    }
+    __syncwarp();
+    if (p.lane == 0) arrive(empty_at(p, own));
+  }
+};
