@@ -146,6 +146,7 @@ ONE_GEMM = {
     "rows_int4_g128_straddling": ("int4_g128", None, 20, 4, 16, 768, 64, rows(4, 2), {}),
     "rows_of_16": ("int4_g128", SILU, 20, 4, 16, 1024, 96, rows(4, 2, tiles=2, slots=16), {}),
     "rows_of_16_apart": ("int4_g32", SILU, 20, 4, 6, 8192, 16, rows(16, 1, slots=16), {}),
+    "rows_no_gate": ("mxfp4", RELU2, 20, 4, 16, 512, 96, rows(2, 3), {"bias": True}),
     "rows_lone": ("int4_g32", SILU, 3, 4, 16, 1024, 96, rows(4, 2, slots=1), {"bias": True}),
     "rows_lone_mxfp4": (
         "mxfp4",
