@@ -208,18 +208,19 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
                 apply_router_weight_on_input,
             )
             return
+        e, width, _ = w1.shape
         layer = Layer(
             products,
             self.quant_config.w1_bias,
             self.quant_config.w2_bias,
             activation,
             self.activation_config,
-            w1.shape[1],
+            width,
         )
         output.copy_(
             run_layer(
                 layer,
-                Route.make(w1.shape[0], expert_map, global_num_experts),
+                Route.make(e, expert_map, global_num_experts),
                 hidden_states.float(),
                 weights.float(),
                 topk_ids,

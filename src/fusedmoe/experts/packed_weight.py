@@ -82,17 +82,16 @@ class PackedWeight(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        run = super().__torch_function__
         if func in _DESCRIPTIONS or str(func) in _OPS:
-            return run(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError(f"{func} of packed weights in compiled code: read them outside")
         if torch.compiler.is_compiling():  # a compiler looks at what it was given
-            return run(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})
         with packing:
             for leaf in tree_leaves((args, kwargs)):
                 unpack(leaf)
-            return run(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         unpack(self)

@@ -165,7 +165,7 @@ class FusedMoEMethodBase(ABC):
         Raises ValueError with all reasons where none can run this layer.
         """
         weight, tensors = layer.w13_weight, self._quant_tensors(layer)
-        if weight.device.type == "meta" or (self._built and self._built.fits(weight, tensors)):
+        if (self._built and self._built.fits(weight, tensors)) or weight.device.type == "meta":
             return
         kernel = self.select(layer).make_kernel(self.get_fused_moe_quant_config(layer))
         self._built = _BuiltKernel(kernel, weight.device, weight.dtype, tensors)
