@@ -16,6 +16,8 @@ from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 pytest.importorskip("transformers")
 from hf import tiny_models
 
+# Those with shared experts, which would run on a second stream, are traced.
+SHARED = {"qwen2_moe", "deepseek_v3", "llama4", "nemotron_h"}
 NAMES = [
     "mixtral",
     "qwen2_moe",
@@ -75,7 +77,7 @@ def test_a_block_is_one_operator_with_the_same_outputs(name):
     wanted = block(x)
     call, graphs = compiled(block)
     assert_same(call(x), wanted)
-    assert graphs.opaque == 1
+    assert graphs.opaque == (name not in SHARED)
 
 
 @pytest.mark.parametrize("name", NAMES)

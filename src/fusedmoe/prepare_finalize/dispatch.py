@@ -45,7 +45,7 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
 
     compares_sizes: bool = False
     # What the object of a forward has from this one. Named, for torch.compile sees into neither
-    # copy.copy nor an instance's __dict__ before torch 2.12.
+    # copy.copy nor an instance's __dict__ in torch 2.11.
     carried: ClassVar[tuple[str, ...]] = (
         "is_sequence_parallel",
         "ranks",

@@ -88,10 +88,15 @@ class BlockForward(Replacement):
         )
 
     def can_be_opaque(self) -> bool:
-        """As ``OpaqueBlock`` says."""
+        """As ``OpaqueBlock`` says.
+
+        Shared experts would run on a second stream, whose memory the compiler's CUDA graphs do not
+        know: those blocks are traced.
+        """
         plain = (torch.Tensor, nn.Parameter, type(None))
         return (
             not self.family.takes_input_ids
+            and self.runner.shared_experts is None
             and not self.router.row.decides
             and not self._has_other_parts()
             and self.runner.rank_sum.size == 1
