@@ -11,7 +11,9 @@ decoding step that passes in the MoE blocks.
 
 With a static cache `generate` compiles the model's step, which takes a minute for each batch size
 and implementation (``warm_up_s``). The file is written after every batch size; ``--append`` keeps
-the rows that it holds.
+the rows that it holds. Batch sizes measured side by side, on a GPU each, are put together by
+
+    python benchmarks/model_generate.py --join one.json other.json --out both.json
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -208,7 +211,11 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=["dynamic"], choices=["dynamic", "static"])
     parser.add_argument("--router-gain", type=float, default=4.0)
     parser.add_argument("--implementations", nargs="+", default=["fusedmoe", "fusedmoe:accelerate"])
+    parser.add_argument("--join", nargs="+", type=Path, help="measure nothing: reports of one run")
     args = parser.parse_args()
+    if args.join:
+        Path(args.out).write_text(json.dumps(joined(args.join), indent=1) + "\n")
+        return
     fusedmoe.register()
     sizes = TINY if args.tiny else QWEN3_30B
     model = build_model(sizes, args.layers, args.device, args.router_gain)
@@ -238,6 +245,16 @@ def main() -> None:
             if args.out:
                 Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+
+
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """One report of several of the same commit, device and model; ``command`` is all of theirs."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    for name in ("device", "versions", "commit", "model"):
+        if len({json.dumps(report[name]) for report in reports}) > 1:
+            raise ValueError(f"reports of several: {[report[name] for report in reports]}")
+    commands = "; ".join(report["command"] for report in reports)
+    return reports[0] | {"command": commands, "rows": [r for one in reports for r in one["rows"]]}
 
 
 def kept_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

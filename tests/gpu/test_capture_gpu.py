@@ -58,7 +58,8 @@ def test_captured_at_the_first_launch_and_replayed_with_other_routings(rows, T):
 
     def scratch():
         act = torch.full((T * K, I), float("nan"), device="cuda", dtype=torch.bfloat16)
-        return torch.empty_like(x), act, torch.full((T * K, H), float("nan"), device="cuda")
+        y = torch.full((T * K, H), float("nan"), device="cuda")
+        return torch.empty_like(x), act, y if rows is None else y.bfloat16()
 
     given = scratch()
     forget_launches()

@@ -30,9 +30,7 @@ pytestmark = [
 CASES = {
     "rows_as_they_lie": (16, 4, 2880, 320, 9, 8),
     "swizzled": (16, 4, 1024, 256, 9, 8),
-    "parts_of_rows": (4, 2, 256, 8192, 9, 8),
     "sixteen": (4, 2, 1024, 768, 29, 16),
-    "sixteen_in_parts": (4, 2, 256, 8192, 29, 16),
     "lone": (96, 4, 512, 256, 5, 1),
 }
 

@@ -95,15 +95,13 @@ def decode_tiles_for(
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
     if R < FEWEST_LONE_ROWS if lone else slots * w2.shape[0] < R:
         return tiles
-    first, second = _rows(w1, slots, splits=False), _rows(w2, slots, splits=not lone)
+    first, second = _rows(w1, slots), _rows(w2, slots)
     if first is not None and second is not None:
         return CudaDecodeTiles(first, second)
-    if slots == 8:
-        return CudaDecodeTiles(first or tiles.gemm1, second or tiles.gemm2)
     return tiles
 
 
-def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | None:
+def _rows(w: QuantizedTensor, slots: int) -> CudaRowsTile | None:
     """A tile of ``quantized_rows.cu``; None where that does not read these: it takes mxfp4, whose
     scales the copy engine can bring."""
     fmt, scale = w.format, w.scale
@@ -114,7 +112,7 @@ def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | Non
         return None
     scale_bytes = scale.shape[-1] * scale.element_size()
     features = w.shape[1] // w.shards
-    return rows_tile(features, w.shards, w.data.shape[-1], scale_bytes, slots, splits)
+    return rows_tile(features, w.shards, w.data.shape[-1], scale_bytes, slots)
 
 
 def quantized_decode(

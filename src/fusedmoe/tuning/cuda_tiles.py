@@ -153,49 +153,45 @@ def cuda_decode_tiles(
 
 @lru_cache(maxsize=4096)
 def rows_tile(
-    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
+    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int
 ) -> CudaRowsTile | None:
     """For blocks of so many slots and weights of so many features, bytes of a row and of its
-    scales; None where no tile fits. ``splits``: rows may be read in parts."""
+    scales; None where no tile fits."""
     pairs, rest = divmod(row_bytes, ROWS_STEP)
     eights, of_tile = -(-slots // 8), 16 // shards
     if rest or eights > 2:
         return None
     found = [
-        (parts, warps, most[eights - 1])
-        for parts in ((1, 2, 4) if splits else (1,))
-        for warps, most in ROWS_PAIRS
-        if pairs <= parts * warps * most[eights - 1]
-        and (parts == 1 or (row_bytes % (parts * STEP) == 0 and scale_bytes % 16 == 0))
+        (warps, most[eights - 1]) for warps, most in ROWS_PAIRS if pairs <= warps * most[eights - 1]
     ]
     if not found:
         return None
-    parts, warps, most_pairs = found[0]
-    own, (_, boxes) = pairs // parts, scale_boxes(scale_bytes, parts)
+    warps, most_pairs = found[0]
+    _, boxes = scale_boxes(scale_bytes, 1)
 
     def beside(along: int) -> int:
         """How many warps can stand side by side; none where scales come not with their warps."""
         fitting = (n for n in range(warps // along, 0, -1) if features % (n * of_tile) == 0)
-        apart = along % boxes or (boxes > 1 and scale_bytes // parts % 16)
+        apart = along % boxes or (boxes > 1 and scale_bytes % 16)
         return 0 if apart else next(fitting, 0)
 
     def busy(along: int) -> float:
         """How many warps' worth of products are done at a time."""
-        return beside(along) * own / -(-own // along)
+        return beside(along) * pairs / -(-pairs // along)
 
-    least = -(-own // most_pairs)
+    least = -(-pairs // most_pairs)
     along = max((least, min(least + 1, warps)), key=busy)
     across = beside(along)
     if across == 0:
         return None
 
     def stages(tiles: int) -> int:
-        stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
+        stage = across * tiles * 16 * (row_bytes + scale_bytes)
         return min(8, (ROWS_BYTES - 1024 * along * across * tiles * eights) // stage)
 
     both = across == 1 and features % (2 * of_tile) == 0 and stages(2) >= 3
     tiles = 2 if both else 1
-    return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots, parts)
+    return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots)
 
 
 def scale_boxes(row: int, parts: int) -> tuple[int, int]:
