@@ -248,13 +248,14 @@ def main() -> None:
 
 
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
-    """One report of several of the same commit, device and model; ``command`` is all of theirs."""
+    """One report of several of the same device and model; each row says the commit it is of."""
     reports = [json.loads(path.read_text()) for path in paths]
-    for name in ("device", "versions", "commit", "model"):
+    for name in ("device", "versions", "model"):
         if len({json.dumps(report[name]) for report in reports}) > 1:
             raise ValueError(f"reports of several: {[report[name] for report in reports]}")
     commands = "; ".join(report["command"] for report in reports)
-    return reports[0] | {"command": commands, "rows": [r for one in reports for r in one["rows"]]}
+    rows = [row | {"commit": report["commit"]} for report in reports for row in report["rows"]]
+    return reports[0] | {"command": commands, "rows": rows}
 
 
 def kept_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -141,26 +141,32 @@ def cpu_section() -> str:
     )
 
 
-def model_section() -> str:
-    rows = [row for row in rows_of("h200/model_qwen3_30b.json") if row["cache"] == "dynamic"]
+def generated(rows: list[dict[str, Any]]) -> str:
+    """Tokens per second of ``accelerate`` and of the baseline, at each batch size."""
     speed = {(row["impl"], row["batch"]): row["tokens_per_s"] for row in rows}
     baseline, ours = "transformers_grouped_mm", "fusedmoe:accelerate"
-    forced = [row["teacher_forced"] for row in rows if row["impl"] == ours]
+    return " and ".join(
+        f"{speed[ours, batch]:.3g} tokens/s of {speed[baseline, batch]:.3g} at batch {batch}"
+        for batch in sorted({batch for impl, batch in speed if impl == ours})
+    )
+
+
+def model_section() -> str:
+    rows, static = rows_of("h200/model_qwen3_30b.json"), "h200/model_qwen3_30b_static.json"
+    forced = [row["teacher_forced"] for row in rows if row["impl"] == "fusedmoe:accelerate"]
     differ = sum(one["argmax_differs"] for one in forced)
     positions = sum(one["positions"] for one in forced)
     gap = max(one["gap_ulps_max"] for one in forced)
-    parts = [
-        f"{speed[ours, batch]:.3g} tokens/s of {speed[baseline, batch]:.3g} at batch {batch}"
-        for batch in sorted({batch for impl, batch in speed if impl == ours})
-    ]
     return (
         "A model of Qwen3-30B-A3B's sizes with random bf16 weights, `generate` with the default "
         "cache and\nnothing compiled, against `grouped_mm` in the same run: "
         "`accelerate(model)` makes\n"
-        f"{' and '.join(parts)}. Teacher-forced on the\nbaseline's tokens, the argmax differs at "
+        f"{generated(rows)}. Teacher-forced on the\nbaseline's tokens, the argmax differs at "
         f"{differ} of {positions} positions, each with a top-2 gap of at most\n{gap:g} bf16 ulps\n"
         "([benchmarks/results/h200/model_qwen3_30b.json]"
-        "(benchmarks/results/h200/model_qwen3_30b.json)).\n"
+        "(benchmarks/results/h200/model_qwen3_30b.json)). With a\nstatic cache, where `generate` "
+        f"compiles the step into a CUDA graph:\n{generated(rows_of(static))}\n"
+        f"([benchmarks/results/{static}](benchmarks/results/{static})).\n"
     )
 
 
