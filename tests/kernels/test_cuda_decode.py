@@ -51,8 +51,8 @@ def warps(along=1, across=4, stages=4, tiles=2):
     return CudaWarpsTile(tiles, along, across, stages, 2)
 
 
-def rows(along=1, across=4, stages=3, tiles=1, ahead=99, slots=8, parts=1):
-    return CudaRowsTile(tiles, along, across, stages, 1, ahead, slots, parts)
+def rows(along=1, across=4, stages=3, tiles=1, ahead=99, slots=8):
+    return CudaRowsTile(tiles, along, across, stages, 1, ahead, slots)
 
 
 def block(slots=16, warps=4, stages=3):
@@ -224,10 +224,10 @@ def test_one_gemm(name, on_cpu):
 LAYERS = {
     "stream": ("int4_g32_zp", 96, CudaDecodeTiles(block(), block())),
     "warps_and_rows": ("int4_g32", 96 + 32, CudaDecodeTiles(warps(), rows(2, 2))),
-    "parts_of_rows": (
+    "rows_of_sixteen": (
         "int4_g128",
         512,
-        CudaDecodeTiles(rows(4, 2, slots=16), rows(2, 2, slots=16, parts=2)),
+        CudaDecodeTiles(rows(4, 2, slots=16), rows(2, 2, slots=16)),
     ),
 }
 

@@ -70,12 +70,11 @@ class CudaWarpsTile(_OwnRings):
 
 @dataclass(frozen=True, slots=True)
 class CudaRowsTile(_OwnRings):
-    """``slots`` slots by whole rows, or by one of ``parts`` of them: ``stages`` are those of a
-    program's ring, ``ahead`` of them on their way at a time; every warp has its part of x."""
+    """``slots`` slots by whole rows: ``stages`` are those of a program's ring, ``ahead`` of them on
+    their way at a time; every warp has its part of x."""
 
     ahead: int = 99
     slots: int = 8
-    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,7 @@ def rows_tile(
     if not found:
         return None
     warps, most_pairs = found[0]
-    _, boxes = scale_boxes(scale_bytes, 1)
+    _, boxes = scale_boxes(scale_bytes)
 
     def beside(along: int) -> int:
         """How many warps can stand side by side; none where scales come not with their warps."""
@@ -194,16 +193,13 @@ def rows_tile(
     return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots)
 
 
-def scale_boxes(row: int, parts: int) -> tuple[int, int]:
-    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes
-    for one of so many parts of the row; (0, 1): rows come as they lie. In boxes where a row is not
-    taken as a whole, and where eight rows as they lie would meet in few banks."""
-    if parts == 1 and (row % 64 or row < 256):
+def scale_boxes(row: int) -> tuple[int, int]:
+    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes;
+    (0, 1): rows come as they lie. In boxes where eight rows as they lie would meet in few banks."""
+    if row % 64 or row < 256:
         return 0, 1
-    own = row // parts
-    most = max(own + i * own % 16 for i in range(parts))
-    boxes = -(-most // 256)
-    return -(-most // boxes // 16) * 16, boxes
+    boxes = -(-row // 256)
+    return -(-row // boxes // 16) * 16, boxes
 
 
 def _along(blocks: int, rows: int, row_bytes: int, resident: int) -> int:

@@ -121,18 +121,15 @@ def decode(
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     first, second = addresses
-    K, parts = topk_ids.shape[1], 1
+    K = topk_ids.shape[1]
     experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
     guess = topk_ids.numel() >= LIKELY_MEAN * experts
     of_first = x, w1, act, w1_bias, activation, blocks, first, K, tiles.gemm1, programs
     of_second = act, w2, y, w2_bias, None, blocks, second, 1, tiles.gemm2, programs
-    if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
-        parts = tiles.gemm2.parts
-        of_second = act, w2, y.new_empty(parts * y.shape[0], y.shape[1]), *of_second[3:]
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _gemm(*of_first, early=False, guess=guess, following=order)
     _gemm(*of_second, early=True)
-    weighted_sum(of_second[2], topk_weights, topk_ids, expert_map, out, w2.shape[0], parts)
+    weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
 
 
 def _gemm(

@@ -8,9 +8,8 @@
 // and their scales by bulk copies into a ring, the first of BRINGERS, whose registers the others
 // have; WARPS multiply: WM side by side of MT tiles of 16 rows each (GATED: eight of gate, eight of
 // up, so that both numbers of a feature meet in one thread), KW along the columns. Each has its own
-// part of x, which it loads once per block of slots. An item is (block of slots, part of the columns,
-// ROWS rows), a program has neighbouring ones. Where columns are too many for that, PARTS rows of out
-// are the parts of a slot's sum.
+// part of x, which it loads once per block of slots. An item is (block of slots, ROWS rows), a program
+// has neighbouring ones.
 //
 // Sums of KW warps meet in shared memory, two buffers in turns. They are added up one item late, by
 // another of the warps for each item, so that nobody waits for the others.
@@ -25,7 +24,7 @@
 // Other constants come from the launcher as macros; quantized_rows.py names them, and the files
 // whose text stands before this one.
 
-// This warp's columns of x, for one part of a block of slots.
+// This warp's columns of x, for a block of slots.
 struct Rows {
   u32 x[NT][2 * PAIRS][XR];
   float sums[SUMS_STAY ? UNITS : 1][NT][2];  // of x times what takes the zero point away
@@ -38,7 +37,7 @@ struct Rows {
 #pragma unroll
     for (int n = 0; n < NT; n++) slots[n] = slot_of(a, block, n * 8 + p.g);
   }
-  DEVICE void load(const Place& p, const Arguments& a, int block, int part, int blocks) {
+  DEVICE void load(const Place& p, const Arguments& a, int block, int blocks) {
     if (block != known) look(p, a, block);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -47,7 +46,7 @@ struct Rows {
       if (slot < 0 || slot >= a.R) slot = lead;
       slot = min(max(slot, 0), a.R - 1);
       const u16* from = a.x + (i64)(slot / TOP_K) * a.stride_x +
-                        (part * COLUMNS + p.k_begin * STEP_COLS + p.t * 2 * XR);
+                        (p.k_begin * STEP_COLS + p.t * 2 * XR);
 #pragma unroll
       for (int c = 0; c < 2 * PAIRS; c++) {
         const bool inside = c / 2 < FEWEST || p.k_begin + c / 2 < p.k_end;
@@ -61,7 +60,7 @@ struct Rows {
         }
       }
     }
-    if (!LONE && PARTS == 1 && block + 1 < blocks) look(p, a, block + 1);
+    if (!LONE && block + 1 < blocks) look(p, a, block + 1);
     float all[4];
 #pragma unroll
     for (int i = 0; i < NT * 2 * PAIRS; i++) {
@@ -146,10 +145,10 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
 DEVICE void take_block(const Place& p, const Arguments& a, int count, int known, Rows& rows,
                        Ends& ends) {
   __syncwarp();
-  rows.load(p, a, known / PARTS, known % PARTS, count / (TILES * PARTS));
+  rows.load(p, a, known, count / TILES);
 #pragma unroll
   for (int i = 0; i < NT * 2; i++)
-    ends.slots[i / 2][i % 2] = slot_of(a, known / PARTS, i / 2 * 8 + 2 * p.t + i % 2);
+    ends.slots[i / 2][i % 2] = slot_of(a, known, i / 2 * 8 + 2 * p.t + i % 2);
 }
 
 DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& ring, Parts parts,
@@ -162,7 +161,7 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
   const int first = first_item(count, blockIdx.x);
   int known = first < first_item(count, blockIdx.x + 1) ? first / TILES : -1;
   if (EARLY) {
-    if (known >= 0) rows.look(p, a, known / PARTS);
+    if (known >= 0) rows.look(p, a, known);
     wait_for_previous();
     let_next_begin();
   }
@@ -183,10 +182,10 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
     }
     if (KW == 1) ends.load(p, a);
     const u32 place = ring.places + turns.stage * PLACE_BYTES;
-    const u32 of_place = ring.scales + turns.stage * PLACE_SCALES + known % PARTS * SLICE % 16;
+    const u32 of_place = ring.scales + turns.stage * PLACE_SCALES;
     Accumulators acc;
     clear(acc);
-    const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SLICE + 1);
+    const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SCALE_ROW + 1);
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
       const int tile = p.wm * MT + mt;
@@ -237,7 +236,7 @@ quantized_rows(const __grid_constant__ Arguments a) {
     wait_for_previous();
     let_next_begin();
   }
-  const int count = (LONE ? a.R : load_past_l1(a.num_post) / BN) * (TILES * PARTS);
+  const int count = (LONE ? a.R : load_past_l1(a.num_post) / BN) * TILES;
   if (p.warp >= WARPS) {
     if (REGISTERS) give_registers<32>();
     if (p.warp == WARPS) bring(a, count, ring);

@@ -90,26 +90,25 @@ def stream(
     act = activation or DeviceActivation(formula="", gated=False)
     warps, rows = tile.along * tile.across, tile.across * tile.tiles * 16
     row_bytes, eights, group = w.data.shape[-1], -(-tile.slots // 8), w.format.group.col
-    part_bytes = row_bytes // tile.parts
     scale_row = addresses[5] * scale.element_size()
-    box, boxes = scale_boxes(scale_row, tile.parts)
+    box, boxes = scale_boxes(scale_row)
     scale_bytes = boxes * box or scale_row
-    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
+    of_stage = rows * (row_bytes + scale_bytes) + 16 + 4
     shared = 4 * tile.across * 8
     if tile.along > 1:
         shared += 2 * warps * tile.tiles * eights * 512
     if w.format.element == "int4":
-        shared += warps * eights * sum_bytes(part_bytes // PAIR, tile.along, group)
+        shared += warps * eights * sum_bytes(row_bytes // PAIR, tile.along, group)
     if tile.along % boxes:
         raise ValueError(
             f"{tile.along} warps share {scale_bytes} bytes of scales that come {box} at a time"
         )
     stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
     if stages < 2:
-        raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
+        raise ValueError(f"{rows} rows of {row_bytes} bytes leave no room for two stages")
     shared += stages * of_stage
     constants = weight_constants(w, addresses, act)
-    constants |= {"COLUMNS": D // tile.parts, "PARTS": tile.parts, "GROUP": group}
+    constants |= {"COLUMNS": D, "GROUP": group}
     constants |= {"TOP_K": top_k, "EARLY": int(early)}
     constants |= {"WIDE": int(out.dtype == torch.float32)}
     constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
@@ -123,7 +122,7 @@ def stream(
     constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
     registers = REGISTERS.get(warps, 0) if tile.per_multiprocessor == 1 else 0
     bringers = 4 if registers else 1
-    pairs = part_bytes // PAIR
+    pairs = row_bytes // PAIR
     constants |= {
         "BRINGERS": bringers,
         "REGISTERS": registers,
@@ -145,7 +144,7 @@ def stream(
         b"",
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         x.stride(0),
-        out.shape[0] // tile.parts,
+        out.shape[0],
         0 if expert_map is None else expert_map.shape[0],
         w.shape[0],
         last_block,
@@ -156,7 +155,7 @@ def stream(
     shards = 2 if act.gated else 1
     sizes = w.shape[0], N, shards
     order, address = (w.interleaved, rows // shards), ctypes.addressof(parameters)
-    if part_bytes % 128 == 0:
+    if row_bytes % 128 == 0:
         ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
     if box:
         brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)

@@ -36,14 +36,13 @@ constexpr int ROWS = WM * MT * 16;
 constexpr bool BOXES = ROW_BYTES % 128 == 0, ALTERNATING = INTERLEAVED && !BOXES;
 constexpr int RUNS = GATED && !INTERLEAVED ? 2 : 1;  // of neighbouring rows
 constexpr int PLACE_BYTES = ROWS * ROW_BYTES;
-// Scales lie as in memory, or (SCALE_BOX) so many bytes of each row at a time, SLICE in all from a
-// multiple of 16 on; a warp's are in one of those.
+// Scales lie as in memory, or (SCALE_BOX) so many bytes of each row at a time; a warp's are in one of
+// those.
 constexpr int SCALE_ROW = SCALE_STRIDE * SCALE_BYTES;
-constexpr int SLICE = PARTS == 1 ? SCALE_ROW : COLUMNS / WIDTH * SCALE_BYTES;
-constexpr int SLICES = SCALE_BOX ? (SLICE + SCALE_BOX - 1) / SCALE_BOX : 1;
+constexpr int SLICES = SCALE_BOX ? (SCALE_ROW + SCALE_BOX - 1) / SCALE_BOX : 1;
 constexpr int SCALE_PITCH = SCALE_BOX ? SCALE_BOX : SCALE_ROW;
 constexpr int PLACE_SCALES = SLICES * ROWS * SCALE_PITCH;
-static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0 && (PARTS == 1 || BOXES), "");
+static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0, "");
 
 struct Ring {
   u32 places, scales, items, full, empty;
@@ -93,7 +92,7 @@ DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
     const int item = at < first_item(count, blockIdx.x + 1) ? at : -1;
     if (item >= 0 && item / TILES != known) {
       known = item / TILES;
-      expert = expert_of(a, known / PARTS);
+      expert = expert_of(a, known);
     }
     if (LONE && item >= 0 && expert < 0) continue;
     const u32 full = ring.full_at(turns.stage);
@@ -111,18 +110,16 @@ DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
     const u32 place = ring.places + turns.stage * PLACE_BYTES;
     const u32 scales = ring.scales + turns.stage * PLACE_SCALES;
     const int first = item % TILES * FT;
-    const int part = known % PARTS;
     if (BOXES) {
       for (int i = lane; i < ROW_BYTES / 128; i += 32)
-        copy_box(place + i * ROWS * 128, a.boxes, part * ROW_BYTES + i * 128, first, expert, full);
+        copy_box(place + i * ROWS * 128, a.boxes, i * 128, first, expert, full);
     } else if (lane < RUNS) {
       const i64 row = expert * EXPERT_ROWS + first * ROW_STEP + lane * SHARD_STEP;
       copy_bytes(place + lane * (ROWS / RUNS) * ROW_BYTES, a.weights + row * ROW_BYTES,
                  ROWS / RUNS * ROW_BYTES, full);
     }
     if (SCALE_BOX && lane < SLICES) {
-      copy_box(scales + lane * ROWS * SCALE_BOX, a.scale_boxes,
-               part * SLICE / 16 * 16 + lane * SCALE_BOX, first, expert, full);
+      copy_box(scales + lane * ROWS * SCALE_BOX, a.scale_boxes, lane * SCALE_BOX, first, expert, full);
     } else if (!SCALE_BOX && lane < RUNS) {
       const i64 row = expert * (EXPERT_SCALES / SCALE_STRIDE) + first * ROW_STEP + lane * SHARD_STEP;
       copy_bytes(scales + lane * (ROWS / RUNS) * SCALE_ROW, a.scale + row * SCALE_ROW,

@@ -10,7 +10,7 @@ struct Ends {
 
   DEVICE void load(const Place& p, const Arguments& a) {
     if (!BIAS) return;
-    const int expert = expert_of(a, item / TILES / PARTS);
+    const int expert = expert_of(a, item / TILES);
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
       const int f = item % TILES * FT + (p.wm * MT + i / 2) * FM + own_feature(p);
@@ -32,14 +32,13 @@ struct Ends {
     float added[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      if (BIAS && (PARTS == 1 || item / TILES % PARTS == 0))
-        added[half] = number<BIAS - 1>(bias[mt][half]);
+      if (BIAS) added[half] = number<BIAS - 1>(bias[mt][half]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int slot = slots[n][i];
       if (slot < 0 || slot >= a.R) continue;
       const float low = fmaf(v[i], UNIT, added[0]), high = fmaf(v[2 + i], UNIT, added[1]);
-      const i64 at = ((i64)slot * PARTS + item / TILES % PARTS) * FEATURES + f;
+      const i64 at = (i64)slot * FEATURES + f;
       if (GATED) {
         ((u16*)a.out)[at] = float_bf16(gated(low, high, a.limit, a.alpha, a.beta));
       } else if (WIDE) {
