@@ -342,6 +342,8 @@ def test_a_compiled_model_has_no_graph_break(name):
     row = tiny_models.by_name(name)
     model = tiny_models.build(row, experts_implementation="fusedmoe")
     wanted, _ = tiny_models.eager_results(name)
+    if torch.__version__ < "2.13":  # there a gate is not recognised while a graph is traced
+        torch.compile(model, backend="eager")(input_ids=tiny_models.token_ids(), use_cache=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         ids = tiny_models.token_ids()

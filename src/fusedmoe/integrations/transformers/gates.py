@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,13 +37,12 @@ def gate_of(experts: Any) -> Gate:
     ``experts`` has ``has_gate`` and either ``_apply_gate`` or (without a gate) ``act_fn``. Changing
     those, or the limits they read, after the first call needs ``forget_gate``.
     """
-    gate = getattr(experts, _CACHE, None)
-    if gate is None:
-        gate = recognise_gate(experts)
-        # While tracing, the result is a constant of the graph and the module stays as it was.
-        if not torch.compiler.is_compiling():
-            setattr(experts, _CACHE, gate)
-    return gate
+    gate: Gate | None = getattr(experts, _CACHE, None)
+    if gate is not None:
+        return gate
+    if torch.compiler.is_compiling():
+        return _gate_of_traced(experts)
+    return _recognise_and_keep(experts)
 
 
 def forget_gate(experts: Any) -> None:
@@ -51,11 +50,16 @@ def forget_gate(experts: Any) -> None:
     experts.__dict__.pop(_CACHE, None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recognise_and_keep(experts: Any) -> Gate:
+    gate = recognise_gate(experts)
+    setattr(experts, _CACHE, gate)
+    return gate
+
+
 def recognise_gate(experts: Any) -> Gate:
     """Compare the module's function with our activations in fp32 on the CPU; the first that agrees.
 
-    Traced code sees the result only. A function that cannot run on a CPU tensor is not known.
+    A function that cannot run on a CPU tensor is not known.
     """
     with torch.no_grad():
         x = _probe()
@@ -75,6 +79,15 @@ def recognise_gate(experts: Any) -> Gate:
                 return gate
     _warn_unknown(type(experts).__name__, "its values are those of no activation here")
     return Gate(activation=None)
+
+
+# Where tracing can ask about a module, the answer is a constant of the graph and the module stays
+# as it was. In torch 2.11 it cannot: the first graph ends there, and the module keeps the answer.
+_gate_of_traced: Callable[[Any], Gate] = (
+    torch.compiler.disable(_recognise_and_keep)
+    if torch.__version__ < "2.13"
+    else torch.compiler.assume_constant_result(recognise_gate)  # type: ignore[no-untyped-call]
+)
 
 
 def _probe() -> torch.Tensor:
