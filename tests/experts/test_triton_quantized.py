@@ -159,10 +159,13 @@ def test_batched_layers(name):
     [("fp8_channel", "int4_g32"), ("int4_g32", "fp8_channel"), ("int4_g64", "int4_g64")],
 )
 def test_rows_of_one_product_alone_are_rounded(fmt, down, experts, only, quantized_bodies):
-    """The other product takes floats, so both do; what was asked for is rounded all the same."""
+    """The other product takes floats, so both do; what was asked for is rounded all the same.
+
+    Rows that were not would be 2e-2 off; one element that is nearly a tie is 3e-4.
+    """
     case = Quantized(fmt, FP8_DYNAMIC_TOKEN, replace(PLAIN, I=64, T=40), down, only=only)
     tensors = case.layer.tensors()
-    assert_right(case.run(tensors, experts), case.expected(tensors), 2e-5)
+    assert_right(case.run(tensors, experts), case.expected(tensors), 2e-3)
 
 
 @pytest.mark.parametrize("part", ["scale", "scale2"])
