@@ -22,9 +22,11 @@ from fusedmoe.kernels.triton.align_chunks import (
     add_counts,
     chunk_counts,
     chunk_prefixes,
+    earlier_chunks,
     few_chunks,
     fill_range,
-    rank_in_chunk,
+    slots_of_chunk,
+    totals_of_groups,
 )
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
@@ -127,30 +129,22 @@ def place_kernel(
     """``totals_ptr`` None: the counts [chunk, group], of at most CHUNKS chunks, are no sums yet."""
     follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    lane = tl.arange(0, BLOCK_G)
     if totals_ptr is None:
         totals, before = add_counts(counts_ptr, chunk, chunks, groups, CHUNKS, BLOCK_G)
     else:
-        totals = tl.load(totals_ptr + lane, lane < groups, 0, cache_modifier=".cg")
+        totals = totals_of_groups(totals_ptr, groups, BLOCK_G)
     padded = tl.cdiv(totals, block_size) * block_size
     ends = tl.cumsum(padded, 0)
     used = tl.sum(padded)
 
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + slot, slot < R, -1)
-    group = local_expert(ids, count_map_ptr, num_mapped, groups)
-    counted = group >= 0
-    known = tl.maximum(group, 0)
+    slot, known, counted, rank = slots_of_chunk(
+        ids_ptr, count_map_ptr, chunk * CHUNK, R, groups, num_mapped, CHUNK
+    )
     start = tl.gather(ends - padded, known, 0)
     if totals_ptr is None:
         earlier = tl.gather(before, known, 0)
     else:
-        at = counts_ptr + known.to(tl.int64) * chunks + chunk
-        earlier = tl.load(at, counted, 0, cache_modifier=".cg")
-    first_slot = chunk * CHUNK
-    rank = rank_in_chunk(
-        ids_ptr, count_map_ptr, slot, group, first_slot, R, groups, num_mapped, CHUNK
-    )
+        earlier = earlier_chunks(counts_ptr, known, counted, chunk, chunks)
     tl.store(sorted_ptr + start + earlier + rank, slot, counted)
     if scatter_ptr is not None:
         here = counted & (_label_of(known, label_map_ptr, num_mapped) >= 0)

@@ -16,9 +16,11 @@ import triton.language as tl
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.triton.align_chunks import (
     CHUNK,
+    earlier_chunks,
     fill_range,
     prefix_kernel,
-    rank_in_chunk,
+    slots_of_chunk,
+    totals_of_groups,
 )
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
@@ -92,23 +94,17 @@ def place_kernel(
 ):
     follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    lane = tl.arange(0, BLOCK_G)
-    totals = tl.load(totals_ptr + lane, lane < groups, 0)
+    totals = totals_of_groups(totals_ptr, groups, BLOCK_G)
 
     first, end = chunk_bounds(chunk, slots_per_rank, chunks_per_rank, me, CHUNK)
-    slot = first + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + slot, slot < end, -1)
-    group = local_expert(ids, map_ptr, num_mapped, groups)
-    counted = group >= 0
-    known = tl.maximum(group, 0)
-    earlier = tl.load(counts_ptr + known.to(tl.int64) * chunks + chunk, counted, 0)
-    rank = earlier + rank_in_chunk(
-        ids_ptr, map_ptr, slot, group, first, end, groups, num_mapped, CHUNK
+    slot, known, counted, rank = slots_of_chunk(
+        ids_ptr, map_ptr, first, end, groups, num_mapped, CHUNK
     )
+    rank += earlier_chunks(counts_ptr, known, counted, chunk, chunks)
     own = totals
     if WORLD > 1:
-        until_others = counts_ptr + lane.to(tl.int64) * chunks + chunks_per_rank
-        own = tl.load(until_others, lane < groups, 0)
+        lane = tl.arange(0, BLOCK_G)
+        own = earlier_chunks(counts_ptr, lane, lane < groups, chunks_per_rank, chunks)
     whole = tl.cdiv(totals, block_size)
     early = tl.where(own == totals, whole, own // block_size)
     late = whole - early

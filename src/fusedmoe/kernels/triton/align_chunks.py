@@ -93,6 +93,33 @@ def rank_in_chunk(
     return tl.sum(same, 1)
 
 
+@triton.jit
+def slots_of_chunk(
+    ids_ptr, map_ptr, first, end, groups, num_mapped, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The slots from ``first`` on, the group of each (0 where it has none), whether it has one, and
+    its rank among those of its group in the chunk; none from ``end`` on has one."""
+    slot = first + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + slot, slot < end, -1)
+    group = local_expert(ids, map_ptr, num_mapped, groups)
+    rank = rank_in_chunk(ids_ptr, map_ptr, slot, group, first, end, groups, num_mapped, CHUNK)
+    return slot, tl.maximum(group, 0), group >= 0, rank
+
+
+@triton.jit
+def totals_of_groups(totals_ptr, groups, BLOCK_G: tl.constexpr):
+    """What ``prefix_kernel`` has stored; past the L1, which a chained launch finds as it was."""
+    lane = tl.arange(0, BLOCK_G)
+    return tl.load(totals_ptr + lane, lane < groups, 0, cache_modifier=".cg")
+
+
+@triton.jit
+def earlier_chunks(counts_ptr, group, counted, chunk, chunks):
+    """How many slots of each ``group`` earlier chunks have, as ``totals_of_groups`` reads."""
+    at = counts_ptr + group.to(tl.int64) * chunks + chunk
+    return tl.load(at, counted, 0, cache_modifier=".cg")
+
+
 _launch_counts = Launcher(chunk_counts_kernel, chained=True)
 _launch_prefix = Launcher(prefix_kernel, chained=True)
 

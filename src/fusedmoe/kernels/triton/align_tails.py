@@ -11,8 +11,14 @@ import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_tails import LARGE, SMALL
-from fusedmoe.kernels.triton.align_chunks import CHUNK, COUNTS, chunk_prefixes, rank_in_chunk
-from fusedmoe.kernels.triton.ids import local_expert
+from fusedmoe.kernels.triton.align_chunks import (
+    CHUNK,
+    COUNTS,
+    chunk_prefixes,
+    earlier_chunks,
+    slots_of_chunk,
+    totals_of_groups,
+)
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 
@@ -44,8 +50,7 @@ def place_tails_kernel(
 ):
     follow_previous(CHAINED)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    lane = tl.arange(0, BLOCK_G)
-    totals = tl.load(totals_ptr + lane, lane < groups, 0)
+    totals = totals_of_groups(totals_ptr, groups, BLOCK_G)
     rest = totals % LARGE
     large = totals // LARGE * LARGE + tl.where(rest > SMALL, LARGE, 0)
     small = tl.where((rest > 0) & (rest <= SMALL), SMALL, 0)
@@ -54,16 +59,10 @@ def place_tails_kernel(
     ends = tl.cumsum(large, 0)
     small_ends = used_by_large + tl.cumsum(small, 0)
 
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + slot, slot < R, -1)
-    group = local_expert(ids, map_ptr, num_mapped, groups)
-    counted = group >= 0
-    known = tl.maximum(group, 0)
-    earlier = tl.load(counts_ptr + known.to(tl.int64) * chunks + chunk, counted, 0)
-    first_slot = chunk * CHUNK
-    rank = earlier + rank_in_chunk(
-        ids_ptr, map_ptr, slot, group, first_slot, R, groups, num_mapped, CHUNK
+    slot, known, counted, rank = slots_of_chunk(
+        ids_ptr, map_ptr, chunk * CHUNK, R, groups, num_mapped, CHUNK
     )
+    rank += earlier_chunks(counts_ptr, known, counted, chunk, chunks)
     in_large = tl.gather(large, known, 0)
     place = tl.gather(ends - large, known, 0) + rank
     behind = tl.gather(small_ends - small, known, 0) + rank - in_large
