@@ -1,5 +1,6 @@
 // The epilogue's formulas, as kernels/triton/activation.py has them. FORMULA: none, silu, gelu,
-// gelu_tanh, relu2, swigluoai, swiglustep, situ. LIMITED: there is a clamp. NaN stays NaN.
+// gelu_tanh, relu2, swigluoai, swiglustep, situ. LIMITED: there is a clamp. NaN stays NaN. And where
+// their numbers go.
 
 DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 DEVICE float least(float x, float limit) { return x > limit ? limit : x; }
@@ -29,4 +30,19 @@ DEVICE float gated(float gate, float up, float limit, float alpha, float beta) {
   }
   if (FORMULA == 5) return (up + beta) * gate * sigmoid(alpha * gate);
   return plain(gate) * up;
+}
+
+// Feature f of a slot's row of out, made of gate and up; or (not GATED) f and the eighth after it.
+template <class Launch>
+DEVICE void store_features(const Launch& a, int slot, int f, float low, float high) {
+  const i64 at = (i64)slot * FEATURES + f;
+  if (GATED) {
+    ((u16*)a.out)[at] = float_bf16(gated(low, high, a.limit, a.alpha, a.beta));
+  } else if (WIDE) {
+    ((float*)a.out)[at] = plain(low);
+    ((float*)a.out)[at + 8] = plain(high);
+  } else {
+    ((u16*)a.out)[at] = float_bf16(plain(low));
+    ((u16*)a.out)[at + 8] = float_bf16(plain(high));
+  }
 }

@@ -38,16 +38,7 @@ struct Ends {
       const int slot = slots[n][i];
       if (slot < 0 || slot >= a.R) continue;
       const float low = fmaf(v[i], UNIT, added[0]), high = fmaf(v[2 + i], UNIT, added[1]);
-      const i64 at = (i64)slot * FEATURES + f;
-      if (GATED) {
-        ((u16*)a.out)[at] = float_bf16(gated(low, high, a.limit, a.alpha, a.beta));
-      } else if (WIDE) {
-        ((float*)a.out)[at] = plain(low);
-        ((float*)a.out)[at + 8] = plain(high);
-      } else {
-        ((u16*)a.out)[at] = float_bf16(plain(low));
-        ((u16*)a.out)[at + 8] = float_bf16(plain(high));
-      }
+      store_features(a, slot, f, low, high);
     }
   }
 };
