@@ -39,11 +39,7 @@ from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.routing import routing
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
-from fusedmoe.tuning.hopper_tiles import (
-    HopperTiles,
-    PrefillTiles,
-    hopper_tiles,
-)
+from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, hopper_tiles
 
 NUMBERS = ApplyMoEActivationConfig()
 SHAPES_HERE = SHAPES | {"qwen3-235b": Shape("qwen3-235b", 128, 8, 4096, 1536)}

@@ -25,11 +25,7 @@ from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, make_heade
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
-from fusedmoe.integrations.megatron import (
-    ActivationType,
-    vllm_fused_moe,
-    vllm_fused_moe_reference,
-)
+from fusedmoe.integrations.megatron import ActivationType, vllm_fused_moe, vllm_fused_moe_reference
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import relative_error
 

@@ -16,14 +16,7 @@ from collections import Counter
 from functools import partial
 
 import torch
-from quantized_layer import (
-    DEVICE,
-    SITUATIONS,
-    build,
-    eight_bit_rates,
-    limit_us,
-    weights_of,
-)
+from quantized_layer import DEVICE, SITUATIONS, build, eight_bit_rates, limit_us, weights_of
 from quantized_targets import ROWS, SHAPES
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 

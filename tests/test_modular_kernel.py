@@ -24,18 +24,8 @@ from fusedmoe.prepare_finalize.no_ep import (
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from fusedmoe.router.routers import SpecRouter
 from fusedmoe.router.spec import RoutingSpec
-from fusedmoe.topk_weight_and_reduce import (
-    TopKWeightAndReduceDelegate,
-    TopKWeightAndReduceNoOP,
-)
-from toy_stages import (
-    AsyncMover,
-    BatchedExperts,
-    LogitsExperts,
-    SlotExperts,
-    SumExperts,
-    expert,
-)
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
+from toy_stages import AsyncMover, BatchedExperts, LogitsExperts, SlotExperts, SumExperts, expert
 
 E, K, H, I = 5, 2, 6, 4  # noqa: E741
 W1 = torch.randn(E, 2 * I, H, generator=torch.Generator().manual_seed(0))

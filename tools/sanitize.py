@@ -62,12 +62,7 @@ from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
-from fusedmoe.tuning.hopper_tiles import (
-    HopperTiles,
-    PrefillTiles,
-    decode_tiles_of,
-    direct_tiles,
-)
+from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, decode_tiles_of, direct_tiles
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 
 E, K = 24, 4

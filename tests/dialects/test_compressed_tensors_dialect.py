@@ -10,9 +10,7 @@ import torch
 
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.dialects import Matrix, read_quantization
-from fusedmoe.quantization.dialects.base import (
-    read_matrix,
-)
+from fusedmoe.quantization.dialects.base import read_matrix
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization.quant_scheme import QuantizationScheme

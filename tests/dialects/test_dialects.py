@@ -12,9 +12,7 @@ from writers import CASES, Case, mxfp4
 
 import fusedmoe
 from fusedmoe.quantization.dialects import Matrix, Scheme, read_quantization
-from fusedmoe.quantization.dialects.base import (
-    read_matrix,
-)
+from fusedmoe.quantization.dialects.base import read_matrix
 
 MODULE = "model.layers.0.mlp.experts.0.up_proj"
 E, H, I = 3, 64, 192  # noqa: E741

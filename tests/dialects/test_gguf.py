@@ -16,9 +16,7 @@ from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli import main
 from fusedmoe.presets import write_preset
 from fusedmoe.quantization.dialects import Matrix
-from fusedmoe.quantization.dialects.base import (
-    read_matrix,
-)
+from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
 from fusedmoe.weights.gguf_file import TYPES, GgufFile
 from fusedmoe.weights.gguf_parts import GgufParts

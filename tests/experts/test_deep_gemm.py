@@ -24,11 +24,7 @@ from fusedmoe.experts.triton_or_deep_gemm import TritonOrDeepGemmExperts
 from fusedmoe.modular_kernel import ExpertTokensMetadata
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.formats import format_named
-from fusedmoe.quantization.keys import (
-    FP8_DYNAMIC_128,
-    FP8_DYNAMIC_128_UE8M0,
-    FP8_DYNAMIC_TOKEN,
-)
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TOKEN
 from fusedmoe.selection import select
 from quantized_experts import Quantized
 from rounded_experts import (

@@ -33,13 +33,7 @@ from fusedmoe.quantization.keys import (
     fp8_dynamic_group,
 )
 from gemm_oracle import assert_right
-from quantized_bodies import (
-    triton_gemm,
-    triton_packed,
-    triton_round,
-    triton_w4a8,
-    triton_w8a8,
-)
+from quantized_bodies import triton_gemm, triton_packed, triton_round, triton_w4a8, triton_w8a8
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from fusedmoe.experts import bounded
-from fusedmoe.integrations.megatron import (
-    ActivationType,
-    vllm_fused_moe,
-    vllm_fused_moe_reference,
-)
+from fusedmoe.integrations.megatron import ActivationType, vllm_fused_moe, vllm_fused_moe_reference
 from fusedmoe.testing.poison import nan_poison
 from fusedmoe.testing.tolerances import assert_close
 

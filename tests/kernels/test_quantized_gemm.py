@@ -6,10 +6,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.column_orders import ordered, unordered
-from fusedmoe.kernels.grouped_gemm_quantized import (
-    quantized_gemm,
-    quantized_gemm_reference,
-)
+from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm, quantized_gemm_reference
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm, w8a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.quantize import quantize_rows

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import (
-    FusedMoE,
-    MoEOptions,
-    OnlineQuantization,
-    QuantizedFusedMoEMethod,
-    explain,
-)
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, QuantizedFusedMoEMethod, explain
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.activations import fake_quantize

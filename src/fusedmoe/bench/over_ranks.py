@@ -23,11 +23,7 @@ from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels.peer_layout import PeerLayout
 from fusedmoe.layer import FusedMoE
-from fusedmoe.modular_kernel import (
-    FusedMoEKernel,
-    FusedMoEPrepareAndFinalizeModular,
-    PrepareResult,
-)
+from fusedmoe.modular_kernel import FusedMoEKernel, FusedMoEPrepareAndFinalizeModular, PrepareResult
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits

@@ -11,13 +11,7 @@ from itertools import groupby
 import torch
 
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.contestants import (
-    DEFAULT_PEERS,
-    Contestant,
-    contestant_name,
-    our_layer,
-    peer,
-)
+from fusedmoe.bench.contestants import DEFAULT_PEERS, Contestant, contestant_name, our_layer, peer
 from fusedmoe.bench.measure import MEMORY_SHARE, Effort, measure
 from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, random_weights
 from fusedmoe.bench.report import BenchReport, make_header

@@ -12,10 +12,7 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,
 )
-from fusedmoe.modular_kernel.kernel import (
-    FusedMoEKernel,
-    FusedMoEMonolithicKernel,
-)
+from fusedmoe.modular_kernel.kernel import FusedMoEKernel, FusedMoEMonolithicKernel
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,

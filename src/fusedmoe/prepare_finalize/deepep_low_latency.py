@@ -11,11 +11,7 @@ from collections.abc import Callable
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.modular_kernel import (
-    ExpertTokensMetadata,
-    FusedMoEActivationFormat,
-    PrepareResult,
-)
+from fusedmoe.modular_kernel import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult
 from fusedmoe.modular_kernel.records import Hook
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
 from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input

@@ -8,11 +8,7 @@ from typing import ClassVar, NamedTuple, Self, cast
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.collectives import (
-    all_gather_rows,
-    gather_counts,
-    gather_vectors,
-)
+from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, gather_vectors
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalize,

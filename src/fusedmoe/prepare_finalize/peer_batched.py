@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.kernels.ids import local_ids
-from fusedmoe.modular_kernel import (
-    ExpertTokensMetadata,
-    FusedMoEActivationFormat,
-    PrepareResult,
-)
+from fusedmoe.modular_kernel import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult
 from fusedmoe.prepare_finalize.batched import rows_by_expert
 from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusedmoe.quantization.desc import (
-    FusedMoEQuantDesc,
-    QuantDtype,
-    activation_desc,
-    weight_desc,
-)
+from fusedmoe.quantization.desc import FusedMoEQuantDesc, QuantDtype, activation_desc, weight_desc
 from fusedmoe.quantization.keys import PER_ROW, PER_TENSOR, PER_TOKEN, GroupShape, ScaleKind
 
 __all__ = [

@@ -4,13 +4,7 @@ Cases (layers as data), inputs, routing distributions, one table of tolerances, 
 nobody wrote, and ``check_experts``, which puts them together.
 """
 
-from fusedmoe.testing.cases import (
-    ACTIVATION_CASES,
-    STANDARD_CASES,
-    Case,
-    Inputs,
-    make_inputs,
-)
+from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES, Case, Inputs, make_inputs
 from fusedmoe.testing.check import CaseResult, check_experts
 from fusedmoe.testing.poison import nan_poison
 from fusedmoe.testing.routing import ROUTINGS, routing_logits

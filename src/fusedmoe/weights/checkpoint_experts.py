@@ -12,13 +12,7 @@ import torch
 
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
 from fusedmoe.quantization.dialects import CheckpointQuantization, LayerSchemes, read_quantization
-from fusedmoe.weights.families import (
-    EXPERT_PARTS,
-    CheckpointFamily,
-    Part,
-    family_of,
-    read_sizes,
-)
+from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, Part, family_of, read_sizes
 from fusedmoe.weights.param_spec import ShardId
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {

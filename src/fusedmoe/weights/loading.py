@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fusedmoe.weights.param_spec import (
-    ParamSpec,
-    ShardId,
-    load_shard,
-)
+from fusedmoe.weights.param_spec import ParamSpec, ShardId, load_shard
 from fusedmoe.weights.params_mapping import (
     CheckpointNames,
     ExpertNameParser,

@@ -10,13 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.weights.param_spec import (
-    Dim,
-    ExpertSizes,
-    ParamSpec,
-    ShardId,
-    split_interleaved,
-)
+from fusedmoe.weights.param_spec import Dim, ExpertSizes, ParamSpec, ShardId, split_interleaved
 from fusedmoe.weights.params_mapping import ExpertTensorName
 
 

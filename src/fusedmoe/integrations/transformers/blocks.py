@@ -12,10 +12,7 @@ import torch
 from torch import nn
 
 from fusedmoe.integrations.transformers.block_router import BlockRouter, is_hooked
-from fusedmoe.integrations.transformers.borrowed import (
-    BorrowedExperts,
-    ExpertWeights,
-)
+from fusedmoe.integrations.transformers.borrowed import BorrowedExperts, ExpertWeights
 from fusedmoe.integrations.transformers.compiled_block import (
     accelerated_block,
     can_be_opaque,
@@ -24,9 +21,7 @@ from fusedmoe.integrations.transformers.compiled_block import (
 )
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
 from fusedmoe.integrations.transformers.replacement import Replacement
-from fusedmoe.integrations.transformers.stacked import (
-    StackedWeights,
-)
+from fusedmoe.integrations.transformers.stacked import StackedWeights
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.runner.replay import GraphReplay
 

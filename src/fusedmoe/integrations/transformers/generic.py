@@ -20,10 +20,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.borrowed import ExpertWeights, borrow_experts
 from fusedmoe.integrations.transformers.containers import disagreement, read_experts
-from fusedmoe.integrations.transformers.experts_function import (
-    ExpertTensors,
-    run_experts,
-)
+from fusedmoe.integrations.transformers.experts_function import ExpertTensors, run_experts
 from fusedmoe.integrations.transformers.gates import Gate
 from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.integrations.transformers.stacked import StackedWeights

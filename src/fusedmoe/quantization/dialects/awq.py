@@ -13,22 +13,11 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.packing import pack_nibbles, unpack_awq
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, group_size_of, integer, names_of, one_of
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    FLOATS,
-    check_finite,
-    expect,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, check_finite, expect
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 

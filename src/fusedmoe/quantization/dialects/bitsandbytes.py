@@ -19,22 +19,11 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.packing import swap_nibbles
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, names_of, one_of
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    check_finite,
-    expect,
-    plain_weight_rule,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, check_finite, expect, plain_weight_rule
 from fusedmoe.quantization.formats.lookup import NF4_TABLE, nf4_group
 from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN, PER_ROW
 from fusedmoe.quantization.tensor import QuantFormat

@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Rule, Scheme
 from fusedmoe.quantization.dialects.compressed_tensors_integers import (
     DIALECT,
     IGNORED,

@@ -17,18 +17,9 @@ from functools import partial
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.packing import pack_nibbles
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    check_finite,
-    expect,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, check_finite, expect
 from fusedmoe.quantization.formats.lookup import IQ4_NL
 from fusedmoe.quantization.formats.superblocks import CODECS, superblock_format
 from fusedmoe.quantization.keys import GroupShape

@@ -12,20 +12,10 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import names_of
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    e8m0_rule,
-    expect,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, e8m0_rule, expect
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 

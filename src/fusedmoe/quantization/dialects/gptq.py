@@ -15,20 +15,9 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.expressions import matches
-from fusedmoe.quantization.dialects.packing import (
-    element_of,
-    integers,
-    unpack_words,
-    zero_points,
-)
+from fusedmoe.quantization.dialects.packing import element_of, integers, unpack_words, zero_points
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import (
     flag,
@@ -38,12 +27,7 @@ from fusedmoe.quantization.dialects.reading import (
     one_of,
     section,
 )
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    FLOATS,
-    check_finite,
-    expect,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, check_finite, expect
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 

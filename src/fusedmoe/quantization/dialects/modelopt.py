@@ -17,11 +17,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import integer, names_of, section
 from fusedmoe.quantization.dialects.rules import (

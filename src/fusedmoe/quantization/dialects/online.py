@@ -6,18 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Matrix,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.patterns import is_listed
-from fusedmoe.quantization.dialects.rules import (
-    BIAS,
-    FLOATS,
-    expect,
-)
+from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, expect
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
 

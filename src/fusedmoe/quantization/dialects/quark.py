@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import (
-    CheckpointQuantization,
-    Leaves,
-    Rule,
-    Scheme,
-)
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Rule, Scheme
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
 from fusedmoe.quantization.dialects.rules import (

@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.integrations.transformers.families import (
-    Experts,
-    Family,
-    Router,
-    read,
-    rule_of,
-)
+from fusedmoe.integrations.transformers.families import Experts, Family, Router, read, rule_of
 
 
 def _one_over_top_k(block: Any) -> float:
