@@ -20,7 +20,13 @@ def numbers_of(
 
 @gluon.jit
 def is_late(flag_ptr, epoch):
-    return gl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != epoch
+    """Whether a flag does not show ``epoch`` after LOOKS looks."""
+    late = gl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != epoch
+    looks = 1
+    while late & (looks < LOOKS):
+        late = gl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != epoch
+        looks += 1
+    return late
 
 
 @gluon.jit
@@ -46,19 +52,18 @@ def await_rows(arrivals, block, all_here, WORLD: gl.constexpr):
             for step in range(1, WORLD):
                 source = (me + WORLD - step) % WORLD
                 late = is_late(flags_ptr + source, epoch)
-                begun = microseconds()
-                broken = 0
-                while late & (broken == 0):
-                    looks = 0
-                    while late & (looks < LOOKS):
+                if late:
+                    begun = microseconds()
+                    broken = 0
+                    while late & (broken == 0):
                         late = is_late(flags_ptr + source, epoch)
-                        looks += 1
-                    missing = gl.where(late & (microseconds() - begun >= timeout_us), source + 1, 0)
-                    # As ``peer_flags.give_up``: one thread's clock counts.
-                    word_ptr = state_ptr + STATE_ERROR
-                    gl.atomic_cas(word_ptr, 0, missing, sem="relaxed", scope="gpu")
-                    broken = gl.atomic_add(word_ptr, 0, sem="relaxed", scope="gpu")
-                    if late & (broken > 0):
-                        gl.store(error_ptr, broken)
+                        waited = microseconds() - begun
+                        missing = gl.where(late & (waited >= timeout_us), source + 1, 0)
+                        # As ``peer_flags.give_up``: one thread's clock counts.
+                        word_ptr = state_ptr + STATE_ERROR
+                        gl.atomic_cas(word_ptr, 0, missing, sem="relaxed", scope="gpu")
+                        broken = gl.atomic_add(word_ptr, 0, sem="relaxed", scope="gpu")
+                        if late & (broken > 0):
+                            gl.store(error_ptr, broken)
             all_here = 1
     return all_here

@@ -12,8 +12,9 @@ experts; so no buffer is written while somebody still reads it.
 
 Waits end after ``timeout_us`` microseconds: the rank that is missing is written, plus one, to
 ``error`` (pinned host memory) and to ``state``, after which nothing waits for longer than LOOKS
-looks at its flags. So often the clock is asked. Looks are no clock: on H200s one takes a third of
-a microsecond, and more where many programs look at once.
+looks at its flags. So often the clock is asked, which takes longer than a look, and never by a
+wait that ends before. Looks are no clock: on H200s one takes a third of a microsecond, and more
+where many programs look at once.
 """
 
 import torch
@@ -59,9 +60,17 @@ def peer_pointer(bases_ptr, rank, offset, dtype: tl.constexpr):
 
 
 @triton.jit
-def is_late(flags_ptr, epoch):
-    """Of each flag int32: 1 unless it shows ``epoch``."""
-    return (tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch).to(tl.int32)
+def look(flags_ptr, epoch, WORLD: tl.constexpr):
+    """After LOOKS looks, or as soon as all flags show ``epoch``: the last rank that is late plus
+    one, or 0."""
+    flags_ptr += tl.arange(0, WORLD)
+    missing = 1
+    looks = 0
+    while (missing > 0) & (looks < LOOKS):
+        late = tl.atomic_add(flags_ptr, 0, sem="acquire", scope="sys") != epoch
+        missing = tl.max(tl.where(late, tl.arange(0, WORLD) + 1, 0), axis=0)
+        looks += 1
+    return missing
 
 
 @triton.jit
@@ -81,22 +90,18 @@ def wait_for_flags(
     bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD: tl.constexpr
 ):
     """Until every rank's flag in this rank's buffer shows ``epoch``."""
-    rank = tl.arange(0, WORLD)
-    flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32) + rank
-    late = is_late(flags_ptr, epoch)
-    missing = tl.max(late * (rank + 1), axis=0)
+    flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32)
+    missing = look(flags_ptr, epoch, WORLD)
     if missing > 0:
         looks = tl.full((), 0, tl.int64)
         begun = microseconds(looks)
         broken = 0
         while (missing > 0) & (broken == 0):
-            last = looks + LOOKS
-            while (missing > 0) & (looks < last):
-                late = is_late(flags_ptr, epoch)
-                missing = tl.max(late * (rank + 1), axis=0)
-                looks += 1
-            broken = give_up(state_ptr, missing, microseconds(looks) - begun, timeout_us)
-        if (missing > 0) & (broken > 0):
+            missing = look(flags_ptr, epoch, WORLD)
+            looks += LOOKS
+            if missing > 0:
+                broken = give_up(state_ptr, missing, microseconds(looks) - begun, timeout_us)
+        if broken > 0:
             tl.store(error_ptr, broken)
 
 
