@@ -28,9 +28,9 @@ from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
-from fusedmoe.experts.hopper import multiprocessors_of
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill,
     mixed_prefill_rows,

@@ -27,7 +27,7 @@ from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, make_header
-from fusedmoe.experts.hopper import multiprocessors_of
+from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, lone_slots, quantized_decode
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits

@@ -27,9 +27,9 @@ from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
-from fusedmoe.experts.hopper import multiprocessors_of
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
+from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.quantize import quantize_rows

@@ -24,8 +24,9 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.act_order import as_they_lie, sorted_operands
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
-from fusedmoe.experts.hopper import hopper_experts, missing_gluon, scratch_rows
+from fusedmoe.experts.hopper import hopper_experts, scratch_rows
 from fusedmoe.experts.hopper_quantized_choice import runs_decode
+from fusedmoe.experts.hopper_support import missing_gluon
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.experts.triton_quantized_run import quantized_experts

@@ -10,7 +10,8 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
-from fusedmoe.experts.hopper import HopperExperts, hopper_experts, missing_gluon, scratch_rows
+from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
+from fusedmoe.experts.hopper_support import missing_gluon
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.hopper_support import missing_gluon
+from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import (
     decode_tiles_for,
     lone_slots,

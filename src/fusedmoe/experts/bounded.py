@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of
+from fusedmoe.experts.hopper_support import missing_gluon
 from fusedmoe.experts.triton import shared_memory_of
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align
 from fusedmoe.kernels.bounded_gemm import bounded_gemm, programs_for
 from fusedmoe.kernels.bounded_sum import bounded_sum
-from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, MAX_DECODE_MEAN, PrefillTiles, decode_tiles

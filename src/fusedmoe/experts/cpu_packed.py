@@ -18,7 +18,7 @@ from fusedmoe.experts.copies import Source, room_for
 from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_gemm import has_native, onednn_linear
 from fusedmoe.experts.cpu_run import Products
-from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
+from fusedmoe.modular_kernel import ExpertsCapabilities
 from fusedmoe.quantization.keys import QuantKey
 
 _log = logging.getLogger(__name__)
@@ -55,18 +55,12 @@ class CpuPackedExperts(CpuExperts):
         )
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
         if not has_native(torch.bfloat16):
-            return False, "needs a CPU with bf16 instructions and torch's oneDNN"
-        return super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
+            return "needs a CPU with bf16 instructions and torch's oneDNN"
+        return None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if torch.compiler.is_compiling():

@@ -41,7 +41,6 @@ from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
-    FusedMoEActivationFormat,
     WorkspaceShapes,
 )
 from fusedmoe.quantization.desc import FusedMoEQuantDesc
@@ -88,25 +87,15 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         )
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        able, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if not able or weight_key is None:
-            return able, reason
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        assert weight_key is not None  # no layer of floats comes past the capabilities
         if weight_key.dtype == torch.int8:
-            reason = unmet_int8()
-        else:
-            hidden, width = moe_config.hidden_dim, moe_config.intermediate_size_per_partition
-            g = weight_key.group_shape.col
-            reason = unmet_int4(width, hidden, g) or unmet_int4(hidden, width, g)
-        return reason is None, reason
+            return unmet_int8()
+        hidden, width = moe.hidden_dim, moe.intermediate_size_per_partition
+        g = weight_key.group_shape.col
+        return unmet_int4(width, hidden, g) or unmet_int4(hidden, width, g)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if torch.compiler.is_compiling():

@@ -50,31 +50,19 @@ class CutlassExpertsFp8Base(FusedMoEExpertsModular):
     _scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        able, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if not able:
-            return able, reason
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
         if not hasattr(torch.nn.functional, FUNCTION):
-            return (
-                False,
-                f"needs torch.nn.functional.{FUNCTION}; torch {torch.__version__} has none",
-            )
-        major, _ = torch.cuda.get_device_capability(moe_config.device)
+            return f"needs torch.nn.functional.{FUNCTION}; torch {torch.__version__} has none"
+        major, _ = torch.cuda.get_device_capability(moe.device)
         if major != 9:
-            return False, f"torch multiplies groups with row scales on capability 9, not {major}"
+            return f"torch multiplies groups with row scales on capability 9, not {major}"
         for name in ("hidden_dim", "intermediate_size_per_partition"):
-            size = getattr(moe_config, name)
+            size = getattr(moe, name)
             if size % STRIDE_BYTES:
-                return False, f"wants rows of a multiple of {STRIDE_BYTES} bytes, {name} is {size}"
-        return True, None
+                return f"wants rows of a multiple of {STRIDE_BYTES} bytes, {name} is {size}"
+        return None
 
     @property
     def per_token(self) -> bool:

@@ -95,19 +95,10 @@ class _DeepGemm(FusedMoEExpertsModular):
         self.alignment = int(package().get_mk_alignment_for_contiguous_layout())
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        able, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if able:
-            reason = unmet_sizes(moe_config, activation_key)
-        return reason is None, reason
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        return unmet_sizes(moe, activation_key)
 
     def weights(self, w1: torch.Tensor, w2: torch.Tensor) -> BlockWeights:
         """Both weights with the scales that the quant config has for them."""

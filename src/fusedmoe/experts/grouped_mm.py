@@ -16,7 +16,6 @@ from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
-    FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
@@ -35,26 +34,20 @@ class GroupedMMExperts(FusedMoEExpertsModular):
         return ExpertsCapabilities(batch_invariant=False)
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        dtype = moe_config.in_dtype
-        if moe_config.device.type == "cuda" and dtype != torch.bfloat16:
-            return False, f"on a GPU torch's grouped_mm takes bfloat16, not {dtype}"
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        dtype = moe.in_dtype
+        if moe.device.type == "cuda" and dtype != torch.bfloat16:
+            return f"on a GPU torch's grouped_mm takes bfloat16, not {dtype}"
         for name in ("hidden_dim", "intermediate_size_per_partition"):
-            size = getattr(moe_config, name)
+            size = getattr(moe, name)
             if size * dtype.itemsize % _STRIDE_BYTES:
-                return False, (
+                return (
                     f"torch's grouped_mm wants rows of a multiple of {_STRIDE_BYTES} bytes, "
                     f"{name} {size} in {dtype} is not"
                 )
-        return super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
+        return None
 
     def workspace_shapes(
         self,

@@ -11,16 +11,16 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.hopper_support import too_many_picks, unmet_by_hopper
 from fusedmoe.experts.triton import triton_experts
 from fusedmoe.kernels.align import dense
-from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
@@ -28,46 +28,18 @@ from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
-    FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.hopper_tiles import (
-    MAX_PICKS,
     DirectTiles,
     HopperTiles,
     PrefillTiles,
     hopper_tiles,
 )
 
-GLUON_RELEASES = ("3.6.",)
 _ALIGNED_BYTES = 16
-
-
-@lru_cache
-def missing_gluon() -> str | None:
-    """Why the kernels cannot be built here, or None."""
-    try:
-        import triton
-        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
-    except ImportError as error:
-        return f"needs Gluon for Hopper from Triton: {error}"
-    if not triton.__version__.startswith(GLUON_RELEASES):
-        known = ", ".join(f"{release}x" for release in GLUON_RELEASES)
-        return f"is written for the Gluon of Triton {known}, this is {triton.__version__}"
-    return None
-
-
-@lru_cache
-def multiprocessors_of(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count)
-
-
-def too_many_picks(K: int) -> str | None:
-    """Why the sums do not add up so many picks of a token, or None."""
-    return f"adds up at most {MAX_PICKS} picks of a token, not {K}" if K > MAX_PICKS else None
 
 
 def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
@@ -189,29 +161,16 @@ class HopperExperts(FusedMoEExpertsModular):
         )
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        supported, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if not supported:
-            return False, reason
-        capability = torch.cuda.get_device_capability(moe_config.device)
-        if capability[0] != 9:
-            return False, f"is written for compute capability 9, this GPU has {capability}"
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
         for name in ("hidden_dim", "intermediate_size_per_partition"):
-            size = getattr(moe_config, name)
+            size = getattr(moe, name)
             if size % ALIGNED_ELEMENTS:
-                return False, f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
-        if moe_config.options.table is not None:
-            return False, "reads no tuned table"
-        reason = too_many_picks(moe_config.experts_per_token) or missing_gluon()
-        return reason is None, reason
+                return f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
+        if moe.options.table is not None:
+            return "reads no tuned table"
+        return unmet_by_hopper(moe)
 
     def workspace_shapes(
         self,

@@ -18,7 +18,6 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.hopper import missing_gluon, multiprocessors_of, too_many_picks
 from fusedmoe.experts.hopper_quantized_choice import (
     MAX_DECODE_MEAN,
     can_prefill,
@@ -27,11 +26,12 @@ from fusedmoe.experts.hopper_quantized_choice import (
     runs_decode,
     streams_longest,
 )
+from fusedmoe.experts.hopper_support import too_many_picks, unmet_by_hopper
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.cuda.program import missing_nvrtc
-from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
@@ -41,7 +41,6 @@ from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
-    FusedMoEActivationFormat,
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
@@ -98,25 +97,10 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         )
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        supported, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if not supported:
-            return False, reason
-        capability = torch.cuda.get_device_capability(moe_config.device)
-        if capability[0] != 9:
-            return False, f"is written for compute capability 9, this GPU has {capability}"
-        reason = too_many_picks(moe_config.experts_per_token) or missing_gluon()
-        if activation_key is None:
-            reason = reason or missing_nvrtc()
-        return reason is None, reason
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        return unmet_by_hopper(moe) or (missing_nvrtc() if activation_key is None else None)
 
     def workspace_shapes(
         self,

@@ -17,7 +17,6 @@ from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
-    FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     WorkspaceShapes,
 )
@@ -50,20 +49,14 @@ class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
         return replace(deep_gemm, requires=(*deep_gemm.requires, "triton"))
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        for one in (DeepGemmExperts, TritonQuantizedExperts):
-            able, reason = one.is_supported_config(
-                moe_config, weight_key, activation_key, activation_format
-            )
-            if not able:
-                return False, reason
-        return True, None
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        both = (
+            one.is_supported_config(moe, weight_key, activation_key, cls.activation_format())[1]
+            for one in (DeepGemmExperts, TritonQuantizedExperts)
+        )
+        return next(filter(None, both), None)
 
     @property
     def expects_unquantized_inputs(self) -> bool:

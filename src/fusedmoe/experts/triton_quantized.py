@@ -46,26 +46,12 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
     _sources: tuple[Source, ...] = ()
 
     @classmethod
-    def is_supported_config(
-        cls,
-        moe_config: FusedMoEConfig,
-        weight_key: QuantKey | None,
-        activation_key: QuantKey | None,
-        activation_format: FusedMoEActivationFormat,
-    ) -> tuple[bool, str | None]:
-        supported, reason = super().is_supported_config(
-            moe_config, weight_key, activation_key, activation_format
-        )
-        if (
-            supported
-            and activation_key == FP8_DYNAMIC_TENSOR
-            and moe_config.options.batch_invariant
-        ):
-            return False, "one scale for all rows follows the batch"
-        if supported:
-            rows = None if cls.emulate else activation_key
-            reason = unmet_by_groups(weight_key, rows)
-        return reason is None, reason
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        if activation_key == FP8_DYNAMIC_TENSOR and moe.options.batch_invariant:
+            return "one scale for all rows follows the batch"
+        return unmet_by_groups(weight_key, None if cls.emulate else activation_key)
 
     @property
     def expects_unquantized_inputs(self) -> bool:

@@ -1,8 +1,10 @@
-"""The GPU that a Triton launch goes to is the current one, whatever its tensors are on."""
+"""The GPU that a launch goes to, and how many multiprocessors it has."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -10,7 +12,16 @@ _HERE: AbstractContextManager[None] = nullcontext()
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Make the GPU of ``tensor`` the current one for a while; nothing to do if it is."""
+    """Make the GPU of ``tensor`` the current one for a while; nothing to do if it is.
+
+    Triton launches on the current one, whatever its tensors are on.
+    """
     if tensor.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.device)
+
+
+@lru_cache
+def multiprocessors_of(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)

@@ -124,8 +124,15 @@ class FusedMoEExperts(ABC):
 
         reason = unmet_requirement(
             cls.capabilities(), moe_config, weight_key, activation_key, activation_format
-        )
+        ) or cls.unmet_requirement(moe_config, weight_key, activation_key)
         return reason is None, reason
+
+    @classmethod
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        """What a layer that the capabilities allow still lacks, in words; None: nothing."""
+        return None
 
     @property
     def expects_unquantized_inputs(self) -> bool:

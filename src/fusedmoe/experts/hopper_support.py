@@ -1,0 +1,39 @@
+"""What keeps the kernels for Hopper from running somewhere."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from fusedmoe.config import FusedMoEConfig
+from fusedmoe.tuning.hopper_tiles import MAX_PICKS
+
+GLUON_RELEASES = ("3.6.",)
+
+
+@lru_cache
+def missing_gluon() -> str | None:
+    """Why the kernels cannot be built here, or None."""
+    try:
+        import triton
+        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
+    except ImportError as error:
+        return f"needs Gluon for Hopper from Triton: {error}"
+    if not triton.__version__.startswith(GLUON_RELEASES):
+        known = ", ".join(f"{release}x" for release in GLUON_RELEASES)
+        return f"is written for the Gluon of Triton {known}, this is {triton.__version__}"
+    return None
+
+
+def too_many_picks(K: int) -> str | None:
+    """Why the sums do not add up so many picks of a token, or None."""
+    return f"adds up at most {MAX_PICKS} picks of a token, not {K}" if K > MAX_PICKS else None
+
+
+def unmet_by_hopper(moe: FusedMoEConfig) -> str | None:
+    """What kernels for Hopper lack here, or None."""
+    capability = torch.cuda.get_device_capability(moe.device)
+    if capability[0] != 9:
+        return f"is written for compute capability 9, this GPU has {capability}"
+    return too_many_picks(moe.experts_per_token) or missing_gluon()
