@@ -58,9 +58,8 @@ from fusedmoe.quantization.keys import (
     NVFP4_DYNAMIC,
 )
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.router import rules
 from fusedmoe.router.functional import route
-from fusedmoe.router.spec import RoutingTensors
+from fusedmoe.router.spec import RoutingSpec, RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
 from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, decode_tiles_of, direct_tiles
@@ -74,12 +73,14 @@ def routing() -> None:
         bias = torch.randn(E, device="cuda")
         logits = torch.randn(T, 2 * E, device="cuda", dtype=torch.bfloat16)[:, ::2]
         padding = torch.arange(T, device="cuda") % 3 == 2
-        for spec, tensors in (
-            (rules.gpt_oss_spec(K, E), RoutingTensors()),
-            (rules.dbrx_spec(K, E), RoutingTensors()),
-            (rules.deepseek_v3_spec(K, E, 2.5, 4, 2), RoutingTensors(correction_bias=bias)),
-            (rules.phimoe_spec(E), RoutingTensors()),
+        groups = {"num_expert_group": 4, "topk_group": 2, "group_score": "top2_sum"}
+        for rule, tensors in (
+            ({"score_after_topk": True}, RoutingTensors()),
+            ({"renormalize": True}, RoutingTensors()),
+            ({"score_function": "sigmoid"} | groups, RoutingTensors(correction_bias=bias)),
+            ({"selection": "sparsemixer", "top_k": 2}, RoutingTensors()),
         ):
+            spec = RoutingSpec(**({"top_k": K, "num_experts": E} | rule))
             result = route(logits, spec, tensors, is_padding=padding)
             mapped = eplb_map_to_physical_and_record(
                 result.topk_ids,

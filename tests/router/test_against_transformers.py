@@ -1,4 +1,4 @@
-"""The rules of model families against Transformers' own router classes, in fp32."""
+"""The rules in the rows of model families against Transformers' own router classes, in fp32."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusedmoe.router import rules
+from fusedmoe.integrations.transformers.families import at
+from fusedmoe.integrations.transformers.rows import FAMILIES
 from fusedmoe.router.functional import route
-from fusedmoe.router.spec import RoutingSpec, RoutingTensors
+from fusedmoe.router.spec import RoutingTensors
 
 pytest.importorskip("transformers")
 
@@ -24,6 +25,18 @@ def router_of(family: str, name: str, **config):
         if tensor.is_floating_point():
             tensor.data.normal_()
     return router
+
+
+def rule_of(router, **block):
+    """What the row says of a block with this router and these other parts."""
+    rows = [(row, SimpleNamespace(**{row.router.at: router}, **block)) for row in FAMILIES]
+    (spec,) = (
+        row.router.spec(parts)
+        for row, parts in rows
+        if row.router.cls == type(router).__name__
+        and all(at(parts, path) in allowed for path, allowed in row.when)
+    )
+    return spec
 
 
 def dense(weights, ids, width=E):
@@ -51,7 +64,7 @@ def hidden():
 @torch.no_grad()
 def test_mixtral(hidden):
     router = router_of("mixtral", "MixtralTopKRouter", num_experts_per_tok=2)
-    check(*router(hidden), RoutingSpec(top_k=2, num_experts=E, renormalize=True))
+    check(*router(hidden), rule_of(router))
 
 
 @torch.no_grad()
@@ -60,7 +73,7 @@ def test_qwen3_moe(hidden, renormalize):
     router = router_of(
         "qwen3_moe", "Qwen3MoeTopKRouter", num_experts_per_tok=4, norm_topk_prob=renormalize
     )
-    check(*router(hidden), RoutingSpec(top_k=4, num_experts=E, renormalize=renormalize))
+    check(*router(hidden), rule_of(router))
 
 
 @torch.no_grad()
@@ -74,7 +87,7 @@ def test_deepseek_v2(hidden):
         n_group=4,
         topk_group=2,
     )
-    check(*router(hidden), rules.deepseek_v2_spec(3, E, 16.0, 4, 2))
+    check(*router(hidden), rule_of(router))
 
 
 @torch.no_grad()
@@ -89,23 +102,22 @@ def test_deepseek_v3(hidden):
         norm_topk_prob=True,
     )
     tensors = RoutingTensors(correction_bias=router.e_score_correction_bias)
-    check(*router(hidden), rules.deepseek_v3_spec(4, E, 2.5, 4, 2), tensors)
+    check(*router(hidden), rule_of(router), tensors)
 
 
 @torch.no_grad()
 def test_deepseek_v4_with_and_without_hash(hidden):
     config = {"num_experts_per_tok": 4, "routed_scaling_factor": 1.5, "vocab_size": 50}
     config["scoring_func"] = "sqrtsoftplus"
-    spec = rules.deepseek_v4_spec(4, E, 1.5)
     router = router_of("deepseek_v4", "DeepseekV4TopKRouter", **config)
     tensors = RoutingTensors(correction_bias=router.e_score_correction_bias)
-    check(*router(hidden), spec, tensors)
+    check(*router(hidden), rule_of(router), tensors)
     hashed = router_of("deepseek_v4", "DeepseekV4HashRouter", **config)
     hashed.tid2eid.copy_(torch.randint(0, E, (50, 4)))
     tokens = torch.randint(0, 50, (T,))
     logits, weights, ids = hashed(hidden, tokens)
     tensors = RoutingTensors(hash_indices_table=hashed.tid2eid)
-    result = route(logits, spec, tensors, input_ids=tokens)
+    result = route(logits, rule_of(hashed), tensors, input_ids=tokens)
     assert torch.equal(result.topk_ids.long(), ids)
     torch.testing.assert_close(result.topk_weights, weights)
 
@@ -118,7 +130,7 @@ def test_ernie(hidden):
     bias = router.moe_statics.e_score_correction_bias
     assert bias.shape == (1, E)
     tensors = RoutingTensors(correction_bias=bias)
-    check(*router(hidden), rules.ernie_spec(3, E, 0.3), tensors)
+    check(*router(hidden), rule_of(router), tensors)
 
 
 @torch.no_grad()
@@ -130,20 +142,20 @@ def test_phimoe(hidden):
         router_jitter_noise=0.1,
         input_jitter_noise=0.0,
     )
-    check(*router(hidden), rules.phimoe_spec(E, 0.1))
+    check(*router(hidden), rule_of(router))
 
 
 @torch.no_grad()
 def test_gpt_oss(hidden):
     router = router_of("gpt_oss", "GptOssTopKRouter", num_experts_per_tok=4)
-    check(*router(hidden), rules.gpt_oss_spec(4, E))
+    check(*router(hidden), rule_of(router))
 
 
 @torch.no_grad()
 def test_granite(hidden):
     router = router_of("granitemoe", "GraniteMoeTopKRouter", num_experts_per_tok=4)
     ids, weights, logits = router(hidden)
-    check(logits, weights, ids, rules.gpt_oss_spec(4, E))
+    check(logits, weights, ids, rule_of(router))
 
 
 @torch.no_grad()
@@ -167,7 +179,7 @@ def test_longcat(hidden):
         logits,
         weights.masked_fill(~real, 0.0),
         ids.masked_fill(~real, 0),
-        rules.longcat_spec(5, E, 8, 6.0),
+        rule_of(router, experts=SimpleNamespace(num_routed_experts=E, zero_expert_num=8)),
         tensors,
     )
     zero = weights.masked_fill(real, 0.0).sum(dim=1)
@@ -179,7 +191,7 @@ def test_llama4(hidden):
     """Transformers multiplies every expert's input by sigmoid, of -inf for the others."""
     router = router_of("llama4", "Llama4Router", num_experts_per_tok=1)
     scores, logits = router(hidden)
-    result = route(logits, rules.llama4_spec(1, E))
+    result = route(logits, rule_of(router))
     torch.testing.assert_close(dense(result.topk_weights, result.topk_ids), scores)
 
 
@@ -189,9 +201,11 @@ def test_dbrx(p):
     from transformers.models.dbrx.modeling_dbrx import DbrxFFN
 
     logits = torch.randn(T, E)
-    ffn = SimpleNamespace(moe_normalize_expert_weights=p, top_k=4)
+    experts = SimpleNamespace(num_experts=E)
+    ffn = SimpleNamespace(moe_normalize_expert_weights=p, top_k=4, experts=experts)
     weights, ids = DbrxFFN.route_tokens_to_experts(ffn, logits)
-    check(logits, weights, ids, rules.dbrx_spec(4, E, p))
+    (row,) = (row for row in FAMILIES if row.block == DbrxFFN.__name__)
+    check(logits, weights, ids, row.router.spec(ffn))
 
 
 @torch.no_grad()
@@ -206,7 +220,7 @@ def test_cohere2(hidden, score_function, renormalize):
         expert_selection_fn=score_function,
         norm_topk_prob=renormalize,
     )
-    check(*router(hidden), rules.cohere2_spec(3, E, renormalize, score_function))
+    check(*router(hidden), rule_of(router, shared_expert_combination_strategy="sum"))
 
 
 @torch.no_grad()
@@ -215,7 +229,8 @@ def test_gemma4(hidden):
     _, weights, ids = router(hidden)
     logits = router.proj(router.norm(hidden) * router.scale * router.scalar_root_size)
     tensors = RoutingTensors(per_expert_scale=router.per_expert_scale)
-    check(logits, weights, ids, rules.gemma4_spec(3, E), tensors)
+    row = next(row for row in FAMILIES if row.module == "gemma4")
+    check(logits, weights, ids, row.router.spec(SimpleNamespace(router=router)), tensors)
 
 
 @torch.no_grad()
@@ -225,8 +240,7 @@ def test_laguna_softcap(hidden):
         "laguna", "LagunaTopKRouter", num_experts_per_tok=3, moe_router_logit_softcapping=2.0
     )
     _, weights, ids = router(hidden)
-    spec = RoutingSpec(
-        top_k=3, num_experts=E, score_function="sigmoid", renormalize=True, logit_softcap=2.0
-    )
+    spec = rule_of(router, routed_scaling_factor=1.0)
+    assert spec.logit_softcap == 2.0
     tensors = RoutingTensors(correction_bias=router.e_score_correction_bias)
     check(hidden @ router.weight.T, weights, ids, spec, tensors)

@@ -7,7 +7,6 @@ from torch import nn
 
 import fusedmoe
 from fusedmoe.config import RoutingMethodType
-from fusedmoe.router import rules
 from fusedmoe.router.base import EplbState
 from fusedmoe.router.capture import replay_hook
 from fusedmoe.router.factory import create_fused_moe_router
@@ -35,6 +34,16 @@ def agrees(result, logits, spec, tensors=None, **rows):
     weights, ids, _ = route_oracle(logits, spec, tensors, **rows)
     assert torch.equal(result[1].long(), ids)
     torch.testing.assert_close(result[0].double(), weights, rtol=2e-6, atol=1e-7)
+
+
+def spec_of(top_k, **rule):
+    return RoutingSpec(top_k=top_k, num_experts=E, **rule)
+
+
+def best_sigmoids(hidden_states, gating_output, topk, renormalize):
+    """Llama 4's rule, as somebody's own function."""
+    logits, ids = gating_output.topk(topk)
+    return logits.sigmoid(), ids
 
 
 def test_factory_plain(x):
@@ -128,7 +137,7 @@ def test_factory_custom(x):
         1,
         E,
         renormalize=False,
-        custom_routing_function=rules.llama4_routing,
+        custom_routing_function=best_sigmoids,
         routed_scaling_factor=3.0,
         num_fused_shared_experts=1,
     )
@@ -158,7 +167,7 @@ def test_factory_custom(x):
         ),
         (
             {
-                "custom_routing_function": rules.llama4_routing,
+                "custom_routing_function": best_sigmoids,
                 "e_score_correction_bias": torch.zeros(E),
             },
             "excludes",
@@ -170,7 +179,7 @@ def test_factory_refuses_contradictions(arguments, message):
         create_fused_moe_router(2, E, **arguments)
 
 
-@pytest.mark.parametrize("custom", [None, rules.cohere2_routing])
+@pytest.mark.parametrize("custom", [None, best_sigmoids])
 def test_a_router_that_skips_padding_wants_the_mask(x, custom):
     router = create_fused_moe_router(2, E, custom_routing_function=custom, skip_padding=True)
     with pytest.raises(ValueError, match="is_padding"):
@@ -186,7 +195,7 @@ def test_custom_function_results_are_checked(x):
     with pytest.raises(ValueError, match=r"\(6, 2\).*\(6, 3\)"):
         CustomRouter(wrong_shape, 2, E).select_experts(*x)
     with pytest.raises(ValueError, match="uint8"):
-        CustomRouter(rules.cohere2_routing, 2, E).select_experts(*x, torch.uint8)
+        CustomRouter(best_sigmoids, 2, E).select_experts(*x, torch.uint8)
 
     def stray(hidden_states, gating_output, topk, renormalize):
         ids = torch.tensor([[E, -5]] * len(gating_output))
@@ -302,17 +311,33 @@ def test_method_names(arguments, expected):
 @pytest.mark.parametrize(
     ("spec", "tensors", "expected"),
     [
-        (rules.gpt_oss_spec(2, E), {}, "Renormalize"),
-        (rules.llama4_spec(1, E), {}, "Llama4"),
-        (rules.cohere2_spec(2, E, True), {}, "Unspecified"),
-        (rules.phimoe_spec(E), {}, "Unspecified"),
-        (rules.grok_spec(2, E), {}, "Unspecified"),
-        (rules.dbrx_spec(2, E, 2.0), {}, "Unspecified"),
-        (rules.gemma4_spec(2, E), {"per_expert_scale": torch.ones(E)}, "Unspecified"),
-        (rules.deepseek_v2_spec(2, E, 1.0, 4, 2), {}, "Unspecified"),
-        (rules.deepseek_v3_spec(2, E, 1.0, 4, 2), {"correction_bias": torch.ones(E)}, "DeepSeekV3"),
-        (RoutingSpec(top_k=2, num_experts=E, score_function="identity"), {}, "TopK"),
-        (RoutingSpec(top_k=2, num_experts=E, num_fused_shared_experts=1), {}, "Unspecified"),
+        (spec_of(2, score_after_topk=True), {}, "Renormalize"),
+        (spec_of(1, score_function="sigmoid", score_after_topk=True), {}, "Llama4"),
+        (
+            spec_of(2, score_function="sigmoid", score_after_topk=True, renormalize=True),
+            {},
+            "Unspecified",
+        ),
+        (spec_of(2, selection="sparsemixer"), {}, "Unspecified"),
+        (spec_of(2, logit_softcap=30.0), {}, "Unspecified"),
+        (spec_of(2, renormalize=True, renormalize_norm=2.0), {}, "Unspecified"),
+        (spec_of(2, renormalize=True), {"per_expert_scale": torch.ones(E)}, "Unspecified"),
+        (spec_of(2, num_expert_group=4, topk_group=2), {}, "Unspecified"),
+        (
+            spec_of(
+                2,
+                score_function="sigmoid",
+                renormalize=True,
+                renormalize_epsilon=1e-20,
+                num_expert_group=4,
+                topk_group=2,
+                group_score="top2_sum",
+            ),
+            {"correction_bias": torch.ones(E)},
+            "DeepSeekV3",
+        ),
+        (spec_of(2, score_function="identity"), {}, "TopK"),
+        (spec_of(2, num_fused_shared_experts=1), {}, "Unspecified"),
     ],
 )
 def test_a_name_says_every_step_of_the_rule(spec, tensors, expected):
@@ -367,27 +392,3 @@ def test_grouped_topk_in_its_three_forms(x, with_bias):
 def test_named_functions_check_the_token_count(x):
     with pytest.raises(ValueError, match="5 tokens"):
         fused_topk(x[0][:5], x[1], 2, True)
-
-
-@pytest.mark.parametrize(
-    ("function", "spec", "tensors"),
-    [
-        (rules.llama4_routing, rules.llama4_spec(2, E), None),
-        (rules.phimoe_routing(0.2), rules.phimoe_spec(E, 0.2), None),
-        (rules.cohere2_routing, rules.cohere2_spec(2, E), None),
-        (rules.interns1_pro_routing(2), rules.interns1_pro_spec(2, E, 2, False), None),
-        (
-            rules.gemma4_routing(torch.arange(E).float()),
-            rules.gemma4_spec(2, E),
-            RoutingTensors(per_expert_scale=torch.arange(E).float()),
-        ),
-    ],
-)
-def test_family_rules_as_custom_functions(x, function, spec, tensors):
-    agrees(function(*x, 2, False), x[1], spec, tensors)
-
-
-@pytest.mark.parametrize("function", [rules.llama4_routing, rules.phimoe_routing()])
-def test_rules_without_renormalization_refuse_it(x, function):
-    with pytest.raises(ValueError, match="renormalize"):
-        function(*x, 2, True)
