@@ -154,6 +154,8 @@ def test_explain_takes_a_layer_and_looks_at_where_its_weights_are():
     layer.to(torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
         explain(layer)
+    with pytest.raises(ValueError, match=r"not a Linear.*accelerated_blocks"):
+        explain(torch.nn.Linear(2, 2))
 
 
 def test_a_default_layer_runs_everywhere():

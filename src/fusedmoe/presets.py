@@ -6,6 +6,7 @@ the family's published tensor names, and a tokenizer made here, so nothing is do
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 VOCABULARY = 448
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 BIAS_SCALE = 0.1
+_RECORD = "fusedmoe_preset.json"
 
 # What the tokenizer's merges are learnt from: enough English for generated text to look like text.
 _CORPUS = (
@@ -158,11 +160,16 @@ def preset_config(name: str, **overrides: Any) -> Any:
 def write_preset(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
     """Write the checkpoint of a preset into ``folder`` (made if missing) and return it.
 
-    The same name, seed and overrides write the same numbers. The caller's random state is kept.
+    The same name, seed and overrides write the same numbers: a folder that has them already is left
+    as it is, any other that is not empty is a ValueError. The caller's random state is kept.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
+    written = folder / _RECORD
+    record = json.dumps({"preset": name, "seed": seed} | overrides, default=str)
+    if written.is_file() and written.read_text() == record:
+        return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; a preset needs its own")
     config = preset_config(name, **overrides)
@@ -175,6 +182,7 @@ def write_preset(name: str, folder: str | Path, seed: int = 0, **overrides: Any)
                 tensor.normal_(0.0, BIAS_SCALE)
     model.save_pretrained(folder, max_shard_size="2GB" if PRESETS[name].large else "200KB")
     make_tokenizer().save_pretrained(folder)
+    written.write_text(record)
     return folder
 
 

@@ -197,7 +197,7 @@ def _load(path: str) -> type[Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _candidate_classes(paths: tuple[str, ...], forced: str | type | None) -> list[type[Any]]:
+def candidate_classes(paths: tuple[str, ...], forced: str | type | None = None) -> list[type[Any]]:
     """The classes of a table, or the forced one alone (by class, or by name in the table)."""
     if isinstance(forced, type):
         return [forced]
@@ -211,18 +211,13 @@ def _candidate_classes(paths: tuple[str, ...], forced: str | type | None) -> lis
 
 def check_forced_names(options: MoEOptions) -> None:
     """Raise ValueError where ``options`` force an implementation that does not exist."""
-    for paths, forced in (
-        (EXPERTS, options.experts),
-        (PREPARE_FINALIZE, options.prepare_finalize),
-    ):
+    tables = ((EXPERTS, options.experts), (PREPARE_FINALIZE, options.prepare_finalize))
+    for paths, forced in tables:
         if isinstance(forced, str):
-            _candidate_classes(paths, forced)
+            candidate_classes(paths, forced)
 
 
-def _serves(
-    mover: type[FusedMoEPrepareAndFinalize],
-    experts: type[FusedMoEExperts],
-) -> bool:
+def _serves(mover: type[FusedMoEPrepareAndFinalize], experts: type[FusedMoEExperts]) -> bool:
     """Whether ``mover`` delivers what ``experts`` take: logits or ids, and the same rows."""
     kind = (
         FusedMoEPrepareAndFinalizeMonolithic
@@ -248,7 +243,7 @@ def select(
     """
     keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
     keys = keys if down_keys is not None else keys[:1]
-    movers = _candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
+    movers = candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
     mover_reasons = {cls: cls.unmet_requirement(moe, groups) for cls in movers}
     able = [cls for cls, reason in mover_reasons.items() if reason is None]
     mover_candidates = tuple(Candidate(name_of(c), reason) for c, reason in mover_reasons.items())
@@ -256,7 +251,7 @@ def select(
         raise ValueError(f"nothing moves the tokens of this layer ({_join(mover_candidates)})")
     candidates = []
     chosen: tuple[type[FusedMoEExperts], type[FusedMoEPrepareAndFinalize]] | None = None
-    for cls in _candidate_classes(EXPERTS, moe.options.experts):
+    for cls in candidate_classes(EXPERTS, moe.options.experts):
         serving = [mover for mover in able if _serves(mover, cls)]
         reason = _unmet(cls, moe, keys, bool(serving))
         candidates.append(Candidate(name_of(cls), reason))
@@ -295,10 +290,7 @@ def _kind(mover: type[FusedMoEPrepareAndFinalize]) -> type[FusedMoEPrepareAndFin
 
 
 def _unmet(
-    cls: type[FusedMoEExperts],
-    moe: FusedMoEConfig,
-    keys: tuple[_Keys, ...],
-    served: bool,
+    cls: type[FusedMoEExperts], moe: FusedMoEConfig, keys: tuple[_Keys, ...], served: bool
 ) -> str | None:
     if moe.require_modular and issubclass(cls, FusedMoEExpertsMonolithic):
         return "routes by itself, but this layer needs its routing before the experts"
@@ -314,9 +306,18 @@ def _join(candidates: tuple[Candidate, ...]) -> str:
 
 
 def explain(layer: FusedMoEConfig | MoERunner | RoutedExperts) -> Selection:
-    """What runs a layer and why; ``print`` the result. Takes a config, a built layer or its
-    experts, those of a model from ``from_pretrained`` too."""
+    """What runs a layer and why; ``print`` the result.
+
+    Takes a config, a built layer or its experts, those of a model from ``from_pretrained`` too;
+    ValueError for anything else.
+    """
     if isinstance(layer, FusedMoEConfig):
         return select(layer)
     experts: Any = getattr(layer, "routed_experts", layer)
+    if not hasattr(experts, "quant_method"):
+        raise ValueError(
+            f"explain takes a layer, its experts or a config, not a {type(layer).__name__}; the "
+            "layers of an accelerated model are in "
+            "fusedmoe.integrations.transformers.accelerate.accelerated_blocks(model)"
+        )
     return experts.quant_method.select(experts)

@@ -223,6 +223,17 @@ def test_a_preset_is_not_written_over_a_folder_in_use(cli, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_preset_is_written_once(tmp_path: Path) -> None:
+    """README's first lines can be run again; another preset, or another seed, is not there."""
+    folder = write_preset("tiny-olmoe", tmp_path / "model")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert write_preset("tiny-olmoe", folder) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    for name, seed in (("tiny-mixtral", 0), ("tiny-olmoe", 1)):
+        with pytest.raises(ValueError, match="not an empty folder"):
+            write_preset(name, folder, seed)
+
+
 def test_the_traceback_is_there_when_asked_for(cli, tmp_path: Path) -> None:
     _, _, err = cli("inspect", tmp_path, "--traceback")
     assert "Traceback" in err

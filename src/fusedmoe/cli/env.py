@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.cli.output import format_bytes, print_json, print_table
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.modular_kernel import FusedMoEExperts
+from fusedmoe.quantization.keys import GroupShape, QuantKey
 
 PACKAGES = (
     "fusedmoe",
@@ -103,8 +106,11 @@ def _cpu_name() -> str:
 
 
 def available_experts(device: torch.device) -> dict[str, str | None]:
-    """Name -> why it does not run a plain bf16 layer there (None: it does)."""
-    from fusedmoe.selection import explain
+    """Name -> why it does not run a plain bf16 layer there (None: it does).
+
+    In whatever weight format it knows, unquantized where that is one of them.
+    """
+    from fusedmoe.selection import EXPERTS, candidate_classes, name_of
 
     plain = FusedMoEConfig(
         num_experts=8,
@@ -116,4 +122,18 @@ def available_experts(device: torch.device) -> dict[str, str | None]:
         in_dtype=torch.bfloat16,
         device=device,
     )
-    return {candidate.name: candidate.reason for candidate in explain(plain).candidates}
+    return {name_of(cls): _unmet(cls, plain) for cls in candidate_classes(EXPERTS)}
+
+
+def _unmet(cls: type[FusedMoEExperts], plain: FusedMoEConfig) -> str | None:
+    known = cls.capabilities().weight_formats
+    weights, rows = (None, None) if (None, None) in known else min(known, key=str)
+    keys = _of_some_size(weights), _of_some_size(rows)
+    return cls.is_supported_config(plain, *keys, cls.activation_format())[1]
+
+
+def _of_some_size(key: QuantKey | None) -> QuantKey | None:
+    """``key`` with 128 where it stands for every number of rows or columns."""
+    if key is None:
+        return None
+    return replace(key, group_shape=GroupShape(*(size or 128 for size in key.group_shape)))

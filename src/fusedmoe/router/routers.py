@@ -111,7 +111,13 @@ class SpecRouter(nn.Module, BaseRouter):
         )
 
     def extra_repr(self) -> str:
-        return repr(self.spec)
+        """What is not as ``RoutingSpec`` has it by default."""
+        given = (
+            (field.name, getattr(self.spec, field.name))
+            for field in fields(RoutingSpec)
+            if getattr(self.spec, field.name) != field.default
+        )
+        return ", ".join(f"{name}={value!r}" for name, value in given)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: the tensors are saved by their owner."""

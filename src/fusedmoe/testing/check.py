@@ -27,7 +27,7 @@ from fusedmoe.testing.tolerances import assert_close, format_name
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CaseResult:
     """What became of one case in one dtype: its relative error, or why it was left out."""
 
@@ -36,7 +36,7 @@ class CaseResult:
     error: float | None = None
     skipped: str | None = None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         outcome = f"skipped: {self.skipped}" if self.skipped else f"error {self.error:.1e}"
         return f"{self.case} {format_name(self.dtype)}: {outcome}"
 
