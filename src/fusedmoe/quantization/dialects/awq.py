@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.packing import pack_nibbles, unpack_awq
-from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.packing import unpack_awq
 from fusedmoe.quantization.dialects.reading import flag, group_size_of, integer, names_of, one_of
-from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, check_finite, expect
-from fusedmoe.quantization.keys import GroupShape
-from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.quantization.dialects.rules import (
+    expect,
+    groups_in,
+    make_scheme,
+    transposed_scale_rule,
+)
+from fusedmoe.quantization.formats.int4 import int4_group, pack_nibbles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,6 @@ class AwqQuantization(CheckpointQuantization):
     group_size: int = 128
     zero_point: bool = True
     scale_dtype: torch.dtype = torch.float32
-    not_converted: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> AwqQuantization:
@@ -44,40 +46,25 @@ class AwqQuantization(CheckpointQuantization):
             not_converted=names_of(config, "modules_to_not_convert"),
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.not_converted):
-            return None
+    def converted(self, module: str) -> Scheme:
         zeros = Rule(
             needs=("qzeros",),
             gives="weight_zero_point" if self.zero_point else "",
             convert=self._zeros if self.zero_point else lambda matrix, qzeros: None,
             optional=not self.zero_point,
         )
-        return Scheme(
-            dialect=self.dialect,
-            format=QuantFormat(
-                element="int4",
-                group=GroupShape(1, self.group_size),
-                scale_dtype=self.scale_dtype,
-                symmetric=not self.zero_point,
+        return make_scheme(
+            self.dialect,
+            int4_group(
+                self.group_size, symmetric=not self.zero_point, scale_dtype=self.scale_dtype
             ),
-            rules=(
-                Rule(needs=("qweight",), gives="weight", convert=_weight, size=_size),
-                Rule(needs=("scales",), gives="weight_scale", convert=self._scale),
-                zeros,
-                BIAS,
-            ),
+            Rule(needs=("qweight",), gives="weight", convert=_weight, size=_size),
+            transposed_scale_rule("scales", self.group_size, self.scale_dtype),
+            zeros,
         )
 
-    def _groups(self, matrix: Matrix) -> int:
-        return 1 if self.group_size == -1 else -(-matrix.K // self.group_size)
-
-    def _scale(self, matrix: Matrix, scales: torch.Tensor) -> torch.Tensor:
-        expect(matrix, "scales", scales, (self._groups(matrix), matrix.N), *FLOATS)
-        return check_finite(matrix, "scales", scales.T.to(self.scale_dtype))
-
     def _zeros(self, matrix: Matrix, qzeros: torch.Tensor) -> torch.Tensor:
-        shape = (self._groups(matrix), -(-matrix.N // 8))
+        shape = (groups_in(matrix, self.group_size), -(-matrix.N // 8))
         expect(matrix, "qzeros", qzeros, shape, torch.int32)
         return unpack_awq(qzeros, matrix.N).T
 

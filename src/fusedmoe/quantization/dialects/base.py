@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
@@ -227,17 +228,26 @@ def read_matrix(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
 class CheckpointQuantization(ABC):
-    """What a checkpoint says about its formats; ``FusedMoE(quant_config=...)`` takes one."""
+    """What a checkpoint says about its formats; ``FusedMoE(quant_config=...)`` takes one.
+
+    ``not_converted`` names layers that are stored as floats, as ``is_listed`` reads such lists.
+    """
 
     dialect: str
+    not_converted: tuple[str, ...] = ()
 
-    @abstractmethod
     def scheme(self, module: str) -> Scheme | None:
         """How the linear layer called ``module`` is stored; None: as ordinary floats.
 
         Raises ValueError for a scheme that is not known.
         """
+        return None if is_listed(module, self.not_converted) else self.converted(module)
+
+    @abstractmethod
+    def converted(self, module: str) -> Scheme | None:
+        """As ``scheme``, of a layer that is not in ``not_converted``."""
 
     def layer_schemes(self, w13: Sequence[str], w2: Sequence[str]) -> LayerSchemes | None:
         """The schemes of the linear layers that make up w13 (gates and ups) and w2 (downs).

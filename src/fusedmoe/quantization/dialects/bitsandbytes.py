@@ -21,12 +21,16 @@ import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.packing import swap_nibbles
-from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, names_of, one_of
-from fusedmoe.quantization.dialects.rules import BIAS, check_finite, expect, plain_weight_rule
+from fusedmoe.quantization.dialects.rules import (
+    check_finite,
+    expect,
+    make_scheme,
+    plain_weight_rule,
+)
+from fusedmoe.quantization.formats.int8 import INT8_CHANNEL
 from fusedmoe.quantization.formats.lookup import NF4_TABLE, nf4_group
-from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN, PER_ROW
-from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STORAGE = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
@@ -44,7 +48,6 @@ class BitsAndBytesQuantization(CheckpointQuantization):
     four_bits: bool
     nested: bool = False
     rounded: bool = False
-    not_converted: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> BitsAndBytesQuantization:
@@ -63,9 +66,7 @@ class BitsAndBytesQuantization(CheckpointQuantization):
             not_converted=names_of(config, "llm_int8_skip_modules") or ("lm_head",),
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.not_converted):
-            return None
+    def converted(self, module: str) -> Scheme:
         if self.four_bits:
             return self._nf4()
         return _INT8 if self.rounded else replace(_INT8, activation=None)
@@ -74,19 +75,16 @@ class BitsAndBytesQuantization(CheckpointQuantization):
         maxima = ["weight.absmax"]
         if self.nested:
             maxima += ["weight.nested_absmax", "weight.nested_quant_map"]
-        return Scheme(
-            dialect=f"{self.dialect} nf4",
-            format=nf4_group(_BLOCK),
-            rules=(
-                Rule(needs=("weight", "weight.quant_map"), gives="weight", convert=_nf4_weight),
-                Rule(
-                    needs=(_STATE, *maxima),
-                    gives="weight_scale",
-                    convert=_nested_scale if self.nested else _plain_scale,
-                    size=_size,
-                    size_in_values=True,
-                ),
-                BIAS,
+        return make_scheme(
+            f"{self.dialect} nf4",
+            nf4_group(_BLOCK),
+            Rule(needs=("weight", "weight.quant_map"), gives="weight", convert=_nf4_weight),
+            Rule(
+                needs=(_STATE, *maxima),
+                gives="weight_scale",
+                convert=_nested_scale if self.nested else _plain_scale,
+                size=_size,
+                size_in_values=True,
             ),
         )
 
@@ -174,14 +172,11 @@ def _int8_scale(matrix: Matrix, largest: torch.Tensor) -> torch.Tensor:
     return (check_finite(matrix, "SCB", largest) / 127).reshape(matrix.N, 1)
 
 
-_INT8 = Scheme(
-    dialect="bitsandbytes int8",
-    format=QuantFormat(element="int8", group=PER_ROW),
+_INT8 = make_scheme(
+    "bitsandbytes int8",
+    INT8_CHANNEL,
+    plain_weight_rule("weight", torch.int8),
+    Rule(needs=("SCB",), gives="weight_scale", convert=_int8_scale),
     activation=INT8_DYNAMIC_TOKEN,
-    rules=(
-        plain_weight_rule("weight", torch.int8),
-        Rule(needs=("SCB",), gives="weight_scale", convert=_int8_scale),
-        BIAS,
-    ),
     ignored=("weight_format",),
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Rule, Scheme
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
 from fusedmoe.quantization.dialects.compressed_tensors_integers import (
     DIALECT,
     IGNORED,
@@ -33,13 +33,15 @@ from fusedmoe.quantization.dialects.reading import (
     sizes_of,
 )
 from fusedmoe.quantization.dialects.rules import (
-    BIAS,
+    FP8_WEIGHT,
     e4m3_scale_rule,
     e8m0_rule,
+    make_scheme,
     plain_weight_rule,
     scalar_rule,
     scale_rule,
 )
+from fusedmoe.quantization.formats.nvfp4 import NVFP4
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -69,7 +71,6 @@ class CompressedTensorsQuantization(CheckpointQuantization):
 
     dialect: str = DIALECT
     groups: tuple[tuple[tuple[str, ...], Scheme | None], ...]
-    not_quantized: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> CompressedTensorsQuantization:
@@ -91,12 +92,10 @@ class CompressedTensorsQuantization(CheckpointQuantization):
             found.append((names_of(group, "targets"), scheme))
         if not found:
             raise ValueError("quantization_config: compressed-tensors without config_groups")
-        return cls(groups=tuple(found), not_quantized=names_of(config, "ignore"))
+        return cls(groups=tuple(found), not_converted=names_of(config, "ignore"))
 
-    def scheme(self, module: str) -> Scheme | None:
+    def converted(self, module: str) -> Scheme | None:
         """The group that names ``module``, by itself before by pattern before by class."""
-        if is_listed(module, self.not_quantized):
-            return None
         ranked = [
             (min(rank), scheme)
             for targets, scheme in self.groups
@@ -174,17 +173,12 @@ def _group(weights: dict[str, Any]) -> GroupShape:
 
 
 def _fp8(group: GroupShape, inputs: dict[str, Any]) -> Scheme:
-    activation = _activation(inputs)
-    rules = [
-        plain_weight_rule("weight", torch.float8_e4m3fn),
+    return make_scheme(
+        DIALECT,
+        QuantFormat(element="e4m3", group=group),
+        FP8_WEIGHT,
         scale_rule("weight_scale", group, torch.float32),
-        BIAS,
-    ]
-    return Scheme(
-        dialect=DIALECT,
-        format=QuantFormat(element="e4m3", group=group),
-        activation=activation,
-        rules=(*rules, *_scales_of(activation)),
+        activation=_activation(inputs),
         ignored=IGNORED,
     )
 
@@ -223,32 +217,16 @@ def _check_symmetric(settings: dict[str, Any]) -> None:
         raise ValueError("quantization_config: zero points of floats are not known")
 
 
-def _scales_of(activation: QuantKey | None) -> tuple[Rule, ...]:
-    """The rule for scales of activations that are stored."""
-    stored = activation is not None and activation.static
-    return (scalar_rule("input_scale", "input_scale"),) if stored else ()
-
-
 def _nvfp4(inputs: dict[str, Any]) -> Scheme:
-    activation = _activation(inputs)
-    return Scheme(
-        dialect=DIALECT,
-        format=QuantFormat(
-            element="e2m1",
-            group=GroupShape(1, 16),
-            scale_dtype=torch.float8_e4m3fn,
-            second_scale=True,
-        ),
-        activation=activation,
-        rules=(
-            plain_weight_rule("weight_packed", torch.uint8, values=2),
-            e4m3_scale_rule("weight_scale", 16),
-            scalar_rule("weight_global_scale", "weight_scale_2", inverse=True),
-            # Activations get scales of their own as they come.
-            scalar_rule("input_global_scale", "", inverse=True, optional=True),
-            BIAS,
-            *_scales_of(activation),
-        ),
+    return make_scheme(
+        DIALECT,
+        NVFP4,
+        plain_weight_rule("weight_packed", torch.uint8, values=2),
+        e4m3_scale_rule("weight_scale", 16),
+        scalar_rule("weight_global_scale", "weight_scale_2", inverse=True),
+        # Activations get scales of their own as they come.
+        scalar_rule("input_global_scale", "", inverse=True, optional=True),
+        activation=_activation(inputs),
         ignored=IGNORED,
     )
 
@@ -256,7 +234,7 @@ def _nvfp4(inputs: dict[str, Any]) -> Scheme:
 def _mx(element: str, inputs: dict[str, Any]) -> Scheme:
     format_ = QuantFormat(element=element, group=GroupShape(1, 32), scale_dtype=torch.uint8)
     weight = (
-        plain_weight_rule("weight", torch.float8_e4m3fn)
+        FP8_WEIGHT
         if element == "e4m3"
         else plain_weight_rule(
             "weight_packed", torch.uint8, stored=format_.type.stored, values=format_.values
@@ -265,10 +243,5 @@ def _mx(element: str, inputs: dict[str, Any]) -> Scheme:
     activation = _activation(inputs)
     if activation == fp8_dynamic_group(32):
         activation = MXFP8_DYNAMIC  # older configurations leave the scales' dtype out
-    return Scheme(
-        dialect=DIALECT,
-        format=format_,
-        activation=activation,
-        rules=(weight, e8m0_rule("weight_scale", 32), BIAS, *_scales_of(activation)),
-        ignored=IGNORED,
-    )
+    scale = e8m0_rule("weight_scale", 32)
+    return make_scheme(DIALECT, format_, weight, scale, activation=activation, ignored=IGNORED)

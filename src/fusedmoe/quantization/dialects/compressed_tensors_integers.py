@@ -14,21 +14,17 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import Leaves, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.packing import (
-    element_of,
-    integers,
-    pack_nibbles,
-    unpack_words,
-    zero_points,
-)
+from fusedmoe.quantization.dialects.packing import element_of, integers, unpack_words, zero_points
 from fusedmoe.quantization.dialects.reading import flag, integer, one_of
 from fusedmoe.quantization.dialects.rules import (
-    BIAS,
     expect,
+    group_index_rule,
+    make_scheme,
     repeated_scale_rule,
     scale_rule,
     shape_scale,
 )
+from fusedmoe.quantization.formats.int4 import pack_nibbles
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN,
@@ -79,7 +75,6 @@ def integer_scheme(
         repeated_scale_rule("weight_scale", scale_dtype)
         if whole
         else scale_rule("weight_scale", group, scale_dtype),
-        BIAS,
     ]
     if symmetric:
         check = partial(_check_zeros, bits)
@@ -88,19 +83,18 @@ def integer_scheme(
         convert = partial(_packed_zeros if packed else _plain_zeros, bits, group)
         rules.append(Rule(needs=("weight_zero_point",), gives="weight_zero_point", convert=convert))
     if act_order:
-        groups = partial(_group_index, group.col)
-        rules.append(Rule(needs=("weight_g_idx",), gives="weight_group_index", convert=groups))
-    return Scheme(
-        dialect=DIALECT,
-        format=QuantFormat(
+        rules.append(group_index_rule("weight_g_idx", group.col))
+    return make_scheme(
+        DIALECT,
+        QuantFormat(
             element=element_of(bits),
             group=group,
             scale_dtype=scale_dtype,
             symmetric=symmetric,
             act_order=act_order,
         ),
+        *rules,
         activation=_activation_of_integers(inputs),
-        rules=tuple(rules),
         ignored=(*IGNORED, "weight_g_idx"),
     )
 
@@ -176,14 +170,3 @@ def _plain_zeros(bits: int, group: GroupShape, matrix: Matrix, zeros: torch.Tens
     expect(matrix, "weight_zero_point", zeros, None, torch.int8)
     zeros = shape_scale(matrix, "weight_zero_point", zeros, group)
     return zeros if bits > 4 else (zeros + 8).to(torch.uint8)
-
-
-def _group_index(columns: int, matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
-    expect(matrix, "weight_g_idx", index, (matrix.K,), torch.int32, torch.int64)
-    low, high, groups = int(index.min()), int(index.max()), matrix.K // columns
-    if low < 0 or high >= groups:
-        raise ValueError(
-            f"{matrix.path('weight_g_idx')}: expected groups in [0, {groups}), found "
-            f"{low if low < 0 else high}"
-        )
-    return index.to(torch.int32).expand(matrix.shards, -1)

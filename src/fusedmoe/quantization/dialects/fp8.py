@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Rule, Scheme
-from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
 from fusedmoe.quantization.dialects.reading import names_of, one_of, sizes_of
 from fusedmoe.quantization.dialects.rules import (
-    BIAS,
+    FP8_WEIGHT,
     e8m0_rule,
+    make_scheme,
     plain_weight_rule,
-    scalar_rule,
     scale_rule,
 )
+from fusedmoe.quantization.formats.mxfp4 import MXFP4
+from fusedmoe.quantization.formats.mxfp8 import MXFP8
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -40,7 +41,6 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.quantization.tensor import QuantFormat
 
-WEIGHT = plain_weight_rule("weight", torch.float8_e4m3fn)
 _SCALE_LEAVES = ("weight_scale_inv", "scale", "weight_scale")
 
 
@@ -56,7 +56,6 @@ class Fp8Quantization(CheckpointQuantization):
     mx: bool = False
     fp4_experts: bool = False
     scale_leaf: str = "weight_scale_inv"
-    not_converted: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> Fp8Quantization:
@@ -86,29 +85,20 @@ class Fp8Quantization(CheckpointQuantization):
             not_converted=names_of(config, "modules_to_not_convert", "ignored_layers"),
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.not_converted):
-            return None
+    def converted(self, module: str) -> Scheme:
         if self.fp4_experts and ".experts." in module:
-            return self._fp4()
+            packed = plain_weight_rule("weight", torch.int8, torch.uint8, values=2)
+            return make_scheme(self.dialect, MXFP4, packed, e8m0_rule(self.scale_leaf, 32))
         if self.mx:
-            return Scheme(
-                dialect=self.dialect,
-                format=QuantFormat(
-                    element="e4m3", group=GroupShape(1, 32), scale_dtype=torch.uint8
-                ),
-                activation=MXFP8_DYNAMIC,
-                rules=(WEIGHT, e8m0_rule(self.scale_leaf, 32), BIAS),
-            )
+            scale = e8m0_rule(self.scale_leaf, 32)
+            return make_scheme(self.dialect, MXFP8, FP8_WEIGHT, scale, activation=MXFP8_DYNAMIC)
         group = self.block or (PER_ROW if self.per_row else PER_TENSOR)
-        rules: list[Rule] = [WEIGHT, scale_rule(self.scale_leaf, group, torch.float32), BIAS]
-        if self.static:
-            rules.append(scalar_rule("input_scale", "input_scale"))
-        return Scheme(
-            dialect=self.dialect,
-            format=QuantFormat(element="e4m3", group=group),
+        return make_scheme(
+            self.dialect,
+            QuantFormat(element="e4m3", group=group),
+            FP8_WEIGHT,
+            scale_rule(self.scale_leaf, group, torch.float32),
             activation=self._activation(),
-            rules=tuple(rules),
             ignored=() if self.static else ("input_scale", "input_scale_ub"),
         )
 
@@ -118,11 +108,3 @@ class Fp8Quantization(CheckpointQuantization):
         if self.per_row:
             return FP8_DYNAMIC_TOKEN
         return FP8_STATIC_TENSOR if self.static else FP8_DYNAMIC_TENSOR
-
-    def _fp4(self) -> Scheme:
-        packed = plain_weight_rule("weight", torch.int8, torch.uint8, values=2)
-        return Scheme(
-            dialect=self.dialect,
-            format=QuantFormat(element="e2m1", group=GroupShape(1, 32), scale_dtype=torch.uint8),
-            rules=(packed, e8m0_rule(self.scale_leaf, 32), BIAS),
-        )

@@ -18,17 +18,17 @@ from functools import partial
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.packing import pack_nibbles
-from fusedmoe.quantization.dialects.rules import BIAS, check_finite, expect
+from fusedmoe.quantization.dialects.rules import check_finite, expect, make_scheme
+from fusedmoe.quantization.formats.int4 import int4_group, pack_nibbles
+from fusedmoe.quantization.formats.int8 import int8_group
 from fusedmoe.quantization.formats.lookup import IQ4_NL
+from fusedmoe.quantization.formats.mxfp4 import MXFP4
 from fusedmoe.quantization.formats.superblocks import CODECS, superblock_format
-from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 
 _COLUMNS = 32
-_INT8 = QuantFormat(element="int8", group=GroupShape(1, _COLUMNS), scale_dtype=torch.float16)
-_INT4 = QuantFormat(element="int4", group=GroupShape(1, _COLUMNS), scale_dtype=torch.float16)
-_MXFP4 = QuantFormat(element="e2m1", group=GroupShape(1, _COLUMNS), scale_dtype=torch.uint8)
+_INT8 = int8_group(_COLUMNS, scale_dtype=torch.float16)
+_INT4 = int4_group(_COLUMNS, scale_dtype=torch.float16)
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 
@@ -86,27 +86,16 @@ def _scheme(
     def size(shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[-2], shape[-1] // nbytes * columns
 
-    gives = ("weight",) if fmt.scale_dtype is None else ("weight", "weight_scale")
-    return Scheme(
-        dialect=f"gguf {name}",
-        format=fmt,
-        rules=(
-            Rule(
-                needs=("weight",),
-                gives=gives[0] if len(gives) == 1 else gives,
-                convert=convert,
-                size=size,
-            ),
-            BIAS,
-        ),
-    )
+    gives = "weight" if fmt.scale_dtype is None else ("weight", "weight_scale")
+    rule = Rule(needs=("weight",), gives=gives, convert=convert, size=size)
+    return make_scheme(f"gguf {name}", fmt, rule)
 
 
 SCHEMES: Mapping[str, Scheme] = {
     "Q8_0": _scheme("Q8_0", _INT8, _q8_0, 32, 34),
     "Q4_0": _scheme("Q4_0", _INT4, _nibbles, 32, 18),
     "IQ4_NL": _scheme("IQ4_NL", IQ4_NL, _nibbles, 32, 18),
-    "MXFP4": _scheme("MXFP4", _MXFP4, _mxfp4, 32, 17),
+    "MXFP4": _scheme("MXFP4", MXFP4, _mxfp4, 32, 17),
 } | {
     kind.upper(): _scheme(
         kind.upper(), superblock_format(kind), partial(_superblocks, kind), 256, codec.in_files
@@ -123,7 +112,7 @@ class GgufQuantization(CheckpointQuantization):
     dialect: str = "gguf"
     types: Mapping[str, str]
 
-    def scheme(self, module: str) -> Scheme | None:
+    def converted(self, module: str) -> Scheme | None:
         kind = self.types.get(module)
         if kind is None:
             raise ValueError(f"{module}: there is no such tensor")

@@ -13,35 +13,25 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import names_of
-from fusedmoe.quantization.dialects.rules import BIAS, e8m0_rule, expect
-from fusedmoe.quantization.keys import GroupShape
-from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.quantization.dialects.rules import e8m0_rule, expect, make_scheme
+from fusedmoe.quantization.formats.mxfp4 import MXFP4
 
 
 @dataclass(frozen=True, kw_only=True)
 class GptOssQuantization(CheckpointQuantization):
     dialect: str = "gpt-oss mxfp4"
-    not_converted: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> GptOssQuantization:
         return cls(not_converted=names_of(config, "modules_to_not_convert"))
 
-    def scheme(self, module: str) -> Scheme | None:
+    def converted(self, module: str) -> Scheme | None:
         """Experts alone are quantized, whatever the list of exceptions leaves out."""
-        if ".experts." not in f".{module}." or is_listed(module, self.not_converted):
+        if ".experts." not in f".{module}.":
             return None
-        return Scheme(
-            dialect=self.dialect,
-            format=QuantFormat(element="e2m1", group=GroupShape(1, 32), scale_dtype=torch.uint8),
-            rules=(
-                Rule(needs=("blocks",), gives="weight", convert=_weight),
-                e8m0_rule("scales", 32),
-                BIAS,
-            ),
-        )
+        blocks = Rule(needs=("blocks",), gives="weight", convert=_weight)
+        return make_scheme(self.dialect, MXFP4, blocks, e8m0_rule("scales", 32))
 
 
 def _weight(matrix: Matrix, blocks: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ import torch
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
 from fusedmoe.quantization.dialects.expressions import matches
 from fusedmoe.quantization.dialects.packing import element_of, integers, unpack_words, zero_points
-from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import (
     flag,
     group_size_of,
@@ -27,7 +26,13 @@ from fusedmoe.quantization.dialects.reading import (
     one_of,
     section,
 )
-from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, check_finite, expect
+from fusedmoe.quantization.dialects.rules import (
+    expect,
+    group_index_rule,
+    groups_in,
+    make_scheme,
+    transposed_scale_rule,
+)
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 
@@ -43,7 +48,6 @@ class GptqQuantization(CheckpointQuantization):
     act_order: bool = False
     version: int = 1
     scale_dtype: torch.dtype = torch.float32
-    not_converted: tuple[str, ...] = ()
     overrides: tuple[tuple[str, dict[str, Any] | None], ...] = field(default=(), repr=False)
 
     @classmethod
@@ -60,9 +64,7 @@ class GptqQuantization(CheckpointQuantization):
             overrides=_overrides(section(config, "dynamic")),
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.not_converted):
-            return None
+    def converted(self, module: str) -> Scheme | None:
         for pattern, settings in self.overrides:
             if matches(pattern, module):
                 if settings is None:
@@ -78,37 +80,27 @@ class GptqQuantization(CheckpointQuantization):
 
     def _scheme(self) -> Scheme:
         act_order = self.act_order and self.group_size > 0
-        rules = [
-            Rule(needs=("qweight",), gives="weight", convert=self._weight, size=self._size),
-            Rule(needs=("scales",), gives="weight_scale", convert=self._scale),
-            Rule(
-                needs=("qzeros",),
-                gives="" if self.symmetric else "weight_zero_point",
-                convert=self._check_zeros if self.symmetric else self._zeros,
-                optional=self.symmetric,
-            ),
-            Rule(
-                needs=("g_idx",),
-                gives="weight_group_index" if act_order else "",
-                convert=self._group_index if act_order else self._check_group_index,
-                optional=not act_order,
-            ),
-            BIAS,
-        ]
-        return Scheme(
-            dialect=f"gptq v{self.version}",
-            format=QuantFormat(
+        return make_scheme(
+            f"gptq v{self.version}",
+            QuantFormat(
                 element=element_of(self.bits),
                 group=GroupShape(1, self.group_size),
                 scale_dtype=self.scale_dtype,
                 symmetric=self.symmetric,
                 act_order=act_order,
             ),
-            rules=tuple(rules),
+            Rule(needs=("qweight",), gives="weight", convert=self._weight, size=self._size),
+            transposed_scale_rule("scales", self.group_size, self.scale_dtype),
+            Rule(
+                needs=("qzeros",),
+                gives="" if self.symmetric else "weight_zero_point",
+                convert=self._check_zeros if self.symmetric else self._zeros,
+                optional=self.symmetric,
+            ),
+            group_index_rule("g_idx", self.group_size)
+            if act_order
+            else Rule(needs=("g_idx",), gives="", convert=self._check_group_index, optional=True),
         )
-
-    def _groups(self, matrix: Matrix) -> int:
-        return 1 if self.group_size == -1 else -(-matrix.K // self.group_size)
 
     def _size(self, qweight: tuple[int, ...]) -> tuple[int, int]:
         return qweight[1], qweight[0] * 32 // self.bits
@@ -118,12 +110,8 @@ class GptqQuantization(CheckpointQuantization):
         expect(matrix, "qweight", qweight, (words, matrix.N), torch.int32)
         return integers(unpack_words(qweight.T.contiguous(), self.bits, matrix.K), self.bits)
 
-    def _scale(self, matrix: Matrix, scales: torch.Tensor) -> torch.Tensor:
-        expect(matrix, "scales", scales, (self._groups(matrix), matrix.N), *FLOATS)
-        return check_finite(matrix, "scales", scales.T.to(self.scale_dtype))
-
     def _zeros(self, matrix: Matrix, qzeros: torch.Tensor) -> torch.Tensor:
-        shape = (self._groups(matrix), -(-matrix.N * self.bits // 32))
+        shape = (groups_in(matrix, self.group_size), -(-matrix.N * self.bits // 32))
         expect(matrix, "qzeros", qzeros, shape, torch.int32)
         stored = unpack_words(qzeros, self.bits, matrix.N)
         if self.version == 1:
@@ -141,16 +129,6 @@ class GptqQuantization(CheckpointQuantization):
                 f"{matrix.path('qzeros')}: expected {half} everywhere as sym is true, found "
                 f"{found} (is its checkpoint_format {other}?)"
             )
-
-    def _group_index(self, matrix: Matrix, g_idx: torch.Tensor) -> torch.Tensor:
-        expect(matrix, "g_idx", g_idx, (matrix.K,), torch.int32, torch.int64)
-        low, high = int(g_idx.min()), int(g_idx.max())
-        if low < 0 or high >= self._groups(matrix):
-            raise ValueError(
-                f"{matrix.path('g_idx')}: expected groups in [0, {self._groups(matrix)}), found "
-                f"{low if low < 0 else high}"
-            )
-        return g_idx.to(torch.int32).expand(matrix.shards, -1)
 
     def _check_group_index(self, matrix: Matrix, g_idx: torch.Tensor) -> None:
         """Without act-order, groups follow each other."""

@@ -21,13 +21,16 @@ from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, 
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import integer, names_of, section
 from fusedmoe.quantization.dialects.rules import (
-    BIAS,
+    FP8_WEIGHT,
     e4m3_scale_rule,
     e8m0_rule,
+    make_scheme,
     plain_weight_rule,
     scalar_rule,
     scale_rule,
 )
+from fusedmoe.quantization.formats.mxfp8 import MXFP8
+from fusedmoe.quantization.formats.nvfp4 import NVFP4
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -41,9 +44,6 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.quantization.tensor import QuantFormat
 
-_FP8 = plain_weight_rule("weight", torch.float8_e4m3fn)
-_INPUT_SCALE = scalar_rule("input_scale", "input_scale")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptQuantization(CheckpointQuantization):
@@ -52,7 +52,6 @@ class ModelOptQuantization(CheckpointQuantization):
     dialect: str = "modelopt"
     algorithm: str
     layers: tuple[tuple[str, str], ...] = ()
-    excluded: tuple[str, ...] = ()
     input_scales: bool = True
 
     @classmethod
@@ -77,13 +76,11 @@ class ModelOptQuantization(CheckpointQuantization):
         return cls(
             algorithm=algorithm,
             layers=tuple(layers),
-            excluded=names_of(config, "exclude_modules", "ignore"),
+            not_converted=names_of(config, "exclude_modules", "ignore"),
             input_scales=not leaves or "input_scale" in leaves,
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.excluded):
-            return None
+    def converted(self, module: str) -> Scheme | None:
         if self.algorithm != "MIXED_PRECISION":
             return _SCHEMES[self.algorithm](self.input_scales)
         for name, algorithm in self.layers:
@@ -99,58 +96,49 @@ def _check_groups(settings: dict[str, Any]) -> None:
         )
 
 
-def _fp8_tensor(static: bool) -> Scheme:
-    activation = FP8_STATIC_TENSOR if static else FP8_DYNAMIC_TENSOR
-    return _fp8("FP8", PER_TENSOR, activation, static)
-
-
-def _fp8_channel(static: bool) -> Scheme:
-    return _fp8("FP8_PER_CHANNEL_PER_TOKEN", PER_ROW, FP8_DYNAMIC_TOKEN, False)
-
-
-def _fp8_block(static: bool) -> Scheme:
-    return _fp8("FP8_PB_WO", GroupShape(128, 128), None, False)
-
-
-def _fp8(name: str, group: GroupShape, activation: QuantKey | None, static: bool) -> Scheme:
-    rules = (_FP8, scale_rule("weight_scale", group, torch.float32), BIAS)
-    return Scheme(
-        dialect=f"modelopt {name}",
-        format=QuantFormat(element="e4m3", group=group),
+def _fp8(name: str, group: GroupShape, activation: QuantKey | None) -> Scheme:
+    return make_scheme(
+        f"modelopt {name}",
+        QuantFormat(element="e4m3", group=group),
+        FP8_WEIGHT,
+        scale_rule("weight_scale", group, torch.float32),
         activation=activation,
-        rules=(*rules, _INPUT_SCALE) if static else rules,
-        ignored=() if static else ("input_scale",),
+        ignored=("input_scale",),
     )
 
 
+def _fp8_tensor(static: bool) -> Scheme:
+    return _fp8("FP8", PER_TENSOR, FP8_STATIC_TENSOR if static else FP8_DYNAMIC_TENSOR)
+
+
+def _fp8_channel(static: bool) -> Scheme:
+    return _fp8("FP8_PER_CHANNEL_PER_TOKEN", PER_ROW, FP8_DYNAMIC_TOKEN)
+
+
+def _fp8_block(static: bool) -> Scheme:
+    return _fp8("FP8_PB_WO", GroupShape(128, 128), None)
+
+
 def _nvfp4(static: bool) -> Scheme:
-    rules = (
+    return make_scheme(
+        "modelopt NVFP4",
+        NVFP4,
         plain_weight_rule("weight", torch.uint8, values=2),
         e4m3_scale_rule("weight_scale", 16),
         scalar_rule("weight_scale_2", "weight_scale_2"),
         # Activations get scales of their own as they come.
         scalar_rule("input_scale", "", optional=True),
-        BIAS,
-    )
-    return Scheme(
-        dialect="modelopt NVFP4",
-        format=QuantFormat(
-            element="e2m1",
-            group=GroupShape(1, 16),
-            scale_dtype=torch.float8_e4m3fn,
-            second_scale=True,
-        ),
         activation=NVFP4_DYNAMIC if static else None,
-        rules=rules,
     )
 
 
 def _mxfp8(static: bool) -> Scheme:
-    return Scheme(
-        dialect="modelopt MXFP8",
-        format=QuantFormat(element="e4m3", group=GroupShape(1, 32), scale_dtype=torch.uint8),
+    return make_scheme(
+        "modelopt MXFP8",
+        MXFP8,
+        FP8_WEIGHT,
+        e8m0_rule("weight_scale", 32),
         activation=MXFP8_DYNAMIC,
-        rules=(_FP8, e8m0_rule("weight_scale", 32), BIAS),
         ignored=("input_scale",),
     )
 

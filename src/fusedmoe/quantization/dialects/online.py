@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.patterns import is_listed
-from fusedmoe.quantization.dialects.rules import BIAS, FLOATS, expect
+from fusedmoe.quantization.dialects.rules import FLOATS, expect, make_scheme
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
 
@@ -23,7 +22,6 @@ class OnlineQuantization(CheckpointQuantization):
     dialect: str = "online"
     format: QuantFormat
     activation: QuantKey | None = None
-    not_converted: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, *, activation: QuantKey | None = None) -> OnlineQuantization:
@@ -35,21 +33,12 @@ class OnlineQuantization(CheckpointQuantization):
             raise ValueError(f"{name}: the order of columns comes from a checkpoint")
         return cls(format=found, activation=activation)
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.not_converted):
-            return None
+    def converted(self, module: str) -> Scheme:
         parts = ["weight", "weight_scale"]
         parts += ["weight_scale_2"] * self.format.second_scale
         parts += ["weight_zero_point"] * (not self.format.symmetric)
-        return Scheme(
-            dialect=self.dialect,
-            format=self.format,
-            activation=self.activation,
-            rules=(
-                Rule(needs=("weight",), gives=tuple(parts), convert=self._quantize, size=_size),
-                BIAS,
-            ),
-        )
+        rule = Rule(needs=("weight",), gives=tuple(parts), convert=self._quantize, size=_size)
+        return make_scheme(self.dialect, self.format, rule, activation=self.activation)
 
     def _quantize(self, matrix: Matrix, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from fusedmoe.quantization.formats import quantize

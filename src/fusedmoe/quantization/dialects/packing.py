@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.quantization.formats.int4 import pack_nibbles
+
 # AWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into a word: column j is in nibble AWQ_PLACE[j].
 AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -37,11 +39,6 @@ def unpack_awq(words: torch.Tensor, count: int) -> torch.Tensor:
     """int32 [R, W] -> uint8 [R, count] nibbles, in AWQ's order within each word."""
     nibbles = unpack_words(words, 4, 8 * words.shape[-1]).unflatten(-1, (-1, 8))
     return nibbles[..., list(AWQ_PLACE)].flatten(-2)[..., :count]
-
-
-def pack_nibbles(numbers: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, K] below 16 -> uint8 [R, K / 2]: the canonical int4 and e2m1 bytes."""
-    return numbers[..., 0::2] | (numbers[..., 1::2] << 4)
 
 
 def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:

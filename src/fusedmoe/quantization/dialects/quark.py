@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
-from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Rule, Scheme
+from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
 from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
 from fusedmoe.quantization.dialects.rules import (
-    BIAS,
     e8m0_rule,
+    make_scheme,
     plain_weight_rule,
     repeated_scale_rule,
-    scalar_rule,
     scale_rule,
 )
+from fusedmoe.quantization.formats.mxfp4 import MXFP4
+from fusedmoe.quantization.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
+from fusedmoe.quantization.formats.mxfp8 import MXFP8
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -35,12 +37,11 @@ from fusedmoe.quantization.keys import (
     MXFP8_DYNAMIC,
     PER_ROW,
     PER_TENSOR,
-    GroupShape,
     QuantKey,
 )
 from fusedmoe.quantization.tensor import QuantFormat
 
-_ELEMENTS = {"fp4": "e2m1", "fp6_e3m2": "e3m2", "fp6_e2m3": "e2m3", "fp8_e4m3": "e4m3"}
+_FORMATS = {"fp4": MXFP4, "fp6_e3m2": MXFP6_E3M2, "fp6_e2m3": MXFP6_E2M3, "fp8_e4m3": MXFP8}
 _MX_ACTIVATIONS = {
     "fp4": MXFP4_DYNAMIC,
     "fp6_e3m2": MXFP6_E3M2_DYNAMIC,
@@ -56,7 +57,6 @@ class QuarkQuantization(CheckpointQuantization):
     dialect: str = "quark"
     default: Scheme | None
     layers: tuple[tuple[str, Scheme | None], ...] = ()
-    excluded: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> QuarkQuantization:
@@ -66,12 +66,10 @@ class QuarkQuantization(CheckpointQuantization):
         return cls(
             default=scheme_of(section(config, "global_quant_config")),
             layers=tuple((name, scheme_of(section(layers, name))) for name in layers),
-            excluded=names_of(config, "exclude"),
+            not_converted=names_of(config, "exclude"),
         )
 
-    def scheme(self, module: str) -> Scheme | None:
-        if is_listed(module, self.excluded):
-            return None
+    def converted(self, module: str) -> Scheme | None:
         for pattern, scheme in self.layers:
             if is_listed(module, (pattern,)):
                 return scheme
@@ -83,7 +81,7 @@ def scheme_of(settings: dict[str, Any]) -> Scheme | None:
     weight, inputs = section(settings, "weight"), section(settings, "input_tensors")
     if not weight:
         return None
-    dtype = one_of(weight, "dtype", "int8", *_ELEMENTS)
+    dtype = one_of(weight, "dtype", "int8", *_FORMATS)
     qscheme = one_of(weight, "qscheme", "per_tensor", "per_channel", "per_group")
     if qscheme == "per_group":
         return _mx(weight, inputs, dtype)
@@ -96,24 +94,17 @@ def scheme_of(settings: dict[str, Any]) -> Scheme | None:
             raise ValueError(f"quantization_config: zero points of {dtype} are not known")
     group = PER_TENSOR if qscheme == "per_tensor" else PER_ROW
     activation = _activation(inputs, dtype)
-    static = activation is not None and activation.static
     is_fp8 = dtype == "fp8_e4m3"
     scale = scale_rule("weight_scale", group, torch.float32)
     if group == PER_TENSOR and not is_fp8:
         group, scale = PER_ROW, repeated_scale_rule("weight_scale", torch.float32)
-    rules: list[Rule] = [
+    return make_scheme(
+        "quark",
+        QuantFormat(element="e4m3" if is_fp8 else "int8", group=group),
         plain_weight_rule("weight", torch.float8_e4m3fn if is_fp8 else torch.int8),
         scale,
-        BIAS,
-    ]
-    if static:
-        rules.append(scalar_rule("input_scale", "input_scale"))
-    return Scheme(
-        dialect="quark",
-        format=QuantFormat(element="e4m3" if is_fp8 else "int8", group=group),
         activation=activation,
-        rules=tuple(rules),
-        ignored=("weight_zero_point", "input_zero_point", *["input_scale"] * (not static)),
+        ignored=("weight_zero_point", "input_zero_point", "input_scale"),
     )
 
 
@@ -136,23 +127,19 @@ def _mx(weight: dict[str, Any], inputs: dict[str, Any], dtype: str) -> Scheme:
     """OCP microscaling formats: groups of 32 with e8m0 scales."""
     one_of(weight, "scale_format", "e8m0")
     columns = integer(weight, "group_size")
-    if columns != 32 or dtype not in _ELEMENTS:
+    if columns != 32 or dtype not in _FORMATS:
         raise ValueError(f"quantization_config: unknown scheme: {dtype} in groups of {columns}")
-    format_ = QuantFormat(
-        element=_ELEMENTS[dtype], group=GroupShape(1, 32), scale_dtype=torch.uint8
-    )
+    format_ = _FORMATS[dtype]
     stored = (torch.float8_e4m3fn,) if dtype == "fp8_e4m3" else (torch.uint8,)
     activation: QuantKey | None = None
     if inputs:
         kind = one_of(inputs, "dtype", *_MX_ACTIVATIONS)
         grouped = inputs.get("qscheme") == "per_group"
         activation = _MX_ACTIVATIONS[kind] if grouped else _activation(inputs, "fp8_e4m3")
-    static = activation is not None and activation.static
-    rules: list[Rule] = [
+    return make_scheme(
+        "quark",
+        format_,
         plain_weight_rule("weight", *stored, stored=format_.type.stored, values=format_.values),
         e8m0_rule("weight_scale", 32),
-        BIAS,
-    ]
-    if static:
-        rules.append(scalar_rule("input_scale", "input_scale"))
-    return Scheme(dialect="quark", format=format_, activation=activation, rules=tuple(rules))
+        activation=activation,
+    )

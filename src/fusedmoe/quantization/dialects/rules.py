@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.quantization.dialects.base import Matrix, Rule
-from fusedmoe.quantization.keys import GroupShape
+from fusedmoe.quantization.dialects.base import Matrix, Rule, Scheme
+from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
+from fusedmoe.quantization.tensor import QuantFormat
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_scheme(
+    dialect: str,
+    format: QuantFormat,
+    *rules: Rule,
+    activation: QuantKey | None = None,
+    ignored: tuple[str, ...] = (),
+) -> Scheme:
+    """A scheme of ``rules``, and of what every one has: biases, and stored scales of activations
+    where those are static."""
+    static = activation is not None and activation.static
+    return Scheme(
+        dialect=dialect,
+        format=format,
+        rules=(*rules, BIAS, *[INPUT_SCALE] * static),
+        activation=activation,
+        ignored=ignored,
+    )
 
 
 def expect(
@@ -59,12 +79,43 @@ def scale_rule(
     return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
 
 
+def transposed_scale_rule(suffix: str, columns: int, dtype: torch.dtype) -> Rule:
+    """Scales [K / columns, N] in any float dtype; ``columns`` -1 is the whole row."""
+
+    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, scale, (groups_in(matrix, columns), matrix.N), *FLOATS)
+        return check_finite(matrix, suffix, scale.T.to(dtype))
+
+    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+
+
+def group_index_rule(suffix: str, columns: int) -> Rule:
+    """The group of each column, which has ``columns`` of them: int [K]."""
+
+    def convert(matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
+        expect(matrix, suffix, index, (matrix.K,), torch.int32, torch.int64)
+        low, high, groups = int(index.min()), int(index.max()), groups_in(matrix, columns)
+        if low < 0 or high >= groups:
+            raise ValueError(
+                f"{matrix.path(suffix)}: expected groups in [0, {groups}), found "
+                f"{low if low < 0 else high}"
+            )
+        return index.to(torch.int32).expand(matrix.shards, -1)
+
+    return Rule(needs=(suffix,), gives="weight_group_index", convert=convert)
+
+
+def groups_in(matrix: Matrix, columns: int) -> int:
+    """How many groups of ``columns`` a row has; -1 is all of it."""
+    return 1 if columns == -1 else -(-matrix.K // columns)
+
+
 def repeated_scale_rule(suffix: str, dtype: torch.dtype) -> Rule:
     """One number for the matrix (or each shard), given to all of its rows."""
 
     def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
         expect(matrix, suffix, scale, None, *FLOATS)
-        numbers = shape_scale(matrix, suffix, scale, GroupShape(-1, -1)).to(dtype).reshape(-1, 1)
+        numbers = shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype).reshape(-1, 1)
         rows = numbers.repeat_interleave(matrix.N // matrix.shards, 0)
         return check_finite(matrix, suffix, rows)
 
@@ -75,7 +126,7 @@ def shape_scale(
     matrix: Matrix, suffix: str, scale: torch.Tensor, group: GroupShape
 ) -> torch.Tensor:
     """``scale`` as [rows, columns] of the canonical layout ([] or [S] per tensor), checked."""
-    if group == (-1, -1):
+    if group == PER_TENSOR:
         if scale.numel() not in (1, matrix.shards):
             expect(matrix, suffix, scale, ())
         flat = scale.reshape(-1)
@@ -129,7 +180,7 @@ def scalar_rule(suffix: str, gives: str, *, inverse: bool = False, optional: boo
 
     def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
         expect(matrix, suffix, scale, None, *FLOATS)
-        number = shape_scale(matrix, suffix, scale, GroupShape(-1, -1)).to(torch.float32)
+        number = shape_scale(matrix, suffix, scale, PER_TENSOR).to(torch.float32)
         check_finite(matrix, suffix, number)
         if inverse and bool((number == 0).any()):
             raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
@@ -152,3 +203,5 @@ def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values
 
 
 BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)
+INPUT_SCALE = scalar_rule("input_scale", "input_scale")
+FP8_WEIGHT = plain_weight_rule("weight", torch.float8_e4m3fn)
