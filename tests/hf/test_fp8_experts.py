@@ -166,7 +166,7 @@ def test_halves_have_blocks_of_their_own(block):
 
 def test_scales_that_do_not_tile_are_refused():
     weight = torch.zeros(1, 32, 32, dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="5 scales do not tile 32"):
+    with pytest.raises(ValueError, match="5 x 2 scales do not tile 32 x 32"):
         dequantize(weight, torch.ones(1, 5, 2), (16, 16))
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(record)
     else:
-        _print(record, facts)
+        _print(record)
     return 0
 
 
@@ -123,7 +123,7 @@ def _record(checkpoint: Checkpoint, facts: ModelFacts, layers: list[LayerFacts])
     }
 
 
-def _print(record: dict[str, Any], facts: ModelFacts) -> None:
+def _print(record: dict[str, Any]) -> None:
     def line(what: str, value: Any) -> None:
         print(f"{what:<20}{'not in config.json' if value is None else printable(str(value))}")
 

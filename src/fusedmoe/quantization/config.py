@@ -20,6 +20,18 @@ __all__ = [
 _FP8, _INT8 = torch.float8_e4m3fn, torch.int8
 
 
+class _Uses:
+    """A property: whether a config's (weights, activations) are one of ``pairs``."""
+
+    def __init__(self, *pairs: tuple[QuantDtype, QuantDtype | None]) -> None:
+        self.pairs = pairs
+
+    def __get__(self, config: FusedMoEQuantConfig | None, owner: type) -> bool:
+        if config is None:  # asked of the class
+            return self  # type: ignore[return-value]
+        return (config.weight_quant_dtype, config.quant_dtype) in self.pairs
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedMoEQuantConfig:
     """The four operands of a layer (two activations, two weights) and the first GEMM's numbers.
@@ -219,52 +231,17 @@ class FusedMoEQuantConfig:
         """[e, H] or None, added to the second GEMM's output before the router weight."""
         return self.w2.bias
 
-    def _is(self, weights: QuantDtype, activations: QuantDtype | None) -> bool:
-        return (self.weight_quant_dtype, self.quant_dtype) == (weights, activations)
-
-    @property
-    def use_fp8_w8a8(self) -> bool:
-        return self._is(_FP8, _FP8)
-
-    @property
-    def use_fp8_w8a16(self) -> bool:
-        return self._is(_FP8, None)
-
-    @property
-    def use_int8_w8a8(self) -> bool:
-        return self._is(_INT8, _INT8)
-
-    @property
-    def use_int8_w8a16(self) -> bool:
-        return self._is(_INT8, None)
-
-    @property
-    def use_int4_w4a16(self) -> bool:
-        return self._is("int4", None)
-
-    @property
-    def use_int4_w4afp8(self) -> bool:
-        return self._is("int4", _FP8)
-
-    @property
-    def use_mxfp4_w4a16(self) -> bool:
-        return self._is("mxfp4", None)
-
-    @property
-    def use_mxfp4_w4a4(self) -> bool:
-        return self._is("mxfp4", "mxfp4")
-
-    @property
-    def use_mxfp4_w4a8(self) -> bool:
-        return self._is("mxfp4", _FP8) or self._is("mxfp4", "mxfp8")
-
-    @property
-    def use_nvfp4_w4a16(self) -> bool:
-        return self._is("nvfp4", None)
-
-    @property
-    def use_nvfp4_w4a4(self) -> bool:
-        return self._is("nvfp4", "nvfp4")
+    use_fp8_w8a8 = _Uses((_FP8, _FP8))
+    use_fp8_w8a16 = _Uses((_FP8, None))
+    use_int8_w8a8 = _Uses((_INT8, _INT8))
+    use_int8_w8a16 = _Uses((_INT8, None))
+    use_int4_w4a16 = _Uses(("int4", None))
+    use_int4_w4afp8 = _Uses(("int4", _FP8))
+    use_mxfp4_w4a16 = _Uses(("mxfp4", None))
+    use_mxfp4_w4a4 = _Uses(("mxfp4", "mxfp4"))
+    use_mxfp4_w4a8 = _Uses(("mxfp4", _FP8), ("mxfp4", "mxfp8"))
+    use_nvfp4_w4a16 = _Uses(("nvfp4", None))
+    use_nvfp4_w4a4 = _Uses(("nvfp4", "nvfp4"))
 
     @property
     def ocp_mx_scheme(self) -> str | None:

@@ -15,11 +15,13 @@ import torch
 
 from fusedmoe.integrations.transformers.experts_function import experts_forward
 from fusedmoe.integrations.transformers.gates import gate_of
+from fusedmoe.quantization.formats.groups import Grid
+from fusedmoe.quantization.formats.int4 import unpack_nibbles
+from fusedmoe.quantization.formats.minifloat import E2M1
+from fusedmoe.quantization.keys import GroupShape
 
 # Of dequantized weights in fp32 alive at once; one expert is the least.
 _PIECE_BYTES = 256 << 20
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def fp8_experts_forward(
@@ -93,37 +95,22 @@ def dequantize(
     """weight [n, R, C] e4m3, or [n, R, C / 2] int8 with two e2m1 each -> fp32 [n, R, C].
 
     scale [n, rows, columns] in fp32, bf16 or e8m0. ``parts`` matrices may be stacked along R
-    (gate and up), each with blocks of its own.
+    (gate and up), each with blocks of its own if that explains how many scales there are. Without
+    ``block_size`` a matrix has one. ValueError where the scales do not tile the weights.
     """
     if weight.dtype == torch.int8:
-        values, block_size = _unpack_e2m1(weight), (1, 32)
+        values = E2M1.decode(unpack_nibbles(weight.view(torch.uint8)))
+        block_size = (1, 32)
     else:
         values = weight.float()
-    rows, columns = block_size or (None, None)
     R, C = values.shape[1:]
-    row = _scale_index(R, scale.shape[1], rows, parts).to(weight.device)
-    column = _scale_index(C, scale.shape[2], columns, 1).to(weight.device)
-    return values.mul_(scale.float()[:, row[:, None], column])
-
-
-def _scale_index(size: int, scales: int, block: int | None, parts: int) -> torch.Tensor:
-    """int64 [size]: which of ``scales`` numbers a row (or column) is multiplied by.
-
-    Blocks start anew in each of ``parts`` equal parts if that explains ``scales``; if not, the
-    whole of ``size`` is one part. ``block`` None is one scale for a part.
-    """
     for count in (parts, 1):
-        part = size // count
-        step = block or part
-        per_part = math.ceil(part / step)
-        if size % count == 0 and count * per_part == scales:
-            index = torch.arange(size)
-            return index // part * per_part + index % part // step
-    raise ValueError(f"{scales} scales do not tile {size} rows or columns in blocks of {block}")
-
-
-def _unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """int8 [..., C / 2] -> fp32 [..., C]; the low nibble is the first of its pair."""
-    table = torch.tensor(_E2M1 + tuple(-x for x in _E2M1), device=packed.device)
-    byte = packed.view(torch.uint8)
-    return torch.stack([table[(byte & 15).long()], table[(byte >> 4).long()]], -1).flatten(-2)
+        rows, columns = block_size or (R // count, C)
+        wanted = (count * math.ceil(R // count / rows), math.ceil(C / columns))
+        if R % count == 0 and tuple(scale.shape[1:]) == wanted:
+            grid = Grid(GroupShape(rows, columns), count)
+            return values.mul_(grid.spread(scale.float(), R, C))
+    raise ValueError(
+        f"{scale.shape[1]} x {scale.shape[2]} scales do not tile {R} x {C} weights in blocks of "
+        f"{block_size}"
+    )

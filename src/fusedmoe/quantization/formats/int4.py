@@ -13,7 +13,7 @@ import torch
 from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantFormat
 
-INT4_MAX, INT4_MIN, OFFSET = 7, -8, 8
+OFFSET = 8
 
 
 def int4_group(
