@@ -15,10 +15,9 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.triton import tokens_here, triton_experts
 from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
-from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles, direct_tiles
 from fusedmoe.tuning.table_file import make_table, table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
-from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable, interpolated
 
 LOW, HIGH = TileConfig(16, 64, 128, 1, 4, 4), TileConfig(128, 64, 64, 8, 8, 3)
@@ -32,7 +31,7 @@ def table_of(*curves: Curve, tokens: tuple[int, ...], **changes: Any) -> TunedTa
     given: dict[str, Any] = {
         "device": "NVIDIA_H200",
         "kernel": "triton",
-        "kernel_version": KERNELS["triton"].version,
+        "kernel_version": TRITON.version,
         "triton": "3.6.0",
         "layer": LAYER,
     }
@@ -119,15 +118,16 @@ def test_a_table_is_its_text() -> None:
     ],
 )
 def test_a_table_is_for_one_layer(changes: dict[str, Any], reason: str | None) -> None:
-    found = two_tiles().unfit(replace(LAYER, **changes), KERNELS["triton"])
+    found = two_tiles().unfit(replace(LAYER, **changes))
     assert found is None if reason is None else reason in str(found)
 
 
 def test_a_table_of_another_kernel_or_version_is_refused() -> None:
     table = two_tiles()
-    assert "not 'hopper'" in str(table.unfit(LAYER, KERNELS["hopper"]))
+    with pytest.raises(ValueError, match="kernel must be triton, got hopper"):
+        table_of(*table.curves, tokens=table.tokens, kernel="hopper")
     old = table_of(*table.curves, tokens=table.tokens, kernel_version=99)
-    assert "version 99" in str(old.unfit(LAYER, KERNELS["triton"]))
+    assert "version 99" in str(old.unfit(LAYER))
 
 
 def asked(table: TunedTable | None, **changes: Any) -> TunedTable | None:
@@ -174,18 +174,17 @@ def test_packaged_tables_are_for_their_device_and_release_of_triton(
 ) -> None:
     from fusedmoe.tuning import choice
 
-    kernel = KERNELS["triton"]
-    folder = tmp_path / "NVIDIA_H200" / f"triton-{kernel.version}"
+    folder = tmp_path / "NVIDIA_H200" / f"triton-{TRITON.version}"
     folder.mkdir(parents=True)
     (folder / choice.table_name(LAYER)).write_text(two_tiles().text)
     monkeypatch.setattr(
         choice,
         "table_folder",
-        lambda device, kernel: tmp_path / device / f"{kernel.name}-{kernel.version}",
+        lambda device: tmp_path / device / f"triton-{TRITON.version}",
     )
     packaged_table.cache_clear()
     found = {
-        facts: packaged_table(LAYER, kernel, facts)
+        facts: packaged_table(LAYER, facts)
         for facts in (
             H200,
             H200._replace(triton="3.6.4+git1"),
@@ -196,25 +195,6 @@ def test_packaged_tables_are_for_their_device_and_release_of_triton(
     }
     packaged_table.cache_clear()
     assert [table is not None for table in found.values()] == [True, True, False, False, False]
-
-
-def test_hopper_tiles_fit_in_tables_too() -> None:
-    """One stage, three kinds of records, nested ones among them."""
-    tiles = (direct_tiles(1, 8, 2048, 768), decode_tiles(512, 128, 2048, 768), PrefillTiles())
-    table = make_table(
-        device="NVIDIA_H200",
-        kernel="hopper",
-        kernel_version=1,
-        triton=None,
-        layer=LAYER,
-        tokens=(1, 64, 4096),
-        curves=tuple(
-            Curve("layer", tile, tuple(1.0 + abs(place - own) for place in range(3)))
-            for own, tile in enumerate(tiles)
-        ),
-    )
-    again = table_from_text(table.text)
-    assert [again.tiles(T) for T in (1, 64, 4096)] == [(tile,) for tile in tiles]
 
 
 def test_a_rank_counts_the_rows_that_come_to_it() -> None:

@@ -19,6 +19,7 @@ from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
     from fusedmoe.bench import LayerShape
+    from fusedmoe.tuning.tiles import TileConfig
     from fusedmoe.tuning.tuned_table import TunedTable
     from fusedmoe.tuning.tuner.run import LayerTimer
 
@@ -122,7 +123,6 @@ def _tuned(
     from fusedmoe.tuning.choice import table_name
     from fusedmoe.tuning.foreign import read_table
     from fusedmoe.tuning.table_file import write_atomically
-    from fusedmoe.tuning.tuned_kernels import KERNELS
     from fusedmoe.tuning.tuner.gemms import key_of
     from fusedmoe.tuning.tuner.run import tune
 
@@ -130,7 +130,7 @@ def _tuned(
     path = Path(args.output) / table_name(key)
     if path.exists() and not args.again:
         table = read_table(path)
-        reason = table.unfit(key, KERNELS["triton"])
+        reason = table.unfit(key)
         if reason is None and (table.device, table.triton) == (facts.name, facts.triton):
             return table, []
     journal = path.with_name(path.name + PARTIAL)
@@ -184,20 +184,17 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _print_table(name: str, table: TunedTable, tokens: tuple[int, ...]) -> None:
-    from fusedmoe.tuning.tuned_kernels import KERNELS
+    from fusedmoe.tuning.tuned_kernels import TRITON
 
     if name:
         print(name)
-    stages = KERNELS[table.kernel].stages
+    stages = TRITON.stages
     columns = ["T", "us" if table.measured else "ratio", *stages]
     rows = [[T, table.cost(T), *map(_words, table.tiles(T))] for T in tokens]
     print_table(columns, rows)
 
 
-def _words(tile: Any) -> str:
-    """``TileConfig`` as m x n x k; other records as they print."""
-    if not hasattr(tile, "block_m"):
-        return str(tile)
+def _words(tile: TileConfig) -> str:
     sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     return f"{sizes} group {tile.group_m} warps {tile.num_warps} stages {tile.num_stages}"
 

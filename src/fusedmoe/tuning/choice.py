@@ -18,8 +18,8 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.tuning.foreign import device_key
 from fusedmoe.tuning.table_file import table_from_json
-from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, TileConfig, layer_tiles
-from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
 
 if TYPE_CHECKING:
@@ -69,22 +69,22 @@ def table_name(layer: LayerKey) -> str:
     return f"E{layer.E}-K{layer.K}-H{layer.H}-I{layer.I}-{layer.weights}-{layer.form}.json"
 
 
-def table_folder(device: str, kernel: TunedKernel) -> Traversable:
+def table_folder(device: str) -> Traversable:
     tables = files("fusedmoe.tuning").joinpath("tables")
-    return tables.joinpath(device, f"{kernel.name}-{kernel.version}")
+    return tables.joinpath(device, f"{TRITON.name}-{TRITON.version}")
 
 
 @lru_cache(maxsize=1024)
-def packaged_table(layer: LayerKey, kernel: TunedKernel, facts: DeviceFacts) -> TunedTable | None:
+def packaged_table(layer: LayerKey, facts: DeviceFacts) -> TunedTable | None:
     """The table shipped for this layer on this device, or None."""
     if facts.triton is None:
         return None
-    file = table_folder(facts.name, kernel).joinpath(table_name(layer))
+    file = table_folder(facts.name).joinpath(table_name(layer))
     if not file.is_file():
         return None
     table = table_from_json(json.loads(file.read_text()))
     fits = (table.device, release(table.triton)) == (facts.name, release(facts.triton))
-    return table if fits and table.unfit(layer, kernel) is None else None
+    return table if fits and table.unfit(layer) is None else None
 
 
 def release(version: str | None) -> str | None:
@@ -111,11 +111,10 @@ def checked_table(
     if table is None:
         return None
     layer, facts = layer_key(K, E, H, I, dtype, activation), device_facts(device)
-    reason = table.unfit(layer, KERNELS["triton"])
+    reason = table.unfit(layer)
     if reason is not None:
         raise ValueError(f"the tuned table does not serve this layer: {reason}")
     for stage, tile, _ in table.curves:
-        assert isinstance(tile, TileConfig)
         needed = tile.shared_memory(dtype.itemsize, weight_tiles(stage, layer.form))
         if needed > facts.shared_memory:
             raise ValueError(
@@ -145,7 +144,7 @@ def source_of_tiles(moe: FusedMoEConfig) -> str:
         return "the same for every batch, as batch invariance asks"
     if checked_table(moe.options.table, *sizes, moe.device) is not None:
         return "the given table"
-    if packaged_table(layer, KERNELS["triton"], facts) is not None:
+    if packaged_table(layer, facts) is not None:
         return f"the packaged table {facts.name}/{table_name(layer)}"
     return f"by the layer's shape; no table {facts.name}/{table_name(layer)} is packaged"
 
@@ -170,7 +169,7 @@ def tiles_for(
     """
     if not batch_invariant:
         layer = layer_key(K, E, H, I, dtype, activation)
-        table = table or packaged_table(layer, KERNELS["triton"], facts)
+        table = table or packaged_table(layer, facts)
         if table is not None:
             return LayerTiles(*table.tiles(T))
     return layer_tiles(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from fusedmoe.tuning.table_file import MAX_SIZE, MAX_TOKENS, make_table, named, table_from_json
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, TileConfig
-from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import SIXTEEN_BIT, Curve, LayerKey, TunedTable
 
 _NAME = re.compile(
@@ -106,17 +106,16 @@ def foreign_table(name: ForeignName, value: Any, shared_memory: int) -> TunedTab
             raise ValueError(f"at {key} tokens: {error}") from None
     tokens = tuple(sorted(by_tokens))
     version = value.get(_VERSION_KEY)
-    kernel = KERNELS["triton"]
     return make_table(
         device=name.device,
-        kernel=kernel.name,
-        kernel_version=kernel.version,
+        kernel=TRITON.name,
+        kernel_version=TRITON.version,
         triton=version if isinstance(version, str) and re.fullmatch(r"[\w.+]+", version) else None,
         layer=LayerKey(E=name.E, I=name.N, weights=name.weights),
         tokens=tokens,
         curves=tuple(
             Curve(stage, tile, tuple(_ratio(token, own) for token in tokens))
-            for place, stage in enumerate(kernel.stages)
+            for place, stage in enumerate(TRITON.stages)
             for tile, own in _keys_by_tile(by_tokens, place).items()
         ),
         measured=False,

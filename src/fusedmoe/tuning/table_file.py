@@ -16,14 +16,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
-from fusedmoe.tuning.tuned_kernels import KERNELS
-from fusedmoe.tuning.tuned_table import Curve, LayerKey, Tile, TunedTable
+from fusedmoe.tuning.tiles import TileConfig
+from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
@@ -31,6 +32,7 @@ MAX_TOKENS, MAX_CURVES = 256, 1024
 MAX_SIZE = 1 << 24
 MAX_TILE = 4096
 MAX_COST = 1e12
+_TILE = "tile"
 _COST_KEYS = {True: "us", False: "ratio"}  # by whether the table was measured
 _WORD = re.compile(r"[\w.+()\[\],-]{1,120}")
 
@@ -94,9 +96,6 @@ def table_from_json(value: Any) -> TunedTable:
     )
     if record["fusedmoe_tiles"] != FORMAT:
         raise ValueError(f"fusedmoe_tiles must be {FORMAT}, got {_shown(record['fusedmoe_tiles'])}")
-    kernel = KERNELS.get(_word(record["kernel"], "kernel"))
-    if kernel is None:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {record['kernel']}")
     tokens = _numbers(record["tokens"], "tokens", MAX_TOKENS)
     if list(tokens) != sorted(set(tokens)):
         raise ValueError("tokens must ascend")
@@ -104,13 +103,10 @@ def table_from_json(value: Any) -> TunedTable:
     if not isinstance(curves, list) or not 0 < len(curves) <= MAX_CURVES:
         raise ValueError(f"curves must be a list of 1 to {MAX_CURVES} entries")
     measured = not (isinstance(curves[0], dict) and "ratio" in curves[0])
-    read = tuple(
-        _curve(curve, kernel.stages, kernel.tile_types, len(tokens), _COST_KEYS[measured])
-        for curve in curves
-    )
+    read = tuple(_curve(curve, len(tokens), _COST_KEYS[measured]) for curve in curves)
     return make_table(
         device=_word(record["device"], "device"),
-        kernel=kernel.name,
+        kernel=_word(record["kernel"], "kernel"),
         kernel_version=_number(record["kernel_version"], "kernel_version"),
         triton=None if record["triton"] is None else _word(record["triton"], "triton"),
         layer=_layer(record["layer"]),
@@ -131,13 +127,15 @@ def make_table(
     curves: tuple[Curve, ...],
     measured: bool = True,
 ) -> TunedTable:
-    """A table with its text; ValueError where no tiles of its curves make a whole layer."""
-    known = KERNELS[kernel]
+    """A table with its text; ValueError where no tiles of its curves make a whole layer, and for
+    another kernel than ``TRITON``."""
+    if kernel != TRITON.name:
+        raise ValueError(f"kernel must be {TRITON.name}, got {kernel}")
     stages: dict[int, set[str]] = {}
     for curve in curves:
-        stages.setdefault(known.shared(curve.tile), set()).add(curve.stage)
-    if not any(found == set(known.stages) for found in stages.values()):
-        raise ValueError(f"no tiles of {', '.join(known.stages)} go together")
+        stages.setdefault(curve.tile.block_m, set()).add(curve.stage)
+    if not any(found == set(TRITON.stages) for found in stages.values()):
+        raise ValueError(f"no tiles of {', '.join(TRITON.stages)} go together")
     head = {
         "fusedmoe_tiles": FORMAT,
         "device": device,
@@ -148,13 +146,7 @@ def make_table(
         "tokens": list(tokens),
     }
     lines = [
-        json.dumps(
-            {
-                "stage": stage,
-                "tile": tile_to_json(tile, known.tile_types),
-                _COST_KEYS[measured]: list(cost),
-            }
-        )
+        json.dumps({"stage": stage, "tile": tile_to_json(tile), _COST_KEYS[measured]: list(cost)})
         for stage, tile, cost in curves
     ]
     text = json.dumps(head, indent=1).removesuffix("\n}")
@@ -177,52 +169,24 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def tile_to_json(tile: Tile, tile_types: Mapping[str, type]) -> dict[str, Any]:
-    kind = next(name for name, cls in tile_types.items() if type(tile) is cls)
-    return {"type": kind, **asdict(tile)}
+def tile_to_json(tile: TileConfig) -> dict[str, Any]:
+    return {"type": _TILE, **asdict(tile)}
 
 
-def tile_from_json(value: Any, tile_types: Mapping[str, type]) -> Any:
+def tile_from_json(value: Any) -> TileConfig:
     """The tile record that ``value`` describes; its own constructor has the last word."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in tile_types:
-        raise ValueError(f"a tile's type must be one of {', '.join(tile_types)}")
-    return _fill(tile_types[kind], {k: v for k, v in value.items() if k != "type"}, "a tile")
+    names = [field.name for field in fields(TileConfig)]
+    record = _record(value, "a tile", "type", *names)
+    if record["type"] != _TILE:
+        raise ValueError(f"a tile's type must be {_TILE}, got {_shown(record['type'])}")
+    return TileConfig(**{name: _number(record[name], name, MAX_TILE) for name in names})
 
 
-def _fill(cls: type, value: Any, what: str) -> Any:
-    hints = get_type_hints(cls)
-    defaults = {f.name: f.default for f in fields(cls)}
-    names = list(defaults)
-    record = _record(value, what, *names)
-    found: dict[str, Any] = {}
-    for name in names:
-        kind = hints[name]
-        if is_dataclass(kind):
-            found[name] = _fill(kind, record[name], name)  # type: ignore[arg-type]
-        elif kind is bool:
-            if not isinstance(record[name], bool):
-                raise ValueError(f"{name} must be true or false, got {_shown(record[name])}")
-            found[name] = record[name]
-        else:
-            # What is off by default may be off.
-            least = 0 if defaults[name] == 0 else 1
-            found[name] = _number(record[name], name, MAX_TILE, least)
-    return cls(**found)
-
-
-def _curve(
-    value: Any,
-    stages: tuple[str, ...],
-    tile_types: Mapping[str, type],
-    count: int,
-    cost_key: str,
-) -> Curve:
+def _curve(value: Any, count: int, cost_key: str) -> Curve:
     record = _record(value, "a curve", "stage", "tile", cost_key)
-    if record["stage"] not in stages:
-        raise ValueError(
-            f"a curve's stage must be one of {', '.join(stages)}, got {_shown(record['stage'])}"
-        )
+    if record["stage"] not in TRITON.stages:
+        known = ", ".join(TRITON.stages)
+        raise ValueError(f"a curve's stage must be one of {known}, got {_shown(record['stage'])}")
     costs = record[cost_key]
     if not isinstance(costs, list) or len(costs) != count:
         raise ValueError(f"a curve's {cost_key} must have {count} entries, one per token count")
@@ -230,7 +194,7 @@ def _curve(
         number = isinstance(cost, (int, float)) and not isinstance(cost, bool)
         if not number or not 0 < cost <= MAX_COST:
             raise ValueError(f"{cost_key} must be positive numbers, got {_shown(cost)}")
-    tile = tile_from_json(record["tile"], tile_types)
+    tile = tile_from_json(record["tile"])
     return Curve(record["stage"], tile, tuple(float(cost) for cost in costs))
 
 
@@ -260,9 +224,9 @@ def _numbers(value: Any, what: str, most: int) -> tuple[int, ...]:
     return tuple(_number(one, what) for one in value)
 
 
-def _number(value: Any, what: str, most: int = MAX_SIZE, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{what} must be an integer of {least} to {most}, got {_shown(value)}")
+def _number(value: Any, what: str, most: int = MAX_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{what} must be an integer of 1 to {most}, got {_shown(value)}")
     return value
 
 

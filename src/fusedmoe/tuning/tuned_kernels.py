@@ -1,4 +1,4 @@
-"""The kernels that tuned tables are for: their tile records, and the version of their device code.
+"""The kernel that tuned tables are for, and the version of its device code.
 
 A measured tile is worth something only for the device code it was measured with. The version is a
 number raised by hand; beside it stands a digest of the text, so that a test notices a kernel
@@ -11,74 +11,36 @@ import ast
 import hashlib
 import io
 import tokenize
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
-
-from fusedmoe.tuning.hopper_tiles import DecodeTiles, DirectTiles, PrefillTiles
-from fusedmoe.tuning.tiles import TileConfig
 
 
 @dataclass(frozen=True, eq=False)
 class TunedKernel:
     """What a table must know of one experts implementation.
 
-    ``stages`` are tuned one by one; ``tile_types`` are the records a tile may be, by the name they
-    have in files; tiles of one layer must agree in ``shared(tile)``. ``sources`` are the files of
-    the package whose ``triton.jit`` (or ``gluon.jit``) functions make up ``digest``.
+    ``stages`` are tuned one by one. ``sources`` are the files of the package whose ``triton.jit``
+    functions make up ``digest``.
     """
 
     name: str
     version: int
     stages: tuple[str, ...]
-    tile_types: Mapping[str, type]
-    shared: Callable[[Any], int]
     sources: tuple[str, ...]
-    digest: str | None
+    digest: str
 
 
-KERNELS: dict[str, TunedKernel] = {
-    kernel.name: kernel
-    for kernel in (
-        TunedKernel(
-            name="triton",
-            version=1,
-            stages=("gemm1", "gemm2"),
-            tile_types={"tile": TileConfig},
-            # One alignment serves both GEMMs.
-            shared=lambda tile: tile.block_m,
-            sources=(
-                "kernels/triton/grouped_gemm.py",
-                "kernels/triton/activation.py",
-                "kernels/triton/ids.py",
-            ),
-            digest="48117cfb18843d58",
-        ),
-        # No tables of it are shipped, so nothing has to notice a change.
-        TunedKernel(
-            name="hopper",
-            version=1,
-            stages=("layer",),
-            tile_types={"direct": DirectTiles, "decode": DecodeTiles, "prefill": PrefillTiles},
-            shared=lambda tile: 0,
-            sources=(
-                "kernels/triton/hopper_direct_common.py",
-                "kernels/triton/hopper_direct_up.py",
-                "kernels/triton/hopper_direct_down.py",
-                "kernels/triton/hopper_decode_up.py",
-                "kernels/triton/hopper_decode_down.py",
-                "kernels/triton/hopper_decode.py",
-                "kernels/triton/hopper_prefill_common.py",
-                "kernels/triton/hopper_prefill_up.py",
-                "kernels/triton/hopper_prefill_down.py",
-                "kernels/triton/hopper_prefill.py",
-                "kernels/triton/hopper_common.py",
-            ),
-            digest=None,
-        ),
-    )
-}
+TRITON = TunedKernel(
+    name="triton",
+    version=1,
+    stages=("gemm1", "gemm2"),
+    sources=(
+        "kernels/triton/grouped_gemm.py",
+        "kernels/triton/activation.py",
+        "kernels/triton/ids.py",
+    ),
+    digest="48117cfb18843d58",
+)
 
 
 def source_digest(kernel: TunedKernel) -> str:

@@ -12,15 +12,13 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.tuning.hopper_tiles import DecodeTiles, DirectTiles, PrefillTiles
 from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
+from fusedmoe.tuning.tuned_kernels import TRITON
 
 SIXTEEN_BIT = "16bit"
-Tile = TileConfig | DirectTiles | DecodeTiles | PrefillTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class Curve(NamedTuple):
     """What ``tile`` costs in ``stage`` at each of the table's token counts."""
 
     stage: str
-    tile: Tile
+    tile: TileConfig
     cost: tuple[float, ...]
 
 
@@ -68,7 +66,7 @@ class Curve(NamedTuple):
 class TunedTable:
     """The curves of one layer on one device, over ascending ``tokens``.
 
-    ``device`` is a ``device_key``, ``kernel`` a name in ``KERNELS``; ``triton`` the release
+    ``device`` is a ``device_key``, ``kernel`` the name of ``TRITON``; ``triton`` the release
     measured with (None: not known). Costs are microseconds per call, or, where ``measured`` is
     False, how many times the batch is larger or smaller than the one a tile was made for. ``text``
     is the table as a file, and two tables are equal where their texts are.
@@ -90,7 +88,7 @@ class TunedTable:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def tiles(self, T: int) -> tuple[Any, ...]:
+    def tiles(self, T: int) -> tuple[TileConfig, ...]:
         """The tiles for T tokens, one per stage of the kernel."""
         return _choose(self, T)
 
@@ -98,14 +96,12 @@ class TunedTable:
         """What ``tiles(T)`` cost together, by the curves."""
         return _envelope(self, T)[0]
 
-    def unfit(self, layer: LayerKey, kernel: TunedKernel) -> str | None:
-        """Why this table says nothing about ``layer`` run by ``kernel``; None where it does."""
-        if self.kernel != kernel.name:
-            return f"it is for the kernel {self.kernel!r}, not {kernel.name!r}"
-        if self.kernel_version != kernel.version:
+    def unfit(self, layer: LayerKey) -> str | None:
+        """Why this table says nothing about ``layer``; None where it does."""
+        if self.kernel_version != TRITON.version:
             return (
                 f"it was measured with version {self.kernel_version} of the kernel "
-                f"{kernel.name!r}, this is version {kernel.version}"
+                f"{self.kernel!r}, this is version {TRITON.version}"
             )
         return self.layer.mismatch(layer)
 
@@ -123,24 +119,23 @@ def interpolated(tokens: tuple[int, ...], cost: tuple[float, ...], T: int) -> fl
 
 
 @lru_cache(maxsize=4096)
-def _choose(table: TunedTable, T: int) -> tuple[Any, ...]:
+def _choose(table: TunedTable, T: int) -> tuple[TileConfig, ...]:
     return _envelope(table, T)[1]
 
 
-def _envelope(table: TunedTable, T: int) -> tuple[float, tuple[Any, ...]]:
+def _envelope(table: TunedTable, T: int) -> tuple[float, tuple[TileConfig, ...]]:
     """The cheapest tiles that go together, and their cost; the first in the table among equals."""
-    kernel = KERNELS[table.kernel]
-    best: dict[int, dict[str, tuple[float, Tile]]] = {}
+    best: dict[int, dict[str, tuple[float, TileConfig]]] = {}
     for stage, tile, cost in table.curves:
         value = interpolated(table.tokens, cost, T)
-        stages = best.setdefault(kernel.shared(tile), {})
+        stages = best.setdefault(tile.block_m, {})  # one alignment serves both
         if stage not in stages or value < stages[stage][0]:
             stages[stage] = value, tile
-    found: tuple[float, tuple[Any, ...]] | None = None
+    found: tuple[float, tuple[TileConfig, ...]] | None = None
     for stages in best.values():
-        if len(stages) == len(kernel.stages):
+        if len(stages) == len(TRITON.stages):
             total = sum(value for value, _ in stages.values())
             if found is None or total < found[0]:
-                found = total, tuple(stages[stage][1] for stage in kernel.stages)
+                found = total, tuple(stages[stage][1] for stage in TRITON.stages)
     assert found is not None  # table_file refuses tables without a complete set
     return found

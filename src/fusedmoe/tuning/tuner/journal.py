@@ -11,11 +11,10 @@ from typing import Any
 
 from fusedmoe.tuning.table_file import read_json, tile_from_json, tile_to_json, write_atomically
 from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import LayerKey
 from fusedmoe.tuning.tuner.search import Timer
 
-_TYPES = KERNELS["triton"].tile_types
 Key = tuple[str, int, int]
 
 
@@ -50,7 +49,7 @@ class Journal:
         """Everything measured, one record per stage, token count, samples and tile."""
         return [
             {"stage": stage, "T": T, "samples": samples}
-            | {"tile": tile_to_json(tile, _TYPES), "us": us if math.isfinite(us) else None}
+            | {"tile": tile_to_json(tile), "us": us if math.isfinite(us) else None}
             for (stage, T, samples), known in self._known.items()
             for tile, us in known.items()
         ]
@@ -74,7 +73,7 @@ class Journal:
             for one in record["measurements"]:
                 us = math.inf if one["us"] is None else float(one["us"])
                 key = str(one["stage"]), int(one["T"]), int(one["samples"])
-                self._known.setdefault(key, {})[tile_from_json(one["tile"], _TYPES)] = us
+                self._known.setdefault(key, {})[tile_from_json(one["tile"])] = us
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._path} cannot be resumed (remove it to begin anew): {error}"
@@ -93,5 +92,5 @@ def subject(
         "tokens": list(tokens),
         "device": device,
         "triton": triton,
-        "kernel_version": KERNELS["triton"].version,
+        "kernel_version": TRITON.version,
     }

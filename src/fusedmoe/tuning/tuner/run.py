@@ -15,7 +15,7 @@ from fusedmoe.testing.tolerances import format_name
 from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.table_file import make_table
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
-from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import TunedTable, gemm1_form
 from fusedmoe.tuning.tuner.gemms import activation_of, key_of
 from fusedmoe.tuning.tuner.journal import Journal, subject
@@ -78,11 +78,10 @@ def tune(
 
     machine = H200._replace(shared_memory=facts.shared_memory)
     curves = search(layer, tokens, remembering, default, machine, progress)
-    kernel = KERNELS["triton"]
     table = make_table(
         device=facts.name,
-        kernel=kernel.name,
-        kernel_version=kernel.version,
+        kernel=TRITON.name,
+        kernel_version=TRITON.version,
         triton=facts.triton,
         layer=key,
         tokens=between(tokens),

@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import Protocol
 
 from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import KERNELS
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import Curve
 from fusedmoe.tuning.tuner.space import H200, Machine, TunedLayer, candidates
 
-STAGES = KERNELS["triton"].stages
+STAGES = TRITON.stages
 DEFAULT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RUNG_SAMPLES = (3, 9)
 FINAL_SAMPLES = 15
