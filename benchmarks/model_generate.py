@@ -34,7 +34,8 @@ import transformers
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fusedmoe
-from fusedmoe.bench.report import device_name, source_commit
+from fusedmoe.bench.report import source_commit
+from fusedmoe.words import device_name
 
 # The published sizes of Qwen3-30B-A3B.
 QWEN3_30B = {

@@ -1,6 +1,10 @@
-"""Names of dtypes and devices, as people write them, turned into torch's."""
+"""Names of dtypes and devices, as people write them and machines have them."""
 
 from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -38,3 +42,22 @@ def device_named(name: str | torch.device | None) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"device {str(name)!r} is not there: torch sees {count} CUDA devices")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def package_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -7,7 +7,6 @@ import rank_movers
 import torch
 
 from fusedmoe import FusedMoEQuantConfig
-from fusedmoe.prepare_finalize.dispatch import sequence_parallel_sizes
 from fusedmoe.prepare_finalize.naive_dp_ep import MoEPrepareAndFinalizeNaiveDPEPModular
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate
 
@@ -57,9 +56,3 @@ def test_one_rank_needs_no_group():
     mover.finalize(output, rows, weights, ids, False, TopKWeightAndReduceDelegate())
     expected = x * (weights * (ids >= 0)).sum(1, keepdim=True)
     torch.testing.assert_close(output, expected)
-
-
-def test_sequence_parallel_sizes_are_padded_shares():
-    assert sequence_parallel_sizes([5, 0, 8], 2) == [3, 3, 0, 0, 4, 4]
-    with pytest.raises(ValueError, match="sp_size"):
-        sequence_parallel_sizes([1], 0)

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import fusedmoe
 from fusedmoe.bench.problems import Problem
 from fusedmoe.tuning.table_file import write_atomically
+from fusedmoe.words import device_name, package_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, A
         "versions": {
             "python": platform.python_version(),
             "fusedmoe": fusedmoe.__version__,
-            **{name: _version(name) for name in packages},
+            **{name: package_version(name) for name in packages},
         },
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "commit": source_commit(),
@@ -157,13 +157,6 @@ def _program() -> str:
     """How this process was started, without where its files lie."""
     name = Path(sys.argv[0]).name
     return "python -m fusedmoe.cli" if name == "__main__.py" else name
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def source_commit() -> str | None:
@@ -185,15 +178,3 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def device_name(device: torch.device) -> str:
-    """What the machine calls its processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -6,7 +6,6 @@ import argparse
 import platform
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fusedmoe.cli.output import format_bytes, print_json, print_table
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.modular_kernel import FusedMoEExperts
 from fusedmoe.quantization.keys import GroupShape, QuantKey
+from fusedmoe.words import device_name, package_version
 
 PACKAGES = (
     "fusedmoe",
@@ -60,19 +60,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def devices() -> list[dict[str, Any]]:
     """Each device with its name, memory and, per experts implementation, why not (None: it can)."""
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+            "name": f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads",
             "capability": None,
             "memory_bytes": None,
         }
@@ -92,17 +85,6 @@ def devices() -> list[dict[str, Any]]:
     for device in found:
         device["experts"] = available_experts(torch.device(device["device"]))
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def available_experts(device: torch.device) -> dict[str, str | None]:

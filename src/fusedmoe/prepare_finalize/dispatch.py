@@ -238,13 +238,3 @@ def _captures() -> bool:
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return False
     return torch.cuda.is_current_stream_capturing()
-
-
-def sequence_parallel_sizes(tokens: Sequence[int], sp_size: int) -> list[int]:
-    """Tokens of each of ``sp_size`` ranks under each entry of ``tokens``: ceil(tokens / sp_size).
-
-    What ``tokens_per_rank`` is where a batch is cut (and padded) over sequence-parallel ranks.
-    """
-    if sp_size < 1:
-        raise ValueError(f"sp_size must be at least 1, got {sp_size}")
-    return [-(-count // sp_size) for count in tokens for _ in range(sp_size)]

@@ -46,13 +46,6 @@ class UniformRandom(RoutingStrategy):
         ids = scores.topk(top_k, dim=-1).indices.to(indices_type or torch.int64)
         return torch.ones(ids.shape, dtype=torch.float32, device=ids.device), ids
 
-    def random_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """Logits of the same shape and dtype that make any bias-free top-k uniform.
-
-        For kernels that route by themselves.
-        """
-        return -torch.rand_like(router_logits)
-
 
 class NormalRouting(RoutingStrategy):
     """A bell over the expert numbers: id = floor(sigmoid(x) * E), x ~ N(mean, std).
