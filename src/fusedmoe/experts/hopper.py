@@ -10,7 +10,6 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.hopper_support import too_many_picks, unmet_by_hopper
+from fusedmoe.experts.opaque import opaque
 from fusedmoe.experts.triton import triton_experts
 from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.device import device_of, multiprocessors_of
@@ -47,6 +47,7 @@ def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
     return prefill_rows(R, num_local) if isinstance(tiles, PrefillTiles) else R
 
 
+@opaque("fusedmoe::hopper_experts", ("output", "workspace13", "workspace2"))
 def hopper_experts(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -220,27 +221,6 @@ class HopperExperts(FusedMoEExpertsModular):
         assert workspace13 is not None
         assert workspace2 is not None
         weights = None if apply_router_weight_on_input else topk_weights
-        config = self.activation_config
-        batch_invariant = self.moe_config.options.batch_invariant
-        biases = self.quant_config.w1_bias, self.quant_config.w2_bias
-        if torch.compiler.is_compiling():
-            _hopper_experts_op(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                weights,
-                topk_ids,
-                activation.value,
-                config.numbers(),
-                global_num_experts,
-                expert_map,
-                *biases,
-                workspace13,
-                workspace2,
-                batch_invariant,
-            )
-            return
         hopper_experts(
             output,
             hidden_states,
@@ -249,57 +229,13 @@ class HopperExperts(FusedMoEExpertsModular):
             weights,
             topk_ids,
             activation,
-            config,
+            self.activation_config,
             global_num_experts,
             expert_map,
-            *biases,
+            self.quant_config.w1_bias,
+            self.quant_config.w2_bias,
             workspace13,
             workspace2,
-            batch_invariant=batch_invariant,
+            batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
         )
-
-
-@torch.library.custom_op(
-    "fusedmoe::hopper_experts", mutates_args=("output", "workspace13", "workspace2")
-)
-def _hopper_experts_op(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    num_experts: int,
-    expert_map: torch.Tensor | None,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
-    batch_invariant: bool,
-) -> None:
-    """``hopper_experts`` as torch.compile sees it: opaque."""
-    hopper_experts(
-        output,
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(numbers),
-        num_experts,
-        expert_map,
-        w1_bias,
-        w2_bias,
-        workspace13,
-        workspace2,
-        batch_invariant=batch_invariant,
-    )
-
-
-@_hopper_experts_op.register_fake
-def _(*arguments: object) -> None:
-    return None

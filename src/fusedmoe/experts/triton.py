@@ -9,12 +9,11 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.experts.opaque import opaque
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
@@ -26,7 +25,6 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.tuning.choice import checked_table, device_facts, tiles_for
-from fusedmoe.tuning.table_file import table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, slots_are_alone
 from fusedmoe.tuning.tuned_table import TunedTable
 
@@ -38,6 +36,7 @@ def shared_memory_of(device: torch.device) -> int:
     return device_facts(device).shared_memory
 
 
+@opaque("fusedmoe::triton_experts", ("output", "workspace13", "workspace2"))
 def triton_experts(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -191,26 +190,6 @@ class TritonExperts(FusedMoEExpertsModular):
         assert workspace13 is not None
         assert workspace2 is not None
         weights = None if apply_router_weight_on_input else topk_weights
-        config, options = self.activation_config, self.moe_config.options
-        biases = self.quant_config.w1_bias, self.quant_config.w2_bias
-        if torch.compiler.is_compiling():
-            _triton_experts_op(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                weights,
-                topk_ids,
-                activation.value,
-                config.numbers(),
-                expert_map,
-                *biases,
-                workspace13,
-                workspace2,
-                options.batch_invariant,
-                None if self.table is None else self.table.text,
-            )
-            return
         triton_experts(
             output,
             hidden_states,
@@ -219,57 +198,13 @@ class TritonExperts(FusedMoEExpertsModular):
             weights,
             topk_ids,
             activation,
-            config,
+            self.activation_config,
             expert_map,
-            *biases,
+            self.quant_config.w1_bias,
+            self.quant_config.w2_bias,
             workspace13,
             workspace2,
-            batch_invariant=options.batch_invariant,
+            batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
             table=self.table,
         )
-
-
-@torch.library.custom_op(
-    "fusedmoe::triton_experts", mutates_args=("output", "workspace13", "workspace2")
-)
-def _triton_experts_op(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    expert_map: torch.Tensor | None,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
-    batch_invariant: bool,
-    table: str | None = None,
-) -> None:
-    """``triton_experts`` as torch.compile sees it: opaque."""
-    triton_experts(
-        output,
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(numbers),
-        expert_map,
-        w1_bias,
-        w2_bias,
-        workspace13,
-        workspace2,
-        batch_invariant=batch_invariant,
-        table=None if table is None else table_from_text(table),
-    )
-
-
-@_triton_experts_op.register_fake
-def _(*arguments: object) -> None:
-    return None

@@ -5,11 +5,10 @@ e local experts, M rows per expert at most, H hidden, I intermediate, S = 2 wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.experts.opaque import opaque
 from fusedmoe.experts.triton import TRITON_DTYPES, shared_memory_of
 from fusedmoe.kernels.batched_gemm import batched_gemm
 from fusedmoe.kernels.counts import batched_moe_align_block_size
@@ -27,6 +26,7 @@ from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
 _LIKELY_ROWS = 48
 
 
+@opaque("fusedmoe::batched_triton_experts", ("output", "workspace13"))
 def batched_triton_experts(
     output: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -131,22 +131,6 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
     ) -> None:
         counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
         assert workspace13 is not None
-        config, options = self.activation_config, self.moe_config.options
-        biases = self.quant_config.w1_bias, self.quant_config.w2_bias
-        if torch.compiler.is_compiling():
-            _batched_triton_experts_op(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                counts,
-                activation.value,
-                config.numbers(),
-                *biases,
-                workspace13,
-                options.batch_invariant,
-            )
-            return
         batched_triton_experts(
             output,
             hidden_states,
@@ -154,44 +138,10 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
             w2,
             counts,
             activation,
-            config,
-            *biases,
+            self.activation_config,
+            self.quant_config.w1_bias,
+            self.quant_config.w2_bias,
             workspace13,
-            batch_invariant=options.batch_invariant,
+            batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
         )
-
-
-@torch.library.custom_op("fusedmoe::batched_triton_experts", mutates_args=("output", "workspace13"))
-def _batched_triton_experts_op(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    expert_num_tokens: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    batch_invariant: bool,
-) -> None:
-    """``batched_triton_experts`` as torch.compile sees it: opaque."""
-    batched_triton_experts(
-        output,
-        hidden_states,
-        w1,
-        w2,
-        expert_num_tokens,
-        MoEActivation(activation),
-        ApplyMoEActivationConfig.from_numbers(numbers),
-        w1_bias,
-        w2_bias,
-        workspace13,
-        batch_invariant=batch_invariant,
-    )
-
-
-@_batched_triton_experts_op.register_fake
-def _(*arguments: object) -> None:
-    return None
