@@ -6,19 +6,15 @@ back, everything else is as in ``torch_reference``. Any device, any format, slow
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.quantized_operands import quantized_pair
-from fusedmoe.experts.torch_reference import tokens_at_once, wide_dtype
+from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.kernels.ids import local_ids
-from fusedmoe.modular_kernel import (
-    ExpertsCapabilities,
-    ExpertTokensMetadata,
-    FusedMoEExpertsModular,
-    WorkspaceShapes,
-)
+from fusedmoe.modular_kernel import ExpertsCapabilities
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
@@ -81,10 +77,11 @@ def _quantized(x: torch.Tensor, desc: FusedMoEQuantDesc | None) -> torch.Tensor:
     return x if desc is None else fake_quantize(x, desc.key, desc.scale)
 
 
-class TorchQuantizedExperts(FusedMoEExpertsModular):
+class TorchQuantizedExperts(TorchExperts):
     """Any format on any device, one expert after the other, in fp32."""
 
     name = "torch_quantized"
+    opaque_name = name
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -104,62 +101,26 @@ class TorchQuantizedExperts(FusedMoEExpertsModular):
     def expects_unquantized_inputs(self) -> bool:
         return True
 
-    def workspace_shapes(
+    def defined(
         self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> WorkspaceShapes:
-        return WorkspaceShapes((0,), (0,), (M, K))
-
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
+        x: torch.Tensor,
         w1: torch.Tensor,
         w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        if torch.compiler.is_compiling():
-            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
-            run_opaque(self, TorchQuantizedExperts.name, *given)
-            return
-        config, T = self.quant_config, hidden_states.shape[0]
-        first, second = quantized_pair(w1, w2, config, activation, hidden_states.dtype)
-        step = tokens_at_once(self, T, topk_ids.shape[1], w1, w2)
-        invariant = self.moe_config.options.batch_invariant
-        if not invariant and FP8_DYNAMIC_TENSOR in (config.a1.key, config.a2.key):
-            step = max(1, T)  # all tokens together make the scale
-        for start in range(0, T, step):
-            part = slice(start, start + step)
-            output[part] = quantized_experts_reference(
-                hidden_states[part],
-                first,
-                second,
-                weights[part],
-                topk_ids[part],
-                a1=config.a1,
-                a2=config.a2,
-                activation=activation,
-                activation_config=self.activation_config,
-                w1_bias=config.w1_bias,
-                w2_bias=config.w2_bias,
-                expert_map=expert_map,
-                compute_dtype=wide_dtype(hidden_states.dtype),
-            )
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        **how: Any,
+    ) -> torch.Tensor:
+        config = self.quant_config
+        first, second = quantized_pair(w1, w2, config, how["activation"], x.dtype)
+        return quantized_experts_reference(
+            x, first, second, weights, ids, a1=config.a1, a2=config.a2, **how
+        )
+
+    def tokens_at_once(self, T: int, K: int, w1: torch.Tensor, w2: torch.Tensor) -> int:
+        config = self.quant_config
+        if (
+            FP8_DYNAMIC_TENSOR in (config.a1.key, config.a2.key)
+            and not self.moe_config.options.batch_invariant
+        ):
+            return max(1, T)  # all tokens together make the scale
+        return super().tokens_at_once(T, K, w1, w2)

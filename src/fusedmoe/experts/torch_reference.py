@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
@@ -55,23 +57,6 @@ def experts_reference(
     return out.to(hidden_states.dtype)
 
 
-def tokens_at_once(
-    experts: FusedMoEExpertsModular, T: int, K: int, w1: torch.Tensor, w2: torch.Tensor
-) -> int:
-    """How many of T tokens the references take in one pass, w1 [e, N, ...] and w2 [e, H, ...].
-
-    One where batches must not matter, for a BLAS may sum in another order for another number of
-    rows; else what ``max_workspace_bytes`` has room for, in fp32, if one expert has all rows:
-    [H] before and after for each token, [H], [N], twice [N] or less, and [H] for each row.
-    """
-    options = experts.moe_config.options
-    if options.batch_invariant:
-        return 1
-    limit, H, N = options.max_workspace_bytes, w2.shape[1], w1.shape[1]
-    per_token = 4 * (2 * H + K * (2 * H + 3 * N))
-    return max(1, T if limit is None else min(T, limit // per_token))
-
-
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over numbers of ``dtype`` are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -81,6 +66,8 @@ class TorchExperts(FusedMoEExpertsModular):
     """Runs anywhere, any activation; fp32 arithmetic; slow by design (it reads ids on the host)."""
 
     name = "torch"
+    opaque_name = name
+    """What compiled code calls, of a class that no table has, too."""
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -126,13 +113,13 @@ class TorchExperts(FusedMoEExpertsModular):
             from fusedmoe.experts.functional_call import run_opaque
 
             given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
-            run_opaque(self, TorchExperts.name, *given)
+            run_opaque(self, self.opaque_name, *given)
             return
         T, K = topk_ids.shape
-        step = tokens_at_once(self, T, K, w1, w2)
+        step = self.tokens_at_once(T, K, w1, w2)
         for start in range(0, T, step):
             part = slice(start, start + step)
-            output[part] = experts_reference(
+            output[part] = self.defined(
                 hidden_states[part],
                 w1,
                 w2,
@@ -145,3 +132,29 @@ class TorchExperts(FusedMoEExpertsModular):
                 expert_map=expert_map,
                 compute_dtype=wide_dtype(hidden_states.dtype),
             )
+
+    def defined(
+        self,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        **how: Any,
+    ) -> torch.Tensor:
+        """``experts_reference`` of some of the tokens."""
+        return experts_reference(x, w1, w2, weights, ids, **how)
+
+    def tokens_at_once(self, T: int, K: int, w1: torch.Tensor, w2: torch.Tensor) -> int:
+        """How many of T tokens go in one pass, w1 [e, N, ...] and w2 [e, H, ...].
+
+        One where batches must not matter, for a BLAS may sum in another order for another number of
+        rows; else what ``max_workspace_bytes`` has room for, in fp32, if one expert has all rows:
+        [H] before and after for each token, [H], [N], twice [N] or less, and [H] for each row.
+        """
+        options = self.moe_config.options
+        if options.batch_invariant:
+            return 1
+        limit, H, N = options.max_workspace_bytes, w2.shape[1], w1.shape[1]
+        per_token = 4 * (2 * H + K * (2 * H + 3 * N))
+        return max(1, T if limit is None else min(T, limit // per_token))
