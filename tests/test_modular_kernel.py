@@ -175,17 +175,8 @@ class ToBatches(FusedMoEPrepareAndFinalizeModular):
     row_format = FusedMoEActivationFormat.BatchedExperts
     max_tokens = 9
 
-    def topk_indices_dtype(self):
-        return None
-
     def max_num_tokens_per_rank(self):
         return self.max_tokens
-
-    def num_dispatchers(self):
-        return 1
-
-    def output_is_reduced(self):
-        return False
 
     def prepare(self, a1, topk_weights, topk_ids, num_experts, *rest):
         rows = torch.full((num_experts, self.max_tokens, a1.shape[1]), float("nan"))

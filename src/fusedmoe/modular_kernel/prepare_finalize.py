@@ -24,7 +24,7 @@ from fusedmoe.topk_weight_and_reduce import (
 )
 
 
-class FusedMoEPrepareAndFinalize(ABC):
+class FusedMoEPrepareAndFinalize:
     """What both kinds of prepare/finalize say about themselves.
 
     ``row_format`` is the format of the rows it delivers, ``name`` what options and ``explain``
@@ -59,21 +59,22 @@ class FusedMoEPrepareAndFinalize(ABC):
     def activation_format(self) -> FusedMoEActivationFormat:
         return self.row_format
 
-    @abstractmethod
     def topk_indices_dtype(self) -> torch.dtype | None:
         """The integer dtype ids must arrive in, or None for any."""
+        return None
 
-    @abstractmethod
     def max_num_tokens_per_rank(self) -> int | None:
         """Rows per expert and rank that a batched format holds; None in Standard format."""
+        return None
 
-    @abstractmethod
     def num_dispatchers(self) -> int:
         """How many ranks send tokens to this one."""
+        return 1
 
-    @abstractmethod
     def output_is_reduced(self) -> bool:
-        """Whether finalize's output needs no further sum over ranks."""
+        """Whether finalize's output needs no further sum over ranks; it does where ranks that share
+        tokens (tensor parallel) still hold parts of the sum."""
+        return False
 
     def supports_async(self) -> bool:
         """Whether the ``*_async`` forms return before the wire is done."""
@@ -92,7 +93,7 @@ class FusedMoEPrepareAndFinalize(ABC):
         return [num_tokens]
 
 
-class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
+class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize, ABC):
     """Moves tokens whose experts are already chosen.
 
     ``rows_may_be_late``: the experts that follow take rows that are still on their way.
@@ -195,7 +196,7 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         return lambda: None
 
 
-class FusedMoEPrepareAndFinalizeMonolithic(FusedMoEPrepareAndFinalize):
+class FusedMoEPrepareAndFinalizeMonolithic(FusedMoEPrepareAndFinalize, ABC):
     """Moves tokens together with their router logits; the experts route."""
 
     @abstractmethod

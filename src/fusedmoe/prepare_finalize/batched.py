@@ -14,12 +14,10 @@ from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
-    FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 def rows_by_expert(
@@ -47,7 +45,7 @@ def rows_by_expert(
     return found, chosen.sum(0).clamp(max=room).to(torch.int32)
 
 
-class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
+class BatchedPrepareAndFinalize(MoEPrepareAndFinalizeNoDPEPModular):
     """[T, H] -> [e, max_num_tokens, H] and back, without leaving the device.
 
     An expert may get a row of every token, so more than ``max_num_tokens`` tokens are a ValueError.
@@ -69,24 +67,15 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
         if moe.max_num_tokens is None:
             return "needs max_num_tokens, the rows that each expert has room for"
-        return MoEPrepareAndFinalizeNoDPEPModular.unmet_requirement(moe, groups)
+        return super().unmet_requirement(moe, groups)
 
     @classmethod
     def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> BatchedPrepareAndFinalize:
         assert moe.max_num_tokens is not None
         return cls(moe.max_num_tokens, moe.num_local_experts)
 
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return None
-
     def max_num_tokens_per_rank(self) -> int | None:
         return self.max_num_tokens
-
-    def num_dispatchers(self) -> int:
-        return 1
-
-    def output_is_reduced(self) -> bool:
-        return False
 
     def prepare(
         self,
@@ -112,22 +101,4 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         rows, counts = rows_by_expert([a1], local, self.num_local_experts, room)
         return PrepareResult(
             *(rows[0], None, ExpertTokensMetadata(counts)), local.to(topk_ids.dtype), topk_weights
-        )
-
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        self.weight_and_sum(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
         )

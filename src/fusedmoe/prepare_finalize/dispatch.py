@@ -96,18 +96,8 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
         one._given_sizes = tokens_per_rank
         return one
 
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return None
-
-    def max_num_tokens_per_rank(self) -> int | None:
-        return None
-
     def num_dispatchers(self) -> int:
         return self._num_dispatchers
-
-    def output_is_reduced(self) -> bool:
-        """False: ranks that share these tokens (tensor parallel) still hold parts of the sum."""
-        return False
 
     def supports_async(self) -> bool:
         return True

@@ -39,18 +39,6 @@ class _OneRank(FusedMoEPrepareAndFinalize):
             return None
         return f"moves no tokens, but ranks hold different ones ({moving})"
 
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return None
-
-    def max_num_tokens_per_rank(self) -> int | None:
-        return None
-
-    def num_dispatchers(self) -> int:
-        return 1
-
-    def output_is_reduced(self) -> bool:
-        return False
-
 
 class MoEPrepareAndFinalizeNoDPEPModular(_OneRank, FusedMoEPrepareAndFinalizeModular):
     """Standard rows in, Standard rows out."""
