@@ -141,6 +141,8 @@ DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
                : "memory");
 }
 DEVICE float from_thread(float value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
+DEVICE int from_lane(int value, int lane) { return __shfl_sync(~0u, value, lane); }
+DEVICE u32 lanes_with(bool is) { return __ballot_sync(~0u, is); }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
 // WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
 // the compiler from touching them.

@@ -30,6 +30,7 @@ struct Rows {
   float sums[SUMS_STAY ? UNITS : 1][NT][2];  // of x times what takes the zero point away
   float2* others;                            // or where they are
   int known = -1, lead, slots[NT];           // of the block that comes next
+  int split = SPLITTING && LONE ? 8 : 1;     // of the block that is there
 
   DEVICE void look(const Place& p, const Arguments& a, int block) {
     known = block;
@@ -38,18 +39,25 @@ struct Rows {
     for (int n = 0; n < NT; n++) slots[n] = slot_of(a, block, n * 8 + p.g);
   }
   DEVICE void load(const Place& p, const Arguments& a, int block, int blocks) {
-    if (block != known) look(p, a, block);
+    if (!LONE && block != known) look(p, a, block);
+    if (SPLITTING && !LONE) {
+      const u32 taken = lanes_with(slots[0] >= 0 && slots[0] < a.R);
+      split = taken >> 16 ? 1 : taken >> 8 ? 2 : 4;
+      slots[0] = from_lane(slots[0], p.g % (8 / split) * 4);
+    }
+    const int own = p.g / (8 / split);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       // Places without a slot take the block's first, whose sums they then throw away.
-      int slot = slots[n];
+      int slot = LONE ? block : slots[n];
       if (slot < 0 || slot >= a.R) slot = lead;
       slot = min(max(slot, 0), a.R - 1);
       const u16* from = a.x + (i64)(slot / TOP_K) * a.stride_x +
                         (p.k_begin * STEP_COLS + p.t * 2 * XR);
 #pragma unroll
       for (int c = 0; c < 2 * PAIRS; c++) {
-        const bool inside = c / 2 < FEWEST || p.k_begin + c / 2 < p.k_end;
+        const bool inside =
+            (c & (split - 1)) == own && (c / 2 < FEWEST || p.k_begin + c / 2 < p.k_end);
         const u16* one = from + c * CHUNK_COLS;
         if (FOUR) {
           const uint4 v = inside ? *(const uint4*)one : make_uint4(0, 0, 0, 0);
@@ -100,9 +108,12 @@ DEVICE u32 chunk_at(const Place& p, u32 tile, int row, int c) {
   return own + (chunk >> 3) * (ROWS * 128) + (((chunk ^ row) & 7) << 4);
 }
 
-// The products of this warp's part of a tile of 16 rows, scales of two of them.
+// The products of this warp's part of a tile of 16 rows, scales of two of them. So many (SPLIT)
+// groups have columns of their own.
+template <int SPLIT>
 DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
                      const u32 (&scales)[2], const Rows& rows) {
+  constexpr int UNIT_CHUNKS = SPLIT > 1 ? SPLIT : GC;
   float part[CHAINS][NT][4];
   u32 w[4];
 #pragma unroll
@@ -114,7 +125,7 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
     for (int half = 0; half < 2; half++) numbers(v[half], w[c % 2 * 2 + half]);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-      if (c % GC == 0) {
+      if (c % UNIT_CHUNKS == 0) {
         const float2 sum = rows.sum(p, c / GC, n);
 #pragma unroll
         for (int i = 0; i < 4 * CHAINS; i++)
@@ -126,17 +137,24 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
             rows.x[n][c][i + 1]);
     }
     const bool last = c % 2 == 1 && c + 1 >= 2 * FEWEST && p.k_begin + (c + 1) / 2 >= p.k_end;
-    if ((c + 1) % GC && !last) continue;
-    const int group = ALIGNED ? c / GC * GC * CHUNK_COLS / WIDTH + first_group(p.k_begin)
-                              : (p.k_begin * STEP_COLS + c * CHUNK_COLS) / WIDTH;
+    if ((c + 1) % UNIT_CHUNKS && !last) continue;
+    const int begin = c / UNIT_CHUNKS * UNIT_CHUNKS;
+    const int group = ALIGNED ? begin * CHUNK_COLS / WIDTH + first_group(p.k_begin)
+                              : (p.k_begin * STEP_COLS + begin * CHUNK_COLS) / WIDTH;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const float factor = stored_scale(scales[half] + group * SCALE_BYTES);
+      float factors[2];
 #pragma unroll
-      for (int i = 0; i < NT * 2; i++) {
+      for (int i = 0; i < (SPLIT == 8 ? 2 : 1); i++) {
+        int own = SPLIT > 1 ? (2 * p.t + i) * SPLIT / 8 : 0;
+        if (c - begin < SPLIT - 1) own = min(own, c - begin);  // columns without a group are zero
+        factors[i] = stored_scale(scales[half] + (group + own) * SCALE_BYTES);
+      }
+#pragma unroll
+      for (int i = 0; i < NT * 2; i += LONE && SPLIT == 1 ? 2 : 1) {
         const int n = i / 2, j = half * 2 + i % 2;
-        acc[n][j] = fmaf(factor, part[0][n][j] + (CHAINS > 1 ? part[CHAINS - 1][n][j] : 0.0f),
-                         acc[n][j]);
+        const float sum = CHAINS > 1 ? part[0][n][j] + part[CHAINS - 1][n][j] : part[0][n][j];
+        acc[n][j] = fmaf(factors[SPLIT == 8 ? i : 0], sum, acc[n][j]);
       }
     }
   }
@@ -146,9 +164,7 @@ DEVICE void take_block(const Place& p, const Arguments& a, int count, int known,
                        Ends& ends) {
   __syncwarp();
   rows.load(p, a, known, count / TILES);
-#pragma unroll
-  for (int i = 0; i < NT * 2; i++)
-    ends.slots[i / 2][i % 2] = slot_of(a, known, i / 2 * 8 + 2 * p.t + i % 2);
+  ends.take_block(p, a, known, rows.split);
 }
 
 DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& ring, Parts parts,
@@ -161,7 +177,7 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
   const int first = first_item(count, blockIdx.x);
   int known = first < first_item(count, blockIdx.x + 1) ? first / TILES : -1;
   if (EARLY) {
-    if (known >= 0) rows.look(p, a, known);
+    if (!LONE && known >= 0) rows.look(p, a, known);
     wait_for_previous();
     let_next_begin();
   }
@@ -176,7 +192,7 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
       if (mine) parts.finish(p, a, before);
       break;
     }
-    if (ends.item / TILES != known) {
+    if (ends.item >= (known + 1) * TILES) {
       known = ends.item / TILES;
       take_block(p, a, count, known, rows, ends);
     }
@@ -194,7 +210,15 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
       for (int half = 0; half < 2; half++)
         scales[half] = of_place + scale_at(tile, half * 8 + p.g) * SCALE_PITCH +
                        slice * (ROWS - 1) * SCALE_PITCH;
-      multiply(acc[mt], p, place, row_at(tile, p.lane & 15), scales, rows);
+      const int row = row_at(tile, p.lane & 15);
+      if (SPLITTING && LONE)
+        multiply<8>(acc[mt], p, place, row, scales, rows);
+      else if (SPLITTING && rows.split == 4)
+        multiply<4>(acc[mt], p, place, row, scales, rows);
+      else if (SPLITTING && rows.split == 2)
+        multiply<2>(acc[mt], p, place, row, scales, rows);
+      else
+        multiply<1>(acc[mt], p, place, row, scales, rows);
     }
     __syncwarp();
     if (p.lane == 0) arrive(ring.empty_at(turns.stage));
@@ -214,7 +238,7 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
 extern "C" __global__ void __launch_bounds__((WARPS + BRINGERS) * 32, PER_SM)
 quantized_rows(const __grid_constant__ Arguments a) {
   DYNAMIC_SHARED(memory);
-  const Place p = find_place();
+  const Place p = find_place(true);
   u8* const scales = memory + STAGES * PLACE_BYTES;
   float4* const sums = (float4*)(scales + STAGES * PLACE_SCALES);
   u8* const of_x = (u8*)(sums + (KW > 1 ? 2 * WARPS * MT * NT * 32 : 0));

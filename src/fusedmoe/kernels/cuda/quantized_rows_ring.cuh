@@ -29,6 +29,10 @@ constexpr int CHAINS = GC > 1 && XR == 4 && NT == 1 ? 2 : 1;
 // Sums of x of so many units stay in registers.
 constexpr bool SUMS_STAY = ELEMENT != INT4 || UNITS <= 4;
 constexpr int SUM_BYTES = SUMS_STAY ? 0 : WARPS * UNITS * NT * 32;
+// A product has eight columns. Where a chunk is a group and slots are fewer, so many neighbouring groups
+// get columns of their own (SPLIT; x is zero in those of others), and sums take their scales once for
+// all of them: two or four where a block has at most four or two slots, eight for LONE ones.
+constexpr bool SPLITTING = NT == 1 && GROUP_CHUNKS == 1 && ELEMENT != INT4;
 // Of a place of the ring: ROWS rows, shard by shard. BOXES: the copy engine brings them a line of 128
 // bytes of each at a time, swizzled; otherwise they lie as in memory, so that two shards in turns stay
 // so (ALTERNATING). Scales lie as in memory, SCALE_PITCH bytes apart.

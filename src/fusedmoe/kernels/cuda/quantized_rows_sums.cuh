@@ -5,12 +5,25 @@ DEVICE int own_feature(const Place& p) { return ALTERNATING ? p.g / 2 + p.g % 2 
 
 // The end of an item: what it needs from global memory, and the rows of out.
 struct Ends {
-  int item = 0, slots[NT][2];
+  int item = 0, expert, split, slots[NT][2];
   u32 bias[MT][2];
 
+  DEVICE void take_block(const Place& p, const Arguments& a, int block, int groups) {
+    if (BIAS) expert = expert_of(a, block);
+    split = groups;
+#pragma unroll
+    for (int i = 0; i < (LONE ? 0 : NT * 2); i++) {
+      const int column = 2 * p.t + i % 2;
+      slots[i / 2][i % 2] = column < 8 / split ? slot_of(a, block, i / 2 * 8 + column) : -1;
+    }
+  }
+  // Of a column of this thread's sums.
+  DEVICE int slot_at(const Place& p, int n, int i) const {
+    if (LONE) return p.t == 0 && i == 0 ? item / TILES : -1;
+    return slots[n][i];
+  }
   DEVICE void load(const Place& p, const Arguments& a) {
     if (!BIAS) return;
-    const int expert = expert_of(a, item / TILES);
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
       const int f = item % TILES * FT + (p.wm * MT + i / 2) * FM + own_feature(p);
@@ -19,6 +32,15 @@ struct Ends {
     }
   }
   DEVICE void store(const Place& p, const Arguments& a, int mt, int n, float (&v)[4]) const {
+    if (SPLITTING) {
+      if (LONE) v[0] += v[1], v[2] += v[3];
+#pragma unroll
+      for (int apart = 1; apart < 4; apart *= 2) {
+        if (!LONE && split * apart < 4) continue;
+#pragma unroll
+        for (int i = 0; i < 4; i += LONE ? 2 : 1) v[i] += from_thread(v[i], apart);
+      }
+    }
     const int f = item % TILES * FT + (p.wm * MT + mt) * FM + own_feature(p);
     if (ALTERNATING) {
       // Gate and up of a feature are in neighbouring rows: each of two threads gives half of its own.
@@ -32,10 +54,15 @@ struct Ends {
     float added[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      if (BIAS) added[half] = number<BIAS - 1>(bias[mt][half]);
+      if (BIAS) {
+        // Here and not where they were asked for: a warp would wait for them there.
+        u32 bits = bias[mt][half];
+        hold(bits);
+        added[half] = number<BIAS - 1>(bits);
+      }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int slot = slots[n][i];
+      const int slot = slot_at(p, n, i);
       if (slot < 0 || slot >= a.R) continue;
       const float low = fmaf(v[i], UNIT, added[0]), high = fmaf(v[2 + i], UNIT, added[1]);
       store_features(a, slot, f, low, high);
@@ -76,9 +103,10 @@ struct Parts {
     wait_barrier(full_at(p, own), buffer == 0 ? phase ^ 1 : phase);
 #pragma unroll
     for (int i = 0; i < MT * NT; i++) {
-      float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const float4 first = *at(p, own, i, 0);
+      float v[4] = {first.x, first.y, first.z, first.w};
 #pragma unroll
-      for (int j = 0; j < KW; j++) {
+      for (int j = 1; j < KW; j++) {
         const float4 part = *at(p, own, i, j);
         v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
       }

@@ -37,10 +37,12 @@ DEVICE int first_group(int k) { return RINGED ? k * STEP_COLS / WIDTH : 0; }
 struct Place {
   int lane, warp, kw, wm, g, t, k_begin, k_end;
 };
-DEVICE Place find_place() {
+// ``turned``: warps side by side begin with another part each, so that longer ones are spread over the
+// schedulers, which have every fourth warp.
+DEVICE Place find_place(bool turned = false) {
   Place p;
   p.lane = threadIdx.x & 31, p.warp = threadIdx.x >> 5;
-  p.kw = p.warp % KW, p.wm = p.warp / KW;
+  p.wm = p.warp / KW, p.kw = (p.warp + (turned ? p.wm : 0)) % KW;
   p.g = p.lane >> 2, p.t = p.lane & 3;
   p.k_begin = p.kw * S / KW, p.k_end = (p.kw + 1) * S / KW;
   return p;
