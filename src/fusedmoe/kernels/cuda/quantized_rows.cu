@@ -220,13 +220,17 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
       else
         multiply<1>(acc[mt], p, place, row, scales, rows);
     }
-    __syncwarp();
-    if (p.lane == 0) arrive(ring.empty_at(turns.stage));
     if (KW == 1) {
 #pragma unroll
       for (int i = 0; i < MT * NT; i++) ends.store(p, a, i / NT, i % NT, acc[i / NT][i % NT]);
     } else {
       parts.write(p, acc);
+    }
+    // Only now: what was read of this place is in sums that have been stored. An arrival does not
+    // wait for loads on their way, and those can be later than the copies that it asks for.
+    __syncwarp();
+    if (p.lane == 0) arrive(ring.empty_at(turns.stage));
+    if (KW > 1) {
       if (mine) parts.finish(p, a, before);
       parts.next();
       before = ends;
