@@ -123,7 +123,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Validate a checkpoint folder; raises CheckpointError with the first thing that is wrong."""
     folder = Path(folder)
     if not folder.exists():
-        raise CheckpointError(f"{folder}: there is no such folder")
+        raise CheckpointError(
+            f"{folder}: there is no such folder, and nothing is downloaded; "
+            "huggingface_hub.snapshot_download gives one"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; give the checkpoint's folder")
     config = read_config(folder)

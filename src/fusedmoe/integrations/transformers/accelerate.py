@@ -121,6 +121,8 @@ def accelerate(
         logger.info("%s runs through fusedmoe as %s", block.path, block.family.name)
     handled += [path for path, module in model.named_modules() if _replacement(module) is not None]
     recursive_replace(model, options=options, leave=handled)
+    if not accelerated_blocks(model):
+        logger.warning("nothing in this %s runs through fusedmoe", type(model).__name__)
     return model
 
 
