@@ -220,13 +220,19 @@ inline void arrive_with_copies(u32 barrier) {
   engine[barrier].left--;
 }
 inline void prefetch_tile(const TensorMap&, int, int, int) {}
-inline int from_first_thread(int value) {
+inline int from_lane(int value, int from) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   operands[warp][lane][0] = (u32)value;
   __syncwarp();
-  value = (int)operands[warp][0][0];
+  value = (int)operands[warp][from][0];
   __syncwarp();
   return value;
+}
+inline int from_first_thread(int value) { return from_lane(value, 0); }
+inline u32 lanes_with(bool is) {
+  u32 lanes = 0;
+  for (int lane = 0; lane < 32; lane++) lanes |= (u32)(from_lane(is, lane) != 0) << lane;
+  return lanes;
 }
 inline float from_thread(float value, int apart) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -139,6 +139,8 @@ ONE_GEMM = {
     "rows_mxfp4": ("mxfp4", OAI, 20, 4, 16, 320, 96, rows(4, 2), {"local": 7, "bias": True}),
     "rows_mxfp4_down": ("mxfp4", None, 20, 4, 16, 320, 96, rows(3, 2, 3, 1, 2), {"bias": True}),
     "rows_swizzled": ("mxfp4", OAI, 20, 4, 16, 512, 96, rows(3, 2), {"local": 7, "bias": True}),
+    "rows_few_slots": ("mxfp4", SILU, 5, 4, 12, 640, 96, rows(2, 4), {"bias": True}),
+    "rows_few_slots_apart": ("mxfp4", None, 5, 4, 12, 768, 96, rows(3, 2), {"local": 9}),
     "rows_int4": ("int4_g32", SILU, 20, 4, 16, 1024, 96, rows(4, 3), {"bias": True}),
     "rows_int4_apart": ("int4_g32", SILU, 9, 4, 16, 8192, 16, rows(8, 1, 2), {}),
     "rows_int4_ahead": ("int4_g32", None, 20, 4, 16, 256, 128, rows(1, 4, ahead=1), {}),
@@ -159,6 +161,7 @@ ONE_GEMM = {
         rows(4, 2, slots=1),
         {"local": 5, "bias": True},
     ),
+    "rows_lone_long": ("mxfp4", OAI, 2, 4, 16, 640, 96, rows(2, 4, slots=1), {"bias": True}),
     "rows_lone_down": ("int4_g32", None, 2, 2, 16, 256, 128, rows(2, 4, slots=1), {"bias": True}),
     "zero_points": ("int4_g128_zp", GELU, 9, 2, 4, 896, 40, block(), {"bias": True}),
     "zero_points_of_rows": (
