@@ -25,7 +25,7 @@ from fusedmoe.tuning.cuda_tiles import (
 
 COMMON = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
-    *("quantized_tasks.cuh", "quantized_scales.cuh", "quantized_ends.cuh"),
+    *("quantized_tasks.cuh", "quantized_spans.cuh", "quantized_scales.cuh", "quantized_ends.cuh"),
 )
 ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}

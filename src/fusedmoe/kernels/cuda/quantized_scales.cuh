@@ -1,36 +1,4 @@
-// Scales and zero points of a warp's rows: by cp.async to a ring of spans, and where in it they lie.
-
-struct Spans {
-  u32 to;
-  int span = 0, slot = 0;
-
-  // Eight threads take PITCH bytes of a row, 32 at most, from the word on in which a span begins.
-  DEVICE void copy(const Ahead& ahead, u32 first, const u8* base, int unit, bool loose) const {
-    const int group = first_group(ahead.at.k), lane = ahead.p.lane, word = lane % 8 * 4;
-    const u8* all = base + (ahead.expert * (i64)EXPERT_SCALES + group) * unit + word;
-#pragma unroll
-    for (int i = 0; i < MT * 4; i++) {
-      const int row = i * 4 + lane / 8;
-      const u8* one =
-          all + scale_row(ahead.p, ahead.at.task, i / 4, row % 16) * (SCALE_STRIDE * unit);
-      const int miss = loose ? (int)(u64)one & 3 : 0;
-      if (word < PITCH)
-        copy4(first + row * PITCH + word, one - miss, word < (SCALE_STRIDE - group) * unit + miss);
-    }
-  }
-
-  DEVICE void issue(const Ahead& ahead) {
-    if (!RINGED) return;
-    if (ahead.at.k == ahead.p.k_begin) span = 0;
-    if (span == 0) {
-      copy(ahead, to + slot * SPAN_BYTES, ahead.tasks.a.scale, SCALE_BYTES, SCALE_LOOSE);
-      if (ZERO)
-        copy(ahead, to + (SPANS + slot) * SPAN_BYTES, ahead.tasks.a.zero, 1, ZERO_LOOSE);
-      slot = turn(slot, SPANS);
-    }
-    span = turn(span, SPAN);
-  }
-};
+// Where scales and zero points of a warp's rows lie in their ring of spans.
 
 // Addresses for this thread's rows, less what precedes their span.
 struct Scales {
@@ -41,6 +9,10 @@ struct Scales {
   DEVICE void step(const Place& p, const Tasks& tasks, int task, int k) {
     if (!RINGED) return;
     if (k == p.k_begin) span = 0;
+    place(p, tasks, task, k, spans);
+  }
+  // For a caller that keeps the address of the spans, and begins every task with span 0 itself.
+  DEVICE void place(const Place& p, const Tasks& tasks, int task, int k, u32 ring) {
     if (span == 0) {
       const int group = first_group(k);
       const bool loose = SCALE_LOOSE || ZERO_LOOSE;
@@ -49,7 +21,7 @@ struct Scales {
       for (int i = 0; i < MT * 2; i++) {
         const int mt = i / 2, r = i % 2 * 8 + p.g;
         const int low = first + scale_row(p, task, mt, r) * SCALE_STRIDE;
-        const u32 row = spans + slot * SPAN_BYTES + (mt * 16 + r) * PITCH;
+        const u32 row = ring + slot * SPAN_BYTES + (mt * 16 + r) * PITCH;
         at[mt][i % 2] = row + (SCALE_LOOSE ? low * SCALE_BYTES & 3 : 0) - group * SCALE_BYTES;
         zeros[mt][i % 2] = row + SPANS * SPAN_BYTES + (ZERO_LOOSE ? low & 3 : 0) - group;
       }

@@ -22,30 +22,6 @@
 // Sums of groups begin with what x takes away.
 constexpr bool FROM_SUMS = ELEMENT == INT4 && GC == 1 && !ZERO;
 
-// Where the scales and zero points of this thread's rows lie, less what precedes their span.
-struct Scales {
-  int span, slot = 0;
-  u32 at[MT][2], zeros[MT][2];
-
-  DEVICE void step(const Place& p, const Tasks& tasks, int task, int k, u32 spans) {
-    if (span == 0) {
-      const int group = first_group(k);
-      const bool loose = SCALE_LOOSE || ZERO_LOOSE;
-      const int first = loose ? (int)(tasks.expert(task) * (i64)EXPERT_SCALES) + group : 0;
-#pragma unroll
-      for (int i = 0; i < MT * 2; i++) {
-        const int mt = i / 2, r = i % 2 * 8 + p.g;
-        const int low = first + scale_row(p, task, mt, r) * SCALE_STRIDE;
-        const u32 row = spans + slot * SPAN_BYTES + (mt * 16 + r) * PITCH;
-        at[mt][i % 2] = row + (SCALE_LOOSE ? low * SCALE_BYTES & 3 : 0) - group * SCALE_BYTES;
-        zeros[mt][i % 2] = row + SPANS * SPAN_BYTES + (ZERO_LOOSE ? low & 3 : 0) - group;
-      }
-      slot = turn(slot, SPANS);
-    }
-    span = turn(span, SPAN);
-  }
-};
-
 // acc += scale * (part - what zero points add), for one group.
 DEVICE void fold(Accumulators& acc, const Accumulators& part, const float (&sums)[NT][4],
                  const Scales& scales, int group) {
@@ -53,16 +29,14 @@ DEVICE void fold(Accumulators& acc, const Accumulators& part, const float (&sums
   for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float factor = 1.0f, middle = 0.0f;
-      if (RINGED && !SCALED) factor = stored_scale(scales.at[mt][half] + group * SCALE_BYTES);
-      if (ZERO) middle = stored_middle(scales.zeros[mt][half] + group);
+      const float factor = scales.factor(mt, half, group), zero = scales.zero(mt, half, group);
 #pragma unroll
       for (int n = 0; n < NT; n++) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; i++) {
           float value = part[mt][n][i];
           if (ZERO)
-            value = fmaf(middle, sums[n][i], value);
+            value = fmaf(zero, sums[n][i], value);
           else if (ELEMENT == INT4 && !FROM_SUMS)
             value += sums[n][i];
           acc[mt][n][i] = fmaf(factor, value, acc[mt][n][i]);
@@ -216,7 +190,7 @@ quantized_warps(const __grid_constant__ Arguments a) {
       wait_groups<STAGES - 2>();
       __syncwarp();
       weights.issue(stage == 0 ? STAGES - 1 : stage - 1);  // what the step before has emptied
-      if (RINGED) scales.step(p, tasks, task, k, ring + STAGES * TILE_BYTES);
+      if (RINGED) scales.place(p, tasks, task, k, ring + STAGES * TILE_BYTES);
 #pragma unroll
       for (int beat = 0; beat < BEATS; beat++) {
         u32 x[NT][4][XR];

@@ -21,8 +21,8 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaWarpsTile
 
 SOURCES = (
-    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh"),
-    *("quantized_warps_tasks.cuh", "quantized_warps_loads.cuh", "quantized_warps.cu"),
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_warps_tasks.cuh"),
+    *("quantized_warps_loads.cuh", "quantized_scales.cuh", "quantized_warps.cu"),
 )
 STEP, PITCH, SLOTS = 64, 36, 8
 _POINTERS = (
