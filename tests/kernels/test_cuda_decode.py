@@ -21,6 +21,7 @@ from fusedmoe.kernels.cuda import (
     program,
     quantized_cut,
     quantized_decode,
+    quantized_launch,
     quantized_rows,
     quantized_warps,
 )
@@ -61,14 +62,8 @@ def block(slots=16, warps=4, stages=3):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    def kernel(entry, defines, threads, shared):
-        return KernelOnCpu(
-            (*quantized_decode.COMMON, f"{entry}.cu"), entry, defines, threads, shared
-        )
-
-    def warps_kernel(defines, threads, shared):
-        given = quantized_warps.SOURCES, "quantized_warps", defines, threads, shared
-        return KernelOnCpu(*given)
+    def kernel(sources, defines, threads, shared):
+        return KernelOnCpu(sources, sources[-1].removesuffix(".cu"), defines, threads, shared)
 
     def rows_kernel(defines, threads, shared):
         given = quantized_rows.SOURCES, "quantized_rows", defines, threads, shared
@@ -76,8 +71,7 @@ def on_cpu(monkeypatch):
 
     monkeypatch.setattr(quantized_rows, "_kernel", rows_kernel)
     monkeypatch.setattr(quantized_rows, "tile_map", tile_map)
-    monkeypatch.setattr(quantized_decode, "_kernel", kernel)
-    monkeypatch.setattr(quantized_warps, "_kernel", warps_kernel)
+    monkeypatch.setattr(quantized_launch, "_kernel", kernel)
     monkeypatch.setattr(quantized_decode, "tile_map", tile_map)
 
 

@@ -11,8 +11,8 @@ import torch
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.align_pair import PairedOrder
-from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.kernels.cuda.quantized_cut import cut_of
+from fusedmoe.kernels.cuda.quantized_launch import arguments_of, constants_of, filled, launch
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     STEP,
@@ -27,42 +27,11 @@ COMMON = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
     *("quantized_tasks.cuh", "quantized_spans.cuh", "quantized_scales.cuh", "quantized_ends.cuh"),
 )
-ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
-SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-SCALES[torch.float8_e4m3fn] = 4
-BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-FORMULAS = ("", "silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "swiglustep", "situ")
-_POINTERS = (
-    *("scale", "scale2", "zero", "bias", "x", "out", "ids", "map"),
-    *("experts", "sorted", "num_post"),
+Arguments = arguments_of(
+    ("tiles",),
+    ("scale", "scale2", "zero", "bias", "x", "out", "ids", "map", "experts", "sorted", "num_post"),
+    ("R", "num_mapped", "num_local", "last_block", "guess"),
 )
-_NUMBERS = ("R", "num_mapped", "num_local", "last_block", "guess")
-
-
-class Arguments(ctypes.Structure):
-    """The kernel's one parameter, field by field as the source has it."""
-
-    _fields_ = (
-        ("tiles", ctypes.c_char * 128),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("stride_x", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in _NUMBERS),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _kernel(
-    entry: str, defines: tuple[tuple[str, int], ...], threads: int, shared: int
-) -> CudaKernel:
-    text = tuple((name, str(value)) for name, value in defines)
-    return CudaKernel(
-        source_of("instructions.cuh", *COMMON, f"{entry}.cu"), entry, text, threads, shared
-    )
-
-
-# Shared memory of a multiprocessor, and what every program costs beside its own.
-SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 LIKELY_MEAN = 2  # slots per expert from which on most experts have some
 
 
@@ -169,59 +138,16 @@ def stream(
     N, D = out.shape[1], x.shape[1]
     act = activation or DeviceActivation(formula="", gated=False)
     cut = cut_of(w, D, addresses[5], tile)
-    constants = weight_constants(w, addresses, act) | cut.constants
-    constants |= {"COLUMNS": D, "TOP_K": top_k, "EARLY": int(early)}
-    constants |= {"WIDE": int(out.dtype == torch.float32)}
-    constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
-    constants |= zip(("NEXT", "NEXT_EVEN", "NEXT_ODD"), following or (0, 0, 0), strict=True)
-    ids = expert_map = None
-    tables: tuple[torch.Tensor | None, ...] = (None, None, None)
-    if isinstance(blocks, LoneSlots):
-        ids, expert_map = blocks.topk_ids, blocks.expert_map
-        constants |= {"ID64": int(ids.dtype == torch.int64)}
-    else:
-        tables = blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad
-        constants |= {"ID64": 0}
-    tensors = (w.scale, w.scale2, w.zero_point, bias, x, out, ids, expert_map, *tables)
-    parameters = Arguments(
-        b"",
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        x.stride(0),
-        out.shape[0],
-        0 if expert_map is None else expert_map.shape[0],
-        w.shape[0],
-        0 if tables[0] is None else tables[0].shape[0] - 1,
-        guess,
-        act.limit or 0.0,
-        act.alpha,
-        act.beta,
-    )
+    constants = constants_of(x, w, out, bias, act, addresses, top_k, early) | cut.constants
+    if following is not None:
+        constants |= zip(("NEXT", "NEXT_EVEN", "NEXT_ODD"), following, strict=True)
+    wide_ids = isinstance(blocks, LoneSlots) and blocks.topk_ids.dtype == torch.int64
+    constants |= {"ID64": int(wide_ids)}
+    parameters = filled(Arguments, x, w, out, bias, act, blocks)
+    parameters.guess = guess
     shards = 2 if act.gated else 1
     data, row, box = w.data.data_ptr(), w.data.shape[-1], cut.rows // shards
     boxes = tile_map(data, w.shape[0], N, shards, row, w.interleaved, box)
     ctypes.memmove(ctypes.addressof(parameters), boxes, len(boxes))
-    kernel = _kernel(cut.entry, tuple(constants.items()), cut.threads, cut.shared)
-    resident = min(tile.per_multiprocessor, SHARED_BYTES // (cut.shared + RESERVED_BYTES))
-    kernel.launch(programs * resident, parameters, x.get_device())
-
-
-def weight_constants(
-    w: QuantizedTensor, addresses: tuple[int, ...], act: DeviceActivation
-) -> dict[str, int]:
-    """What the source is told of weights, where they lie and what becomes of the sums."""
-    fmt, scale = w.format, w.scale
-    assert scale is not None
-    places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
-    return {
-        "FEATURES": w.shape[1] // (2 if act.gated else 1),
-        "INTERLEAVED": int(w.interleaved),
-        **dict(zip(places, addresses[4:], strict=True)),
-        "ELEMENT": ELEMENTS[fmt.element],
-        "SCALE": SCALES[scale.dtype],
-        "SCALE_BYTES": scale.element_size(),
-        "SCALE2": int(w.scale2 is not None),
-        "ZERO": int(w.zero_point is not None),
-        "FORMULA": FORMULAS.index(act.formula),
-        "GATED": int(act.gated),
-        "LIMITED": int(act.limit is not None),
-    }
+    given = (*COMMON, f"{cut.entry}.cu"), constants, cut.threads, cut.shared, parameters
+    launch(*given, tile.per_multiprocessor, programs, x.get_device())

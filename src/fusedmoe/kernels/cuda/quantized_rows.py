@@ -11,11 +11,11 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
-from fusedmoe.kernels.cuda.quantized_decode import (
+from fusedmoe.kernels.cuda.quantized_decode import tile_map
+from fusedmoe.kernels.cuda.quantized_launch import (
     BIASES,
     RESERVED_BYTES,
     SHARED_BYTES,
-    tile_map,
     weight_constants,
 )
 from fusedmoe.quantization.tensor import QuantizedTensor

@@ -1,0 +1,132 @@
+"""What launches of quantized weights have in common: constants, parameters, how many programs."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.quantization.tensor import QuantizedTensor
+
+ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+SCALES[torch.float8_e4m3fn] = 4
+BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+FORMULAS = ("", "silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "swiglustep", "situ")
+# Shared memory of a multiprocessor, and what every program costs beside its own.
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
+
+
+def arguments_of(
+    maps: tuple[str, ...], tensors: tuple[str, ...], numbers: tuple[str, ...]
+) -> type[ctypes.Structure]:
+    """A kernel's one parameter, field by field as its source has it; ``filled`` knows the names."""
+    fields = (
+        *((name, ctypes.c_char * 128) for name in maps),
+        *((name, ctypes.c_void_p) for name in tensors),
+        ("stride_x", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in numbers),
+        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
+    )
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+def filled(
+    arguments: type[ctypes.Structure],
+    x: torch.Tensor,
+    w: QuantizedTensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: DeviceActivation,
+    blocks: MoEAlignment | LoneSlots,
+) -> ctypes.Structure:
+    """``arguments`` of this launch; maps, and what else is not here, are zero."""
+    tensors = {"weights": w.data, "scale": w.scale, "scale2": w.scale2, "zero": w.zero_point}
+    tensors |= {"bias": bias, "x": x, "out": out}
+    sizes = {"stride_x": x.stride(0), "R": out.shape[0], "num_local": w.shape[0]}
+    if isinstance(blocks, LoneSlots):
+        tensors |= {"ids": blocks.topk_ids, "map": blocks.expert_map}
+        sizes["num_mapped"] = 0 if blocks.expert_map is None else blocks.expert_map.shape[0]
+    else:
+        tensors |= {"experts": blocks.expert_ids, "sorted": blocks.sorted_ids}
+        tensors["num_post"] = blocks.num_tokens_post_pad
+        sizes["last_block"] = blocks.expert_ids.shape[0] - 1
+    found = arguments(**sizes, limit=act.limit or 0.0, alpha=act.alpha, beta=act.beta)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(found, name, tensor.data_ptr())
+    return found
+
+
+def constants_of(
+    x: torch.Tensor,
+    w: QuantizedTensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: DeviceActivation,
+    addresses: tuple[int, ...],
+    top_k: int,
+    early: bool,
+) -> dict[str, int]:
+    """What every source is told; what reads ``out`` takes rows as they are (NEXT)."""
+    return weight_constants(w, addresses, act) | {
+        "COLUMNS": x.shape[1],
+        "TOP_K": top_k,
+        "EARLY": int(early),
+        "WIDE": int(out.dtype == torch.float32),
+        "BIAS": 0 if bias is None else BIASES[bias.dtype],
+        **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD"), 0),
+    }
+
+
+def weight_constants(
+    w: QuantizedTensor, addresses: tuple[int, ...], act: DeviceActivation
+) -> dict[str, int]:
+    """What the source is told of weights, where they lie and what becomes of the sums."""
+    fmt, scale = w.format, w.scale
+    assert scale is not None
+    places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
+    return {
+        "FEATURES": w.shape[1] // (2 if act.gated else 1),
+        "INTERLEAVED": int(w.interleaved),
+        **dict(zip(places, addresses[4:], strict=True)),
+        "ELEMENT": ELEMENTS[fmt.element],
+        "SCALE": SCALES[scale.dtype],
+        "SCALE_BYTES": scale.element_size(),
+        "SCALE2": int(w.scale2 is not None),
+        "ZERO": int(w.zero_point is not None),
+        "FORMULA": FORMULAS.index(act.formula),
+        "GATED": int(act.gated),
+        "LIMITED": int(act.limit is not None),
+    }
+
+
+@lru_cache(maxsize=1024)
+def _kernel(
+    sources: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, shared: int
+) -> CudaKernel:
+    text, entry = source_of("instructions.cuh", *sources), sources[-1].removesuffix(".cu")
+    return CudaKernel(
+        text, entry, tuple((name, str(value)) for name, value in defines), threads, shared
+    )
+
+
+def launch(
+    sources: tuple[str, ...],
+    constants: dict[str, int],
+    threads: int,
+    shared: int,
+    arguments: ctypes.Structure,
+    per_multiprocessor: int,
+    programs: int,
+    device: int,
+) -> None:
+    """The entry named as the last of ``sources``, by ``programs`` times as many programs as fit a
+    multiprocessor, at most ``per_multiprocessor``."""
+    resident = min(per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
+    kernel = _kernel(sources, tuple(constants.items()), threads, shared)
+    kernel.launch(programs * resident, arguments, device)
