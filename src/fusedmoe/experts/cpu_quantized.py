@@ -10,20 +10,8 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.cpu_int4 import (
-    Int4Weight,
-    float_rows,
-    int4_linear,
-    int4_linears,
-    unmet_int4,
-)
-from fusedmoe.experts.cpu_int8 import (
-    byte_rows,
-    half_rows,
-    int8_linear,
-    int8_linears,
-    unmet_int8,
-)
+from fusedmoe.experts.cpu_int4 import Int4Weight, float_rows, int4_linear, int4_linears, unmet_int4
+from fusedmoe.experts.cpu_int8 import byte_rows, half_rows, int8_linear, int8_linears, unmet_int8
 from fusedmoe.experts.cpu_packing import current, packed_or_copy
 from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
@@ -38,19 +26,10 @@ from fusedmoe.experts.packed_weight import (
 )
 from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
-from fusedmoe.modular_kernel import (
-    ExpertsCapabilities,
-    ExpertTokensMetadata,
-    WorkspaceShapes,
-)
+from fusedmoe.modular_kernel import ExpertsCapabilities, ExpertTokensMetadata, WorkspaceShapes
 from fusedmoe.quantization.desc import FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import INTEGER_WEIGHTS
-from fusedmoe.quantization.keys import (
-    INT8_DYNAMIC_TOKEN,
-    INT8_STATIC_TENSOR,
-    PER_CHANNEL,
-    QuantKey,
-)
+from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR, PER_CHANNEL, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 Encoder = Callable[[torch.Tensor], Any]

@@ -14,13 +14,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.experts.deep_gemm_ops import batched, batched_op, standard, standard_op
-from fusedmoe.experts.deep_gemm_run import (
-    BLOCK,
-    PACKAGE,
-    BlockWeights,
-    aligned_size,
-    package,
-)
+from fusedmoe.experts.deep_gemm_run import BLOCK, PACKAGE, BlockWeights, aligned_size, package
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertTokensMetadata,
@@ -30,12 +24,7 @@ from fusedmoe.modular_kernel import (
     rows_per_expert,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.quantization.keys import (
-    FP8_DYNAMIC_128,
-    FP8_DYNAMIC_128_UE8M0,
-    GroupShape,
-    QuantKey,
-)
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, GroupShape, QuantKey
 
 _WEIGHTS = QuantKey(torch.float8_e4m3fn, True, GroupShape(BLOCK, BLOCK))
 

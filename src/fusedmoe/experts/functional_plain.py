@@ -11,12 +11,7 @@ from fusedmoe.experts.cpu import CpuExperts
 from fusedmoe.experts.cpu_core import cpu_fused_experts
 from fusedmoe.experts.cpu_packed import CpuPackedExperts
 from fusedmoe.experts.cpu_run import scratch_rows as scratch_rows_on_cpu
-from fusedmoe.experts.functional_call import (
-    ExpertsCall,
-    check_call,
-    run_selected,
-    selection_for,
-)
+from fusedmoe.experts.functional_call import ExpertsCall, check_call, run_selected, selection_for
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
 from fusedmoe.modular_kernel.checks import check_ids, check_weights

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.experts.functional_call import (
-    ExpertsCall,
-    check_call,
-    run_selected,
-    selection_for,
-)
+from fusedmoe.experts.functional_call import ExpertsCall, check_call, run_selected, selection_for
 from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 

@@ -32,12 +32,7 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.tuning.hopper_tiles import (
-    DirectTiles,
-    HopperTiles,
-    PrefillTiles,
-    hopper_tiles,
-)
+from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
 
 _ALIGNED_BYTES = 16
 

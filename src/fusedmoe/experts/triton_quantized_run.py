@@ -28,12 +28,7 @@ from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import (
-    QuantizedTile,
-    QuantizedTiles,
-    slots_block,
-    w8a8_tiles,
-)
+from fusedmoe.tuning.quantized_tiles import QuantizedTile, QuantizedTiles, slots_block, w8a8_tiles
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import (
-    ApplyMoEActivationConfig,
-    MoEActivation,
-    activation_reference,
-)
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.ids import local_ids

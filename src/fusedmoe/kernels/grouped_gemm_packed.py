@@ -22,12 +22,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
 )
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import (
-    SEXTETS,
-    SUPERBLOCK_COLUMNS,
-    SUPERBLOCKS,
-    QuantizedTile,
-)
+from fusedmoe.tuning.quantized_tiles import SEXTETS, SUPERBLOCK_COLUMNS, SUPERBLOCKS, QuantizedTile
 
 _ALIGNED_BYTES, _WORD_BYTES = 16, 4
 

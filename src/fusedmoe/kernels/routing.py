@@ -16,12 +16,7 @@ import torch
 
 from fusedmoe.kernels.device import device_of
 from fusedmoe.kernels.routing_plain import plain_routing
-from fusedmoe.router.spec import (
-    NUM_VISION_TOKEN_IDS,
-    RoutingResult,
-    RoutingSpec,
-    RoutingTensors,
-)
+from fusedmoe.router.spec import NUM_VISION_TOKEN_IDS, RoutingResult, RoutingSpec, RoutingTensors
 
 # More candidates than this do not fit one Triton program.
 MAX_TRITON_CANDIDATES = 4096

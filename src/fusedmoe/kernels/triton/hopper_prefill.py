@@ -39,12 +39,7 @@ from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
-from fusedmoe.tuning.hopper_tiles import (
-    MOST_SUM_COLUMNS,
-    SUM_COLUMNS,
-    PrefillTiles,
-    sum_passes,
-)
+from fusedmoe.tuning.hopper_tiles import MOST_SUM_COLUMNS, SUM_COLUMNS, PrefillTiles, sum_passes
 
 
 @triton.jit

@@ -13,13 +13,7 @@ given    one number for all of them
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedmoe.kernels.triton.quantize import (
-    LEAST,
-    LEAST_OF_ROW,
-    quantized,
-    scale_from,
-    scale_of,
-)
+from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, quantized, scale_from, scale_of
 
 STEP = gl.constexpr(128)
 

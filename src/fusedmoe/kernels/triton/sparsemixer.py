@@ -16,13 +16,7 @@ from fusedmoe.kernels.triton.routing import (
     flat,
     routing_warps,
 )
-from fusedmoe.kernels.triton.routing_steps import (
-    NO_ID,
-    finish_rows,
-    finite_or,
-    softcap,
-    store_rows,
-)
+from fusedmoe.kernels.triton.routing_steps import NO_ID, finish_rows, finite_or, softcap, store_rows
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
 
