@@ -19,7 +19,6 @@ from fusedmoe.modular_kernel import PrepareResult
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular
 from fusedmoe.prepare_finalize.luggage import weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 @dataclass
@@ -99,26 +98,9 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
             token=goes.nonzero()[:, 1],
         )
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> Callable[[], None]:
-        partial = self.weight_and_sum(
-            None,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
-        self.restore_lora_ids()
+    def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Callable[[], None]:
         journey = self._journey
-        back = exchange_rows(partial, journey.received, journey.sent, self.ranks.axes[0])
+        back = exchange_rows(sums, journey.received, journey.sent, self.ranks.axes[0])
 
         def receive() -> None:
             output.copy_(_sum_copies(back(), journey))

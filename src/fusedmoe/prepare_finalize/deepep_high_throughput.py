@@ -14,7 +14,6 @@ from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
 from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
@@ -71,25 +70,9 @@ class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
 
         return receive
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> Callable[[], None]:
-        partial = self.weight_and_sum(
-            None,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+    def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Callable[[], None]:
         combined, _, event = self.buffer.combine(
-            partial.to(torch.bfloat16).contiguous(), self._handle, async_finish=True
+            sums.to(torch.bfloat16).contiguous(), self._handle, async_finish=True
         )
 
         def receive() -> None:

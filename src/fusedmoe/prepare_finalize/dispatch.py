@@ -16,6 +16,7 @@ from fusedmoe.modular_kernel import (
     PrepareResult,
 )
 from fusedmoe.modular_kernel.forward import finish
+from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.luggage import CarriesLuggage, QuantizeInput, quantize_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
@@ -174,7 +175,11 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
 
 
 class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
-    """Says how to start, by the async forms; to do it at once is to start and to wait."""
+    """Says how to start, by the async forms; to do it at once is to start and to wait.
+
+    Experts' output is weighted and summed here, per row that arrived, and ``send_back`` starts to
+    send that to the ranks of the tokens.
+    """
 
     def concurrent_forwards(self) -> int:
         """Two, but one with a LoRA context: that has room for the ids of one."""
@@ -221,6 +226,30 @@ class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
             weight_and_reduce_impl,
         )
         finish(pending)
+
+    def finalize_async(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> Receiver | tuple[Hook, Receiver]:
+        sums = self.weight_and_sum(
+            None,
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
+        )
+        self.restore_lora_ids()
+        return self.send_back(sums, output)
+
+    def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Receiver:
+        """Start to send [rows, H] to where they came from; ``output`` is valid once received."""
+        raise NotImplementedError
 
 
 def _captures() -> bool:

@@ -20,7 +20,6 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular
 from fusedmoe.prepare_finalize.luggage import weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
@@ -56,25 +55,8 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
 
         return receive
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> Callable[[], None]:
-        partial = self.weight_and_sum(
-            None,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
-        self.restore_lora_ids()
-        combined = reduce_scatter_rows(partial, self._sizes, self.ranks)
+    def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Callable[[], None]:
+        combined = reduce_scatter_rows(sums, self._sizes, self.ranks)
 
         def receive() -> None:
             output.copy_(combined())
