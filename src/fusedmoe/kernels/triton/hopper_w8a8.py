@@ -72,6 +72,7 @@ def gemm(
     below = tile.valid if w.shards == 1 else 0
     act = activation or DeviceActivation(formula="", gated=False)
     columns = w.format.group.col
+    scale_count = 0 if w.scale is None else w.scale.numel()
     group = columns if 0 < columns < D else 0
     by_groups = group > 0 or x.rounding == "group" or x.strides[2] > 0
     _launch_gemm(
@@ -83,7 +84,8 @@ def gemm(
         ),
         (
             R, blocks.sorted_ids.shape[0] // tile.slots, w.shape[0], desc_rows, below, *x.strides,
-            *of_scales, row_shard_step, row_step, act.limit, act.alpha, act.beta,
+            *of_scales, row_shard_step, row_step, scale_count,
+            act.limit, act.alpha, act.beta,
         ),
         (
             N, D, x.top_k, x.rounding, w.format.element != "int8" or by_groups, group, x.e8m0,

@@ -22,6 +22,7 @@ from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_t
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
 from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     are_all,
+    ask_for_scales,
     experts_of,
     fill,
     first_tasks,
@@ -32,7 +33,7 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
 )
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
-UNSPECIALIZED = ("R", "blocks", "num_local", "desc_rows")
+UNSPECIALIZED = ("R", "blocks", "num_local", "desc_rows", "scale_count")
 
 
 @gluon.jit
@@ -103,6 +104,7 @@ def gemm_kernel(
     scale_block,
     row_shard_step,
     row_step,
+    scale_count,
     limit,
     alpha,
     beta,
@@ -173,6 +175,8 @@ def gemm_kernel(
     # slots and experts are asked for a task before that.
     FILLED: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
     queue = first_tasks(FILLED)
+    if BY_STEP:
+        ask_for_scales(scale_ptr, scale_count)
     if GUESS:
         guess = guessed_experts(queue, num_local, TILES)
         guessed = queue[FILLED - 1] < TILES * num_local

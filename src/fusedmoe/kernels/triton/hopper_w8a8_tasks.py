@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from fusedmoe.kernels.triton.hopper_common import known
 from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
 
+LINE_WORDS = gl.constexpr(32)
+
 
 @gluon.jit
 def stored_expert(task, tasks, experts_ptr, TILES: gl.constexpr):
@@ -102,6 +104,29 @@ def tile_features(
         return m // HALF, gl.minimum(tile * VALID + m % HALF, N - 1)
     else:
         return m * 0, gl.minimum((2 * tile + m // HALF) * VALID + m % HALF, N - 1)
+
+
+@gluon.jit
+def ask_for_scales(scale_ptr, count):
+    """Bring the weights' scales to the L2, all programs their share, at most a line for each
+    thread: asked for a task ahead, between weights that stream by, they would wait in the memory's
+    queue for as long as a task takes."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    thread = gl.arange(0, 32 * gl.num_warps(), layout)
+    at = (gl.program_id(0) + gl.num_programs(0) * thread) * LINE_WORDS
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred p;
+            setp.lt.s32 p, $2, $3;
+            @p prefetch.global.L2::evict_last [$1];
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [scale_ptr + at, at, count],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.constexpr_function
