@@ -153,6 +153,24 @@ def test_prefill(fmt, rows, name, monkeypatch):
     assert case.run(tensors, HopperQuantizedExperts).equal(out)
 
 
+@pytest.mark.parametrize("empty", [0, 5])
+@pytest.mark.parametrize(
+    ("fmt", "rows"), [(fmt, rows) for fmt, rows in FORMATS if rows in PREFILLED], ids=str
+)
+def test_prefill_of_few_rows_each(fmt, rows, empty, monkeypatch):
+    """Rows of act and y are moved by sixteens; here some blocks are full, some nearly empty."""
+    ran = count_prefills(monkeypatch)
+    case = Quantized(fmt, rows, replace(MANY, T=200, E=8, H=640))
+    tensors = case.layer.tensors()
+    ids = tensors["topk_ids"]
+    ids[ids == empty] = 2
+    ids[30:170, 0] = 2
+    out = case.run(tensors, HopperQuantizedExperts)
+    assert ran
+    assert_right(case, out, tensors)
+    assert case.run(tensors, HopperQuantizedExperts).equal(out)
+
+
 def test_promoted_sums_of_one_sign_do_not_shrink(monkeypatch):
     case = Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, replace(MANY, H=4096, I=256))
     tensors = case.layer.tensors()

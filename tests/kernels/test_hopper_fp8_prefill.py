@@ -135,7 +135,13 @@ def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I)
                 torch.testing.assert_close(value, exact[expert, rows])
 
 
-def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3, late=None):
+PAIRS_OF_STEPS = QuantizedPrefillTiles(promoted=(2, 2))
+MOSTLY_EMPTY = QuantizedPrefillTiles(group=1, finely=True, box=16)
+
+
+def as_the_kernels_do(
+    x, w1, w2, ids, key, monkeypatch, programs=3, late=None, tiles=PAIRS_OF_STEPS
+):
     """(y [P, H], position [R]) by up_kernel's and down_kernel's own source, silu. ``late``: x in 8
     bits, not yet there, and its scales."""
     (e, H, I), (T, K) = w2.shape, ids.shape  # noqa: E741
@@ -153,7 +159,7 @@ def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3, late=None):
         return launch
 
     def memory_of(view):
-        for memory in (w1.data, w2.data, y, act.view(torch.float8_e4m3fn)):
+        for memory in (w1.data, w2.data, y, act.view(w2.data.dtype)):
             if 0 <= view.base.data_ptr() - memory.data_ptr() < memory.nbytes:
                 return memory
         raise AssertionError("a view of nothing")
@@ -161,7 +167,6 @@ def as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs=3, late=None):
     for name in ("up", "down"):
         kernel = getattr(kernels, f"{name}_kernel")
         monkeypatch.setattr(kernels, f"_launch_{name}", launcher(kernel))
-    tiles = QuantizedPrefillTiles(promoted=(2, 2))
     made = kernels.up(
         rows, scales, w1, K, act, position, key, None,
         device_activation(MoEActivation.SILU, None), None, tables, tiles, programs, arrivals,
@@ -184,10 +189,17 @@ def scratch(T, K, e, H, I):  # noqa: E741
 
 
 @pytest.mark.parametrize(
-    ("fmt", "key"), [("fp8_block", FP8_DYNAMIC_128), ("fp8_channel", FP8_DYNAMIC_TOKEN)], ids=str
+    ("fmt", "key", "tiles"),
+    [
+        ("fp8_block", FP8_DYNAMIC_128, PAIRS_OF_STEPS),
+        ("fp8_channel", FP8_DYNAMIC_TOKEN, PAIRS_OF_STEPS),
+        ("fp8_block", FP8_DYNAMIC_128, MOSTLY_EMPTY),
+        ("int8_channel", INT8_DYNAMIC_TOKEN, MOSTLY_EMPTY),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("programs", [1, 5, 40])
-def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, monkeypatch):
+def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, tiles, monkeypatch):
     """Full, half-empty and missing blocks, and more programs than there are tiles."""
     torch.manual_seed(0)
     T, K, H, I = 150, 2, 384, 208  # noqa: E741
@@ -197,8 +209,9 @@ def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, monkeypatch):
     ids[40:, 0] = 0
     picked = torch.rand(T, K)
     given = scratch(T, K, 3, H, I)
-    fp8_prefill(x, w1, w2, (key, key), (None, None), picked, ids, programs=7, **given)
-    y, position = as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs)
+    call = x, w1, w2, (key, key), (None, None), picked, ids
+    fp8_prefill(*call, programs=7, tiles=tiles, **given)
+    y, position = as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs, tiles=tiles)
     live = (ids >= 0) & (ids < 3)
     assert ((position >= 0).view(T, K) == live).all()
     rows = torch.where(live[:, :, None], y[position.clamp(min=0)].view(T, K, H), 0.0)
@@ -344,5 +357,5 @@ def test_tiles_say_what_is_promoted_and_what_comes_next():
 
     many = QuantizedPrefillTiles(promoted=(2, 0))
     assert prefill_tiles(1000, 8, 7168, 256, "e4m3") == many
-    assert prefill_tiles(500, 8, 7168, 256, "e4m3") == replace(many, group=1)
+    assert prefill_tiles(500, 8, 7168, 256, "e4m3") == replace(many, group=1, finely=True, box=16)
     assert prefill_tiles(1000, 8, 7168, 18432, "int8") == QuantizedPrefillTiles()

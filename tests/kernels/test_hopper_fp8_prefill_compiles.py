@@ -32,6 +32,7 @@ ids = torch.zeros(T * K, dtype=torch.int32)
 table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3], ids[:1])
 plain, promoted = QuantizedPrefillTiles(), QuantizedPrefillTiles(promoted=(1, 1))
 pairs = QuantizedPrefillTiles(promoted=(2, 2))
+lone = QuantizedPrefillTiles(group=1, promoted=(2, 2), finely=True, box=16)
 
 
 def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=768):
@@ -58,6 +59,9 @@ run("fp8_tensor", FP8_STATIC_TENSOR, promoted)
 run("int8_channel", INT8_DYNAMIC_TOKEN, bias=True)
 run("int8_channel", INT8_STATIC_TENSOR, act=MoEActivation.SWIGLUOAI, bias=True)
 run("fp8_tensor", FP8_STATIC_TENSOR)
+run("fp8_channel", FP8_DYNAMIC_TOKEN, lone)
+run("fp8_block", FP8_DYNAMIC_128, lone)
+run("int8_channel", INT8_DYNAMIC_TOKEN, QuantizedPrefillTiles(group=1, finely=True, box=16))
 print("compiled")
 """
 

@@ -50,12 +50,14 @@ def unmet_by_prefill(
     return None
 
 
-def rounds_by_tile(key: QuantKey) -> bool:
+def rounds_by_tile(key: QuantKey, tiles: QuantizedPrefillTiles) -> bool:
     """Whether rows of w2's input have a scale per 128 columns, not only where ``key`` asks for it:
-    fp8 rows that would share one too. A tile of act holds 128 of a row's columns, so a scale per
-    row would be known only after the launch, at the price of a pass over act. Finer scales
-    round no worse, and every 128 columns are added to the sums in fp32 anyway."""
-    return key.group_shape.col == STEP or (not key.static and key.dtype != torch.int8)
+    rows that would share one too, of int8 where ``tiles`` say so. A tile of act holds 128 of a
+    row's columns, so a scale per row would be known only after the launch, at the price of a pass
+    over act. Finer scales round no worse, and every 128 columns of fp8 are added to the sums in
+    fp32 anyway."""
+    dynamic = not key.static and (key.dtype != torch.int8 or tiles.finely)
+    return key.group_shape.col == STEP or dynamic
 
 
 def fp8_prefill(
@@ -110,11 +112,11 @@ def fp8_prefill(
     if x_scale is None and (keys[0].static or keys[0].group_shape != PER_TENSOR):
         room = room_for_rows(x, keys[0], scales[0])
     x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
+    tiles = tiles or prefill_tiles(topk_ids.numel(), experts, H, I, w1.format.element)
     prefill(
         x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
         device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        tables, tiles or prefill_tiles(topk_ids.numel(), experts, H, I, w1.format.element),
-        programs, x_scale, arrivals, room if arrivals is None else None,
+        tables, tiles, programs, x_scale, arrivals, room if arrivals is None else None,
     )  # fmt: skip
 
 
@@ -141,7 +143,8 @@ def fp8_prefill_reference(
 ) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
     (T, K), (e, H, I) = topk_ids.shape, w2.shape  # noqa: E741
-    R = T * K
+    R, experts = T * K, e if expert_map is None else expert_map.shape[0]
+    tiles = tiles or prefill_tiles(R, experts, H, I, w1.format.element)
     tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True)
     tile = QuantizedTile(128, PREFILL_BLOCK, STEP, 1, 4, 4)
     rows, scale = x, x_scale
@@ -154,9 +157,9 @@ def fp8_prefill_reference(
     )  # fmt: skip
     act[:R] = exact.to(act.dtype)
     key = keys[1]
-    if rounds_by_tile(key):
+    if rounds_by_tile(key, tiles):
         key = replace(key, group_shape=GroupShape(1, STEP))
-    in_the_epilogue = key.static or rounds_by_tile(key)
+    in_the_epilogue = key.static or rounds_by_tile(key, tiles)
     rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], key, scales[1])
     y[:R] = 0
     w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, key, top_k=1, bias=w2_bias)

@@ -56,11 +56,16 @@ class QuantizedTiles(NamedTuple):
 class QuantizedPrefillTiles:
     """Tiles of 128 slots by 256 weight rows, ``stages`` steps of 128 columns in flight; ``group``
     blocks of slots run side by side. ``promoted``, for each GEMM: products of so many steps at a
-    time (1 or 2; 0: all) are added to the sums in fp32, where no scale asks for every one."""
+    time (1 or 2; 0: all) are added to the sums in fp32, where no scale asks for every one.
+    ``finely``: int8 rows of act, too, have a scale per 128 columns, not one that a pass over act
+    must find; sums of int32 end with every step then. ``box``: rows of act and y that are moved at
+    once, 64, or 16 where most blocks are nearly empty."""
 
     stages: int = 4
     group: int = 16
     promoted: tuple[int, int] = (0, 0)
+    finely: bool = False
+    box: int = 64
 
 
 def slots_block(R: int, E: int, most: int) -> int:
@@ -169,7 +174,9 @@ def prefill_tiles(
 ) -> QuantizedPrefillTiles:
     """Tiles of the warp-specialised kernels for R slots over E experts.
 
-    Where few experts have two blocks, tiles follow each other as the weights lie in memory.
+    Where few experts have two blocks, reading the weights is what takes long: tiles follow each
+    other as the weights lie in memory, rows that nobody has are not moved, and int8 needs no pass
+    over act (its products may end with every step).
 
     Tensor cores add fp8 products with 13 bits behind the largest one's first and cut the rest off.
     Simulated over 2048 columns, that costs a relative 0.9e-3 where signs are random, but 3.3e-2
@@ -177,8 +184,9 @@ def prefill_tiles(
     LONGEST_FP8_SUM it is 2e-3, so longer sums are promoted as often.
     """
     promoted = tuple(2 if element == "e4m3" and D > LONGEST_FP8_SUM else 0 for D in (H, I))
-    group = 1 if R <= MOST_LONE_MEAN * E else 16
-    return QuantizedPrefillTiles(group=group, promoted=(promoted[0], promoted[1]))
+    lone = R <= MOST_LONE_MEAN * E
+    common = QuantizedPrefillTiles(promoted=(promoted[0], promoted[1]))
+    return replace(common, group=1, finely=True, box=16) if lone else common
 
 
 def _fit(tile: QuantizedTile, D: int, group: int) -> QuantizedTile:

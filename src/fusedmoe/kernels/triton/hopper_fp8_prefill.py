@@ -36,7 +36,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     task_counters,
 )
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, TILE_N
 from fusedmoe.kernels.triton.hopper_quantized_tasks import rows_descriptor, weight_descriptors
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
@@ -150,12 +150,12 @@ def up(
     """The first product: act [P, I] as ``key`` says and its scales: one, [P], or [I / 128, P]. The
     16-bit ``act`` is where it is put, or its first half."""
     (P, I), H = act.shape, q.shape[1]  # noqa: E741
-    own, rounded = rounds_by_tile(key), act
+    own, rounded = rounds_by_tile(key, tiles), act
     if own or key.static:
         rounded = act.view(STORED[key.dtype]).view(-1)[: P * I].view(P, I)
-        out_desc = _bytes_descriptor(rounded, HALF_M.value)
+        out_desc = _bytes_descriptor(rounded, tiles.box)
     else:
-        out_desc = matrix_descriptor(act, I, (HALF_M.value, TILE_N.value // 2))
+        out_desc = matrix_descriptor(act, I, (tiles.box, TILE_N.value // 2))
     act_scale = scale
     if own:
         act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=q.device)
@@ -231,9 +231,9 @@ def down(
     _launch_down(
         programs,
         (
-            _bytes_descriptor(act, HALF_M.value),
+            _bytes_descriptor(act, tiles.box),
             weights,
-            matrix_descriptor(y, H, (HALF_M.value, TILE_N.value // 2)),
+            matrix_descriptor(y, H, (tiles.box, TILE_N.value // 2)),
         ),
         (
             *(bias, act_scale, w2.scale, *_read(tables)),

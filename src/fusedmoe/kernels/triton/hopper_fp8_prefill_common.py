@@ -6,7 +6,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from fusedmoe.kernels.triton.hopper_common import expert_at, tile_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, store_tile
+from fusedmoe.kernels.triton.hopper_prefill_common import (
+    BLOCK_M,
+    HALF_M,
+    TILE_N,
+    store_boxes,
+    store_tile,
+)
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 
 STEP = gl.constexpr(128)
@@ -51,19 +57,44 @@ def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: g
 
 
 @gluon.jit
-def packed(block, tile, expert, whole):
+def filled(block, sorted_ptr, R):
+    """How far slots reach in a block, as n: no further than row 16 << n, 3: all of them. Places
+    fill from the front."""
+    n = 0
+    for i in gl.static_range(3):
+        slot = gl.load(sorted_ptr + block * BLOCK_M + (16 << i))
+        n += gl.where((slot >= 0) & (slot < R), 1, 0)
+    return n
+
+
+@gluon.jit
+def expect_step(bar, n, BOX: gl.constexpr):
+    """What TMA brings in one step of ``down_kernel``: weights, and as many rows of act as are
+    ``filled``, whole boxes of them."""
+    if BOX == HALF_M:
+        mbarrier.expect(bar, (2 * TILE_N + HALF_M) * STEP, pred=n < 3)
+        mbarrier.expect(bar, (2 * TILE_N + BLOCK_M) * STEP, pred=n == 3)
+    else:
+        for i in gl.static_range(4):
+            mbarrier.expect(bar, (2 * TILE_N + (16 << i)) * STEP, pred=n == i)
+
+
+@gluon.jit
+def packed(block, tile, expert, n):
     """One word of all that consumers ask of a task, so that they wait for no load; it is not
-    negative. Of ``tile`` it holds 18 bits, of ``block`` 25."""
-    low = tile * 2 + gl.where(whole, 1, 0)
-    return (expert.to(gl.int64) << 44) | (block.to(gl.int64) << 19) | low.to(gl.int64)
+    negative. Of ``tile`` it holds 18 bits, of ``block`` 24."""
+    low = tile * 4 + n
+    return (expert.to(gl.int64) << 44) | (block.to(gl.int64) << 20) | low.to(gl.int64)
 
 
 @gluon.jit
 def unpacked(word, WHICH: gl.constexpr):
-    """(this warpgroup's first row, column tile, expert, whether its rows hold a slot)."""
-    row = ((word >> 19) & 0x1FFFFFF).to(gl.int32) * BLOCK_M + WHICH * HALF_M
-    tile = ((word >> 1) & 0x3FFFF).to(gl.int32)
-    return row, tile, (word >> 44).to(gl.int32), ((word & 1) == 1) | (WHICH == 0)
+    """(this warpgroup's first row, column tile, expert, how many of its rows may hold slots)."""
+    row = ((word >> 20) & 0xFFFFFF).to(gl.int32) * BLOCK_M + WHICH * HALF_M
+    tile = ((word >> 2) & 0x3FFFF).to(gl.int32)
+    n = (word & 3).to(gl.int32)
+    rows = gl.minimum(16 << n, HALF_M) if WHICH == 0 else gl.where(n == 3, HALF_M, 0)
+    return row, tile, (word >> 44).to(gl.int32), rows
 
 
 @gluon.jit
@@ -148,19 +179,20 @@ def finished(
 
 
 @gluon.jit
-def store_whole(desc, buffer, value, row, column):
-    """TMA store of [HALF_M, TILE_N] by way of a buffer that the store before has left."""
+def store_whole(desc, buffer, value, row, column, rows):
+    """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, by way of a
+    buffer that the store before has left."""
     tma.store_wait(0)
     gl.thread_barrier()
     buffer.store(value)
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+    store_boxes(desc, buffer, row, column, rows)
 
 
 @gluon.jit
 def store_rounded(
-    out, act, row, column, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
+    out, act, row, column, rows, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
 ):
     """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
     or with the given one, whose inverse stands for their pointer. Columns from WIDTH on do not
@@ -174,22 +206,25 @@ def store_rounded(
         scale = scale_of(act, 1, DTYPE, E8M0)
         at = (column // TILE_N).to(gl.int64) * P + row
         gl.store(scale_ptr + at + gl.arange(0, HALF_M, BY_ROW), scale)
-        stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
+        if gl.int8 == DTYPE:
+            stored = quantized(act, gl.expand_dims(scale, 1), DTYPE)
+        else:
+            # Conversion to fp8 saturates.
+            stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
     elif gl.int8 == DTYPE:
         stored = quantized(act * scale_ptr, 1.0, DTYPE)
     else:
-        # Conversion to fp8 saturates.
         stored = (act * scale_ptr).to(DTYPE)
-    store_whole(desc, buffers.index(0), stored, row, column)
+    store_whole(desc, buffers.index(0), stored, row, column, rows)
 
 
 @gluon.jit
 def store_act(
-    out, act, row, column,
+    out, act, row, column, rows,
     WIDTH: gl.constexpr, ROUNDED: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr,
 ):  # fmt: skip
     if ROUNDED:
         if column < WIDTH:
-            store_rounded(out, act, row, column, WIDTH, OWN, E8M0)
+            store_rounded(out, act, row, column, rows, WIDTH, OWN, E8M0)
     else:
-        store_tile(out[0], out[1], act, row, column)
+        store_tile(out[0], out[1], act, row, column, rows)

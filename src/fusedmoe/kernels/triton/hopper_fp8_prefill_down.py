@@ -15,6 +15,8 @@ from fusedmoe.kernels.triton.hopper_drawn import (
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
     NO_TASK,
     STEP,
+    expect_step,
+    filled,
     finished,
     load_features,
     load_weight_scales,
@@ -29,8 +31,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    expect_step,
-    is_whole,
     store_tile,
 )
 
@@ -61,6 +61,7 @@ def down_producer(
     a_ring, b_ring, scale_ring = rings
     full, empty = bars
     act_desc, w_desc = descs
+    BOX: gl.constexpr = act_desc.block_shape[0]
     act_scale_ptr, _, scale_blocks = act_scales
     row = gl.arange(0, BLOCK_M, gl.BlockedLayout([4], [32], [1], [0]))
     expert_ids_ptr, sorted_ptr, num_post_ptr = tables
@@ -73,11 +74,11 @@ def down_producer(
     EARLY: gl.constexpr = min(STAGES, KSTEPS)
     if first < tasks:
         block, tile, expert = place(first, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        whole = is_whole(block, sorted_ptr, R)
+        n = filled(block, sorted_ptr, R)
         weight_row = expert * H + tile * (2 * TILE_N)
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
-            expect_step(bar, whole, STEP)
+            expect_step(bar, n, BOX)
             tma.async_copy_global_to_shared(
                 w_desc, [weight_row, stage * STEP], bar, b_ring.index(stage)
             )
@@ -90,8 +91,8 @@ def down_producer(
     coming = tasks
     while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        whole = is_whole(block, sorted_ptr, R)
-        announce(box, number, packed(block, tile, expert, whole))
+        n = filled(block, sorted_ptr, R)
+        announce(box, number, packed(block, tile, expert, n))
         number += 1
         act_row = block * BLOCK_M
         weight_row = expert * H + tile * (2 * TILE_N)
@@ -101,15 +102,15 @@ def down_producer(
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             if (task != first) | (k >= EARLY):
-                expect_step(bar, whole, STEP)
+                expect_step(bar, n, BOX)
                 tma.async_copy_global_to_shared(
                     w_desc, [weight_row, k * STEP], bar, b_ring.index(stage)
                 )
-            low = a_ring.index(stage).slice(0, HALF_M, 0)
-            high = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
-            at = k * STEP
-            tma.async_copy_global_to_shared(act_desc, [act_row, at], bar, low)
-            tma.async_copy_global_to_shared(act_desc, [act_row + HALF_M, at], bar, high, pred=whole)
+            for i in gl.static_range(0, BLOCK_M, BOX):
+                part = a_ring.index(stage).slice(i, BOX, 0)
+                tma.async_copy_global_to_shared(
+                    act_desc, [act_row + i, k * STEP], bar, part, pred=i < 16 << n
+                )
             if OWN:
                 scale = act_scale_ptr + (k * scale_blocks + block) * BLOCK_M + row
                 async_copy.async_copy_global_to_shared(scale_ring.index(stage), scale)
@@ -148,9 +149,9 @@ def down_consumer(
     gdc_wait()
     word = hear(box, number)
     while word >= 0:
-        row, tile, expert, live = unpacked(word, WHICH)
+        row, tile, expert, rows = unpacked(word, WHICH)
         column = tile * (2 * TILE_N)
-        if live:
+        if rows > 0:
             low_scales = None
             high_scales = None
             row_scale = None
@@ -159,8 +160,8 @@ def down_consumer(
             low_bias = None
             high_bias = None
             if not OWN:
-                rows = row + gl.arange(0, HALF_M, BY_ROW)
-                row_scale = gl.load(act_scale_ptr + rows * stride_am, cache_modifier=".cg")
+                at = row + gl.arange(0, HALF_M, BY_ROW)
+                row_scale = gl.load(act_scale_ptr + at * stride_am, cache_modifier=".cg")
             if PER_SCALE > 0:
                 low_scales = scale_row(scales, expert, 0, column, H)
                 high_scales = scale_row(scales, expert, 0, column + TILE_N, H)
@@ -180,8 +181,8 @@ def down_consumer(
                 low, high, row_scale, of_low, of_high, low_bias, high_bias, buffers.index(0),
                 PER_SCALE == 0, BY_FEATURE, bias_ptr is not None,
             )  # fmt: skip
-            store_tile(out_desc, buffers, low, row, column)
-            store_tile(out_desc, buffers, high, row, column + TILE_N)
+            store_tile(out_desc, buffers, low, row, column, rows)
+            store_tile(out_desc, buffers, high, row, column + TILE_N, rows)
         else:
             stage, phase, turn = skip(
                 bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],

@@ -86,6 +86,7 @@ def multiply_promoted(
     full, empty = bars
     STAGES: gl.constexpr = rings[0].shape[0]
     BLOCKS: gl.constexpr = low_scales is not None
+    NUMBER: gl.constexpr = gl.int32 if rings[0].dtype == gl.int8 else gl.float32
     low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     if BLOCKS:
@@ -94,7 +95,7 @@ def multiply_promoted(
     for k in range(KSTEPS):
         mbarrier.wait(full.index(stage), phase)
         mbarrier.wait(turns.index(WHICH), turn)
-        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = gl.zeros([HALF_M, TILE_N], NUMBER, SUM)
         part = product(rings, stage, part, True, 0, WHICH)
         turn = next_turn(turns, turn, WHICH)
         if ROWS:
@@ -108,17 +109,17 @@ def multiply_promoted(
             high_scale = gl.load(high_scales + ahead // PER_SCALE).to(gl.float32)
         part = warpgroup_mma_wait(0, deps=(part,))
         if ROWS:
-            low += part * gl.expand_dims(of_low, 1)
+            low += part.to(gl.float32) * gl.expand_dims(of_low, 1)
         else:
             low += part
         mbarrier.wait(turns.index(WHICH), turn)
-        part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
+        part = gl.zeros([HALF_M, TILE_N], NUMBER, SUM)
         part = product(rings, stage, part, True, 1, WHICH)
         turn = next_turn(turns, turn, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
         mbarrier.arrive(empty.index(stage), count=1)
         if ROWS:
-            high += part * gl.expand_dims(of_high, 1)
+            high += part.to(gl.float32) * gl.expand_dims(of_high, 1)
         else:
             high += part
         stage, phase = next_stage(stage, phase, STAGES)

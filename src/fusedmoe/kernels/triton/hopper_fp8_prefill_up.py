@@ -21,6 +21,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
     NO_TASK,
     ONE_EACH,
     STEP,
+    filled,
     finished,
     load_features,
     load_weight_scales,
@@ -36,7 +37,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    is_whole,
 )
 from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
 
@@ -90,7 +90,7 @@ def up_producer(
     while task < tasks:
         block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
         all_here = await_rows(arrivals, block, all_here, WORLD)
-        whole = is_whole(block, sorted_ptr, R)
+        n = filled(block, sorted_ptr, R)
         at = block * BLOCK_M + row
         x_rows, lives = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         at += HALF_M
@@ -104,7 +104,7 @@ def up_producer(
             row_scale = gl.load(row_scales, scaled, 0.0, cache_modifier=".cg")
             clear(box, number)
             scale_ring.index(number % 2).store(row_scale)
-        post(box, number, packed(block, tile, expert, whole))
+        post(box, number, packed(block, tile, expert, n))
         number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, STEP):
@@ -118,7 +118,7 @@ def up_producer(
             tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
             tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
             gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, STEP)
-            if whole:
+            if n == 3:
                 rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
                 gather(rest, x_rest, lives_rest, k + column, H, STEP)
             if STEPPED:
@@ -170,13 +170,13 @@ def up_consumer(
     number = 0
     word = read(box, number)
     while word >= 0:
-        row, tile, expert, live = unpacked(word, WHICH)
+        row, tile, expert, rows = unpacked(word, WHICH)
         row_scale = None
         if PER_SCALE == 0:
             row_scale = rings[2].index(number % 2).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
         let_go(box, number)
         column = tile * WIDE
-        if live:
+        if rows > 0:
             low_scales = None
             high_scales = None
             of_low = None
@@ -204,12 +204,12 @@ def up_consumer(
             )  # fmt: skip
             if GATED:
                 act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
-                store_act(out, act, row, column, I, ROUNDED, OWN, E8M0)
+                store_act(out, act, row, column, rows, I, ROUNDED, OWN, E8M0)
             else:
                 low = plain_activation(FORMULA, low)
-                store_act(out, low, row, column, I, ROUNDED, OWN, E8M0)
+                store_act(out, low, row, column, rows, I, ROUNDED, OWN, E8M0)
                 high = plain_activation(FORMULA, high)
-                store_act(out, high, row, column + TILE_N, I, ROUNDED, OWN, E8M0)
+                store_act(out, high, row, column + TILE_N, rows, I, ROUNDED, OWN, E8M0)
         else:
             stage, phase, turn = skip(
                 bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],

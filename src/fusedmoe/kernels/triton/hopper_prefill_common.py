@@ -74,24 +74,35 @@ def halves(acc):
 
 
 @gluon.jit
-def store_tile(desc, buffers, value, row, column):
-    """TMA store of [HALF_M, TILE_N] in two parts, by way of this warpgroup's two buffers in turn:
-    the part before the last has left its buffer when a part is written."""
+def store_tile(desc, buffers, value, row, column, rows=HALF_M):
+    """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, in two parts,
+    by way of this warpgroup's two buffers in turn: the part before the last has left its buffer
+    when a part is written."""
     PART: gl.constexpr = buffers.shape[2]
     parts = gl.permute(gl.reshape(value.to(buffers.dtype), [HALF_M, 2, PART]), [0, 2, 1])
     left, right = gl.split(parts)
-    store_part(desc, buffers.index(0), gl.convert_layout(left, PART_ACC), row, column)
-    store_part(desc, buffers.index(1), gl.convert_layout(right, PART_ACC), row, column + PART)
+    store_part(desc, buffers.index(0), gl.convert_layout(left, PART_ACC), row, column, rows)
+    right = gl.convert_layout(right, PART_ACC)
+    store_part(desc, buffers.index(1), right, row, column + PART, rows)
 
 
 @gluon.jit
-def store_part(desc, buffer, value, row, column):
+def store_part(desc, buffer, value, row, column, rows):
     tma.store_wait(1)
     gl.thread_barrier()
     buffer.store(value)
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+    store_boxes(desc, buffer, row, column, rows)
+
+
+@gluon.jit
+def store_boxes(desc, buffer, row, column, rows):
+    BOX: gl.constexpr = desc.block_shape[0]
+    for first in gl.static_range(0, HALF_M, BOX):
+        if first < rows:
+            part = buffer.slice(first, BOX, 0)
+            tma.async_copy_shared_to_global(desc, [row + first, column], part)
 
 
 @gluon.jit
