@@ -1,6 +1,7 @@
 """The quantized Triton experts against the definition, feature by feature."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from expert_layers import Layer
 from fusedmoe import FusedMoEParallelConfig, MoEOptions
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,
@@ -232,11 +234,14 @@ def test_emulation_is_said_and_a_scale_of_all_rows_is_no_batch_invariance():
     layer = replace(PLAIN, dtype=torch.bfloat16, options=MoEOptions(batch_invariant=True))
     moe = replace(layer.config(), device=torch.device("cuda"))
     weight = format_named("fp8_tensor").key
-    rows = TritonQuantizedExperts.activation_format()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        for key, message in ((FP8_DYNAMIC_TENSOR, "follows the batch"), (FP8_STATIC_TENSOR, None)):
-            found = TritonQuantizedExperts.is_supported_config(moe, weight, key, rows)
+        for experts, (key, message) in product(
+            (TritonQuantizedExperts, HopperQuantizedExperts),
+            ((FP8_DYNAMIC_TENSOR, "follows the batch"), (FP8_STATIC_TENSOR, None)),
+        ):
+            rows = experts.activation_format()
+            found = experts.is_supported_config(moe, weight, key, rows)
             assert found[0] == (message is None)
             assert message is None or message in found[1]
 
@@ -333,8 +338,13 @@ def test_pairs_are_what_the_reference_also_runs():
 )
 def test_groups_that_steps_cannot_have_are_refused_with_the_reason(fmt, rows, message):
     assert unmet_by_groups(format_named(fmt).key, rows) is None or message is not None
-    if message is not None:
-        assert message in unmet_by_groups(format_named(fmt).key, rows)
+    if message is None:
+        return
+    weight = format_named(fmt).key
+    assert message in unmet_by_groups(weight, rows)
+    moe = replace(PLAIN, dtype=torch.bfloat16).config()
+    for experts in (TritonQuantizedExperts, HopperQuantizedExperts):
+        assert message in experts.unmet_requirement(moe, weight, rows)
 
 
 def test_workspaces_follow_from_sizes():

@@ -100,7 +100,9 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     def unmet_requirement(
         cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
     ) -> str | None:
-        return unmet_by_hopper(moe) or (missing_nvrtc() if activation_key is None else None)
+        unmet = super().unmet_requirement(moe, weight_key, activation_key)
+        unmet = unmet or unmet_by_hopper(moe)
+        return unmet or (missing_nvrtc() if activation_key is None else None)
 
     def workspace_shapes(
         self,
