@@ -170,3 +170,28 @@ def test_gpt_oss_with_a_matrix_per_expert(tmp_path):
     path.write_text(json.dumps(config))
     model = fusedmoe.from_pretrained(tmp_path, dtype="fp32")
     assert error(logits(row, model), logits(row, plain)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_options_hold_for_experts_that_stay_floats(name, tmp_path):
+    """Modules of Transformers' have no place for them; ours raise where they cannot be kept."""
+    row = tiny_models.by_name(name)
+    plain = tiny_models.build(row)
+    plain.save_pretrained(tmp_path)
+    options = fusedmoe.MoEOptions(experts="torch", max_workspace_bytes=1 << 20)
+    model = fusedmoe.from_pretrained(tmp_path, dtype="fp32", options=options)
+    packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert packed
+    for experts in packed:
+        assert fusedmoe.explain(experts.routed_experts).chosen.name == "torch"
+        assert experts.routed_experts.moe_config.options == options
+    assert error(logits(row, model), logits(row, plain)) < 1e-5
+    options = fusedmoe.MoEOptions(experts="triton", batch_invariant=True)
+    with pytest.raises(ValueError, match="triton: runs on cuda, not cpu"):
+        fusedmoe.from_pretrained(tmp_path, options=options)
+
+
+def test_default_options_are_no_wish(tmp_path):
+    tiny_models.build(tiny_models.by_name("qwen3_moe")).save_pretrained(tmp_path)
+    model = fusedmoe.from_pretrained(tmp_path, options=fusedmoe.MoEOptions())
+    assert not any(isinstance(module, PackedExperts) for module in model.modules())

@@ -65,8 +65,9 @@ def from_pretrained(
     quantized layers outside the experts become ``dtype``. ``quantize`` names a format
     ("fp8_channel", "int8_channel", "int4_g128", "mxfp4", ...) to which experts stored as floats are
     rounded while they are read, one matrix at a time. ``dtype`` may be a name ("bf16"), "auto" is
-    the checkpoint's; ``device`` None is the CPU, ``options`` are for packed experts. A checkpoint
-    of floats that stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``.
+    the checkpoint's; ``device`` None is the CPU, ``options`` are for the experts. A checkpoint of
+    floats that stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``;
+    with ``options``, which these have no place for, its experts are ours too, holding floats.
 
     With ``ep_group``, every rank of it calls this with the same arguments and reads its share of
     the experts alone (linear placement), packed or floats; every forward is then a call on all
@@ -103,7 +104,7 @@ def _load(
 ) -> Any:
     source = open_source(path, quantize)
     if isinstance(source, Checkpoint):
-        if ranks is None:
+        if ranks is None and options in (None, MoEOptions()):
             return _load_floats(source, dtype, device)
         source = FolderSource(CheckpointExperts.read(source))
     schemes = {key: source.schemes(layer) for key, layer in source.layers.items()}
