@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from h200_ceilings import LEAST_BF16_TFLOPS, LEAST_READ_GBS, h200_ceilings
-from h200_targets import SKEWED, TARGETS, print_verdicts, verdicts
+from h200_targets import SKEWED, TARGETS, verdicts
+from verdicts import print_verdicts
 
 from fusedmoe.bench import SHAPES, BenchReport
 from fusedmoe.bench.measure import REST, Effort

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verdicts import Verdict
+
 Row = dict[str, Any]
 
 PEER_CELLS = Path(__file__).with_name("peers_h200_bf16.json")
@@ -57,20 +59,6 @@ TARGETS = (
     Target("llama4-scout", (64,), "fraction", 0.97),
     Target("llama4-scout", (8192,), "tflops", 700),
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One thing asked of one problem. ``detail`` says what was compared."""
-
-    what: str
-    shape: str
-    routing: str
-    T: int
-    asked: str
-    measured: str
-    met: bool
-    detail: str = ""
 
 
 def verdicts(rows: list[Row], runs: list[dict[str, Any]]) -> list[Verdict]:
@@ -201,15 +189,3 @@ def _on_measured_peers(experts: dict[tuple[str, int], Row]) -> list[Verdict]:
             )
         )
     return found
-
-
-def print_verdicts(found: list[Verdict]) -> None:
-    for one in found:
-        mark = "met   " if one.met else "MISSED"
-        print(
-            f"{mark} {one.what:14} {one.shape:16} {one.routing:13} T={one.T:<6} "
-            f"{one.measured:>14}  asked {one.asked}  {one.detail}"
-        )
-    for what in dict.fromkeys(one.what for one in found):
-        of_kind = [one for one in found if one.what == what]
-        print(f"{what}: {sum(one.met for one in of_kind)} of {len(of_kind)} met")

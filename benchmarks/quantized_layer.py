@@ -2,29 +2,34 @@
 
     PYTHONPATH=src python benchmarks/quantized_layer.py [--formats int4_g128 ...] [--shapes ...]
         [--tokens 1 8 ...] [--routings balanced ...] [--experts triton_quantized hopper_quantized]
-        [--out benchmarks/results/h200/quantized.json]
+        [--out benchmarks/results/h200/quantized.json] [--only-report]
 
 Weights are random bytes with random scales; the rows go in as bf16. Ceilings are measured in the
 same run, those of fp8 and int8 products too; where they are not an H200's, it ends there. Uniform
 routing is measured from given picks, as the peers in ``peers_h200_quantized.json`` were. Errors are
 relative (Frobenius) against fp64 on the dequantized weights; ``rounding_error`` is what rounding
-the rows alone costs.
+the rows alone costs. What was asked of each row is in the file (``targets``), a CSV and a PNG of
+the rows lie beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from h200_ceilings import h200_ceilings
 from quantized_targets import ROWS, SHAPES, Cell, cells_asked, verdicts
+from verdicts import print_verdicts
 
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod
 from fusedmoe.activation import MoEActivation
@@ -294,7 +299,39 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="only compile: every problem once")
     parser.add_argument("--seconds", type=float, help="start no new layer after so long")
     parser.add_argument("--out")
+    parser.add_argument("--only-report", action="store_true", help="measure nothing, read --out")
     args = parser.parse_args()
+    if args.only_report and not args.out:
+        parser.error("--only-report reads --out")
+    report = read(args.out) if args.only_report else measured(args)
+    print(*report.notes, sep="\n")
+    print_verdicts(verdicts(report.rows))
+    if args.out and report.rows:
+        write(report, Path(args.out))
+
+
+def read(path: str) -> BenchReport:
+    record = json.loads(Path(path).read_text())
+    rows, notes = record.pop("rows"), record.pop("notes")
+    return BenchReport(record, rows, notes)
+
+
+def write(report: BenchReport, path: Path) -> None:
+    """With what was asked of the rows, as CSV, and drawn."""
+    report.header["targets"] = [asdict(one) for one in verdicts(report.rows)]
+    report.write(path)
+    report.write_csv(path.with_suffix(".csv"))
+    balanced = [row for row in report.rows if row["routing"] == "balanced"]
+    try:
+        from fusedmoe.cli.plot import write_plot
+
+        write_plot(report.to_json() | {"rows": balanced}, path.with_suffix(".png"))
+    except ValueError as error:
+        print(f"not drawn: {error}", file=sys.stderr)
+
+
+def measured(args: argparse.Namespace) -> BenchReport:
+    """Every cell that was asked for, the file growing layer by layer."""
     begin = time.monotonic()
     header = make_header(DEVICE, h200_ceilings(DEVICE) | eight_bit_rates())
     report = BenchReport(header)
@@ -320,7 +357,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.out:
             report.write(args.out)
-    print(*report.notes, *verdicts(report.rows), sep="\n")
+    return report
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from verdicts import Verdict
+
 from fusedmoe.bench import LayerShape
 from fusedmoe.bench.problems import Scope
 from fusedmoe.bench.shapes import SHAPES as KNOWN
@@ -29,7 +31,7 @@ PEER_CELLS = Path(__file__).with_name("peers_h200_quantized.json")
 PEER_SHARE = PEER_LIMIT = 0.97
 BLOCK, BESIDE_BLOCK = "fp8_block", ("fp8_channel", "fp8_tensor")
 """Scales that cover more are to be no slower than blocks', and faster where products decide."""
-BESIDE_SHAPE, FASTER_FROM, FASTER = "qwen3-30b", 8192, 1.1
+FASTER_FROM, FASTER = 8192, 1.1
 SKEWED, SKEW_LOSS, SKEW_FROM = "power_law_1.2", 0.10, 2048
 BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8_tensor": 8, "int4_g128": 4, "mxfp4": 4}
 """Formats that are held against measured peers, by the width of weights that these share."""
@@ -120,8 +122,9 @@ def cells_asked() -> dict[tuple[str, str], list[Cell]]:
         own = found.setdefault((target.shape, target.format), [])
         own += [Cell("balanced", "layer", T) for T in target.tokens]
         own += [Cell(SKEWED, "layer", T) for T in target.tokens if T >= SKEW_FROM]
-    for fmt in BESIDE_BLOCK:
-        found[BESIDE_SHAPE, fmt] = list(found[BESIDE_SHAPE, BLOCK])
+    for shape, fmt in tuple(found):
+        if fmt == BLOCK:
+            found |= {(shape, other): list(found[shape, BLOCK]) for other in BESIDE_BLOCK}
     peers = peer_cells()
     for fmt, bits in BITS.items():
         for shape in peers["bits"][str(bits)]:
@@ -140,48 +143,62 @@ def met(target: Target, row: Row) -> bool:
     return bool(row[key] >= target.value)
 
 
-def verdicts(rows: list[Row]) -> list[str]:
-    """One line per thing asked of a measured problem, the fastest of ours counting."""
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Everything asked of a measured problem, the fastest of ours counting."""
     best: dict[tuple[str, str, Cell], Row] = {}
     for row in sorted(rows, key=lambda row: -row["us"]):
         best[row["shape"], row["format"], Cell(row["routing"], row["scope"], row["T"])] = row
-    lines = []
+    found = []
     for target in TARGETS:
         for T in target.tokens:
-            asked_of = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
-            if asked_of is not None:
-                asked = f"{target.kind} {target.value:g}"
-                lines.append(_line(met(target, asked_of), asked_of, asked))
+            own = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
+            if own is not None:
+                asked, measured = _asked(target), _measured(own)
+                found.append(_verdict("target", own, asked, measured, met(target, own)))
     for (shape, fmt, cell), row in best.items():
         even = best.get((shape, fmt, cell._replace(routing="balanced")))
         block = best.get((shape, BLOCK, cell))
-        if (shape, cell.routing) == (BESIDE_SHAPE, "balanced") and fmt in BESIDE_BLOCK and block:
+        if (cell.routing, cell.scope) == ("balanced", "layer") and fmt in BESIDE_BLOCK and block:
             least = FASTER if cell.T >= FASTER_FROM else 1.0
             have = block["us"] / row["us"]
-            lines.append(_line(have >= least, row, f"{least:g} x blocks' speed, has {have:.2f} x"))
+            asked = f">= {least:g}x of blocks"
+            found.append(_verdict("beside blocks", row, asked, f"{have:.2f}x", have >= least))
         if cell.routing == SKEWED and cell.scope == "layer" and even is not None:
             loss = 1 - row["tflops"] / even["tflops"]
-            lines.append(_line(loss < SKEW_LOSS, row, f"to lose < 10 %, loses {100 * loss:.1f} %"))
+            asked = f"loses < {SKEW_LOSS:.0%}"
+            found.append(_verdict("skew", row, asked, f"{loss:.1%}", loss < SKEW_LOSS))
         if cell.routing == "uniform" and cell.scope == "experts" and fmt in BITS:
-            lines += _on_peers(row, BITS[fmt])
-    return lines
+            found += _on_peers(row, BITS[fmt])
+    return found
 
 
-def _line(is_met: bool, row: Row, asked: str) -> str:
-    return (
-        f"{'met' if is_met else 'MISSED':6} {row['shape']} {row['format']} {row['routing']} "
-        f"T={row['T']}: {row['us']:.1f} us, {100 * row['fraction_of_limit']:.0f} % of the limit, "
-        f"{row['tflops']:.0f} TF ({row['impl']}); asked {asked}"
-    )
+def _asked(target: Target) -> str:
+    if target.kind == "us":
+        return f"<= {target.value:g} us"
+    if target.kind == "fraction":
+        return f">= {target.value:.0%} of limit"
+    return f">= {target.value:g} TFLOP/s"
 
 
-def _on_peers(row: Row, bits: int) -> list[str]:
+def _measured(row: Row) -> str:
+    return f"{row['us']:.1f} us, {row['fraction_of_limit']:.1%}, {row['tflops']:.0f} TF"
+
+
+def _verdict(
+    what: str, row: Row, asked: str, measured: str, is_met: bool, detail: str = ""
+) -> Verdict:
+    place = row["shape"], row["routing"], row["T"]
+    return Verdict(what, *place, asked, measured, is_met, detail, row["format"])
+
+
+def _on_peers(row: Row, bits: int) -> list[Verdict]:
     cells = peer_cells()
     peers = cells["bits"][str(bits)].get(row["shape"])
     if peers is None or row["T"] not in cells["tokens"]:
         return []
     times = {name: values[cells["tokens"].index(row["T"])] for name, values in peers.items()}
     name = min(times, key=lambda one: times[one])
-    share = row["us"] / times[name]
-    is_met = share <= PEER_SHARE or row["fraction_of_limit"] >= PEER_LIMIT
-    return [_line(is_met, row, f"<= {PEER_SHARE} x {name}'s {times[name]:g} us, is {share:.2f} x")]
+    share, fraction = row["us"] / times[name], row["fraction_of_limit"]
+    is_met = share <= PEER_SHARE or fraction >= PEER_LIMIT
+    asked = f"<= {PEER_SHARE}x of {times[name]:g} us or >= {PEER_LIMIT:.0%} of limit"
+    return [_verdict("measured peers", row, asked, f"{share:.2f}x, {fraction:.1%}", is_met, name)]

@@ -19,6 +19,7 @@ from typing import Any
 
 import scaling_tables
 from scaling_tables import table
+from wire_targets import as_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,7 +110,7 @@ def quantized_section() -> str:
 
 def wire_section() -> str:
     rows = [row for row in rows_of("h200-x4/all_to_all.json") if row["ranks"] == 4]
-    rows = sorted((r for r in rows if r["impl"] == "fusedmoe:peer"), key=lambda row: row["T"])
+    rows = [as_chosen(row) for row in sorted(rows, key=lambda row: row["T"])]
     head = ["tokens per rank", *(str(row["T"]) for row in rows)]
     return table(
         head,

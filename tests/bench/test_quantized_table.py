@@ -1,0 +1,89 @@
+"""The script behind the quantized table says honestly what was met, in the file itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quantized_layer
+    import quantized_targets
+
+    return quantized_layer, quantized_targets
+
+
+def row(fmt: str, us: float, **changes: object) -> dict[str, object]:
+    """One of Qwen3-30B, 8192 tokens, of which ours has 1e6 / us TFLOP/s here."""
+    values = {
+        "impl": "fusedmoe", "shape": "qwen3-30b", "format": fmt, "routing": "balanced", "T": 8192,
+        "scope": "layer", "us": us, "fraction_of_limit": 0.5, "tflops": 1e6 / us,
+    }  # fmt: skip
+    return values | changes
+
+
+def test_every_target_is_a_cell_and_wider_scales_are_measured_wherever_blocks_are(scripts):
+    _, targets = scripts
+    asked = targets.cells_asked()
+    for target in targets.TARGETS:
+        cells = asked[target.shape, target.format]
+        assert {targets.Cell("balanced", "layer", T) for T in target.tokens} <= set(cells)
+        if target.format == targets.BLOCK:
+            layers = [cell for cell in cells if cell.scope == "layer"]
+            for fmt in targets.BESIDE_BLOCK:
+                beside = asked[target.shape, fmt]
+                assert layers == [cell for cell in beside if cell.scope == "layer"]
+
+
+def test_verdicts(scripts):
+    _, targets = scripts
+    peer = min(one[0] for one in targets.peer_cells()["bits"]["8"]["qwen3-30b"].values())
+    rows = [
+        row("fp8_block", 1000.0),
+        row("fp8_block", 1111.0, impl="fusedmoe:triton_quantized"),
+        row("fp8_block", 1120.0, routing="power_law_1.2"),
+        row("fp8_channel", 900.0),
+        row("fp8_tensor", 920.0),
+        row("fp8_block", 18.0, T=1),
+        row("fp8_block", peer * 0.98, T=1, scope="experts", routing="uniform"),
+    ]
+    found = targets.verdicts(rows)
+    assert {(one.what, one.format, one.T): one.met for one in found} == {
+        ("target", "fp8_block", 8192): True,  # 1000 of 850: the faster of two counts
+        ("target", "fp8_block", 1): False,  # 17
+        ("beside blocks", "fp8_channel", 8192): True,
+        ("beside blocks", "fp8_tensor", 8192): False,
+        ("skew", "fp8_block", 8192): False,
+        ("measured peers", "fp8_block", 1): False,  # 0.97
+    }
+    (close,) = targets.verdicts([rows[-1] | {"fraction_of_limit": 0.97}])
+    assert close.met
+
+
+def test_a_report_names_what_was_asked_and_lies_beside_a_csv_and_a_picture(
+    scripts, tmp_path, monkeypatch, capsys
+):
+    layer, _ = scripts
+    out = tmp_path / "quantized.json"
+    recorded = json.loads((BENCHMARKS / "results/h200/quantized.json").read_text())
+    recorded["rows"] = recorded["rows"][:3]
+    recorded["targets"] = ["old"]
+    out.write_text(json.dumps(recorded))
+    monkeypatch.setattr(sys, "argv", ["quantized_layer.py", "--only-report", "--out", str(out)])
+    layer.main()
+    written = json.loads(out.read_text())
+    assert written["rows"] == recorded["rows"]
+    assert written["command"] == recorded["command"]
+    assert written["targets"] != ["old"]
+    assert out.with_suffix(".csv").read_text().count("\n") == 4
+    assert str(sum(one["met"] for one in written["targets"])) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quantized_layer.py", "--only-report"])
+    with pytest.raises(SystemExit):
+        layer.main()
