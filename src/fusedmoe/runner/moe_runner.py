@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,6 @@ from fusedmoe.runner.placement import PlacedLayer
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
 from fusedmoe.runner.shared_experts import OVERLAP_TOKENS, SharedExpertsRun, choose_order
 from fusedmoe.weights.routed_experts import RoutedExperts
-
-if TYPE_CHECKING:
-    pass
 
 
 class TransformedInput(NamedTuple):
