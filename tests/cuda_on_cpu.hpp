@@ -153,8 +153,9 @@ inline void copy(u32 to, const void* from, u32 size, bool inside) {
   memset(shared_at(to, size), 0xFF, size);
   fibers[current].open.push_back({to, bytes});
 }
-// What tests put in place of a tensor map: an address, sizes, strides of all but bytes, a box.
-struct alignas(64) TensorMap { i64 data, sizes[4], strides[3], box[4]; };
+// What tests put in place of a tensor map: an address, sizes, strides of all but bytes, a box, whether
+// it is swizzled.
+struct alignas(64) TensorMap { i64 data, sizes[4], strides[3], box[3], swizzled; };
 struct Barrier {
   int count = 1, left = 1, phases = 0, expected = 0;  // bytes that are not here yet
   std::deque<std::vector<Copy>> boxes;  // on their way, or a thread's copies
@@ -181,7 +182,7 @@ inline void bring(u32 barrier, const std::vector<Copy>& parts) {
   for (const Copy& one : parts) engine[barrier].expected -= (int)one.bytes.size();
 }
 inline void copy_box(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
-  const bool swizzled = map.box[0] == 128;
+  const bool swizzled = map.swizzled;
   std::vector<Copy> rows;
   u32 row = to;
   for (int shard = 0; shard < map.box[2]; shard++)

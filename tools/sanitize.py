@@ -43,7 +43,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     unmet_by_mixed_prefill,
 )
 from fusedmoe.kernels.hopper_prefill import prefill_rows
-from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, decode_tiles_for, quantized_decode
+from fusedmoe.kernels.hopper_quantized import decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
@@ -62,6 +62,7 @@ from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingSpec, RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
+from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS
 from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, decode_tiles_of, direct_tiles
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 

@@ -52,8 +52,8 @@ def warps(along=1, across=4, stages=4, tiles=2):
     return CudaWarpsTile(tiles, along, across, stages, 2)
 
 
-def rows(along=1, across=4, stages=3, tiles=1, ahead=99, slots=8):
-    return CudaRowsTile(tiles, along, across, stages, 1, ahead, slots)
+def rows(along=1, across=4, stages=3, tiles=1, ahead=99, slots=8, parts=1):
+    return CudaRowsTile(tiles, along, across, stages, 1, ahead, slots, parts)
 
 
 def block(slots=16, warps=4, stages=3):
@@ -75,11 +75,12 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(quantized_decode, "tile_map", tile_map)
 
 
-def tile_map(data, e, features, shards, row, interleaved, box, width=quantized_decode.STEP):
+def tile_map(data, e, features, shards, row, interleaved, box, width=None):
     """As ``cuda_on_cpu.hpp`` reads it."""
     apart = (shards, 1) if interleaved else (1, features)
     strides = [row * rows for rows in (*apart, shards * features)]
-    numbers = [data, row, features, shards, e, *strides, width, box, shards, 1]
+    step = quantized_decode.STEP
+    numbers = [data, row, features, shards, e, *strides, width or step, box, shards, width is None]
     return struct.pack("12q", *numbers)
 
 
@@ -111,6 +112,8 @@ def routed(T, K, E, local):
     return ids, expert_map
 
 
+# Programs make the blocks themselves.
+MADE = {"made": True, "bias": True}
 # format, activation (None: the second GEMM), T, K, E, D, N, tile, what else
 ONE_GEMM = {
     "lone_groups_of_32": ("int4_g32", None, 3, 2, 9, 1024, 80, lone(4, 1, stages=5), {}),
@@ -142,6 +145,9 @@ ONE_GEMM = {
     "rows_int4_g128_straddling": ("int4_g128", None, 20, 4, 16, 768, 64, rows(4, 2), {}),
     "rows_of_16": ("int4_g128", SILU, 20, 4, 16, 1024, 96, rows(4, 2, tiles=2, slots=16), {}),
     "rows_of_16_apart": ("int4_g32", SILU, 20, 4, 6, 8192, 16, rows(16, 1, slots=16), {}),
+    "rows_made": ("int4_g32", SILU, 8, 4, 9, 1024, 96, rows(4, 2), MADE | {"local": 7}),
+    "rows_made_down": ("mxfp4", None, 15, 2, 3, 320, 96, rows(3, 2), MADE),
+    "rows_of_16_made": ("int4_g128", SILU, 16, 2, 2, 1024, 96, rows(4, 2, slots=16), MADE),
     "rows_no_gate": ("mxfp4", RELU2, 20, 4, 16, 512, 96, rows(2, 3), {"bias": True}),
     "rows_lone": ("int4_g32", SILU, 3, 4, 16, 1024, 96, rows(4, 2, slots=1), {"bias": True}),
     "rows_lone_mxfp4": (
@@ -192,7 +198,7 @@ def test_one_gemm(name, on_cpu):
     bias = torch.randn(e, w.shape[1]).bfloat16() if more.get("bias") else None
     blocks = of_eight = LoneSlots(ids.flatten(), expert_map)
     if T > 3:
-        blocks, of_eight = (
+        tables, of_eight = (
             MoEAlignment(
                 *moe_align_block_size(
                     ids, slots, E, expert_map, ignore_invalid_experts=True, num_local_experts=e
@@ -200,6 +206,7 @@ def test_one_gemm(name, on_cpu):
             )
             for slots in (cut.slots, 8)
         )
+        blocks = blocks if more.get("made") else tables
     out = torch.full((T * K, N), NAN, dtype=torch.float32 if act is None else torch.bfloat16)
     expected = out.clone()
     eight = QuantizedTile(64, 8, 64, 1, 4, 2)
@@ -221,10 +228,10 @@ def test_one_gemm(name, on_cpu):
 LAYERS = {
     "stream": ("int4_g32_zp", 96, CudaDecodeTiles(block(), block())),
     "warps_and_rows": ("int4_g32", 96 + 32, CudaDecodeTiles(warps(), rows(2, 2))),
-    "rows_of_sixteen": (
+    "parts_of_rows": (
         "int4_g128",
         512,
-        CudaDecodeTiles(rows(4, 2, slots=16), rows(2, 2, slots=16)),
+        CudaDecodeTiles(rows(4, 2, slots=16), rows(2, 2, slots=16, parts=2)),
     ),
 }
 

@@ -10,10 +10,11 @@ import torch
 
 from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
-from fusedmoe.kernels.hopper_quantized import MAX_LONE_SLOTS, quantized_decode, unmet_by_weights
+from fusedmoe.kernels.hopper_quantized import quantized_decode, unmet_by_weights
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 from hopper_compiler import run_program
 

@@ -2,8 +2,8 @@
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
 ``quantized_lone.cu`` for slots that hardly share experts, ``quantized_rows.cu`` for blocks of eight
-or sixteen of mxfp4, ``quantized_warps.cu`` for blocks of eight of all others,
-``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
+or sixteen of mxfp4 and int4 without zero points, ``quantized_warps.cu`` for blocks of eight of all
+others, ``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
 ``quantized_gemm_reference`` twice.
 """
 
@@ -26,15 +26,19 @@ from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
+    MAX_LONE_SLOTS,
     CudaDecodeTiles,
     CudaRowsTile,
     cuda_decode_tiles,
+    int4_rows_tile,
     rows_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
-MAX_LONE_SLOTS, FEWEST_LONE_ROWS = 32, 17
+FEWEST_LONE_ROWS = 17
+MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
+GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
 FEWEST_FEATURES = 16
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,24 +99,28 @@ def decode_tiles_for(
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
     if R < FEWEST_LONE_ROWS if lone else slots * w2.shape[0] < R:
         return tiles
-    first, second = _rows(w1, slots), _rows(w2, slots)
+    first, second = _rows(w1, slots, splits=False), _rows(w2, slots, splits=not lone)
     if first is not None and second is not None:
         return CudaDecodeTiles(first, second)
     return tiles
 
 
-def _rows(w: QuantizedTensor, slots: int) -> CudaRowsTile | None:
-    """A tile of ``quantized_rows.cu``; None where that does not read these: it takes mxfp4, whose
-    scales the copy engine can bring."""
+def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | None:
+    """A tile of ``quantized_rows.cu``; None where that does not read these: it takes mxfp4 and int4
+    without zero points, whose scales the copy engine can bring. ``splits``: rows may be read in
+    parts."""
     fmt, scale = w.format, w.scale
-    if fmt.element != "e2m1" or scale is None:
+    if fmt.element not in ("int4", "e2m1") or not fmt.symmetric or scale is None:
         return None
     grouped = fmt.group.row == 1 and 32 <= fmt.group.col < w.shape[-1] and fmt.group.col <= 256
     if not grouped or w.scale2 is not None or scale.data_ptr() % ALIGNED_BYTES:
         return None
+    if slots == 1 and fmt.element == "int4" and fmt.group.col > GROUP_OF_LONE_INT4:
+        return None
     scale_bytes = scale.shape[-1] * scale.element_size()
     features = w.shape[1] // w.shards
-    return rows_tile(features, w.shards, w.data.shape[-1], scale_bytes, slots)
+    tile = int4_rows_tile if fmt.element == "int4" else rows_tile
+    return tile(features, w.shards, w.data.shape[-1], scale_bytes, slots, splits)
 
 
 def quantized_decode(
@@ -137,10 +145,10 @@ def quantized_decode(
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
     x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I]; topk_ids int [T, K]; out [T, H]; scratch act
-    [R, I] bf16 and y [R, H] fp32, R = T * K. ``blocks`` hold the tiles' slots, or one (at most 32
-    ``LoneSlots``); both are chosen here where they are not given. ``programs``: the number of
-    multiprocessors. Raises ValueError for weights that the kernel cannot read and for tensors that
-    do not fit.
+    [R, I] bf16 and y [R, H] fp32, R = T * K. ``blocks`` hold the tiles' slots, or are ids
+    (``LoneSlots``, ``tiles.made`` at most); both are chosen here where they are not given.
+    ``programs``: the number of multiprocessors. Raises ValueError for weights that the kernel
+    cannot read and for tensors that do not fit.
     """
     reason = unmet_by_stream(w1, w2)
     if reason is not None:
@@ -153,9 +161,9 @@ def quantized_decode(
         if not lone and expert_map is not None:
             R = expected_slots(R, e, expert_map.shape[0])
         tiles = decode_tiles_for(R, w1, w2, lone, programs)
-    if blocks is None and tiles.slots == 1:
+    if blocks is None and topk_ids.numel() <= tiles.made and w2.shape[0] < MOST_NAMED:
         blocks = LoneSlots.of(topk_ids, expert_map)
-    check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks)
+    check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks, tiles.made)
     check_layer(w1, w2, topk_ids, act, y, activation, (w1_bias, w2_bias), expert_map)
     if not x.is_cuda:
         quantized_decode_reference(
@@ -226,15 +234,17 @@ def check_decode(
     act: torch.Tensor,
     y: torch.Tensor,
     blocks: MoEAlignment | LoneSlots | None,
+    most: int,
 ) -> None:
-    """Raise ValueError where the tensors of a streaming launch do not fit."""
+    """Raise ValueError where the tensors of a streaming launch do not fit, or slots without a table
+    are more than ``most``."""
     R, (_, H, I) = topk_ids.numel(), w2.shape  # noqa: E741
     given = x, topk_weights, topk_ids, out, act, y
     check_plain_rows(given, (H, I), R, y_dtype=torch.float32, apart=8)
     if isinstance(blocks, LoneSlots):
         ids = blocks.topk_ids
-        if R > MAX_LONE_SLOTS:
-            raise ValueError(f"at most {MAX_LONE_SLOTS} slots go without a table, got {R}")
+        if most < R:
+            raise ValueError(f"at most {most} slots go without a table, got {R}")
         if ids.shape != (R,) or ids.dtype != topk_ids.dtype or not ids.is_contiguous():
             raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype} are not those of {R} slots")
 

@@ -19,6 +19,11 @@ EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
 ROWS_STEP = 32
 ROWS_PAIRS = ((12, (8, 4)), (8, (14, 8)))
 ROWS_BYTES, ROWS_AHEAD = 220 * 1024, 2
+# int4 by whole rows: pairs of a warp, warps of a program, or of one for rows too long for those.
+INT4_PAIRS, INT4_WARPS, INT4_MOST_WARPS = 8, 8, 14
+INT4_BYTES = 226 * 1024
+# Slots that are blocks by themselves, or of which programs by whole rows make blocks themselves.
+MAX_LONE_SLOTS = MOST_MADE = 32
 # A launch whose last round of tasks is so full wants no more warps per task.
 FULL_ENOUGH = 0.85
 
@@ -70,11 +75,12 @@ class CudaWarpsTile(_OwnRings):
 
 @dataclass(frozen=True, slots=True)
 class CudaRowsTile(_OwnRings):
-    """``slots`` slots by whole rows: ``stages`` are those of a program's ring, ``ahead`` of them on
-    their way at a time; every warp has its part of x."""
+    """``slots`` slots by whole rows, or by one of ``parts`` of them: ``stages`` are those of a
+    program's ring, ``ahead`` of them on their way at a time; every warp has its part of x."""
 
     ahead: int = 99
     slots: int = 8
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,13 @@ class CudaDecodeTiles(NamedTuple):
     def slots(self) -> int:
         """Of a block; lone slots are one."""
         return 1 if isinstance(self.gemm1, CudaLoneTile) else self.gemm1.slots
+
+    @property
+    def made(self) -> int:
+        """Of how many slots at most both kernels make their blocks themselves."""
+        if self.slots == 1:
+            return MAX_LONE_SLOTS
+        return MOST_MADE if {type(one) for one in self} == {CudaRowsTile} else 0
 
     @property
     def paired(self) -> bool:
@@ -152,54 +165,94 @@ def cuda_decode_tiles(
 
 @lru_cache(maxsize=4096)
 def rows_tile(
-    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int
+    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
 ) -> CudaRowsTile | None:
     """For blocks of so many slots and weights of so many features, bytes of a row and of its
-    scales; None where no tile fits."""
+    scales; None where no tile fits. ``splits``: rows may be read in parts."""
     pairs, rest = divmod(row_bytes, ROWS_STEP)
     eights, of_tile = -(-slots // 8), 16 // shards
     if rest or eights > 2:
         return None
     found = [
-        (warps, most[eights - 1]) for warps, most in ROWS_PAIRS if pairs <= warps * most[eights - 1]
+        (parts, warps, most[eights - 1])
+        for parts in ((1, 2, 4) if splits else (1,))
+        for warps, most in ROWS_PAIRS
+        if pairs <= parts * warps * most[eights - 1]
+        and (parts == 1 or (row_bytes % (parts * STEP) == 0 and scale_bytes % 16 == 0))
     ]
     if not found:
         return None
-    warps, most_pairs = found[0]
-    _, boxes = scale_boxes(scale_bytes)
+    parts, warps, most_pairs = found[0]
+    own, (_, boxes) = pairs // parts, scale_boxes(scale_bytes, parts)
 
     def beside(along: int) -> int:
         """How many warps can stand side by side; none where scales come not with their warps."""
         fitting = (n for n in range(warps // along, 0, -1) if features % (n * of_tile) == 0)
-        apart = along % boxes or (boxes > 1 and scale_bytes % 16)
+        apart = along % boxes or (boxes > 1 and scale_bytes // parts % 16)
         return 0 if apart else next(fitting, 0)
 
     def busy(along: int) -> float:
         """How many warps' worth of products are done at a time."""
-        return beside(along) * pairs / -(-pairs // along)
+        return beside(along) * own / -(-own // along)
 
-    least = -(-pairs // most_pairs)
+    least = -(-own // most_pairs)
     along = max((least, min(least + 1, warps)), key=busy)
     across = beside(along)
     if across == 0:
         return None
 
     def stages(tiles: int) -> int:
-        stage = across * tiles * 16 * (row_bytes + scale_bytes)
+        stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
         return min(8, (ROWS_BYTES - 1024 * along * across * tiles * eights) // stage)
 
     both = across == 1 and features % (2 * of_tile) == 0 and stages(2) >= 3
     tiles = 2 if both else 1
-    return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots)
+    return CudaRowsTile(tiles, along, across, stages(tiles), 1, ROWS_AHEAD, slots, parts)
 
 
-def scale_boxes(row: int) -> tuple[int, int]:
-    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes;
-    (0, 1): rows come as they lie. In boxes where eight rows as they lie would meet in few banks."""
-    if row % 64 or row < 256:
+@lru_cache(maxsize=4096)
+def int4_rows_tile(
+    features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
+) -> CudaRowsTile | None:
+    """``rows_tile`` for int4: few warps, with two tiles of rows each where two stages of those fit;
+    as few parts of a row as ``INT4_WARPS`` can have their x of, or all of it by more warps."""
+    pairs, rest = divmod(row_bytes, ROWS_STEP)
+    eights, of_tile = -(-slots // 8), 16 // shards
+    if rest or eights > 2:
+        return None
+
+    def cut(parts: int, most: int) -> CudaRowsTile | None:
+        if parts > 1 and (row_bytes % (parts * STEP) or scale_bytes % 16):
+            return None
+        along, (_, boxes) = -(-pairs // (parts * INT4_PAIRS)), scale_boxes(scale_bytes, parts)
+        if along > most or along % boxes or (boxes > 1 and scale_bytes // parts % 16):
+            return None
+        for tiles in (2, 1):
+            beside = range(max(1, INT4_WARPS // along), 0, -1)
+            across = next((n for n in beside if features % (n * tiles * of_tile) == 0), 0)
+            room = INT4_BYTES - 1024 * along * across * tiles * eights
+            stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
+            of_x = 128 * INT4_PAIRS * along * across * eights  # at most
+            if across and 2 * stage + of_x <= room:
+                stages = min(8, room // stage)
+                return CudaRowsTile(tiles, along, across, stages, 1, ROWS_AHEAD, slots, parts)
+        return None
+
+    most = INT4_MOST_WARPS if eights == 1 else INT4_WARPS
+    cuts = [(parts, INT4_WARPS) for parts in ((1, 2, 4) if splits else (1,))]
+    return next(filter(None, (cut(*one) for one in (*cuts, (1, most)))), None)
+
+
+def scale_boxes(row: int, parts: int) -> tuple[int, int]:
+    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes
+    for one of so many parts of the row; (0, 1): rows come as they lie. In boxes where a row is not
+    taken as a whole, and where eight rows as they lie would meet in few banks."""
+    if parts == 1 and (row % 64 or row < 256):
         return 0, 1
-    boxes = -(-row // 256)
-    return -(-row // boxes // 16) * 16, boxes
+    own = row // parts
+    most = max(own + i * own % 16 for i in range(parts))
+    boxes = -(-most // 256)
+    return -(-most // boxes // 16) * 16, boxes
 
 
 def _along(blocks: int, rows: int, row_bytes: int, resident: int) -> int:

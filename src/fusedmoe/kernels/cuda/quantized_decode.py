@@ -37,10 +37,10 @@ LIKELY_MEAN = 2  # slots per expert from which on most experts have some
 
 @lru_cache(maxsize=4096)
 def tile_map(data: int, e: int, features: int, shards: int, row: int, interleaved: bool,
-             box: int, width: int = STEP) -> bytes:  # fmt: skip
-    """What the copy engine reads ``width`` bytes of rows by, steps swizzled: ``box`` features of
-    every shard, of e * shards * features rows of ``row`` bytes at address ``data``; zeros beyond
-    the last."""
+             box: int, width: int | None = None) -> bytes:  # fmt: skip
+    """What the copy engine reads steps of rows by, swizzled, or ``width`` bytes of them as they
+    lie: ``box`` features of every shard, of e * shards * features rows of ``row`` bytes at address
+    ``data``; zeros beyond the last."""
     from cuda.bindings import driver
 
     from fusedmoe.kernels.cuda.program import checked
@@ -55,11 +55,11 @@ def tile_map(data: int, e: int, features: int, shards: int, row: int, interleave
             data,
             [driver.cuuint64_t(size) for size in (row, features, shards, e)],
             [driver.cuuint64_t(row * rows) for rows in (*apart, shards * features)],
-            [driver.cuuint32_t(size) for size in (width, box, shards, 1)],
+            [driver.cuuint32_t(size) for size in (width or STEP, box, shards, 1)],
             [driver.cuuint32_t(1)] * 4,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle.CU_TENSOR_MAP_SWIZZLE_128B
-            if width == STEP
+            if width is None
             else swizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
@@ -90,15 +90,18 @@ def decode(
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     first, second = addresses
-    K = topk_ids.shape[1]
+    K, parts = topk_ids.shape[1], 1
     experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
     guess = topk_ids.numel() >= LIKELY_MEAN * experts
     of_first = x, w1, act, w1_bias, activation, blocks, first, K, tiles.gemm1, programs
     of_second = act, w2, y, w2_bias, None, blocks, second, 1, tiles.gemm2, programs
+    if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
+        parts = tiles.gemm2.parts
+        of_second = act, w2, y.new_empty(parts * y.shape[0], y.shape[1]), *of_second[3:]
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _gemm(*of_first, early=False, guess=guess, following=order)
     _gemm(*of_second, early=True)
-    weighted_sum(y, topk_weights, topk_ids, expert_map, out, w2.shape[0])
+    weighted_sum(of_second[2], topk_weights, topk_ids, expert_map, out, w2.shape[0], parts)
 
 
 def _gemm(

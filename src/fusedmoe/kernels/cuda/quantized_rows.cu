@@ -8,8 +8,9 @@
 // and their scales by bulk copies into a ring, the first of BRINGERS, whose registers the others
 // have; WARPS multiply: WM side by side of MT tiles of 16 rows each (GATED: eight of gate, eight of
 // up, so that both numbers of a feature meet in one thread), KW along the columns. Each has its own
-// part of x, which it loads once per block of slots. An item is (block of slots, ROWS rows), a program
-// has neighbouring ones.
+// part of x, which it loads once per block of slots. An item is (block of slots, part of the columns,
+// ROWS rows), a program has neighbouring ones. Where columns are too many for that, PARTS rows of out
+// are the parts of a slot's sum. A stretch is the items of one block and part.
 //
 // Sums of KW warps meet in shared memory, two buffers in turns. They are added up one item late, by
 // another of the warps for each item, so that nobody waits for the others.
@@ -19,16 +20,16 @@
 // A group's products are summed by themselves and multiplied by the scale in fp32. What the zero
 // point of int4 adds, sums of x take away.
 //
-// EARLY: the launch before is the first GEMM; weights and tables are read before it has ended. The
-// launch that wrote the tables has, because the first GEMM waits for it before it lets this begin.
+// EARLY: the launch before is the first GEMM; weights and tables, or ids, are read before it has
+// ended. The launch that wrote them has, because the first GEMM waits for it before it lets this begin.
 // Other constants come from the launcher as macros; quantized_rows.py names them, and the files
 // whose text stands before this one.
 
-// This warp's columns of x, for a block of slots.
+// This warp's columns of x, for a stretch.
 struct Rows {
   u32 x[NT][2 * PAIRS][XR];
-  float sums[SUMS_STAY ? UNITS : 1][NT][2];  // of x times what takes the zero point away
-  float2* others;                            // or where they are
+  float sums[SUMS_STAY ? UNITS : 1][NT][4];  // of x times what takes the zero point away
+  float4* others;                            // or where they are
   int known = -1, lead, slots[NT];           // of the block that comes next
   int split = SPLITTING && LONE ? 8 : 1;     // of the block that is there
 
@@ -38,22 +39,23 @@ struct Rows {
 #pragma unroll
     for (int n = 0; n < NT; n++) slots[n] = slot_of(a, block, n * 8 + p.g);
   }
-  DEVICE void load(const Place& p, const Arguments& a, int block, int blocks) {
-    if (!LONE && block != known) look(p, a, block);
+  // ``end``: of this program's stretches.
+  DEVICE void load(const Place& p, const Arguments& a, int stretch, int end) {
+    if (!LONE && stretch / PARTS != known) look(p, a, stretch / PARTS);
     if (SPLITTING && !LONE) {
       const u32 taken = lanes_with(slots[0] >= 0 && slots[0] < a.R);
       split = taken >> 16 ? 1 : taken >> 8 ? 2 : 4;
-      slots[0] = from_lane(slots[0], p.g % (8 / split) * 4);
     }
     const int own = p.g / (8 / split);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       // Places without a slot take the block's first, whose sums they then throw away.
-      int slot = LONE ? block : slots[n];
+      int slot = LONE ? stretch : slots[n];
+      if (SPLITTING && !LONE) slot = from_lane(slot, p.g % (8 / split) * 4);
       if (slot < 0 || slot >= a.R) slot = lead;
       slot = min(max(slot, 0), a.R - 1);
       const u16* from = a.x + (i64)(slot / TOP_K) * a.stride_x +
-                        (p.k_begin * STEP_COLS + p.t * 2 * XR);
+                        (stretch % PARTS * COLUMNS + p.k_begin * STEP_COLS + p.t * 2 * XR);
 #pragma unroll
       for (int c = 0; c < 2 * PAIRS; c++) {
         const bool inside =
@@ -68,7 +70,8 @@ struct Rows {
         }
       }
     }
-    if (!LONE && block + 1 < blocks) look(p, a, block + 1);
+    const int next = stretch + 1, unit = GC * split;
+    if (!LONE && next < end && next / PARTS != known) look(p, a, next / PARTS);
     float all[4];
 #pragma unroll
     for (int i = 0; i < NT * 2 * PAIRS; i++) {
@@ -78,22 +81,27 @@ struct Rows {
       for (int j = 0; j < XR; j++) own[j] = x[n][c][j];
       pair_up(x[n][c], own);
       if (ELEMENT != INT4) continue;
-      if (c % GC == 0) all[0] = all[1] = all[2] = all[3] = 0.0f;
+      if ((c & (unit - 1)) == 0) all[0] = all[1] = all[2] = all[3] = 0.0f;
       // -8, as numbers() has it in even and odd registers.
       const u32 even = 0x80088008u, odd = 0x80808080u;
       mma(all, even, even, odd, odd, x[n][c][0], x[n][c][1]);
       mma(all, even, even, odd, odd, x[n][c][XR - 2], x[n][c][XR - 1]);
-      if (SUMS_STAY)
-        sums[c / GC][n][0] = all[0], sums[c / GC][n][1] = all[1];
-      else if (p.g == 0 && ((c + 1) % GC == 0 || c + 1 == 2 * PAIRS))
-        others[(c / GC * NT + n) * 4 + p.t] = make_float2(all[0], all[1]);
+      // Those of a unit of several groups are kept as the first one's.
+      const int first = (c & ~(unit - 1)) / GC;
+#pragma unroll
+      for (int j = 0; j < 4 * UNITS && SUMS_STAY; j++)
+        if (j / 4 == first) sums[j / 4][n][j % 4] = all[j % 4];
+      if (!SUMS_STAY && p.g == 0 && ((c + 1 & (unit - 1)) == 0 || c + 1 == 2 * PAIRS))
+        others[(first * NT + n) * 4 + p.t] = make_float4(all[0], all[1], all[2], all[3]);
     }
     if (!SUMS_STAY) __syncwarp();
   }
-  DEVICE float2 sum(const Place& p, int unit, int n) const {
-    if (ELEMENT != INT4) return make_float2(0.0f, 0.0f);
-    if (SUMS_STAY) return make_float2(sums[unit][n][0], sums[unit][n][1]);
-    return others[(unit * NT + n) * 4 + p.t];
+  // Of x in the chunks from c on that share a scale or a product.
+  DEVICE float4 sum(const Place& p, int c, int n) const {
+    if (ELEMENT != INT4) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const float(&own)[4] = sums[SUMS_STAY ? c / GC : 0][n];
+    if (SUMS_STAY) return make_float4(own[0], own[1], own[2], own[3]);
+    return others[(c / GC * NT + n) * 4 + p.t];
   }
 };
 
@@ -113,9 +121,10 @@ DEVICE u32 chunk_at(const Place& p, u32 tile, int row, int c) {
 template <int SPLIT>
 DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
                      const u32 (&scales)[2], const Rows& rows) {
-  constexpr int UNIT_CHUNKS = SPLIT > 1 ? SPLIT : GC;
-  float part[CHAINS][NT][4];
-  u32 w[4];
+  constexpr int UNIT_CHUNKS = SPLIT * GC;
+  constexpr bool TWO = SPLIT == 1 && TWO_SCALES;
+  float part[NT][4];
+  u32 w[4], two[2];
 #pragma unroll
   for (int c = 0; c < 2 * PAIRS; c++) {
     if (c / 2 >= FEWEST && p.k_begin + c / 2 >= p.k_end) break;
@@ -126,14 +135,12 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       if (c % UNIT_CHUNKS == 0) {
-        const float2 sum = rows.sum(p, c / GC, n);
-#pragma unroll
-        for (int i = 0; i < 4 * CHAINS; i++)
-          part[i / 4][n][i % 4] = i >= 4 ? 0.0f : i % 2 ? sum.y : sum.x;
+        const float4 sum = rows.sum(p, c, n);
+        part[n][0] = sum.x, part[n][1] = sum.y, part[n][2] = sum.z, part[n][3] = sum.w;
       }
 #pragma unroll
       for (int i = 0; i < XR; i += 2)
-        mma(part[i / 2 % CHAINS][n], v[0][i], v[1][i], v[0][i + 1], v[1][i + 1], rows.x[n][c][i],
+        mma(part[n], v[0][i], v[1][i], v[0][i + 1], v[1][i + 1], rows.x[n][c][i],
             rows.x[n][c][i + 1]);
     }
     const bool last = c % 2 == 1 && c + 1 >= 2 * FEWEST && p.k_begin + (c + 1) / 2 >= p.k_end;
@@ -148,40 +155,43 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
       for (int i = 0; i < (SPLIT == 8 ? 2 : 1); i++) {
         int own = SPLIT > 1 ? (2 * p.t + i) * SPLIT / 8 : 0;
         if (c - begin < SPLIT - 1) own = min(own, c - begin);  // columns without a group are zero
-        factors[i] = stored_scale(scales[half] + (group + own) * SCALE_BYTES);
+        const u32 at = scales[half] + (group + own) * SCALE_BYTES;
+        if (TWO && c % 2 == 0) two[half] = shared_u32(at);
+        factors[i] =
+            TWO ? number<SCALE>(c % 2 ? two[half] >> 16 : two[half] & 0xFFFF) : stored_scale(at);
       }
 #pragma unroll
       for (int i = 0; i < NT * 2; i += LONE && SPLIT == 1 ? 2 : 1) {
         const int n = i / 2, j = half * 2 + i % 2;
-        const float sum = CHAINS > 1 ? part[0][n][j] + part[CHAINS - 1][n][j] : part[0][n][j];
-        acc[n][j] = fmaf(factors[SPLIT == 8 ? i : 0], sum, acc[n][j]);
+        acc[n][j] = fmaf(factors[SPLIT == 8 ? i : 0], part[n][j], acc[n][j]);
       }
     }
   }
 }
 
-DEVICE void take_block(const Place& p, const Arguments& a, int count, int known, Rows& rows,
-                       Ends& ends) {
+DEVICE void take_stretch(const Place& p, const Arguments& a, int stretch, int end, Rows& rows,
+                         Ends& ends) {
   __syncwarp();
-  rows.load(p, a, known, count / TILES);
-  ends.take_block(p, a, known, rows.split);
+  rows.load(p, a, stretch, end);
+  ends.take_block(p, a, stretch / PARTS, rows.split);
 }
 
 DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& ring, Parts parts,
                     u8* sums) {
   Rows rows;
-  rows.others = (float2*)sums + p.warp * UNITS * NT * 4;
+  rows.others = (float4*)sums + p.warp * UNITS * NT * 4;
   Ends ends, before;
   Turns turns;
   // Rows of the first item are asked for beside its weights, in the EARLY launch once they are there.
-  const int first = first_item(count, blockIdx.x);
-  int known = first < first_item(count, blockIdx.x + 1) ? first / TILES : -1;
+  const int first = first_item(count, blockIdx.x), last = first_item(count, blockIdx.x + 1);
+  const int end = (last + TILES - 1) / TILES;
+  int known = first < last ? first / TILES : -1;
   if (EARLY) {
-    if (!LONE && known >= 0) rows.look(p, a, known);
+    if (!LONE && known >= 0) rows.look(p, a, known / PARTS);
     wait_for_previous();
     let_next_begin();
   }
-  if (known >= 0) take_block(p, a, count, known, rows, ends);
+  if (known >= 0) take_stretch(p, a, known, end, rows, ends);
   bool any = false;
   for (;; turns.next()) {
     wait_barrier(ring.full_at(turns.stage), turns.phase);
@@ -194,14 +204,14 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
     }
     if (ends.item >= (known + 1) * TILES) {
       known = ends.item / TILES;
-      take_block(p, a, count, known, rows, ends);
+      take_stretch(p, a, known, end, rows, ends);
     }
     if (KW == 1) ends.load(p, a);
     const u32 place = ring.places + turns.stage * PLACE_BYTES;
-    const u32 of_place = ring.scales + turns.stage * PLACE_SCALES;
+    const u32 of_place = ring.scales + turns.stage * PLACE_SCALES + known % PARTS * SLICE % 16;
     Accumulators acc;
     clear(acc);
-    const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SCALE_ROW + 1);
+    const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SLICE + 1);
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
       const int tile = p.wm * MT + mt;
@@ -264,7 +274,8 @@ quantized_rows(const __grid_constant__ Arguments a) {
     wait_for_previous();
     let_next_begin();
   }
-  const int count = (LONE ? a.R : load_past_l1(a.num_post) / BN) * TILES;
+  const int blocks = LONE ? a.R : MADE ? make_tables(a) : load_past_l1(a.num_post) / BN;
+  const int count = blocks * (TILES * PARTS);
   if (p.warp >= WARPS) {
     if (REGISTERS) give_registers<32>();
     if (p.warp == WARPS) bring(a, count, ring);

@@ -19,7 +19,7 @@ from fusedmoe.kernels.cuda.quantized_launch import (
     weight_constants,
 )
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.cuda_tiles import CudaRowsTile, scale_boxes
+from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
 
 SOURCES = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
@@ -60,14 +60,14 @@ def _all_begin(pairs: int, along: int, unit: float) -> bool:
     return all(i * pairs // along % unit == 0 for i in range(along))
 
 
-def sum_bytes(pairs: int, along: int, group: int) -> int:
-    """Of a warp's sums of x for eight slots, one for each unit of a scale, where they do not stay
-    in registers."""
+def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
+    """Of a warp's sums of x for so many eights of slots, one for each unit of a scale, where they
+    do not stay in registers."""
     chunks = group // 32
     aligned = _all_begin(pairs, along, group / 64)
     of_unit = min(chunks, 4) if aligned or chunks < 2 else 2
     units = -(-2 * -(-pairs // along) // of_unit)
-    return units * 32 if units > 4 else 0
+    return units * eights * 64 if units * eights > 4 else 0
 
 
 def stream(
@@ -84,31 +84,37 @@ def stream(
     *,
     early: bool,
 ) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``, ``blocks`` of the tile's slots."""
+    """One launch; ``addresses`` from ``weight_addresses``, ``blocks`` of the tile's slots, or the
+    ids of at most ``MOST_MADE`` that programs make such blocks of."""
     N, D, scale = out.shape[1], x.shape[1], w.scale
     assert scale is not None
     act = activation or DeviceActivation(formula="", gated=False)
     warps, rows = tile.along * tile.across, tile.across * tile.tiles * 16
     row_bytes, eights, group = w.data.shape[-1], -(-tile.slots // 8), w.format.group.col
+    part_bytes = row_bytes // tile.parts
+    lone = isinstance(blocks, LoneSlots) and tile.slots == 1
+    made = isinstance(blocks, LoneSlots) and tile.slots > 1
     scale_row = addresses[5] * scale.element_size()
-    box, boxes = scale_boxes(scale_row)
+    box, boxes = scale_boxes(scale_row, tile.parts)
     scale_bytes = boxes * box or scale_row
-    of_stage = rows * (row_bytes + scale_bytes) + 16 + 4
+    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
     shared = 4 * tile.across * 8
     if tile.along > 1:
         shared += 2 * warps * tile.tiles * eights * 512
     if w.format.element == "int4":
-        shared += warps * eights * sum_bytes(row_bytes // PAIR, tile.along, group)
+        shared += warps * sum_bytes(part_bytes // PAIR, tile.along, group, eights)
     if tile.along % boxes:
         raise ValueError(
             f"{tile.along} warps share {scale_bytes} bytes of scales that come {box} at a time"
         )
+    if made:
+        shared += 2 * MOST_MADE * (3 + 8 * eights) + 32
     stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
     if stages < 2:
-        raise ValueError(f"{rows} rows of {row_bytes} bytes leave no room for two stages")
+        raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
     shared += stages * of_stage
     constants = weight_constants(w, addresses, act)
-    constants |= {"COLUMNS": D, "GROUP": group}
+    constants |= {"COLUMNS": D // tile.parts, "PARTS": tile.parts, "GROUP": group}
     constants |= {"TOP_K": top_k, "EARLY": int(early)}
     constants |= {"WIDE": int(out.dtype == torch.float32)}
     constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
@@ -118,11 +124,11 @@ def stream(
     constants |= {"AHEAD": tile.ahead}
     constants |= {"NEXT": 0, "NEXT_EVEN": 0, "NEXT_ODD": 0}
     ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
-    constants |= {"LONE": int(ids is not None)}
+    constants |= {"LONE": int(lone), "MADE": int(made)}
     constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
     registers = REGISTERS.get(warps, 0) if tile.per_multiprocessor == 1 else 0
     bringers = 4 if registers else 1
-    pairs = row_bytes // PAIR
+    pairs = part_bytes // PAIR
     constants |= {
         "BRINGERS": bringers,
         "REGISTERS": registers,
@@ -144,7 +150,7 @@ def stream(
         b"",
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         x.stride(0),
-        out.shape[0],
+        out.shape[0] // tile.parts,
         0 if expert_map is None else expert_map.shape[0],
         w.shape[0],
         last_block,
@@ -155,7 +161,7 @@ def stream(
     shards = 2 if act.gated else 1
     sizes = w.shape[0], N, shards
     order, address = (w.interleaved, rows // shards), ctypes.addressof(parameters)
-    if row_bytes % 128 == 0:
+    if part_bytes % 128 == 0:
         ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
     if box:
         brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)

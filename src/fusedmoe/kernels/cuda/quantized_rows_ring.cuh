@@ -1,4 +1,4 @@
-// What a launch of quantized_rows.cu is cut into, and the warp that fills its ring.
+// What a launch of quantized_rows.cu is cut into, its blocks of slots, and the warp that fills its ring.
 
 struct Arguments {
   TensorMap boxes, scale_boxes;
@@ -24,15 +24,13 @@ constexpr int PAIRS = (S + KW - 1) / KW, FEWEST = S / KW;
 constexpr int GROUP_CHUNKS = WIDTH / CHUNK_COLS;
 constexpr int GC = ALIGNED || GROUP_CHUNKS < 2 ? (GROUP_CHUNKS < 4 ? GROUP_CHUNKS : 4) : 2;
 constexpr int UNITS = (2 * PAIRS + GC - 1) / GC;
-// Products of a long unit are summed in two chains at least: a chain waits for each of its products.
-constexpr int CHAINS = GC > 1 && XR == 4 && NT == 1 ? 2 : 1;
 // Sums of x of so many units stay in registers.
-constexpr bool SUMS_STAY = ELEMENT != INT4 || UNITS <= 4;
-constexpr int SUM_BYTES = SUMS_STAY ? 0 : WARPS * UNITS * NT * 32;
+constexpr bool SUMS_STAY = ELEMENT != INT4 || UNITS * NT <= 4;
+constexpr int SUM_BYTES = SUMS_STAY ? 0 : WARPS * UNITS * NT * 64;
 // A product has eight columns. Where a chunk is a group and slots are fewer, so many neighbouring groups
 // get columns of their own (SPLIT; x is zero in those of others), and sums take their scales once for
 // all of them: two or four where a block has at most four or two slots, eight for LONE ones.
-constexpr bool SPLITTING = NT == 1 && GROUP_CHUNKS == 1 && ELEMENT != INT4;
+constexpr bool SPLITTING = NT == 1 && GROUP_CHUNKS == 1;
 // Of a place of the ring: ROWS rows, shard by shard. BOXES: the copy engine brings them a line of 128
 // bytes of each at a time, swizzled; otherwise they lie as in memory, so that two shards in turns stay
 // so (ALTERNATING). Scales lie as in memory, SCALE_PITCH bytes apart.
@@ -40,13 +38,17 @@ constexpr int ROWS = WM * MT * 16;
 constexpr bool BOXES = ROW_BYTES % 128 == 0, ALTERNATING = INTERLEAVED && !BOXES;
 constexpr int RUNS = GATED && !INTERLEAVED ? 2 : 1;  // of neighbouring rows
 constexpr int PLACE_BYTES = ROWS * ROW_BYTES;
-// Scales lie as in memory, or (SCALE_BOX) so many bytes of each row at a time; a warp's are in one of
-// those.
+// Scales lie as in memory, or (SCALE_BOX) so many bytes of each row at a time, SLICE in all from a
+// multiple of 16 on; a warp's are in one of those.
 constexpr int SCALE_ROW = SCALE_STRIDE * SCALE_BYTES;
-constexpr int SLICES = SCALE_BOX ? (SCALE_ROW + SCALE_BOX - 1) / SCALE_BOX : 1;
+constexpr int SLICE = PARTS == 1 ? SCALE_ROW : COLUMNS / WIDTH * SCALE_BYTES;
+constexpr int SLICES = SCALE_BOX ? (SLICE + SCALE_BOX - 1) / SCALE_BOX : 1;
 constexpr int SCALE_PITCH = SCALE_BOX ? SCALE_BOX : SCALE_ROW;
 constexpr int PLACE_SCALES = SLICES * ROWS * SCALE_PITCH;
-static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0, "");
+// Whether those of both chunks of a pair are read at once.
+constexpr bool TWO_SCALES =
+    GROUP_CHUNKS == 1 && SCALE_BYTES == 2 && SCALE_PITCH % 4 == 0 && SLICE % 4 == 0;
+static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0 && (PARTS == 1 || BOXES), "");
 
 struct Ring {
   u32 places, scales, items, full, empty;
@@ -72,15 +74,71 @@ DEVICE int scale_at(int tile, int r) {
   return INTERLEAVED && BOXES && !SCALE_BOX ? tile * 16 + r % 8 * 2 + r / 8 : row_at(tile, r);
 }
 
+// MADE: which slots are a block every program works out from their ids, which takes less than to
+// launch what would. By experts, then in the order of slots.
+constexpr int MOST_MADE = 32;
+constexpr u16 NONE = 0xFFFF;
+struct Tables {
+  u16 experts_of[MOST_MADE], leaders[MOST_MADE];   // of a slot; of those that are a block's first
+  u16 experts[MOST_MADE], places[MOST_MADE * BN];  // of a block
+  int blocks;
+};
+constexpr int TABLES_AT = (STAGES * (PLACE_BYTES + PLACE_SCALES + 20) + SUM_BYTES + 32 * WM +
+                           (KW > 1 ? 2 * WARPS * MT * NT * 512 : 0) + 15) / 16 * 16;
+DEVICE Tables& tables() {
+  DYNAMIC_SHARED(memory);
+  return *(Tables*)(memory + TABLES_AT);
+}
+// Eight of a row of numbers.
+struct Eight {
+  u16 of[8];
+  DEVICE Eight(const u16* from) {
+    const uint4 v = *(const uint4*)from;
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) of[i] = (u16)(words[i / 2] >> i % 2 * 16);
+  }
+};
+DEVICE int make_tables(const Arguments& a) {
+  Tables& made = tables();
+  const int own = threadIdx.x, expert = own < MOST_MADE ? lone_expert(a, own) : -1;
+  for (int i = own; i < MOST_MADE * BN / 2; i += (WARPS + BRINGERS) * 32) ((u32*)made.places)[i] = ~0u;
+  if (own < MOST_MADE) made.experts_of[own] = (u16)expert;
+  __syncthreads();
+  int rank = 0, blocks = 0, before = 0;
+  for (int i = 0; own < MOST_MADE && i < a.R; i += 8) {
+    const Eight eight(made.experts_of + i);
+#pragma unroll
+    for (int j = 0; j < 8; j++) rank += i + j < own && eight.of[j] == (u16)expert;
+  }
+  const bool leads = expert >= 0 && rank % BN == 0;
+  if (own < MOST_MADE) made.leaders[own] = leads ? (u16)expert : NONE;
+  __syncthreads();
+  for (int i = 0; own < MOST_MADE && i < a.R; i += 8) {
+    const Eight eight(made.leaders + i);
+#pragma unroll
+    for (int j = 0; j < 8; j++) blocks += eight.of[j] != NONE, before += eight.of[j] < (u16)expert;
+  }
+  if (expert >= 0) {
+    made.places[before * BN + rank] = (u16)own;
+    if (leads) made.experts[before + rank / BN] = (u16)expert;
+  }
+  if (own == 0) made.blocks = blocks;
+  __syncthreads();
+  return made.blocks;
+}
+
 // Of a block of slots; -1 where LONE slots have none.
 DEVICE int expert_of(const Arguments& a, int block) {
   if (LONE) return lone_expert(a, block);
+  if (MADE) return tables().experts[block];
   const int expert = load_past_l1(a.experts + min(block, a.last_block));
   return min(max(expert, 0), a.num_local - 1);
 }
 // In a place of a block; outside [0, R) where there is none.
 DEVICE int slot_of(const Arguments& a, int block, int place) {
   if (LONE) return place == 0 ? block : -1;
+  if (MADE) return (short)tables().places[block * BN + place];
   return load_past_l1(a.sorted + block * BN + place);
 }
 
@@ -96,7 +154,7 @@ DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
     const int item = at < first_item(count, blockIdx.x + 1) ? at : -1;
     if (item >= 0 && item / TILES != known) {
       known = item / TILES;
-      expert = expert_of(a, known);
+      expert = expert_of(a, known / PARTS);
     }
     if (LONE && item >= 0 && expert < 0) continue;
     const u32 full = ring.full_at(turns.stage);
@@ -113,17 +171,18 @@ DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
     __syncwarp();
     const u32 place = ring.places + turns.stage * PLACE_BYTES;
     const u32 scales = ring.scales + turns.stage * PLACE_SCALES;
-    const int first = item % TILES * FT;
+    const int first = item % TILES * FT, part = known % PARTS;
     if (BOXES) {
       for (int i = lane; i < ROW_BYTES / 128; i += 32)
-        copy_box(place + i * ROWS * 128, a.boxes, i * 128, first, expert, full);
+        copy_box(place + i * ROWS * 128, a.boxes, part * ROW_BYTES + i * 128, first, expert, full);
     } else if (lane < RUNS) {
       const i64 row = expert * EXPERT_ROWS + first * ROW_STEP + lane * SHARD_STEP;
       copy_bytes(place + lane * (ROWS / RUNS) * ROW_BYTES, a.weights + row * ROW_BYTES,
                  ROWS / RUNS * ROW_BYTES, full);
     }
     if (SCALE_BOX && lane < SLICES) {
-      copy_box(scales + lane * ROWS * SCALE_BOX, a.scale_boxes, lane * SCALE_BOX, first, expert, full);
+      copy_box(scales + lane * ROWS * SCALE_BOX, a.scale_boxes,
+               part * SLICE / 16 * 16 + lane * SCALE_BOX, first, expert, full);
     } else if (!SCALE_BOX && lane < RUNS) {
       const i64 row = expert * (EXPERT_SCALES / SCALE_STRIDE) + first * ROW_STEP + lane * SHARD_STEP;
       copy_bytes(scales + lane * (ROWS / RUNS) * SCALE_ROW, a.scale + row * SCALE_ROW,

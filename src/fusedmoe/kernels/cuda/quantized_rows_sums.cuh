@@ -51,10 +51,11 @@ struct Ends {
       else
         v[2] = low, v[3] = high;
     }
+    const int part = item / TILES % PARTS;
     float added[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      if (BIAS) {
+      if (BIAS && part == 0) {
         // Here and not where they were asked for: a warp would wait for them there.
         u32 bits = bias[mt][half];
         hold(bits);
@@ -65,7 +66,7 @@ struct Ends {
       const int slot = slot_at(p, n, i);
       if (slot < 0 || slot >= a.R) continue;
       const float low = fmaf(v[i], UNIT, added[0]), high = fmaf(v[2 + i], UNIT, added[1]);
-      store_features(a, slot, f, low, high);
+      store_features(a, slot * PARTS + part, f, low, high);
     }
   }
 };

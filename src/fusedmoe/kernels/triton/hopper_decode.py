@@ -50,20 +50,22 @@ def sum_kernel(
     num_mapped,
     num_local,
     PICKS: tl.constexpr,
+    PARTS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     DISCARD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One pass: rows are loaded before it is known which of them live, unless an expert map says
-    that most of them do not."""
+    """One pass: rows, PARTS for each pick, are loaded before it is known which of them live, unless
+    an expert map says that most of them do not. DISCARD: with one part for each pick."""
     follow_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
-    pick = tl.arange(0, PADDED)
+    row = tl.arange(0, PADDED)
+    pick = row // PARTS
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     slot = token * PICKS + pick
-    at = slot[:, None] * H + column[None, :]
+    at = (token * (PICKS * PARTS) + row)[:, None] * H + column[None, :]
     wanted = (pick < PICKS)[:, None] & inside[None, :]
     expert = tl.load(ids_ptr + slot, pick < PICKS, -1, cache_modifier=".cg")
     live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
@@ -113,7 +115,7 @@ def decode(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], w2.shape[0]),
-        (K, power_of_2(K), 256 * warps, may_discard(y, T * K)),
+        (K, 1, power_of_2(K), 256 * warps, may_discard(y, T * K)),
         warps,
     )
 

@@ -15,14 +15,15 @@ def weighted_sum(
     expert_map: torch.Tensor | None,
     out: torch.Tensor,
     num_local: int,
+    parts: int = 1,
 ) -> None:
-    """y [T * K, H] -> out [T, H]."""
+    """y [T * K * parts, H] -> out [T, H]; a pick's row is the sum of its ``parts``."""
     (T, K), H = topk_ids.shape, out.shape[1]
     warps = 1 if T <= 256 else 4
     _launch_sum(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], num_local),
-        (K, power_of_2(K), 256 * warps, False),
+        (K, parts, power_of_2(K * parts), 256 * warps, False),
         warps,
     )
