@@ -69,7 +69,8 @@ class MoEOptions:
     ``experts`` and ``prepare_finalize`` force an implementation: a name that
     ``fusedmoe.explain`` prints, or a class of your own. ``tuned_table`` are measured tiles for this
     layer in place of the packaged ones: a file that ``fusedmoe tune`` wrote, or another engine's;
-    it is read here, once, and implementations of other kernels than the table's do not look at it.
+    it is read here, once. Building the layer raises where it is for another, and where nothing
+    that can run the layer reads tables: on a CPU, with quantized weights, in batched rows.
 
     ``micro_batch_tokens``: where some rank brings at least so many tokens to experts on other
     ranks, the forward runs as two halves, one on the wire while the experts compute the other.

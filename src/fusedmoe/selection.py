@@ -26,6 +26,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey, accepts
+from fusedmoe.tuning.choice import given_table
 
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
@@ -185,6 +186,7 @@ def unmet_requirement(
         (moe.options.batch_invariant, can.batch_invariant, "batch invariance"),
         (moe.options.deterministic, can.deterministic, "the same bits from run to run"),
         (moe.has_hash_routing, can.hash_routing, "hash routing"),
+        (moe.options.table is not None, can.tuned_table, "a tuned table"),
     )
     for wanted, offered, what in wants:
         if wanted and not offered:
@@ -239,10 +241,12 @@ def select(
 
     ``moe.options`` forces either by name or class. ``groups`` are the process groups tokens may
     move over. ``down_keys`` are the (weight, activation) keys of the second GEMM where they are not
-    those of the first. Raises ValueError with every reason where nothing fits.
+    those of the first. Raises ValueError with every reason where nothing fits, and where the tuned
+    table of the options is not for this layer.
     """
     keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
     keys = keys if down_keys is not None else keys[:1]
+    _check_table(moe, next((weight for weight, _ in keys if weight is not None), None))
     movers = candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
     mover_reasons = {cls: cls.unmet_requirement(moe, groups) for cls in movers}
     able = [cls for cls, reason in mover_reasons.items() if reason is None]
@@ -269,6 +273,17 @@ def select(
         groups,
         _notes(chosen[0], keys),
     )
+
+
+def _check_table(moe: FusedMoEConfig, weight_key: QuantKey | None) -> None:
+    """Raise ValueError for a tuned table that says nothing about this layer."""
+    table = moe.options.table
+    if table is not None and weight_key is not None:
+        raise ValueError(
+            f"the tuned table is for weights {table.layer.weights}, the layer has ({weight_key}): "
+            "no kernel for quantized weights reads a tuned table, leave it out"
+        )
+    given_table(moe)
 
 
 def _notes(cls: type[FusedMoEExperts], keys: tuple[_Keys, ...]) -> tuple[str, ...]:

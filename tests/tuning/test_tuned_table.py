@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
+from fusedmoe.experts.functional_call import option_words, options_of
 from fusedmoe.experts.triton import tokens_here, triton_experts
+from fusedmoe.layer import FusedMoE
+from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
 from fusedmoe.tuning.table_file import make_table, table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
@@ -144,7 +147,7 @@ def asked(table: TunedTable | None, **changes: Any) -> TunedTable | None:
 def test_a_table_that_was_asked_for_must_serve_the_layer() -> None:
     assert asked(None) is None
     assert asked(two_tiles()) is not None
-    with pytest.raises(ValueError, match="does not serve this layer: it is for E 128"):
+    with pytest.raises(ValueError, match=r"does not serve this layer: it is for E 128"):
         asked(two_tiles(), E=64)
     huge = replace(HIGH, block_n=256, block_k=128, num_stages=5)
     table = table_of(Curve("gemm1", huge, (1.0,)), Curve("gemm2", huge, (1.0,)), tokens=(1,))
@@ -220,13 +223,38 @@ def small_layer() -> tuple[dict[str, Any], TunedTable]:
     return given, table_of(*curves, tokens=(1,), layer=layer)
 
 
-def test_a_table_changes_no_result_and_survives_compilation() -> None:
+def layer_with(table: TunedTable, sizes: tuple[int, int, int, int], **how: Any) -> Any:
+    return FusedMoE(
+        *sizes, params_dtype=torch.float32, options=MoEOptions(tuned_table=table), **how
+    )
+
+
+def test_a_table_for_another_layer_is_refused_wherever_it_is_built() -> None:
+    _, table = small_layer()
+    with pytest.raises(ValueError, match=r"does not serve this layer: it is for I 48, .* has 999"):
+        layer_with(table, (4, 2, 32, 999))
+    with pytest.raises(ValueError, match="it is for weights fp32, the layer has bf16"):
+        FusedMoE(4, 2, 32, 48, options=MoEOptions(tuned_table=table), params_dtype=torch.bfloat16)
+
+
+def test_a_table_that_nothing_reads_is_refused() -> None:
+    """On a CPU no kernel has tiles, and none for quantized weights asks a table."""
     given, table = small_layer()
-    expected = fused_experts(**given)
+    reason = "triton: runs on cuda, not cpu.*cpu: does not support a tuned table"
+    with pytest.raises(ValueError, match=reason):
+        layer_with(table, (4, 2, 32, 48))
+    with pytest.raises(ValueError, match=reason):
+        fused_experts(**given, options=MoEOptions(tuned_table=table))
+    with pytest.raises(
+        ValueError, match=r"for weights fp32, the layer has \(.*\): no kernel for q"
+    ):
+        layer_with(table, (4, 2, 32, 48), quant_config=OnlineQuantization.of("fp8_channel"))
+
+
+def test_a_table_survives_as_the_words_of_an_operator() -> None:
+    _, table = small_layer()
     options = MoEOptions(tuned_table=table)
-    assert torch.equal(fused_experts(**given, options=options), expected)
-    compiled = torch.compile(fused_experts, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(**given, options=options), expected)
+    assert options_of(*option_words(options)) == options
 
 
 def test_the_triton_experts_run_with_a_tables_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

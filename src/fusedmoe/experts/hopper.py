@@ -164,8 +164,6 @@ class HopperExperts(FusedMoEExpertsModular):
             size = getattr(moe, name)
             if size % ALIGNED_ELEMENTS:
                 return f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
-        if moe.options.table is not None:
-            return "reads no tuned table"
         return unmet_by_hopper(moe)
 
     def workspace_shapes(

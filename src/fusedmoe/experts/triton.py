@@ -24,7 +24,7 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.tuning.choice import checked_table, device_facts, tiles_for
+from fusedmoe.tuning.choice import device_facts, given_table, tiles_for
 from fusedmoe.tuning.tiles import LayerTiles, slots_are_alone
 from fusedmoe.tuning.tuned_table import TunedTable
 
@@ -134,16 +134,7 @@ class TritonExperts(FusedMoEExpertsModular):
         num_dispatchers: int | None = None,
     ) -> None:
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
-        self.table = checked_table(
-            moe_config.options.table,
-            moe_config.experts_per_token,
-            moe_config.num_local_experts,
-            moe_config.hidden_dim,
-            moe_config.intermediate_size_per_partition,
-            moe_config.in_dtype,
-            moe_config.activation,
-            moe_config.device,
-        )
+        self.table = given_table(moe_config)
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -152,6 +143,7 @@ class TritonExperts(FusedMoEExpertsModular):
             dtypes=TRITON_DTYPES,
             requires=("triton",),
             batch_invariant=True,
+            tuned_table=True,
         )
 
     def workspace_shapes(

@@ -38,6 +38,7 @@ class ExpertsCapabilities:
     hold; ``deterministic`` is True unless sums are taken in an order that changes from run to run.
     ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
     values of their format but are multiplied as wider floats, where that is worth saying.
+    ``tuned_table``: it takes the tiles of ``MoEOptions.tuned_table``.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
@@ -54,6 +55,7 @@ class ExpertsCapabilities:
     deterministic: bool = True
     hash_routing: bool = True
     graph_capture: bool = True
+    tuned_table: bool = False
     emulated: frozenset[tuple[Operand, QuantKey]] = frozenset()
 
 

@@ -124,14 +124,13 @@ def checked_table(
     return table
 
 
-def weight_tiles(stage: str, form: str | None) -> int:
-    """How many tiles of weights a step of this GEMM loads: gate and up, or one."""
-    return 1 if stage == "gemm2" or form == "plain" else 2
+def given_table(moe: FusedMoEConfig) -> TunedTable | None:
+    """``checked_table`` of an unquantized layer's options."""
+    return checked_table(moe.options.table, *_sizes(moe), moe.device)
 
 
-def source_of_tiles(moe: FusedMoEConfig) -> str:
-    """Where the tiles of a layer on the Triton experts come from, in words."""
-    sizes = (
+def _sizes(moe: FusedMoEConfig) -> tuple[int, int, int, int, torch.dtype, MoEActivation]:
+    return (
         moe.experts_per_token,
         moe.num_local_experts,
         moe.hidden_dim,
@@ -139,10 +138,19 @@ def source_of_tiles(moe: FusedMoEConfig) -> str:
         moe.in_dtype,
         moe.activation,
     )
-    facts, layer = device_facts(moe.device), layer_key(*sizes)
+
+
+def weight_tiles(stage: str, form: str | None) -> int:
+    """How many tiles of weights a step of this GEMM loads: gate and up, or one."""
+    return 1 if stage == "gemm2" or form == "plain" else 2
+
+
+def source_of_tiles(moe: FusedMoEConfig) -> str:
+    """Where the tiles of a layer on the Triton experts come from, in words."""
+    facts, layer = device_facts(moe.device), layer_key(*_sizes(moe))
     if moe.options.batch_invariant:
         return "the same for every batch, as batch invariance asks"
-    if checked_table(moe.options.table, *sizes, moe.device) is not None:
+    if given_table(moe) is not None:
         return "the given table"
     if packaged_table(layer, facts) is not None:
         return f"the packaged table {facts.name}/{table_name(layer)}"
