@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from writers import CASES
 
 from fusedmoe.quantization.dialects import read_quantization
-from fusedmoe.quantization.dialects.base import Matrix
+from fusedmoe.quantization.dialects.base import Matrix, read_matrix
 
 MODULE = "model.layers.3.mlp.experts.7.up_proj"
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": True}
@@ -145,3 +146,53 @@ def test_bytes_outside_four_bits_are_named() -> None:
     weight[3, 5] = 8
     with pytest.raises(ValueError, match="expected numbers of 4 bits, found 8"):
         rule.convert(matrix(16, 64), weight)
+
+
+def refusal(case: str, suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """What reading a 64 x 64 matrix says where one of its stored tensors is another."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    tensors = CASES[case].write(weight).tensors
+    tensors[suffix] = change(tensors[suffix].clone())
+    leaves = {name: tensor.dtype for name, tensor in tensors.items()}
+    scheme = read_quantization(CASES[case].config, leaves).scheme(MODULE)
+    assert scheme is not None
+    with pytest.raises(ValueError) as caught:
+        read_matrix(scheme, tensors, Matrix(name="up_proj", N=64, K=64))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+@pytest.mark.parametrize("case", ["deepseek", "ct fp8 channel", "quark fp8"])
+def test_fp8_weights_of_nan_are_named(case: str, byte: int) -> None:
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight.view(torch.uint8)[3, 5] = byte
+        return weight
+
+    message = refusal(case, "weight", change)
+    assert message == f"up_proj.weight: expected numbers, found nan (e4m3 0x{byte:x}) at [3, 5]"
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("suffix", ["weight.nested_absmax", "weight.nested_quant_map"])
+def test_nested_maxima_are_checked_where_they_are_stored(suffix: str, number: float) -> None:
+    """Even the entry of a table that no block of this matrix happens to use."""
+
+    def change(numbers: torch.Tensor) -> torch.Tensor:
+        numbers[0] = number
+        return numbers
+
+    message = refusal("bitsandbytes nf4", suffix, change)
+    assert message == f"up_proj.{suffix}: expected finite scales, found {number} at [0]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([64, 128], "expected [64, 64], found [64, 128]"),
+        ([64], "expected shape (2,) for a 64 x 64 matrix, found (1,)"),
+        ([64.0, 64.0], "expected torch.int64 or torch.int32, found torch.float32"),
+    ],
+)
+def test_the_shape_beside_packed_integers_is_theirs(shape: list[float], message: str) -> None:
+    found = refusal("ct w4a16", "weight_shape", lambda _: torch.tensor(shape))
+    assert found == f"up_proj.weight_shape: {message}"

@@ -156,6 +156,8 @@ def _nested_scale(
     blocks = -(-count // _NESTED_BLOCK)
     expect(matrix, "weight.nested_absmax", nested_absmax, (blocks,), torch.float32)
     expect(matrix, "weight.nested_quant_map", nested_map, (256,), torch.float32)
+    check_finite(matrix, "weight.nested_absmax", nested_absmax)
+    check_finite(matrix, "weight.nested_quant_map", nested_map)
     offset = state.get("nested_offset")
     if state.get("nested_blocksize") != _NESTED_BLOCK or not isinstance(offset, int | float):
         raise ValueError(

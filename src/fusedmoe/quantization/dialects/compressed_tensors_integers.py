@@ -1,8 +1,8 @@
 """The integers of compressed-tensors: signed, stored with half the range added, zeros likewise.
 
 packed        weight_packed int32 [N, ceil(K * bits / 32)], weight_scale [N, K / g] or [N, 1],
-              weight_shape [2], weight_zero_point int32 [ceil(N * bits / 32), K / g] (packed
-              along N), weight_g_idx [K]
+              weight_shape [2], which may be left out, weight_g_idx [K],
+              weight_zero_point int32 [ceil(N * bits / 32), K / g] (packed along N)
 one byte each weight int8 [N, K], weight_scale, weight_zero_point int8
 """
 
@@ -37,7 +37,8 @@ from fusedmoe.quantization.quant_format import QuantFormat
 
 DIALECT = "compressed-tensors"
 _STRATEGIES = ("token", "tensor", "channel", "group", "block", "tensor_group")
-IGNORED = ("weight_shape", "weight_observer", "input_zero_point", "output_scale")
+_SHAPE = "weight_shape"
+IGNORED = (_SHAPE, "weight_observer", "input_zero_point", "output_scale")
 
 
 def integer_scheme(
@@ -76,6 +77,8 @@ def integer_scheme(
         if whole
         else scale_rule("weight_scale", group, scale_dtype),
     ]
+    if packed:
+        rules.append(Rule(needs=(_SHAPE,), gives="", convert=_check_shape, optional=True))
     if symmetric:
         check = partial(_check_zeros, bits)
         rules.append(Rule(needs=("weight_zero_point",), gives="", convert=check, optional=True))
@@ -131,6 +134,15 @@ def _packed(bits: int, matrix: Matrix, packed: torch.Tensor) -> torch.Tensor:
     words = -(-matrix.K * bits // 32)
     expect(matrix, "weight_packed", packed, (matrix.N, words), torch.int32)
     return integers(unpack_words(packed, bits, matrix.K), bits)
+
+
+def _check_shape(matrix: Matrix, shape: torch.Tensor) -> None:
+    """What the words were before they were packed; the layer knows it, too."""
+    expect(matrix, _SHAPE, shape, (2,), torch.int64, torch.int32)
+    if shape.tolist() != [matrix.N, matrix.K]:
+        raise ValueError(
+            f"{matrix.path(_SHAPE)}: expected {[matrix.N, matrix.K]}, found {shape.tolist()}"
+        )
 
 
 def _one_byte_each(bits: int, matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:

@@ -194,12 +194,29 @@ def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values
 
     def convert(matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
         expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
+        if weight.dtype == torch.float8_e4m3fn:
+            _check_no_nan(matrix, suffix, weight)
         return weight.view(torch.uint8) if values > 1 else weight
 
     def size(shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[-2], shape[-1] // stored * values
 
     return Rule(needs=(suffix,), gives="weight", convert=convert, size=size)
+
+
+def _check_no_nan(matrix: Matrix, suffix: str, weight: torch.Tensor) -> None:
+    """ValueError for e4m3 numbers of NaN: 0x7f, the largest of signed bytes, or 0xff, of unsigned.
+
+    Two maxima run at the memory's rate, where comparing each byte takes a multiple of that.
+    """
+    if not weight.numel():
+        return
+    for byte, number in ((torch.int8, 127), (torch.uint8, 255)):
+        if int(weight.view(byte).amax()) == number:
+            where = (weight.view(byte) == number).nonzero()[0].tolist()
+            raise ValueError(
+                f"{matrix.path(suffix)}: expected numbers, found nan (e4m3 0x{number:x}) at {where}"
+            )
 
 
 BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)
