@@ -156,6 +156,40 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(
     assert "pip install 'fusedmoe[bench]'" in err
 
 
+def test_experts_in_fewer_bits_beside_floats(cli) -> None:
+    """Of fewer bytes and with the error of rounding; what forced experts do not run is a note."""
+    code, out, err = cli(
+        *("bench", *SIZES, "--tokens", "3", "--dtypes", "fp32", "--repeats", "1"),
+        *("--device", "cpu", "--formats", "int8_channel", "int4_g16", "--experts", "torch"),
+        *("--no-peers", "--json"),
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    rows = {row["impl"]: row for row in report["rows"]}
+    assert {name: row["format"] for name, row in rows.items()} == {
+        "fusedmoe": "fp32",
+        "fusedmoe:torch": "fp32",
+        "fusedmoe@int8_channel": "int8_channel",
+        "fusedmoe@int4_g16": "int4_g16",
+    }
+    floats, eight, four = (rows[f"fusedmoe{at}"] for at in ("", "@int8_channel", "@int4_g16"))
+    assert floats["error"] < 1e-5 < eight["error"] < 0.03 < four["error"] < 0.3
+    assert 3 < floats["limit_us"] / eight["limit_us"] < 4
+    assert sum("fusedmoe:torch@" in note for note in report["notes"]) == 2
+
+
+def test_experts_without_a_gate(cli) -> None:
+    code, out, err = cli(
+        *("bench", *SIZES, "--tokens", "3", "--dtypes", "fp32", "--repeats", "1"),
+        *("--device", "cpu", "--activation", "relu2_no_mul", "--no-peers", "--json"),
+    )
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert row["error"] < 1e-5
+    shape = LayerShape("custom", row["E"], row["k"], row["H"], row["I"], activation="relu2_no_mul")
+    assert shape.weight_elements == row["E"] * 2 * row["H"] * row["I"]
+
+
 def test_what_could_not_be_measured_is_a_note(cli) -> None:
     code, out, _ = cli(
         *("bench", *SIZES, "--tokens", "1", "--dtypes", "fp32", "--repeats", "2"),
@@ -172,7 +206,7 @@ def test_what_could_not_be_measured_is_a_note(cli) -> None:
         (["--shapes", "olmoe", "--top-k", "2"], "give --shapes, or sizes, or a checkpoint"),
         (["--top-k", "2"], "not complete: give --num-experts"),
         ([*SIZES, "--top-k", "9"], "experts_per_token 9 does not lie in [1, num_experts 4]"),
-        ([*SIZES, "--activation", "relu2_no_mul"], "only experts with a gate are measured"),
+        ([*SIZES, "--formats", "int3"], "unknown weight format 'int3'; known:"),
         ([*SIZES, "--tokens", "0"], "at least 1, got 0"),
         ([*SIZES, "--repeats", "0"], "--repeats must be at least 1, got 0"),
         ([*SIZES, "--dtypes", "int4"], "unsupported dtype 'int4'"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from fusedmoe.bench.timing import Call
 from fusedmoe.config import MoEOptions, ParallelGroups
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.quantization.quantize_layer import quantize_layer
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.selection import name_of
 
@@ -51,6 +52,7 @@ class Contestant:
     ``scope`` is what one call covers: ``layer``, ``experts``, ``gemms`` (rows sorted already, no
     sum) or ``dense`` (another product, of ``flops``). ``scratch_bytes(T)``: what it needs beside
     weights, input and output, where that is known. ``in_graph``: whether a CUDA graph can hold it.
+    ``format`` and ``weight_bytes``: of experts that are rounded to fewer bits, None for floats.
     """
 
     name: str
@@ -60,13 +62,17 @@ class Contestant:
     scratch_bytes: Callable[[int], int | None] = lambda tokens: None
     in_graph: bool = True
     flops: float | None = None
+    format: str | None = None
+    weight_bytes: int | None = None
 
 
-def contestant_name(experts: str | type | None) -> str:
-    """What reports call this library's layer with a forced implementation, or without (None)."""
-    if experts is None:
-        return "fusedmoe"
-    return f"fusedmoe:{name_of(experts) if isinstance(experts, type) else experts}"
+def contestant_name(experts: str | type | None, format: str | None = None) -> str:
+    """What reports call this library's layer with a forced implementation, or without (None), and
+    with its experts in ``format``."""
+    found = "fusedmoe"
+    if experts is not None:
+        found += f":{name_of(experts) if isinstance(experts, type) else experts}"
+    return found if format is None else f"{found}@{format}"
 
 
 def our_layer(
@@ -75,13 +81,21 @@ def our_layer(
     experts: str | type | None = None,
     scope: Scope = "layer",
     options: MoEOptions | None = None,
+    format: str | None = None,
 ) -> Contestant:
     """The layer with the implementation ``experts`` (None: the one that selection chooses).
 
-    ``options`` replace that choice altogether. Raises ValueError where it cannot run this layer.
+    ``options`` replace that choice altogether. ``format``: the experts rounded to it, rows as they
+    come. Raises ValueError where it cannot run this layer.
     """
     options = options or MoEOptions(experts=experts)
-    layers = [build_layer(shape, one, options) for one in weights]
+    weight_bytes = None
+    if format is None:
+        layers = [build_layer(shape, one, options) for one in weights]
+    else:
+        layers = [_rounded_layer(shape, one, options, format) for one in weights]
+        method: Any = layers[0].routed_experts.quant_method
+        weight_bytes = sum(w.nbytes for w in method.quantized_weights(layers[0].routed_experts))
 
     def prepare(index: int, x: torch.Tensor, situation: Situation) -> Prepared:
         layer = layers[index]
@@ -95,7 +109,24 @@ def our_layer(
         kernel = routed.quant_method.kernel(routed)
         return kernel.peak_workspace_bytes(tokens) if isinstance(kernel, FusedMoEKernel) else None
 
-    return Contestant(contestant_name(experts), prepare, scope, False, scratch_bytes)
+    name = contestant_name(experts, format)
+    return Contestant(
+        *(name, prepare, scope, False, scratch_bytes), format=format, weight_bytes=weight_bytes
+    )
+
+
+def _rounded_layer(
+    shape: LayerShape, weights: Weights, options: MoEOptions, format: str
+) -> MoERunner:
+    """Implementations may know floats or packed weights alone: the forced one comes in afterwards.
+
+    ``weights`` stay as they are.
+    """
+    layer = build_layer(shape, weights, replace(options, experts="torch"))
+    experts: Any = layer.routed_experts
+    experts.moe_config = replace(experts.moe_config, options=options)
+    quantize_layer(layer, format)
+    return layer
 
 
 def build_layer(

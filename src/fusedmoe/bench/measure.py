@@ -156,9 +156,9 @@ def free_memory(device: torch.device) -> int | None:
     return None if memory is None else memory.available
 
 
-def _limit_us(problem: Problem, report: BenchReport) -> float:
-    key = format_name(problem.cell.dtype)
-    return limit_us(problem, report.header["read_gbs"], report.header[f"{key}_tflops"])
+def _limit_us(problem: Problem, report: BenchReport, weight_bytes: int | None = None) -> float:
+    ceilings, key = report.header, format_name(problem.cell.dtype)
+    return limit_us(problem, ceilings["read_gbs"], ceilings[f"{key}_tflops"], weight_bytes)
 
 
 def _row(
@@ -171,7 +171,7 @@ def _row(
 ) -> BenchRow:
     cell, shape, key = problem.cell, problem.cell.shape, format_name(problem.cell.dtype)
     taken = Percentiles.of(samples)
-    flops, limit = problem.flops, _limit_us(problem, report)
+    flops, limit = problem.flops, _limit_us(problem, report, contestant.weight_bytes)
     if contestant.flops is not None:
         flops = contestant.flops
         limit = flops / report.header[f"{key}_tflops"] / 1e6
@@ -184,7 +184,7 @@ def _row(
         H=shape.H,
         I=shape.I,
         T=cell.T,
-        format=key,
+        format=contestant.format or key,
         routing=cell.routing,
         active_experts=problem.active_experts,
         pairs=problem.pairs,

@@ -52,7 +52,8 @@ def pick(logits: torch.Tensor, k: int) -> Situation:
 
 @dataclass(frozen=True)
 class Weights:
-    """w1 [E, 2I, H] and w2 [E, H, I] of one layer, biases [E, 2I] and [E, H] or None."""
+    """w1 [E, 2I, H] ([E, I, H] without a gate) and w2 [E, H, I] of one layer, biases [E, 2I] and
+    [E, H] or None."""
 
     w1: torch.Tensor
     w2: torch.Tensor
@@ -70,10 +71,11 @@ def random_weights(
 
     def one() -> Weights:
         E, H, I = shape.E, shape.H, shape.I  # noqa: E741
-        w1, w2 = normal(E, 2 * I, H, std=H**-0.5), normal(E, H, I, std=I**-0.5)
+        wide = shape.shards * I
+        w1, w2 = normal(E, wide, H, std=H**-0.5), normal(E, H, I, std=I**-0.5)
         if not shape.bias:
             return Weights(w1, w2)
-        return Weights(w1, w2, normal(E, 2 * I, std=0.1), normal(E, H, std=0.1))
+        return Weights(w1, w2, normal(E, wide, std=0.1), normal(E, H, std=0.1))
 
     return [one() for _ in range(copies)]
 

@@ -127,11 +127,16 @@ class BenchReport:
         return found
 
 
-def limit_us(problem: Problem, read_gbs: float, matmul_tflops: float) -> float:
-    """Microseconds that a layer cannot go below on a machine with these ceilings."""
-    shape = problem.cell.shape
-    weights = shape.weight_elements / shape.E * problem.active_experts
-    moved = problem.cell.dtype.itemsize * (weights + 2 * problem.cell.T * shape.H)
+def limit_us(
+    problem: Problem, read_gbs: float, matmul_tflops: float, weight_bytes: int | None = None
+) -> float:
+    """Microseconds that a layer cannot go below on a machine with these ceilings.
+
+    ``weight_bytes``: of all experts, where they are not in the problem's dtype.
+    """
+    shape, itemsize = problem.cell.shape, problem.cell.dtype.itemsize
+    stored = shape.weight_elements * itemsize if weight_bytes is None else weight_bytes
+    moved = stored / shape.E * problem.active_experts + 2 * itemsize * problem.cell.T * shape.H
     return max(moved / read_gbs / 1e3, problem.flops / matmul_tflops / 1e6)
 
 

@@ -17,6 +17,7 @@ from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, rando
 from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.config import MoEOptions
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import format_name
 
@@ -42,6 +43,7 @@ def run_layer_bench(
     experts: Sequence[str | type | None] = (None,),
     scope: Scope = "layer",
     options: MoEOptions = _DEFAULT_OPTIONS,
+    formats: Sequence[str] = (),
 ) -> BenchReport:
     """Time the layer from router logits to output on random data.
 
@@ -49,13 +51,14 @@ def run_layer_bench(
     names of ``contestants.PEERS``, or True for Transformers' batched_mm, grouped_mm and (on a CPU)
     eager. ``repeats``: samples per implementation (default 20 on a CPU, 50 on a GPU). ``scope``
     "experts" begins at given picks. ``options`` are those of this library's layer, but for
-    ``experts``. On a GPU every sample replays a CUDA graph over several sets of weights; what
-    cannot be captured or does not fit becomes a note.
+    ``experts``. ``formats``: also with experts rounded to these ("int4_g32", "fp8_block", "mxfp4",
+    ...); their ``error`` is against the float weights. On a GPU every sample replays a CUDA graph
+    over several sets of weights; what cannot be captured or does not fit becomes a note.
 
-    Raises ValueError for an empty list, unknown routing, scope, device or dtype.
+    Raises ValueError for an empty list, unknown routing, scope, device, dtype or format.
     """
     device = torch.device(device)
-    check_request(shapes, tokens, dtypes, routings, device, scope)
+    check_request(shapes, tokens, dtypes, routings, device, scope, formats)
     cells = [
         Cell(shape, dtype, routing, T, scope)
         for shape in shapes
@@ -67,9 +70,10 @@ def run_layer_bench(
         peers = [name for name in DEFAULT_PEERS if device.type == "cpu" or "eager" not in name]
     names = tuple(peers or ())
     report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
-    for done, cell in enumerate(
-        run_cells(cells, report, device, experts, lambda cell: names, Effort(repeats), options)
-    ):
+    run = run_cells(
+        *(cells, report, device, experts, lambda cell: names, Effort(repeats), options, formats)
+    )
+    for done, cell in enumerate(run):
         if progress is not None:
             progress(done, len(cells), str(cell))
     return report
@@ -82,6 +86,7 @@ def check_request(
     routings: Sequence[str],
     device: torch.device,
     scope: str,
+    formats: Sequence[str] = (),
 ) -> None:
     """What ``run_layer_bench`` raises, before anything is measured."""
     if not (shapes and tokens and dtypes and routings):
@@ -94,6 +99,8 @@ def check_request(
         raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
     for dtype in dtypes:
         format_name(dtype)
+    for name in formats:
+        format_named(name)
     for routing in routings:
         routing_logits(routing, 0, 1, 1)
 
@@ -106,10 +113,12 @@ def run_cells(
     peers: Callable[[Cell], Sequence[str]] = lambda cell: (),
     effort: Effort = _DEFAULT_EFFORT,
     options: MoEOptions = _DEFAULT_OPTIONS,
+    formats: Sequence[str] = (),
 ) -> Iterator[Cell]:
     """Measure cells into ``report``, yielding each one before it begins.
 
-    ``peers``: names of ``contestants.PEERS`` for each cell. Neighbours of the same shape and dtype
+    ``peers``: names of ``contestants.PEERS`` for each cell. ``formats``: each of ours is measured
+    with floats, and with experts rounded to each of these. Neighbours of the same shape and dtype
     share weights. ``report``'s header has the ceilings.
     """
     for (shape, dtype), group in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
@@ -119,7 +128,7 @@ def run_cells(
         for cell in group:
             yield cell
             with torch.inference_mode():
-                builders = _builders(experts, peers(cell), options)
+                builders = _builders(experts, peers(cell), options, formats)
                 contestants = _contestants(cell, weights, builders, built, report)
                 situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
                 problem = Problem.of(cell, situations, device)
@@ -147,10 +156,16 @@ def _copies(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _builders(
-    experts: Sequence[str | type | None], peers: Sequence[str], options: MoEOptions
+    experts: Sequence[str | type | None],
+    peers: Sequence[str],
+    options: MoEOptions,
+    formats: Sequence[str],
 ) -> Mapping[str, Callable[..., Contestant]]:
     ours = {
-        contestant_name(one): partial(our_layer, experts=one, options=replace(options, experts=one))
+        contestant_name(one, fmt): partial(
+            our_layer, experts=one, options=replace(options, experts=one), format=fmt
+        )
+        for fmt in (None, *formats)
         for one in experts
     }
     return ours | {name: partial(peer, name) for name in peers}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusedmoe.activation import MoEActivation
+
 SWIGLUOAI_LIMIT = 7.0
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One rank's layer: E experts of gate, up [I, H] and down [H, I], k picks per token.
+    """One rank's layer: E experts of gate, up [I, H] and down [H, I], k picks per token; no gate
+    where the activation has none.
 
     ``all_experts``: how many the ranks of an expert-parallel group hold together, this one being
     the first (None: E, every expert is here). ``activation`` by name; ``bias`` on both GEMMs.
@@ -43,15 +46,20 @@ class LayerShape:
         return self.num_experts // self.E
 
     @property
+    def shards(self) -> int:
+        """Of the first product's weights: gate and up, or up alone."""
+        return 2 if MoEActivation.from_str(self.activation).is_gated else 1
+
+    @property
     def weight_elements(self) -> int:
         """Of all experts stored here, biases included."""
-        biases = 2 * self.I + self.H if self.bias else 0
-        return self.E * (3 * self.H * self.I + biases)
+        biases = self.shards * self.I + self.H if self.bias else 0
+        return self.E * ((self.shards + 1) * self.H * self.I + biases)
 
     @property
     def pair_flops(self) -> int:
         """Multiplications and additions of the two GEMMs for one row of one expert."""
-        return 2 * 3 * self.H * self.I
+        return 2 * (self.shards + 1) * self.H * self.I
 
     def flops(self, tokens: int) -> float:
         """Those of ``tokens`` rows on this rank, if picks spread evenly over the ranks."""

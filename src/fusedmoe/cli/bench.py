@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
 # Over ranks, layers are timed as they are.
-_NOT_OVER_RANKS = ("scope", "experts", "tuned_table", "max_workspace_bytes", "no_peers", "plot")
+_NOT_OVER_RANKS = (
+    *("scope", "experts", "formats", "tuned_table", "max_workspace_bytes", "no_peers", "plot"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="also these implementations, by name or module:Class",
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also with experts rounded to these: int4_g32, fp8_block, mxfp4, ...",
     )
     parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
     parser.add_argument(
@@ -97,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     experts = (None, *map(experts_of, args.experts))
     for one in experts:
         check_forced_names(MoEOptions(experts=one))
-    check_request(shapes, args.tokens, dtypes, args.routings, device, args.scope)
+    check_request(
+        *(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats),
+    )
     _check_memory(shapes, dtypes, device)
     total = len(shapes) * len(args.tokens) * len(dtypes) * len(args.routings)
     with progress(total, "measuring the machine", delay=0.0) as bar:
@@ -119,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             experts=experts,
             scope=args.scope,
             options=options,
+            formats=args.formats,
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))

@@ -46,8 +46,8 @@ def shapes_asked(
         return named_shapes(args.shapes or [default]), torch.bfloat16
     checkpoint = None if args.checkpoint is None else read_checkpoint(args.checkpoint)
     config = layer_config(args, checkpoint, quantized_too=quantized_too)
-    if not config.activation.is_gated:
-        raise ValueError(f"{config.activation.value}: only experts with a gate are measured")
+    if not (quantized_too or config.activation.is_gated):
+        raise ValueError(f"{config.activation.value}: only experts with a gate are tuned")
     shape = LayerShape(
         "custom" if checkpoint is None else checkpoint.folder.resolve().name,
         config.num_experts,
@@ -103,7 +103,8 @@ def note_on_format(folder: str) -> str | None:
     stored = moe_layers(checkpoint, model_facts(checkpoint))[0].format
     if stored in STORED_DTYPES:
         return None
-    return f"{checkpoint.folder} stores experts as {stored}; floats of their shape were measured"
+    what = "floats of their shape were measured (--formats rounds them)"
+    return f"{checkpoint.folder} stores experts as {stored}; {what}"
 
 
 def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
