@@ -44,6 +44,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.grouped_mm:GroupedMMExperts",
     "fusedmoe.experts.triton_batched:BatchedTritonExperts",
     "fusedmoe.experts.torch_reference:TorchExperts",
+    "fusedmoe.experts.torch_batched:BatchedTorchExperts",
     "fusedmoe.experts.hopper_quantized:HopperQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized_batched:BatchedTritonQuantizedExperts",

@@ -1,17 +1,22 @@
-"""Batched rows through the quantized reference: what Standard rows give; the rest unread."""
+"""Batched rows through the references: what Standard rows give; the rest unread."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fusedmoe import MoEOptions, explain
+from fusedmoe import FusedMoE, MoEActivation, MoEOptions, explain
 from fusedmoe.modular_kernel import ExpertTokensMetadata
 from fusedmoe.quantization import keys
 from quantized_layers import make_layer
 
 BATCHED = MoEOptions(experts="torch_quantized_batched")
 T, H = 9, 128
+CLOSE = {
+    torch.float64: {"rtol": 1e-6, "atol": 1e-6},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
 
 
 @pytest.mark.parametrize(
@@ -65,3 +70,29 @@ def test_rows_past_the_count_are_not_read():
             *(outs[0], rows, *weights, torch.ones(T, 2), torch.zeros(T, 2)),
             *(layer.moe_config.activation, 4, None, *nothing, None, False),
         )
+
+
+def plain_layer(dtype: torch.dtype, options: MoEOptions | None = None, **how) -> FusedMoE:
+    """Four experts, two picks, H 128, I 32, biased; the same numbers each time."""
+    layer = FusedMoE(4, 2, H, 32, params_dtype=dtype, has_bias=True, options=options, **how)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.routed_experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) / 8
+    layer.routed_experts.process_weights_after_loading()
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.SWIGLUOAI])
+def test_unquantized_rows_may_come_in_batches_on_a_cpu(dtype, activation):
+    standard = plain_layer(dtype, MoEOptions(experts="torch"), activation=activation)
+    options = MoEOptions(prepare_finalize="batched")
+    batched = plain_layer(dtype, options, activation=activation, max_num_tokens=T + 3)
+    assert explain(batched).chosen.name == "torch_batched"
+    for rows in (0, 1, T):
+        x, logits = torch.randn(rows, H, dtype=dtype), torch.randn(rows, 4)
+        logits[:, 3] -= 100  # an expert without rows
+        # Rows are rounded to the dtype before they are summed over the picks.
+        torch.testing.assert_close(batched(x, logits), standard(x, logits), **CLOSE[dtype])
+    compiled = torch.compile(batched, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, logits), batched(x, logits))
