@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe.kernels.cuda import quantized_launch as cuda_launch
-from fusedmoe.kernels.cuda import quantized_rows as cuda_rows
+from fusedmoe.kernels.cuda import quantized_launch
 from fusedmoe.kernels.hopper_quantized import quantized_decode, quantized_decode_reference
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode, w8a8_decode_reference
 from fusedmoe.quantization.formats import format_named, quantize
@@ -26,8 +25,7 @@ def forget_launches():
     """As in a process that has launched none of these kernels."""
     from fusedmoe.kernels.triton import align, align_pair, align_quantize, hopper_w8a8, weighted_sum
 
-    cuda_launch._kernel.cache_clear()
-    cuda_rows._kernel.cache_clear()
+    quantized_launch._kernel.cache_clear()
     for launcher in (
         align._launch_once,
         align_pair._launch,

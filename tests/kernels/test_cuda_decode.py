@@ -65,11 +65,6 @@ def on_cpu(monkeypatch):
     def kernel(sources, defines, threads, shared):
         return KernelOnCpu(sources, sources[-1].removesuffix(".cu"), defines, threads, shared)
 
-    def rows_kernel(defines, threads, shared):
-        given = quantized_rows.SOURCES, "quantized_rows", defines, threads, shared
-        return KernelOnCpu(*given)
-
-    monkeypatch.setattr(quantized_rows, "_kernel", rows_kernel)
     monkeypatch.setattr(quantized_rows, "tile_map", tile_map)
     monkeypatch.setattr(quantized_launch, "_kernel", kernel)
     monkeypatch.setattr(quantized_decode, "tile_map", tile_map)

@@ -73,24 +73,16 @@ def constants_of(
     early: bool,
 ) -> dict[str, int]:
     """What every source is told; what reads ``out`` takes rows as they are (NEXT)."""
-    return weight_constants(w, addresses, act) | {
+    fmt, scale = w.format, w.scale
+    assert scale is not None
+    places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
+    return {
         "COLUMNS": x.shape[1],
         "TOP_K": top_k,
         "EARLY": int(early),
         "WIDE": int(out.dtype == torch.float32),
         "BIAS": 0 if bias is None else BIASES[bias.dtype],
         **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD"), 0),
-    }
-
-
-def weight_constants(
-    w: QuantizedTensor, addresses: tuple[int, ...], act: DeviceActivation
-) -> dict[str, int]:
-    """What the source is told of weights, where they lie and what becomes of the sums."""
-    fmt, scale = w.format, w.scale
-    assert scale is not None
-    places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
-    return {
         "FEATURES": w.shape[1] // (2 if act.gated else 1),
         "INTERLEAVED": int(w.interleaved),
         **dict(zip(places, addresses[4:], strict=True)),

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 
 import torch
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
 from fusedmoe.kernels.cuda.quantized_decode import tile_map
-from fusedmoe.kernels.cuda.quantized_launch import (
-    BIASES,
-    RESERVED_BYTES,
-    SHARED_BYTES,
-    weight_constants,
-)
+from fusedmoe.kernels.cuda.quantized_launch import arguments_of, constants_of, filled, launch
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
 
@@ -28,31 +21,11 @@ SOURCES = (
 # Of a thread, for programs of so many warps whose four others give up theirs.
 REGISTERS = {8: 224, 12: 160, 16: 112}
 PAIR = 32  # bytes of a row that one matrix instruction takes
-_POINTERS = (
-    *("weights", "scale", "bias", "x", "out"),
-    *("ids", "map", "experts", "sorted", "num_post"),
+Arguments = arguments_of(
+    ("boxes", "scale_boxes"),
+    ("weights", "scale", "bias", "x", "out", "ids", "map", "experts", "sorted", "num_post"),
+    ("R", "num_mapped", "num_local", "last_block"),
 )
-
-
-class Arguments(ctypes.Structure):
-    """The kernel's one parameter, field by field as the source has it."""
-
-    _fields_ = (
-        ("boxes", ctypes.c_char * 128),
-        ("scale_boxes", ctypes.c_char * 128),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("stride_x", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("R", "num_mapped", "num_local", "last_block")),
-        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _kernel(defines: tuple[tuple[str, int], ...], threads: int, shared: int) -> CudaKernel:
-    text = tuple((name, str(value)) for name, value in defines)
-    return CudaKernel(
-        source_of("instructions.cuh", *SOURCES), "quantized_rows", text, threads, shared
-    )
 
 
 def _all_begin(pairs: int, along: int, unit: float) -> bool:
@@ -113,16 +86,12 @@ def stream(
     if stages < 2:
         raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
     shared += stages * of_stage
-    constants = weight_constants(w, addresses, act)
+    constants = constants_of(x, w, out, bias, act, addresses, top_k, early)
     constants |= {"COLUMNS": D // tile.parts, "PARTS": tile.parts, "GROUP": group}
-    constants |= {"TOP_K": top_k, "EARLY": int(early)}
-    constants |= {"WIDE": int(out.dtype == torch.float32)}
-    constants |= {"BIAS": 0 if bias is None else BIASES[bias.dtype]}
     constants |= {"MT": tile.tiles, "NT": eights, "KW": tile.along, "WM": tile.across}
     constants |= {"STEP": PAIR, "PITCH": 0, "SPANS": 0, "SCALE_BOX": box}
     constants |= {"STAGES": stages, "PER_SM": tile.per_multiprocessor}
     constants |= {"AHEAD": tile.ahead}
-    constants |= {"NEXT": 0, "NEXT_EVEN": 0, "NEXT_ODD": 0}
     ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
     constants |= {"LONE": int(lone), "MADE": int(made)}
     constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
@@ -135,29 +104,8 @@ def stream(
         "WHOLE": int(_all_begin(pairs, tile.along, 4)),
     }
     constants |= {"ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values)))}
-    kernel = _kernel(tuple(constants.items()), (warps + bringers) * 32, shared)
-    tensors: tuple[torch.Tensor | None, ...] = (w.data, scale, bias, x, out)
-    last_block = 0
-    expert_map = None
-    if isinstance(blocks, LoneSlots):
-        expert_map = blocks.expert_map
-        tensors += (ids, expert_map, None, None, None)
-    else:
-        tensors += (None, None, blocks.expert_ids, blocks.sorted_ids, blocks.num_tokens_post_pad)
-        last_block = blocks.expert_ids.shape[0] - 1
-    parameters = Arguments(
-        b"",
-        b"",
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        x.stride(0),
-        out.shape[0] // tile.parts,
-        0 if expert_map is None else expert_map.shape[0],
-        w.shape[0],
-        last_block,
-        act.limit or 0.0,
-        act.alpha,
-        act.beta,
-    )
+    parameters = filled(Arguments, x, w, out, bias, act, blocks)
+    parameters.R = out.shape[0] // tile.parts
     shards = 2 if act.gated else 1
     sizes = w.shape[0], N, shards
     order, address = (w.interleaved, rows // shards), ctypes.addressof(parameters)
@@ -166,5 +114,5 @@ def stream(
     if box:
         brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)
         ctypes.memmove(address + 128, brought, 128)
-    resident = min(tile.per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
-    kernel.launch(programs * resident, parameters, x.get_device())
+    given = SOURCES, constants, (warps + bringers) * 32, shared, parameters
+    launch(*given, tile.per_multiprocessor, programs, x.get_device())
