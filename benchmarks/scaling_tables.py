@@ -113,7 +113,8 @@ def of_layers(report: Report, name: str) -> str:
         sizes = sorted({row["T"] for row in here if row["ranks"] == most})
         title = f"{SHAPES.get(shape, shape)}, {FORMATS[here[0]['format']]}, {most} GPUs"
         head = ["tokens per rank", "experts alone", "wire limit"]
-        head += [f"`{way.removeprefix('fusedmoe:')}`" for way in ways]
+        names = [f"`{way.removeprefix('fusedmoe:')}`" for way in ways]
+        head += [*names, f"exposed by {names[0]}"]
         counts = sorted({row["ranks"] for row in here if row["ranks"] > 1})
         head += ["asked", *(f"scaling to {n}" for n in counts)]
         body = [line_of(here, T, most, ways, counts) for T in sizes]
@@ -125,7 +126,8 @@ def line_of(rows: list[Row], T: int, most: int, ways: list[str], counts: list[in
     found = {(row["ranks"], row["impl"]): row for row in rows if row["T"] == T}
     here = [found.get((most, way)) for way in ways]
     some = next(row for row in here if row is not None)
-    limit = time_of(some["overlap_limit_us"]) if some["target_met"] is not None else "-"
+    asked = some["target_met"] is not None
+    limit = time_of(some["overlap_limit_us"]) if asked else "-"
     best = []
     for count in counts:
         reached = [row.get("scaling", 0.0) for (n, _), row in found.items() if n == count]
@@ -135,9 +137,16 @@ def line_of(rows: list[Row], T: int, most: int, ways: list[str], counts: list[in
         time_of(some["experts_us"]),
         time_of(some["wire_limit_us"]),
         *("-" if row is None else time_of(row["us"]) for row in here),
+        "-" if here[0] is None else exposed(here[0], of_wire=asked),
         limit,
         *(f"{value:.2f}" if value else "-" for value in best),
     ]
+
+
+def exposed(row: Row, *, of_wire: bool) -> str:
+    """What a layer takes beyond its experts, and what share of the wire's limit that is."""
+    us = row["us"] - row["experts_us"]
+    return time_of(us) + (f", {100 * us / row['wire_limit_us']:.0f} %" if of_wire else "")
 
 
 def of_balance(report: Report, name: str) -> str:
