@@ -23,23 +23,24 @@ _PREPARE = (
 )
 _MAPPING = (
     "model ckpt_gate_proj_name ckpt_down_proj_name ckpt_up_proj_name num_experts "
-    "num_redundant_experts routed_experts_prefix"
+    "num_redundant_experts=0 routed_experts_prefix='routed_experts'"
 )
 
-# FusedMoE itself is in test_layer.py, with a test for every argument.
+# FusedMoE itself is in test_layer.py, with a test for every argument. "=" is a default.
 CALLABLES = {
     "activation_without_mul": "activation",
     "apply_moe_activation": "activation output input",
-    "fused_experts": "hidden_states w1 w2 topk_weights topk_ids activation "
-    "apply_router_weight_on_input global_num_experts expert_map quant_config",
+    "fused_experts": "hidden_states w1 w2 topk_weights topk_ids activation=MoEActivation.SILU "
+    "apply_router_weight_on_input=False global_num_experts=-1 expert_map=None quant_config=None",
     "fused_moe_make_expert_params_mapping": _MAPPING,
-    "moe_align_block_size": "topk_ids block_size num_experts expert_map pad_sorted_ids "
-    "ignore_invalid_experts return_scatter_idx",
-    "moe_permute": "hidden_states a1q_scale topk_ids n_expert n_local_expert expert_map "
-    "permuted_hidden_states scratch",
+    "moe_align_block_size": "topk_ids block_size num_experts expert_map=None pad_sorted_ids=False "
+    "ignore_invalid_experts=False return_scatter_idx=False",
+    "moe_permute": "hidden_states a1q_scale topk_ids n_expert n_local_expert=-1 expert_map=None "
+    "permuted_hidden_states=None scratch=None",
     "moe_unpermute": "out permuted_hidden_states topk_weights inv_permuted_idx "
-    "expert_first_token_offset",
-    "moe_fused_mul_sum": "inputs topk_weights outputs topk_ids expert_map num_valid_tokens",
+    "expert_first_token_offset=None",
+    "moe_fused_mul_sum": "inputs topk_weights outputs=None topk_ids=None expert_map=None "
+    "num_valid_tokens=None",
     "count_expert_num_tokens": "topk_ids num_local_experts expert_map",
     "remap_topk_to_local": "topk_ids expert_map",
     "BatchedDeepGemmExperts": "moe_config quant_config max_num_tokens num_dispatchers",
@@ -53,7 +54,7 @@ CALLABLES = {
     "FusedMoEExpertsModular.workspace_shapes": "M N K topk global_num_experts local_num_experts "
     "expert_tokens_meta activation",
     "FusedMoEMethodBase.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",
-    "FusedMoEMethodBase.apply_monolithic": "layer x router_logits input_ids",
+    "FusedMoEMethodBase.apply_monolithic": "layer x router_logits input_ids=None",
     "FusedMoEMethodBase.maybe_roundup_sizes": "hidden_size intermediate_size_per_partition "
     "act_dtype moe_parallel_config",
     "FusedMoEMethodBase.uses_weight_scale_2_pattern": "",
@@ -65,29 +66,33 @@ CALLABLES = {
     "FusedMoEPrepareAndFinalizeModular.prepare_async": _PREPARE,
     "FusedMoEQuantConfig.batched_scale_shape": "num_experts max_tokens hidden_dim",
     "FusedMoEQuantConfig.config_name": "dtype",
-    "FusedMoEQuantConfig.make": "quant_dtype per_act_token_quant per_out_ch_quant block_shape "
-    "w1_scale w2_scale a1_scale a2_scale g1_alphas g2_alphas a1_gscale a2_gscale w1_bias w2_bias "
-    "w1_zp w2_zp weight_dtype is_scale_swizzled gemm1_alpha gemm1_beta gemm1_clamp_limit",
+    "FusedMoEQuantConfig.make": "quant_dtype=None per_act_token_quant=False "
+    "per_out_ch_quant=False block_shape=None w1_scale=None w2_scale=None a1_scale=None "
+    "a2_scale=None g1_alphas=None g2_alphas=None a1_gscale=None a2_gscale=None w1_bias=None "
+    "w2_bias=None w1_zp=None w2_zp=None weight_dtype=None is_scale_swizzled=True "
+    "gemm1_alpha=None gemm1_beta=None gemm1_clamp_limit=None",
     "FusedMoEQuantConfig.scale_shape": "max_tokens hidden_dim",
-    "FusedMoERouter.select_experts": "hidden_states router_logits topk_indices_dtype input_ids",
+    "FusedMoERouter.select_experts": "hidden_states router_logits topk_indices_dtype=None "
+    "input_ids=None",
     "GateLinear.set_out_dtype": "out_dtype",
     "MoEActivation.from_str": "s",
     "MoEActivation.without_mul": "",
-    "MoEPrepareAndFinalizeNaiveDPEPModular": "is_sequence_parallel num_dispatchers",
+    "MoEPrepareAndFinalizeNaiveDPEPModular": "is_sequence_parallel=False num_dispatchers=1",
     "MoEPrepareAndFinalizeNaiveDPEPModular.finalize": _FINALIZE,
-    "MoEPrepareAndFinalizeNaiveDPEPModular.prepare": _PREPARE,
+    "MoEPrepareAndFinalizeNaiveDPEPModular.prepare": f"{_PREPARE}=False",
     "MoEPrepareAndFinalizeNaiveDPEPModular.set_lora_context": "ctx",
-    "MoEPrepareAndFinalizeNaiveDPEPMonolithic": "is_sequence_parallel num_dispatchers",
+    "MoEPrepareAndFinalizeNaiveDPEPMonolithic": "is_sequence_parallel=False num_dispatchers=1",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic.finalize": "fused_expert_output",
     "MoEPrepareAndFinalizeNaiveDPEPMonolithic.prepare": "a1 router_logits quant_config "
-    "defer_input_quant",
+    "defer_input_quant=False",
     "MoERunner.apply_routed_input_transform": "hidden_states",
     "MoERunner.apply_routed_output_transform": "fused_output",
-    "MoERunner.forward": "hidden_states router_logits input_ids",
+    "MoERunner.forward": "hidden_states router_logits input_ids=None",
     "MoERunner.set_eplb_state": "moe_layer_idx expert_load_view logical_to_physical_map "
     "logical_replica_count",
-    "RoutedExperts.forward_modular": "x topk_weights topk_ids shared_experts shared_experts_input",
-    "RoutedExperts.forward_monolithic": "x router_logits input_ids",
+    "RoutedExperts.forward_modular": "x topk_weights topk_ids shared_experts=None "
+    "shared_experts_input=None",
+    "RoutedExperts.forward_monolithic": "x router_logits=None input_ids=None",
     "RoutedExperts.make_expert_params_mapping": _MAPPING,
     "TransformersFusedMoE.forward": "hidden_states top_k_index top_k_weights",
 }
@@ -117,8 +122,13 @@ def parameters(path: str) -> list[inspect.Parameter]:
 
 @pytest.mark.parametrize("path", CALLABLES)
 def test_arguments_are_those_of_the_reference(path: str) -> None:
-    ours, wanted = parameters(path), CALLABLES[path].split()
-    assert [p.name for p in ours[: len(wanted)]] == wanted
+    ours = parameters(path)
+    wanted = [word.partition("=") for word in CALLABLES[path].split()]
+    assert [p.name for p in ours[: len(wanted)]] == [name for name, _, _ in wanted]
+    for parameter, (_, has_one, default) in zip(ours, wanted, strict=False):
+        assert not has_one or default in (str(parameter.default), repr(parameter.default)), (
+            parameter
+        )
     for added in ours[len(wanted) :]:
         has_default = added.default is not inspect.Parameter.empty
         assert has_default or added.kind is inspect.Parameter.VAR_KEYWORD, added

@@ -63,18 +63,25 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_the_argument_list_is_that_of_the_reference():
-    """In its order; everything beyond it is keyword-only with a default."""
+    """In its order, with its defaults; everything beyond it is keyword-only with one."""
     parameters = list(inspect.signature(FusedMoE).parameters.values())
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    positional = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in parameters
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     assert " ".join(positional) == (
-        "num_experts top_k hidden_size intermediate_size params_dtype renormalize "
-        "use_grouped_topk num_expert_group topk_group quant_config tp_size dp_size pcp_size "
-        "prefix custom_routing_function router scoring_func routed_scaling_factor swiglu_limit "
-        "e_score_correction_bias apply_router_weight_on_input activation enable_eplb "
-        "num_redundant_experts has_bias is_sequence_parallel expert_mapping n_shared_experts "
-        "router_logits_dtype gate shared_experts shared_expert_gate routed_input_transform "
-        "routed_output_transform apply_routed_scale_to_output zero_expert_type "
-        "hash_indices_table runner_cls runner_args routed_experts_cls routed_experts_args"
+        "num_experts top_k hidden_size intermediate_size params_dtype=None renormalize=True "
+        "use_grouped_topk=False num_expert_group=None topk_group=None quant_config=None "
+        "tp_size=None dp_size=None pcp_size=None prefix='' custom_routing_function=None "
+        "router=None scoring_func='softmax' routed_scaling_factor=1.0 swiglu_limit=None "
+        "e_score_correction_bias=None apply_router_weight_on_input=False activation='silu' "
+        "enable_eplb=False num_redundant_experts=0 has_bias=False is_sequence_parallel=False "
+        "expert_mapping=None n_shared_experts=None router_logits_dtype=None gate=None "
+        "shared_experts=None shared_expert_gate=None routed_input_transform=None "
+        "routed_output_transform=None apply_routed_scale_to_output=False zero_expert_type=None "
+        "hash_indices_table=None runner_cls=None runner_args=None routed_experts_cls=None "
+        "routed_experts_args=None"
     )
     assert all(p.default is not p.empty for p in parameters[4:])
 
