@@ -98,11 +98,7 @@ class DeepEPDispatching(DispatchingModular):
 
     def placement(self, num_experts: int, expert_map: torch.Tensor | None) -> Placement:
         """Asks the other ranks the first time, and again where the map is another tensor."""
-        if expert_map is None or expert_map.shape[0] != num_experts:
-            raise ValueError(
-                f"{self.name} needs the expert map of {num_experts} experts, got "
-                f"{None if expert_map is None else tuple(expert_map.shape)}"
-            )
+        expert_map = self.checked_map(num_experts, expert_map)
         if not self._placement or self._placement[0].expert_map is not expert_map:
             self._placement[:] = [learn_placement(expert_map, self.ranks)]
         return self._placement[0]

@@ -141,11 +141,7 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
         Raises ValueError if it would have to while a CUDA graph is captured: what is learnt then
         is not there before the graph has been replayed, and other graphs would read it.
         """
-        if expert_map is None or expert_map.shape[0] != num_experts:
-            raise ValueError(
-                f"{self.name} needs the expert map of {num_experts} experts, got "
-                f"{None if expert_map is None else tuple(expert_map.shape)}"
-            )
+        expert_map = self.checked_map(num_experts, expert_map)
         if not self._learnt or self._learnt[0].expert_map is not expert_map:
             if _captures():
                 raise ValueError(
@@ -157,6 +153,15 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
             first = table.int().argmax(dim=0).int()
             self._learnt[:] = [Hosts(expert_map, table, first.where(table.any(dim=0), -1))]
         return self._learnt[0]
+
+    def checked_map(self, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+        """``expert_map``; raises ValueError where there is none, or one of another length."""
+        if expert_map is None or expert_map.shape[0] != num_experts:
+            raise ValueError(
+                f"{self.name} needs the expert map of {num_experts} experts, got "
+                f"{None if expert_map is None else tuple(expert_map.shape)}"
+            )
+        return expert_map
 
     def check_room(self, sizes: Sequence[int]) -> None:
         """Raise ValueError, on every rank alike, where one has more tokens than there is room."""
