@@ -103,6 +103,19 @@ def test_the_readme_names_every_experts_implementation() -> None:
         assert f"`{name}`" in table, f"{name} is missing in the README's table of what runs where"
 
 
+def test_the_limits_of_the_kernels_for_hopper_are_told() -> None:
+    from fusedmoe.experts.hopper_support import GLUON_RELEASES
+    from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
+    from fusedmoe.tuning.hopper_tiles import MAX_PICKS
+
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text().split())
+    for release in GLUON_RELEASES:
+        assert f"Triton is not {release}x" in page
+        assert f"want Triton {release.rstrip('.')}" in (ROOT / "README.md").read_text()
+    assert f"more than {MAX_PICKS} picks" in page
+    assert f"multiples of {ALIGNED_ELEMENTS}" in page
+
+
 def test_the_glossary_defines_the_terms_of_the_public_names() -> None:
     glossary = (ROOT / "docs" / "glossary.md").read_text().lower()
     for term in ("w13", "prepare", "finalize", "monolithic", "modular", "expert map", "top-k"):

@@ -196,3 +196,24 @@ def test_nested_maxima_are_checked_where_they_are_stored(suffix: str, number: fl
 def test_the_shape_beside_packed_integers_is_theirs(shape: list[float], message: str) -> None:
     found = refusal("ct w4a16", "weight_shape", lambda _: torch.tensor(shape))
     assert found == f"up_proj.weight_shape: {message}"
+
+
+@pytest.mark.parametrize(
+    ("case", "suffix"), [("modelopt nvfp4", "input_scale"), ("ct nvfp4", "input_global_scale")]
+)
+def test_stored_scales_of_nvfp4_rows_are_checked_and_not_used(case: str, suffix: str) -> None:
+    """Rows get a second scale each, as they come."""
+    tensors = CASES[case].write(torch.randn(64, 64)).tensors
+    leaves = {name: tensor.dtype for name, tensor in tensors.items()} | {suffix: torch.float32}
+    scheme = read_quantization(CASES[case].config, leaves).scheme(MODULE)
+    assert scheme is not None
+    assert scheme.describe()["activation"] == "nvfp4 per 1x16 dynamic e4m3 scales"
+    matrix = Matrix(name="up_proj", N=64, K=64)
+    one, other = (
+        read_matrix(scheme, tensors | {suffix: torch.tensor(number)}, matrix).parts()
+        for number in (0.5, 3.0)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].float(), other[name].float()) for name in one)
+    with pytest.raises(ValueError, match=rf"up_proj\.{suffix}: expected finite scales, found nan"):
+        read_matrix(scheme, tensors | {suffix: torch.tensor(torch.nan)}, matrix)
