@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fusedmoe import FusedMoE, MoEOptions
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.act_order import as_they_lie, sorted_operands
 from fusedmoe.experts.grouped_mm import GroupedMMExperts
@@ -46,6 +47,15 @@ from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
+from fusedmoe.kernels.peer_all_to_all import (
+    announce_outputs,
+    combine,
+    dispatch,
+    wait_for_dispatch,
+    wait_for_outputs,
+)
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
+from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.read_all import read_all
 from fusedmoe.quantization.formats import format_named, quantize
@@ -56,7 +66,9 @@ from fusedmoe.quantization.keys import (
     INT8_DYNAMIC_TOKEN,
     MXFP4_DYNAMIC,
     NVFP4_DYNAMIC,
+    fp8_dynamic_group,
 )
+from fusedmoe.quantization.quantize_layer import quantize_layer
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingSpec, RoutingTensors
@@ -338,6 +350,76 @@ def bounded() -> None:
             )
 
 
+def ranks() -> None:
+    """Dispatch, sums sent, and combine between four ranks that live on this GPU, two epochs.
+
+    Flags that nobody raises meanwhile are raised here: a wait sees them at its first look.
+    """
+    world, rows, H = 4, 5, 160
+    owners = torch.tensor([0, 0, 1, 1, 2, 3, 0], dtype=torch.int32, device="cuda")
+    for key in (None, fp8_dynamic_group(32), INT8_DYNAMIC_TOKEN):
+        layout = PeerLayout(world, rows, H, K, torch.bfloat16, key)
+        buffers = torch.zeros(world, layout.nbytes, dtype=torch.uint8, device="cuda")
+        own = [buffer.clone() for buffer in buffers]  # an allocation each
+        bases = torch.tensor([buffer.data_ptr() for buffer in own], device="cuda")
+        words = torch.zeros(2, 4, dtype=torch.int32, device="cuda")
+        words[0, 0] = 1
+        views = [
+            PeerView(layout, rank, bases, own[rank], words[0].clone(), words[1, :1].clone())
+            for rank in range(world)
+        ]
+        for sent in (False, True):
+            ids = [
+                torch.randint(-1, 9, (T, K), device="cuda", dtype=torch.int32) for T in (5, 3, 0, 2)
+            ]
+            for view, mine in zip(views, ids, strict=True):
+                x = torch.randn(mine.shape[0], H, device="cuda", dtype=torch.bfloat16)
+                weights = torch.rand(mine.shape, device="cuda")
+                dispatch(x, mine, weights, owners, view, rows, timeout_us=10**6, wait=False)
+            for view in views:
+                wait_for_dispatch(view, timeout_us=10**6)
+                got = view.received(rows)
+                y = torch.randn(world * rows * K, H, device="cuda", dtype=torch.bfloat16)
+                if sent:
+                    send_sums(PeerSums.make(view, rows), y, got.topk_weights, got.topk_ids)
+                else:
+                    moe_fused_mul_sum(y.view(-1, K, H), got.topk_weights, got.outputs, got.topk_ids)
+            for view in views:
+                announce_outputs(view)
+            for view, mine in zip(views, ids, strict=True):
+                out = torch.empty(mine.shape[0], H, device="cuda", dtype=torch.bfloat16)
+                wait_for_outputs(view, timeout_us=10**6)
+                combine(
+                    *(out, mine, owners, view, rows), timeout_us=10**6, announce=False, sent=sent
+                )
+        torch.cuda.synchronize()
+        assert not any(view.error.item() for view in views)
+        print("ranks", key, flush=True)
+
+
+def batched() -> None:
+    """Rows laid out per expert, of floats and of packed weights."""
+    for H, width in ((272, 208), (256, 128)):
+        for fmt in (None, "int4_g16", "int8_channel", "fp8_channel"):
+            for T in (1, 7):
+                options = MoEOptions(prepare_finalize="batched")
+                with torch.device("cuda"):
+                    layer = FusedMoE(
+                        *(E, K, H, width),
+                        params_dtype=torch.bfloat16,
+                        max_num_tokens=8,
+                        options=options,
+                    )
+                for weight in layer.parameters():
+                    weight.data.normal_(std=0.1)
+                if fmt is not None:
+                    quantize_layer(layer, fmt)
+                x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+                layer(x, torch.randn(T, E, device="cuda"))
+                torch.cuda.synchronize()
+                print("batched", H, fmt, T, flush=True)
+
+
 def experts(quick: bool) -> None:
     cases = (*STANDARD_CASES[::3], *ACTIVATION_CASES[::4]) if quick else STANDARD_CASES
     for cls in (TritonExperts, GroupedMMExperts):
@@ -362,7 +444,9 @@ def others(quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
-    parser.add_argument("--only", choices=("hopper", "quantized", "others"), help="these alone")
+    parser.add_argument(
+        "--only", choices=("hopper", "quantized", "ranks", "others"), help="these alone"
+    )
     parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -373,6 +457,9 @@ def main() -> None:
             quantized(*sizes, args.formats)
         for sizes in ((288, 160), (512, 256)):
             packed(*sizes, args.formats)
+    if args.only in (None, "ranks"):
+        ranks()
+        batched()
     if args.only in (None, "others"):
         others(args.quick)
     torch.cuda.synchronize()
