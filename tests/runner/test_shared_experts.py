@@ -21,7 +21,7 @@ ORDERS = SharedExpertsOrder
         ({"num_tokens": 0}, ORDERS.NO_OVERLAP),
         ({"token_limit": 0}, ORDERS.NO_OVERLAP),
         ({"on_cuda": False}, ORDERS.NO_OVERLAP),
-        ({"compiling": True}, ORDERS.NO_OVERLAP),
+        ({"one_stream": True}, ORDERS.NO_OVERLAP),
         ({"combine_is_async": True}, ORDERS.MK_INTERNAL_OVERLAPPED),
         ({"combine_is_async": True, "on_cuda": False}, ORDERS.MK_INTERNAL_OVERLAPPED),
         ({"combine_is_async": True, "launches_the_wire": True}, ORDERS.MULTI_STREAM_OVERLAPPED),

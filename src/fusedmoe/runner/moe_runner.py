@@ -123,6 +123,7 @@ class MoERunner(PlacedLayer):
         *,
         is_padding: torch.Tensor | None = None,
         tokens_per_rank: Sequence[int] | None = None,
+        one_stream: bool = False,
     ) -> torch.Tensor:
         """hidden_states [..., H] -> [..., H] (the output transform's width, where there is one).
 
@@ -133,6 +134,7 @@ class MoERunner(PlacedLayer):
         Where ranks hold different tokens, ``tokens_per_rank`` says how many each brings (dp, pcp
         and, if sequence-parallel, tp ranks, the last varying fastest), this one's T included. Left
         out, the ranks tell each other, which waits for the device: CUDA graphs need it given.
+        ``one_stream`` keeps the shared experts on the caller's stream.
         """
         if (is_padding is not None) != self.skip_padding:
             raise ValueError(
@@ -143,7 +145,7 @@ class MoERunner(PlacedLayer):
             hidden_states, router_logits, input_ids, is_padding, self.num_router_logits
         )
         routed_input, shared_input = self.apply_routed_input_transform(batch.x)
-        shared = self._start_shared(shared_input)
+        shared = self._start_shared(shared_input, one_stream)
         routed, zero_expert_weight = self._run_routed(batch, routed_input, shared, tokens_per_rank)
         output = self._combine(routed, None if shared is None else shared.output())
         if zero_expert_weight is not None:
@@ -189,7 +191,7 @@ class MoERunner(PlacedLayer):
                 return gate_linear(x, gate.weight, gate.bias, batch_invariant=True)
         return _output_of(gate(x))
 
-    def _start_shared(self, x: torch.Tensor | None) -> SharedExpertsRun | None:
+    def _start_shared(self, x: torch.Tensor | None, one_stream: bool) -> SharedExpertsRun | None:
         if x is None:
             return None
         experts = self.routed_experts
@@ -200,7 +202,7 @@ class MoERunner(PlacedLayer):
             token_limit=self.shared_overlap_token_limit,
             combine_is_async=method.combine_is_async(experts),
             launches_the_wire=method.kernel(experts).prepare_finalize.launches_the_wire,
-            compiling=torch.compiler.is_compiling(),
+            one_stream=one_stream or torch.compiler.is_compiling(),
         )
         run = SharedExpertsRun(self.compute_shared, x, order)
         run.start()

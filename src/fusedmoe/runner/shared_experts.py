@@ -28,7 +28,7 @@ def choose_order(
     token_limit: int,
     combine_is_async: bool,
     launches_the_wire: bool = False,
-    compiling: bool = False,
+    one_stream: bool = False,
 ) -> SharedExpertsOrder:
     """Few tokens leave the GPU idle, so a second stream helps up to ``token_limit`` of them.
 
@@ -36,7 +36,7 @@ def choose_order(
     a stream of its own needs no other beside it; where our launches move them, an async combine
     hides only the wait for the other ranks.
     """
-    on_the_side = on_cuda and not compiling and 0 < num_tokens <= token_limit
+    on_the_side = on_cuda and not one_stream and 0 < num_tokens <= token_limit
     if combine_is_async and not (launches_the_wire and on_the_side):
         return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
     if on_the_side:

@@ -17,6 +17,7 @@ from fusedmoe.integrations.transformers.compiled_block import (
     accelerated_block,
     can_be_opaque,
     number_block,
+    owners_in,
     tensors_of,
 )
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
@@ -55,21 +56,20 @@ class BlockForward(Replacement):
         self.output_scale: float = resolve(family.output_scale, block)
         self.replay = GraphReplay(self.compute, self._can_be_captured, max_rows=replay_rows)
         self.inner_modules = tuple(block.modules())[1:]
-        names = ((owner, (*owner._parameters, *owner._buffers)) for owner in block.modules())
-        self.owners = tuple((owner, held) for owner, held in names if held)
+        self.owners, self.names = owners_in(block)
         self.returns = family.returns
         self.number = number_block(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self.number = number_block(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
             x = args[0].reshape(-1, args[0].shape[-1])
-            output, beside = accelerated_block(x, tensors_of(self.owners), self.number)
+            output, beside = accelerated_block(x, tensors_of(self.owners, self.names), self.number)
             return self._as_returned(output, beside, args[0])
-        return super().__call__(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether torch.compile is to see one operator."""
@@ -83,20 +83,15 @@ class BlockForward(Replacement):
         )
 
     def can_be_opaque(self) -> bool:
-        """As ``OpaqueBlock`` says.
-
-        Shared experts would run on a second stream, whose memory the compiler's CUDA graphs do not
-        know: those blocks are traced.
-        """
+        """As ``OpaqueBlock`` says."""
         plain = (torch.Tensor, nn.Parameter, type(None))
         return (
             not self.family.takes_input_ids
-            and self.runner.shared_experts is None
             and not self.router.row.decides
             and not self._has_other_parts()
             and self.runner.rank_sum.size == 1
             and self._replays(None)
-            and all(type(tensor) in plain for tensor in tensors_of(self.owners))
+            and all(type(tensor) in plain for tensor in tensors_of(self.owners, self.names))
         )
 
     def beside_like(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,17 +125,21 @@ class BlockForward(Replacement):
         if router.must_be_called:
             output, beside = self._run_asking(x, input_ids)
         elif self._replays(input_ids):
-            output, beside = self.replay((x,), tensors_of(self.owners))
+            output, beside = self.replay((x,), tensors_of(self.owners, self.names))
         else:
             output, beside = self.compute(x, input_ids)
         return self._as_returned(output, beside, hidden_states)
 
     def compute(
-        self, x: torch.Tensor, input_ids: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        *,
+        one_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and what the family returns beside it, by our router and experts."""
         logits = self.router.logits(x)
-        output = self._after(self.runner(x, logits, input_ids))
+        output = self._after(self.runner(x, logits, input_ids, one_stream=one_stream))
         return output, self._beside(logits)
 
     def _beside(self, logits: torch.Tensor) -> torch.Tensor:
@@ -165,7 +164,7 @@ class BlockForward(Replacement):
             input_ids is None
             and not watched
             and self.stack is None
-            and sum(len(held) for _, held in self.owners) <= _MAX_REPLAYED_TENSORS
+            and sum(len(held) for _, held in self.names) <= _MAX_REPLAYED_TENSORS
             and not is_hooked(self.inner_modules)
         )
 

@@ -2,8 +2,9 @@
 
 Traced through, a block leaves some 450 guards, which the host checks before each call of the
 compiled program: a tenth of a millisecond for each block, more than a decode step's experts take on
-a GPU. The operator leaves a tenth of them. What is looked at while tracing is looked at on one path
-only: a second one to the same object is a guard of Python, dearer than ten others.
+a GPU. The operator leaves a tenth of them, below a module, so that torch.compile skips them until a
+dictionary there changes. For that they are about nothing but modules, dictionaries, numbers and
+names; a second path to an object would be a guard of Python, dearer than ten others.
 
 T tokens, H hidden, N the width of what is beside.
 """
@@ -19,20 +20,26 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-# Modules, each with the names of the parameters and buffers that it holds itself.
-Owners = tuple[tuple[nn.Module, tuple[str, ...]], ...]
+# Modules by a key, and by the same key the names of the tensors that each holds itself. A module in
+# a tuple would be looked at anew before each call.
+Owners = dict[str, nn.Module]
+Names = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class OpaqueBlock(Protocol):
     """A block that can run as one operator."""
 
     owners: Owners
+    names: Names
 
     def can_be_opaque(self) -> bool:
         """Whether a call depends on nothing but x and the tensors of ``owners``."""
 
-    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] -> [T, H], and what stands beside it, [T, N]; neither is a view of x."""
+    def compute(self, x: torch.Tensor, *, one_stream: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, H] -> [T, H], and what stands beside it, [T, N]; neither is a view of x.
+
+        ``one_stream``: the compiler's CUDA graphs do not know the memory of another one.
+        """
 
     def beside_like(self, x: torch.Tensor) -> torch.Tensor:
         """An uninitialised [T, N] of the dtype that ``compute`` gives."""
@@ -60,13 +67,26 @@ def can_be_opaque(number: int) -> bool:
     return not torch.compiler.is_exporting() and _blocks[number].can_be_opaque()
 
 
-def tensors_of(owners: Owners) -> list[torch.Tensor | None]:
+def owners_in(block: nn.Module) -> tuple[Owners, Names]:
+    """``block`` and the modules below it that hold parameters or buffers."""
+    held = {
+        str(index): (module, (*module._parameters, *module._buffers))
+        for index, module in enumerate(block.modules())
+    }
+    owners = {key: module for key, (module, names) in held.items() if names}
+    return owners, tuple((key, held[key][1]) for key in owners)
+
+
+def tensors_of(owners: Owners, names: Names) -> list[torch.Tensor | None]:
     """The parameters and buffers, without the cost of a module's own attribute look-up."""
     return [
         owner._parameters[name] if name in owner._parameters else owner._buffers.get(name)
-        for owner, names in owners
-        for name in names
+        for owner, name in _places(owners, names)
     ]
+
+
+def _places(owners: Owners, names: Names) -> list[tuple[nn.Module, str]]:
+    return [(owners[key], name) for key, own in names for name in own]
 
 
 @torch.library.custom_op("fusedmoe::accelerated_block", mutates_args=())
@@ -75,8 +95,8 @@ def accelerated_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block ``number`` of x [T, H], with ``tensors`` in the place of those of its owners."""
     block = _blocks[number]
-    with _in_place(block.owners, tensors):
-        return block.compute(x)
+    with _in_place(block.owners, block.names, tensors):
+        return block.compute(x, one_stream=True)
 
 
 @accelerated_block.register_fake
@@ -87,11 +107,13 @@ def _(
 
 
 @contextmanager
-def _in_place(owners: Owners, tensors: Sequence[torch.Tensor | None]) -> Iterator[None]:
+def _in_place(
+    owners: Owners, names: Names, tensors: Sequence[torch.Tensor | None]
+) -> Iterator[None]:
     """``tensors`` stand where ``owners`` keep theirs, as those of a functional call do."""
-    places = [(owner, name) for owner, names in owners for name in names]
     changed: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    for (owner, name), own, given in zip(places, tensors_of(owners), tensors, strict=True):
+    places = _places(owners, names)
+    for (owner, name), own, given in zip(places, tensors_of(owners, names), tensors, strict=True):
         if given is None or own is None or given.data_ptr() == own.data_ptr():
             continue
         kept: Any = owner._parameters if name in owner._parameters else owner._buffers

@@ -15,11 +15,14 @@ from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.integrations.transformers.packed import HeldExperts
 
 
-class Replacement(ABC):
+class Replacement(nn.Module, ABC):
     """A forward in the place of ``module``'s own, which is kept as ``original``.
 
     The original still runs where ours would not do the same: in training, under autocast, while
     someone listens to a module that we do not call (``listened``), after a submodule was replaced.
+
+    A module itself, without children: what torch.compile looks at below a module it skips, call
+    after call, until a dictionary there changes; below any other object it looks anew each time.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Replacement(ABC):
         listened: tuple[nn.Module, ...] = (),
         experts: BorrowedExperts | HeldExperts | None = None,
     ) -> None:
+        super().__init__()
         self.module = module
         self.original: Callable[..., Any] = module.forward
         self.noisy = noisy
@@ -40,7 +44,11 @@ class Replacement(ABC):
         if experts is not None:
             self.load_hook = module.register_load_state_dict_post_hook(experts.weights_loaded)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not registered: what is behind it belongs to the model.
+        self.__dict__[name] = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)
         if arguments is None or self._is_out_of_place(arguments[0]):
             return self.original(*args, **kwargs)
