@@ -1,4 +1,4 @@
-"""Accelerated blocks that torch.compile sees as one operator, in CUDA graphs."""
+"""Blocks and layers that torch.compile sees as one operator, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -29,3 +29,30 @@ def test_replayed_steps_give_what_eager_ones_give(name):
         pairs = zip(wanted, got, strict=True) if isinstance(got, tuple) else [(wanted, got)]
         for ours, theirs in pairs:
             assert tiny_models.relative_error(theirs, ours) <= 1e-2
+
+
+@torch.no_grad()
+def test_replayed_steps_of_a_layer_give_what_eager_ones_give():
+    """New weights in the same place included, and those in another one."""
+    layer = fusedmoe.FusedMoE(
+        *(8, 2, 64, 64, torch.bfloat16),
+        shared_experts=torch.nn.Linear(64, 64),
+        e_score_correction_bias=torch.randn(8),
+        scoring_func="sigmoid",
+        use_grouped_topk=True,
+        num_expert_group=2,
+        topk_group=1,
+    ).to("cuda", torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    weight = layer.routed_experts.w13_weight
+    for seed in range(8):
+        torch.manual_seed(seed)
+        rows = [torch.randn(3, n, device="cuda", dtype=torch.bfloat16) for n in (64, 8)]
+        wanted, got = layer(*rows), compiled(*rows)
+        assert tiny_models.relative_error(got, wanted) <= 1e-2
+        if seed == 3:
+            weight.mul_(-0.5)
+        if seed == 5:
+            weight.data = weight.data * 0.5

@@ -13,6 +13,7 @@ from torch import nn
 import fusedmoe
 from fusedmoe.integrations.transformers import compiled_block
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
+from fusedmoe.runner import opaque
 
 pytest.importorskip("transformers")
 from hf import tiny_models
@@ -87,7 +88,7 @@ def test_shapes_and_dtypes_are_known_without_running(name):
         block = block_of(name).to(dtype)
         x = torch.randn(5, 32, dtype=dtype)
         forward = block.forward
-        tensors = compiled_block.tensors_of(forward.owners, forward.names)
+        tensors = opaque.tensors_of(forward.owners, forward.names)
         torch.library.opcheck(
             compiled_block.accelerated_block,
             (x, tensors, forward.number),
@@ -295,7 +296,7 @@ class Holder(nn.Module):
 def test_blocks_that_are_gone_are_forgotten():
     block = block_of()
     number = block.forward.number
-    assert number in compiled_block._blocks
+    assert number in opaque._parts
     del block
     gc.collect()
-    assert number not in compiled_block._blocks
+    assert number not in opaque._parts

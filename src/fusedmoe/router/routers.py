@@ -46,6 +46,9 @@ class SpecRouter(nn.Module, BaseRouter):
         require_padding_mask: bool = False,
     ) -> None:
         super().__init__()
+        # Of this instance: what is looked up in a class is dearer for torch.compile to look at.
+        self.eplb_state = None
+        self.capture_fn = None
         self.spec = spec
         self.top_k = spec.top_k
         self.num_experts = spec.num_experts
@@ -65,6 +68,11 @@ class SpecRouter(nn.Module, BaseRouter):
             if routing_method_type is None
             else routing_method_type
         )
+
+    @property
+    def holds_its_tensors(self) -> bool:
+        """Whether they are this module's, not an owner's who is asked for them."""
+        return self._read_tensors is None
 
     @property
     def tensors(self) -> RoutingTensors:

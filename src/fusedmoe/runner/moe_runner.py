@@ -24,7 +24,7 @@ from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
-from fusedmoe.runner.placement import PlacedLayer
+from fusedmoe.runner.operator import CompiledLayer
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
 from fusedmoe.runner.shared_experts import OVERLAP_TOKENS, SharedExpertsRun, choose_order
 from fusedmoe.weights.routed_experts import RoutedExperts
@@ -37,7 +37,7 @@ class TransformedInput(NamedTuple):
     shared_experts_input: torch.Tensor | None
 
 
-class MoERunner(PlacedLayer):
+class MoERunner(CompiledLayer):
     """One Mixture-of-Experts layer. Build it with ``FusedMoE(...)``.
 
     ``routed_scaling_factor`` is what multiplies the routed output here (1 where the router
@@ -91,6 +91,7 @@ class MoERunner(PlacedLayer):
         self.prefix = prefix
         self.shared_overlap_token_limit = shared_overlap_token_limit
         routed_experts.set_router(router)
+        self.number_parts()
         wanted: Any = gate
         if router_logits_dtype is not None and hasattr(gate, "set_out_dtype"):
             wanted.set_out_dtype(router_logits_dtype)
@@ -145,9 +146,19 @@ class MoERunner(PlacedLayer):
             hidden_states, router_logits, input_ids, is_padding, self.num_router_logits
         )
         routed_input, shared_input = self.apply_routed_input_transform(batch.x)
-        shared = self._start_shared(shared_input, one_stream)
-        routed, zero_expert_weight = self._run_routed(batch, routed_input, shared, tokens_per_rank)
-        output = self._combine(routed, None if shared is None else shared.output())
+        zero_expert_weight = None
+        if tokens_per_rank is None and self.is_one_operator(batch.x):
+            shared_output = None if shared_input is None else self.compute_shared(shared_input)
+            if batch.router_logits is None:
+                batch = batch._replace(router_logits=self.compute_logits(batch.x))
+            routed = Summand(self.as_operator(batch, routed_input), Extent.WHOLE)
+        else:
+            shared = self._start_shared(shared_input, one_stream)
+            routed, zero_expert_weight = self.run_routed(
+                batch, routed_input, shared, tokens_per_rank
+            )
+            shared_output = None if shared is None else shared.output()
+        output = self._combine(routed, shared_output)
         if zero_expert_weight is not None:
             output = self._add_zero_experts(output, batch.x, zero_expert_weight)
         return output.value.reshape(*hidden_states.shape[:-1], output.value.shape[-1])
@@ -208,7 +219,7 @@ class MoERunner(PlacedLayer):
         run.start()
         return run
 
-    def _run_routed(
+    def run_routed(
         self,
         batch: TokenBatch,
         x: torch.Tensor,
@@ -278,7 +289,7 @@ class MoERunner(PlacedLayer):
                 else Summand(shared_output, Extent.WHOLE)
             )
             routed = ranks.add(routed, shared)
-        return ranks.reduced(routed)
+        return routed if routed.extent is Extent.WHOLE else ranks.reduced(routed)
 
     def _scales_routed(self, dtype: torch.dtype) -> bool:
         """Whether the scale multiplies the routed output (else it divides the shared one)."""

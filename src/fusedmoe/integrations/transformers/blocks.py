@@ -13,17 +13,12 @@ from torch import nn
 
 from fusedmoe.integrations.transformers.block_router import BlockRouter, is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts, ExpertWeights
-from fusedmoe.integrations.transformers.compiled_block import (
-    accelerated_block,
-    can_be_opaque,
-    number_block,
-    owners_in,
-    tensors_of,
-)
+from fusedmoe.integrations.transformers.compiled_block import accelerated_block
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import StackedWeights
 from fusedmoe.runner.moe_runner import MoERunner
+from fusedmoe.runner.opaque import are_plain, can_be_opaque, new_number, owners_in, tensors_of
 from fusedmoe.runner.replay import GraphReplay
 
 # Looking at more addresses than this on each call costs more than replaying saves.
@@ -58,11 +53,11 @@ class BlockForward(Replacement):
         self.inner_modules = tuple(block.modules())[1:]
         self.owners, self.names = owners_in(block)
         self.returns = family.returns
-        self.number = number_block(self)
+        self.number = new_number(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = number_block(self)
+        self.number = new_number(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
@@ -84,14 +79,13 @@ class BlockForward(Replacement):
 
     def can_be_opaque(self) -> bool:
         """As ``OpaqueBlock`` says."""
-        plain = (torch.Tensor, nn.Parameter, type(None))
         return (
             not self.family.takes_input_ids
             and not self.router.row.decides
             and not self._has_other_parts()
             and self.runner.rank_sum.size == 1
             and self._replays(None)
-            and all(type(tensor) in plain for tensor in tensors_of(self.owners, self.names))
+            and are_plain(tensors_of(self.owners, self.names))
         )
 
     def beside_like(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,128 @@
+"""What torch.compile sees of a layer's router and experts: one operator.
+
+Traced through, they leave some 300 guards, which the host checks before each call of the compiled
+program. Gate, shared experts and transforms are modules of the caller's: a compiler sees them.
+
+T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusedmoe.modular_kernel.experts import FusedMoEExperts
+from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
+from fusedmoe.router.routers import SpecRouter
+from fusedmoe.runner.inputs import TokenBatch
+from fusedmoe.runner.opaque import (
+    are_plain,
+    can_be_opaque,
+    in_place,
+    new_number,
+    owners_in,
+    part_of,
+    tensors_of,
+)
+from fusedmoe.runner.placement import PlacedLayer
+from fusedmoe.runner.reduction import RankSum, Summand
+from fusedmoe.runner.shared_experts import SharedExpertsRun
+from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+class CompiledLayer(PlacedLayer):
+    """A layer whose routed part may be one operator, on its parameters and buffers."""
+
+    rank_sum: RankSum
+    expert_substitution: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = new_number(self)
+
+    @abstractmethod
+    def run_routed(
+        self,
+        batch: TokenBatch,
+        x: torch.Tensor,
+        shared: SharedExpertsRun | None,
+        tokens_per_rank: Sequence[int] | None,
+    ) -> tuple[Summand, torch.Tensor | None]:
+        """The routed output in the checkpoint's hidden size, and the zero experts' weights [T]."""
+
+    def number_parts(self) -> None:
+        """To be called once router and experts are there."""
+        parts = (self.routed_experts, self.router)
+        self.owners, self.names = owners_in(*(m for m in parts if isinstance(m, torch.nn.Module)))
+        self.number = new_number(self)
+
+    def is_one_operator(self, x: torch.Tensor) -> bool:
+        """Whether torch.compile, which is tracing a call with x [T, H], is to see one operator."""
+        router: Any = self.router
+        return (
+            torch.compiler.is_dynamo_compiling()
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and can_be_opaque(self.number)
+            and router.eplb_state is None
+            and router.capture_fn is None
+        )
+
+    def can_be_opaque(self) -> bool:
+        """As ``Opaque`` says, as long as nobody watches the router.
+
+        Not where kernels keep copies of weights in another order, ranks talk to each other, or
+        someone listens to router or experts.
+        """
+        experts, router = self.routed_experts, self.router
+        method = experts.quant_method
+        return (
+            type(experts) is RoutedExperts
+            and type(method) is UnquantizedFusedMoEMethod
+            and method.groups is None
+            and self.rank_sum.size == 1
+            and self.moe_config.num_zero_experts == 0
+            and self.expert_substitution is None
+            and isinstance(router, SpecRouter)
+            and router.holds_its_tensors
+            and owners_in(experts, router) == (self.owners, self.names)
+            and are_plain(tensors_of(self.owners, self.names))
+            and not _prepacks(method.kernel(experts).experts)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (experts, router))
+        )
+
+    def as_operator(self, batch: TokenBatch, x: torch.Tensor) -> torch.Tensor:
+        """The routed output of ``run_routed`` for a batch with its logits."""
+        return routed_experts(x, list(batch), tensors_of(self.owners, self.names), self.number)
+
+
+def _prepacks(experts: FusedMoEExperts) -> bool:
+    prepack = type(experts).process_weights_after_loading
+    return prepack is not FusedMoEExperts.process_weights_after_loading
+
+
+@torch.library.custom_op("fusedmoe::routed_experts", mutates_args=())
+def routed_experts(
+    x: torch.Tensor,
+    batch: Sequence[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor | None],
+    number: int,
+) -> torch.Tensor:
+    """Router and experts of layer ``number`` for x [T, H] -> [T, H]; ``batch`` is a TokenBatch."""
+    layer: CompiledLayer = part_of(number)
+    with in_place(layer.owners, layer.names, tensors):
+        routed, _ = layer.run_routed(TokenBatch(*batch), x, None, None)  # type: ignore[arg-type]
+    return routed.value.contiguous()
+
+
+@routed_experts.register_fake
+def _(
+    x: torch.Tensor,
+    batch: Sequence[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor | None],
+    number: int,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
