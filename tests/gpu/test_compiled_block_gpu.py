@@ -7,6 +7,7 @@ import torch
 
 import fusedmoe
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
+from fusedmoe.runner.replay import GraphReplay
 
 pytest.importorskip("transformers")
 from hf import tiny_models
@@ -56,3 +57,26 @@ def test_replayed_steps_of_a_layer_give_what_eager_ones_give():
             weight.mul_(-0.5)
         if seed == 5:
             weight.data = weight.data * 0.5
+
+
+@torch.no_grad()
+def test_a_replayed_layer_outlives_a_graph_of_the_compilers():
+    """Which frees cuBLAS's scratch memory before it is captured; these layers' GEMMs need some."""
+    wide = torch.nn.Sequential(torch.nn.Linear(2048, 5632), torch.nn.Linear(5632, 2048))
+    layer = fusedmoe.FusedMoE(8, 2, 2048, 64, torch.bfloat16, shared_experts=wide)
+    layer = layer.to("cuda", torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    replay = GraphReplay(lambda *rows: (layer(*rows),), lambda: True)
+    rows = [torch.randn(2, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 8)]
+    wanted = layer(*rows)
+    for _ in range(3):
+        (got,) = replay(tuple(rows), ())
+        assert tiny_models.relative_error(got, wanted) <= 1e-2
+    compiled = torch.compile(torch.nn.Linear(2048, 4096).to("cuda"), mode="reduce-overhead")
+    for _ in range(3):
+        compiled(torch.randn(3, 2048, device="cuda"))
+    torch.full((1 << 26,), torch.nan, device="cuda")
+    for _ in range(3):
+        (got,) = replay(tuple(rows), ())
+        assert tiny_models.relative_error(got, wanted) <= 1e-2

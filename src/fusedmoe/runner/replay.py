@@ -20,14 +20,19 @@ logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
-# All captures of a device share a stream; all graphs replayed on a stream share memory, as they run
-# one after the other. Keys: device and stream; values: a pool and the graph that keeps it.
+# All graphs replayed on a stream share memory, as they run one after the other, and are captured on
+# the same other one. Keys: device and stream; values: a pool and the graph that keeps it.
 _one_capture_at_a_time = threading.Lock()
 _pools: dict[tuple[torch.device, int], tuple[PoolId, Any]] = {}
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device, replay_stream: int) -> torch.cuda.Stream:
+    """For nothing but captures.
+
+    cuBLAS keeps scratch memory for each stream, which torch.compile frees before it captures a
+    graph; what was allocated in a capture stays in the pool.
+    """
     return torch.cuda.Stream(device)
 
 
@@ -120,15 +125,14 @@ class GraphReplay:
             own = tuple(
                 torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
             )
+            # The copies may have other strides than the inputs: a kernel that is loaded for them
+            # during the capture would end it.
+            for copy, given in zip(own, inputs, strict=True):
+                copy.copy_(given)
+            self.function(*own)
             device = inputs[0].device
-            stream = _capture_stream(device)
+            stream = _capture_stream(device, replay_stream)
             stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                # The copies may have other strides than the inputs: a kernel that is loaded for
-                # them during the capture would end it.
-                for copy, given in zip(own, inputs, strict=True):
-                    copy.copy_(given)
-                self.function(*own)
             place = device, replay_stream
             if place not in _pools:
                 _pools[place] = held_pool(stream)

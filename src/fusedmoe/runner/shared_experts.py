@@ -45,9 +45,19 @@ def choose_order(
 
 
 @functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The second stream of a device, one for all layers: they run one after the other anyway."""
+def _side_stream(device: torch.device, captured_on: int | None) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The second stream of a device, one for all layers: they run one after the other anyway.
+
+    A stream that is being captured has one of its own. cuBLAS keeps scratch memory for each stream:
+    what it allocated for one outside of a capture may be freed under a graph that uses it.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        return _side_stream(device, None)
+    return _side_stream(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 class SharedExpertsRun:
