@@ -480,6 +480,23 @@ def test_blocks_under_device_hooks_that_only_move_inputs_are_replaced():
     assert all(_replacement(layer.mlp) is None for layer in model.model.layers)
 
 
+def test_device_hooks_may_come_after_and_the_blocks_run_restored_under_them():
+    row = tiny_models.by_name("mixtral")
+    model = fusedmoe.accelerate(tiny_models.build(row))
+    for layer in model.model.layers:
+        block = layer.mlp
+        block._old_forward = block.forward
+        block.forward = lambda x, block=block: block._old_forward(x)
+    wanted, _ = tiny_models.eager_results("mixtral")
+    assert tiny_models.relative_error(tiny_models.logits(row, model), wanted) <= 1e-4
+    assert all(_replacement(layer.mlp) is not None for layer in model.model.layers)
+    names = model.state_dict().keys()
+    fusedmoe.restore(model)
+    assert torch.equal(tiny_models.logits(row, model), wanted)
+    assert all(_replacement(layer.mlp) is None for layer in model.model.layers)
+    assert names == model.state_dict().keys()
+
+
 class Prepacked(TorchExperts):
     """Computes with what it packed last."""
 

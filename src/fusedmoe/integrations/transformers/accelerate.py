@@ -171,8 +171,9 @@ def accelerated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _replacement(module: nn.Module) -> Replacement | None:
-    for slot in (_WRAPPED, "forward"):
-        found = vars(module).get(slot)
+    # A replacement that device hooks wrapped was registered: it is a module.
+    own = vars(module)
+    for found in (own.get(_WRAPPED), module._modules.get(_WRAPPED), own.get("forward")):
         if isinstance(found, Replacement):
             return found
     return None
@@ -188,7 +189,10 @@ def _install(replacement: Replacement) -> None:
 def _remove(replacement: Replacement) -> None:
     module = replacement.module
     replacement.release()
-    if vars(module).get(_WRAPPED) is replacement:
+    if module._modules.get(_WRAPPED) is replacement:
+        del module._modules[_WRAPPED]
+        vars(module)[_WRAPPED] = replacement.original
+    elif vars(module).get(_WRAPPED) is replacement:
         vars(module)[_WRAPPED] = replacement.original
     else:
         del vars(module)["forward"]
