@@ -65,7 +65,7 @@ def print_profile(run: Callable[[], Any], kernels: int) -> None:
     on_gpu = []
     for event in profile.events():
         span = event.time_range
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             on_gpu.append((span.start, span.end, event.name))
         elif event.name.startswith((*HOST_PARTS, "cudaGraphLaunch")):
             parts[event.name].append((span.start, span.elapsed_us()))
@@ -76,10 +76,11 @@ def print_profile(run: Callable[[], Any], kernels: int) -> None:
     by_name: dict[str, list[float]] = collections.defaultdict(list)
     for start, end, name in step:
         by_name[name[:70]].append(end - start)
-    busy, span = sum(map(sum, by_name.values())), step[-1][1] - step[0][0]
-    print(f"  {busy:8.0f} us  on the GPU in {len(step)} launches, first to last {span:.0f} us")
-    for name, spans in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:kernels]:
-        print(f"  {sum(spans):8.1f} us  {len(spans):4d} x {name}")
+    busy = sum(end - start for start, end, _ in step)
+    whole = step[-1][1] - step[0][0]
+    print(f"  {busy:8.0f} us  on the GPU in {len(step)} launches, first to last {whole:.0f} us")
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:kernels]:
+        print(f"  {sum(times):8.1f} us  {len(times):4d} x {name}")
 
 
 def main() -> None:
@@ -94,8 +95,8 @@ def main() -> None:
     for implementation in args.implementations:
         use(model, implementation)
 
-        def run(tokens: int = TOKENS) -> None:
-            generate(model, prompt, tokens, "static")
+        def run() -> None:
+            generate(model, prompt, TOKENS, "static")
 
         warm_up = timed(run)
         step = statistics.median(timed(run) for _ in range(3)) / TOKENS
@@ -106,7 +107,7 @@ def main() -> None:
             f"{host:.3f} ms on the host, {whole:.3f} whole, the first {first[1]:.1f}; warm-up "
             f"{1e-3 * warm_up:.0f} s"
         )
-        print_profile(lambda: run(8), args.kernels)
+        print_profile(run, args.kernels)
 
 
 if __name__ == "__main__":
