@@ -1,6 +1,6 @@
 """What torch.compile sees of a layer's router and experts: one operator.
 
-Traced through, they leave some 300 guards, which the host checks before each call of the compiled
+Traced through, they leave some 180 guards, which the host checks before each call of the compiled
 program. Gate, shared experts and transforms are modules of the caller's: a compiler sees them.
 
 T tokens, H hidden.
