@@ -91,8 +91,27 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """One kind of block. ``module`` is the folder in ``transformers.models``, or a file's name.
+class Block:
+    """A class of block. ``module`` is the folder in ``transformers.models``, or a file's name."""
+
+    module: str
+    block: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.block}"
+
+    @property
+    def home(self) -> str:
+        """The Python module of its classes, or the last component of one not in Transformers."""
+        module = self.module
+        is_file = module.startswith("modeling_")
+        return module if is_file else f"transformers.models.{module}.modeling_{module}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Block):
+    """One kind of block, and how it is run.
 
     ``whole`` False: the block's own forward stays (it does more than MoE), and the experts module,
     with the router where it has a rule, are run by us one by one.
@@ -100,8 +119,6 @@ class Family:
     ``noisy``: in training mode the block draws random numbers.
     """
 
-    module: str
-    block: str
     router: Router
     experts: Experts
     shared: str | None = None
@@ -118,42 +135,18 @@ class Family:
     noisy: bool = False
     when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.block}"
-
-    @property
-    def home(self) -> str:
-        """The Python module of its classes, or the last component of one not in Transformers."""
-        return home_of(self.module)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Unsupported:
-    """A class of block that is left alone, and why."""
+class Unsupported(Block):
+    """One that is left alone, and why."""
 
-    module: str
-    block: str
     reason: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.block}"
-
-    @property
-    def home(self) -> str:
-        return home_of(self.module)
 
 
 def rule_of(router: str, **fields: Setting) -> Mapping[str, Setting]:
     """A rule whose top_k and num_experts are attributes of the router, the rest as given."""
     found = {"top_k": read(f"{router}.top_k"), "num_experts": read(f"{router}.num_experts")}
     return found | fields
-
-
-def home_of(module: str) -> str:
-    is_file = module.startswith("modeling_")
-    return module if is_file else f"transformers.models.{module}.modeling_{module}"
 
 
 def resolve(value: Setting, block: nn.Module) -> Any:
