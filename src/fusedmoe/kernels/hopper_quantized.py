@@ -36,7 +36,9 @@ from fusedmoe.tuning.cuda_tiles import (
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
-FEWEST_LONE_ROWS = 17
+# Lone slots go by whole rows from so many on, or those of mxfp4 where an expert's weights are as
+# large as this: a program needs a few items of one slot.
+FEWEST_LONE_ROWS, LARGE_EXPERT = 17, 8 << 20
 MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
 GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
 FEWEST_FEATURES = 16
@@ -97,7 +99,9 @@ def decode_tiles_for(
     rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
     tiles = cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
-    if R < FEWEST_LONE_ROWS if lone else slots * w2.shape[0] < R:
+    expert_bytes = sum(w.data.nbytes for w in (w1, w2)) // max(w2.shape[0], 1)
+    large = w1.format.element == "e2m1" and expert_bytes >= LARGE_EXPERT
+    if R < FEWEST_LONE_ROWS and not large if lone else slots * w2.shape[0] < R:
         return tiles
     first, second = _rows(w1, slots, splits=False), _rows(w2, slots, splits=not lone)
     if first is not None and second is not None:

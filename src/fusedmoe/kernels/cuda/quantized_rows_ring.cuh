@@ -143,7 +143,8 @@ DEVICE int slot_of(const Arguments& a, int block, int place) {
 }
 
 // Programs have neighbouring items, so that rows of x rarely change and memory is read in long runs.
-DEVICE int first_item(int count, int program) { return (int)((i64)count * program / gridDim.x); }
+// Items of all blocks are far fewer than 2^32 / gridDim.x.
+DEVICE int first_item(int count, int program) { return (int)((u32)count * program / gridDim.x); }
 
 // Never more than AHEAD steps are on their way: whatever else is asked for waits behind them.
 DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
