@@ -35,6 +35,7 @@ CASES = {
     "sixteen": ("mxfp4", 4, 2, 1024, 768, 29, 16),
     "sixteen_in_parts": ("mxfp4", 4, 2, 256, 8192, 29, 16),
     "lone": ("mxfp4", 96, 4, 512, 256, 5, 1),
+    "lone_in_one_piece": ("mxfp4", 32, 4, 2880, 320, 2, 1),
     "int4_groups_of_32": ("int4_g32", 16, 4, 7168, 256, 9, 8),
     "int4_groups_of_128": ("int4_g128", 16, 4, 2048, 768, 9, 8),
     "int4_in_parts": ("int4_g128", 4, 2, 512, 14336, 9, 8),

@@ -1,7 +1,7 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
-``quantized_lone.cu`` for slots that hardly share experts, ``quantized_rows.cu`` for blocks of eight
+``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for blocks of eight
 or sixteen of mxfp4 and int4 without zero points, ``quantized_warps.cu`` for blocks of eight of all
 others, ``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
 ``quantized_gemm_reference`` twice.
@@ -36,9 +36,9 @@ from fusedmoe.tuning.cuda_tiles import (
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
-# Lone slots go by whole rows from so many on, or those of mxfp4 where an expert's weights are as
-# large as this: a program needs a few items of one slot.
-FEWEST_LONE_ROWS, LARGE_EXPERT = 17, 8 << 20
+# Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece, because
+# they are no multiple of this.
+FEWEST_LONE_ROWS, LINE_BYTES = 17, 128
 MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
 GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
 FEWEST_FEATURES = 16
@@ -99,9 +99,9 @@ def decode_tiles_for(
     rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
     tiles = cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
-    expert_bytes = sum(w.data.nbytes for w in (w1, w2)) // max(w2.shape[0], 1)
-    large = w1.format.element == "e2m1" and expert_bytes >= LARGE_EXPERT
-    if R < FEWEST_LONE_ROWS and not large if lone else slots * w2.shape[0] < R:
+    in_one_piece = w1.format.element == "e2m1" and all(size % LINE_BYTES for size in row_bytes)
+    few = R < FEWEST_LONE_ROWS and not in_one_piece
+    if few if lone else slots * w2.shape[0] < R:
         return tiles
     first, second = _rows(w1, slots, splits=False), _rows(w2, slots, splits=not lone)
     if first is not None and second is not None:
