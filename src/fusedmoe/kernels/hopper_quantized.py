@@ -1,10 +1,10 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
-``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for blocks of eight
-or sixteen of mxfp4 and int4 without zero points, ``quantized_warps.cu`` for blocks of eight of all
-others, ``quantized_stream.cu`` for larger ones. The definition is the weighted sum of
-``quantized_gemm_reference`` twice.
+``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for more of
+them and for blocks of eight or sixteen of mxfp4 and int4 without zero points,
+``quantized_warps.cu`` for blocks of eight of all others, ``quantized_stream.cu`` for larger ones.
+The definition is the weighted sum of ``quantized_gemm_reference`` twice.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fusedmoe.tuning.cuda_tiles import (
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 
 ALIGNED_BYTES = 16
-# Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece, because
-# they are no multiple of this.
+# Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece,
+# because they are no multiple of this.
 FEWEST_LONE_ROWS, LINE_BYTES = 17, 128
 MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
 GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
