@@ -137,16 +137,16 @@ def line_of(rows: list[Row], T: int, most: int, ways: list[str], counts: list[in
         time_of(some["experts_us"]),
         time_of(some["wire_limit_us"]),
         *("-" if row is None else time_of(row["us"]) for row in here),
-        "-" if here[0] is None else exposed(here[0], of_wire=asked),
+        "-" if here[0] is None else exposed(here[0]),
         limit,
         *(f"{value:.2f}" if value else "-" for value in best),
     ]
 
 
-def exposed(row: Row, *, of_wire: bool) -> str:
-    """What a layer takes beyond its experts, and what share of the wire's limit that is."""
+def exposed(row: Row) -> str:
+    """What a layer takes beyond its experts, and what share of its time that is."""
     us = row["us"] - row["experts_us"]
-    return time_of(us) + (f", {100 * us / row['wire_limit_us']:.0f} %" if of_wire else "")
+    return f"{time_of(us)}, {100 * us / row['us']:.0f} %"
 
 
 def of_balance(report: Report, name: str) -> str:
