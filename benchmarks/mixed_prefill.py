@@ -35,8 +35,15 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill,
     mixed_prefill_rows,
     mixed_prefill_tables,
+    wide_rows,
 )
-from fusedmoe.kernels.triton.hopper_mixed_prefill import down, shares_of, up, wants_lane_order
+from fusedmoe.kernels.triton.hopper_mixed_prefill import (
+    Scales,
+    down,
+    shares_of,
+    up,
+    wants_lane_order,
+)
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
@@ -46,9 +53,9 @@ from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
 DENSE = 8192
 
 
-def tile_variants(bits: float) -> dict[str, MixedPrefillTiles]:
+def tile_variants(bits: float, *, wide: bool) -> dict[str, MixedPrefillTiles]:
     """Those for few, some and many slots per expert."""
-    found = [mixed_prefill_tiles(mean, 1, (bits, bits)) for mean in (48, 128, 256)]
+    found = [mixed_prefill_tiles(mean, 1, (bits, bits), wide=wide) for mean in (48, 128, 256)]
     return {f"{tiles.gemm1.rows} x {tiles.gemm1.slots}": tiles for tiles in found}
 
 
@@ -73,12 +80,14 @@ def parts(
     (e, H, I), (T, K) = w2.shape, one.topk_ids.shape  # noqa: E741
     activation = MoEActivation.from_str(shape.activation)
     position = torch.empty(T * K, dtype=torch.int32, device=DEVICE)
+    wide = wide_rows(w1.format, w2.format)
+    scales = Scales.of(w1), Scales.of(w2)
     programs, flops = multiprocessors_of(DEVICE), shape.flops(T)
     calls: Calls = {}
-    for label, tiles in tile_variants(w1.format.bits).items():
+    for label, tiles in tile_variants(w1.format.bits, wide=wide).items():
         P = mixed_prefill_rows(T * K, e, tiles)
         act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
-        y = torch.empty(P, H, dtype=torch.bfloat16, device=DEVICE)
+        y = torch.empty(P, H, dtype=torch.float32 if wide else torch.bfloat16, device=DEVICE)
         tables = mixed_prefill_tables(one.topk_ids, e, None, tiles)
         whole = partial(
             mixed_prefill, x, w1, w2, one.topk_weights, one.topk_ids, out, act, y,
@@ -88,10 +97,21 @@ def parts(
         share = w1.shards / (w1.shards + 1)
         for blocks, (first_tile, second_tile) in shares_of(tiles).items():
             first = (
-                x, w1, K, act, position, device_activation(activation), config.w1_bias, tables,
-                first_tile, programs, blocks,
+                x, w1, scales[0], K, act, position, device_activation(activation), config.w1_bias,
+                tables, first_tile, programs, blocks,
             )  # fmt: skip
-            second = act, w2, y, config.w2_bias, tables, T * K, second_tile, programs, blocks
+            second = (
+                act,
+                w2,
+                Scales.of(w2),
+                y,
+                config.w2_bias,
+                tables,
+                T * K,
+                second_tile,
+                programs,
+                blocks,
+            )
             begin = partial(up, ordered=wants_lane_order(w2))
             calls[f"up {label} {blocks}"] = (
                 partial(recounted, tables, T * K, begin, *first), flops * share,
@@ -117,7 +137,8 @@ def measure(shape: LayerShape, name: str, T: int, routing: str, report: BenchRep
         for label, (call, flops) in calls.items()
     }
     samples = time_in_turns(recorded)
-    for label in tile_variants(weights_of(layer)[0].format.bits):
+    bits = weights_of(layer)[0].format.bits
+    for label in tile_variants(bits, wide=False):
         calls[f"whole {label}"][0]()
         found, _ = errors(shape, layer, x, one, out)
         accuracy = {"part": f"error {label}", "error": found}

@@ -30,14 +30,27 @@ def words_of(values: torch.Tensor) -> list[int]:
     return [word & WORD for word in values.contiguous().view(torch.int32).tolist()]
 
 
+def _as_tensor(word: int) -> torch.Tensor:
+    signed = word - (1 << 32) if word >> 31 else word
+    return torch.tensor([signed], dtype=torch.int32)
+
+
 def pair(word: int) -> torch.Tensor:
     """The two bf16 numbers of a word, the lower one first."""
-    signed = word - (1 << 32) if word >> 31 else word
-    return torch.tensor([signed], dtype=torch.int32).view(torch.bfloat16)
+    return _as_tensor(word).view(torch.bfloat16)
 
 
 def _word(numbers: torch.Tensor) -> int:
     return words_of(numbers.bfloat16())[0]
+
+
+def _fp32(word: int) -> torch.Tensor:
+    """The fp32 number of a word, in fp64."""
+    return _as_tensor(word).view(torch.float32).double()[0]
+
+
+def _single(number: torch.Tensor) -> int:
+    return words_of(number.float()[None])[0]
 
 
 def _prmt(a: int, b: int, selector: int) -> int:
@@ -71,5 +84,7 @@ _OPERATIONS = {
     "prmt.b32": _prmt,
     "sub.rn.bf16x2": lambda a, b: _word(pair(a).float() - pair(b).float()),
     "mul.rn.bf16x2": lambda a, b: _word(pair(a).float() * pair(b).float()),
+    "fma.rn.f32": lambda a, b, c: _single(_fp32(a) * _fp32(b) + _fp32(c)),
+    "cvt.rn.bf16x2.f32": lambda a, b: _word(torch.stack([_fp32(b), _fp32(a)])),
     "fma.rn.bf16x2": lambda a, b, c: _word(pair(a).double() * pair(b).double() + pair(c).double()),
 }

@@ -42,6 +42,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill,
     mixed_prefill_rows,
     unmet_by_mixed_prefill,
+    wide_rows,
 )
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, quantized_decode
@@ -253,7 +254,8 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
             if streams and rows is None and not unmet_by_mixed_prefill(*pair):
                 bits = operands.w1.format.bits, operands.w2.format.bits
                 for slots in (1, 100, 1000):
-                    mixed_tiles = mixed_prefill_tiles(slots, 1, bits)
+                    wide = wide_rows(*(w.format for w in pair))
+                    mixed_tiles = mixed_prefill_tiles(slots, 1, bits, wide=wide)
                     P = mixed_prefill_rows(R, e, mixed_tiles)
                     mixed_prefill(
                         x,
@@ -262,7 +264,9 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                         ids,
                         out,
                         torch.empty(P, width, device="cuda", dtype=torch.bfloat16),
-                        torch.empty(P, H, device="cuda", dtype=torch.bfloat16),
+                        torch.empty(
+                            P, H, device="cuda", dtype=torch.float32 if wide else torch.bfloat16
+                        ),
                         activation=act,
                         w1_bias=operands.w1_bias,
                         w2_bias=operands.w2_bias,

@@ -200,6 +200,8 @@ def test_workspaces_follow_from_sizes():
     P = mixed_prefill_rows(18000, 4, mixed_prefill_tiles(18000, 4, (4, 4)))
     # In fp32, for the Triton experts where the prefill cannot run; larger than its blocks' rows.
     assert shapes == ((P, 32), (9000, 2, 128), (9000, 64))
+    shapes = of("q4_k").workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)
+    assert shapes == ((P, 32), (P, 128), (9000, 64))
     rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=GroupShape(1, 128))
     config = FusedMoEQuantConfig(a1=rows, a2=rows)
     experts = HopperQuantizedExperts(BF16.config(), config)

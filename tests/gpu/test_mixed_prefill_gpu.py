@@ -12,7 +12,7 @@ from expert_layers import Layer
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
-from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, wide_rows
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.testing.tolerances import TOLERANCES
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
@@ -37,6 +37,13 @@ CASES = {
         layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=576, I=320),
     ),
     "nf4": Quantized("nf4", layer=MANY),
+    "q4_k": Quantized(
+        "q4_k",
+        layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=768, I=256),
+    ),
+    "q5_k": Quantized("q5_k", layer=replace(MANY, I=512)),
+    "q4_k_by_q5_k": Quantized("q4_k", down="q5_k", layer=replace(MANY, I=512)),
+    "iq4_nl": Quantized("iq4_nl", layer=replace(MANY, H=544, I=288)),
     "int8_channel": Quantized("int8_channel", layer=MANY),
     "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
     "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),
@@ -68,7 +75,8 @@ def error(out, expected):
 def tiles_of(mean, *formats):
     """Those for so many slots per expert, with blocks finished in groups of four."""
     bits = tuple(format_named(fmt).bits for fmt in formats)
-    *tiles, tails = mixed_prefill_tiles(mean, 1, bits)
+    wide = wide_rows(*map(format_named, formats))
+    *tiles, tails = mixed_prefill_tiles(mean, 1, bits, wide=wide)
     grouped = (replace(tile, group=4) for tile in tiles)
     return MixedPrefillTiles(
         *grouped, tails=tails and tuple(replace(tile, group=4) for tile in tails)
@@ -76,7 +84,16 @@ def tiles_of(mean, *formats):
 
 
 # Every format in one shape of tiles, and in all shapes what differs most.
-IN_ALL_TILES = {"int4_g128", "int4_g32_zp", "mxfp4", "nvfp4", "fp8_block", "mxfp6_e3m2"}
+IN_ALL_TILES = {
+    "int4_g128",
+    "int4_g32_zp",
+    "mxfp4",
+    "nvfp4",
+    "fp8_block",
+    "mxfp6_e3m2",
+    "q4_k",
+    "iq4_nl",
+}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill,
     mixed_prefill_rows,
     unmet_by_mixed_prefill,
+    wide_rows,
 )
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.quantization.formats import format_named, quantize
@@ -67,13 +68,47 @@ def test_a_lane_takes_pairs_of_nibbles_that_are_four_apart(word):
     assert (execute("take_e2m1", word) * 2.0**126).equal(E2M1[nibbles])
 
 
-@pytest.mark.parametrize("word", WORDS)
-def test_a_lane_takes_entries_of_nf4_that_are_four_apart(word):
-    from fusedmoe.kernels.triton.hopper_mixed_words import NF4_ASM
+@pytest.mark.parametrize("lane", range(4))
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("bits", [4, 5])
+def test_a_lane_takes_its_columns_of_both_planes(bits, chunk, lane):
+    """Of the 32 bytes of 64 columns: pairs of columns i and i + 4, in both halves; fifth bits lie
+    in bytes of their own."""
+    from fusedmoe.kernels.triton import hopper_mixed_planes as module
 
-    found = torch.stack([pair(taken).float() for taken in run_ptx(NF4_ASM.value, [word], 4)])
+    integers = torch.randint(2**bits, (64,), dtype=torch.uint8)
+    low, high = integers[:32], integers[32:]
+    own = slice(2 * lane, 2 * lane + 2)
+    given = words_of((low & 15) | high << 4)[own]
+    if bits == 5:
+        others = torch.randint(256, (32,), dtype=torch.uint8) & (255 ^ 3 << 2 * chunk)
+        fifth = others | (low >> 4) << 2 * chunk | (high >> 4) << 2 * chunk + 1
+        given += [*words_of(fifth)[own], 2 * chunk]
+    taken = run_ptx(module.planes_asm(bits == 5), given, 8)
+    found = torch.stack([pair(word).float() for word in taken])
+    expected = integers.view(2, 4, 2, 4)[:, lane].transpose(1, 2).float() + 128
+    assert found.view(2, 4, 2).equal(expected)
+
+
+def test_a_number_times_its_scale_plus_a_term_is_rounded_once():
+    pairs = torch.tensor([128.0, 143.0]).bfloat16()
+    scale, term = torch.tensor([0.0123, -0.0123 * 128 - 0.05]).unbind()
+    body = WORDS_OF_LANES[WORDS_OF_LANES.index("def times_plus(") :]
+    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    text = text.replace("mov.b32 {$0, $1}, a", "mov.b32 $0, a; mov.b32 $1, a")
+    word = run_ptx(text, [*words_of(pairs), *words_of(scale[None]), *words_of(term[None])], 2)[0]
+    assert pair(word).equal((pairs.double() * scale + term).bfloat16())
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize(("element", "lift"), [("nf4", 1.4367218017578125), ("iq4_nl", 1.0)])
+def test_a_lane_takes_entries_of_nibbles_that_are_four_apart(element, lift, word):
+    from fusedmoe.kernels.triton import hopper_mixed_words as module
+
+    text = getattr(module, f"{element.upper()}_ASM").value
+    found = torch.stack([pair(taken).float() for taken in run_ptx(text, [word], 4)])
     nibbles = torch.tensor([[word >> 4 * (i + j) & 15 for j in (0, 4)] for i in range(4)])
-    entries = torch.tensor(CODECS["nf4"].table) * 1.4367218017578125
+    entries = torch.tensor(CODECS[element].table) * lift
     assert found.equal(entries.bfloat16().float()[nibbles])
 
 
@@ -277,22 +312,22 @@ def layer(fmt, e=3, H=64, I=32, shards=2):  # noqa: E741
     return w1, quantize(torch.randn(e, H, I) / I**0.5, fmt)
 
 
-def scratch(T, K, e, H, I):  # noqa: E741
+def scratch(T, K, e, H, I, wide=False):  # noqa: E741
     P = mixed_prefill_rows(T * K, e, mixed_prefill_tiles(T * K, e, (4, 4)))
     return {
         "out": torch.full((T, H), float("nan")).bfloat16(),
         "act": torch.full((P, I), float("nan")).bfloat16(),
-        "y": torch.full((P, H), float("nan")).bfloat16(),
+        "y": torch.full((P, H), float("nan"), dtype=torch.float32 if wide else torch.bfloat16),
     }
 
 
-@pytest.mark.parametrize("fmt", ["int4_g32", "mxfp4", "int8_channel"])
+@pytest.mark.parametrize("fmt", ["int4_g32", "mxfp4", "int8_channel", "iq4_nl"])
 def test_the_reference_is_two_products_and_a_weighted_sum(fmt):
     w1, w2 = layer(fmt)
     T, K = 5, 2
     x, weights = torch.randn(T, 64).bfloat16(), torch.rand(T, K)
     ids = torch.tensor([[0, 1], [2, -1], [1, 2], [0, 9], [-1, -1]], dtype=torch.int32)
-    given = scratch(T, K, 3, 64, 32)
+    given = scratch(T, K, 3, 64, 32, wide_rows(w1.format))
     tiles = mixed_prefill_tiles(T * K, 3, (w1.format.bits, w2.format.bits))
     mixed_prefill(x, w1, w2, weights, ids, tiles=tiles, programs=1, **given)
     expected = torch.zeros(T, 64)
@@ -312,8 +347,8 @@ def test_what_the_kernels_cannot_read_is_named():
         assert unmet_by_mixed_prefill(*layer(fmt)) is None
     assert unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=64)) is None
     assert "64 columns, got 32" in unmet_by_mixed_prefill(*layer("mxfp6_e3m2", I=32))
-    assert unmet_by_mixed_prefill(*layer("nf4", I=64)) is None
-    assert "iq4_nl" in unmet_by_mixed_prefill(*layer("iq4_nl", I=64))
+    for fmt in ("nf4", "iq4_nl"):
+        assert unmet_by_mixed_prefill(*layer(fmt, I=64)) is None
     assert "at least 64 columns" in unmet_by_mixed_prefill(*layer(nf4_group(32), I=64))
     assert "int8" in unmet_by_mixed_prefill(*layer("int8_g32_zp"))
     assert "multiple" in unmet_by_mixed_prefill(*layer("int4_channel", I=8))
@@ -349,12 +384,19 @@ def test_tiles():
     found = [mixed_prefill_tiles(mean * 8, 8, (4, 8)) for mean in means]
     shapes = [(tiles.gemm1.rows, tiles.gemm1.slots) for tiles in found]
     assert shapes == [(256, 64), (192, 128), (192, 128), (128, 256)]
-    for tiles in found:
+    wide = [mixed_prefill_tiles(mean * 8, 8, (4, 4), wide=True) for mean in means]
+    for tiles in found + wide:
         tiles.check()
-        for tile, words in zip([*tiles[:2], *(tiles.tails or ())], (8, 16, 8, 16), strict=False):
+        bytes_written = (64, 64) if tiles in found else (64, 128)
+        for tile, words, bytes_of_row in zip(
+            [*tiles[:2], *(tiles.tails or ())],
+            (8, 16 if tiles in found else 8) * 2,
+            bytes_written * 2,
+            strict=False,
+        ):
             room = 128 if tile.rows == 128 else 256
             ring = tile.stages * tile.steps * (room * words * 4 + tile.slots * 128)
-            written = tile.rows // 64 * 2 * max(tile.slots // 2, 64) * 64
+            written = tile.rows // 64 * 2 * max(tile.slots // 2, 64) * bytes_of_row
             assert ring + written + 512 <= 227 * 1024
     assert runs_mixed_prefill(128, 8)
     assert not runs_mixed_prefill(127, 8)

@@ -9,11 +9,13 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.hopper_mixed_prefill import wide_rows
 from fusedmoe.kernels.triton import hopper_mixed_prefill as module
-from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.formats import format_named
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from hopper_compiler import compile_as_launched, ptxas
+from packed_weights import pack
 
 SPILL = 32  # a few words, never a sum: those are kilobytes
 
@@ -40,15 +42,18 @@ table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3],
 def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768):
     act, fmt = device_activation(act), format_named(name)
     shards = 2 if act.gated else 1
-    w1 = quantize(torch.zeros(E, shards * I, H), fmt, shards=shards, interleaved=act.interleaved)
-    w2 = quantize(torch.zeros(E, H, I), fmt)
+    w1 = pack(torch.zeros(E, shards * I, H), name, shards=shards, interleaved=act.interleaved)
+    w2 = pack(torch.zeros(E, H, I), name)
     biases = (None, None)
     if bias:
         biases = torch.zeros(E, shards * I).bfloat16(), torch.zeros(E, H).bfloat16()
     x, out = torch.zeros(T, H).bfloat16(), torch.zeros(T, H).bfloat16()
-    tiles = mixed_prefill_tiles(mean, 1, (fmt.bits, fmt.bits))
-    module.prefill(x, w1, w2, None, ids.view(T, K), out, torch.zeros(P, I).bfloat16(),
-                   torch.zeros(P, H).bfloat16(), act, *biases, None, table, tiles, 132)
+    wide = wide_rows(fmt)
+    tiles = mixed_prefill_tiles(mean, 1, (fmt.bits, fmt.bits), wide=wide)
+    y = torch.zeros(P, H, dtype=torch.float32 if wide else torch.bfloat16)
+    rows = torch.zeros(P, I).bfloat16(), y
+    module.prefill(x, w1, w2, None, ids.view(T, K), out, *rows, act, *biases, None, table, tiles,
+                   132)
 
 
 for mean in (32, 256):
@@ -56,7 +61,10 @@ for mean in (32, 256):
 run("int4_g128", 256)
 run("nvfp4", 32, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", 32)
-run("nf4", 32)
+run("nf4", 256)
+run("iq4_nl", 32)
+run("q4_k", 256)
+run("q5_k", 32)
 run("mxfp6_e2m3", 128, MoEActivation.SWIGLUOAI, True, 576, 320)
 run("fp8_block", 128)
 run("int4_g32_zp", 128, H=544, I=288)
@@ -66,6 +74,7 @@ print("compiled")
 ALIGN = """
 from triton.compiler import ASTSource
 from fusedmoe.kernels.triton.align_tails import place_tails_kernel
+from fusedmoe.kernels.triton.superblock_scales import superblock_scales_kernel
 from hopper_compiler import build
 
 constants = {"LARGE": 256, "SMALL": 128, "CHUNK": 256, "BLOCK_G": 128, "BLOCK_B": 8}
@@ -76,11 +85,15 @@ for mapped in (True, False):
              for name in place_tails_kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
     build(ASTSource(place_tails_kernel, types, constants), num_warps=8)
+types = {"data_ptr": "*u8", "scale_ptr": "*fp32", "term_ptr": "*fp32", "superblocks": "i32"}
+constants = {"NBYTES": 144, "BLOCKS": 128, "CHAINED": True}
+types |= dict.fromkeys(constants, "constexpr")
+build(ASTSource(superblock_scales_kernel, types, constants), num_warps=4)
 print("compiled")
 """
 
 
-def test_the_alignment_compiles():
+def test_what_is_launched_before_compiles():
     run_program(ALIGN, gluon=False)
 
 

@@ -3,7 +3,7 @@
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
 both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with
-MXFP6 or nf4, compiled code and batch invariance take the quantized
+MXFP6, superblocks or entries of a table, compiled code and batch invariance take the quantized
 Triton experts' way.
 """
 
@@ -33,7 +33,7 @@ from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
-from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows
+from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_rows, wide_rows
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
@@ -55,7 +55,7 @@ from fusedmoe.tuning.w8a8_tiles import StreamTiles
 _WEIGHTS = (torch.float8_e4m3fn, torch.int8, "mxfp8")
 _WEIGHTS_ALONE = (
     *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3"),
-    "nf4",
+    *("nf4", "iq4_nl", "q4_k", "q5_k"),
 )
 
 
@@ -134,7 +134,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if tiles is not None:
             P = mixed_prefill_rows(R, e, self.mixed_tiles or tiles)
             first = P, first[-1]
-            second.append((P, K))
+            second.append((P, 2 * K if wide_rows(*formats) else K))
         elif not mixed and runs_prefill(R, global_num_experts):
             P = prefill_rows(R, e)
             first = P, first[-1]
@@ -229,7 +229,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         tiles = mixed_tiles_for(R, num_experts, *formats)
         if tiles is not None and can_prefill_mixed(operands, *rows):
             tiles = self.mixed_tiles or tiles
-            if room >= mixed_prefill_rows(R, e, tiles):
+            if room >= (2 if wide_rows(*formats) else 1) * mixed_prefill_rows(R, e, tiles):
                 return partial(self._prefill_mixed, tiles)
         prefills = runs_prefill(R, num_experts) and can_prefill(operands, *rows)
         if prefills and room >= prefill_rows(R, e):
@@ -291,12 +291,15 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     ) -> None:
         e, H, I = operands.w2.shape  # noqa: E741
         P = mixed_prefill_rows(given["topk_ids"].numel(), e, tiles)
+        y = workspace2.flatten()
+        if wide_rows(operands.w1.format, operands.w2.format):
+            y = y[: 2 * P * H].view(torch.float32)
         mixed_prefill(
             x,
             operands.w1,
             operands.w2,
             act=workspace13.flatten()[: P * I].view(P, I),
-            y=workspace2.flatten()[: P * H].view(P, H),
+            y=y[: P * H].view(P, H),
             tiles=tiles,
             **given,
         )

@@ -8,7 +8,7 @@ import torch
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS
 from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
-from fusedmoe.kernels.hopper_mixed_prefill import unmet_by_mixed_prefill
+from fusedmoe.kernels.hopper_mixed_prefill import unmet_by_mixed_prefill, wide_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.quantization.tensor import QuantFormat
@@ -81,4 +81,4 @@ def mixed_tiles_for(R: int, num_experts: int, *formats: QuantFormat) -> MixedPre
     if not runs_mixed_prefill(R, num_experts, streams=streams):
         return None
     bits = formats[0].bits, formats[1].bits
-    return mixed_prefill_tiles(R, num_experts, bits, costly=not streams)
+    return mixed_prefill_tiles(R, num_experts, bits, costly=not streams, wide=wide_rows(*formats))

@@ -15,19 +15,22 @@ from fusedmoe.kernels.align_tails import align_with_tails, tails_rows
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
     NIBBLES,
+    TABLES,
     quantized_gemm_reference,
 )
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_quantized import check_plain_rows
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import SEXTETS, QuantizedTile
 
 ALIGNED_BYTES = 16
 ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
-_ELEMENTS = ELEMENTS | SEXTETS | {"nf4"}
+_MINIMA = frozenset({"q4_k", "q5_k"})
+_ELEMENTS = ELEMENTS | TABLES | SEXTETS | _MINIMA
+_ROUNDED = _MINIMA | {"iq4_nl"}
 SEXTET_COLUMNS = 64  # of floats of six bits: what a step has
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
@@ -39,6 +42,12 @@ def mixed_prefill_rows(R: int, num_local: int, tiles: MixedPrefillTiles) -> int:
     return padded_slots(R, tiles.gemm1.slots, num_local, whole_blocks=True)
 
 
+def wide_rows(*formats: QuantFormat) -> bool:
+    """Whether the second GEMM's rows are kept in fp32 until they are summed: where numbers are
+    rounded that are products with scales of any size, one rounding more is too much."""
+    return any(fmt.element in _ROUNDED for fmt in formats)
+
+
 def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | None:
     """Why the kernels cannot read these weights, None where they can."""
     for w in (w1, w2):
@@ -46,7 +55,8 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
         packed = fmt.element in NIBBLES
         if fmt.element not in _ELEMENTS or fmt.act_order or not (packed or fmt.symmetric):
             return f"does not read {fmt.name}"
-        if fmt.scale_dtype is None or (fmt.element == "e2m1" and group < 0):
+        own = fmt.scale_dtype is not None or fmt.element in _MINIMA
+        if not own or (fmt.element == "e2m1" and group < 0):
             return f"wants scales of its own for groups of columns, not {fmt.name}"
         if fmt.element in SEXTETS and w.shape[-1] % SEXTET_COLUMNS:
             return f"wants rows of a multiple of {SEXTET_COLUMNS} columns, got {w.shape[-1]}"
@@ -86,9 +96,9 @@ def mixed_prefill(
     """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
 
     x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in 4, 6 or 8 bits; topk_ids int [T, K]; out [T, H]
-    bf16; scratch act [P, I] and y [P, H] bf16, P = ``mixed_prefill_rows``. ``programs``: the number
-    of multiprocessors. Raises ValueError for weights that the kernels cannot read and for tensors
-    that do not fit.
+    bf16; scratch act [P, I] bf16 and y [P, H] bf16, fp32 for ``wide_rows``, P =
+    ``mixed_prefill_rows``. ``programs``: the number of multiprocessors. Raises ValueError for
+    weights that the kernels cannot read and for tensors that do not fit.
     """
     reason = unmet_by_mixed_prefill(w1, w2)
     if reason is not None:
@@ -180,4 +190,5 @@ def _check(
         )
     P = mixed_prefill_rows(T * K, e, tiles)
     given = x, topk_weights, topk_ids, out, act, y
-    check_plain_rows(given, (H, I), P, y_dtype=torch.bfloat16, apart=ROW_ELEMENTS)
+    y_dtype = torch.float32 if wide_rows(w1.format, w2.format) else torch.bfloat16
+    check_plain_rows(given, (H, I), P, y_dtype=y_dtype, apart=ROW_ELEMENTS)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 # From so many slots per expert on, reading and converting all weights pays.
 _FEWEST, _FEWEST_ALONE = 16, 8
 # (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
-# of weights and the output on its way have to fit.
-_FEW = (256, 64, 2, 8), {4: 5, 8: 4}
-_SOME = (192, 128, 2, 8), {4: 4, 8: 3}
-_MANY = (128, 256, 1, 8), {4: 5, 8: 4}
+# of weights and the output on its way have to fit; then stages where that is in fp32.
+_FEW = (256, 64, 2, 8), {4: 5, 8: 4}, {4: 5, 8: 3}
+_SOME = (192, 128, 2, 8), {4: 4, 8: 3}, {4: 3, 8: 2}
+_MANY = (128, 256, 1, 8), {4: 5, 8: 4}, {4: 4, 8: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +67,33 @@ def runs_mixed_prefill(R: int, num_experts: int, *, streams: bool = True) -> boo
 
 
 def mixed_prefill_tiles(
-    R: int, E: int, bits: tuple[float, float], *, costly: bool = False
+    R: int,
+    E: int,
+    bits: tuple[float, float],
+    *,
+    costly: bool = False,
+    wide: bool = False,
 ) -> MixedPrefillTiles:
     """Tiles for R slots over E experts, local or not, and weights w1 and w2 of so many bits.
 
     Numbers are made once per block, so blocks are as large as the mean number of slots fills, and
-    the sooner the more they cost (``costly``).
+    the sooner the more they cost (``costly``). ``wide``: rows of the second GEMM are in fp32.
     """
     if R <= 48 * E:
-        return MixedPrefillTiles(*_tiles(_FEW, bits))
+        return MixedPrefillTiles(*_tiles(_FEW, bits, wide))
     if (96 if costly else 128) * E >= R:
-        return MixedPrefillTiles(*_tiles(_SOME, bits))
-    return MixedPrefillTiles(*_tiles(_MANY, bits), tails=_tiles(_SOME, bits))
+        return MixedPrefillTiles(*_tiles(_SOME, bits, wide))
+    return MixedPrefillTiles(*_tiles(_MANY, bits, wide), tails=_tiles(_SOME, bits, wide))
 
 
 def _tiles(
-    shape: tuple[tuple[int, int, int, int], dict[int, int]], bits: tuple[float, float]
+    shape: tuple[tuple[int, int, int, int], dict[int, int], dict[int, int]],
+    bits: tuple[float, float],
+    wide: bool,
 ) -> tuple[MixedPrefillTile, MixedPrefillTile]:
-    tile, stages = shape
-    first, second = (MixedPrefillTile(*tile, stages[4 if width <= 4 else 8]) for width in bits)
-    return first, second
+    tile, stages, wide_stages = shape
+    first, second = (4 if width < 5 else 8 for width in bits)
+    return (
+        MixedPrefillTile(*tile, stages[first]),
+        MixedPrefillTile(*tile, (wide_stages if wide else stages)[second]),
+    )

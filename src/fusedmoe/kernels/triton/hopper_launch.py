@@ -37,9 +37,9 @@ class Memory(NamedTuple):
 def _descriptor(
     memory: Memory, rows: int, columns: int, stride: int, tile_rows: int, tile_columns: int
 ) -> TensorDescriptor:
-    dtype = gl.float16 if memory.dtype is torch.float16 else gl.bfloat16
+    dtypes = {torch.float16: gl.float16, torch.float32: gl.float32}
     tile = [tile_rows, tile_columns]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
+    layout = gl.NVMMASharedLayout.get_default_for(tile, dtypes.get(memory.dtype, gl.bfloat16))
     return TensorDescriptor(memory, [rows, columns], [stride, 1], tile, layout)
 
 

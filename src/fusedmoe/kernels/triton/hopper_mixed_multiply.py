@@ -19,10 +19,12 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     STEP,
     factors,
     fragment,
+    has_minima,
     loaded,
     scales_of_step,
     selectors,
     side,
+    spread,
     taken,
 )
 from fusedmoe.kernels.triton.hopper_mixed_scales import groups_at
@@ -55,10 +57,10 @@ def rows_of(tile, index, ROWS: gl.constexpr, GATED: gl.constexpr):
 
 @gluon.jit
 def prepare(
-    w_ring, at, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
+    w_ring, at, k, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
     GROUP: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """What ``operand`` makes product number INDEX of the step at ``at`` in the ring of: pairs and
+    """What ``operand`` makes product number INDEX of step k, at ``at`` in the ring, of: pairs and
     factors of both sides, and what sums become ``multiples`` of; then the units from there on."""
     ROWS: gl.constexpr = w_ring.shape[1]
     COUNT: gl.constexpr = scales_of_step(GROUP)
@@ -66,11 +68,14 @@ def prepare(
     high = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 1), selector, ELEMENT)
     ZERO: gl.constexpr = 2 if GROUP != 0 else 0
     low_zero, high_zero = None, None
-    if len(groups) == ZERO + 2:
+    if len(groups) == ZERO + 2 and not has_minima(ELEMENT):
         low_zero, high_zero = groups[ZERO], groups[ZERO + 1]
-    low = taken(low, low_zero, selector, ELEMENT, COUNT)
-    high = taken(high, high_zero, selector, ELEMENT, COUNT)
-    if len(units) != 0:
+    low = taken(low, k, low_zero, selector, ELEMENT, COUNT)
+    high = taken(high, k, high_zero, selector, ELEMENT, COUNT)
+    if has_minima(ELEMENT):
+        terms = spread(groups[2]), spread(groups[3])
+        return (low, high, (spread(groups[0]), terms[0]), (spread(groups[1]), terms[1]), ()), ()
+    elif len(units) != 0:
         low_unit, low_largest, low_grown = next_unit(units[0], units[1], groups[0])
         high_unit, high_largest, high_grown = next_unit(units[2], units[3], groups[1])
         ready = low, high, (), (), (low_grown, high_grown)
@@ -181,7 +186,7 @@ def multiply_ahead(
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
     units = first_units(groups, ELEMENT, GROUP)
     mbarrier.wait(full.index(stage), phase)
-    ready, units = prepare(w_ring, stage, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
+    ready, units = prepare(w_ring, stage, 0, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
         a = operand(ready, FIRST, REST)
@@ -192,7 +197,7 @@ def multiply_ahead(
         if k + 1 < KSTEPS:
             mbarrier.wait(full.index(stage), phase)
             ready, units = prepare(
-                w_ring, stage, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+                w_ring, stage, k + 1, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
             )
             groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         sums = waited(sums)
@@ -223,13 +228,15 @@ def multiply_pairs(
         k = 2 * pair
         first = stage * 2
         mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(w_ring, first, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
+        ready, units = prepare(
+            w_ring, first, k, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+        )
         groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
         sums = products(a, x_ring.index(first), sums, FIRST, REST)
         other, units = prepare(
-            w_ring, first + 1, later, units, selector, INDEX, ELEMENT, GROUP, GATED
+            w_ring, first + 1, k + 1, later, units, selector, INDEX, ELEMENT, GROUP, GATED
         )
         later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
         b = operand(other, FIRST, REST)
@@ -242,7 +249,9 @@ def multiply_pairs(
     if KSTEPS % 2 != 0:
         first = stage * 2
         mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(w_ring, first, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
+        ready, units = prepare(
+            w_ring, first, KSTEPS - 1, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
+        )
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
         sums = products(a, x_ring.index(first), sums, FIRST, REST)

@@ -15,6 +15,7 @@ bf16. ``taken`` makes pairs of words, without their scales; ``side`` multiplies 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedmoe.kernels.triton.hopper_mixed_planes import load_planes, take_planes
 from fusedmoe.kernels.triton.hopper_mixed_sextets import (
     lanes_of_row,
     load_sextets,
@@ -27,11 +28,12 @@ from fusedmoe.kernels.triton.hopper_mixed_words import (
     power_pair,
     take_e2m1,
     take_e4m3,
+    take_entries,
     take_int4,
     take_int8,
-    take_nf4,
     times,
     times_both,
+    times_plus,
 )
 from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import float_scale
@@ -44,6 +46,12 @@ HALF_EXPONENT = gl.constexpr(2.0**63)
 @gluon.constexpr_function
 def is_sextet(ELEMENT):
     return ELEMENT in ("e3m2", "e2m3")
+
+
+@gluon.constexpr_function
+def has_minima(ELEMENT):
+    """Superblocks, whose integers meet a scale and a term."""
+    return ELEMENT in ("q4_k", "q5_k")
 
 
 @gluon.constexpr_function
@@ -61,13 +69,14 @@ def chunks_of_step(ELEMENT):
 @gluon.constexpr_function
 def words_of_step(ELEMENT):
     """Words of 32 bits that hold a row's columns of one step."""
-    return 12 if is_sextet(ELEMENT) else chunks_of_step(ELEMENT)
+    more = {"e3m2": 4, "e2m3": 4, "q5_k": 8}.get(ELEMENT, 0)
+    return chunks_of_step(ELEMENT) + more
 
 
 @gluon.constexpr_function
 def boxes_of_step(ELEMENT):
     """Loads of TMA that bring them: each has a power of two of words."""
-    return 3 if is_sextet(ELEMENT) else 1
+    return 3 if is_sextet(ELEMENT) else 2 if ELEMENT == "q5_k" else 1
 
 
 @gluon.constexpr_function
@@ -150,6 +159,8 @@ def loaded(w_ring, at, row, selector, ELEMENT: gl.constexpr):
     """The words of SIDE rows from ``row`` on of the step at ``at`` in the ring."""
     if is_sextet(ELEMENT):
         return load_sextets(w_ring, at, row, selector, SIDE)
+    elif has_minima(ELEMENT):
+        return load_planes(w_ring, boxes_of_step(ELEMENT) * at, row, SIDE, ELEMENT)
     else:
         layout: gl.constexpr = loaded_layout(w_ring.shape[2])
         return w_ring.index(at).slice(row, SIDE, 0).load(layout)
@@ -193,8 +204,8 @@ def in_chunks(first, second, third, fourth, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
-    """Pairs of numbers from what ``loaded`` gave; zero [32, COUNT] or None."""
+def taken(words, k, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
+    """Pairs of numbers from what ``loaded`` gave of step k; zero [32, COUNT] or None."""
     layout: gl.constexpr = pairs_layout(chunks_of_step(ELEMENT), COUNT)
     if ELEMENT == "int4":
         first, second, third, fourth = take_int4(words)
@@ -207,8 +218,11 @@ def taken(words, zero, selector, ELEMENT: gl.constexpr, COUNT: gl.constexpr):
     elif ELEMENT == "e2m1":
         first, second, third, fourth = take_e2m1(words)
         return in_chunks(first, second, third, fourth, COUNT)
-    elif ELEMENT == "nf4":
-        first, second, third, fourth = take_nf4(words)
+    elif ELEMENT == "nf4" or ELEMENT == "iq4_nl":
+        first, second, third, fourth = take_entries(words, ELEMENT)
+        return in_chunks(first, second, third, fourth, COUNT)
+    elif has_minima(ELEMENT):
+        first, second, third, fourth = take_planes(words, k, ELEMENT)
         return in_chunks(first, second, third, fourth, COUNT)
     elif is_sextet(ELEMENT):
         first, second, third, fourth = take_sextets(words, selector, ELEMENT)
@@ -239,6 +253,8 @@ def side(pairs, factor):
         even, odd = halves(pairs)
     elif len(factor) == 1:
         even, odd = times(pairs, factor[0])
+    elif factor[0].dtype == gl.float32:
+        even, odd = times_plus(pairs, factor[0], factor[1])
     else:
         even, odd = times_both(pairs, factor[0], factor[1])
     return ordered_columns(even, odd)

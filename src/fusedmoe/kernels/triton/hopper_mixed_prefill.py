@@ -25,7 +25,10 @@ Tiles are drawn from a counter, in groups of blocks that share weights in the L2
 is left follow those of large blocks, and begin while they end.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -35,6 +38,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
+from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     Memory,
@@ -45,6 +49,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
     STEP,
     boxes_of_step,
+    has_minima,
     in_lane_order,
     words_of_step,
 )
@@ -97,20 +102,33 @@ def wants_lane_order(w: QuantizedTensor) -> bool:
     return bool(in_lane_order(w.format.element))
 
 
-def _group(w: QuantizedTensor) -> int:
-    """Columns that share a scale, 0: all of them. Numbers of e2m1 need theirs before the sum."""
-    group, D = w.format.group.col, w.shape[-1]
-    whole = group == -1 or (group >= D and w.format.element != "e2m1")
-    return 0 if whole else group
+class Scales(NamedTuple):
+    """What kernels know of a weight's scales: the tensors scale, zero point (or what is added to
+    products with the scale) and scale2; the steps that ``weight_addresses`` has of them (experts,
+    shards, rows, rows that share one); columns that share one, 0: all of them."""
 
+    tensors: tuple[torch.Tensor | None, ...]
+    steps: tuple[int, ...]
+    group: int
 
-def _parts(w: QuantizedTensor) -> tuple[torch.Tensor | None, ...]:
-    return w.scale, w.zero_point, w.scale2
+    @classmethod
+    def of(cls, w: QuantizedTensor) -> Scales:
+        """Numbers of e2m1 need theirs before the sum."""
+        if has_minima(w.format.element):
+            scale, term = superblock_scales(w)
+            to_rows = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
+            return cls((scale, term, None), (scale.stride(0), *to_rows, 1), GROUP)
+        group, D = w.format.group.col, w.shape[-1]
+        whole = group == -1 or (group >= D and w.format.element != "e2m1")
+        stride_expert, _, *steps = weight_addresses(w)[4:]
+        tensors = w.scale, w.zero_point, w.scale2
+        return cls(tensors, (stride_expert, *steps), 0 if whole else group)
 
 
 def up(
     x: torch.Tensor,
     w1: QuantizedTensor,
+    scales: Scales,
     K: int,
     act: torch.Tensor,
     position: torch.Tensor,
@@ -135,15 +153,13 @@ def up(
     sorted_ids, expert_ids, num_post = tables
     counter = task_counters(sorted_ids, act.shape[0], 4)[share == "tails"]
     low, high, desc_rows = _weight_words(w1, tile)
-    stride_expert, _, *steps = weight_addresses(w1)[4:]
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, (unit_of(tile.slots), SIDE.value))),
-        (*_parts(w1), bias, x, position, expert_ids, sorted_ids, num_post, counter),
+        (*scales.tensors, bias, x, position, expert_ids, sorted_ids, num_post, counter),
         (
             x.stride(0),
-            stride_expert,
-            *steps,
+            *scales.steps,
             position.shape[0],
             w1.shape[0],
             desc_rows,
@@ -152,7 +168,7 @@ def up(
             activation.beta,
         ),
         (
-            *(H, I, K, w1.format.element, _group(w1)),
+            *(H, I, K, w1.format.element, scales.group),
             *(activation.formula, activation.gated, w1.interleaved, ordered),
             *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
         ),
@@ -164,6 +180,7 @@ def up(
 def down(
     act: torch.Tensor,
     w2: QuantizedTensor,
+    scales: Scales,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     tables: MoEAlignment,
@@ -180,7 +197,7 @@ def down(
     sorted_ids, expert_ids, num_post = tables
     counter = task_counters(sorted_ids, act.shape[0], 4)[2 + (share == "tails")]
     low, high, _ = _weight_words(w2, tile)
-    stride_expert, _, _, row_step, block = weight_addresses(w2)[4:]
+    stride_expert, _, row_step, block = scales.steps
     _launch_down(
         programs,
         (
@@ -189,10 +206,10 @@ def down(
             matrix_descriptor(act, I, (unit_of(tile.slots), STEP.value)),
             matrix_descriptor(y, H, (unit_of(tile.slots), SIDE.value)),
         ),
-        (*_parts(w2), bias, expert_ids, sorted_ids, num_post, counter),
+        (*scales.tensors, bias, expert_ids, sorted_ids, num_post, counter),
         (stride_expert, row_step, block, R, e),
         (
-            *(H, I, w2.format.element, _group(w2)),
+            *(H, I, w2.format.element, scales.group),
             *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
         ),
         num_warps=4,
@@ -229,17 +246,20 @@ def prefill(
     T, K = topk_ids.shape
     position = torch.empty(T * K, dtype=torch.int32, device=x.device)
     if wants_lane_order(w1):
-        rows = y[:T]  # which nobody needs before the second launch
+        # In memory that nobody needs before the second launch.
+        rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
         x = rows
     shares = (
         {"all": tiles[:2]} if tiles.tails is None else {"large": tiles[:2], "tails": tiles.tails}
     )
+    shares, scales = shares_of(tiles), Scales.of(w1)
     for share, (tile, _) in shares.items():
         up(
-            x, w1, K, act, position, activation, w1_bias, tables, tile, programs, share,
+            x, w1, scales, K, act, position, activation, w1_bias, tables, tile, programs, share,
             ordered=wants_lane_order(w2),
         )  # fmt: skip
+    scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
-        down(act, w2, y, w2_bias, tables, T * K, tile, programs, share)
+        down(act, w2, scales, y, w2_bias, tables, T * K, tile, programs, share)
     sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])

@@ -7,7 +7,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.hopper_common import expert_at
-from fusedmoe.kernels.triton.hopper_mixed_numbers import SIDE, STEP, rest_of_sums
+from fusedmoe.kernels.triton.hopper_mixed_numbers import (
+    SIDE,
+    STEP,
+    boxes_of_step,
+    has_minima,
+    rest_of_sums,
+)
+from fusedmoe.kernels.triton.hopper_mixed_planes import plane_column
 from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
@@ -107,7 +114,7 @@ def open_rings(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     out = ()
     for _ in gl.static_range(CONSUMERS):
-        one = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, OUT, SIDE], out_desc.layout)
+        one = gl.allocate_shared_memory(out_desc.dtype, [BUFFERS, OUT, SIDE], out_desc.layout)
         out += (one,)  # type: ignore[assignment]
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + FILLERS)
@@ -127,15 +134,19 @@ def less_of(sorted_ptr, block, R, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def load_words(descs, w_ring, at, bar, row, below, k, BOXES: gl.constexpr):
+def load_words(descs, w_ring, at, bar, row, below, k, ELEMENT: gl.constexpr):
     """TMA of step k's words of a tile's weight rows, half of the rows from ``row`` on, half from
     ``row + below`` on."""
     HALF: gl.constexpr = w_ring.shape[1] // 2
     WORDS: gl.constexpr = w_ring.shape[2]
+    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
     for box in gl.static_range(BOXES):
         words = w_ring.index(at * BOXES + box)
         low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
-        column = (k * BOXES + box) * WORDS
+        if has_minima(ELEMENT):  # noqa: SIM108 (a compile-time branch)
+            column = plane_column(k, box, ELEMENT)
+        else:
+            column = (k * BOXES + box) * WORDS
         tma.async_copy_global_to_shared(descs[0], [row, column], bar, low)
         tma.async_copy_global_to_shared(descs[1], [row + below, column], bar, high)
 

@@ -74,7 +74,7 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
             expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
             for step in gl.static_range(STEPS):
                 at = stage * STEPS + step
-                load_words(descs, w_ring, at, bar, weight_row, HALF, at, BOXES)
+                load_words(descs, w_ring, at, bar, weight_row, HALF, at, ELEMENT)
     wait_for_previous(SHARE)
     stage = 0
     phase = 1
@@ -98,7 +98,7 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
                 expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
                 for step in gl.static_range(STEPS):
                     at = stage * STEPS + step
-                    load_words(descs, w_ring, at, bar, weight_row, HALF, k + step, BOXES)
+                    load_words(descs, w_ring, at, bar, weight_row, HALF, k + step, ELEMENT)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 column = (k + step) * STEP

@@ -84,7 +84,7 @@ def up_producer(
             mbarrier.expect(bar, BYTES)
             for step in gl.static_range(STEPS):
                 at = stage * STEPS + step
-                load_words(descs, w_ring, at, bar, weight_row, BELOW, k + step, BOXES)
+                load_words(descs, w_ring, at, bar, weight_row, BELOW, k + step, ELEMENT)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 if KSTEPS % STEPS == 0 or k + step < KSTEPS:

@@ -74,9 +74,8 @@ def take_e2m1(words):
     )
 
 
-def _nf4_asm() -> str:
+def _entries_asm(table: tuple[float, ...]) -> str:
     """A word -> four pairs of the entries that its nibbles name, those of number i and i + 4."""
-    table = tuple(NF4_LIFT.value * x for x in CODECS["nf4"].table)
     lines = ["{ .reg .b32 s, m, x, y, la, ha, lb, hb, p, q;", SELECTORS]
     lines += [*entries_asm(table, "a"), NEXT_SELECTORS, *entries_asm(table, "b")]
     for first, beside in ((0, "0x5140"), (2, "0x7362")):
@@ -87,15 +86,16 @@ def _nf4_asm() -> str:
     return "\n".join([*lines, "}"])
 
 
-NF4_ASM = gl.constexpr(_nf4_asm())
+NF4_ASM = gl.constexpr(_entries_asm(tuple(NF4_LIFT.value * x for x in CODECS["nf4"].table)))
+IQ4_NL_ASM = gl.constexpr(_entries_asm(CODECS["iq4_nl"].table))
 
 
 @gluon.jit
-def take_nf4(words):
-    """Four pairs of the entries that a word's nibbles name, those of number i and i + 4, times
-    NF4_LIFT."""
+def take_entries(words, ELEMENT: gl.constexpr):
+    """Four pairs of the entries that a word's nibbles name, those of number i and i + 4; nf4's
+    times NF4_LIFT."""
     return gl.inline_asm_elementwise(
-        NF4_ASM,
+        NF4_ASM if ELEMENT == "nf4" else IQ4_NL_ASM,
         "=&r,=&r,=&r,=&r,r",
         [words],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
@@ -173,6 +173,30 @@ def times_both(pairs, factor, rest):
         }""",
         "=h,=h,r,r,r",
         [pairs, factor, rest],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def times_plus(pairs, factor, term):
+    """The halves of pairs times factor plus term, both fp32, rounded once."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a;
+            .reg .f32 x, y;
+            shl.b32 a, $2, 16;
+            mov.b32 x, a;
+            and.b32 a, $2, 0xFFFF0000;
+            mov.b32 y, a;
+            fma.rn.f32 x, x, $3, $4;
+            fma.rn.f32 y, y, $3, $4;
+            cvt.rn.bf16x2.f32 a, y, x;
+            mov.b32 {$0, $1}, a;
+        }""",
+        "=h,=h,r,f,f",
+        [pairs, factor, term],
         dtype=(gl.bfloat16, gl.bfloat16),
         is_pure=True,
         pack=1,

@@ -70,11 +70,19 @@ def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
     return torch.stack([runs & 15, runs >> 4], -2).flatten(-3)
 
 
-def _with_minima(blocks: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """d * scale * number - dmin * minimum, numbers [..., 256] in 8 groups."""
+def scales_and_minima(
+    blocks: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Superblocks of q4_k or q5_k [..., nbytes] -> what multiplies the integers of each group, and
+    what is subtracted then, [..., 8]."""
     scales, minima = _scales_and_minima(blocks[..., 4:16])
     scale = _fp16(blocks[..., 0:2], dtype) * scales.to(dtype)
-    least = _fp16(blocks[..., 2:4], dtype) * minima.to(dtype)
+    return scale, _fp16(blocks[..., 2:4], dtype) * minima.to(dtype)
+
+
+def _with_minima(blocks: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """d * scale * number - dmin * minimum, numbers [..., 256] in 8 groups."""
+    scale, least = scales_and_minima(blocks, dtype)
     groups = numbers.to(dtype).unflatten(-1, (8, 32))
     return (groups * scale[..., None] - least[..., None]).flatten(-2)
 

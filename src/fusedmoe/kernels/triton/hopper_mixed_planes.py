@@ -1,0 +1,101 @@
+"""From words of GGUF's superblocks (q4_k, q5_k) to pairs in registers.
+
+Of 64 columns, 32 bytes hold the first half in low nibbles and the second in high ones. Lane t of
+four takes words 2 t and 2 t + 1: its eight columns of either half. q5_k has a fifth bit for each of
+eight such halves in 32 more bytes, a box beside that of nibbles.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusedmoe.kernels.triton.hopper_mixed_sextets import both_halves
+
+
+@gluon.constexpr_function
+def doubled_layout():
+    """[32, 8] words: two neighbours for each lane."""
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1]], lanes, [[8, 0], [16, 0]], [], [32, 8])
+
+
+@gluon.jit
+def plane_column(k, BOX: gl.constexpr, ELEMENT: gl.constexpr):
+    """The word of a row at which a box of step k begins. Superblocks are four steps; they begin
+    with four words of scales, then, q5_k, eight of bits."""
+    if ELEMENT == "q4_k":
+        return k // 4 * 36 + k % 4 * 8 + 4
+    elif BOX == 0:
+        return k // 4 * 44 + k % 4 * 8 + 12
+    else:
+        return k // 4 * 44 + 4
+
+
+@gluon.jit
+def two_words(box, row, SIDE: gl.constexpr):
+    """A lane's two words [32, 4] of a box's rows from ``row`` on."""
+    words = box.slice(row, SIDE, 0).load(doubled_layout())
+    return gl.split(gl.reshape(words, [SIDE, 4, 2]))
+
+
+@gluon.jit
+def load_planes(w_ring, at, row, SIDE: gl.constexpr, ELEMENT: gl.constexpr):
+    """Two words of nibbles and, for q5_k, two of fifth bits."""
+    nibbles = two_words(w_ring.index(at), row, SIDE)
+    if ELEMENT == "q4_k":
+        return nibbles
+    else:
+        bits = two_words(w_ring.index(at + 1), row, SIDE)
+        return nibbles[0], nibbles[1], bits[0], bits[1]
+
+
+@gluon.constexpr_function
+def planes_asm(FIVES):
+    """Two words of nibbles, FIVES: two of bits and which of a byte's eight bits is that of low
+    nibbles -> eight pairs of integers plus 128: bytes i of both, low nibbles, then high."""
+    lines = ["{ .reg .b32 p, h, k, l;"]
+    if FIVES:
+        lines.append("shr.u32 k, $10, $12; shr.u32 l, $11, $12;")
+    for i in range(4):
+        places = f"0x{4 + i}{4 + i}{i}{i}"
+        lines += [
+            f"prmt.b32 p, $8, $9, {places};",
+            f"lop3.b32 ${i}, p, 0x000F000F, 0x43004300, 0xEA; shr.u32 p, p, 4;",
+            f"lop3.b32 ${4 + i}, p, 0x000F000F, 0x43004300, 0xEA;",
+        ]
+        if FIVES:
+            lines += [
+                f"prmt.b32 h, k, l, {places}; shl.b32 p, h, 4; shl.b32 h, h, 3;",
+                f"lop3.b32 ${i}, p, 0x00100010, ${i}, 0xEA;",
+                f"lop3.b32 ${4 + i}, h, 0x00100010, ${4 + i}, 0xEA;",
+            ]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.jit
+def take_planes(words, k, ELEMENT: gl.constexpr):
+    """Pairs of what ``load_planes`` gave of step k, [32, 8] four times: those of number i and i + 4
+    of every run of eight columns."""
+    if ELEMENT == "q4_k":
+        taken = gl.inline_asm_elementwise(
+            planes_asm(False),
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words[0], words[1]],
+            dtype=(gl.int32,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        taken = gl.inline_asm_elementwise(
+            planes_asm(True),
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [words[0], words[1], words[2], words[3], k % 4 * 2],
+            dtype=(gl.int32,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    return (
+        both_halves(taken[0], taken[4]),
+        both_halves(taken[1], taken[5]),
+        both_halves(taken[2], taken[6]),
+        both_halves(taken[3], taken[7]),
+    )
