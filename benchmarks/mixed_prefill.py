@@ -6,8 +6,9 @@ tile.
 
 CUDA-graph replays in turns with a dense bf16 product, so that all of them see the same clock; ids
 given. Formats that a shape's columns do not fit are left out. Launches for blocks of 256 slots and
-for what is left beside them count all operations each. ``whole`` is everything behind the routing,
-``triton_quantized`` the layer on plain Triton. The errors are against fp64, on a few tokens.
+for what is left beside them count all operations each. ``whole`` is everything
+behind the routing, ``triton_quantized`` the layer on plain Triton. The errors are against fp64, on
+a few tokens.
 """
 
 from __future__ import annotations
@@ -101,17 +102,8 @@ def parts(
                 tables, first_tile, programs, blocks,
             )  # fmt: skip
             second = (
-                act,
-                w2,
-                Scales.of(w2),
-                y,
-                config.w2_bias,
-                tables,
-                T * K,
-                second_tile,
-                programs,
-                blocks,
-            )
+                act, w2, scales[1], y, config.w2_bias, tables, T * K, second_tile, programs, blocks,
+            )  # fmt: skip
             begin = partial(up, ordered=wants_lane_order(w2))
             calls[f"up {label} {blocks}"] = (
                 partial(recounted, tables, T * K, begin, *first), flops * share,

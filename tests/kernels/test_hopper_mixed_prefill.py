@@ -153,6 +153,22 @@ def test_e8m0_scales_past_bf16_and_nan_are_infinite():
         assert execute("power_pair", exponent)[0].tolist() == [float("inf")] * 2
 
 
+@pytest.mark.parametrize("first", [0, 127, 191, 192, 255])
+@pytest.mark.parametrize("second", [0, 1, 200])
+def test_two_e8m0_scales_in_a_word(first, second):
+    body = WORDS_OF_LANES[WORDS_OF_LANES.index("def power_pairs(") :]
+    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    for place, half in enumerate(("low", "high")):
+        text = text.replace(
+            f"mov.b32 ${place}, {{{half}, {half}}}",
+            f"prmt.b32 ${place}, a, 0, {('0x1010', '0x3232')[place]}",
+        )
+    text = text.replace("mov.b32 {low, high}, a;", "")
+    found = run_ptx(text, [first | second << 8], 2)
+    expected = [execute("power_pair", exponent)[0] for exponent in (first, second)]
+    assert torch.stack([pair(word).float() for word in found]).equal(torch.stack(expected))
+
+
 def test_numbers_of_eight_bits_are_rounded_once():
     """Times a scale in two parts they are what rounding the exact product gives; times the scale
     rounded before, which is what one part would be, they are further off."""
@@ -355,6 +371,10 @@ def test_what_the_kernels_cannot_read_is_named():
     w1, w2 = layer("int4_g32")
     object.__setattr__(w1, "scale", w1.scale.transpose(0, 1).contiguous().transpose(0, 1))
     assert "scale to be contiguous" in unmet_by_mixed_prefill(w1, w2)
+    w1, w2 = layer("mxfp4")
+    odd = torch.zeros(w1.scale.numel() + 1, dtype=torch.uint8)[1:].view(w1.scale.shape)
+    object.__setattr__(w1, "scale", odd)
+    assert "even addresses" in unmet_by_mixed_prefill(w1, w2)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +421,8 @@ def test_tiles():
     assert runs_mixed_prefill(128, 8)
     assert not runs_mixed_prefill(127, 8)
     assert runs_mixed_prefill(64, 8, streams=False)
+    assert runs_mixed_prefill(256, 8, streams=False, minima=True)
+    assert not runs_mixed_prefill(255, 8, streams=False, minima=True)
     assert mixed_prefill_tiles(97 * 8, 8, (4, 4), costly=True).tails is not None
     with pytest.raises(ValueError, match="128 by 128"):
         MixedPrefillTile(128, 128, 1, 8, 4)

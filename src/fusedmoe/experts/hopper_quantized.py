@@ -2,9 +2,9 @@
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
-both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with
-MXFP6, superblocks or entries of a table, compiled code and batch invariance take the quantized
-Triton experts' way.
+both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with MXFP6,
+superblocks or entries of a table, compiled code and batch invariance take the quantized Triton
+experts' way.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
 _WEIGHTS = (torch.float8_e4m3fn, torch.int8, "mxfp8")
 _WEIGHTS_ALONE = (
-    *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3"),
-    *("nf4", "iq4_nl", "q4_k", "q5_k"),
+    *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3", "nf4", "iq4_nl", "q4_k", "q5_k"),
 )
 
 

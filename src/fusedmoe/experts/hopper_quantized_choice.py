@@ -8,7 +8,7 @@ import torch
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS
 from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
-from fusedmoe.kernels.hopper_mixed_prefill import unmet_by_mixed_prefill, wide_rows
+from fusedmoe.kernels.hopper_mixed_prefill import MINIMA, unmet_by_mixed_prefill, wide_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.quantization.tensor import QuantFormat
@@ -78,7 +78,8 @@ def mixed_tiles_for(R: int, num_experts: int, *formats: QuantFormat) -> MixedPre
     """Tiles of the prefill kernels for rows as they are, R slots over ``num_experts``
     experts, local or not, and w1 and w2 of these formats; None where slots are too few."""
     streams = all(fmt.element in ELEMENTS for fmt in formats)
-    if not runs_mixed_prefill(R, num_experts, streams=streams):
+    minima = any(fmt.element in MINIMA for fmt in formats)
+    if not runs_mixed_prefill(R, num_experts, streams=streams, minima=minima):
         return None
     bits = formats[0].bits, formats[1].bits
     return mixed_prefill_tiles(R, num_experts, bits, costly=not streams, wide=wide_rows(*formats))

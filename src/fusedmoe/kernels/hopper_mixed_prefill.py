@@ -28,9 +28,9 @@ from fusedmoe.tuning.quantized_tiles import SEXTETS, QuantizedTile
 
 ALIGNED_BYTES = 16
 ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
-_MINIMA = frozenset({"q4_k", "q5_k"})
-_ELEMENTS = ELEMENTS | TABLES | SEXTETS | _MINIMA
-_ROUNDED = _MINIMA | {"iq4_nl"}
+MINIMA = frozenset({"q4_k", "q5_k"})
+_ELEMENTS = ELEMENTS | TABLES | SEXTETS | MINIMA
+_ROUNDED = MINIMA | {"iq4_nl"}
 SEXTET_COLUMNS = 64  # of floats of six bits: what a step has
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
@@ -55,7 +55,7 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
         packed = fmt.element in NIBBLES
         if fmt.element not in _ELEMENTS or fmt.act_order or not (packed or fmt.symmetric):
             return f"does not read {fmt.name}"
-        own = fmt.scale_dtype is not None or fmt.element in _MINIMA
+        own = fmt.scale_dtype is not None or fmt.element in MINIMA
         if not own or (fmt.element == "e2m1" and group < 0):
             return f"wants scales of its own for groups of columns, not {fmt.name}"
         if fmt.element in SEXTETS and w.shape[-1] % SEXTET_COLUMNS:
@@ -70,6 +70,8 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
                 return f"wants {name} to be contiguous"
         if w.data.data_ptr() % ALIGNED_BYTES or w.data.shape[-1] % ALIGNED_BYTES:
             return f"wants rows of a multiple of {ALIGNED_BYTES} bytes, got {w.data.shape[-1]}"
+        if w.scale is not None and w.scale.dtype == torch.uint8 and w.scale.data_ptr() % 2:
+            return "reads two scales at a time, from even addresses"
         if w.shape[1] * w.shape[2] > MAX_NUMBERS:
             return f"wants experts of at most {MAX_NUMBERS} numbers, not {w.shape[1:]}"
     return None

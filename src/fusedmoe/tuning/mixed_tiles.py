@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 # From so many slots per expert on, reading and converting all weights pays.
-_FEWEST, _FEWEST_ALONE = 16, 8
+_FEWEST, _FEWEST_ALONE, _FEWEST_WITH_MINIMA = 16, 8, 32
 # (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
 # of weights and the output on its way have to fit; then stages where that is in fp32.
 _FEW = (256, 64, 2, 8), {4: 5, 8: 4}, {4: 5, 8: 3}
@@ -60,10 +60,13 @@ class MixedPrefillTiles(NamedTuple):
             raise ValueError(f"blocks of {slots[0]} slots do not go with tails of {tails}")
 
 
-def runs_mixed_prefill(R: int, num_experts: int, *, streams: bool = True) -> bool:
+def runs_mixed_prefill(
+    R: int, num_experts: int, *, streams: bool = True, minima: bool = False
+) -> bool:
     """Whether R slots over ``num_experts`` experts, local or not, are enough for these kernels;
-    ``streams``: fewer would be streamed."""
-    return num_experts * (_FEWEST if streams else _FEWEST_ALONE) <= R
+    ``streams``: fewer would be streamed; ``minima``: numbers are scaled and shifted one by one."""
+    fewest = _FEWEST_WITH_MINIMA if minima else _FEWEST if streams else _FEWEST_ALONE
+    return num_experts * fewest <= R
 
 
 def mixed_prefill_tiles(

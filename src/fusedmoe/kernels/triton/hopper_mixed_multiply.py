@@ -21,10 +21,12 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     fragment,
     has_minima,
     loaded,
+    loaded_pair,
     scales_of_step,
     selectors,
     side,
     spread,
+    steps_of_load,
     taken,
 )
 from fusedmoe.kernels.triton.hopper_mixed_scales import groups_at
@@ -56,22 +58,39 @@ def rows_of(tile, index, ROWS: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def prepare(
-    w_ring, at, k, groups, units, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr,
-    GROUP: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """What ``operand`` makes product number INDEX of step k, at ``at`` in the ring, of: pairs and
-    factors of both sides, and what sums become ``multiples`` of; then the units from there on."""
+def words_of(w_ring, at, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr, GATED: gl.constexpr):
+    """The words of low and of high in product number INDEX of the step at ``at`` in the ring."""
     ROWS: gl.constexpr = w_ring.shape[1]
-    COUNT: gl.constexpr = scales_of_step(GROUP)
     low = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 0), selector, ELEMENT)
-    high = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 1), selector, ELEMENT)
+    return low, loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 1), selector, ELEMENT)
+
+
+@gluon.jit
+def words_of_pair(
+    w_ring, stage, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr, GATED: gl.constexpr
+):
+    """``words_of`` both steps of a stage; where each has loads of its own, of the first and ():
+    those of the second are read when they are needed."""
+    if steps_of_load(ELEMENT, 2) == 2:
+        ROWS: gl.constexpr = w_ring.shape[1]
+        low = loaded_pair(w_ring, stage, place_of(INDEX, ROWS, GATED, 0), ELEMENT)
+        high = loaded_pair(w_ring, stage, place_of(INDEX, ROWS, GATED, 1), ELEMENT)
+        return (low[0], high[0]), (low[1], high[1])
+    else:
+        return words_of(w_ring, stage * 2, selector, INDEX, ELEMENT, GATED), ()
+
+
+@gluon.jit
+def prepare(words, k, groups, units, selector, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
+    """What ``operand`` makes a product of step k of, whose ``words_of`` these are: pairs and
+    factors of both sides, and what sums become ``multiples`` of; then the units from there on."""
+    COUNT: gl.constexpr = scales_of_step(GROUP)
     ZERO: gl.constexpr = 2 if GROUP != 0 else 0
     low_zero, high_zero = None, None
     if len(groups) == ZERO + 2 and not has_minima(ELEMENT):
         low_zero, high_zero = groups[ZERO], groups[ZERO + 1]
-    low = taken(low, k, low_zero, selector, ELEMENT, COUNT)
-    high = taken(high, k, high_zero, selector, ELEMENT, COUNT)
+    low = taken(words[0], k, low_zero, selector, ELEMENT, COUNT)
+    high = taken(words[1], k, high_zero, selector, ELEMENT, COUNT)
     if has_minima(ELEMENT):
         terms = spread(groups[2]), spread(groups[3])
         return (low, high, (spread(groups[0]), terms[0]), (spread(groups[1]), terms[1]), ()), ()
@@ -186,7 +205,8 @@ def multiply_ahead(
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
     units = first_units(groups, ELEMENT, GROUP)
     mbarrier.wait(full.index(stage), phase)
-    ready, units = prepare(w_ring, stage, 0, groups, units, selector, INDEX, ELEMENT, GROUP, GATED)
+    words = words_of(w_ring, stage, selector, INDEX, ELEMENT, GATED)
+    ready, units = prepare(words, 0, groups, units, selector, ELEMENT, GROUP)
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
         a = operand(ready, FIRST, REST)
@@ -196,9 +216,8 @@ def multiply_ahead(
         stage, phase = next_stage(stage, phase, STAGES)
         if k + 1 < KSTEPS:
             mbarrier.wait(full.index(stage), phase)
-            ready, units = prepare(
-                w_ring, stage, k + 1, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-            )
+            words = words_of(w_ring, stage, selector, INDEX, ELEMENT, GATED)
+            ready, units = prepare(words, k + 1, groups, units, selector, ELEMENT, GROUP)
             groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         sums = waited(sums)
         mbarrier.arrive(empty.index(done), count=1)
@@ -228,16 +247,15 @@ def multiply_pairs(
         k = 2 * pair
         first = stage * 2
         mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(
-            w_ring, first, k, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-        )
+        words, later_words = words_of_pair(w_ring, stage, selector, INDEX, ELEMENT, GATED)
+        ready, units = prepare(words, k, groups, units, selector, ELEMENT, GROUP)
         groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
         sums = products(a, x_ring.index(first), sums, FIRST, REST)
-        other, units = prepare(
-            w_ring, first + 1, k + 1, later, units, selector, INDEX, ELEMENT, GROUP, GATED
-        )
+        if len(later_words) == 0:
+            later_words = words_of(w_ring, first + 1, selector, INDEX, ELEMENT, GATED)
+        other, units = prepare(later_words, k + 1, later, units, selector, ELEMENT, GROUP)
         later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
         b = operand(other, FIRST, REST)
         if len(other[4]) != 0 and GROUP == STEP:
@@ -249,9 +267,8 @@ def multiply_pairs(
     if KSTEPS % 2 != 0:
         first = stage * 2
         mbarrier.wait(full.index(stage), phase)
-        ready, units = prepare(
-            w_ring, first, KSTEPS - 1, groups, units, selector, INDEX, ELEMENT, GROUP, GATED
-        )
+        words, _ = words_of_pair(w_ring, stage, selector, INDEX, ELEMENT, GATED)
+        ready, units = prepare(words, KSTEPS - 1, groups, units, selector, ELEMENT, GROUP)
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
         sums = products(a, x_ring.index(first), sums, FIRST, REST)

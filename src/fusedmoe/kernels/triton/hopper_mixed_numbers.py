@@ -15,7 +15,7 @@ bf16. ``taken`` makes pairs of words, without their scales; ``side`` multiplies 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedmoe.kernels.triton.hopper_mixed_planes import load_planes, take_planes
+from fusedmoe.kernels.triton.hopper_mixed_planes import load_planes, load_planes_pair, take_planes
 from fusedmoe.kernels.triton.hopper_mixed_sextets import (
     lanes_of_row,
     load_sextets,
@@ -26,6 +26,7 @@ from fusedmoe.kernels.triton.hopper_mixed_words import (
     halves,
     less,
     power_pair,
+    power_pairs,
     take_e2m1,
     take_e4m3,
     take_entries,
@@ -80,6 +81,17 @@ def boxes_of_step(ELEMENT):
 
 
 @gluon.constexpr_function
+def steps_of_load(ELEMENT, STEPS):
+    """Steps of a stage whose words one load brings: all, where a step has 32 bytes of a row."""
+    return STEPS if words_of_step(ELEMENT) == 8 else 1
+
+
+@gluon.constexpr_function
+def loads_of_stage(ELEMENT, STEPS):
+    return boxes_of_step(ELEMENT) * (STEPS // steps_of_load(ELEMENT, STEPS))
+
+
+@gluon.constexpr_function
 def short_of(ELEMENT):
     """The exponent of two that floats are short of beside ``factors``, for their sums."""
     return {"e2m1": 63, "e3m2": 61, "e2m3": 63}.get(ELEMENT, 0)
@@ -98,14 +110,14 @@ def scales_of_step(GROUP):
 
 
 @gluon.constexpr_function
-def loaded_layout(WORDS):
-    """[32, WORDS] words: nibbles for one lane each, bytes in both lanes that share them."""
+def loaded_layout(WORDS, STEPS=1):
+    """[32, WORDS * STEPS] words: nibbles for one lane each, bytes in both lanes that share them."""
     if WORDS == 8:
-        registers, lanes = [[0, 4]], [[0, 1], [0, 2]]
+        registers, lanes = [[0, 4], [0, 8]][:STEPS], [[0, 1], [0, 2]]
     else:
         registers, lanes = [[0, 2], [0, 4], [0, 8]], [[0, 0], [0, 1]]
     lanes += [[1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, WORDS])
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, WORDS * STEPS])
 
 
 @gluon.constexpr_function
@@ -167,14 +179,33 @@ def loaded(w_ring, at, row, selector, ELEMENT: gl.constexpr):
 
 
 @gluon.jit
+def loaded_pair(w_ring, at, row, ELEMENT: gl.constexpr):
+    """What ``loaded`` gives of both steps that one load has brought."""
+    box = w_ring.index(at).slice(row, SIDE, 0)
+    if has_minima(ELEMENT):
+        return load_planes_pair(box, SIDE)
+    else:
+        words = gl.reshape(box.load(loaded_layout(8, 2)), [SIDE, 2, 8])
+        first, second = gl.split(gl.permute(words, [0, 2, 1]))
+        layout: gl.constexpr = loaded_layout(8)
+        first = gl.convert_layout(first, layout, assert_trivial=True)
+        return first, gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
 def factors(scale, ELEMENT: gl.constexpr):
     """Scales [32, COUNT] as a tuple of pairs [32, COUNT, 1, 1]; those of floats in four or
-    six bits times 2^63.
+    six bits times 2^63. Two in bytes may come as words [32, 1].
 
     Numbers of eight bits in groups of 32 get what bf16 cuts off a scale as a second pair: nearly
     all of their products are rounded, and twice would be too often.
     """
-    if short_of(ELEMENT) != 0 and scale.dtype == gl.uint8:
+    if scale.dtype == gl.int32:
+        first, second = power_pairs(scale)
+        both = gl.reshape(gl.join(first, second), [SIDE, 2])
+        layout: gl.constexpr = by_scale(chunks_of_step(ELEMENT), 2)
+        return (spread(gl.convert_layout(both, layout, assert_trivial=True)),)
+    elif short_of(ELEMENT) != 0 and scale.dtype == gl.uint8:
         return (spread(power_pair(scale.to(gl.int32))),)
     elif ELEMENT == "e2m1":
         return (spread(as_pair(scale.to(gl.float32) * HALF_EXPONENT)),)

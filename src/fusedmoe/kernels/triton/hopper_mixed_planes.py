@@ -12,10 +12,10 @@ from fusedmoe.kernels.triton.hopper_mixed_sextets import both_halves
 
 
 @gluon.constexpr_function
-def doubled_layout():
-    """[32, 8] words: two neighbours for each lane."""
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1]], lanes, [[8, 0], [16, 0]], [], [32, 8])
+def doubled_layout(STEPS=1):
+    """[32, 8 * STEPS] words: of each step, two neighbours for each lane."""
+    registers, lanes = [[0, 1], [0, 8]][:STEPS], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, 8 * STEPS])
 
 
 @gluon.jit
@@ -46,6 +46,14 @@ def load_planes(w_ring, at, row, SIDE: gl.constexpr, ELEMENT: gl.constexpr):
     else:
         bits = two_words(w_ring.index(at + 1), row, SIDE)
         return nibbles[0], nibbles[1], bits[0], bits[1]
+
+
+@gluon.jit
+def load_planes_pair(rows, SIDE: gl.constexpr):
+    """A lane's two words of nibbles of both steps that these rows [32, 16] have."""
+    words = gl.reshape(rows.load(doubled_layout(2)), [SIDE, 2, 4, 2])
+    first, second = gl.split(gl.permute(words, [0, 2, 3, 1]))
+    return gl.split(first), gl.split(second)
 
 
 @gluon.constexpr_function

@@ -48,9 +48,9 @@ from fusedmoe.kernels.triton.hopper_launch import (
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
     STEP,
-    boxes_of_step,
     has_minima,
     in_lane_order,
+    loads_of_stage,
     words_of_step,
 )
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import room_of, unit_of
@@ -85,7 +85,8 @@ def _weight_words(
     address, width = w.data.data_ptr(), w.data.shape[-1] // 4
     e, N = w.shape[:2]
     element = w.format.element
-    box = room_of(tile.rows) // 2, words_of_step(element) // boxes_of_step(element)
+    words = words_of_step(element) * tile.steps // loads_of_stage(element, tile.steps)
+    box = room_of(tile.rows) // 2, words
     if w.shards == 1:
         both = _words(address, e * N, width, width, box)
         return both, both, N
@@ -250,9 +251,6 @@ def prefill(
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
         x = rows
-    shares = (
-        {"all": tiles[:2]} if tiles.tails is None else {"large": tiles[:2], "tails": tiles.tails}
-    )
     shares, scales = shares_of(tiles), Scales.of(w1)
     for share, (tile, _) in shares.items():
         up(

@@ -12,7 +12,9 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     STEP,
     boxes_of_step,
     has_minima,
+    loads_of_stage,
     rest_of_sums,
+    words_of_step,
 )
 from fusedmoe.kernels.triton.hopper_mixed_planes import plane_column
 from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
@@ -27,31 +29,29 @@ def unit_of(SLOTS):
 
 
 @gluon.constexpr_function
-def kind_of(SLOTS, LESS):
-    """What a block is multiplied in, the LESS-th largest that holds all of its slots: a product of
-    so many slots, and one of so many behind them (0: none). Blocks of 256 have more than 128."""
-    kinds = {
+def kinds_of(SLOTS):
+    """What blocks are multiplied in, largest first: products of so many slots, and of so many
+    behind them (0: none). Blocks of 256 have more than 128."""
+    return {
         256: ((256, 0), (128, 64)),
         128: ((128, 0), (64, 0), (32, 0)),
         64: ((64, 0), (32, 0)),
     }[SLOTS]
-    return kinds[min(LESS, len(kinds) - 1)]
 
 
 @gluon.constexpr_function
-def first_of(SLOTS, LESS):
-    return kind_of(SLOTS, LESS)[0]
+def number_of_kinds(SLOTS):
+    return len(kinds_of(SLOTS))
 
 
 @gluon.constexpr_function
-def rest_of(SLOTS, LESS):
-    return kind_of(SLOTS, LESS)[1]
+def first_of(SLOTS, KIND):
+    return kinds_of(SLOTS)[KIND][0]
 
 
 @gluon.constexpr_function
-def smallest_of(SLOTS):
-    """The largest LESS."""
-    return {256: 1, 128: 2, 64: 1}[SLOTS]
+def rest_of(SLOTS, KIND):
+    return kinds_of(SLOTS)[KIND][1]
 
 
 @gluon.jit
@@ -93,12 +93,11 @@ def room_of(ROWS):
 
 @gluon.jit
 def open_rings(
-    w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr,
-    BOXES: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr,
-    PARTS: gl.constexpr,
+    w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, LOADS: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """((weights, rows), barriers, the output buffers of each warpgroup); FILLERS threads gather
-    beside the TMA arrival."""
+    """((weights, rows), barriers, the output buffers of each warpgroup); a stage's words come in
+    LOADS, and FILLERS threads gather beside the TMA arrival."""
     CONSUMERS: gl.constexpr = ROWS // (2 * SIDE)
     OUT: gl.constexpr = unit_of(SLOTS)
     BUFFERS: gl.constexpr = min(2, PARTS * (SLOTS // OUT))
@@ -106,7 +105,7 @@ def open_rings(
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
     rings = (
         gl.allocate_shared_memory(
-            gl.int32, [STAGES * STEPS * BOXES, ROOM, WORDS // BOXES], w_desc.layout
+            gl.int32, [STAGES * LOADS, ROOM, w_desc.block_shape[1]], w_desc.layout
         ),
         gl.allocate_shared_memory(gl.bfloat16, [STAGES * STEPS, SLOTS, STEP], x_shared),
     )
@@ -124,29 +123,33 @@ def open_rings(
 
 
 @gluon.jit
-def less_of(sorted_ptr, block, R, SLOTS: gl.constexpr):
-    """LESS of a block, whose slots fill from the front."""
+def kind_number(sorted_ptr, block, R, SLOTS: gl.constexpr):
+    """Which of ``kinds_of`` a block is: the last that holds its slots; they fill from the front."""
     found = block * 0
-    for less in gl.static_range(1, smallest_of(SLOTS) + 1):
-        slot = gl.load(sorted_ptr + block * SLOTS + first_of(SLOTS, less) + rest_of(SLOTS, less))
+    for kind in gl.static_range(1, number_of_kinds(SLOTS)):
+        held = first_of(SLOTS, kind) + rest_of(SLOTS, kind)
+        slot = gl.load(sorted_ptr + block * SLOTS + held)
         found += gl.where((slot >= 0) & (slot < R), 0, 1)
     return found
 
 
 @gluon.jit
-def load_words(descs, w_ring, at, bar, row, below, k, ELEMENT: gl.constexpr):
-    """TMA of step k's words of a tile's weight rows, half of the rows from ``row`` on, half from
-    ``row + below`` on."""
+def load_words(
+    descs, w_ring, stage, bar, row, below, k, ELEMENT: gl.constexpr, STEPS: gl.constexpr
+):
+    """TMA of a stage's words, of the steps from k on of a tile's weight rows: half of the rows from
+    ``row`` on, half from ``row + below`` on."""
     HALF: gl.constexpr = w_ring.shape[1] // 2
     WORDS: gl.constexpr = w_ring.shape[2]
     BOXES: gl.constexpr = boxes_of_step(ELEMENT)
-    for box in gl.static_range(BOXES):
-        words = w_ring.index(at * BOXES + box)
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
+    for load in gl.static_range(LOADS):
+        words = w_ring.index(stage * LOADS + load)
         low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
-        if has_minima(ELEMENT):  # noqa: SIM108 (a compile-time branch)
-            column = plane_column(k, box, ELEMENT)
+        if has_minima(ELEMENT):
+            column = plane_column(k + load // BOXES, load % BOXES, ELEMENT)
         else:
-            column = (k * BOXES + box) * WORDS
+            column = k * words_of_step(ELEMENT) + load * WORDS
         tma.async_copy_global_to_shared(descs[0], [row, column], bar, low)
         tma.async_copy_global_to_shared(descs[1], [row + below, column], bar, high)
 

@@ -10,17 +10,17 @@ from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     multiply,
     rows_of,
 )
-from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, boxes_of_step, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, loads_of_stage
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     blocks_of,
     expert_of,
     finished,
     first_of,
-    less_of,
+    kind_number,
     load_words,
+    number_of_kinds,
     open_rings,
     rest_of,
-    smallest_of,
     store_side,
     unit_of,
     wait_at_the_end,
@@ -54,8 +54,8 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     SLOTS: gl.constexpr = x_ring.shape[1]
     HALF: gl.constexpr = w_ring.shape[1] // 2
     UNIT: gl.constexpr = unit_of(SLOTS)
-    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
-    WORDS: gl.constexpr = STEPS * BOXES * w_ring.shape[1] * w_ring.shape[2] * 4
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
+    WORDS: gl.constexpr = LOADS * w_ring.shape[1] * w_ring.shape[2] * 4
     X_BYTES: gl.constexpr = STEPS * SLOTS * STEP * 2
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
     first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
@@ -66,15 +66,14 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     if first < tasks:
         block, tile = tile_of(first, blocks, TILES, GROUP_M)
         block += first_block
-        less = less_of(sorted_ptr, block, R, SLOTS)
-        whole = (SLOTS != 128) | (less == 0)
+        kind = kind_number(sorted_ptr, block, R, SLOTS)
+        whole = (SLOTS != 128) | (kind == 0)
         weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * H + tile * ROWS
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
             expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
-            for step in gl.static_range(STEPS):
-                at = stage * STEPS + step
-                load_words(descs, w_ring, at, bar, weight_row, HALF, at, ELEMENT)
+            first_step = stage * STEPS
+            load_words(descs, w_ring, stage, bar, weight_row, HALF, first_step, ELEMENT, STEPS)
     wait_for_previous(SHARE)
     stage = 0
     phase = 1
@@ -84,9 +83,9 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
     while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         block += first_block
-        less = less_of(sorted_ptr, block, R, SLOTS)
-        whole = (SLOTS != 128) | (less == 0)
-        announce(box, number, 4 * task + less)
+        kind = kind_number(sorted_ptr, block, R, SLOTS)
+        whole = (SLOTS != 128) | (kind == 0)
+        announce(box, number, 4 * task + kind)
         number += 1
         weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * H + tile * ROWS
         for k in range(0, KSTEPS, STEPS):
@@ -96,9 +95,7 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
             bar = full.index(stage)
             if (task != first) | (k >= EARLY * STEPS):
                 expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
-                for step in gl.static_range(STEPS):
-                    at = stage * STEPS + step
-                    load_words(descs, w_ring, at, bar, weight_row, HALF, k + step, ELEMENT)
+                load_words(descs, w_ring, stage, bar, weight_row, HALF, k, ELEMENT, STEPS)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 column = (k + step) * STEP
@@ -135,14 +132,14 @@ def finish_product(
 
 @gluon.jit
 def down_tile(
-    out_desc, buffers, common, stage, phase, expert, row, tile, LESS: gl.constexpr,
+    out_desc, buffers, common, stage, phase, expert, row, tile, KIND: gl.constexpr,
     PROBLEM: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Product number WHICH of a tile, of a block's places from ``row`` on."""
+    """Product number WHICH of a tile, of a block's places from ``row`` on; KIND is a number."""
     pointers, scales, rings, bars, _, _ = common
-    FIRST: gl.constexpr = first_of(rings[1].shape[1], LESS)
-    REST: gl.constexpr = rest_of(rings[1].shape[1], LESS)
     H, I, ELEMENT, GROUP, _, _, ROWS, STEPS, _ = PROBLEM  # noqa: E741
+    FIRST: gl.constexpr = first_of(rings[1].shape[1], KIND)
+    REST: gl.constexpr = rest_of(rings[1].shape[1], KIND)
     scale_ptr, zero_ptr, _, _ = pointers
     groups = group_pointers(
         scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, False), H, I, ELEMENT,
@@ -167,7 +164,6 @@ def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: 
     _, _, _, _, TILES, GROUP_M, _, _, SHARE = PROBLEM
     expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
-    SMALLEST: gl.constexpr = smallest_of(SLOTS)
     first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     stage = 0
     phase = 0
@@ -182,7 +178,7 @@ def down_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: 
             stage, phase = down_tile(
                 out_desc, buffers, common, stage, phase, expert, row, tile, 0, PROBLEM, WHICH
             )
-        elif SMALLEST == 1 or word % 4 == 1:
+        elif number_of_kinds(SLOTS) == 2 or word % 4 == 1:
             stage, phase = down_tile(
                 out_desc, buffers, common, stage, phase, expert, row, tile, 1, PROBLEM, WHICH
             )
@@ -227,11 +223,8 @@ def down_kernel(
 ):
     """As ``up_kernel``, of w2; both descriptors are the same."""
     TILES: gl.constexpr = (H + ROWS - 1) // ROWS
-    WORDS: gl.constexpr = words_of_step(ELEMENT)
-    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
-    rings, bars, out = open_rings(
-        low_desc, out_desc, SLOTS, ROWS, WORDS, BOXES, STAGES, STEPS, 0, 2
-    )
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
+    rings, bars, out = open_rings(low_desc, out_desc, SLOTS, ROWS, LOADS, STAGES, STEPS, 0, 2)
     box = open_box(ROWS // 64)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     descs = (low_desc, high_desc)

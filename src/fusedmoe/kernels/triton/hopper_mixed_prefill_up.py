@@ -16,17 +16,17 @@ from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     multiply,
     rows_of,
 )
-from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, boxes_of_step, words_of_step
+from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, loads_of_stage
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     blocks_of,
     expert_of,
     finished,
     first_of,
-    less_of,
+    kind_number,
     load_words,
+    number_of_kinds,
     open_rings,
     rest_of,
-    smallest_of,
     store_side,
     wait_at_the_end,
     wait_for_previous,
@@ -53,8 +53,8 @@ def up_producer(
     R, num_local, desc_rows = sizes
     STAGES: gl.constexpr = full.shape[0]
     SLOTS: gl.constexpr = x_ring.shape[1]
-    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
-    BYTES: gl.constexpr = STEPS * BOXES * w_ring.shape[1] * w_ring.shape[2] * 4
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
+    BYTES: gl.constexpr = LOADS * w_ring.shape[1] * w_ring.shape[2] * 4
     BELOW: gl.constexpr = 0 if GATED else w_ring.shape[1] // 2
     KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
     layout: gl.constexpr = rows_layout(SLOTS, STEP, gl.num_warps())
@@ -70,8 +70,8 @@ def up_producer(
     while task < tasks:
         block, tile = tile_of(task, blocks, TILES, GROUP_M)
         block += first_block
-        less = less_of(sorted_ptr, block, R, SLOTS)
-        announce(box, number, 4 * task + less)
+        kind = kind_number(sorted_ptr, block, R, SLOTS)
+        announce(box, number, 4 * task + kind)
         number += 1
         weight_row = expert_of(expert_ids_ptr, block, num_local, SHARE) * desc_rows + tile * WIDE
         place = block * SLOTS + row
@@ -82,9 +82,7 @@ def up_producer(
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
-            for step in gl.static_range(STEPS):
-                at = stage * STEPS + step
-                load_words(descs, w_ring, at, bar, weight_row, BELOW, k + step, ELEMENT)
+            load_words(descs, w_ring, stage, bar, weight_row, BELOW, k, ELEMENT, STEPS)
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 if KSTEPS % STEPS == 0 or k + step < KSTEPS:
@@ -119,14 +117,14 @@ def finish_product(
 
 @gluon.jit
 def up_tile(
-    out_desc, buffers, common, stage, phase, expert, row, tile, LESS: gl.constexpr,
+    out_desc, buffers, common, stage, phase, expert, row, tile, KIND: gl.constexpr,
     PROBLEM: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Product number WHICH of a tile, of a block's places from ``row`` on."""
+    """Product number WHICH of a tile, of a block's places from ``row`` on; KIND is a number."""
     pointers, scales, bias_steps, rings, bars, _, _, numbers = common
-    FIRST: gl.constexpr = first_of(rings[1].shape[1], LESS)
-    REST: gl.constexpr = rest_of(rings[1].shape[1], LESS)
     H, I, ELEMENT, GROUP, _, GATED, _, _, ROWS, STEPS, _, _ = PROBLEM  # noqa: E741
+    FIRST: gl.constexpr = first_of(rings[1].shape[1], KIND)
+    REST: gl.constexpr = rest_of(rings[1].shape[1], KIND)
     scale_ptr, zero_ptr, _, _ = pointers
     groups = group_pointers(
         scale_ptr, zero_ptr, scales, expert, rows_of(tile, WHICH, ROWS, GATED), I, H, ELEMENT,
@@ -151,7 +149,6 @@ def up_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl
     _, _, _, _, _, _, TILES, GROUP_M, _, _, _, SHARE = PROBLEM
     expert_ids_ptr, _, num_post_ptr = tables
     SLOTS: gl.constexpr = rings[1].shape[1]
-    SMALLEST: gl.constexpr = smallest_of(SLOTS)
     first_block, blocks = blocks_of(num_post_ptr, SLOTS, SHARE)
     stage = 0
     phase = 0
@@ -166,7 +163,7 @@ def up_consumer(out_desc, buffers, box, common, PROBLEM: gl.constexpr, WHICH: gl
             stage, phase = up_tile(
                 out_desc, buffers, common, stage, phase, expert, row, tile, 0, PROBLEM, WHICH
             )
-        elif SMALLEST == 1 or word % 4 == 1:
+        elif number_of_kinds(SLOTS) == 2 or word % 4 == 1:
             stage, phase = up_tile(
                 out_desc, buffers, common, stage, phase, expert, row, tile, 1, PROBLEM, WHICH
             )
@@ -225,10 +222,9 @@ def up_kernel(
     expert. GROUP columns share a scale (0: a row does)."""
     WIDE: gl.constexpr = ROWS // 2 if GATED else ROWS
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
-    WORDS: gl.constexpr = words_of_step(ELEMENT)
-    BOXES: gl.constexpr = boxes_of_step(ELEMENT)
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
     rings, bars, out = open_rings(
-        low_desc, out_desc, SLOTS, ROWS, WORDS, BOXES, STAGES, STEPS, 128, 1 if GATED else 2
+        low_desc, out_desc, SLOTS, ROWS, LOADS, STAGES, STEPS, 128, 1 if GATED else 2
     )
     box = open_box(ROWS // 64)
     wait_for_previous(SHARE)

@@ -12,6 +12,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     by_scale,
     chunks_of_step,
     scales_of_step,
+    short_of,
 )
 
 
@@ -52,6 +53,12 @@ def group_pointers(
         )
 
 
+@gluon.constexpr_function
+def in_words(SCALE, D, ELEMENT, GROUP):
+    """Whether both scales of a step are loaded, and kept until they are needed, as one word."""
+    return short_of(ELEMENT) != 0 and gl.uint8 == SCALE and GROUP == 32 and D % 64 == 0
+
+
 @gluon.jit
 def load_groups(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
     """Scales, or zero points, [32, COUNT] of step k; ptrs [32] to those of column 0."""
@@ -61,6 +68,9 @@ def load_groups(ptrs, k, D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.const
         return gl.load(gl.expand_dims(ptrs, 1))
     elif COUNT == 1:
         return gl.load(gl.expand_dims(ptrs, 1) + k // (GROUP // STEP))
+    elif in_words(ptrs.dtype.element_ty, D, ELEMENT, GROUP):
+        both = ptrs.to(gl.pointer_type(gl.uint16), bitcast=True)
+        return gl.load(gl.expand_dims(both, 1) + k).to(gl.int32)
     else:
         at = k * COUNT + gl.arange(0, COUNT, gl.SliceLayout(0, layout))
         if D % STEP != 0:

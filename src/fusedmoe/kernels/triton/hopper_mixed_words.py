@@ -243,3 +243,26 @@ def power_pair(exponent):
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def power_pairs(exponents):
+    """``power_pair`` of both exponents that are the low bytes of a word."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 a, most;
+            .reg .b16 low, high;
+            mov.b32 most, 0x00C000C0;
+            prmt.b32 a, $2, 0, 0x4140;
+            min.u16x2 a, a, most;
+            mad.lo.u32 a, a, 128, 0x1F801F80;
+            mov.b32 {low, high}, a;
+            mov.b32 $0, {low, low};
+            mov.b32 $1, {high, high};
+        }""",
+        "=r,=r,r",
+        [exponents],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
