@@ -8,7 +8,7 @@ products: a consumer waits for no load.
 
 up_kernel    grid (programs,): x [T, H] in 8 bits with its scales, w1 -> act [P, I]; and position
              [R]. act is rounded to 8 bits in the epilogue, with own scales [I / 128, P] or a given
-             one. int8 with a scale per row leaves it 16-bit.
+             one. int8 with a scale per row leaves it 16-bit, unless ``tiles.finely``.
 round_kernel grid (P / ROWS,): such rows of act -> int8 with their scales.
 down_kernel  grid (programs,): act in 8 bits with its scales, w2 -> y [P, H].
 sum_kernel   that of ``hopper_prefill``.
