@@ -2,7 +2,7 @@
 turns, in one call, with its result checked.
 
     python benchmarks/hopper_variants.py [--cells qwen3:8192 scout:2048:uniform qwen3-235b/8:8192]
-        [--only group8 group12] [--pause 1] [--workers 14] [--out F]
+        [--only group8 group16] [--pause 1] [--workers 14] [--out F]
 
 A cell is shape[/ranks]:tokens[:routing]. From router logits, CUDA-graph replay, weights cold;
 microseconds. Every variant must give the bits of the plain tiles, and those are held against fp64
@@ -50,7 +50,7 @@ def variants_of(plain: HopperTiles) -> dict[str, HopperTiles]:
     """The plain tiles, each field by itself, and what is expected to be best."""
     out: dict[str, HopperTiles] = {"plain": plain}
     if isinstance(plain, PrefillTiles):
-        out |= {f"group{n}": replace(plain, group=n) for n in (6, 12, 16, 24)}
+        out |= {f"group{n}": replace(plain, group=n) for n in (8, 16, 64)}
     return out
 
 

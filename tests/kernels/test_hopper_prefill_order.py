@@ -16,7 +16,7 @@ from fusedmoe.tuning.hopper_tiles import PrefillTiles
 
 pytest.importorskip("triton")
 from fusedmoe.kernels.triton import hopper_prefill
-from fusedmoe.kernels.triton.hopper_common import tile_of
+from fusedmoe.kernels.triton.hopper_common import tile_of, tile_of_run
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 15, 16, 17, 33, 64, 130])
@@ -27,6 +27,47 @@ def test_every_tile_is_one_task(group, blocks, column_tiles):
     order = [run(task, blocks, column_tiles, group) for task in range(blocks * column_tiles)]
     assert sorted(order) == [(b, c) for b in range(blocks) for c in range(column_tiles)]
     assert all(block // group <= later // group for (block, _), (later, _) in pairwise(order))
+
+
+class Table:
+    """What ``gl.load`` reads from: the numbers and a place in them."""
+
+    def __init__(self, numbers, at=0):
+        self.numbers, self.at = numbers, at
+
+    def __add__(self, more):
+        return Table(self.numbers, self.at + more)
+
+    def load(self, mask=True, other=0):
+        at = torch.as_tensor(self.at)
+        found = self.numbers[at.clamp(max=self.numbers.numel() - 1)]
+        return torch.where(torch.as_tensor(mask), found, other)
+
+
+@pytest.mark.parametrize("counts", [[1] * 20, [40], [3, 1, 1, 9, 17, 2], [16, 16, 1], [7, 7, 7]])
+@pytest.mark.parametrize("column_tiles", [1, 6])
+def test_blocks_of_one_expert_take_turns(counts, column_tiles):
+    """Every tile is one task; between two tiles of the same weights lie, in one group of places,
+    only tiles of those weights. What stands behind the last block counts for nothing."""
+    blocks, group = sum(counts), 16
+    experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    table = Table(torch.cat([experts, experts[-1:].expand(group)]))
+    namespace = SimpleNamespace(
+        arange=lambda start, end, layout: torch.arange(start, end), BlockedLayout=lambda *a: None,
+        load=lambda table, **given: table.load(**given), num_warps=lambda: 4, where=torch.where,
+        min=lambda x, axis: x.min(), sum=lambda x, axis: x.sum(),
+    )  # fmt: skip
+    run = FunctionType(tile_of_run.fn.__code__, {"gl": namespace})
+    order = [
+        tuple(int(found) for found in run(task, blocks, table, column_tiles, group))
+        for task in range(blocks * column_tiles)
+    ]
+    assert all(experts[block] == expert for block, _, expert in order)
+    tiles = [(block, tile) for block, tile, _ in order]
+    assert sorted(tiles) == [(b, c) for b in range(blocks) for c in range(column_tiles)]
+    weights = [(block // group, expert, tile) for block, tile, expert in order]
+    changes = [new for old, new in pairwise(weights) if new != old]
+    assert len(changes) + 1 == len(set(weights))
 
 
 @pytest.mark.parametrize(("E", "H"), [(5, 2576), (8, 2576), (8, 4112)])

@@ -80,12 +80,12 @@ def deepest_ring(rows: int, tiles: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """Steps of ``depth`` columns, ``stages`` in flight; ``group`` blocks of 128 rows run side by
-    side so that they share weights in the L2."""
+    """Steps of ``depth`` columns, ``stages`` in flight. An expert's blocks of 128 rows run side by
+    side, ``group`` at most (a power of two), so that they share weights in the L2."""
 
     depth: int = 64
     stages: int = 4
-    group: int = 8
+    group: int = 32
 
 
 COUNTER_SLOTS = 128  # of padding behind the prefill kernel's table of slots: it counts tasks there

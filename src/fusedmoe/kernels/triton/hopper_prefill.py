@@ -13,8 +13,8 @@ sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H
              order; y may be undefined afterwards. sum_few_kernel: most slots are other ranks'.
 
 Tiles are drawn from a counter, because those of half-empty blocks are done sooner: in groups of
-GROUP blocks that share weights in the L2. The producer announces them to the consumers. Of a block
-with at most 64 rows the second half is not loaded.
+an expert's blocks, GROUP at most, that share weights in the L2. The producer announces them to the
+consumers. Of a block with at most 64 rows the second half is not loaded.
 """
 
 import torch

@@ -22,14 +22,14 @@ HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 
 
 @gluon.jit
-def announce_half(box, number, task, whole):
-    """Announce a task, and whether both halves of its block hold slots."""
-    announce(box, number, 2 * task + gl.where(whole, 1, 0))
+def announce_half(box, number, at, whole):
+    """Announce a place, block * TILES + tile, and whether both halves of the block hold slots."""
+    announce(box, number, 2 * at + gl.where(whole, 1, 0))
 
 
 @gluon.jit
 def hear_half(box, number, WHICH: gl.constexpr):
-    """(task, whether this half of its block holds a slot), as announced."""
+    """(place, whether this half of its block holds a slot), as announced."""
     word = hear(box, number)
     return word // 2, (word % 2 == 1) | (WHICH == 0)
 

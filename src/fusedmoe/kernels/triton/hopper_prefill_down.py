@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.hopper_common import expert_at, next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import expert_at, known, next_stage, tile_of_run
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
@@ -26,12 +26,13 @@ UNSPECIALIZED = ("R", "num_local")
 
 
 @gluon.jit
-def weight_row_of(
+def find_task(
     task, blocks, expert_ids_ptr, num_local,
     H: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    block, tile = tile_of(task, blocks, TILES, GROUP)
-    return expert_at(expert_ids_ptr, block, num_local) * H + tile * (2 * TILE_N)
+    """(block, column tile, row of the weights)."""
+    block, tile, expert = tile_of_run(task, blocks, expert_ids_ptr, TILES, GROUP)
+    return block, tile, known(expert, num_local) * H + tile * (2 * TILE_N)
 
 
 @gluon.jit
@@ -61,9 +62,8 @@ def down_producer(
     EARLY: gl.constexpr = min(STAGES, KSTEPS)
     first = gl.program_id(0)
     if first < blocks * TILES:
-        block, _ = tile_of(first, blocks, TILES, GROUP)
+        block, _, weight_row = find_task(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         whole = is_whole(block, sorted_ptr, R)
-        weight_row = weight_row_of(first, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
             expect_step(bar, whole, 2 * BK)
@@ -79,11 +79,12 @@ def down_producer(
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
-        block, _ = tile_of(task, blocks, TILES, GROUP)
+        block, tile, weight_row = find_task(
+            task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP
+        )
         row = block * BLOCK_M
-        weight_row = weight_row_of(task, blocks, expert_ids_ptr, num_local, H, TILES, GROUP)
         whole = is_whole(block, sorted_ptr, R)
-        announce_half(box, number, task, whole)
+        announce_half(box, number, block * TILES + tile, whole)
         number += 1
         for k in range(KSTEPS):
             if k == max(KSTEPS - STAGES, 0):  # a ring before the next task is begun
@@ -127,9 +128,9 @@ def down_consumer(
     stage = 0
     phase = 0
     number = 0
-    task, live = hear_half(box, number, WHICH)
-    while task < blocks * TILES:
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+    at, live = hear_half(box, number, WHICH)
+    while at < blocks * TILES:
+        block, tile = at // TILES, at % TILES
         row = block * BLOCK_M + WHICH * HALF_M
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
@@ -137,13 +138,13 @@ def down_consumer(
             column = tile * (2 * TILE_N)
             if bias_ptr is not None:
                 expert = expert_at(expert_ids_ptr, block, num_local).to(gl.int64)
-                at = bias_ptr + expert * H + column
-                low += load_bias(at, 1, H - column)
-                high += load_bias(at + TILE_N, 1, H - column - TILE_N)
+                bias = bias_ptr + expert * H + column
+                low += load_bias(bias, 1, H - column)
+                high += load_bias(bias + TILE_N, 1, H - column - TILE_N)
             store_tile(out_desc, buffers, low, row, column)
             store_tile(out_desc, buffers, high, row, column + TILE_N)
         number += 1
-        task, live = hear_half(box, number, WHICH)
+        at, live = hear_half(box, number, WHICH)
     tma.store_wait(0)
 
 

@@ -10,9 +10,10 @@ from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import (
     expert_at,
     hopper_activation,
+    known,
     next_stage,
     rows_layout,
-    tile_of,
+    tile_of_run,
 )
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
@@ -105,15 +106,15 @@ def up_producer(
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
-        block, tile = tile_of(task, blocks, TILES, GROUP)
-        expert = expert_at(expert_ids_ptr, block, num_local)
+        block, tile, expert = tile_of_run(task, blocks, expert_ids_ptr, TILES, GROUP)
+        expert = known(expert, num_local)
         all_here = await_rows(arrivals, block, all_here, WORLD)
         place = block * BLOCK_M + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         place += HALF_M
         x_rest, lives_rest = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         whole = is_whole(block, sorted_ptr, R)
-        announce_half(box, number, task, whole)
+        announce_half(box, number, block * TILES + tile, whole)
         number += 1
         weight_row = expert * desc_rows + tile * WIDE
         for k in range(0, H, BK):
@@ -167,9 +168,9 @@ def up_consumer(
     stage = 0
     phase = 0
     number = 0
-    task, live = hear_half(box, number, WHICH)
-    while task < blocks * TILES:
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+    at, live = hear_half(box, number, WHICH)
+    while at < blocks * TILES:
+        block, tile = at // TILES, at % TILES
         row = block * BLOCK_M + WHICH * HALF_M
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
@@ -179,9 +180,9 @@ def up_consumer(
                 STEP: gl.constexpr = 2 if INTERLEAVED else 1
                 TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
                 expert = expert_at(expert_ids_ptr, block, num_local).to(gl.int64)
-                at = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
-                gate += load_bias(at, STEP, I - column)
-                up += load_bias(at + TO_UP, STEP, I - column - BELOW)
+                bias = bias_ptr + expert * (2 * I if GATED else I) + column * STEP
+                gate += load_bias(bias, STEP, I - column)
+                up += load_bias(bias + TO_UP, STEP, I - column - BELOW)
             if GATED:
                 act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
                 store_tile(out_desc, buffers, act, row, column)
@@ -189,7 +190,7 @@ def up_consumer(
                 store_tile(out_desc, buffers, plain_activation(FORMULA, gate), row, column)
                 store_tile(out_desc, buffers, plain_activation(FORMULA, up), row, column + TILE_N)
         number += 1
-        task, live = hear_half(box, number, WHICH)
+        at, live = hear_half(box, number, WHICH)
     tma.store_wait(0)
 
 
