@@ -17,7 +17,7 @@ import torch
 from small_reports import columns, new_report, timed
 
 from fusedmoe.bench import BenchReport
-from fusedmoe.kernels.gate import gate_linear, gate_tier
+from fusedmoe.kernels.gate import gate_linear, tier_of
 
 SIZES = ((7168, 256), (2048, 128))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -85,7 +85,7 @@ def measure(
         for name, taken in times.items():
             report.rows.append(
                 {"impl": name, "T": T, "H": H, "E": E, "operands": str(dtype).split(".")[1]}
-                | {"cache": cache, "tier": gate_tier(T, dtype, dtype, torch.float32, device.type)}
+                | {"cache": cache, "tier": tier_of(x, weights[0], None, torch.float32)}
                 | columns(taken)
                 | {"error": float(f"{errors[name]:.3g}")}
             )

@@ -1,6 +1,7 @@
 // What kernels/cuda/instructions.cuh declares, on a CPU: every thread of a block is a fiber, and a
 // fiber runs until it has to wait for others. Copies become visible where they are waited for;
-// until then their target holds ones (as bits), as shared memory does before it is written.
+// until then their target holds ones (as bits), as shared memory does before it is written. Blocks of
+// a cluster run together, and their shared memories lie one behind the other.
 
 #include <ucontext.h>
 
@@ -28,7 +29,7 @@ using std::min;
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define DYNAMIC_SHARED(name) u8* name = dynamic_memory.data()
+#define DYNAMIC_SHARED(name) u8* name = dynamic_memory.data() + this_block() * block_bytes
 
 struct Index { int x; };
 struct uint4 { u32 x, y, z, w; };
@@ -47,16 +48,18 @@ struct Fiber {
   bool ended = false;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  int generation = 0;  // of the cluster's meeting, when this thread arrived
 };
 struct Meeting { int arrived = 0; int generation = 0; };
 
 static std::vector<u8> dynamic_memory;
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
-static int current;
+static int current, block_threads, block_bytes;
 static Index threadIdx, blockIdx, gridDim;
-static Meeting warps[32], barriers[32];
-static u32 operands[32][32][8];
+static Meeting warps[128], barriers[16][32], cluster;
+static u32 operands[128][32][8];
+static int this_block() { return current / block_threads; }  // of its cluster
 
 static void yield() { swapcontext(&fibers[current].context, &scheduler); }
 static void meet_at(Meeting& meeting, int count) {
@@ -67,15 +70,33 @@ static void meet_at(Meeting& meeting, int count) {
   }
   while (meeting.generation == generation) yield();
 }
-inline void __syncwarp() { meet_at(warps[threadIdx.x / 32], 32); }
-inline void __syncthreads() { meet_at(barriers[0], (int)fibers.size()); }
+inline void __syncwarp() { meet_at(warps[current / 32], 32); }
+inline void __syncthreads() { meet_at(barriers[this_block()][0], block_threads); }
 template <int THREADS>
-void meet(int id) { meet_at(barriers[id], THREADS); }
+void meet(int id) { meet_at(barriers[this_block()][id], THREADS); }
+inline void arrive_in_cluster() {
+  fibers[current].generation = cluster.generation;
+  if (++cluster.arrived < (int)fibers.size()) return;
+  cluster.arrived = 0;
+  cluster.generation++;
+}
+inline void wait_in_cluster() {
+  while (cluster.generation == fibers[current].generation) yield();
+}
+inline u32 in_block(u32 address, int rank) { return address % block_bytes + rank * block_bytes; }
 
 inline float as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline u32 as_bits(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
 inline float bf16_float(u16 bits) { return as_float((u32)bits << 16); }
 inline float half_float(u16 bits) { _Float16 value; memcpy(&value, &bits, 2); return (float)value; }
+inline u32 __float_as_uint(float value) { return as_bits(value); }
+inline float tf32_float(u32 bits) { return as_float(bits & 0xFFFFE000u); }
+inline u16 float_half(float value) {
+  const _Float16 half = (_Float16)value;
+  u16 bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
 inline u16 float_bf16(float value) {
   if (value != value) return 0x7FFF;
   u32 bits = as_bits(value);
@@ -103,23 +124,32 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __expf(float x) { return expf(x); }
 
-inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const u32 own[6] = {a0, a1, a2, a3, b0, b1};
+// ``numbers`` of them in 32 bits; the instruction takes eight times as many columns.
+inline void mma_of(float (&d)[4], const u32 (&own)[6], int numbers, float (*value)(u32)) {
+  const int warp = current / 32, lane = threadIdx.x % 32, width = 32 / numbers;
   memcpy(operands[warp][lane], own, sizeof own);
   __syncwarp();
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = d[i];
-    for (int k = 0; k < 16; k++) {
-      const u32* a = operands[warp][row % 8 * 4 + k % 8 / 2];
-      const u32* b = operands[warp][column * 4 + k % 8 / 2];
-      const u32 left = a[k / 8 * 2 + row / 8], right = b[4 + k / 8];
-      sum += (double)bf16_float(left >> 16 * (k % 2)) * bf16_float(right >> 16 * (k % 2));
+    for (int k = 0; k < 8 * numbers; k++) {
+      const int word = k / numbers, down = k % numbers * width;
+      const u32* a = operands[warp][row % 8 * 4 + word % 4];
+      const u32* b = operands[warp][column * 4 + word % 4];
+      sum += (double)value(a[word / 4 * 2 + row / 8] >> down) * value(b[4 + word / 4] >> down);
     }
     d[i] = (float)sum;
   }
   __syncwarp();
+}
+inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma_of(d, {a0, a1, a2, a3, b0, b1}, 2, [](u32 bits) { return bf16_float((u16)bits); });
+}
+inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma_of(d, {a0, a1, a2, a3, b0, b1}, 2, [](u32 bits) { return half_float((u16)bits); });
+}
+inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma_of(d, {a0, a1, a2, a3, b0, b1}, 1, tf32_float);
 }
 inline u8* shared_at(u32 address, u32 size) {
   if (address % size || address + size > dynamic_memory.size()) {
@@ -129,7 +159,7 @@ inline u8* shared_at(u32 address, u32 size) {
   return dynamic_memory.data() + address;
 }
 inline void ldmatrix(u32 (&w)[4], u32 address) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = current / 32, lane = threadIdx.x % 32;
   operands[warp][lane][0] = address;
   __syncwarp();
   for (int i = 0; i < 4; i++)
@@ -143,6 +173,12 @@ inline void store_shared(u32 address, u32 value) { memcpy(shared_at(address, 4),
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
 template <typename T>
 T load_past_l1(const T* from) { return *from; }
+inline uint4 load_once(const void* from, bool inside) {
+  uint4 v = {0, 0, 0, 0};
+  if (inside) memcpy(&v, from, 16);
+  return v;
+}
+inline uint4 load_past_l1(const void* from, bool inside) { return load_once(from, inside); }
 inline void copy(u32 to, const void* from, u32 size, bool inside) {
   std::vector<u8> bytes(size, 0);
   if (inside && (u64)from % size) {
@@ -215,6 +251,10 @@ inline void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   memset(shared_at(to, 16), 0xFF, bytes);
   bring(barrier, {{to, std::vector<u8>((const u8*)from, (const u8*)from + bytes)}});
 }
+inline void send(u32 to, const float4& v, u32 barrier) {
+  shared_at(to, 16);
+  bring(barrier, {{to, std::vector<u8>((const u8*)&v, (const u8*)&v + 16)}});
+}
 inline void arrive_with_copies(u32 barrier) {
   engine[barrier].boxes.push_back(std::move(fibers[current].open));
   fibers[current].open.clear();
@@ -222,7 +262,7 @@ inline void arrive_with_copies(u32 barrier) {
 }
 inline void prefetch_tile(const TensorMap&, int, int, int) {}
 inline int from_lane(int value, int from) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = current / 32, lane = threadIdx.x % 32;
   operands[warp][lane][0] = (u32)value;
   __syncwarp();
   value = (int)operands[warp][from][0];
@@ -236,7 +276,7 @@ inline u32 lanes_with(bool is) {
   return lanes;
 }
 inline float from_thread(float value, int apart) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = current / 32, lane = threadIdx.x % 32;
   operands[warp][lane][0] = as_bits(value);
   __syncwarp();
   value = as_float(operands[warp][lane ^ apart][0]);
@@ -266,7 +306,7 @@ inline void show_to_products() {}
 template <int SLOTS>
 void products(float (&d)[SLOTS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 matrices, int from, bool keep) {
   const u32 at = (u32)(matrices & 0x3FFF) * 16 + from;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = current / 32, lane = threadIdx.x % 32;
   const u32 own[4] = {a0, a1, a2, a3};
   memcpy(operands[warp][lane], own, sizeof own);
   __syncwarp();
@@ -306,9 +346,13 @@ void take_registers() {}
 inline void wait_for_previous() {}
 inline void let_next_begin() {}
 
-static void run_block(int threads, int shared, const std::function<void()>& body) {
-  dynamic_memory.assign(shared, 0xFF);
-  fibers.assign(threads, Fiber());
+// The ``blocks`` of a cluster, ``first`` and those behind it.
+static void run_cluster(int first, int blocks, int threads, int shared,
+                        const std::function<void()>& body) {
+  block_threads = threads;
+  block_bytes = (shared + 1023) / 1024 * 1024;
+  dynamic_memory.assign(block_bytes * (blocks - 1) + shared, 0xFF);
+  fibers.assign(threads * blocks, Fiber());
   static const std::function<void()>* entry;
   entry = &body;
   for (Fiber& fiber : fibers) {
@@ -319,12 +363,13 @@ static void run_block(int threads, int shared, const std::function<void()>& body
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, +[] { (*entry)(); fibers[current].ended = true; }, 0);
   }
-  for (int left = threads; left;) {
+  for (int left = 1; left;) {
     left = 0;
-    for (current = 0; current < threads; current++) {
+    for (current = 0; current < (int)fibers.size(); current++) {
       if (fibers[current].ended) continue;
       left++;
-      threadIdx.x = current;
+      threadIdx.x = current % threads;
+      blockIdx.x = first + this_block();
       swapcontext(&scheduler, &fibers[current].context);
     }
   }

@@ -12,10 +12,10 @@ from fusedmoe.kernels.cuda.program import source_of
 
 HEADER = Path(__file__).with_suffix(".hpp")
 LAUNCH = """
-extern "C" void launch(const Arguments* a, int blocks, int threads, int shared) {
+extern "C" void launch(const Arguments* a, int blocks, int threads, int shared, int cluster) {
   gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-    run_block(threads, shared, [&] { %s(*a); });
+  for (int first = 0; first < blocks; first += cluster)
+    run_cluster(first, cluster, threads, shared, [&] { %s(*a); });
 }
 """
 
@@ -23,7 +23,7 @@ extern "C" void launch(const Arguments* a, int blocks, int threads, int shared) 
 class KernelOnCpu:
     """Stands in for ``CudaKernel``; ``files`` do without the instructions' own text."""
 
-    def __init__(self, files, entry, defines, threads, shared):
+    def __init__(self, files, entry, defines, threads, shared, cluster=1):
         text = HEADER.read_text() + source_of(*files) + LAUNCH % entry
         flags = [f"-D{name}={value}" for name, value in defines]
         name = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()
@@ -35,7 +35,7 @@ class KernelOnCpu:
                 input=text, text=True, check=True, capture_output=True,
             )  # fmt: skip
         self._library = ctypes.CDLL(str(library))
-        self._sizes = threads, shared
+        self._sizes = threads, shared, cluster
 
     def launch(self, blocks, parameters, device):
         self._library.launch(ctypes.byref(parameters), blocks, *self._sizes)

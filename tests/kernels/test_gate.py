@@ -7,6 +7,8 @@ import torch
 
 import fusedmoe
 from fusedmoe.kernels.gate import (
+    MAX_CLUSTER_TOKENS,
+    MAX_HALVES_TOKENS,
     MAX_PARTS_TOKENS,
     MAX_ROWS_TOKENS,
     gate_linear,
@@ -52,9 +54,10 @@ def chained(x, weight, bias, out_dtype):
         ((MAX_ROWS_TOKENS, BF16, BF16, BF16, "cuda"), "rows"),
         ((MAX_ROWS_TOKENS + 1, BF16, FP32, FP32, "cuda"), "parts"),
         ((MAX_PARTS_TOKENS, FP32, FP32, FP32, "cuda"), "parts"),
-        ((MAX_PARTS_TOKENS + 1, BF16, BF16, FP32, "cuda"), "mm_fp32"),
-        ((MAX_PARTS_TOKENS + 1, FP16, FP16, FP32, "cuda"), "mm_fp32"),
-        ((MAX_PARTS_TOKENS + 1, BF16, BF16, BF16, "cuda"), "linear"),
+        ((MAX_HALVES_TOKENS, BF16, BF16, BF16, "cuda"), "parts"),
+        ((MAX_HALVES_TOKENS + 1, BF16, BF16, FP32, "cuda"), "mm_fp32"),
+        ((MAX_HALVES_TOKENS + 1, FP16, FP16, FP32, "cuda"), "mm_fp32"),
+        ((MAX_HALVES_TOKENS + 1, BF16, BF16, BF16, "cuda"), "linear"),
         ((MAX_PARTS_TOKENS + 1, BF16, FP32, FP32, "cuda"), "linear"),
         ((MAX_PARTS_TOKENS + 1, FP32, FP32, FP32, "cuda"), "linear"),
         ((1, FP64, FP64, FP64, "cuda"), "linear"),
@@ -63,6 +66,11 @@ def chained(x, weight, bias, out_dtype):
         ((1, FP64, FP64, FP64, "cuda", True), "by_token"),
         ((1, BF16, BF16, FP32, "cuda", True), "parts"),
         ((4096, BF16, BF16, FP32, "cuda", True), "parts"),
+        ((MAX_ROWS_TOKENS, FP32, FP32, FP32, "cuda", False, 16), "rows"),
+        ((MAX_ROWS_TOKENS + 1, FP32, FP32, FP32, "cuda", False, 16), "cluster"),
+        ((MAX_CLUSTER_TOKENS + 1, FP32, FP32, FP32, "cuda", False, MAX_CLUSTER_TOKENS), "linear"),
+        ((17, BF16, BF16, FP32, "cuda", False, 16), "parts"),
+        ((8, FP32, FP32, FP32, "cuda", True, 16), "parts"),
     ],
 )
 def test_the_tier_is_a_function_of_shapes(arguments, tier):

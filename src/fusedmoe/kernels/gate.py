@@ -3,8 +3,10 @@
 Which way it is computed, its tier, is a pure function of shapes, dtypes and the device type:
 
     rows      up to four tokens on a GPU: one program per expert, exact fp32 products (Triton)
-    parts     few tokens, or batch invariance asked for, on a GPU: tiles that share out the sum over
-              H and add its parts in order (Triton)
+    cluster   few tokens on Hopper: clusters of blocks share out the sum over H and add its parts
+              through shared memory, in one launch (CUDA)
+    parts     the same on other GPUs and of other operands, and where batch invariance is asked for:
+              tiles that share out the sum over H, whose parts are added in order (Triton)
     mm_fp32   16-bit operands with an fp32 result on a GPU (torch.mm)
     linear    everything else
     by_token  batch invariance where no kernel of ours promises it: ``linear``, token by token
@@ -13,16 +15,20 @@ Which way it is computed, its tier, is a pure function of shapes, dtypes and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 
 from fusedmoe.kernels.device import device_of
 
-GateTier = Literal["rows", "parts", "mm_fp32", "linear", "by_token"]
+GateTier = Literal["rows", "cluster", "parts", "mm_fp32", "linear", "by_token"]
 
 MAX_ROWS_TOKENS = 4
 MAX_PARTS_TOKENS = 16
+MAX_HALVES_TOKENS = 64  # by parts, of 16-bit operands
+MAX_CLUSTER_TOKENS = 64
+SMALL_WEIGHT_BYTES = 2 << 20
 LARGE_WEIGHT_BYTES = 4 << 20
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = (*_HALF_DTYPES, torch.float32)
@@ -58,6 +64,28 @@ def gate_tile(E: int, H: int, itemsize: int) -> GateTile:
     return GateTile(experts, columns, steps, -(-H // (2 * steps * columns)))
 
 
+PIECE = 64  # bytes of a row that a warp of the cluster kernel multiplies at once
+CLUSTER = 8  # blocks, which have a part of H each
+MAX_PIECES = 16
+
+
+@dataclass(frozen=True)
+class ClusterTile:
+    """A block's part of a row: ``pieces`` of PIECE bytes for each of its ``warps``."""
+
+    warps: int
+    pieces: int
+
+
+def cluster_tile(row_bytes: int) -> ClusterTile | None:
+    """The tile for weights [E, H] with rows of so many bytes: the one with the fewest pieces beyond
+    the end of a row, of equals the one with most warps. None where rows are too long."""
+    pieces = max(1, -(-row_bytes // (CLUSTER * PIECE)))
+    warps = min((8, 7, 6, 5, 4), key=lambda warps: -(-pieces // warps) * warps)
+    tile = ClusterTile(warps, -(-pieces // warps))
+    return tile if tile.pieces <= MAX_PIECES else None
+
+
 def gate_tier(
     num_tokens: int,
     x_dtype: torch.dtype,
@@ -65,17 +93,22 @@ def gate_tier(
     out_dtype: torch.dtype,
     device_type: str,
     batch_invariant: bool = False,
+    cluster_tokens: int = 0,
 ) -> GateTier:
-    """How logits are computed; see the module's table."""
+    """How logits are computed; see the module's table. ``cluster_tokens``: for how many tokens the
+    cluster kernel is the fastest where it can run, 0 where it cannot."""
     if device_type != "cuda" or x_dtype not in _DTYPES or weight_dtype not in _DTYPES:
         return "by_token" if batch_invariant else "linear"
     if batch_invariant:
         return "parts"
     if num_tokens <= MAX_ROWS_TOKENS:
         return "rows"
-    if num_tokens <= MAX_PARTS_TOKENS:
+    if num_tokens <= cluster_tokens:
+        return "cluster"
+    halves = x_dtype is weight_dtype and x_dtype in _HALF_DTYPES
+    if num_tokens <= (MAX_HALVES_TOKENS if halves else MAX_PARTS_TOKENS):
         return "parts"
-    if out_dtype is torch.float32 and x_dtype is weight_dtype and x_dtype in _HALF_DTYPES:
+    if halves and out_dtype is torch.float32:
         return "mm_fp32"
     return "linear"
 
@@ -111,20 +144,25 @@ def _gate_linear(
     batch_invariant: bool,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    tier = gate_tier(
-        rows.shape[0], x.dtype, weight.dtype, out_dtype, x.device.type, batch_invariant
-    )
+    tier = tier_of(rows, weight, bias, out_dtype, batch_invariant)
     if tier == "rows":
         from fusedmoe.kernels.triton.gate_rows import gate_rows
 
         with device_of(rows):
             logits = gate_rows(rows, weight, bias, out_dtype)
+    elif tier == "cluster":
+        from fusedmoe.kernels.cuda.gate_cluster import gate_cluster
+
+        tile = cluster_tile(weight.shape[1] * weight.element_size())
+        assert tile is not None
+        with device_of(rows):
+            logits = gate_cluster(rows, weight, bias, out_dtype, tile)
     elif tier == "parts":
         from fusedmoe.kernels.triton.gate_parts import gate_parts
 
-        tile = gate_tile(weight.shape[0], weight.shape[1], weight.element_size())
+        parts = gate_tile(weight.shape[0], weight.shape[1], weight.element_size())
         with device_of(rows):
-            logits = gate_parts(rows, weight, bias, out_dtype, tile)
+            logits = gate_parts(rows, weight, bias, out_dtype, parts)
     elif tier == "mm_fp32":
         logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
         if bias is not None:
@@ -134,6 +172,48 @@ def _gate_linear(
             rows, weight, bias, out_dtype=out_dtype, batch_invariant=tier == "by_token"
         )
     return logits.view(*x.shape[:-1], weight.shape[0])
+
+
+@lru_cache
+def _has_clusters(device: int) -> bool:
+    """Whether this GPU has the instructions of the cluster kernel, and its compiler is here."""
+    from fusedmoe.kernels.cuda.program import missing_nvrtc
+
+    return torch.cuda.get_device_capability(device)[0] == 9 and missing_nvrtc() is None
+
+
+def fits_cluster(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> bool:
+    """Whether the cluster kernel takes them: rows of one dtype and of whole, aligned 16 bytes."""
+    size = x.element_size()
+    return (
+        x.dtype is weight.dtype
+        and (bias is None or bias.dtype in _DTYPES)
+        and {x.dtype, out_dtype}.issubset(_DTYPES)
+        and cluster_tile(x.shape[1] * size) is not None
+        and all(one.stride(1) == 1 and one.data_ptr() % 16 == 0 for one in (x, weight))
+        and not any(n * size % 16 for n in (x.shape[1], x.stride(0), weight.stride(0)))
+    )
+
+
+def tier_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    batch_invariant: bool = False,
+) -> GateTier:
+    """``gate_tier`` of x [T, H] and weight [E, H], where they are."""
+    tokens = 0
+    here = x.is_cuda and _has_clusters(x.get_device())
+    if here and fits_cluster(x, weight, bias, out_dtype):
+        # Every 16 tokens read the weight anew: of a small one that costs next to nothing, and of
+        # fp32 torch takes longer.
+        small = weight.numel() * weight.element_size() <= SMALL_WEIGHT_BYTES
+        tokens = MAX_CLUSTER_TOKENS if small or x.dtype is torch.float32 else MAX_PARTS_TOKENS
+    kind = x.device.type
+    return gate_tier(x.shape[0], x.dtype, weight.dtype, out_dtype, kind, batch_invariant, tokens)
 
 
 def gate_linear_reference(

@@ -42,8 +42,9 @@ def missing_nvrtc() -> str | None:
 class CudaKernel:
     """One entry point of a compiled program, on every device it is launched on.
 
-    ``threads`` per block, ``shared`` bytes of dynamic shared memory. Launches may begin while the
-    launch before them ends (programmatic dependent launch): the code waits for it.
+    ``threads`` per block, ``shared`` bytes of dynamic shared memory, ``cluster`` blocks in each
+    cluster, at most 8. Launches may begin while the launch before them ends (programmatic dependent
+    launch): the code waits for it.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class CudaKernel:
         defines: tuple[tuple[str, str], ...],
         threads: int,
         shared: int,
+        cluster: int = 1,
     ) -> None:
         self._entry, self._threads, self._shared = entry, threads, shared
+        self._cluster = cluster
         self._source, self._defines = source, defines
         self._functions: dict[int, Any] = {}
 
@@ -66,7 +69,7 @@ class CudaKernel:
                 function = self._functions[device] = self._load(device)
         address = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = torch._C._cuda_getCurrentRawStream(device)
-        config = _config(blocks, self._threads, self._shared, stream)
+        config = _config(blocks, self._threads, self._shared, self._cluster, stream)
         driver, call = _driver(), (config, function, ctypes.addressof(address), 0)
         answer = driver.cuLaunchKernelEx(*call)
         if answer[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -103,16 +106,23 @@ def _enter_context(device: int) -> None:
 
 
 @lru_cache(maxsize=256)
-def _config(blocks: int, threads: int, shared: int, stream: int) -> Any:
+def _config(blocks: int, threads: int, shared: int, cluster: int, stream: int) -> Any:
     driver = _driver()
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
+    attributes = [attribute]
+    if cluster > 1:
+        shape = driver.CUlaunchAttribute()
+        shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = shape.value.clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
+        attributes.append(shape)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared, stream
-    config.attrs, config.numAttrs = [attribute], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 
