@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from h200_ceilings import LEAST_BF16_TFLOPS, LEAST_READ_GBS, h200_ceilings
 from h200_targets import SKEWED, TARGETS, verdicts
+from pictures import draw
 from verdicts import print_verdicts
 
 from fusedmoe.bench import SHAPES, BenchReport
@@ -160,21 +161,6 @@ def join(record: dict[str, Any], other: dict[str, Any]) -> None:
     record["notes"] = notes + other["notes"]
     record["runs"] += other["runs"]
     record["cells"] = list(dict.fromkeys([*record["cells"], *cells]))
-
-
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Speed and roofline of the balanced rows, where a shape has several token counts."""
-    try:
-        from fusedmoe.cli.plot import write_plot
-
-        rows = [
-            row
-            for row in record["rows"]
-            if row["routing"] == "balanced" and row["scope"] in ("layer", "gemms")
-        ]
-        write_plot(record | {"rows": [row | {"scope": "layer"} for row in rows]}, path)
-    except ValueError as error:
-        print(f"not drawn: {error}", file=sys.stderr)
 
 
 def main() -> None:

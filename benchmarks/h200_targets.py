@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verdicts import Verdict
+from verdicts import Verdict, words_of
 
 Row = dict[str, Any]
 
@@ -94,7 +94,7 @@ def _on_targets(
                 {"us": "us", "fraction": "fraction_of_limit", "tflops": "tflops"}[target.kind]
             ]
             met = have <= target.value if target.kind == "us" else have >= target.value
-            asked, detail = _asked(target), ""
+            asked, detail = words_of(target.kind, target.value), ""
             if target.or_dense is not None:
                 dense = runs[row["run"]]["bf16_tflops"]
                 asked += f" or {target.or_dense:.0%} of {dense:.0f}"
@@ -107,14 +107,6 @@ def _on_targets(
                 Verdict("target", target.shape, "balanced", T, asked, measured, met, detail)
             )
     return found
-
-
-def _asked(target: Target) -> str:
-    if target.kind == "us":
-        return f"<= {target.value:g} us"
-    if target.kind == "fraction":
-        return f">= {target.value:.0%} of limit"
-    return f">= {target.value:g} TFLOP/s"
 
 
 def _on_skew(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdict]:

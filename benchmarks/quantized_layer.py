@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 from h200_ceilings import h200_ceilings
+from pictures import draw
 from quantized_targets import ROWS, SHAPES, Cell, cells_asked, verdicts
 from verdicts import print_verdicts
 
@@ -321,13 +321,7 @@ def write(report: BenchReport, path: Path) -> None:
     report.header["targets"] = [asdict(one) for one in verdicts(report.rows)]
     report.write(path)
     report.write_csv(path.with_suffix(".csv"))
-    balanced = [row for row in report.rows if row["routing"] == "balanced"]
-    try:
-        from fusedmoe.cli.plot import write_plot
-
-        write_plot(report.to_json() | {"rows": balanced}, path.with_suffix(".png"))
-    except ValueError as error:
-        print(f"not drawn: {error}", file=sys.stderr)
+    draw(report.to_json(), path.with_suffix(".png"))
 
 
 def measured(args: argparse.Namespace) -> BenchReport:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verdicts import Verdict
+from verdicts import Verdict, words_of
 
 from fusedmoe.bench import LayerShape
 from fusedmoe.bench.problems import Scope
@@ -153,7 +153,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         for T in target.tokens:
             own = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
             if own is not None:
-                asked, measured = _asked(target), _measured(own)
+                asked, measured = words_of(target.kind, target.value), _measured(own)
                 found.append(_verdict("target", own, asked, measured, met(target, own)))
     for (shape, fmt, cell), row in best.items():
         even = best.get((shape, fmt, cell._replace(routing="balanced")))
@@ -170,14 +170,6 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         if cell.routing == "uniform" and cell.scope == "experts" and fmt in BITS:
             found += _on_peers(row, BITS[fmt])
     return found
-
-
-def _asked(target: Target) -> str:
-    if target.kind == "us":
-        return f"<= {target.value:g} us"
-    if target.kind == "fraction":
-        return f">= {target.value:.0%} of limit"
-    return f">= {target.value:g} TFLOP/s"
 
 
 def _measured(row: Row) -> str:

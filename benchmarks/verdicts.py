@@ -21,6 +21,15 @@ class Verdict:
     format: str = "bf16"
 
 
+def words_of(kind: str, value: float) -> str:
+    """What a target asks: ``us`` at most, ``fraction`` (of the limit) or ``tflops`` at least."""
+    if kind == "us":
+        return f"<= {value:g} us"
+    if kind == "fraction":
+        return f">= {value:.0%} of limit"
+    return f">= {value:g} TFLOP/s"
+
+
 def print_verdicts(found: Sequence[Verdict]) -> None:
     for one in found:
         mark = "met   " if one.met else "MISSED"
