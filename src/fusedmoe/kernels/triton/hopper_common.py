@@ -12,10 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
 )
 
 from fusedmoe.kernels.triton.activation import gated_activation
+from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 
 
 @gluon.constexpr_function
@@ -130,7 +130,7 @@ def issue_tiles(descs, rings, rows, bars, stage, k):
     BK: gl.constexpr = rings[0].shape[2]
     mbarrier.expect(bar, len(rings) * TILE * BK * 2)
     for i in gl.static_range(len(rings)):
-        tma.async_copy_global_to_shared(descs[i], [rows[i], k], bar, rings[i].index(stage))
+        tma_load(descs[i], [rows[i], k], bar, rings[i].index(stage))
 
 
 @gluon.jit
@@ -141,9 +141,7 @@ def issue_rows(x_rows, live, x_ring, bars, stage, k, WIDTH: gl.constexpr):
     layout: gl.constexpr = rows_layout(BN, BK, gl.num_warps())
     column = gl.expand_dims(k + gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
     mask = gl.expand_dims(live, 1) & (column < WIDTH)
-    async_copy.async_copy_global_to_shared(
-        x_ring.index(stage), gl.expand_dims(x_rows, 1) + column, mask
-    )
+    cp_async(x_ring.index(stage), gl.expand_dims(x_rows, 1) + column, mask)
     async_copy.mbarrier_arrive(bars.index(stage), increment_count=False)
 
 

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
     find_block,
@@ -127,7 +128,7 @@ def down_kernel(
             x_tile = x_ring.index(stage).permute((1, 0))
             acc = warpgroup_mma(ring.index(stage), x_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
+            barrier()
             if ahead < tasks:
                 if ahead_k == 0:
                     state = find_down(

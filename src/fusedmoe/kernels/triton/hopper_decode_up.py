@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
     find_block,
@@ -152,7 +153,7 @@ def up_kernel(
             gate = warpgroup_mma(gate_ring.index(stage), x_tile, gate, is_async=True)
             up = warpgroup_mma(up_ring.index(stage), x_tile, up, is_async=True)
             gate, up = warpgroup_mma_wait(0, deps=(gate, up))
-            gl.thread_barrier()
+            barrier()
             state = load_up(
                 ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
                 H, PICKS, TILES, WIDE, BELOW, GROUP,

@@ -2,9 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import next_stage, next_step
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
@@ -35,7 +36,7 @@ def load_down(
         mbarrier.arrive(bar, count=1, pred=expert < 0)
         for i in gl.static_range(VALID // BOX):
             part = ring.index(stage).slice(pick * SHARE + i * BOX, BOX, 0)
-            tma.async_copy_global_to_shared(desc, [row + i * BOX, k * BK], bar, part, pred=live)
+            tma_load(desc, [row + i * BOX, k * BK], bar, part, pred=live)
 
 
 @gluon.jit
@@ -45,7 +46,7 @@ def load_act(
     BK: gl.constexpr = x_ring.shape[2]
     mbarrier.expect(bar, x_ring.shape[1] * BK * 2)
     row = task // TILES * PICKS
-    tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, x_ring.index(stage))
+    tma_load(act_desc, [row, k * BK], bar, x_ring.index(stage))
 
 
 @gluon.jit

@@ -2,10 +2,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, load_bias, next_stage
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
@@ -63,11 +64,11 @@ def up_producer(
                 low = ring.index(stage).slice(i * BOX, BOX, 0)
                 high = ring.index(stage).slice(TILE + i * BOX, BOX, 0)
                 at = row + i * BOX
-                tma.async_copy_global_to_shared(low_desc, [at, k * BK], bar, low)
-                tma.async_copy_global_to_shared(high_desc, [at + BELOW, k * BK], bar, high)
+                tma_load(low_desc, [at, k * BK], bar, low)
+                tma_load(high_desc, [at + BELOW, k * BK], bar, high)
             if len(rings) == 2:
                 x_stage = rings[1].index(stage)
-                tma.async_copy_global_to_shared(descs[2], [0, k * BK], bar, x_stage)
+                tma_load(descs[2], [0, k * BK], bar, x_stage)
             stage, phase = next_stage(stage, phase, STAGES)
         task = live_task(task + programs, tasks, experts, programs, TILES)
 

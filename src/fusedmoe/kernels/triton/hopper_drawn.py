@@ -8,6 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from fusedmoe.kernels.triton.gluon_names import barrier
+
 
 @gluon.jit
 def open_box(CONSUMERS: gl.constexpr, WORD: gl.constexpr = gl.int32):
@@ -33,7 +35,7 @@ def clear(box, number):
     """Wait until all consumers are done with what was in this word's place."""
     _, _, empty = box
     mbarrier.wait(empty.index(number % 2), number // 2 % 2 ^ 1)
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -41,7 +43,7 @@ def post(box, number, word):
     """Announce, where the place is clear."""
     words, full, _ = box
     words.index(number % 2).store(no_word(words) + word)
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(full.index(number % 2), count=1)
 
 
@@ -63,7 +65,7 @@ def read(box, number):
 @gluon.jit
 def let_go(box, number):
     _, _, empty = box
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(empty.index(number % 2), count=1)
 
 

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_common import expert_at, tile_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
 from fusedmoe.kernels.triton.hopper_prefill_common import (
@@ -135,14 +136,14 @@ def load_weight_scales(
 def put_features(buffer, found, AT: gl.constexpr):
     """Leave what ``load_features`` found in an output buffer of this warpgroup, for
     ``get_features`` behind a barrier."""
-    words = buffer._reinterpret(gl.float32, [BUFFER_WORDS], IN_ORDER)
+    words = reinterpret(buffer, gl.float32, [BUFFER_WORDS], IN_ORDER)
     words.slice(AT * TILE_N, TILE_N).store(found)
 
 
 @gluon.jit
 def get_features(buffer, AT: gl.constexpr):
     """[1, TILE_N] beside the sums."""
-    words = buffer._reinterpret(gl.float32, [BUFFER_WORDS], IN_ORDER)
+    words = reinterpret(buffer, gl.float32, [BUFFER_WORDS], IN_ORDER)
     return gl.expand_dims(words.slice(AT * TILE_N, TILE_N).load(BY_COLUMN), 0)
 
 
@@ -155,14 +156,14 @@ def finished(
     if BIASED: what ``load_features`` found, or one number each (not BY_FEATURE)."""
     if BIASED or (SCALED and BY_FEATURE):
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         if SCALED and BY_FEATURE:
             put_features(buffer, of_low, 0)
             put_features(buffer, of_high, 1)
         if BIASED:
             put_features(buffer, low_bias, 2)
             put_features(buffer, high_bias, 3)
-        gl.thread_barrier()
+        barrier()
     if SCALED:
         if BY_FEATURE:
             of_low = get_features(buffer, 0)
@@ -183,10 +184,10 @@ def store_whole(desc, buffer, value, row, column, rows):
     """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, by way of a
     buffer that the store before has left."""
     tma.store_wait(0)
-    gl.thread_barrier()
+    barrier()
     buffer.store(value)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     store_boxes(desc, buffer, row, column, rows)
 
 

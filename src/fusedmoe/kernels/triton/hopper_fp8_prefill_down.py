@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
     announce,
@@ -79,9 +80,7 @@ def down_producer(
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
             expect_step(bar, n, BOX)
-            tma.async_copy_global_to_shared(
-                w_desc, [weight_row, stage * STEP], bar, b_ring.index(stage)
-            )
+            tma_load(w_desc, [weight_row, stage * STEP], bar, b_ring.index(stage))
     gdc_wait()
     gdc_launch_dependents()
     stage = 0
@@ -103,17 +102,13 @@ def down_producer(
             bar = full.index(stage)
             if (task != first) | (k >= EARLY):
                 expect_step(bar, n, BOX)
-                tma.async_copy_global_to_shared(
-                    w_desc, [weight_row, k * STEP], bar, b_ring.index(stage)
-                )
+                tma_load(w_desc, [weight_row, k * STEP], bar, b_ring.index(stage))
             for i in gl.static_range(0, BLOCK_M, BOX):
                 part = a_ring.index(stage).slice(i, BOX, 0)
-                tma.async_copy_global_to_shared(
-                    act_desc, [act_row + i, k * STEP], bar, part, pred=i < 16 << n
-                )
+                tma_load(act_desc, [act_row + i, k * STEP], bar, part, pred=i < 16 << n)
             if OWN:
                 scale = act_scale_ptr + (k * scale_blocks + block) * BLOCK_M + row
-                async_copy.async_copy_global_to_shared(scale_ring.index(stage), scale)
+                cp_async(scale_ring.index(stage), scale)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
@@ -115,16 +116,14 @@ def up_producer(
             mbarrier.expect(bar, 2 * TILE_N * STEP)
             low = b_ring.index(stage).slice(0, TILE_N, 0)
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
-            tma.async_copy_global_to_shared(descs[0], [weight_row, k], bar, low)
-            tma.async_copy_global_to_shared(descs[1], [weight_row + BELOW, k], bar, high)
+            tma_load(descs[0], [weight_row, k], bar, low)
+            tma_load(descs[1], [weight_row + BELOW, k], bar, high)
             gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, STEP)
             if n == 3:
                 rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
                 gather(rest, x_rest, lives_rest, k + column, H, STEP)
             if STEPPED:
-                async_copy.async_copy_global_to_shared(
-                    scale_ring.index(stage), row_scales + k // STEP, scaled
-                )
+                cp_async(scale_ring.index(stage), row_scales + k // STEP, scaled)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming

@@ -6,6 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import barrier, tma_load, tma_store
 from fusedmoe.kernels.triton.hopper_common import expert_at
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
@@ -150,8 +151,8 @@ def load_words(
             column = plane_column(k + load // BOXES, load % BOXES, ELEMENT)
         else:
             column = k * words_of_step(ELEMENT) + load * WORDS
-        tma.async_copy_global_to_shared(descs[0], [row, column], bar, low)
-        tma.async_copy_global_to_shared(descs[1], [row + below, column], bar, high)
+        tma_load(descs[0], [row, column], bar, low)
+        tma_load(descs[1], [row + below, column], bar, high)
 
 
 @gluon.jit
@@ -216,8 +217,8 @@ def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr, IN_LANE_O
 def store_unit(desc, buffer, part, value, row, column, BUFFERS: gl.constexpr):
     """The part before the last has left its buffer when a part is written."""
     tma.store_wait(BUFFERS - 1)
-    gl.thread_barrier()
+    barrier()
     part.store(gl.permute(value, [1, 0]))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+    barrier()
+    tma_store(desc, [row, column], buffer)

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
@@ -99,14 +100,10 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, PROBLE
             for step in gl.static_range(STEPS):
                 part = x_ring.index(stage * STEPS + step)
                 column = (k + step) * STEP
-                tma.async_copy_global_to_shared(
-                    act_desc, [block * SLOTS, column], bar, part.slice(0, UNIT, 0)
-                )
+                tma_load(act_desc, [block * SLOTS, column], bar, part.slice(0, UNIT, 0))
                 if UNIT < SLOTS:
                     rest = part.slice(UNIT, UNIT, 0)
-                    tma.async_copy_global_to_shared(
-                        act_desc, [block * SLOTS + UNIT, column], bar, rest, pred=whole
-                    )
+                    tma_load(act_desc, [block * SLOTS + UNIT, column], bar, rest, pred=whole)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
     announce(box, number, 4 * tasks)

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusedmoe.kernels.triton.gluon_names import barrier, tma_store
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_drawn import announce, hear
 
@@ -89,10 +90,10 @@ def store_tile(desc, buffers, value, row, column, rows=HALF_M):
 @gluon.jit
 def store_part(desc, buffer, value, row, column, rows):
     tma.store_wait(1)
-    gl.thread_barrier()
+    barrier()
     buffer.store(value)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     store_boxes(desc, buffer, row, column, rows)
 
 
@@ -102,7 +103,7 @@ def store_boxes(desc, buffer, row, column, rows):
     for first in gl.static_range(0, HALF_M, BOX):
         if first < rows:
             part = buffer.slice(first, BOX, 0)
-            tma.async_copy_shared_to_global(desc, [row + first, column], part)
+            tma_store(desc, [row + first, column], part)
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import expert_at, known, next_stage, tile_of_run
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
@@ -67,9 +68,7 @@ def down_producer(
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
             expect_step(bar, whole, 2 * BK)
-            tma.async_copy_global_to_shared(
-                w_desc, [weight_row, stage * BK], bar, b_ring.index(stage)
-            )
+            tma_load(w_desc, [weight_row, stage * BK], bar, b_ring.index(stage))
     gdc_wait()
     gdc_launch_dependents()
     stage = 0
@@ -93,13 +92,11 @@ def down_producer(
             bar = full.index(stage)
             if (task != first) | (k >= EARLY):
                 expect_step(bar, whole, 2 * BK)
-                tma.async_copy_global_to_shared(
-                    w_desc, [weight_row, k * BK], bar, b_ring.index(stage)
-                )
+                tma_load(w_desc, [weight_row, k * BK], bar, b_ring.index(stage))
             low = a_ring.index(stage).slice(0, HALF_M, 0)
             high = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
-            tma.async_copy_global_to_shared(act_desc, [row, k * BK], bar, low)
-            tma.async_copy_global_to_shared(act_desc, [row + HALF_M, k * BK], bar, high, pred=whole)
+            tma_load(act_desc, [row, k * BK], bar, low)
+            tma_load(act_desc, [row + HALF_M, k * BK], bar, high, pred=whole)
             stage, phase = next_stage(stage, phase, STAGES)
         task = coming
     announce_half(box, number, tasks, False)

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
+from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import (
     expert_at,
@@ -58,7 +59,7 @@ def gather(a, x_rows, live, column, H: gl.constexpr, BK: gl.constexpr):
         inside = live
     else:
         inside = live & (column < H)
-    async_copy.async_copy_global_to_shared(a, x_rows + column, inside)
+    cp_async(a, x_rows + column, inside)
 
 
 @gluon.jit
@@ -125,8 +126,8 @@ def up_producer(
             mbarrier.expect(bar, 2 * TILE_N * BK * 2)
             low = b_ring.index(stage).slice(0, TILE_N, 0)
             high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
-            tma.async_copy_global_to_shared(low_desc, [weight_row, k], bar, low)
-            tma.async_copy_global_to_shared(high_desc, [weight_row + BELOW, k], bar, high)
+            tma_load(low_desc, [weight_row, k], bar, low)
+            tma_load(high_desc, [weight_row + BELOW, k], bar, high)
             gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, BK)
             if whole:
                 rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import scaled
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, load_span, put_span, span_layout
@@ -85,8 +86,8 @@ def bring_rows(
     LOADED: gl.constexpr = "group" if ROUNDING == "row" else ROUNDING
     PUT: gl.constexpr = "largest" if ROUNDING == "row" else ROUNDING
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_lines = x_rows._reinterpret(x_rows.dtype, [PASSES, LINES, STEP], x_rows.layout)
-    scale_lines = buffers[1]._reinterpret(gl.float32, [PASSES, LINES], flat)
+    x_lines = reinterpret(x_rows, x_rows.dtype, [PASSES, LINES, STEP], x_rows.layout)
+    scale_lines = reinterpret(buffers[1], gl.float32, [PASSES, LINES], flat)
     by_line: gl.constexpr = gl.SliceLayout(1, span_layout(gl.num_warps(), STEP))
     place = gl.arange(0, LINES, by_line) % N
     slots = gl.where(place < rows, first_row + place, -1)
@@ -109,7 +110,7 @@ def bring_rows(
             to, to_scales = x_lines.index(first + i), scale_lines.index(first + i)
             put_span(more[i], known, to, to_scales, x_rows.dtype, E8M0, PUT)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -136,7 +137,7 @@ def multiply_rows(
         else:
             total = warpgroup_mma(ring.index(stage), x, total, is_async=True)
             total = warpgroup_mma_wait(0, deps=(total,))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         if STEPPED:
             total += scaled(part, buffers, k, BY_STEP)

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_direct_common import UNSPECIALIZED, load_experts, open_ring
 from fusedmoe.kernels.triton.hopper_direct_down import load_down, load_pick, store_sum
@@ -83,8 +84,8 @@ def down_consumer(
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     STEPS: gl.constexpr = padded(KSTEPS)
     TILES: gl.constexpr = (N + VALID - 1) // VALID
-    w_all = buffers[2]._reinterpret(
-        gl.float32, [buffers[2].shape[0], M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    w_all = reinterpret(
+        buffers[2], gl.float32, [buffers[2].shape[0], M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     m = gl.arange(0, M, gl.SliceLayout(1, ACC))
     n = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, ACC)), 0)
@@ -113,7 +114,7 @@ def down_consumer(
         expert, weight = load_pick(ids, sizes, weights_ptr, token, pick, PICKS)
         if BY_STEP:
             w_all.store(w_scale)
-            gl.thread_barrier()
+            barrier()
         total, stage, phase = multiply_rows(
             ring, buffers, bars, stage, phase, KSTEPS, STEPPED, BY_STEP, ACC
         )

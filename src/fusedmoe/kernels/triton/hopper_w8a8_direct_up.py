@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
     live_task,
@@ -58,8 +59,8 @@ def up_consumer(
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     STEPS: gl.constexpr = padded(KSTEPS)
     WIDE: gl.constexpr = VALID if GATED else 2 * VALID
-    w_all = buffers[2]._reinterpret(
-        gl.float32, [buffers[2].shape[0], M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    w_all = reinterpret(
+        buffers[2], gl.float32, [buffers[2].shape[0], M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     tasks = sizes[0] * TILES
     programs = gl.num_programs(0)
@@ -77,7 +78,7 @@ def up_consumer(
         column = task % TILES * WIDE
         if BY_STEP:
             w_all.store(w_scale)
-            gl.thread_barrier()
+            barrier()
         total, stage, phase = multiply_rows(
             ring, buffers, bars, stage, phase, KSTEPS, STEPPED, BY_STEP, ACC
         )

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_common import known, next_stage, open_barriers
 from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_task
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
@@ -159,8 +160,8 @@ def gemm_kernel(
     BY_STEP: gl.constexpr = GROUP > 0
     # A step of the weights' scales where they do not change by steps is never looked at.
     w_span = gl.allocate_shared_memory(gl.float32, [SPAN if BY_STEP else 1, TILE], flat)
-    w_all = w_span._reinterpret(
-        gl.float32, [w_span.shape[0], TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    w_all = reinterpret(
+        w_span, gl.float32, [w_span.shape[0], TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     spans = (x_span, scale_span, w_span)
     bars = open_barriers(STAGES, 0)
@@ -241,7 +242,7 @@ def gemm_kernel(
             if BY_STEP:
                 w_all.store(float_scale(w_scales))
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             last = span + 1 == SPANS
             first = gl.where(last, 0, (span + 1) * SPAN)
             slots = gl.where(last, next_slots, slots)
@@ -257,7 +258,7 @@ def gemm_kernel(
             for k in range(gl.minimum(PER_SPAN, KSTEPS - span * PER_SPAN)):
                 mbarrier.wait(bars.index(stage), phase)
                 total = add_products(total, ring, spans, stage, k, DEPTH, STEPPED, BY_STEP)
-                gl.thread_barrier()
+                barrier()
                 fill(
                     span * PER_SPAN + k + STAGES, stage, queue, experts, tasks, descs, ring, bars,
                     sizes, KSTEPS, TILES, VALID, GATED,

@@ -13,6 +13,7 @@ given    one number for all of them
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedmoe.kernels.triton.gluon_names import reinterpret
 from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, quantized, scale_from, scale_of
 
 STEP = gl.constexpr(128)
@@ -88,9 +89,9 @@ def put_span(
         words: gl.constexpr = gl.NVMMASharedLayout(
             swizzle_byte_width=128, element_bitwidth=32, rank=2
         )
-        x_span._reinterpret(gl.int32, [LINES, values.shape[1]], words).store(values)
+        reinterpret(x_span, gl.int32, [LINES, values.shape[1]], words).store(values)
     else:
-        lines = x_span._reinterpret(DTYPE, [LINES, STEP], x_span.layout)
+        lines = reinterpret(x_span, DTYPE, [LINES, STEP], x_span.layout)
         wide = values.to(gl.float32)
         if ROUNDING == "group":
             scale = scale_of(wide, 1, DTYPE, E8M0)
@@ -100,4 +101,4 @@ def put_span(
         else:
             scale = known
         lines.store(quantized(wide, gl.expand_dims(scale, 1), DTYPE))
-    scale_span._reinterpret(gl.float32, [LINES], scale_span.layout).store(scale)
+    reinterpret(scale_span, gl.float32, [LINES], scale_span.layout).store(scale)

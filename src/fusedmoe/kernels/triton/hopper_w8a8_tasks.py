@@ -7,8 +7,9 @@ VALID are loaded.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import known
 from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
 
@@ -89,8 +90,8 @@ def fill(
             at = byte + step * STEP_BYTES
             for first in gl.static_range(0, VALID, BOX):
                 low, high = part.slice(first, BOX, 0), part.slice(HALF + first, BOX, 0)
-                tma.async_copy_global_to_shared(descs[0], [row + first, at], bar, low)
-                tma.async_copy_global_to_shared(descs[1], [row + below + first, at], bar, high)
+                tma_load(descs[0], [row + first, at], bar, low)
+                tma_load(descs[1], [row + below + first, at], bar, high)
 
 
 @gluon.jit
