@@ -21,6 +21,7 @@ from fusedmoe.quantization.keys import (
     INT8_DYNAMIC_TOKEN,
     MXFP4_DYNAMIC,
     MXFP6_E3M2_DYNAMIC,
+    MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
     QuantKey,
 )
@@ -65,6 +66,7 @@ ROWS: dict[str, QuantKey] = {
     "int4_g128_by_fp8": FP8_DYNAMIC_TOKEN,
     "nvfp4_by_nvfp4": NVFP4_DYNAMIC,
     "mxfp4_by_mxfp4": MXFP4_DYNAMIC,
+    "mxfp8_by_mxfp8": MXFP8_DYNAMIC,
     "mxfp6_e3m2_by_mxfp6": MXFP6_E3M2_DYNAMIC,
 }
 """How rows are quantized beside these weights; rows of the others stay as they come."""
