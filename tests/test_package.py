@@ -51,6 +51,20 @@ def test_importing_brings_in_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_layer_is_built_and_run_without_the_compiler_and_triton() -> None:
+    """Both take longer to import than all of this library."""
+    done = python(
+        "import sys, torch\n"
+        "from fusedmoe import FusedMoE, explain\n"
+        "layer = FusedMoE(4, 2, 16, 8, params_dtype=torch.float32)\n"
+        "explain(layer)\n"
+        "layer(torch.randn(3, 16), torch.randn(3, 4))\n"
+        "heavy = {'torch._dynamo', 'sympy', 'triton', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_touches_no_device() -> None:
     done = python(
         "import torch, fusedmoe\n"

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedmoe import FusedMoE
 from fusedmoe.runner.inputs import TokenBatch
-from fusedmoe.runner.opaque import tensors_of
+from fusedmoe.runner.opaque import can_be_opaque, tensors_of
 from fusedmoe.runner.operator import routed_experts
 
 E, K, H, I = 6, 2, 16, 8  # noqa: E741
@@ -69,6 +69,12 @@ def compiled(layer, **arguments):
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+def test_the_question_is_marked_as_torch_marks_constants():
+    marked = torch.compiler.assume_constant_result(lambda number: True)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(can_be_opaque).items()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -50,7 +50,6 @@ def part_of(number: int) -> Any:
     return _parts[number]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def can_be_opaque(number: int) -> bool:
     """Asked once, while a call is traced: the answer is a constant without guards.
 
@@ -58,6 +57,11 @@ def can_be_opaque(number: int) -> bool:
     torch 2.11.)
     """
     return not torch.compiler.is_exporting() and bool(_parts[number].can_be_opaque())
+
+
+# What ``torch.compiler.assume_constant_result`` does, which to do so imports the whole compiler:
+# more than a second, and Triton, for everybody who builds a layer.
+can_be_opaque._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def owners_in(*modules: nn.Module) -> tuple[Owners, Names]:
