@@ -26,7 +26,7 @@ from fusedmoe.router.base import FusedMoERouter
 from fusedmoe.router.routers import CustomRoutingFunction
 from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.moe_runner import MoERunner
-from fusedmoe.runner.reduction import RankSum
+from fusedmoe.runner.reduction import RankSum, commutes_with_sum
 from fusedmoe.weights.expert_map import ExpertMapManager, Placement, determine_expert_counts
 from fusedmoe.weights.params_mapping import DEFAULT_CHECKPOINT_NAMES, CheckpointNames
 from fusedmoe.weights.routed_experts import RoutedExperts
@@ -240,16 +240,23 @@ def FusedMoE(
     if enable_eplb and not method.supports_eplb:
         raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
     if groups.connected:
-        facts = facts_of(method.moe_config) | facts_of_method(method, groups)
-        facts |= {
-            "enable_eplb": str(enable_eplb),
-            "intermediate_size": str(intermediate_size),
+        around = {
+            "prefix": prefix,
+            "enable_eplb": enable_eplb,
+            "intermediate_size": intermediate_size,
             "router": repr(getattr(layer_router, "spec", type(layer_router).__name__)),
             "placement": expert_placement,
-            "removed_experts": str(expert_substitution and expert_substitution.removed),
-            "shared_experts": str(shared_experts is not None),
-            "reduce_results": str(reduce_results),
+            "removed_experts": expert_substitution and expert_substitution.removed,
+            "shared_experts": shared_experts is not None,
+            "shared_experts_sharded": shared_experts_sharded,
+            "routed_input_transform": routed_input_transform is not None,
+            "routed_output_transform": routed_output_transform is not None,
+            "transformed before the sum": commutes_with_sum(routed_output_transform),
+            "output scale": routed_scaling_factor if apply_routed_scale_to_output else 1.0,
+            "reduce_results": reduce_results,
         }
+        facts = facts_of(method.moe_config) | facts_of_method(method, groups)
+        facts |= {name: str(value) for name, value in around.items()}
         check_agreement(facts, groups, f"the layer {prefix}" if prefix else "this layer")
     routed_experts = (routed_experts_cls or RoutedExperts)(
         method.moe_config,

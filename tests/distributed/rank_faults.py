@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from rank_layers import E, H, I, K, Layout, build, make_groups, rows
+from rank_layers import E, H, I, K, Layout, build, linear, make_groups, rows
 from rank_micro_batches import kernel_of
 
 from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization
@@ -32,7 +32,11 @@ def check_disagreement() -> None:
     common = {"parallel": groups, "params_dtype": torch.float32}
     format_of_rank = "int8_channel" if odd else "fp8_channel"
     peers: Any = object() if odd else None
+    whole = make_groups(Layout(dp=2, tp=2, ep=True, spanning=True))[0].ep
+    spanning = whole if odd else None
+    shared, transform = linear(1), linear(2, bias=odd)
     dtypes = "in_dtype is torch.float32, torch.float32, torch.bfloat16, torch.float32"
+    scale = {"apply_routed_scale_to_output": True}
     for message, changed in (
         ("num_experts is 6, 6, 8, 6", {"num_experts": E + 2 * odd}),
         ("hidden_dim is 8, 8, 16, 8", {"hidden_size": H * (1 + odd)}),
@@ -47,6 +51,18 @@ def check_disagreement() -> None:
         ("enable_eplb is", {"enable_eplb": odd}),
         ("peers is False, False, True", {"parallel": replace(groups, peers=peers)}),
         ("placement is", {"expert_placement": "round_robin" if odd else "linear"}),
+        (
+            "ep group is False, False, True",
+            {"parallel": replace(groups, ep=spanning if odd else None)},
+        ),
+        ("prefix is layers.1, layers.1, layers.2", {"prefix": f"layers.{1 + odd}"}),
+        ("shared_experts is", {"shared_experts": shared if odd else None}),
+        ("experts_sharded is", {"shared_experts": shared, "shared_experts_sharded": odd}),
+        ("input_transform is", {"routed_input_transform": shared if odd else None}),
+        ("output_transform is", {"routed_output_transform": shared if odd else None}),
+        ("before the sum is True, True, False", {"routed_output_transform": transform}),
+        ("output scale is 2.5, 2.5, 2.0", scale | {"routed_scaling_factor": 2.5 - odd / 2}),
+        ("reduce_results is", {"reduce_results": odd}),
     ):
         sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}
         with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import rank_eplb
+import torch
 
 
 @pytest.mark.parametrize("use_async", [True, False])
@@ -19,13 +20,23 @@ def test_an_expert_travels_with_all_of_its_tensors(ranks):
     ranks.run(rank_eplb.check_all_dtypes_travel_together)
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "int4_g32", "nvfp4"])
-def test_quantized_experts_move_with_their_scales(ranks, name):
-    ranks.run(rank_eplb.check_quantized_layer, name)
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("fp8_block", torch.float32, 1e-5),
+        ("nvfp4", torch.float32, 1e-5),
+        ("mxfp4", torch.float32, 1e-5),
+        ("int4_g32", torch.bfloat16, 2e-2),
+        ("int8_channel", torch.bfloat16, 2e-2),
+    ],
+)
+def test_quantized_experts_move_while_layers_go_on(ranks, name, dtype, tolerance):
+    ranks.run(rank_eplb.check_quantized_while_serving, name, dtype, tolerance)
 
 
-def test_ranks_join_and_leave(ranks):
-    ranks.run(rank_eplb.check_elastic)
+@pytest.mark.parametrize("name", [None, "fp8_channel"])
+def test_ranks_join_and_leave(ranks, name):
+    ranks.run(rank_eplb.check_elastic, name)
 
 
 def test_layers_that_cannot_be_balanced_together(ranks):

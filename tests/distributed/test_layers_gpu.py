@@ -7,6 +7,8 @@ import rank_eplb
 import torch
 from rank_layers import Layout, check_layout
 
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
+
 pytestmark = pytest.mark.multigpu
 
 WORLD = 4 if torch.cuda.device_count() >= 4 else 2
@@ -54,5 +56,8 @@ def test_experts_move_while_layers_go_on(gpu_ranks, use_async):
     gpu_ranks.run(rank_eplb.check_balancing, use_async, "cuda", 1e-2)
 
 
-def test_experts_move_beside_captured_graphs(gpu_ranks):
-    gpu_ranks.run(rank_eplb.check_balancing_beside_graphs)
+@pytest.mark.parametrize(
+    ("name", "key"), [(None, None), ("fp8_block", FP8_DYNAMIC_128), ("mxfp4", None)]
+)
+def test_experts_move_beside_captured_graphs(gpu_ranks, name, key):
+    gpu_ranks.run(rank_eplb.check_balancing_beside_graphs, name, key)

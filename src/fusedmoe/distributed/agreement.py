@@ -56,6 +56,7 @@ def facts_of_method(method: FusedMoEMethodBase, groups: ParallelGroups) -> dict[
 def facts_of_groups(groups: ParallelGroups) -> dict[str, str]:
     """Which ways are open to tokens, as text."""
     return {
+        "ep group": str(groups.ep is not None),
         "peers": str(groups.peers is not None),
         "deep_ep": str(groups.deep_ep is not None),
     }

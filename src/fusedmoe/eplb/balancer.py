@@ -99,6 +99,7 @@ class ExpertBalancer:
         )
         facts = {name: str(value) for name, value in asdict(self.config).items()}
         facts |= {"layers": str(L), "physical_to_logical": str(self.physical_to_logical.tolist())}
+        facts["transfer_group"] = str(transfer_group is not None)
         check_agreement(facts, ParallelGroups(dp=group), "the balancer")
         device = self.layers[0].routed_experts.w13_weight.device
         self.expert_load = torch.zeros(L, P, dtype=torch.int32, device=device)
