@@ -316,7 +316,7 @@ def check_late_rows(name: str, tokens: list[int]) -> None:
             fill(layer, w13, w2, slice(rank * E // world, (rank + 1) * E // world))
         layers.append(layer)
         memories.append(memory)
-    hold_back_rows(memories[1])
+    copied_rows = hold_back_rows(memories[1])
     x = torch.empty(tokens[rank], H, dtype=torch.bfloat16, device="cuda")
     logits = torch.empty(tokens[rank], E, device="cuda")
 
@@ -341,6 +341,7 @@ def check_late_rows(name: str, tokens: list[int]) -> None:
         sent, copied = (forward(layer) for layer in layers)
         assert torch.isfinite(sent).all()
         assert torch.equal(sent, copied)
+        assert copied_rows == [max(tokens)] * (step + 1)
     graph, out = record_graph(lambda: forward(layers[1]), torch.cuda.Stream())
     for step in range(3):
         fill_inputs(step)
@@ -351,17 +352,20 @@ def check_late_rows(name: str, tokens: list[int]) -> None:
         memory.close()
 
 
-def hold_back_rows(memory: PeerMemory, cycles: int = 4_000_000) -> None:
-    """From now on they leave two milliseconds after everything else."""
-    copy_rows = memory.copy_rows
+def hold_back_rows(memory: PeerMemory, cycles: int = 4_000_000) -> list[int]:
+    """From now on they leave two milliseconds after everything else; how many, forward by forward,
+    is in the list."""
+    copy_rows, counts = memory.copy_rows, []
 
     def later(*arguments: Any) -> None:
+        counts.append(arguments[2])
         memory._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(memory._stream):
             torch.cuda._sleep(cycles)
         copy_rows(*arguments)
 
     memory.copy_rows = later  # type: ignore[method-assign]
+    return counts
 
 
 def check_batched(name: str, tokens: list[int]) -> None:

@@ -47,7 +47,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
     name = "peer"
     launches_the_wire = True
-    carried = (*Dispatching.carried, "memory", "_may_send_sums")
+    carried = (*Dispatching.carried, "rows_may_be_late", "memory", "_may_send_sums")
     memory: PeerMemory
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
