@@ -37,6 +37,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig
 from fusedmoe.experts.hopper import hopper_experts, scratch_rows
 from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.routing import routing
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
 from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, hopper_tiles
@@ -83,11 +84,12 @@ class Rank:
 
     def call(self, tiles: HopperTiles, index: int) -> None:
         layer, chosen = self.layers[index], self.routed(index)
-        hopper_experts(
+        work = ExpertsWork(
             self.out, self.x, layer.w1, layer.w2, chosen.topk_weights, chosen.topk_ids,
-            self.shape.activation, NUMBERS, self.shape.E, self.map, layer.b1, layer.b2,
-            self.first, self.second, tiles=tiles,
+            self.shape.activation, self.shape.E, self.map, workspace13=self.first,
+            workspace2=self.second,
         )  # fmt: skip
+        hopper_experts(work, NUMBERS, layer.b1, layer.b2, tiles=tiles)
 
     def result(self, tiles: HopperTiles) -> torch.Tensor:
         """Of the first weights and ids, from poisoned scratch."""

@@ -59,6 +59,7 @@ from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.read_all import read_all
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.quantization.keys import (
@@ -163,7 +164,7 @@ def hopper() -> None:
         ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
         for tiles in kinds:
             rows = scratch_rows(tiles, T * picks, e)
-            hopper_experts(
+            work = ExpertsWork(
                 torch.empty(T, H, device="cuda", dtype=torch.bfloat16),
                 normal(T, H),
                 w1,
@@ -171,15 +172,11 @@ def hopper() -> None:
                 torch.rand(T, picks, device="cuda"),
                 ids,
                 MoEActivation.SWIGLUOAI,
-                ApplyMoEActivationConfig(),
                 e,
-                None,
-                w1_bias,
-                w2_bias,
-                torch.empty(rows, width, device="cuda", dtype=torch.bfloat16),
-                torch.empty(rows, H, device="cuda", dtype=torch.bfloat16),
-                tiles=tiles,
+                workspace13=torch.empty(rows, width, device="cuda", dtype=torch.bfloat16),
+                workspace2=torch.empty(rows, H, device="cuda", dtype=torch.bfloat16),
             )
+            hopper_experts(work, ApplyMoEActivationConfig(), w1_bias, w2_bias, tiles=tiles)
             torch.cuda.synchronize()
             print("hopper", T, type(tiles).__name__, flush=True)
 

@@ -285,7 +285,7 @@ def test_weights_in_another_layout_are_refused(change, message):
 def test_missing_parts_are_errors():
     one = DeepGemmExperts(LAYER.config(), FusedMoEQuantConfig())
     with pytest.raises(ValueError, match="need scales per block, found none"):
-        one.weights(torch.zeros(1), torch.zeros(1))
+        one.scales()
     batched = BatchedDeepGemmExperts(LAYER.config(), FusedMoEQuantConfig(), 4, 1)
     rows = torch.zeros(4, 4, 256)
     with pytest.raises(ValueError, match=r"expert_num_tokens \[4\], got None"):

@@ -15,7 +15,7 @@ from fusedmoe.experts.hopper import _readable as readable
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
-from fusedmoe.modular_kernel import FusedMoEActivationFormat
+from fusedmoe.modular_kernel import ExpertsWork, FusedMoEActivationFormat
 from hopper_compiler import run_program
 
 LAYER = Layer(T=3, K=2, E=4, H=48, I=32, dtype=torch.bfloat16)
@@ -109,12 +109,13 @@ def test_biases_and_maps_may_be_strided(T, monkeypatch):
     out = torch.full_like(tensors["hidden_states"], float("nan"))
     tiles = hopper.hopper_tiles(T, layer.K, layer.E, 2, layer.H, layer.I)
     rows = hopper.scratch_rows(tiles, T * layer.K, 2)
-    hopper.hopper_experts(
+    work = ExpertsWork(
         out, *(tensors[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
-        layer.activation, layer.numbers, layer.E,
-        *(tensors[n] for n in ("expert_map", "w1_bias", "w2_bias")),
-        out.new_empty(rows, layer.I), out.new_empty(rows, layer.H), tiles=tiles,
+        layer.activation, layer.E, tensors["expert_map"],
+        workspace13=out.new_empty(rows, layer.I), workspace2=out.new_empty(rows, layer.H),
     )  # fmt: skip
+    biases = tensors["w1_bias"], tensors["w2_bias"]
+    hopper.hopper_experts(work, layer.numbers, *biases, tiles=tiles)
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
 
 

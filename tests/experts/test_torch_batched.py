@@ -65,7 +65,9 @@ def test_rows_past_the_count_are_not_read():
     assert torch.equal(*outs)
     assert (outs[0][1] == 0).all()
     assert outs[0].isfinite().all()
-    with pytest.raises(ValueError, match=r"expert_num_tokens \[4\] and as many batches, got None"):
+    with pytest.raises(
+        ValueError, match=r"expert_num_tokens \[4\], got None, and as many batches, got 4"
+    ):
         experts.apply(
             *(outs[0], rows, *weights, torch.ones(T, 2), torch.zeros(T, 2)),
             *(layer.moe_config.activation, 4, None, *nothing, None, False),

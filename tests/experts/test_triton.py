@@ -7,6 +7,7 @@ from expert_layers import Layer
 from fusedmoe import MoEOptions, fused_experts
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.triton import TritonExperts, triton_experts
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.quantization.config import FusedMoEQuantConfig, FusedMoEQuantDesc
 
@@ -84,17 +85,15 @@ def test_padding_slots_and_ids_of_no_expert_count_as_nothing(bodies):
     ids[3] = torch.tensor([1000, -77], dtype=torch.int32)
     tensors["topk_weights"][ids < 0] = NAN
     output = torch.full((6, 40), NAN)
-    triton_experts(
+    work = ExpertsWork(
         output,
         *(tensors[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
         layer.activation,
-        layer.numbers,
-        None,
-        None,
-        None,
-        torch.full((12, 24), NAN),
-        torch.full((12, 40), NAN),
+        4,
+        workspace13=torch.full((12, 24), NAN),
+        workspace2=torch.full((12, 40), NAN),
     )
+    triton_experts(work, layer.numbers, None, None)
     safe = tensors | {"topk_weights": tensors["topk_weights"].nan_to_num()}
     assert_right(output, layer, safe)
     assert (output[[0, 3]] == 0).all()
@@ -184,9 +183,9 @@ def test_ops_keep_their_promises(name):
         (*given, rest[1:], "", rest[0], act, False, -1, numbers, False, None, None, False),
     )
     scratch = torch.zeros(7, 2, 24), torch.zeros(7, 2, 40)
+    work = (torch.zeros(7, 40), *given, act, layer.E, rest[0], None, None, *scratch, False)
     torch.library.opcheck(
-        torch.ops.fusedmoe.triton_experts.default,
-        (torch.zeros(7, 40), *given, act, numbers, *rest, *scratch, False),
+        torch.ops.fusedmoe.triton_experts.default, (*work, numbers, *rest[1:], False, None)
     )
 
 

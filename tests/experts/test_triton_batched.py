@@ -162,5 +162,8 @@ def test_the_op_keeps_its_promises_and_compiles():
     biases = experts.quant_config.w1_bias, experts.quant_config.w2_bias
     torch.library.opcheck(
         torch.ops.fusedmoe.batched_triton_experts.default,
-        (*tensors[:4], counts, "silu", layer.numbers.numbers(), *biases, rest[5], False),
+        (
+            *(*tensors, "silu", 4, None, None, None, rest[5], None, False),
+            *(counts, layer.numbers.numbers(), *biases, False),
+        ),
     )

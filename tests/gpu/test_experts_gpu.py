@@ -156,9 +156,10 @@ def test_ops_keep_their_promises(name):
         torch.zeros(layer.T, layer.K, width, device="cuda", dtype=layer.dtype)
         for width in (layer.I, layer.H)
     ]
+    out = torch.zeros_like(given[0])
+    work = (out, *given, act, layer.E, rest[0], None, None, *scratch, False)
     torch.library.opcheck(
-        torch.ops.fusedmoe.triton_experts.default,
-        (torch.zeros_like(given[0]), *given, act, numbers, *rest, *scratch, False),
+        torch.ops.fusedmoe.triton_experts.default, (*work, numbers, *rest[1:], False, None)
     )
 
 

@@ -12,6 +12,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.hopper_support import missing_gluon
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (
@@ -86,27 +87,25 @@ def run(layer, tensors, tiles=None, batch_invariant=False):
     rows = scratch_rows(chosen, T * layer.K, e)
     weights = tensors["topk_weights"]
     if layer.weight_on_input:
-        x, weights = x * weights.to(x.dtype), None
-    out = torch.full_like(x, NAN)
-    hopper_experts(
-        out,
+        x = x * weights.to(x.dtype)
+    work = ExpertsWork(
+        torch.full_like(x, NAN),
         x,
         tensors["w1"],
         tensors["w2"],
         weights,
         tensors["topk_ids"],
         layer.activation,
-        layer.numbers,
         layer.E,
         tensors["expert_map"],
-        tensors["w1_bias"],
-        tensors["w2_bias"],
-        x.new_full((rows, layer.I), NAN),
-        x.new_full((rows, layer.H), NAN),
-        batch_invariant=batch_invariant,
-        tiles=tiles,
+        workspace13=x.new_full((rows, layer.I), NAN),
+        workspace2=x.new_full((rows, layer.H), NAN),
+        apply_router_weight_on_input=layer.weight_on_input,
     )
-    return out
+    biases = tensors["w1_bias"], tensors["w2_bias"]
+    how = {"batch_invariant": batch_invariant, "tiles": tiles}
+    hopper_experts(work, layer.numbers, *biases, **how)
+    return work.output
 
 
 def test_gluon_is_there():
@@ -270,12 +269,12 @@ def test_the_op_keeps_its_promises(name):
             torch.zeros_like(given[0]),
             *given,
             layer.activation.value,
-            layer.numbers.numbers(),
             layer.E,
             t["expert_map"],
+            *(None, None, *scratch, False),
+            layer.numbers.numbers(),
             t["w1_bias"],
             t["w2_bias"],
-            *scratch,
             False,
         ),
     )

@@ -16,6 +16,7 @@ from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.functional_call import option_words, options_of
 from fusedmoe.experts.triton import tokens_here, triton_experts
 from fusedmoe.layer import FusedMoE
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
 from fusedmoe.tuning.table_file import make_table, table_from_text
@@ -266,10 +267,9 @@ def test_the_triton_experts_run_with_a_tables_tiles(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(triton, "slot_blocks", lambda *a: heights.append(a[3]) or blocks(*a))
     out = torch.full((5, 32), torch.nan)
     x, w1, w2, weights, ids = given.values()
-    scratch = torch.empty(10, 48), torch.empty(10, 32)
-    silu, numbers = MoEActivation.SILU, ApplyMoEActivationConfig()
-    triton_experts(
-        out, x, w1, w2, weights, ids, silu, numbers, None, None, None, *scratch, table=table
-    )
+    scratch = {"workspace13": torch.empty(10, 48), "workspace2": torch.empty(10, 32)}
+    silu, E = MoEActivation.SILU, w1.shape[0]
+    work = ExpertsWork(out, x, w1, w2, weights, ids, silu, E, **scratch)
+    triton_experts(work, ApplyMoEActivationConfig(), None, None, table=table)
     assert heights == [64]
     torch.testing.assert_close(out, fused_experts(**given), rtol=1e-5, atol=1e-5)

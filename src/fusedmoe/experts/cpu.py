@@ -11,9 +11,10 @@ from fusedmoe.experts.cpu_core import cpu_fused_experts
 from fusedmoe.experts.cpu_run import Products, scratch_rows
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,
+    ProblemSize,
     WorkspaceShapes,
 )
 
@@ -33,54 +34,30 @@ class CpuExperts(FusedMoEExpertsModular):
     def capabilities(cls) -> ExpertsCapabilities:
         return _CAPABILITIES
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
-        return WorkspaceShapes((scratch_rows(M, topk, K), K * per_float), (0,), (M, K))
+        rows = scratch_rows(size.M, size.topk, size.K)
+        return WorkspaceShapes((rows, size.K * per_float), (0,), (size.M, size.K))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        output.copy_(
+    def run(self, work: ExpertsWork) -> None:
+        w1, w2, scratch = work.w1, work.w2, work.workspace13
+        work.output.copy_(
             cpu_fused_experts(
-                hidden_states,
+                work.hidden_states,
                 w1,
                 w2,
-                weights,
-                topk_ids,
-                activation=activation,
+                work.output_weights_or_ones,
+                work.topk_ids,
+                activation=work.activation,
                 activation_config=self.activation_config,
                 w1_bias=self.quant_config.w1_bias,
                 w2_bias=self.quant_config.w2_bias,
-                expert_map=expert_map,
-                global_num_experts=global_num_experts,
+                expert_map=work.expert_map,
+                global_num_experts=work.global_num_experts,
                 batch_invariant=self.moe_config.options.batch_invariant,
-                scratch=None if workspace13 is None else workspace13.view(torch.float32),
+                scratch=None if scratch is None else scratch.view(torch.float32),
                 products=None if torch.compiler.is_compiling() else self.products(w1, w2),
             )
         )

@@ -26,7 +26,12 @@ from fusedmoe.experts.packed_weight import (
 )
 from fusedmoe.experts.quantized_operands import quantized_pair
 from fusedmoe.experts.torch_quantized import TorchQuantizedExperts
-from fusedmoe.modular_kernel import ExpertsCapabilities, ExpertTokensMetadata, WorkspaceShapes
+from fusedmoe.modular_kernel import (
+    ExpertsCapabilities,
+    ExpertsWork,
+    ProblemSize,
+    WorkspaceShapes,
+)
 from fusedmoe.quantization.desc import FusedMoEQuantDesc
 from fusedmoe.quantization.formats.keys import INTEGER_WEIGHTS
 from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR, PER_CHANNEL, QuantKey
@@ -117,83 +122,35 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
             )
         return None if first is None or second is None else (first, second)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
-        return WorkspaceShapes((scratch_rows(M, topk, K), K * per_float), (0,), (M, K))
+        rows = scratch_rows(size.M, size.topk, size.K)
+        return WorkspaceShapes((rows, size.K * per_float), (0,), (size.M, size.K))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
         if torch.compiler.is_compiling():
-            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
-            run_opaque(self, self.name, *given)
+            run_opaque(self, self.name, work)
             return
-        products = self._products(w1, w2)
+        products = self._products(work.w1, work.w2)
         if products is None:
-            unpack(w1)
-            unpack(w2)
-            super().apply(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
+            unpack(work.w1)
+            unpack(work.w2)
+            super().run(work)
             return
-        e, width, _ = w1.shape
-        layer = Layer(
-            products,
-            self.quant_config.w1_bias,
-            self.quant_config.w2_bias,
-            activation,
-            self.activation_config,
-            width,
-        )
-        output.copy_(
+        e, width, _ = work.w1.shape
+        biases, scratch = (self.quant_config.w1_bias, self.quant_config.w2_bias), work.workspace13
+        layer = Layer(products, *biases, work.activation, self.activation_config, width)
+        work.output.copy_(
             run_layer(
                 layer,
-                Route.make(e, expert_map, global_num_experts),
-                hidden_states.float(),
-                weights.float(),
-                topk_ids,
+                Route.make(e, work.expert_map, work.global_num_experts),
+                work.hidden_states.float(),
+                work.output_weights_or_ones.float(),
+                work.topk_ids,
                 self.moe_config.options.batch_invariant,
-                None if workspace13 is None else workspace13.view(torch.float32),
+                None if scratch is None else scratch.view(torch.float32),
             )
         )
 

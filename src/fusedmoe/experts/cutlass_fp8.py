@@ -15,18 +15,16 @@ from fusedmoe.experts.cutlass_fp8_run import (
     FUNCTION,
     STRIDE_BYTES,
     batched,
-    batched_op,
     row_scales,
     standard,
-    standard_op,
 )
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
-    rows_per_expert,
 )
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
@@ -81,10 +79,10 @@ class CutlassExpertsFp8Base(FusedMoEExpertsModular):
             if config.w1_scale is None or config.w2_scale is None:
                 raise ValueError("w1 and w2 need scales, found none")
             interleaved = activation is MoEActivation.SWIGLUOAI
-            e = w1.shape[0]
+            (e, N, _), H = w1.shape, w2.shape[1]
             self._scales = (
-                row_scales(config.w1_scale, e, w1.shape[1], interleaved=interleaved),
-                row_scales(config.w2_scale, e, w2.shape[1]),
+                row_scales(config.w1_scale, e, N, interleaved=interleaved),
+                row_scales(config.w2_scale, e, H),
             )
             self._seen = seen
         assert self._scales is not None
@@ -100,59 +98,18 @@ class CutlassExpertsFp8(CutlassExpertsFp8Base):
     def capabilities(cls) -> ExpertsCapabilities:
         return _capabilities(FusedMoEActivationFormat.Standard)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The permuted rows in bytes, then the activation's output; torch allocates the GEMMs'."""
-        width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((M, topk, -(-K // 2)), (M, topk, width), (M, K))
+        width = self.adjust_N_for_activation(size.N, activation)
+        M, topk, H = size.M, size.topk, size.K
+        return WorkspaceShapes((M, topk, -(-H // 2)), (M, topk, width), (M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        w1_scale, w2_scale = self.scales(w1, w2, activation)
-        run = standard_op if torch.compiler.is_compiling() else standard
-        run(
-            output,
-            hidden_states,
-            a1q_scale,
-            *(w1, w1_scale, w2, w2_scale),
-            self.per_token,
-            self.quant_config.a1_scale,
-            self.quant_config.a2_scale,
-            torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights,
-            topk_ids,
-            activation.value,
-            self.activation_config.numbers(),
-            expert_map,
-            workspace13,
-            workspace2,
-        )
+    def run(self, work: ExpertsWork) -> None:
+        scales = self.scales(work.w1, work.w2, work.activation)
+        rows = self.quant_config.a1_scale, self.quant_config.a2_scale
+        standard(work, *scales, self.per_token, *rows, self.activation_config)
 
 
 class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
@@ -165,56 +122,19 @@ class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
     def capabilities(cls) -> ExpertsCapabilities:
         return _capabilities(FusedMoEActivationFormat.BatchedExperts)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output; M counts rows per expert."""
-        e, width = local_num_experts, self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((0,), (e, M, width), (e, M, K))
+        e, M, N, H, _ = size
+        width = self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((0,), (e, M, width), (e, M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
-        assert workspace2 is not None
-        w1_scale, w2_scale = self.scales(w1, w2, activation)
-        run = batched_op if torch.compiler.is_compiling() else batched
-        run(
-            output,
-            hidden_states,
-            a1q_scale,
-            *(w1, w1_scale, w2, w2_scale),
-            self.per_token,
-            self.quant_config.a1_scale,
-            self.quant_config.a2_scale,
-            counts,
-            activation.value,
-            self.activation_config.numbers(),
-            workspace2,
-        )
+    def run(self, work: ExpertsWork) -> None:
+        counts = work.rows_per_expert
+        scales = self.scales(work.w1, work.w2, work.activation)
+        rows = self.quant_config.a1_scale, self.quant_config.a2_scale
+        batched(work, *scales, self.per_token, *rows, counts, self.activation_config)
 
 
 def _capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:

@@ -13,14 +13,15 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from fusedmoe.activation import ApplyMoEActivationConfig, apply_moe_activation
+from fusedmoe.experts.opaque import opaque
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.modular_kernel.records import ExpertsWork, scratch
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -102,119 +103,87 @@ def _quantized(
     return q, _by_row(scale, x.shape[0])
 
 
+@opaque("fusedmoe::cutlass_fp8_experts", ("output", "workspace13", "workspace2"))
 def standard(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    scale: torch.Tensor | None,
-    w1: torch.Tensor,
+    work: ExpertsWork,
     w1_scale: torch.Tensor,
-    w2: torch.Tensor,
     w2_scale: torch.Tensor,
     per_token: bool,
-    a1_scale: torch.Tensor | None,
-    a2_scale: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    expert_map: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
+    a1_given: torch.Tensor | None,
+    a2_given: torch.Tensor | None,
+    activation_config: ApplyMoEActivationConfig,
 ) -> None:
-    """Write the weighted sum over K, bf16 [T, H], into ``output``.
+    """Write the weighted sum over K, bf16 [T, H], into ``work.output``.
 
-    hidden_states bf16 [T, H], or e4m3 with ``scale`` fp32 [T, 1] or one number; w*_scale fp32
-    [e, N]. ``workspace13`` holds R * H bytes, ``workspace2`` R * I elements of bf16.
+    Rows are bf16 [T, H], or e4m3 with scales fp32 [T, 1] or one number; w*_scale fp32 [e, N];
+    a*_given fp32 [1] scale the rows that enter each product, None: scales are found. The workspaces
+    hold R * H bytes and R * I elements of bf16.
     """
-    (T, H), R, (e, _, width) = hidden_states.shape, topk_ids.numel(), w2.shape
+    x, expert_map = work.hidden_states, work.expert_map
+    (T, H), R, (e, _, width) = x.shape, work.topk_ids.numel(), work.w2.shape
     if R == 0:
-        output.zero_()
+        work.output.zero_()
         return
-    if scale is None:
-        q, by_row = _quantized(hidden_states, per_token, a1_scale)
+    if work.a1q_scale is None:
+        q, by_row = _quantized(x, per_token, a1_given)
     else:
-        q, by_row = hidden_states.contiguous(), _by_row(scale, T)
+        q, by_row = x.contiguous(), _by_row(work.a1q_scale, T)
+    assert work.workspace13 is not None
     rows, row_scale, offsets, inverse, _ = moe_permute(
         q.view(torch.uint8),
         by_row,
-        topk_ids,
+        work.topk_ids,
         e if expert_map is None else expert_map.shape[0],
         e,
         expert_map,
-        permuted_hidden_states=workspace13.flatten().view(torch.uint8)[: R * H].view(R, H),
+        permuted_hidden_states=scratch(work.workspace13.flatten().view(torch.uint8), R, H),
     )
     assert row_scale is not None
     ends = offsets[1:].to(torch.int32)
-    first = scaled_gemm(rows.view(q.dtype), row_scale.flatten(), w1, w1_scale, ends)
-    act = workspace2.flatten()[: R * width].view(R, width)
-    config = ApplyMoEActivationConfig.from_numbers(numbers)
+    first = scaled_gemm(rows.view(q.dtype), row_scale.flatten(), work.w1, w1_scale, ends)
+    act = scratch(work.workspace2, R, width)
     row = torch.arange(R, device=ends.device)
     live = torch.where(row < offsets[-1], 0, -1)[:, None]
-    apply_moe_activation(
-        MoEActivation(activation), act, first, activation_config=config, topk_ids=live
-    )
-    q, by_row = _quantized(act, per_token, a2_scale, None if per_token else live)
-    second = scaled_gemm(q, by_row.flatten(), w2, w2_scale, ends)
-    moe_unpermute(output, second, topk_weights, inverse, offsets)
+    numbers = activation_config
+    apply_moe_activation(work.activation, act, first, activation_config=numbers, topk_ids=live)
+    q, by_row = _quantized(act, per_token, a2_given, None if per_token else live)
+    second = scaled_gemm(q, by_row.flatten(), work.w2, w2_scale, ends)
+    moe_unpermute(work.output, second, work.output_weights_or_ones, inverse, offsets)
 
 
+@opaque("fusedmoe::batched_cutlass_fp8_experts", ("output", "workspace2"))
 def batched(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    scale: torch.Tensor | None,
-    w1: torch.Tensor,
+    work: ExpertsWork,
     w1_scale: torch.Tensor,
-    w2: torch.Tensor,
     w2_scale: torch.Tensor,
     per_token: bool,
-    a1_scale: torch.Tensor | None,
-    a2_scale: torch.Tensor | None,
+    a1_given: torch.Tensor | None,
+    a2_given: torch.Tensor | None,
     counts: torch.Tensor,
-    activation: str,
-    numbers: Sequence[float],
-    workspace2: torch.Tensor,
+    activation_config: ApplyMoEActivationConfig,
 ) -> None:
-    """Write ``output`` bf16 [e, M, H] up to each expert's count, int32 [e]; what follows is unset.
+    """Write ``work.output`` bf16 [e, M, H] up to each expert's count, int32 [e]; what follows is
+    unset.
 
-    hidden_states bf16 [e, M, H], or e4m3 with ``scale`` fp32 [e, M, 1] or one number.
-    ``workspace2`` holds e * M * I elements of bf16.
+    Rows are bf16 [e, M, H], or e4m3 with scales fp32 [e, M, 1] or one number. The second workspace
+    holds e * M * I elements of bf16. Scales are as in ``standard``.
     """
-    (e, M, H), width = hidden_states.shape, w2.shape[2]
+    x, (_, H, width) = work.hidden_states, work.w2.shape
+    e, M, _ = x.shape
     if M == 0:
         return
-    if scale is None:
-        q, by_row = _quantized(hidden_states.reshape(e * M, H), per_token, a1_scale)
+    if work.a1q_scale is None:
+        q, by_row = _quantized(x.reshape(e * M, H), per_token, a1_given)
     else:
-        q, by_row = hidden_states.contiguous(), _by_row(scale, e * M)
-    first = scaled_gemm(q.view(e, M, H), by_row.view(e, M), w1, w1_scale)
-    act = workspace2.flatten()[: e * M * width].view(e, M, width)
-    config = ApplyMoEActivationConfig.from_numbers(numbers)
+        q, by_row = x.contiguous(), _by_row(work.a1q_scale, e * M)
+    first = scaled_gemm(q.view(e, M, H), by_row.view(e, M), work.w1, w1_scale)
+    act = scratch(work.workspace2, e, M, width)
     apply_moe_activation(
-        MoEActivation(activation),
+        work.activation,
         act,
         first,
-        activation_config=config,
+        activation_config=activation_config,
         valid_token_counts=counts.to(torch.int32),
     )
-    q, by_row = _quantized(act.view(e * M, width), per_token, a2_scale)
-    output.copy_(scaled_gemm(q.view(e, M, width), by_row.view(e, M), w2, w2_scale))
-
-
-standard_op = torch.library.custom_op(
-    "fusedmoe::cutlass_fp8_experts",
-    standard,
-    mutates_args=("output", "workspace13", "workspace2"),
-)
-batched_op = torch.library.custom_op(
-    "fusedmoe::batched_cutlass_fp8_experts", batched, mutates_args=("output", "workspace2")
-)
-
-
-@standard_op.register_fake
-def _(*arguments: object) -> None:
-    return None
-
-
-@batched_op.register_fake
-def _(*arguments: object) -> None:
-    return None
+    q, by_row = _quantized(act.view(e * M, width), per_token, a2_given)
+    work.output.copy_(scaled_gemm(q.view(e, M, width), by_row.view(e, M), work.w2, w2_scale))

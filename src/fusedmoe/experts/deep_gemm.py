@@ -13,15 +13,21 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.deep_gemm_ops import batched, batched_op, standard, standard_op
-from fusedmoe.experts.deep_gemm_run import BLOCK, PACKAGE, BlockWeights, aligned_size, package
+from fusedmoe.experts.deep_gemm_run import (
+    BLOCK,
+    PACKAGE,
+    aligned_size,
+    batched_experts,
+    package,
+    standard_experts,
+)
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
-    rows_per_expert,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0, GroupShape, QuantKey
@@ -89,13 +95,12 @@ class _DeepGemm(FusedMoEExpertsModular):
     ) -> str | None:
         return unmet_sizes(moe, activation_key)
 
-    def weights(self, w1: torch.Tensor, w2: torch.Tensor) -> BlockWeights:
-        """Both weights with the scales that the quant config has for them."""
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Those of both weights, and whether all scales are powers of two."""
         config = self.quant_config
         if config.w1_scale is None or config.w2_scale is None:
             raise ValueError("w1 and w2 need scales per block, found none")
-        e8m0 = config.a1.scale_kind == "e8m0"
-        return BlockWeights(w1, config.w1_scale, w2, config.w2_scale, e8m0)
+        return config.w1_scale, config.w2_scale, config.a1.scale_kind == "e8m0"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Raise ValueError where scales that would be cut to exponents are more than that."""
@@ -120,57 +125,16 @@ class DeepGemmExperts(_DeepGemm):
     def capabilities(cls) -> ExpertsCapabilities:
         return deep_gemm_capabilities(FusedMoEActivationFormat.Standard)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """Both GEMMs' output, then the activation's, each expert's rows padded to whole tiles."""
-        rows = aligned_size(M * topk, local_num_experts, self.alignment)
-        width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((rows, max(N, K)), (rows, width), (M, K))
+        rows = aligned_size(size.M * size.topk, size.E, self.alignment)
+        width = self.adjust_N_for_activation(size.N, activation)
+        return WorkspaceShapes((rows, max(size.N, size.K)), (rows, width), (size.M, size.K))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        weights = self.weights(w1, w2)
-        run = standard_op if torch.compiler.is_compiling() else standard
-        run(
-            output,
-            hidden_states,
-            a1q_scale,
-            *(weights.w1, weights.w1_scale, weights.w2, weights.w2_scale, weights.e8m0),
-            torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights,
-            topk_ids,
-            activation.value,
-            self.activation_config.numbers(),
-            expert_map,
-            workspace13,
-            workspace2,
-        )
+    def run(self, work: ExpertsWork) -> None:
+        standard_experts(work, *self.scales(), self.activation_config)
 
 
 class BatchedDeepGemmExperts(_DeepGemm):
@@ -186,53 +150,15 @@ class BatchedDeepGemmExperts(_DeepGemm):
         """Whether dispatch may send exponents instead of scales: not here, scales are fp32."""
         return False
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The first GEMM's output, then the activation's; M counts rows per expert."""
-        e, width = local_num_experts, self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((e, M, N), (e, M, width), (e, M, K))
+        e, M, N, H, _ = size
+        width = self.adjust_N_for_activation(N, activation)
+        return WorkspaceShapes((e, M, N), (e, M, width), (e, M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
-        assert workspace13 is not None
-        assert workspace2 is not None
-        weights = self.weights(w1, w2)
-        run = batched_op if torch.compiler.is_compiling() else batched
-        run(
-            output,
-            hidden_states,
-            a1q_scale,
-            *(weights.w1, weights.w1_scale, weights.w2, weights.w2_scale, weights.e8m0),
-            counts,
-            expected_rows(hidden_states.shape[1], topk_ids.shape[1], global_num_experts),
-            activation.value,
-            self.activation_config.numbers(),
-            workspace13,
-            workspace2,
-        )
+    def run(self, work: ExpertsWork) -> None:
+        counts, M = work.rows_per_expert, work.hidden_states.shape[1]
+        likely = expected_rows(M, work.topk_ids.shape[1], work.global_num_experts)
+        batched_experts(work, *self.scales(), counts, likely, self.activation_config)

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from fusedmoe.activation import ApplyMoEActivationConfig, apply_moe_activation
+from fusedmoe.experts.opaque import opaque
 from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.permute import moe_unpermute
 from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.modular_kernel.records import ExpertsWork, scratch
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
 
 PACKAGE = "deep_gemm"
@@ -158,34 +160,29 @@ def _gathered(q: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return q.view(torch.uint8)[token].view(q.dtype)
 
 
+@opaque("fusedmoe::deep_gemm_experts", ("output", "workspace13", "workspace2"))
 def standard_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    scale: torch.Tensor | None,
-    weights: BlockWeights,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
-    config: ApplyMoEActivationConfig,
-    expert_map: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
+    work: ExpertsWork,
+    w1_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    e8m0: bool,
+    activation_config: ApplyMoEActivationConfig,
 ) -> None:
-    """Write the weighted sum over K, bf16 [T, H], into ``output``.
+    """Write the weighted sum over K, bf16 [T, H], into ``work.output``.
 
-    hidden_states bf16 [T, H], or e4m3 with ``scale`` fp32 [T, H / 128]. With P rows after
-    alignment, the workspaces hold P * max(S * I, H) and P * I elements of bf16.
+    Rows are bf16 [T, H], or e4m3 with scales fp32 [T, H / 128]; weights as ``BlockWeights``. With P
+    rows after alignment, the workspaces hold P * max(S * I, H) and P * I elements of bf16.
     """
-    gemm = package()
-    (e, N, _), (_, H, width), R = weights.w1.shape, weights.w2.shape, topk_ids.numel()
+    gemm, weights = package(), BlockWeights(work.w1, w1_scale, work.w2, w2_scale, e8m0)
+    (e, N, _), (_, H, width), R = work.w1.shape, work.w2.shape, work.topk_ids.numel()
     if R == 0:
-        output.zero_()
+        work.output.zero_()
         return
     alignment = int(gemm.get_mk_alignment_for_contiguous_layout())
-    rows = aligned_rows(topk_ids, e, expert_map, alignment)
+    rows = aligned_rows(work.topk_ids, e, work.expert_map, alignment)
     P = rows.token.shape[0]
-    q, q_scale = weights.quantized(hidden_states, scale)
-    first = workspace13.flatten()[: P * N].view(P, N)
+    q, q_scale = weights.quantized(work.hidden_states, work.a1q_scale)
+    first = scratch(work.workspace13, P, N)
     gemm.m_grouped_fp8_gemm_nt_contiguous(
         (_gathered(q, rows.token), mn_major(q_scale[rows.token])),
         (weights.w1, weights.w1_scale),
@@ -193,11 +190,11 @@ def standard_experts(
         rows.expert,
         **weights.options(),
     )
-    act = workspace2.flatten()[: P * width].view(P, width)
-    ids = rows.expert[:, None]
-    apply_moe_activation(activation, act, first, activation_config=config, topk_ids=ids)
+    act, ids = scratch(work.workspace2, P, width), rows.expert[:, None]
+    numbers = activation_config
+    apply_moe_activation(work.activation, act, first, activation_config=numbers, topk_ids=ids)
     q, q_scale = weights.quantized(act)
-    second = workspace13.flatten()[: P * H].view(P, H)
+    second = scratch(work.workspace13, P, H)
     gemm.m_grouped_fp8_gemm_nt_contiguous(
         (q, mn_major(q_scale)),
         (weights.w2, weights.w2_scale),
@@ -205,34 +202,33 @@ def standard_experts(
         rows.expert,
         **weights.options(),
     )
-    moe_unpermute(output, second, topk_weights, rows.inverse)
+    moe_unpermute(work.output, second, work.output_weights_or_ones, rows.inverse)
 
 
+@opaque("fusedmoe::batched_deep_gemm_experts", ("output", "workspace13", "workspace2"))
 def batched_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    scale: torch.Tensor | None,
-    weights: BlockWeights,
+    work: ExpertsWork,
+    w1_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    e8m0: bool,
     counts: torch.Tensor,
     expected_rows: int,
-    activation: MoEActivation,
-    config: ApplyMoEActivationConfig,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
+    activation_config: ApplyMoEActivationConfig,
 ) -> None:
-    """Write ``output`` bf16 [e, M, H], row by row, up to each expert's count, int32 [e].
+    """Write ``work.output`` bf16 [e, M, H], row by row, up to each expert's count, int32 [e].
 
-    hidden_states bf16 [e, M, H], or e4m3 with ``scale`` fp32 [e, M, H / 128]. The workspaces hold
-    e * M * S * I and e * M * I elements of bf16. ``expected_rows`` of an expert: a hint.
+    Rows are bf16 [e, M, H], or e4m3 with scales fp32 [e, M, H / 128]; weights as ``BlockWeights``.
+    The workspaces hold e * M * S * I and e * M * I elements of bf16. ``expected_rows`` of an
+    expert: a hint.
     """
-    module = package()
+    module, weights = package(), BlockWeights(work.w1, w1_scale, work.w2, w2_scale, e8m0)
     masked_gemm = next(getattr(module, name) for name in _MASKED if hasattr(module, name))
-    (e, M, _), N, width = hidden_states.shape, weights.w1.shape[1], weights.w2.shape[2]
+    (e, M, _), N, width = work.hidden_states.shape, work.w1.shape[1], work.w2.shape[2]
     if M == 0:
         return
     counts = counts.to(torch.int32)
-    q, q_scale = weights.quantized(hidden_states, scale)
-    first = workspace13.flatten()[: e * M * N].view(e, M, N)
+    q, q_scale = weights.quantized(work.hidden_states, work.a1q_scale)
+    first = scratch(work.workspace13, e, M, N)
     masked_gemm(
         (q, mn_major(q_scale)),
         (weights.w1, weights.w1_scale),
@@ -241,15 +237,19 @@ def batched_experts(
         expected_rows,
         **weights.options(),
     )
-    act = workspace2.flatten()[: e * M * width].view(e, M, width)
+    act = scratch(work.workspace2, e, M, width)
     apply_moe_activation(
-        activation, act, first, activation_config=config, valid_token_counts=counts
+        work.activation,
+        act,
+        first,
+        activation_config=activation_config,
+        valid_token_counts=counts,
     )
     q, q_scale = weights.quantized(act)
     masked_gemm(
         (q, mn_major(q_scale)),
         (weights.w2, weights.w2_scale),
-        output,
+        work.output,
         counts,
         expected_rows,
         **weights.options(),

@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.modular_kernel import FusedMoEExpertsModular, FusedMoEKernel
+from fusedmoe.modular_kernel import ExpertsWork, FusedMoEExpertsModular, FusedMoEKernel
 from fusedmoe.modular_kernel.checks import check_picks
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
@@ -181,18 +181,7 @@ def run_selected(
     )
 
 
-def run_opaque(
-    experts: FusedMoEExpertsModular,
-    name: str,
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
-    expert_map: torch.Tensor | None,
-) -> None:
+def run_opaque(experts: FusedMoEExpertsModular, name: str, work: ExpertsWork) -> None:
     """What the implementation ``name`` does, by the op that compiled code does not look into.
 
     For those whose way depends on which experts have rows, which is known only at run time.
@@ -205,15 +194,15 @@ def run_opaque(
         batch_invariant=given.batch_invariant,
         max_workspace_bytes=given.max_workspace_bytes,
     )
-    output.copy_(
+    work.output.copy_(
         fused_experts(
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation,
-            expert_map=expert_map,
+            work.hidden_states,
+            work.w1,
+            work.w2,
+            work.output_weights_or_ones,
+            work.topk_ids,
+            work.activation,
+            expert_map=work.expert_map,
             quant_config=experts.quant_config,
             activation_config=experts.activation_config,
             options=options,

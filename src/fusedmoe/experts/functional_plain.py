@@ -14,7 +14,9 @@ from fusedmoe.experts.cpu_run import scratch_rows as scratch_rows_on_cpu
 from fusedmoe.experts.functional_call import ExpertsCall, check_call, run_selected, selection_for
 from fusedmoe.experts.hopper import HopperExperts, hopper_experts, scratch_rows
 from fusedmoe.experts.triton import TritonExperts, triton_experts
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.modular_kernel.checks import check_ids, check_weights
+from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.quantization.config import biased_moe_quant_config
 from fusedmoe.tuning.choice import checked_table
 from fusedmoe.tuning.hopper_tiles import hopper_tiles
@@ -40,77 +42,54 @@ def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
 
 def _on_hopper(call: ExpertsCall) -> torch.Tensor:
     """Straight to the kernels: building a layer around them would cost more than they do."""
-    x, weights = call.hidden_states, call.topk_weights
-    check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
-    if call.apply_router_weight_on_input:
-        x = x * weights.to(x.dtype)
-    (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
+    (T, H), K, (e, _, width) = call.hidden_states.shape, call.topk_ids.shape[1], call.w2.shape
     invariant = call.options.batch_invariant
     tiles = hopper_tiles(T, K, call.num_experts, e, H, width, batch_invariant=invariant)
     rows = scratch_rows(tiles, T * K, e)
-    output = x.new_empty(T, H)
-    hopper_experts(
-        output,
-        x,
-        call.w1,
-        call.w2,
-        None if call.apply_router_weight_on_input else weights,
-        call.topk_ids,
-        call.activation,
-        call.activation_config,
-        call.num_experts,
-        call.expert_map,
-        call.w1_bias,
-        call.w2_bias,
-        x.new_empty(rows, width),
-        x.new_empty(rows, H),
-        batch_invariant=invariant,
-        tiles=tiles,
-    )
-    return output
+    work = _work(call, (rows, width), (rows, H))
+    numbers, biases = call.activation_config, (call.w1_bias, call.w2_bias)
+    hopper_experts(work, numbers, *biases, batch_invariant=invariant, tiles=tiles)
+    return work.output
 
 
 def _on_triton(call: ExpertsCall) -> torch.Tensor:
     """As ``_on_hopper``, in passes where the scratch memory is bounded."""
-    x, weights = call.hidden_states, call.topk_weights
+    x, options = call.hidden_states, call.options
+    (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
+    table = checked_table(options.table, K, e, H, width, x.dtype, call.activation, x.device)
+    limit = options.max_workspace_bytes
+    chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
+    work = _work(call, (chunk, K, width), (chunk, K, H))
+    numbers, biases, invariant = (
+        call.activation_config,
+        (call.w1_bias, call.w2_bias),
+        options.batch_invariant,
+    )
+    for part in passes(work, chunk):
+        triton_experts(part, numbers, *biases, batch_invariant=invariant, table=table)
+    return work.output
+
+
+def _work(call: ExpertsCall, first: tuple[int, ...], second: tuple[int, ...]) -> ExpertsWork:
+    """All rows, checked and weighted where they enter so, with workspaces of these shapes."""
+    x = call.hidden_states
     check_ids(call.topk_ids, call.num_experts, call.options.debug_checks)
     if call.apply_router_weight_on_input:
-        x = x * weights.to(x.dtype)
-    (T, H), K, width = x.shape, call.topk_ids.shape[1], call.w2.shape[2]
-    table = checked_table(
-        call.options.table,
-        K,
-        call.w1.shape[0],
-        H,
-        width,
-        x.dtype,
+        x = x * call.topk_weights.to(x.dtype)
+    return ExpertsWork(
+        x.new_empty(x.shape),
+        x,
+        call.w1,
+        call.w2,
+        call.topk_weights,
+        call.topk_ids,
         call.activation,
-        x.device,
+        call.num_experts,
+        call.expert_map,
+        workspace13=x.new_empty(first),
+        workspace2=x.new_empty(second),
+        apply_router_weight_on_input=call.apply_router_weight_on_input,
     )
-    limit = call.options.max_workspace_bytes
-    chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
-    output = x.new_empty(T, H)
-    workspace13, workspace2 = x.new_empty(chunk, K, width), x.new_empty(chunk, K, H)
-    for start in range(0, T, chunk):
-        rows = slice(start, start + chunk)
-        triton_experts(
-            output[rows],
-            x[rows],
-            call.w1,
-            call.w2,
-            None if call.apply_router_weight_on_input else weights[rows],
-            call.topk_ids[rows],
-            call.activation,
-            call.activation_config,
-            call.expert_map,
-            call.w1_bias,
-            call.w2_bias,
-            workspace13,
-            workspace2,
-            batch_invariant=call.options.batch_invariant,
-            table=table,
-        )
-    return output
 
 
 def _on_cpu(call: ExpertsCall) -> torch.Tensor:

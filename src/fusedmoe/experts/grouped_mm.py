@@ -15,9 +15,11 @@ from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
+    scratch,
 )
 from fusedmoe.quantization.keys import QuantKey
 
@@ -49,63 +51,36 @@ class GroupedMMExperts(FusedMoEExpertsModular):
                 )
         return None
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The permuted rows, then the activation's output; torch allocates those of the GEMMs."""
-        width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((M, topk, K), (M, topk, width), (M, K))
+        width = self.adjust_N_for_activation(size.N, activation)
+        M, topk, H = size.M, size.topk, size.K
+        return WorkspaceShapes((M, topk, H), (M, topk, width), (M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
         if torch.compiler.is_compiling():
-            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
-            run_opaque(self, GroupedMMExperts.name, *given)
+            run_opaque(self, GroupedMMExperts.name, work)
             return
-        assert workspace13 is not None
-        assert workspace2 is not None
-        H, R, (e, _, width) = hidden_states.shape[1], topk_ids.numel(), w2.shape
+        x, w1, w2 = work.hidden_states, work.w1, work.w2
+        H, R, (e, _, width) = x.shape[1], work.topk_ids.numel(), w2.shape
         rows, _, offsets, inverse, _ = moe_permute(
-            hidden_states,
+            x,
             None,
-            topk_ids,
-            e if expert_map is None else expert_map.shape[0],
+            work.topk_ids,
+            e if work.expert_map is None else work.expert_map.shape[0],
             e,
-            expert_map,
-            permuted_hidden_states=workspace13.flatten()[: R * H].view(R, H),
+            work.expert_map,
+            permuted_hidden_states=scratch(work.workspace13, R, H),
         )
         ends = offsets[1:].to(torch.int32)
-        act = workspace2.flatten()[: R * width].view(R, width)
+        act = scratch(work.workspace2, R, width)
         first = grouped_mm(rows, w1.transpose(1, 2), offs=ends)
-        self.activation(activation, act, self._biased(first, self.quant_config.w1_bias, ends))
+        self.activation(work.activation, act, self._biased(first, self.quant_config.w1_bias, ends))
         second = grouped_mm(act, w2.transpose(1, 2), offs=ends)
         second = self._biased(second, self.quant_config.w2_bias, ends)
-        moe_unpermute(output, second, weights, inverse, offsets)
+        moe_unpermute(work.output, second, work.output_weights_or_ones, inverse, offsets)
 
     @staticmethod
     def _biased(rows: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:

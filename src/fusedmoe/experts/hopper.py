@@ -27,9 +27,11 @@ from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
 from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
+    scratch,
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
@@ -44,75 +46,51 @@ def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
 
 @opaque("fusedmoe::hopper_experts", ("output", "workspace13", "workspace2"))
 def hopper_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
+    work: ExpertsWork,
     activation_config: ApplyMoEActivationConfig,
-    num_experts: int,
-    expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
     *,
     batch_invariant: bool = False,
     tiles: HopperTiles | None = None,
 ) -> None:
-    """Write the weighted sum over K [T, H] into ``output``.
+    """Write the weighted sum over K [T, H] into ``work.output``.
 
-    hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I], topk_weights fp32 [T, K] (None: all one).
     The workspaces hold at least ``scratch_rows`` rows of I and of H elements. Ids that name no
     local expert count as nothing. ``tiles`` overrides the choice of ``tuning.hopper_tiles``.
     """
-    (T, H), K = hidden_states.shape, topk_ids.shape[1]
+    x, w1, w2 = work.hidden_states, work.w1, work.w2
+    (T, H), K = x.shape, work.topk_ids.shape[1]
     e, I = w1.shape[0], w2.shape[2]  # noqa: E741
     if too_many_picks(K) or not _viewable(w1, w2):
-        triton_experts(
-            output,
-            settled(hidden_states),
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation,
-            activation_config,
-            expert_map,
-            w1_bias,
-            w2_bias,
-            workspace13,
-            workspace2,
-            batch_invariant=batch_invariant,
-        )
+        work = work._replace(hidden_states=settled(x))
+        triton_experts(work, activation_config, w1_bias, w2_bias, batch_invariant=batch_invariant)
         return
-    if not _readable(hidden_states):  # never so where rows are late: buffers are dense
-        hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
+    if not _readable(x):  # never so where rows are late: buffers are dense
+        x = x.clone(memory_format=torch.contiguous_format)
     if tiles is None:
-        tiles = hopper_tiles(T, K, num_experts, e, H, I, batch_invariant=batch_invariant)
+        experts = work.global_num_experts
+        tiles = hopper_tiles(T, K, experts, e, H, I, batch_invariant=batch_invariant)
     if not isinstance(tiles, PrefillTiles):
-        hidden_states = settled(hidden_states)
+        x = settled(x)
     rows = scratch_rows(tiles, T * K, e)
-    act = workspace13.flatten()[: rows * I].view(rows, I)
-    y = workspace2.flatten()[: rows * H].view(rows, H)
+    y = scratch(work.workspace2, rows, H)
     given: dict[str, Any] = {
-        "x": hidden_states,
+        "x": x,
         "w1": w1,
         "w2": w2,
-        "topk_weights": dense(topk_weights),
-        "topk_ids": topk_ids.contiguous(),
-        "out": output,
-        "act": act,
-        "activation": activation,
+        "topk_weights": dense(work.output_weights),
+        "topk_ids": work.topk_ids.contiguous(),
+        "out": work.output,
+        "act": scratch(work.workspace13, rows, I),
+        "activation": work.activation,
         "activation_config": activation_config,
         "w1_bias": dense(w1_bias),
         "w2_bias": dense(w2_bias),
-        "expert_map": dense(expert_map),
-        "programs": multiprocessors_of(hidden_states.device),
+        "expert_map": dense(work.expert_map),
+        "programs": multiprocessors_of(x.device),
     }
-    with device_of(hidden_states):
+    with device_of(x):
         if isinstance(tiles, DirectTiles):
             hopper_direct(tiles=tiles, **given)
         elif isinstance(tiles, PrefillTiles):
@@ -166,69 +144,25 @@ class HopperExperts(FusedMoEExpertsModular):
                 return f"wants multiples of {ALIGNED_ELEMENTS}, {name} is {size}"
         return unmet_by_hopper(moe)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output, then the second GEMM's rows."""
-        I = self.adjust_N_for_activation(N, activation)  # noqa: E741
+        e, M, topk, H = size.E, size.M, size.topk, size.K
+        I = self.adjust_N_for_activation(size.N, activation)  # noqa: E741
         tiles = self.tiles
         if tiles is None:
-            tiles = hopper_tiles(
-                M,
-                topk,
-                global_num_experts,
-                local_num_experts,
-                K,
-                I,
-                batch_invariant=self.moe_config.options.batch_invariant,
-            )
-        rows = scratch_rows(tiles, M * topk, local_num_experts)
-        return WorkspaceShapes((rows, I), (rows, K), (M, K))
+            invariant = self.moe_config.options.batch_invariant
+            tiles = hopper_tiles(M, topk, num_experts, e, H, I, batch_invariant=invariant)
+        rows = scratch_rows(tiles, M * topk, e)
+        return WorkspaceShapes((rows, I), (rows, H), (M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        weights = None if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
         hopper_experts(
-            output,
-            hidden_states,
-            w1,
-            w2,
-            weights,
-            topk_ids,
-            activation,
+            work,
             self.activation_config,
-            global_num_experts,
-            expert_map,
             self.quant_config.w1_bias,
             self.quant_config.w2_bias,
-            workspace13,
-            workspace2,
             batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
         )

@@ -40,8 +40,10 @@ from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
+    ProblemSize,
     WorkspaceShapes,
+    scratch,
 )
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
@@ -103,111 +105,65 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         unmet = unmet or unmet_by_hopper(moe)
         return unmet or (missing_nvrtc() if activation_key is None else None)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """As the Triton experts', the second GEMM's rows in fp32 wherever weights alone are in few
         bits and may be streamed, and whole blocks of rows where slots are many."""
-        shapes = super().workspace_shapes(
-            M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation
-        )
-        R, e = M * topk, local_num_experts
+        shapes = super().shapes(size, num_experts, activation)
+        R, e, H = size.M * size.topk, size.E, size.K
         if self.moe_config.options.batch_invariant:
             return shapes
         first, second = shapes.workspace13, [shapes.workspace2]
         mixed = self.quant_config.a1.key is None
-        if MAX_DECODE_MEAN * global_num_experts >= R:
-            second.append((M, topk, 2 * K if mixed else K))
+        if MAX_DECODE_MEAN * num_experts >= R:
+            second.append((R, 2 * H if mixed else H))
         formats = [fmt for fmt in (self.quant_config.w1.format, self.quant_config.w2.format) if fmt]
         tiles = None
         if mixed and len(formats) == 2:
-            tiles = mixed_tiles_for(R, global_num_experts, *formats)
+            tiles = mixed_tiles_for(R, num_experts, *formats)
         if tiles is not None:
             P = mixed_prefill_rows(R, e, self.mixed_tiles or tiles)
             first = P, first[-1]
-            second.append((P, 2 * K if wide_rows(*formats) else K))
-        elif not mixed and runs_prefill(R, global_num_experts):
+            second.append((P, 2 * H if wide_rows(*formats) else H))
+        elif not mixed and runs_prefill(R, num_experts):
             P = prefill_rows(R, e)
             first = P, first[-1]
-            second.append((P, K))
+            second.append((P, H))
         return shapes._replace(workspace13=first, workspace2=max(second, key=math.prod))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        (T, K), e = topk_ids.shape, w1.shape[0]
-        R, H = T * K, hidden_states.shape[1]
-        operands = None
+    def run(self, work: ExpertsWork) -> None:
+        x, (T, K), e = work.hidden_states, work.topk_ids.shape, work.w1.shape[0]
+        R, H = T * K, x.shape[1]
+        operands = run = None
         plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
         if not plain and too_many_picks(K) is None:
-            operands = self.operands(w1, w2, activation, output.dtype)
-        run = None
+            operands = self.operands(work.w1, work.w2, work.activation, work.output.dtype)
         if operands is not None:
-            run = self._fastest(
-                operands, (hidden_states, a1q_scale), R, (e, global_num_experts),
-                workspace2.numel() // H,
-            )  # fmt: skip
+            assert work.workspace2 is not None
+            room, experts = work.workspace2.numel() // H, (e, work.global_num_experts)
+            run = self._fastest(operands, (x, work.a1q_scale), R, experts, room)
         if run != self._prefill:
-            hidden_states = settled(hidden_states)
+            x = settled(x)
         if operands is None or run is None:
-            super().apply(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
+            super().run(work._replace(hidden_states=x))
             return
+        weights = work.output_weights
         given: dict[str, Any] = {
-            "topk_weights": None if apply_router_weight_on_input else topk_weights.contiguous(),
-            "topk_ids": topk_ids.contiguous(),
-            "out": output,
-            "activation": activation,
+            "topk_weights": None if weights is None else weights.contiguous(),
+            "topk_ids": work.topk_ids.contiguous(),
+            "out": work.output,
+            "activation": work.activation,
             "activation_config": self.activation_config,
             "w1_bias": dense(operands.w1_bias),
             "w2_bias": dense(operands.w2_bias),
-            "expert_map": dense(expert_map),
-            "programs": multiprocessors_of(hidden_states.device),
+            "expert_map": dense(work.expert_map),
+            "programs": multiprocessors_of(x.device),
         }
-        if a1q_scale is not None:
-            given["x_scale"] = a1q_scale
-        with device_of(hidden_states):
-            run(hidden_states, operands, workspace13, workspace2, given)
+        if work.a1q_scale is not None:
+            given["x_scale"] = work.a1q_scale
+        with device_of(x):
+            run(x, operands, work, given)
 
     def _fastest(
         self,
@@ -239,32 +195,30 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         self,
         x: torch.Tensor,
         operands: Operands,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
+        work: ExpertsWork,
         given: dict[str, Any],
     ) -> None:
-        R, (_, H, I) = given["topk_ids"].numel(), operands.w2.shape  # noqa: E741
-        given["act"] = workspace13.flatten()[: R * I].view(R, I)
-        weights, second = (x, operands.w1, operands.w2), workspace2.flatten()
+        R, (_, H, I) = work.topk_ids.numel(), operands.w2.shape  # noqa: E741
+        given["act"] = scratch(work.workspace13, R, I)
+        weights = x, operands.w1, operands.w2
         if operands.a1 is None or operands.a2 is None:
-            y = second[: 2 * R * H].view(torch.float32).view(R, H)
+            y = scratch(work.workspace2, R, 2 * H).view(torch.float32)
             quantized_decode(*weights, y=y, tiles=self.decode_tiles, **given)
         else:
             keys = operands.a1, operands.a2
             scales = operands.a1_scale, operands.a2_scale
-            given |= {"y": second[: R * H].view(R, H), "tiles": self.stream_tiles}
+            given |= {"y": scratch(work.workspace2, R, H), "tiles": self.stream_tiles}
             w8a8_decode(*weights, keys=keys, scales=scales, **given)
 
     def _prefill(
         self,
         x: torch.Tensor,
         operands: Operands,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
+        work: ExpertsWork,
         given: dict[str, Any],
     ) -> None:
         e, H, I = operands.w2.shape  # noqa: E741
-        P = prefill_rows(given["topk_ids"].numel(), e)
+        P = prefill_rows(work.topk_ids.numel(), e)
         assert operands.a1 is not None
         assert operands.a2 is not None
         fp8_prefill(
@@ -273,8 +227,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             operands.w2,
             (operands.a1, operands.a2),
             (operands.a1_scale, operands.a2_scale),
-            act=workspace13.flatten()[: P * I].view(P, I),
-            y=workspace2.flatten()[: P * H].view(P, H),
+            act=scratch(work.workspace13, P, I),
+            y=scratch(work.workspace2, P, H),
             tiles=self.prefill_tiles,
             **given,
         )
@@ -284,21 +238,19 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         tiles: MixedPrefillTiles,
         x: torch.Tensor,
         operands: Operands,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
+        work: ExpertsWork,
         given: dict[str, Any],
     ) -> None:
         e, H, I = operands.w2.shape  # noqa: E741
-        P = mixed_prefill_rows(given["topk_ids"].numel(), e, tiles)
-        y = workspace2.flatten()
-        if wide_rows(operands.w1.format, operands.w2.format):
-            y = y[: 2 * P * H].view(torch.float32)
+        P = mixed_prefill_rows(work.topk_ids.numel(), e, tiles)
+        wide = wide_rows(operands.w1.format, operands.w2.format)
+        y = scratch(work.workspace2, P, 2 * H if wide else H)
         mixed_prefill(
             x,
             operands.w1,
             operands.w2,
-            act=workspace13.flatten()[: P * I].view(P, I),
-            y=y[: P * H].view(P, H),
+            act=scratch(work.workspace13, P, I),
+            y=y.view(torch.float32) if wide else y,
             tiles=tiles,
             **given,
         )

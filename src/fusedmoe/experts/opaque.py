@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.modular_kernel.records import ExpertsWork
 from fusedmoe.tuning.table_file import table_from_text
 from fusedmoe.tuning.tuned_table import TunedTable
 
@@ -42,39 +43,50 @@ _KINDS: dict[Any, _Kind] = {
 
 
 class _Argument(NamedTuple):
-    """A parameter of the function that the operator has, too; ``place`` among the function's."""
+    """An argument of the operator: a parameter of the function, or a field of its record."""
 
     name: str
-    place: int
     default: Any
     kind: _Kind
+    of_record: bool
 
     def schema(self, written: bool) -> str:
         kind = self.kind.schema
-        text = f"{f'{kind}({self.name}!)' if written else kind} {self.name}"
-        return text if self.default is inspect.Parameter.empty else f"{text}={self.default}"
+        return f"{kind.replace('Tensor', f'Tensor({self.name}!)') if written else kind} {self.name}"
+
+
+def _arguments(
+    given: Callable[..., Any] | type[ExpertsWork], *, of_record: bool = False
+) -> Iterator[_Argument]:
+    hints = get_type_hints(given)
+    for one in inspect.signature(given).parameters.values():
+        hint = hints[one.name]
+        if hint is ExpertsWork:
+            yield from _arguments(ExpertsWork, of_record=True)
+        elif hint in _KINDS:
+            yield _Argument(one.name, one.default, _KINDS[hint], of_record)
 
 
 def opaque(
     name: str, writes: tuple[str, ...]
 ) -> Callable[[Callable[Given, None]], Callable[Given, None]]:
-    """Make a function that writes into its arguments ``writes`` the operator ``name``.
+    """Make a function of ``work`` and more, which writes into what ``writes`` names, the operator
+    ``name``.
 
-    Compiled code calls the operator, everybody else the function. Parameters of types that no
-    operator takes are left at their defaults there.
+    Compiled code calls the operator, everybody else the function. Parameters and fields of types
+    that no operator takes are left at their defaults there.
     """
 
     def decorate(run: Callable[Given, None]) -> Callable[Given, None]:
-        hints = get_type_hints(run)
-        arguments = [
-            _Argument(one.name, place, one.default, _KINDS[hints[one.name]])
-            for place, one in enumerate(inspect.signature(run).parameters.values())
-            if hints[one.name] in _KINDS
-        ]
+        arguments = list(_arguments(run))
+        places = dict(enumerate(inspect.signature(run).parameters))
 
         def operate(*values: Any) -> None:
-            pairs = zip(arguments, values, strict=False)  # less those that are left at defaults
-            run(**{one.name: one.kind.back(value) for one, value in pairs})  # type: ignore[call-arg]
+            work: dict[str, Any] = {}
+            rest: dict[str, Any] = {}
+            for one, value in zip(arguments, values, strict=True):
+                (work if one.of_record else rest)[one.name] = one.kind.back(value)
+            run(ExpertsWork(**work), **rest)  # type: ignore[arg-type]
 
         schema = ", ".join(one.schema(one.name in writes) for one in arguments)
         operator = torch.library.custom_op(
@@ -87,10 +99,14 @@ def opaque(
             if not torch.compiler.is_compiling():
                 run(*args, **kwargs)
                 return
+            given = kwargs | {places[place]: value for place, value in enumerate(args)}
+            work = given["work"]
             values = []
-            for argument, place, default, kind in arguments:
-                value = args[place] if place < len(args) else kwargs.get(argument, default)
-                values.append(kind.there(value))
+            for one in arguments:
+                value = (
+                    getattr(work, one.name) if one.of_record else given.get(one.name, one.default)
+                )
+                values.append(one.kind.there(value))
             operator(*values)
 
         return call

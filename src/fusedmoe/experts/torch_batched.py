@@ -10,8 +10,9 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
+    ProblemSize,
     WorkspaceShapes,
 )
 
@@ -27,62 +28,27 @@ class BatchedTorchExperts(TorchExperts):
             super().capabilities(), activation_format=FusedMoEActivationFormat.BatchedExperts
         )
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
-        return WorkspaceShapes((0,), (0,), (local_num_experts, M, K))
+        return WorkspaceShapes((0,), (0,), (size.E, size.M, size.K))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
-        e, room, H = hidden_states.shape
-        if counts is None or counts.shape != (e,) or w1.shape[0] != e:
-            raise ValueError(
-                f"the batched format needs expert_num_tokens [{w1.shape[0]}] and as many batches, "
-                f"got {None if counts is None else tuple(counts.shape)} and {e}"
-            )
+    def run(self, work: ExpertsWork) -> None:
+        counts, (e, room, H) = work.rows_per_expert, work.hidden_states.shape
         live = torch.arange(room, device=counts.device) < counts[:, None]
         experts = torch.arange(e, device=counts.device)[:, None]
         ids = torch.where(live, experts, -1).reshape(e * room, 1)
-        super().apply(
-            output.view(e * room, H),
-            # What lies in the other rows may be anything, and all rows together make some scales.
-            hidden_states.masked_fill(~live[..., None], 0).view(e * room, H),
-            w1,
-            w2,
-            torch.ones(ids.shape, dtype=torch.float32, device=ids.device),
-            ids,
-            activation,
-            e,
-            None,
-            a1q_scale,
-            a2_scale,
-            workspace13,
-            workspace2,
-            None,
-            True,
+        # What lies in the other rows may be anything, and all rows together make some scales.
+        rows = work.hidden_states.masked_fill(~live[..., None], 0)
+        super().run(
+            work._replace(
+                output=work.output.view(e * room, H),
+                hidden_states=rows.view(e * room, H),
+                topk_ids=ids,
+                topk_weights=torch.ones(ids.shape, dtype=torch.float32, device=ids.device),
+                global_num_experts=e,
+                expert_map=None,
+                expert_tokens_meta=None,
+                apply_router_weight_on_input=True,
+            )
         )

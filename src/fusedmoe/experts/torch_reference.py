@@ -10,8 +10,9 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activat
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
 )
 
@@ -77,60 +78,33 @@ class TorchExperts(FusedMoEExpertsModular):
             graph_capture=False,
         )
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
-        return WorkspaceShapes((0,), (0,), (M, K))
+        return WorkspaceShapes((0,), (0,), (size.M, size.K))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
         if torch.compiler.is_compiling():
             from fusedmoe.experts.functional_call import run_opaque
 
-            given = (output, hidden_states, w1, w2, weights, topk_ids, activation, expert_map)
-            run_opaque(self, self.opaque_name, *given)
+            run_opaque(self, self.opaque_name, work)
             return
-        T, K = topk_ids.shape
-        step = self.tokens_at_once(T, K, w1, w2)
+        (T, K), weights = work.topk_ids.shape, work.output_weights_or_ones
+        step = self.tokens_at_once(T, K, work.w1, work.w2)
         for start in range(0, T, step):
             part = slice(start, start + step)
-            output[part] = self.defined(
-                hidden_states[part],
-                w1,
-                w2,
+            work.output[part] = self.defined(
+                work.hidden_states[part],
+                work.w1,
+                work.w2,
                 weights[part],
-                topk_ids[part],
-                activation=activation,
+                work.topk_ids[part],
+                activation=work.activation,
                 activation_config=self.activation_config,
                 w1_bias=self.quant_config.w1_bias,
                 w2_bias=self.quant_config.w2_bias,
-                expert_map=expert_map,
-                compute_dtype=wide_dtype(hidden_states.dtype),
+                expert_map=work.expert_map,
+                compute_dtype=wide_dtype(work.hidden_states.dtype),
             )
 
     def defined(

@@ -19,9 +19,11 @@ from fusedmoe.kernels.grouped_gemm import grouped_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
+    scratch,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.tuning.choice import device_facts, given_table, tiles_for
@@ -38,34 +40,24 @@ def shared_memory_of(device: torch.device) -> int:
 
 @opaque("fusedmoe::triton_experts", ("output", "workspace13", "workspace2"))
 def triton_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
+    work: ExpertsWork,
     activation_config: ApplyMoEActivationConfig,
-    expert_map: torch.Tensor | None,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
     *,
     batch_invariant: bool = False,
     tiles: LayerTiles | None = None,
     table: TunedTable | None = None,
 ) -> None:
-    """Write the weighted sum over K [T, H] into ``output``.
+    """Write the weighted sum over K [T, H] into ``work.output``.
 
-    hidden_states [T, H], w1 [e, S * I, H], w2 [e, H, I], topk_weights fp32 [T, K] (None: all one).
     The workspaces hold at least R * I and R * H elements. Ids that name no local expert count as
     nothing. ``tiles`` overrides the choice of ``tuning.choice``, ``table`` (already checked) the
     packaged tables.
     """
-    T, H = hidden_states.shape
-    K = topk_ids.shape[1]
-    e, I, R = w1.shape[0], w2.shape[2], T * K  # noqa: E741
+    (T, H), K = work.hidden_states.shape, work.topk_ids.shape[1]
+    e, I, R = work.w1.shape[0], work.w2.shape[2], T * K  # noqa: E741
+    expert_map = work.expert_map
     if tiles is None:
         tiles = tiles_for(
             tokens_here(T, e, expert_map),
@@ -73,29 +65,33 @@ def triton_experts(
             e,
             H,
             I,
-            hidden_states.dtype,
-            activation,
-            device_facts(hidden_states.device),
+            work.hidden_states.dtype,
+            work.activation,
+            device_facts(work.hidden_states.device),
             batch_invariant=batch_invariant,
             table=table,
         )
-    act = workspace13.flatten()[: R * I].view(R, I)
-    rows = workspace2.flatten()[: R * H].view(R, H)
-    blocks = slot_blocks(topk_ids, e, expert_map, tiles.gemm1.block_m, batch_invariant)
+    act, rows = scratch(work.workspace13, R, I), scratch(work.workspace2, R, H)
+    blocks = slot_blocks(work.topk_ids, e, expert_map, tiles.gemm1.block_m, batch_invariant)
     grouped_gemm(
-        hidden_states,
-        w1,
+        work.hidden_states,
+        work.w1,
         act,
         blocks,
         tiles.gemm1,
         top_k=K,
         bias=w1_bias,
-        activation=activation,
+        activation=work.activation,
         activation_config=activation_config,
     )
-    grouped_gemm(act, w2, rows, blocks, tiles.gemm2, top_k=1, bias=w2_bias)
+    grouped_gemm(act, work.w2, rows, blocks, tiles.gemm2, top_k=1, bias=w2_bias)
     moe_fused_mul_sum(
-        rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
+        rows.view(T, K, H),
+        work.output_weights,
+        work.output,
+        work.topk_ids,
+        expert_map,
+        num_local_experts=e,
     )
 
 
@@ -146,56 +142,20 @@ class TritonExperts(FusedMoEExpertsModular):
             tuned_table=True,
         )
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output, then the second GEMM's rows by slot."""
-        I = self.adjust_N_for_activation(N, activation)  # noqa: E741
-        return WorkspaceShapes((M, topk, I), (M, topk, K), (M, K))
+        I = self.adjust_N_for_activation(size.N, activation)  # noqa: E741
+        M, topk, H = size.M, size.topk, size.K
+        return WorkspaceShapes((M, topk, I), (M, topk, H), (M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        weights = None if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
         triton_experts(
-            output,
-            hidden_states,
-            w1,
-            w2,
-            weights,
-            topk_ids,
-            activation,
+            work,
             self.activation_config,
-            expert_map,
             self.quant_config.w1_bias,
             self.quant_config.w2_bias,
-            workspace13,
-            workspace2,
             batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
             table=self.table,

@@ -14,11 +14,12 @@ from fusedmoe.kernels.batched_gemm import batched_gemm
 from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
-    rows_per_expert,
+    scratch,
 )
 from fusedmoe.tuning.tiles import LayerTiles, layer_tiles
 
@@ -28,26 +29,21 @@ _LIKELY_ROWS = 48
 
 @opaque("fusedmoe::batched_triton_experts", ("output", "workspace13"))
 def batched_triton_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
+    work: ExpertsWork,
     expert_num_tokens: torch.Tensor,
-    activation: MoEActivation,
     activation_config: ApplyMoEActivationConfig,
     w1_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
-    workspace13: torch.Tensor,
     *,
     batch_invariant: bool = False,
     tiles: LayerTiles | None = None,
 ) -> None:
-    """Write ``output`` [e, M, H], row by row, up to each expert's count.
+    """Write ``work.output`` [e, M, H], row by row, up to each expert's count, int32 [e].
 
-    hidden_states [e, M, H], w1 [e, S * I, H], w2 [e, H, I], expert_num_tokens int32 [e];
-    ``workspace13`` holds at least e * M * I elements. Nothing is weighted or summed.
+    The first workspace holds at least e * M * I elements. Nothing is weighted or summed.
     """
-    (e, M, H), width = hidden_states.shape, w2.shape[2]
+    x, w2 = work.hidden_states, work.w2
+    (e, M, H), width = x.shape, w2.shape[2]
     if M == 0:
         return
     if tiles is None:
@@ -57,24 +53,24 @@ def batched_triton_experts(
             e,
             H,
             width,
-            hidden_states.dtype,
-            gated=activation.is_gated,
+            x.dtype,
+            gated=work.activation.is_gated,
             batch_invariant=batch_invariant,
-            shared_memory=shared_memory_of(hidden_states.device),
+            shared_memory=shared_memory_of(x.device),
         )
     blocks = batched_moe_align_block_size(M, tiles.gemm1.block_m, expert_num_tokens)
-    act = workspace13.flatten()[: e * M * width].view(e, M, width)
+    act = scratch(work.workspace13, e, M, width)
     batched_gemm(
-        hidden_states,
-        w1,
+        x,
+        work.w1,
         act,
         blocks,
         tiles.gemm1,
         bias=w1_bias,
-        activation=activation,
+        activation=work.activation,
         activation_config=activation_config,
     )
-    batched_gemm(act, w2, output, blocks, tiles.gemm2, bias=w2_bias)
+    batched_gemm(act, w2, work.output, blocks, tiles.gemm2, bias=w2_bias)
 
 
 class BatchedTritonExperts(FusedMoEExpertsModular):
@@ -96,52 +92,21 @@ class BatchedTritonExperts(FusedMoEExpertsModular):
             batch_invariant=True,
         )
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output; M counts rows per expert."""
-        width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((local_num_experts, M, width), (0,), (local_num_experts, M, K))
+        e, M, H = size.E, size.M, size.K
+        width = self.adjust_N_for_activation(size.N, activation)
+        return WorkspaceShapes((e, M, width), (0,), (e, M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
-        assert workspace13 is not None
+    def run(self, work: ExpertsWork) -> None:
         batched_triton_experts(
-            output,
-            hidden_states,
-            w1,
-            w2,
-            counts,
-            activation,
+            work,
+            work.rows_per_expert,
             self.activation_config,
             self.quant_config.w1_bias,
             self.quant_config.w2_bias,
-            workspace13,
             batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
         )

@@ -16,8 +16,9 @@ from fusedmoe.experts.deep_gemm import DeepGemmExperts, prefers_deep_gemm
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -62,27 +63,15 @@ class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
     def expects_unquantized_inputs(self) -> bool:
         return True
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """Room for either: a last pass has fewer rows and may take the other way."""
-        sizes = (M, N, K, topk, global_num_experts, local_num_experts)
-        both = [
-            one.workspace_shapes(*sizes, expert_tokens_meta, activation)
-            for one in (self.deep_gemm, self.triton)
-        ]
+        both = [one.shapes(size, num_experts, activation) for one in (self.deep_gemm, self.triton)]
         return WorkspaceShapes(
             (max(prod(shapes.workspace13) for shapes in both),),
             (max(prod(shapes.workspace2) for shapes in both),),
-            (M, K),
+            (size.M, size.K),
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -93,38 +82,5 @@ class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
         """Which of the two runs this many slots."""
         return self.deep_gemm if prefers_deep_gemm(num_slots, num_local_experts) else self.triton
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        self.chosen(topk_ids.numel(), w1.shape[0]).apply(
-            output,
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation,
-            global_num_experts,
-            expert_map,
-            a1q_scale,
-            a2_scale,
-            workspace13,
-            workspace2,
-            expert_tokens_meta,
-            apply_router_weight_on_input,
-        )
+    def run(self, work: ExpertsWork) -> None:
+        self.chosen(work.topk_ids.numel(), work.w1.shape[0]).run(work)

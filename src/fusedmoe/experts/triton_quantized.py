@@ -25,9 +25,10 @@ from fusedmoe.experts.triton_quantized_ops import standard_op
 from fusedmoe.experts.triton_quantized_run import quantized_experts, row_width
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
+    ProblemSize,
     WorkspaceShapes,
 )
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
@@ -126,76 +127,51 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
         travels = self.moe_config.moe_parallel_config.use_all2all_kernels
         return floating or not travels or key is None or key.static or key == FP8_DYNAMIC_TENSOR
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output, then the second GEMM's rows by slot."""
-        width = self.adjust_N_for_activation(N, activation)
-        moe = self.moe_config
-        config = self.quant_config
+        width = self.adjust_N_for_activation(size.N, activation)
+        M, topk, H = size.M, size.topk, size.K
+        moe, config = self.moe_config, self.quant_config
         floating = self.emulate or config.a1.key is None or config.a2.key is None
-        second = row_width(M * topk, K, moe.in_dtype, floating, moe.options.batch_invariant)
-        return WorkspaceShapes((M, topk, width), (M, topk, second), (M, K))
+        second = row_width(M * topk, H, moe.in_dtype, floating, moe.options.batch_invariant)
+        return WorkspaceShapes((M, topk, width), (M, topk, second), (M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        assert workspace13 is not None
-        assert workspace2 is not None
-        weights = None if apply_router_weight_on_input else topk_weights
+    def run(self, work: ExpertsWork) -> None:
+        w1, w2, output = work.w1, work.w2, work.output
+        assert work.workspace13 is not None
+        assert work.workspace2 is not None
         batch_invariant = self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():
             standard_op(
                 output,
-                hidden_states,
-                a1q_scale,
+                work.hidden_states,
+                work.a1q_scale,
                 *self.flat_operands(w1, w2),
-                weights,
-                topk_ids,
-                activation.value,
+                work.output_weights,
+                work.topk_ids,
+                work.activation.value,
                 self.activation_config.numbers(),
-                expert_map,
-                workspace13,
-                workspace2,
+                work.expert_map,
+                work.workspace13,
+                work.workspace2,
                 batch_invariant,
                 self.emulate,
             )
             return
         quantized_experts(
             output,
-            hidden_states,
-            self.operands_to_run(w1, w2, activation, output.dtype),
-            weights,
-            topk_ids,
-            activation,
+            work.hidden_states,
+            self.operands_to_run(w1, w2, work.activation, output.dtype),
+            work.output_weights,
+            work.topk_ids,
+            work.activation,
             self.activation_config,
-            expert_map,
-            workspace13,
-            workspace2,
-            x_scale=a1q_scale,
+            work.expert_map,
+            work.workspace13,
+            work.workspace2,
+            x_scale=work.a1q_scale,
             batch_invariant=batch_invariant,
             tiles=self.tiles,
         )

@@ -14,10 +14,10 @@ from fusedmoe.experts.triton_quantized_ops import batched_op
 from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
-    ExpertTokensMetadata,
+    ExpertsWork,
     FusedMoEActivationFormat,
+    ProblemSize,
     WorkspaceShapes,
-    rows_per_expert,
 )
 
 
@@ -30,63 +30,39 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
     def capabilities(cls) -> ExpertsCapabilities:
         return capabilities(FusedMoEActivationFormat.BatchedExperts)
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: MoEActivation,
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output; M counts rows per expert."""
-        width = self.adjust_N_for_activation(N, activation)
-        return WorkspaceShapes((local_num_experts, M, width), (0,), (local_num_experts, M, K))
+        e, M, H = size.E, size.M, size.K
+        width = self.adjust_N_for_activation(size.N, activation)
+        return WorkspaceShapes((e, M, width), (0,), (e, M, H))
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor | None,
-        workspace2: torch.Tensor | None,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        counts = rows_per_expert(expert_tokens_meta, w1.shape[0])
-        assert workspace13 is not None
+    def run(self, work: ExpertsWork) -> None:
+        counts, (w1, w2), x = work.rows_per_expert, (work.w1, work.w2), work.hidden_states
+        assert work.workspace13 is not None
         batch_invariant = self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():
             batched_op(
-                output,
-                hidden_states,
+                work.output,
+                x,
                 *self.flat_operands(w1, w2),
                 counts,
-                activation.value,
+                work.activation.value,
                 self.activation_config.numbers(),
-                workspace13,
+                work.workspace13,
                 batch_invariant,
                 self.emulate,
             )
             return
         batched_quantized_experts(
-            output,
-            hidden_states,
-            self.operands_to_run(w1, w2, activation, hidden_states.dtype),
+            work.output,
+            x,
+            self.operands_to_run(w1, w2, work.activation, x.dtype),
             counts,
-            activation,
+            work.activation,
             self.activation_config,
-            workspace13,
+            work.workspace13,
             batch_invariant=batch_invariant,
             tiles=self.tiles,
         )

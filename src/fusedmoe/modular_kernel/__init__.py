@@ -19,6 +19,7 @@ from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalizeMonolithic,
 )
 from fusedmoe.modular_kernel.records import (
+    ExpertsWork,
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
     Hook,
@@ -27,13 +28,14 @@ from fusedmoe.modular_kernel.records import (
     ProblemSize,
     Receiver,
     WorkspaceShapes,
-    rows_per_expert,
+    scratch,
 )
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 __all__ = [
     "ExpertTokensMetadata",
     "ExpertsCapabilities",
+    "ExpertsWork",
     "FusedMoEActivationFormat",
     "FusedMoEExperts",
     "FusedMoEExpertsModular",
@@ -51,5 +53,5 @@ __all__ = [
     "WorkspacePlan",
     "WorkspaceShapes",
     "plan_workspaces",
-    "rows_per_expert",
+    "scratch",
 ]

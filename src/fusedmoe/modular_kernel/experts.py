@@ -11,6 +11,7 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.modular_kernel.records import (
+    ExpertsWork,
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
     ProblemSize,
@@ -154,9 +155,12 @@ class FusedMoEExperts(ABC):
 
 
 class FusedMoEExpertsModular(FusedMoEExperts):
-    """Experts that receive ids and weights."""
+    """Experts that receive ids and weights.
 
-    @abstractmethod
+    An implementation defines ``run`` and ``shapes``; or, with the same arguments one by one,
+    ``apply`` and ``workspace_shapes``, which are what is called.
+    """
+
     def workspace_shapes(
         self,
         M: int,
@@ -168,7 +172,18 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> WorkspaceShapes:
-        """Scratch for M rows; a pure function, so that it may be asked before tensors exist."""
+        """``shapes`` for M rows of K = H elements and w1 of N = S * I rows."""
+        size = ProblemSize(local_num_experts, M, N, K, topk)
+        return self.shapes(size, global_num_experts, activation)
+
+    def shapes(
+        self, size: ProblemSize, num_experts: int, activation: MoEActivation
+    ) -> WorkspaceShapes:
+        """Scratch for ``size``; a pure function, so that it may be asked before tensors exist.
+
+        ``num_experts``: those of all ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says nothing of its workspaces")
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
         """What is left to do to the output that ``apply`` wrote.
@@ -178,7 +193,6 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         """
         return TopKWeightAndReduceDelegate() if self.is_batched else TopKWeightAndReduceNoOP()
 
-    @abstractmethod
     def apply(
         self,
         output: torch.Tensor,
@@ -197,11 +211,34 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         expert_tokens_meta: ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Write ``output`` (shape from ``workspace_shapes``).
+        """Write ``output`` (shape from ``workspace_shapes``); the arguments are ``ExpertsWork``'s.
 
-        w1 [e, S * I, H], w2 [e, H, I]; biases come in ``quant_config``. With
-        ``apply_router_weight_on_input`` the input is weighted already and weights are not used.
+        Biases come in ``quant_config``. With ``apply_router_weight_on_input`` the input is weighted
+        already and weights are not used.
         """
+        self.run(
+            ExpertsWork(
+                output,
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                activation,
+                global_num_experts,
+                expert_map,
+                a1q_scale,
+                a2_scale,
+                workspace13,
+                workspace2,
+                expert_tokens_meta,
+                apply_router_weight_on_input,
+            )
+        )
+
+    def run(self, work: ExpertsWork) -> None:
+        """Write ``work.output``, as ``apply``."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither run nor apply")
 
     def workspace_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         return act_dtype

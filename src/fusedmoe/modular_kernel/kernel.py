@@ -21,7 +21,7 @@ from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
-from fusedmoe.modular_kernel.records import PrepareResult, ProblemSize
+from fusedmoe.modular_kernel.records import ExpertsWork, PrepareResult, ProblemSize
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 _MAX_PLANS = 1024
@@ -137,33 +137,32 @@ class FusedMoEKernel:
         final_output: torch.Tensor,
     ) -> torch.Tensor:
         experts, x = self.experts, prepared.hidden_states
-        ids = prepared.topk_ids
+        weights, ids = prepared.topk_weights, prepared.topk_ids
+        assert weights is not None
         assert ids is not None
         size = experts.moe_problem_size(x, w1, w2, ids)
         plan = self._plan(size, final_output.dtype, activation, global_num_experts, prepared)
         output = _output_for(plan, prepared.output, final_output)
         if size.M == 0:
             return output
-        workspace13 = x.new_empty(plan.shapes.workspace13, dtype=plan.dtype)
-        workspace2 = x.new_empty(plan.shapes.workspace2, dtype=plan.dtype)
-        for rows in passes(prepared, output, plan.rows_per_pass):
-            experts.apply(
-                rows.output,
-                rows.hidden_states,
-                w1,
-                w2,
-                rows.topk_weights,
-                rows.topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                rows.scale,
-                None,
-                workspace13,
-                workspace2,
-                rows.expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
+        work = ExpertsWork(
+            output,
+            x,
+            w1,
+            w2,
+            weights,
+            ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            a1q_scale=prepared.scale,
+            workspace13=x.new_empty(plan.shapes.workspace13, dtype=plan.dtype),
+            workspace2=x.new_empty(plan.shapes.workspace2, dtype=plan.dtype),
+            expert_tokens_meta=prepared.expert_tokens_meta,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+        )
+        for part in passes(work, plan.rows_per_pass):
+            experts.apply(*part)
         return output
 
     def _plan(

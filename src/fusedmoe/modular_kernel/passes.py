@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from fusedmoe.kernels.peer_all_to_all import settled
-from fusedmoe.modular_kernel.records import ExpertTokensMetadata, PrepareResult
+from fusedmoe.modular_kernel.records import ExpertsWork
 
 
-class Pass(NamedTuple):
-    """The rows that the experts run at once."""
-
-    output: torch.Tensor
-    hidden_states: torch.Tensor
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    scale: torch.Tensor | None
-    expert_tokens_meta: ExpertTokensMetadata | None
-
-
-def passes(prepared: PrepareResult, output: torch.Tensor, rows_per_pass: int) -> Iterator[Pass]:
+def passes(work: ExpertsWork, rows_per_pass: int) -> Iterator[ExpertsWork]:
     """All rows at once where they fit, else ``rows_per_pass`` at a time."""
-    x, weights, ids = prepared.hidden_states, prepared.topk_weights, prepared.topk_ids
-    assert weights is not None
-    assert ids is not None
-    size = x.shape[-2]
+    size = work.hidden_states.shape[-2]
     if rows_per_pass >= size:
-        yield Pass(output, x, weights, ids, prepared.scale, prepared.expert_tokens_meta)
+        yield work
         return
-    x = settled(x)
+    x = settled(work.hidden_states)
     for start in range(0, size, rows_per_pass):
         part = slice(start, start + rows_per_pass)
-        scale = _rows_of_scale(prepared.scale, part, size)
-        yield Pass(output[part], x[part], weights[part], ids[part], scale, None)
+        yield work._replace(
+            output=work.output[part],
+            hidden_states=x[part],
+            topk_weights=work.topk_weights[part],
+            topk_ids=work.topk_ids[part],
+            a1q_scale=_rows_of_scale(work.a1q_scale, part, size),
+            expert_tokens_meta=None,
+        )
 
 
 def _rows_of_scale(scale: torch.Tensor | None, part: slice, rows: int) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.bench.timing import Call
 from fusedmoe.experts.triton import slot_blocks, triton_experts
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig
 from fusedmoe.tuning.tuner.gemms import activation_of, key_of, run_gemm
 from fusedmoe.tuning.tuner.precompile import Compilers, is_refusal
@@ -129,21 +130,20 @@ class _Batch:
 
     def layer(self, tiles: LayerTiles, index: int) -> torch.Tensor:
         weights, picks = self._weights[index], self.problem.situations[index]
-        triton_experts(
+        activation, numbers = activation_of(self._shape)
+        work = ExpertsWork(
             self._out,
             self.problem.x,
             weights.w1,
             weights.w2,
             picks.topk_weights,
             picks.topk_ids,
-            *activation_of(self._shape),
-            None,
-            weights.b1,
-            weights.b2,
-            self._act_out,
-            self._rows,
-            tiles=tiles,
+            activation,
+            self._shape.E,
+            workspace13=self._act_out,
+            workspace2=self._rows,
         )
+        triton_experts(work, numbers, weights.b1, weights.b2, tiles=tiles)
         return self._out
 
     def _blocks_of(self, index: int, block_m: int) -> MoEAlignment | LoneSlots:
