@@ -213,11 +213,17 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
             act_rows = torch.empty(R, width, device="cuda", dtype=torch.bfloat16)
             y, out = torch.empty(R, H, device="cuda"), torch.empty_like(x)
             config, halves = ApplyMoEActivationConfig(), y.view(torch.bfloat16)
-            quantized_experts(out, x, operands, weights, ids, act, config, None, act_rows, halves)
-            if rows is None:
-                rest = operands, weights, ids, act, config, None
-                quantized_experts(out.half(), x.half(), *rest, act_rows.half(), halves.half())
             pair = operands.w1, operands.w2
+            work = ExpertsWork(
+                *(out, x, pair[0].data, pair[1].data, weights, ids, act, e),
+                workspace13=act_rows,
+                workspace2=halves,
+            )
+            quantized_experts(work, operands, config)
+            if rows is None:
+                work = work._replace(output=out.half(), hidden_states=x.half())
+                work = work._replace(workspace13=act_rows.half(), workspace2=halves.half())
+                quantized_experts(work, operands, config)
             if streams and runs_decode(R, e, operands, x, None):
                 common: dict[str, Any] = {"activation": act, "programs": 132}
                 common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
@@ -320,8 +326,13 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
                 act_rows = torch.empty(R, width, device="cuda", dtype=dtype)
                 y, out = torch.empty(R, 2 * H, device="cuda", dtype=dtype), torch.empty_like(x)
                 config = ApplyMoEActivationConfig()
+                work = ExpertsWork(
+                    *(out, x, pair[0].data, pair[1].data, weights, ids, act, e),
+                    workspace13=act_rows,
+                    workspace2=y,
+                )
                 for way in ways:
-                    quantized_experts(out, x, way, weights, ids, act, config, None, act_rows, y)
+                    quantized_experts(work, way, config)
             torch.cuda.synchronize()
             print("packed", name, rows, T, flush=True)
 

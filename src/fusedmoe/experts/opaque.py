@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
@@ -28,8 +28,10 @@ class _Kind(NamedTuple):
 _KINDS: dict[Any, _Kind] = {
     torch.Tensor: _Kind("Tensor"),
     torch.Tensor | None: _Kind("Tensor?"),
+    Sequence[torch.Tensor | None]: _Kind("Tensor?[]"),
     bool: _Kind("bool"),
     int: _Kind("SymInt"),
+    str: _Kind("str"),
     MoEActivation: _Kind("str", lambda activation: activation.value, MoEActivation),
     ApplyMoEActivationConfig: _Kind(
         "float[]", lambda config: config.numbers(), ApplyMoEActivationConfig.from_numbers

@@ -102,13 +102,15 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
             return self._sorted
         return as_they_lie(self.operands(w1, w2, activation, dtype))
 
-    def flat_operands(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, ...]:
+    def flat_operands(
+        self,
+    ) -> tuple[list[torch.Tensor | None], str, list[torch.Tensor | None]]:
         """What runs, as a custom op takes it; while compiling, sorted columns are not doubted."""
         found, config = self._sorted, self.quant_config
         tables: list[torch.Tensor | None] = [None for _ in TABLES]
         if found is not None:
             config, tables = found.config(config), [getattr(found, name) for name in TABLES]
-        return (w1, w2, *tensors_and_words(config), tables)
+        return (*tensors_and_words(config), tables)
 
 
 class TritonQuantizedExperts(QuantizedTritonExperts):
@@ -139,42 +141,12 @@ class TritonQuantizedExperts(QuantizedTritonExperts):
         return WorkspaceShapes((M, topk, width), (M, topk, second), (M, H))
 
     def run(self, work: ExpertsWork) -> None:
-        w1, w2, output = work.w1, work.w2, work.output
-        assert work.workspace13 is not None
-        assert work.workspace2 is not None
-        batch_invariant = self.moe_config.options.batch_invariant
+        config, batch_invariant = self.activation_config, self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():
-            standard_op(
-                output,
-                work.hidden_states,
-                work.a1q_scale,
-                *self.flat_operands(w1, w2),
-                work.output_weights,
-                work.topk_ids,
-                work.activation.value,
-                self.activation_config.numbers(),
-                work.expert_map,
-                work.workspace13,
-                work.workspace2,
-                batch_invariant,
-                self.emulate,
-            )
+            standard_op(work, *self.flat_operands(), config, batch_invariant, self.emulate)
             return
-        quantized_experts(
-            output,
-            work.hidden_states,
-            self.operands_to_run(w1, w2, work.activation, output.dtype),
-            work.output_weights,
-            work.topk_ids,
-            work.activation,
-            self.activation_config,
-            work.expert_map,
-            work.workspace13,
-            work.workspace2,
-            x_scale=work.a1q_scale,
-            batch_invariant=batch_invariant,
-            tiles=self.tiles,
-        )
+        operands = self.operands_to_run(work.w1, work.w2, work.activation, work.output.dtype)
+        quantized_experts(work, operands, config, batch_invariant=batch_invariant, tiles=self.tiles)
 
 
 class TritonEmulatedExperts(TritonQuantizedExperts):

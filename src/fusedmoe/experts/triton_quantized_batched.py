@@ -39,32 +39,15 @@ class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
         return WorkspaceShapes((e, M, width), (0,), (e, M, H))
 
     def run(self, work: ExpertsWork) -> None:
-        counts, (w1, w2), x = work.rows_per_expert, (work.w1, work.w2), work.hidden_states
-        assert work.workspace13 is not None
-        batch_invariant = self.moe_config.options.batch_invariant
+        counts, dtype = work.rows_per_expert, work.hidden_states.dtype
+        config, batch_invariant = self.activation_config, self.moe_config.options.batch_invariant
         if torch.compiler.is_compiling():
-            batched_op(
-                work.output,
-                x,
-                *self.flat_operands(w1, w2),
-                counts,
-                work.activation.value,
-                self.activation_config.numbers(),
-                work.workspace13,
-                batch_invariant,
-                self.emulate,
-            )
+            how = batch_invariant, self.emulate
+            batched_op(work, *self.flat_operands(), counts, config, *how)
             return
+        operands = self.operands_to_run(work.w1, work.w2, work.activation, dtype)
         batched_quantized_experts(
-            work.output,
-            x,
-            self.operands_to_run(w1, w2, work.activation, x.dtype),
-            counts,
-            work.activation,
-            self.activation_config,
-            work.workspace13,
-            batch_invariant=batch_invariant,
-            tiles=self.tiles,
+            work, operands, counts, config, batch_invariant=batch_invariant, tiles=self.tiles
         )
 
 

@@ -19,13 +19,15 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.triton import slot_blocks
 from fusedmoe.experts.triton_quantized_floating import floating_products, floating_tiles
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.modular_kernel import ExpertsWork, scratch
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, QuantizedTiles, slots_block, w8a8_tiles
@@ -148,71 +150,59 @@ def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> Q
 
 
 def quantized_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
+    work: ExpertsWork,
     operands: Operands,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    activation: MoEActivation,
     activation_config: ApplyMoEActivationConfig,
-    expert_map: torch.Tensor | None,
-    workspace13: torch.Tensor,
-    workspace2: torch.Tensor,
     *,
-    x_scale: torch.Tensor | None = None,
     batch_invariant: bool = False,
     tiles: QuantizedTiles | None = None,
 ) -> None:
-    """Write the weighted sum over K [T, H] into ``output``.
+    """Write the weighted sum over K [T, H] into ``work.output``.
 
-    hidden_states [T, H] (``x_scale``: already rounded), topk_weights fp32 [T, K] (None: all one).
-    The workspaces hold at least R * I and R * H elements, better R * ``row_width``. Ids that name
-    no local expert count as nothing. ``tiles`` overrides the choice of ``tuning.quantized_tiles``.
+    ``operands`` are the weights of ``work`` as they are described. The workspaces hold at least
+    R * I and R * H elements, better R * ``row_width``. Ids that name no local expert count as
+    nothing. ``tiles`` overrides the choice of ``tuning.quantized_tiles``.
     """
+    x, x_scale, expert_map = work.hidden_states, work.a1q_scale, work.expert_map
+    topk_ids, workspace2 = work.topk_ids, work.workspace2
+    assert workspace2 is not None
     (T, K), (e, H, I) = topk_ids.shape, operands.w2.shape  # noqa: E741
     R = T * K
     if tiles is None:
         operands = as_run(operands, R, x_scale, batch_invariant)
         tiles = choose_tiles(operands, T, K, batch_invariant)
-    if hidden_states.stride(1) != 1:
-        hidden_states = hidden_states.contiguous()
-    act = workspace13.flatten()[: R * I].view(R, I)
     rows = _second_rows(workspace2, R, H, operands.floating_rows, batch_invariant)
     two_gemms(
-        hidden_states,
+        x if x.stride(1) == 1 else x.contiguous(),
         operands,
-        act,
+        scratch(work.workspace13, R, I),
         rows,
-        _blocks(topk_ids, e, expert_map, tiles.gemm1.slots, batch_invariant),
+        slot_blocks(topk_ids, e, expert_map, tiles.gemm1.slots, batch_invariant),
         tiles,
         K,
-        activation,
+        work.activation,
         activation_config,
         topk_ids.reshape(-1).contiguous(),
         expert_map,
         x_scale=x_scale,
         batch_invariant=batch_invariant,
     )
-    moe_fused_mul_sum(
-        rows.view(T, K, H), topk_weights, output, topk_ids, expert_map, num_local_experts=e
-    )
+    by_token, weights = rows.view(T, K, H), work.output_weights
+    moe_fused_mul_sum(by_token, weights, work.output, topk_ids, expert_map, num_local_experts=e)
 
 
 def batched_quantized_experts(
-    output: torch.Tensor,
-    hidden_states: torch.Tensor,
+    work: ExpertsWork,
     operands: Operands,
     expert_num_tokens: torch.Tensor,
-    activation: MoEActivation,
     activation_config: ApplyMoEActivationConfig,
-    workspace13: torch.Tensor,
     *,
     batch_invariant: bool = False,
     tiles: QuantizedTiles | None = None,
 ) -> None:
-    """Write ``output`` [e, M, H] from hidden_states [e, M, H], row by row, up to each expert's
-    count; ``workspace13`` holds at least e * M * I elements. Nothing is weighted or summed."""
-    (e, M, H), I = hidden_states.shape, operands.w2.shape[2]  # noqa: E741
+    """Write ``work.output`` [e, M, H] row by row, up to each expert's count; the first workspace
+    holds at least e * M * I elements. Nothing is weighted or summed."""
+    (e, M, H), I = work.hidden_states.shape, operands.w2.shape[2]  # noqa: E741
     if M == 0:
         return
     if tiles is None:
@@ -220,14 +210,14 @@ def batched_quantized_experts(
         operands = as_run(operands, rows, None, batch_invariant)
         tiles = choose_tiles(operands, rows, 1, batch_invariant)
     two_gemms(
-        hidden_states.contiguous().view(e * M, H),
+        work.hidden_states.contiguous().view(e * M, H),
         operands,
-        workspace13.flatten()[: e * M * I].view(e * M, I),
-        output.view(e * M, H),
+        scratch(work.workspace13, e * M, I),
+        work.output.view(e * M, H),
         batched_moe_align_block_size(M, tiles.gemm1.slots, expert_num_tokens),
         tiles,
         1,
-        activation,
+        work.activation,
         activation_config,
         _experts_of_rows(expert_num_tokens, M) if operands.rows_follow else None,
         batch_invariant=batch_invariant,
@@ -243,16 +233,3 @@ def _experts_of_rows(expert_num_tokens: torch.Tensor, M: int) -> torch.Tensor:
 
 # An expert's rows are known only on the device; blocks of more than this would mostly be padding.
 _LIKELY_ROWS = 64
-
-
-def _blocks(
-    topk_ids: torch.Tensor,
-    e: int,
-    expert_map: torch.Tensor | None,
-    slots: int,
-    batch_invariant: bool,
-) -> MoEAlignment | LoneSlots:
-    """No table, and a launch less, where slots are so few that two rarely share an expert."""
-    if topk_ids.numel() * 4 <= e and not batch_invariant:
-        return LoneSlots.of(topk_ids, expert_map)
-    return align_local_slots(topk_ids, slots, e, expert_map)
