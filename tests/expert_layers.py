@@ -117,9 +117,9 @@ def use_triton_bodies(monkeypatch: Any) -> None:
     from fusedmoe.kernels.triton import grouped_gemm as gemm_triton
     from fusedmoe.kernels.triton import mul_sum as mul_sum_triton
 
-    def gemm(a, b, c, blocks, tiles, *, top_k, bias, row_weights, activation, activation_config):
+    def gemm(a, b, c, blocks, tiles, *, top_k, bias, activation, activation_config):
         act = None if activation is None else device_activation(activation, activation_config)
-        gemm_triton.launch(a, b, c, blocks, tiles, top_k, bias, row_weights, act)
+        gemm_triton.launch(a, b, c, blocks, tiles, top_k, bias, act)
         return c
 
     def total(inputs, weights, outputs, ids, expert_map, valid, *, num_local_experts):

@@ -27,7 +27,6 @@ def by_slot(
     activation: MoEActivation | None = None,
     config: ApplyMoEActivationConfig | None = None,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp64, one slot at a time; NaN where no expert is here."""
     values = w.dequantize(torch.float32).double()
@@ -42,7 +41,7 @@ def by_slot(
             row = row + bias[expert].double()
         if activation is not None:
             row = activation_reference(activation, row, config)
-        rows[slot] = row if row_weights is None else row * row_weights[slot].double()
+        rows[slot] = row
     return rows
 
 

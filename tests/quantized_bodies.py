@@ -31,7 +31,7 @@ def triton_gemm(
     act = None if activation is None else device_activation(activation, activation_config)
     orders = rest.get("a_ordered", False), rest.get("c_order", ""), rest.get("c_places")
     launch(
-        a, w, c, blocks, tile, top_k, rest.get("bias"), rest.get("row_weights"), act,
+        a, w, c, blocks, tile, top_k, rest.get("bias"), act,
         weight_addresses(w), *orders, False,
     )  # fmt: skip
     return c
@@ -46,7 +46,6 @@ def triton_packed(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
     a_ordered: bool = False,
@@ -58,7 +57,7 @@ def triton_packed(
 
     act = None if activation is None else device_activation(activation, activation_config)
     orders = a_ordered, c_order, c_places
-    launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *orders, False)
+    launch(a, w, c, blocks, tile, top_k, bias, act, *orders, False)
     return c
 
 
@@ -74,7 +73,6 @@ def triton_w8a8(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
 ) -> torch.Tensor:
@@ -83,7 +81,7 @@ def triton_w8a8(
 
     act = None if activation is None else device_activation(activation, activation_config)
     launch(
-        a, scale, w, c, c_scale, blocks, tile, top_k, bias, row_weights, act,
+        a, scale, w, c, c_scale, blocks, tile, top_k, bias, act,
         weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
     )  # fmt: skip
     return c
@@ -127,7 +125,6 @@ def triton_w4a8(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
 ) -> torch.Tensor:
@@ -135,5 +132,5 @@ def triton_w4a8(
     from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    launch(a, a_scale, w, c, blocks, tile, top_k, bias, row_weights, act, False)
+    launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, False)
     return c

@@ -19,11 +19,9 @@ def _bodies(request, monkeypatch):
     if request.param == "triton":
         from fusedmoe.kernels.triton.grouped_gemm import launch
 
-        def gemm(
-            a, b, c, blocks, tiles, *, top_k, bias, row_weights, activation, activation_config
-        ):
+        def gemm(a, b, c, blocks, tiles, *, top_k, bias, activation, activation_config):
             act = None if activation is None else device_activation(activation, activation_config)
-            launch(a, b, c, blocks, tiles, top_k, bias, row_weights, act)
+            launch(a, b, c, blocks, tiles, top_k, bias, act)
 
         monkeypatch.setattr(module, "grouped_gemm_reference", gemm)
 

@@ -18,11 +18,11 @@ def triton_gemm(a, b, c, blocks, tiles, *, top_k, activation=None, activation_co
     from fusedmoe.kernels.triton.grouped_gemm import launch
 
     act = None if activation is None else device_activation(activation, activation_config)
-    launch(a, b, c, blocks, tiles, top_k, kw.get("bias"), kw.get("row_weights"), act)
+    launch(a, b, c, blocks, tiles, top_k, kw.get("bias"), act)
     return c
 
 
-def by_slot(a, b, ids, top_k, activation=None, config=None, bias=None, row_weights=None):
+def by_slot(a, b, ids, top_k, activation=None, config=None, bias=None):
     """fp64, one slot at a time; NaN where no expert is here."""
     rows = []
     for slot, expert in enumerate(ids.flatten().tolist()):
@@ -34,7 +34,7 @@ def by_slot(a, b, ids, top_k, activation=None, config=None, bias=None, row_weigh
             row = row + bias[expert].double()
         if activation is not None:
             row = activation_reference(activation, row, config)
-        rows.append(row if row_weights is None else row * row_weights[slot].double())
+        rows.append(row)
     width = max((len(row) for row in rows), default=0)
     return torch.stack([row if len(row) else torch.full((width,), NAN).double() for row in rows])
 
@@ -78,15 +78,14 @@ def test_plain_products(function, T, K, E, N, D):
     ],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_epilogue_is_bias_then_activation_then_weight(function, activation, with_bias):
+def test_epilogue_is_bias_then_activation(function, activation, with_bias):
     S = 2 if activation.is_gated else 1
     a, b, ids = case(N=20, S=S)
     bias = torch.randn(4, S * 20) if with_bias else None
-    weights = torch.rand(ids.numel())
     config = ApplyMoEActivationConfig(clamp_limit=0.8)
-    options = {"bias": bias, "row_weights": weights, "activation": activation}
+    options = {"bias": bias, "activation": activation}
     out = run(function, a, b, ids, 20, activation_config=config, **options)
-    expected = by_slot(a, b, ids, 2, activation, config, bias, weights)
+    expected = by_slot(a, b, ids, 2, activation, config, bias)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -181,8 +180,6 @@ def test_no_tokens():
         {"b": torch.zeros(4, 48, 40)},
         {"c": torch.zeros(10, 23)},
         {"bias": torch.zeros(4, 23)},
-        {"row_weights": torch.zeros(9)},
-        {"row_weights": torch.zeros(20)[::2]},
         {"top_k": 0},
         {"blocks": LoneSlots(torch.zeros(9, dtype=torch.int32))},
     ],

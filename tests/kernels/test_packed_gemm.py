@@ -61,18 +61,18 @@ def test_every_format_is_read(function, fmt, K):
     "activation",
     [MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL],
 )
-def test_shards_biases_and_weights_in_the_epilogue(function, fmt, activation):
+def test_shards_and_biases_in_the_epilogue(function, fmt, activation):
     """Gate and up have scales, and act-order groups, of their own, stacked or row by row."""
     w, tile = weights(fmt, 256, activation), tile_for(fmt, slots=8)
     a, ids = rows_and_ids(256, T=7)
     config = ApplyMoEActivationConfig(clamp_limit=0.8)
-    bias, row_weights = torch.randn(E, w.shape[1]), torch.rand(ids.numel())
+    bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
     function(
         a, w, out, moe_align_block_size(ids, 8, E), tile, top_k=TOP_K, bias=bias,
-        row_weights=row_weights, activation=activation, activation_config=config,
+        activation=activation, activation_config=config,
     )  # fmt: skip
-    assert_right(out, by_slot(a, w, ids, activation, config, bias, row_weights))
+    assert_right(out, by_slot(a, w, ids, activation, config, bias))
 
 
 @BOTH

@@ -118,18 +118,18 @@ def test_scales_of_fp4_numbers_always_multiply_these():
         MoEActivation.RELU2_NO_MUL,
     ],
 )
-def test_shards_biases_and_weights_in_the_epilogue(function, fmt, activation):
+def test_shards_and_biases_in_the_epilogue(function, fmt, activation):
     """Gate and up have scales of their own, stacked or interleaved row by row."""
     w, tile = weights(fmt, 128, activation), tile_of(64, slots=8)
     a, ids = rows_and_ids(128, T=7)
     config = ApplyMoEActivationConfig(clamp_limit=0.8)
-    bias, row_weights = torch.randn(E, w.shape[1]), torch.rand(ids.numel())
+    bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
     function(
         a, w, out, moe_align_block_size(ids, 8, E), tile, top_k=TOP_K, bias=bias,
-        row_weights=row_weights, activation=activation, activation_config=config,
+        activation=activation, activation_config=config,
     )  # fmt: skip
-    assert_right(out, by_slot(a, w, ids, activation, config, bias, row_weights))
+    assert_right(out, by_slot(a, w, ids, activation, config, bias))
 
 
 @BOTH
@@ -224,7 +224,6 @@ def test_shapes_formats_and_groups_that_disagree_are_named():
     refused("two shards", c=c[:, :20], activation=MoEActivation.SILU)
     refused("more than", a=a[:2])
     refused("bias", bias=torch.zeros(E, 3))
-    refused("row_weights", row_weights=torch.zeros(3))
     refused("mxfp6", w=weights("mxfp6_e3m2", 64))
     by_table = (torch.arange(64, dtype=torch.int32) // 32).expand(E, 1, 64)
     ordered = format_named("int4_g32_act_order")

@@ -53,14 +53,14 @@ def test_shards_biases_and_an_expert_map_without_a_table(function, activation):
     a, scale = quantize_rows(x, FP8_DYNAMIC_TOKEN)
     ids = torch.tensor([[0, 4], [9, -1], [5, 2], [1, 1], [3, -7]], dtype=torch.int32)
     here = torch.tensor([2, -1, 0, -1, 1, 7], dtype=torch.int32)
-    bias, row_weights = torch.randn(E, w.shape[1]), torch.rand(ids.numel())
+    bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
     function(
         a, scale, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K, bias=bias,
-        row_weights=row_weights, activation=activation,
+        activation=activation,
     )  # fmt: skip
     rows = fake_quantize(x, FP8_DYNAMIC_TOKEN)
-    expected = by_slot(rows, w, local_ids(ids, E, here), activation, None, bias, row_weights)
+    expected = by_slot(rows, w, local_ids(ids, E, here), activation, None, bias)
     assert_right(out, expected)
 
 

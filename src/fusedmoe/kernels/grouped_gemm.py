@@ -24,28 +24,27 @@ def grouped_gemm(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
-    """c[slot] = weight[slot] * act(a[slot // top_k] @ b[expert].T + bias[expert]) for each slot.
+    """c[slot] = act(a[slot // top_k] @ b[expert].T + bias[expert]) for each slot.
 
     a [rows, D], b [e, S * N, D] (S = 2 where the activation is gated), c [R, N] with
-    R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]; a, b of one dtype, any strides.
+    R <= rows * top_k, bias [e, S * N]; a, b of one dtype, any strides.
     ``blocks`` hold ``tiles.block_m`` slots each, or one (``LoneSlots``). Slots in no block, or in a
-    block of an expert outside [0, e), keep what ``c`` holds. Sums are fp32; bias, activation and
-    weight are applied to them in that order, then the result is rounded once.
+    block of an expert outside [0, e), keep what ``c`` holds. Sums are fp32; bias and
+    activation are applied to them in that order, then the result is rounded once.
 
     Raises ValueError where shapes or dtypes disagree.
     """
-    check_grouped_gemm(a, b, c, top_k, bias, row_weights, activation)
+    check_grouped_gemm(a, b, c, top_k, bias, None, activation)
     if isinstance(blocks, LoneSlots) and blocks.topk_ids.shape != c.shape[:1]:
         raise ValueError(f"{tuple(blocks.topk_ids.shape)} ids do not name {c.shape[0]} slots")
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
-        launch(a, b, c, blocks, tiles, top_k, bias, row_weights, act)
+        launch(a, b, c, blocks, tiles, top_k, bias, act)
         return c
     return grouped_gemm_reference(
         a,
@@ -55,7 +54,6 @@ def grouped_gemm(
         tiles,
         top_k=top_k,
         bias=bias,
-        row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
     )
@@ -74,7 +72,8 @@ def grouped_gemm_reference(
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
-    """The definition, in plain torch; walks the blocks on the host."""
+    """The definition, in plain torch; walks the blocks on the host. ``row_weights`` [R] multiply
+    the fp32 rows last."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if isinstance(blocks, LoneSlots):
         experts = local_ids(blocks.topk_ids, b.shape[0], blocks.expert_map)

@@ -41,20 +41,19 @@ def packed_gemm(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
     a_ordered: bool = False,
     c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
     Arguments and errors as ``quantized_gemm`` has them. Steps are of 256 columns for superblocks,
     of at least 128 for floats of six bits and of 64 for the rest.
     """
     check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias, row_weights)
+    check_rows(a, w, c, blocks, top_k, bias)
     check_orders(a, w, c, a_ordered, c_order, c_places)
     _check_format(w, tile)
     if a_ordered and w.format.element in SEXTETS and tile.depth != REPEATS[UNITS]:
@@ -65,7 +64,7 @@ def packed_gemm(
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
         orders = a_ordered, c_order, c_places
-        launch(a, w, c, blocks, tile, top_k, bias, row_weights, act, *orders, native)
+        launch(a, w, c, blocks, tile, top_k, bias, act, *orders, native)
         return c
     return packed_gemm_reference(
         a,
@@ -75,7 +74,6 @@ def packed_gemm(
         tile,
         top_k=top_k,
         bias=bias,
-        row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
         a_ordered=a_ordered,

@@ -40,17 +40,16 @@ def quantized_gemm(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
     a_ordered: bool = False,
     c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
     a [rows, D] with dense rows, w logically [e, S * N, D] (S = 2 shards where the activation is
-    gated), c [R, N] with R <= rows * top_k, bias [e, S * N], row_weights fp32 [R]. ``blocks`` hold
+    gated), c [R, N] with R <= rows * top_k, bias [e, S * N]. ``blocks`` hold
     ``tile.slots`` slots each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
 
     ``a_ordered``: the columns of a lie as ``order_for`` these weights says, which spares them an
@@ -62,7 +61,7 @@ def quantized_gemm(
     for formats that the kernel does not read.
     """
     check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias, row_weights)
+    check_rows(a, w, c, blocks, top_k, bias)
     if w.format.element not in ELEMENTS | TABLES or w.format.act_order:
         raise ValueError(f"quantized_gemm does not read {w.format.name}")
     group = w.format.group.col
@@ -75,7 +74,7 @@ def quantized_gemm(
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
         launch(
-            a, w, c, blocks, tile, top_k, bias, row_weights, act, weight_addresses(w), a_ordered,
+            a, w, c, blocks, tile, top_k, bias, act, weight_addresses(w), a_ordered,
             c_order, c_places, native,
         )  # fmt: skip
         return c
@@ -87,7 +86,6 @@ def quantized_gemm(
         tile,
         top_k=top_k,
         bias=bias,
-        row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
         a_ordered=a_ordered,
@@ -105,7 +103,6 @@ def quantized_gemm_reference(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
     a_ordered: bool = False,
@@ -120,8 +117,6 @@ def quantized_gemm_reference(
         if bias is not None:
             sums = sums + bias[expert].float()
         sums = activate_sums(sums, w, activation, activation_config)
-        if row_weights is not None:
-            sums = sums * row_weights[slots, None]
         sums = ordered(sums, c_order)
         if c_places is not None:
             sums = sums[:, c_places[expert].long().argsort()]
@@ -222,7 +217,6 @@ def check_rows(
     blocks: MoEAlignment | LoneSlots,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
 ) -> None:
     """Raise ValueError where rows, slots and what is added to them do not fit."""
     if a.dim() != 2 or a.shape[1] != w.shape[2]:
@@ -237,7 +231,5 @@ def check_rows(
         )
     if bias is not None and bias.shape != w.shape[:2]:
         raise ValueError(f"bias is {tuple(bias.shape)}, expected {tuple(w.shape[:2])}")
-    if row_weights is not None and row_weights.shape != c.shape[:1]:
-        raise ValueError(f"row_weights is {tuple(row_weights.shape)} for {c.shape[0]} slots")
     if isinstance(blocks, LoneSlots) and blocks.topk_ids.shape != c.shape[:1]:
         raise ValueError(f"{tuple(blocks.topk_ids.shape)} ids do not name {c.shape[0]} slots")

@@ -39,11 +39,10 @@ def w8a8_gemm(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
-    """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
     a [rows, D] of the key's dtype with a_scale fp32 [rows, groups] or [1], as ``quantize_rows``
     makes them; or 16-bit rows and a_scale None, where the key has groups of ``tile.depth`` columns:
@@ -55,20 +54,20 @@ def w8a8_gemm(
     the steps' sums in fp32. Raises ValueError where shapes, dtypes or groups disagree.
     """
     check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias, row_weights)
-    _check_scales(a, a_scale, w, c, c_scale, tile, key, activation, row_weights)
+    check_rows(a, w, c, blocks, top_k, bias)
+    _check_scales(a, a_scale, w, c, c_scale, tile, key, activation)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
         launch(
-            a, a_scale, w, c, c_scale, blocks, tile, top_k, bias, row_weights, act,
+            a, a_scale, w, c, c_scale, blocks, tile, top_k, bias, act,
             weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
         )  # fmt: skip
         return c
     return w8a8_gemm_reference(
         a, a_scale, w, c, c_scale, blocks, tile, key, top_k=top_k, bias=bias,
-        row_weights=row_weights, activation=activation, activation_config=activation_config,
+        activation=activation, activation_config=activation_config,
     )  # fmt: skip
 
 
@@ -84,7 +83,6 @@ def w8a8_gemm_reference(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
@@ -98,8 +96,6 @@ def w8a8_gemm_reference(
         if bias is not None:
             sums = sums + bias[expert].float()
         sums = activate_sums(sums, w, activation, activation_config)
-        if row_weights is not None:
-            sums = sums * row_weights[slots, None]
         if c_scale is None:
             c[slots] = sums.to(c.dtype)
         else:
@@ -116,7 +112,6 @@ def _check_scales(
     tile: QuantizedTile,
     key: QuantKey,
     activation: MoEActivation | None,
-    row_weights: torch.Tensor | None,
 ) -> None:
     fmt, stored = w.format, STORED.get(key.dtype)
     if fmt.element not in ("e4m3", "int8") or not fmt.symmetric or fmt.dtype != stored:
@@ -145,10 +140,10 @@ def _check_scales(
     gated = activation is not None and activation.is_gated
     width = tile.rows // 2 if gated else tile.rows
     groups = -(-c.shape[1] // QUANTIZED_GROUP)
-    if width != QUANTIZED_GROUP or columns != QUANTIZED_GROUP or row_weights is not None:
+    if width != QUANTIZED_GROUP or columns != QUANTIZED_GROUP:
         raise ValueError(
             f"c is quantized by tiles of {QUANTIZED_GROUP} features and key groups of as many "
-            f"columns, without weights; got {width} and {columns}"
+            f"columns; got {width} and {columns}"
         )
     if c.dtype != stored or c_scale.shape != (c.shape[0], groups):
         raise ValueError(

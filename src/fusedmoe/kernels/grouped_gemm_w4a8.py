@@ -32,11 +32,10 @@ def w4a8_gemm(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
-    """c[slot] = weight[slot] * act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
 
     a [rows, D] e4m3 with a_scale fp32 [rows, 1] or [1], as ``quantize_rows`` makes them; w int4
     with scales per row or per group, with or without zero points. Everything else is as in
@@ -45,13 +44,13 @@ def w4a8_gemm(
     groups disagree.
     """
     check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias, row_weights)
+    check_rows(a, w, c, blocks, top_k, bias)
     _check(a, a_scale, w, tile)
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
 
         act = None if activation is None else device_activation(activation, activation_config)
-        launch(a, a_scale, w, c, blocks, tile, top_k, bias, row_weights, act, True)
+        launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, True)
         return c
     return w4a8_gemm_reference(
         a,
@@ -62,7 +61,6 @@ def w4a8_gemm(
         tile,
         top_k=top_k,
         bias=bias,
-        row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
     )
@@ -78,7 +76,6 @@ def w4a8_gemm_reference(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     activation: MoEActivation | None = None,
     activation_config: ApplyMoEActivationConfig | None = None,
 ) -> torch.Tensor:
@@ -91,7 +88,6 @@ def w4a8_gemm_reference(
         tile,
         top_k=top_k,
         bias=bias,
-        row_weights=row_weights,
         activation=activation,
         activation_config=activation_config,
     )

@@ -1,4 +1,4 @@
-"""Grouped GEMM by indirection, with bias, activation and router weight in its epilogue.
+"""Grouped GEMM by indirection, with bias and activation in its epilogue.
 
 Grid (max blocks * cdiv(N, BLOCK_N),), one program per tile of c, in an order that keeps GROUP_M
 blocks of slots near each other; the bound comes from shapes, and programs past the blocks in use
@@ -52,11 +52,7 @@ def block_of(tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
 
 
 @triton.jit
-def _weigh_and_store(
-    rows, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N: tl.constexpr
-):
-    if weights_ptr is not None:
-        rows *= tl.load(weights_ptr + slots, row_ok, 0.0)[:, None]
+def _store(rows, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N: tl.constexpr):
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c_ptrs = c_ptr + slots[:, None] * stride_cm + column[None, :].to(tl.int64) * stride_cn
     tl.store(c_ptrs, rows.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
@@ -68,7 +64,6 @@ def grouped_gemm_kernel(
     b_ptr,
     c_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -133,10 +128,9 @@ def grouped_gemm_kernel(
     if INTERLEAVED:
         gate, up = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N // 2, 2)))
         rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
-        _weigh_and_store(
+        _store(
             rows,
             c_ptr,
-            weights_ptr,
             slots,
             row_ok,
             tile_n,
@@ -148,9 +142,7 @@ def grouped_gemm_kernel(
     else:
         if FORMULA is not None:
             total = plain_activation(FORMULA, total)
-        _weigh_and_store(
-            total, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N
-        )
+        _store(total, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -159,7 +151,6 @@ def grouped_gemm_halves_kernel(
     b_ptr,
     c_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -231,9 +222,7 @@ def grouped_gemm_halves_kernel(
         gate += tl.load(bias_ptr + column * stride_bias_n).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + (column + N) * stride_bias_n).to(tl.float32)[None, :]
     rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
-    _weigh_and_store(
-        rows, c_ptr, weights_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N
-    )
+    _store(rows, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N)
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
@@ -249,7 +238,6 @@ def launch(
     tiles: TileConfig,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
 ) -> None:
     """As ``grouped_gemm``, unchecked. Tile widths count columns of c."""
@@ -292,7 +280,7 @@ def launch(
     launcher = _launch_halves if halves else _launch_plain
     launcher(
         (num_blocks * -(-N // tiles.block_n), 1),
-        (a, b, c, bias, row_weights, *tables, expert_map),
+        (a, b, c, bias, *tables, expert_map),
         numbers,
         constants,
         tiles.num_warps,

@@ -47,7 +47,6 @@ def packed_gemm_kernel(
     c_ptr,
     places_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -138,7 +137,7 @@ def packed_gemm_kernel(
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if places_ptr is not None:
         places_ptr += expert * N
-    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_ORDER)
+    store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
 _launch = Launcher(packed_gemm_kernel, chained=True)
@@ -155,7 +154,6 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
     a_ordered: bool,
     c_order: str,
@@ -174,7 +172,7 @@ def launch(
     scale = w.scale
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, w.data, scale, w.zero_point, w.group_index, c, c_places, bias, row_weights, *tables),
+        (a, w.data, scale, w.zero_point, w.group_index, c, c_places, bias, *tables),
         (
             mapped,
             R,

@@ -48,7 +48,6 @@ def quantized_gemm_kernel(
     c_ptr,
     places_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -184,7 +183,7 @@ def quantized_gemm_kernel(
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if places_ptr is not None:
         places_ptr += expert * N
-    store_features(value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, C_ORDER)
+    store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
@@ -223,7 +222,6 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
     addresses: tuple[int, ...],
     a_ordered: bool,
@@ -249,7 +247,7 @@ def launch(
     width = tile.rows // 2 if act.gated else tile.rows
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, data, scale, w.scale2, w.zero_point, c, c_places, bias, row_weights, *tables),
+        (a, data, scale, w.scale2, w.zero_point, c, c_places, bias, *tables),
         (
             mapped,
             R,

@@ -58,7 +58,6 @@ def w8a8_gemm_kernel(
     c_ptr,
     c_scale_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -163,7 +162,7 @@ def w8a8_gemm_kernel(
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
     if c_scale_ptr is None:
-        store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, "")
+        store_features(value, c_ptr, None, slots, live, tile, N, stride_cm, "")
     else:
         _store_quantized(
             value, c_ptr, c_scale_ptr, slots, live, tile, N, stride_cm, stride_cs, E8M0
@@ -183,7 +182,6 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
     addresses: tuple[int, ...],
     a_group: int,
@@ -205,7 +203,7 @@ def launch(
     width = tile.rows // 2 if act.gated else tile.rows
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, w.data, a_scale, scale, c, c_scale, bias, row_weights, *tables),
+        (a, w.data, a_scale, scale, c, c_scale, bias, *tables),
         (
             mapped,
             R,

@@ -81,7 +81,6 @@ def w4a8_gemm_kernel(
     zero_ptr,
     c_ptr,
     bias_ptr,
-    weights_ptr,
     sorted_ptr,
     experts_ptr,
     num_post_ptr,
@@ -163,7 +162,7 @@ def w4a8_gemm_kernel(
         bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
         total += bias.to(tl.float32)[:, None]
     value = activated(total, limit, alpha, beta, FORMULA, GATED)
-    store_features(value, c_ptr, None, weights_ptr, slots, live, tile, N, stride_cm, "")
+    store_features(value, c_ptr, None, slots, live, tile, N, stride_cm, "")
 
 
 _launch = Launcher(w4a8_gemm_kernel, chained=True)
@@ -178,7 +177,6 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
     activation: DeviceActivation | None,
     native: bool,
 ) -> None:
@@ -194,7 +192,7 @@ def launch(
     assert scale is not None
     _launch(
         (num_blocks * -(-N // width), 1),
-        (a, w.data, a_scale, scale, w.zero_point, c, bias, row_weights, *tables),
+        (a, w.data, a_scale, scale, w.zero_point, c, bias, *tables),
         (
             mapped,
             R,

@@ -295,14 +295,9 @@ def place_of(column, D, ORDER: tl.constexpr):
 
 
 @triton.jit
-def store_features(
-    value, c_ptr, places_ptr, weights_ptr, slots, live, tile, N, stride_cm, ORDER: tl.constexpr
-):
-    """c[slot, place of feature] = value[feature, slot] times the slot's weight. Places [N], or
-    in this order."""
+def store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, ORDER: tl.constexpr):
+    """c[slot, place of feature] = value[feature, slot]. Places [N], or in this order."""
     WIDTH: tl.constexpr = value.shape[0]
-    if weights_ptr is not None:
-        value *= tl.load(weights_ptr + slots, live, 0.0)[None, :]
     feature = tile * WIDTH + tl.arange(0, WIDTH)
     if places_ptr is None:
         column = place_of(feature, N, ORDER)
