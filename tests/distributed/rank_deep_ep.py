@@ -49,7 +49,9 @@ OVER_FOUR = Layout(dp=4, ep=True)
 LAYOUTS = {
     "dp4": OVER_FOUR,
     "dp2": Layout(dp=2, ep=True),
+    "pcp2": Layout(pcp=2, ep=True),
     "pcp4": Layout(pcp=4, ep=True),
+    "sp2": Layout(tp=2, ep=True, sp=True),
     "sp4": Layout(tp=4, ep=True, sp=True),
     "dp2_tp2": Layout(dp=2, tp=2, ep=True),
 }

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from rank_layers import Layout, check_batch_invariance, check_compiled, check_layout, run_with
+from rank_layers import (
+    SPREADS,
+    Layout,
+    check_batch_invariance,
+    check_compiled,
+    check_layout,
+    run_with,
+)
 
 EVERYWHERE = {
     "tp": Layout(tp=2),
@@ -69,10 +76,13 @@ def test_compiled(ranks, name):
     ranks.run(check_compiled, EVERYWHERE[name])
 
 
-@pytest.mark.parametrize("name", ["dp4_ep", "dp_tp_ep", "dp_tp", "sp_ep"])
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_experts_that_route_by_themselves(ranks, name):
     arguments = {"experts": "cpu_monolithic"}
-    ranks.run(run_with, EVERYWHERE[name], arguments)
+    ranks.run(run_with, EVERYWHERE[name], arguments | {"spreads": SPREADS})
+    if EVERYWHERE[name].ep:
+        to_one = {"to_one_rank": True, "top_k": 1, "renormalize": False}
+        ranks.run(run_with, EVERYWHERE[name], arguments | to_one)
 
 
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_tp_ep", "tp"])
