@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
-from fusedmoe.checkpoint import TensorReader, read_checkpoint
+from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.weights.from_disk import load_local_experts
 from layer_oracle import Experts
 
@@ -74,35 +72,6 @@ def test_a_rank_reads_its_own_experts_alone(tmp_path, kind, placement):
         for name in ("w13_weight", "w2_weight", "w13_bias", "w2_bias"):
             found = getattr(mine.routed_experts, name)
             assert torch.equal(found, getattr(whole.routed_experts, name)[ids])
-
-
-def mapped_bytes(name):
-    """What this process has touched of the files called ``name``, by whole pages."""
-    total, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        field, *rest = line.split()
-        if not field.endswith(":"):
-            counts = line.endswith(name)
-        elif counts and field == "Rss:":
-            total += int(rest[0]) * 1024
-    return total
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
-@pytest.mark.parametrize("kind", ["one_by_one", "stacked"])
-def test_nothing_else_of_the_file_is_touched(tmp_path, kind):
-    """The memory map itself says so, not the count that is returned."""
-    sizes = (E, K, 512, 384, torch.float32)
-    experts = Experts.random(E, 512, 384, bias=True)
-    tensors = one_by_one(experts) if kind == "one_by_one" else stacked(experts)
-    reader = TensorReader(
-        checkpoint(tmp_path, {n: t for n, t in tensors.items() if "bias" not in n})
-    )
-    options = MoEOptions(experts="torch")
-    mine = FusedMoE(*sizes, prefix=PREFIX, options=options, tp_rank=1, **EXPERT_PARALLEL)
-    read = load_local_experts(mine.routed_experts, reader)
-    assert read == E // 3 * 3 * 512 * 384 * 4
-    assert read <= mapped_bytes(str(tmp_path / "model.safetensors")) < 1.2 * read
 
 
 def test_redundant_copies_are_read_once(tmp_path):
