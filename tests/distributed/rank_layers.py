@@ -226,3 +226,21 @@ def check_compiled(layout: Layout) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, logits, **known), layer(x, logits, **known))
+
+
+def check_one_operator(layout: Layout) -> None:
+    """Ranks that share their tokens run router and experts as one operator, and add up outside."""
+    groups, token_rank = make_groups(layout)
+    layer = build(parallel=groups, shared_experts=linear(1))
+    x, logits = rows(5, 10 + token_rank)
+    targets: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x, logits), layer(x, logits))
+    assert sum("fusedmoe.routed_experts" in target for target in targets) == 1

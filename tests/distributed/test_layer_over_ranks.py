@@ -9,6 +9,7 @@ from rank_layers import (
     check_batch_invariance,
     check_compiled,
     check_layout,
+    check_one_operator,
     run_with,
 )
 
@@ -74,6 +75,11 @@ def test_batch_invariance_over_ranks(ranks, name):
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_tp"])
 def test_compiled(ranks, name):
     ranks.run(check_compiled, EVERYWHERE[name])
+
+
+@pytest.mark.parametrize("name", ["tp4", "ep"])
+def test_compiled_as_one_operator(ranks, name):
+    ranks.run(check_one_operator, EVERYWHERE[name])
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)

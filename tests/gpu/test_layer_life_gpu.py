@@ -106,3 +106,18 @@ def test_accelerated_models_follow_what_is_done_to_them(case, tmp_path):
     model.load_state_dict(state)
     assert torch.equal(model(prompt).logits, wanted)
     assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "key"), KINDS, ids=str)
+@pytest.mark.parametrize("T", [5, 600])
+def test_compiled_code_runs_what_eager_code_runs(kind, key, T):
+    """Router and experts are one operator, with the kernels that a compiler cannot look into."""
+    layer, rows = layer_of(kind, key), inputs(T)
+    wanted = layer(*rows)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        assert torch.equal(compiled(*rows), wanted)
+    other = inputs(T)[0].neg(), rows[1].flip(1)
+    assert torch.equal(compiled(*other), layer(*other))

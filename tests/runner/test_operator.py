@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmoe import FusedMoE
+from fusedmoe import FusedMoE, quantize_layer
 from fusedmoe.runner.inputs import TokenBatch
 from fusedmoe.runner.opaque import can_be_opaque, tensors_of
 from fusedmoe.runner.operator import routed_experts
@@ -86,6 +86,55 @@ def test_router_and_experts_are_one_operator(dynamic):
         torch.testing.assert_close(call(x), layer(x))
     assert graphs.operators == len(graphs.calls)
     assert not dynamic or len(graphs.calls) < 4
+
+
+def quantized_layer(name, **arguments):
+    layer = FusedMoE(E, K, 64, 32, torch.float32, gate=nn.Linear(64, E), **arguments)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    quantize_layer(layer, name)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_block_32x32", "mxfp4", "nvfp4"])
+def test_experts_of_a_format_are_in_it(name):
+    """They run as they do in eager code, kernels that a compiler cannot look into among them."""
+    layer = quantized_layer(name)
+    call, graphs = compiled(layer)
+    for T in (4, 0):
+        x = torch.randn(T, 64)
+        assert torch.equal(call(x), layer(x))
+    assert graphs.operators == len(graphs.calls)
+    scale, x = layer.routed_experts.w13_weight_scale, torch.randn(4, 64)
+    before = call(x)
+    scale.copy_(scale.clone().flip(0))
+    assert torch.equal(call(x), layer(x))
+    assert not torch.equal(call(x), before)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int8"])
+def test_weights_in_a_kernels_order_are_not_given_to_it(name):
+    """A compiler would read them as they were loaded."""
+    layer = quantized_layer(name)
+    call, graphs = compiled(layer)
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(call(x), layer(x))
+    assert graphs.operators == 0
+
+
+def test_given_scales_are_used_for_a_call():
+    layer = quantized_layer("fp8_channel")
+    given = {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
+    given["routed_experts.w2_weight_scale"] *= 3
+    x = torch.randn(4, 64)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def call(tensors, x):
+        return torch.func.functional_call(layer, tensors, (x,))
+
+    torch.testing.assert_close(call(given, x), 3 * layer(x))
 
 
 def test_padding_and_given_logits_go_into_it():

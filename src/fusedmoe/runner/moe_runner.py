@@ -151,7 +151,7 @@ class MoERunner(CompiledLayer):
             shared_output = None if shared_input is None else self.compute_shared(shared_input)
             if batch.router_logits is None:
                 batch = batch._replace(router_logits=self.compute_logits(batch.x))
-            routed = Summand(self.as_operator(batch, routed_input), Extent.WHOLE)
+            routed = self.as_operator(batch, routed_input)
         else:
             shared = self._start_shared(shared_input, one_stream)
             routed, zero_expert_weight = self.run_routed(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.modular_kernel.experts import FusedMoEExperts
+from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.routers import SpecRouter
 from fusedmoe.runner.inputs import TokenBatch
@@ -28,7 +28,7 @@ from fusedmoe.runner.opaque import (
     tensors_of,
 )
 from fusedmoe.runner.placement import PlacedLayer
-from fusedmoe.runner.reduction import RankSum, Summand
+from fusedmoe.runner.reduction import Extent, RankSum, Summand
 from fusedmoe.runner.shared_experts import SharedExpertsRun
 from fusedmoe.weights.routed_experts import RoutedExperts
 
@@ -55,9 +55,17 @@ class CompiledLayer(PlacedLayer):
 
     def number_parts(self) -> None:
         """To be called once router and experts are there."""
-        parts = (self.routed_experts, self.router)
-        self.owners, self.names = owners_in(*(m for m in parts if isinstance(m, torch.nn.Module)))
+        self._find_tensors()
         self.number = new_number(self)
+        # A look into the record of ranks would keep a layer's guards from being skipped.
+        self.is_one_of_many = self.rank_sum.size > 1
+
+    def _find_tensors(self) -> None:
+        """Whose parameters and buffers an operator is given; a new format brings others."""
+        parts = (self.routed_experts, self.router)
+        found = owners_in(*(part for part in parts if isinstance(part, torch.nn.Module)))
+        if found != (getattr(self, "owners", None), getattr(self, "names", None)):
+            self.owners, self.names = found
 
     def is_one_operator(self, x: torch.Tensor) -> bool:
         """Whether torch.compile, which is tracing a call with x [T, H], is to see one operator."""
@@ -74,34 +82,29 @@ class CompiledLayer(PlacedLayer):
     def can_be_opaque(self) -> bool:
         """As ``Opaque`` says, as long as nobody watches the router.
 
-        Not where kernels keep copies of weights in another order, ranks talk to each other, or
-        someone listens to router or experts.
+        Not where a kernel holds weights in another order, tokens come from other ranks, or someone
+        listens to router or experts.
         """
         experts, router = self.routed_experts, self.router
         method = experts.quant_method
+        self._find_tensors()
         return (
             type(experts) is RoutedExperts
-            and type(method) is UnquantizedFusedMoEMethod
-            and method.groups is None
-            and self.rank_sum.size == 1
+            and type(method) in (UnquantizedFusedMoEMethod, QuantizedFusedMoEMethod)
+            and method.kernel(experts).prepare_finalize.num_dispatchers() == 1
+            and not method.kernel(experts).output_is_reduced
             and self.moe_config.num_zero_experts == 0
             and self.expert_substitution is None
             and isinstance(router, SpecRouter)
             and router.holds_its_tensors
-            and owners_in(experts, router) == (self.owners, self.names)
             and are_plain(tensors_of(self.owners, self.names))
-            and not _prepacks(method.kernel(experts).experts)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in (experts, router))
         )
 
-    def as_operator(self, batch: TokenBatch, x: torch.Tensor) -> torch.Tensor:
+    def as_operator(self, batch: TokenBatch, x: torch.Tensor) -> Summand:
         """The routed output of ``run_routed`` for a batch with its logits."""
-        return routed_experts(x, list(batch), tensors_of(self.owners, self.names), self.number)
-
-
-def _prepacks(experts: FusedMoEExperts) -> bool:
-    prepack = type(experts).process_weights_after_loading
-    return prepack is not FusedMoEExperts.process_weights_after_loading
+        output = routed_experts(x, list(batch), tensors_of(self.owners, self.names), self.number)
+        return Summand(output, Extent.PARTIAL if self.is_one_of_many else Extent.WHOLE)
 
 
 @torch.library.custom_op("fusedmoe::routed_experts", mutates_args=())
