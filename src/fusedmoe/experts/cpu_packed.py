@@ -38,7 +38,7 @@ class CpuPackedExperts(CpuExperts):
     """The default for bf16 on a CPU that has it: as ``CpuExperts``, from a packed copy.
 
     Weights written to since, other than through ``.data``, are noticed and read as they are. So
-    they are in compiled code.
+    they are where a compiler traces what reads them.
     """
 
     name = "cpu_packed"

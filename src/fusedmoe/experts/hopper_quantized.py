@@ -3,7 +3,7 @@
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
 both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with MXFP6,
-superblocks or entries of a table, compiled code and batch invariance take the quantized Triton
+superblocks or entries of a table, traced code and batch invariance take the quantized Triton
 experts' way.
 """
 
