@@ -3,11 +3,12 @@ NVFP4, MXFP6, NF4, GGUF's, GPTQ's act-order, int4 by fp8, and rows whose format 
 plain int4 and bf16 rows.
 
     PYTHONPATH=src python benchmarks/packed_formats.py [--formats q4_k ...] [--shapes qwen3-30b ...]
-        [--tokens 1 8 64 2048] [--experts triton_quantized] [--warm]
+        [--tokens 1 8 64 2048] [--experts triton_quantized] [--warm] [--append]
         [--out benchmarks/results/h200/packed_formats.json]
 
 As ``quantized_layer.py``: random weights, bf16 rows, the limit from bytes as stored and rates
 measured in the run, errors against fp64 on the dequantized weights. A CSV lies beside the file.
+``--append`` keeps the rows that the file has, measured in other runs (``runs``), and goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from h200_ceilings import h200_ceilings
-from quantized_layer import DEVICE, eight_bit_rates, measure, run_once
+from quantized_layer import DEVICE, eight_bit_rates, measure, read, run_once
 from quantized_targets import SHAPES, Cell
 
 from fusedmoe.bench import BenchReport
@@ -30,6 +31,8 @@ FORMATS = (
     *("mxfp8_by_mxfp8", "mxfp4_by_mxfp4", "mxfp6_e3m2_by_mxfp6", "nvfp4_by_nvfp4"),
 )
 
+WHEN = ("commit", "command", "date")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -38,18 +41,32 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 2048])
     parser.add_argument("--experts", nargs="+", default=[None], help="default: what is selected")
     parser.add_argument("--warm", action="store_true", help="only compile: every problem once")
+    parser.add_argument("--append", action="store_true", help="leave out what --out has")
     parser.add_argument("--out")
     args = parser.parse_args()
+    if args.append and not args.out:
+        parser.error("--append goes on with --out")
     cells = [Cell("balanced", "layer", T) for T in args.tokens]
     rates = {} if args.warm else h200_ceilings(DEVICE) | eight_bit_rates()
     report = BenchReport(make_header(DEVICE, rates))
+    this_run = {name: report.header[name] for name in (*WHEN, *rates)}
+    runs = report.header["runs"] = [this_run]
+    if args.append and Path(args.out).exists():
+        before = read(args.out)
+        report.rows += before.rows
+        runs[:0] = before.header["runs"]
+    done = {(row["shape"], row["format"]) for row in report.rows}
     for shape in args.shapes:
         for name in args.formats:
+            if (shape, name) in done:
+                continue
             with torch.inference_mode():
                 if args.warm:
                     run_once(SHAPES[shape], name, cells, args.experts)
                 else:
                     measure(SHAPES[shape], name, cells, args.experts, report)
+                    for row in report.rows:
+                        row.setdefault("run", len(runs) - 1)
             gc.collect()
             torch.cuda.empty_cache()
             if args.out and report.rows:

@@ -8,7 +8,7 @@ from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEActivationFormat
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS, WEIGHT_KEYS
-from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, accepts
+from fusedmoe.quantization.keys import accepts
 from quantized_bodies import (
     triton_gather,
     triton_gemm,
@@ -86,6 +86,4 @@ def test_every_format_is_here():
         assert any(accepts(key, rows) for _, rows in MATRIX if rows is not None), key
     for name, rows in MATRIX:
         served = {cls.activation_format() for cls in classes_of(name, rows)}
-        both = set(FusedMoEActivationFormat)
-        alone = {FusedMoEActivationFormat.Standard}
-        assert served == (alone if rows == FP8_DYNAMIC_TENSOR else both), (name, rows)
+        assert served == set(FusedMoEActivationFormat), (name, rows)

@@ -8,15 +8,19 @@ import torch
 
 from expert_layers import Layer
 from fusedmoe import FusedMoEParallelConfig, MoEOptions
-from fusedmoe.activation import MoEActivation
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.torch_quantized_batched import BatchedTorchQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,
     BatchedTritonQuantizedExperts,
 )
 from fusedmoe.experts.triton_quantized_formats import PAIRS, unmet_by_groups
+from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
 from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
@@ -140,12 +144,39 @@ def test_layers(name, quantized_bodies):
 
 @pytest.mark.parametrize("name", CASES)
 def test_batched_layers(name):
-    if CASES[name].rows == FP8_DYNAMIC_TENSOR:
-        pytest.skip("one scale for all rows is refused in batches")
     case = replace(CASES[name], layer=replace(CASES[name].layer, options=MoEOptions()))
     tensors = case.layer.tensors()
     out = case.run(tensors, BatchedTritonQuantizedExperts)
-    assert_right(out, case.expected(tensors), tolerance_of(case))
+    wanted = case.expected(tensors)
+    if case.rows == FP8_DYNAMIC_TENSOR:  # made by the rows that are here, not by those of a token
+        wanted = case.run(tensors, BatchedTorchQuantizedExperts)
+    assert_right(out, wanted, tolerance_of(case))
+
+
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "int4_g32", "int4_g64"])
+@pytest.mark.parametrize("experts", [BatchedTritonQuantizedExperts, BatchedTritonEmulatedExperts])
+def test_one_scale_of_batched_rows_counts_those_of_experts_alone(fmt, experts, quantized_bodies):
+    """Whatever lies past an expert's rows: numbers far larger, infinities, NaN."""
+    case = Quantized(fmt, FP8_DYNAMIC_TENSOR, WIDE)
+    w1, w2, config = case.config(case.layer.tensors())
+    activation, dtype = case.layer.activation, case.layer.dtype
+    operands = Operands.of(config, w1.data, w2.data, activation, dtype, emulate=experts.emulate)
+    e, H, I = operands.w2.shape  # noqa: E741
+    counts = torch.tensor([3, 0, 7, 1, 2, 5, 4, 6][:e], dtype=torch.int32)
+    x = torch.randn(e, 7, H, dtype=case.layer.dtype)
+    outs = []
+    for past in (0.0, 1e4, float("inf"), float("nan")):
+        mine, out = x.clone(), torch.full_like(x, float("nan"))
+        for expert, count in enumerate(counts.tolist()):
+            mine[expert, count:] = past
+        act, nobody = mine.new_full((e * 7 * I,), float("nan")), torch.empty(0, 1)
+        work = ExpertsWork(
+            out, mine, w1.data, w2.data, nobody, nobody, activation, e, workspace13=act
+        )
+        batched_quantized_experts(work, operands, counts, ApplyMoEActivationConfig())
+        outs.append(torch.cat([out[i, :count] for i, count in enumerate(counts.tolist())]))
+    assert outs[0].isfinite().all()
+    assert all(torch.equal(out, outs[0]) for out in outs[1:])
 
 
 @pytest.mark.parametrize("only", ["w1", "w2"])
@@ -189,8 +220,7 @@ def test_compiled_without_graph_breaks(name):
     tensors = case.layer.tensors()
     assert case.run(tensors, compiled=True).equal(case.run(tensors))
     batched = BatchedTritonQuantizedExperts
-    if case.rows != FP8_DYNAMIC_TENSOR:
-        assert case.run(tensors, batched, compiled=True).equal(case.run(tensors, batched))
+    assert case.run(tensors, batched, compiled=True).equal(case.run(tensors, batched))
 
 
 EMULATED = {
@@ -282,7 +312,7 @@ def test_rows_that_are_not_contiguous(quantized_bodies):
 @pytest.mark.parametrize("batched", [False, True])
 def test_no_format_is_dequantized_on_a_gpu(batched, monkeypatch):
     """Every weight format meets rows as they come, and rows of every format, without the
-    reference; but one scale for all batched rows would count rows of nobody."""
+    reference."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     layer = replace(PLAIN, dtype=torch.bfloat16)
     moe = replace(layer.config(), device=torch.device("cuda"))
@@ -301,7 +331,7 @@ def test_no_format_is_dequantized_on_a_gpu(batched, monkeypatch):
                 cls.is_supported_config(moe, weight, rows, cls.activation_format())[0]
                 for cls in classes
             ]
-            assert any(able) == (not batched or rows != FP8_DYNAMIC_TENSOR), (name, str(rows))
+            assert any(able), (name, str(rows))
             assert able[0] or rows is not None
 
 

@@ -109,15 +109,19 @@ def test_accelerated_models_follow_what_is_done_to_them(case, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
 @pytest.mark.parametrize(("kind", "key"), KINDS, ids=str)
-@pytest.mark.parametrize("T", [5, 600])
-def test_compiled_code_runs_what_eager_code_runs(kind, key, T):
+def test_compiled_code_runs_what_eager_code_runs(kind, key, backend):
     """Router and experts are one operator, with the kernels that a compiler cannot look into."""
-    layer, rows = layer_of(kind, key), inputs(T)
-    wanted = layer(*rows)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
-    for _ in range(3):
-        assert torch.equal(compiled(*rows), wanted)
-    other = inputs(T)[0].neg(), rows[1].flip(1)
-    assert torch.equal(compiled(*other), layer(*other))
+    if backend == "inductor" and kind != "fp8_block":
+        pytest.skip("what is compiled around the operator is the same")
+    layer = layer_of(kind, key)
+    for T in (5, 600):
+        rows = inputs(T)
+        wanted = layer(*rows)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        for _ in range(3):
+            assert torch.equal(compiled(*rows), wanted)
+        other = rows[0].neg(), rows[1].flip(1)
+        assert torch.equal(compiled(*other), layer(*other))

@@ -77,15 +77,11 @@ def emulated_capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities
 
 
 def _capabilities(rows: FusedMoEActivationFormat, pairs: Pairs) -> ExpertsCapabilities:
-    batched = rows is FusedMoEActivationFormat.BatchedExperts
     return ExpertsCapabilities(
         activation_format=rows,
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
-        # One scale for all rows would count the rows past each expert's number.
-        weight_formats=frozenset(
-            pair for pair in pairs if not (batched and pair[1] == FP8_DYNAMIC_TENSOR)
-        ),
+        weight_formats=pairs,
         min_capability=(8, 9),
         requires=("triton",),
         batch_invariant=True,

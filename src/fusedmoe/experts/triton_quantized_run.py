@@ -26,9 +26,9 @@ from fusedmoe.kernels.counts import batched_moe_align_block_size
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
-from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.kernels.quantize import live_rows, quantize_rows
 from fusedmoe.modular_kernel import ExpertsWork, scratch
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, QuantizedTiles, slots_block, w8a8_tiles
 
@@ -209,8 +209,13 @@ def batched_quantized_experts(
         rows = e * min(M, _LIKELY_ROWS)
         operands = as_run(operands, rows, None, batch_invariant)
         tiles = choose_tiles(operands, rows, 1, batch_invariant)
+    one_scale = FP8_DYNAMIC_TENSOR in (operands.a1, operands.a2)
+    experts = None
+    if one_scale or operands.rows_follow:
+        experts = _experts_of_rows(expert_num_tokens, M)
+    x = work.hidden_states.contiguous().view(e * M, H)
     two_gemms(
-        work.hidden_states.contiguous().view(e * M, H),
+        live_rows(x, experts) if one_scale else x,
         operands,
         scratch(work.workspace13, e * M, I),
         work.output.view(e * M, H),
@@ -219,7 +224,7 @@ def batched_quantized_experts(
         1,
         work.activation,
         activation_config,
-        _experts_of_rows(expert_num_tokens, M) if operands.rows_follow else None,
+        experts,
         batch_invariant=batch_invariant,
     )
 
