@@ -210,8 +210,6 @@ def test_prefill_in_a_graph_with_no_expert_and_nan_rows(fmt, rows, monkeypatch):
 
 @pytest.mark.parametrize(("fmt", "rows"), FORMATS, ids=str)
 def test_batched_formats(fmt, rows):
-    if rows == FP8_DYNAMIC_TENSOR:
-        pytest.skip("one scale for all rows is refused in batches")
     case = fitting(Quantized(fmt, rows, replace(LAYER, bias=True)))
     tensors = case.layer.tensors()
     assert_right(case, case.run(tensors, BatchedTritonQuantizedExperts), tensors)
