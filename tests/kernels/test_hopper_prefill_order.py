@@ -46,12 +46,15 @@ class Table:
 
 @pytest.mark.parametrize("counts", [[1] * 20, [40], [3, 1, 1, 9, 17, 2], [16, 16, 1], [7, 7, 7]])
 @pytest.mark.parametrize("column_tiles", [1, 6])
-def test_blocks_of_one_expert_take_turns(counts, column_tiles):
+@pytest.mark.parametrize("entries", [1, 2])
+def test_blocks_of_one_expert_take_turns(counts, column_tiles, entries):
     """Every tile is one task; between two tiles of the same weights lie, in one group of places,
-    only tiles of those weights. What stands behind the last block counts for nothing."""
+    only tiles of those weights. What stands behind the last block counts for nothing, nor do
+    entries between the first ones of blocks."""
     blocks, group = sum(counts), 16
     experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    table = Table(torch.cat([experts, experts[-1:].expand(group)]))
+    table = torch.full(((blocks + group) * entries,), -1)
+    table[::entries] = torch.cat([experts, experts[-1:].expand(group)])
     namespace = SimpleNamespace(
         arange=lambda start, end, layout: torch.arange(start, end), BlockedLayout=lambda *a: None,
         load=lambda table, **given: table.load(**given), num_warps=lambda: 4, where=torch.where,
@@ -59,7 +62,7 @@ def test_blocks_of_one_expert_take_turns(counts, column_tiles):
     )  # fmt: skip
     run = FunctionType(tile_of_run.fn.__code__, {"gl": namespace})
     order = [
-        tuple(int(found) for found in run(task, blocks, table, column_tiles, group))
+        tuple(int(found) for found in run(task, blocks, Table(table), column_tiles, group, entries))
         for task in range(blocks * column_tiles)
     ]
     assert all(experts[block] == expert for block, _, expert in order)

@@ -99,16 +99,20 @@ def tile_of(task, blocks, TILES: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def tile_of_run(task, blocks, experts_ptr, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile, expert as the table has it): groups of one expert's blocks alone, those
-    in a window of GROUP places, a power of two; column tiles outer, blocks inner."""
+def tile_of_run(
+    task, blocks, experts_ptr, TILES: gl.constexpr, GROUP: gl.constexpr, ENTRIES: gl.constexpr = 1
+):
+    """(block, column tile, expert as the table has it, in ENTRIES entries a block): groups of one
+    expert's blocks alone, those in a window of GROUP places, a power of two; column tiles outer,
+    blocks inner."""
     own = task // TILES
     begin = own // GROUP * GROUP
     place = gl.arange(0, GROUP, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    experts = gl.load(experts_ptr + begin + place, mask=begin + place < blocks, other=-2)
-    expert = gl.load(experts_ptr + own)
+    place += begin
+    experts = gl.load(experts_ptr + place * ENTRIES, mask=place < blocks, other=-2)
+    expert = gl.load(experts_ptr + own * ENTRIES)
     same = experts == expert
-    first = begin + gl.min(gl.where(same, place, GROUP), 0)
+    first = gl.min(gl.where(same, place, begin + GROUP), 0)
     size = gl.sum(gl.where(same, 1, 0), 0)
     rest = task - first * TILES
     return first + rest % size, rest // size, expert

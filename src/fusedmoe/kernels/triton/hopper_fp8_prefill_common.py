@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
-from fusedmoe.kernels.triton.hopper_common import expert_at, tile_of
+from fusedmoe.kernels.triton.hopper_common import known, tile_of_run
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
@@ -53,8 +53,8 @@ def open_rings(
 @gluon.jit
 def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: gl.constexpr):
     """(block, column tile, expert) of a task."""
-    block, tile = tile_of(task, blocks, TILES, GROUP)
-    return block, tile, expert_at(expert_ids_ptr, block, num_local)
+    block, tile, expert = tile_of_run(task, blocks, expert_ids_ptr, TILES, GROUP)
+    return block, tile, known(expert, num_local)
 
 
 @gluon.jit

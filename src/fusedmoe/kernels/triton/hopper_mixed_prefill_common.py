@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import barrier, tma_load, tma_store
-from fusedmoe.kernels.triton.hopper_common import expert_at
+from fusedmoe.kernels.triton.hopper_common import expert_at, known, tile_of_run
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
     STEP,
@@ -84,6 +84,19 @@ def blocks_of(num_post_ptr, SLOTS: gl.constexpr, SHARE: gl.constexpr):
 def expert_of(expert_ids_ptr, block, num_local, SHARE: gl.constexpr):
     """The table has an entry for every 128 slots where large blocks are not all."""
     return expert_at(expert_ids_ptr, block * 2 if SHARE == "large" else block, num_local)
+
+
+@gluon.jit
+def find_task(
+    task, first_block, blocks, expert_ids_ptr, num_local,
+    TILES: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
+):  # fmt: skip
+    """(place, block * TILES + column tile, of a task among this launch's; its block, column tile
+    and expert)."""
+    ENTRIES: gl.constexpr = 2 if SHARE == "large" else 1
+    experts = expert_ids_ptr + first_block * ENTRIES
+    block, tile, expert = tile_of_run(task, blocks, experts, TILES, GROUP, ENTRIES)
+    return block * TILES + tile, first_block + block, tile, known(expert, num_local)
 
 
 @gluon.constexpr_function

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fusedmoe.kernels.triton.gluon_names import tma_load
-from fusedmoe.kernels.triton.hopper_common import next_stage, tile_of
+from fusedmoe.kernels.triton.hopper_common import next_stage
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
     multiply,
@@ -17,6 +17,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, loads_of_stage
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     blocks_of,
     expert_of,
+    find_task,
     finished,
     first_of,
     kind_number,
@@ -81,13 +82,13 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, CASE: 
     # The tables were complete before up_kernel let this launch begin; weights depend on nothing.
     EARLY: gl.constexpr = min(STAGES, (KSTEPS + CASE.STEPS - 1) // CASE.STEPS)
     if first < tasks:
-        block, tile = tile_of(first, blocks, CASE.TILES, CASE.GROUP_M)
-        block += first_block
+        _, block, tile, expert = find_task(
+            first, first_block, blocks, expert_ids_ptr, num_local, CASE.TILES, CASE.GROUP_M,
+            CASE.SHARE,
+        )  # fmt: skip
         kind = kind_number(sorted_ptr, block, R, SLOTS)
         whole = (SLOTS != 128) | (kind == 0)
-        weight_row = (
-            expert_of(expert_ids_ptr, block, num_local, CASE.SHARE) * CASE.H + tile * CASE.ROWS
-        )
+        weight_row = expert * CASE.H + tile * CASE.ROWS
         for stage in gl.static_range(EARLY):
             bar = full.index(stage)
             expect_stage(bar, whole, WORDS, X_BYTES, SLOTS)
@@ -102,15 +103,15 @@ def down_producer(descs, act_desc, drawn, rings, bars, tables, num_local, CASE: 
     task = first
     coming = tasks
     while task < tasks:
-        block, tile = tile_of(task, blocks, CASE.TILES, CASE.GROUP_M)
-        block += first_block
+        at, block, tile, expert = find_task(
+            task, first_block, blocks, expert_ids_ptr, num_local, CASE.TILES, CASE.GROUP_M,
+            CASE.SHARE,
+        )  # fmt: skip
         kind = kind_number(sorted_ptr, block, R, SLOTS)
         whole = (SLOTS != 128) | (kind == 0)
-        announce(box, number, 4 * task + kind)
+        announce(box, number, 4 * at + kind)
         number += 1
-        weight_row = (
-            expert_of(expert_ids_ptr, block, num_local, CASE.SHARE) * CASE.H + tile * CASE.ROWS
-        )
+        weight_row = expert * CASE.H + tile * CASE.ROWS
         for k in range(0, KSTEPS, CASE.STEPS):
             if k == KSTEPS // 2 // CASE.STEPS * CASE.STEPS:
                 coming = draw(counter_ptr, R)
@@ -198,8 +199,7 @@ def down_consumer(out_desc, buffers, box, common, CASE: gl.constexpr, WHICH: gl.
     number = 0
     word = hear(box, number)
     while word // 4 < blocks * CASE.TILES:
-        block, tile = tile_of(word // 4, blocks, CASE.TILES, CASE.GROUP_M)
-        block += first_block
+        block, tile = first_block + word // 4 // CASE.TILES, word // 4 % CASE.TILES
         expert = expert_of(expert_ids_ptr, block, num_local, CASE.SHARE)
         row = block * SLOTS
         if word % 4 == 0:

@@ -11,7 +11,6 @@ from fusedmoe.kernels.triton.hopper_common import (
     hopper_activation,
     next_stage,
     rows_layout,
-    tile_of,
 )
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, hear, open_box
 from fusedmoe.kernels.triton.hopper_mixed_multiply import (
@@ -22,6 +21,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP, loads_of_stage
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     blocks_of,
     expert_of,
+    find_task,
     finished,
     first_of,
     kind_number,
@@ -87,14 +87,14 @@ def up_producer(
     tasks = blocks * CASE.TILES
     coming = tasks
     while task < tasks:
-        block, tile = tile_of(task, blocks, CASE.TILES, CASE.GROUP_M)
-        block += first_block
+        at, block, tile, expert = find_task(
+            task, first_block, blocks, expert_ids_ptr, num_local, CASE.TILES, CASE.GROUP_M,
+            CASE.SHARE,
+        )  # fmt: skip
         kind = kind_number(sorted_ptr, block, R, SLOTS)
-        announce(box, number, 4 * task + kind)
+        announce(box, number, 4 * at + kind)
         number += 1
-        weight_row = (
-            expert_of(expert_ids_ptr, block, num_local, CASE.SHARE) * desc_rows + tile * WIDE
-        )
+        weight_row = expert * desc_rows + tile * WIDE
         place = block * SLOTS + row
         x_rows, lives = rows_at(place, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
         for k in range(0, KSTEPS, CASE.STEPS):
@@ -191,8 +191,7 @@ def up_consumer(out_desc, buffers, box, common, CASE: gl.constexpr, WHICH: gl.co
     number = 0
     word = hear(box, number)
     while word // 4 < blocks * CASE.TILES:
-        block, tile = tile_of(word // 4, blocks, CASE.TILES, CASE.GROUP_M)
-        block += first_block
+        block, tile = first_block + word // 4 // CASE.TILES, word // 4 % CASE.TILES
         expert = expert_of(expert_ids_ptr, block, num_local, CASE.SHARE)
         row = block * SLOTS
         if word % 4 == 0:
