@@ -86,6 +86,13 @@ class MoEOptions:
     tuned_table: TunedTable | str | PathLike[str] | None = None
     micro_batch_tokens: int | None = None
 
+    @classmethod
+    def of(cls, options: MoEOptions | None) -> MoEOptions:
+        """``options``, where None are the defaults; ValueError for anything else."""
+        if options is not None and not isinstance(options, cls):
+            raise ValueError(f"options must be fusedmoe.MoEOptions, got {options!r:.80}")
+        return options or cls()
+
     def __post_init__(self) -> None:
         if isinstance(self.tuned_table, (str, PathLike)):
             from fusedmoe.tuning.foreign import read_table
@@ -158,6 +165,9 @@ class FusedMoEConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not isinstance(self.in_dtype, torch.dtype):
             raise ValueError(f"the experts' dtype must be one of torch's, got {self.in_dtype!r}")
+        if not self.in_dtype.is_floating_point:
+            raise ValueError(f"experts compute in floating point, got {self.in_dtype}")
+        MoEOptions.of(self.options)
         candidates = self.num_experts + self.num_zero_experts
         if not 1 <= self.experts_per_token <= candidates:
             raise ValueError(

@@ -212,8 +212,9 @@ def candidate_classes(paths: tuple[str, ...], forced: str | type | None = None) 
     return named
 
 
-def check_forced_names(options: MoEOptions) -> None:
+def check_forced_names(options: MoEOptions | None) -> None:
     """Raise ValueError where ``options`` force an implementation that does not exist."""
+    options = MoEOptions.of(options)
     tables = ((EXPERTS, options.experts), (PREPARE_FINALIZE, options.prepare_finalize))
     for paths, forced in tables:
         if isinstance(forced, str):

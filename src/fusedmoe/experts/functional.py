@@ -29,7 +29,7 @@ def fused_experts(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    activation: MoEActivation = MoEActivation.SILU,
+    activation: MoEActivation | str = MoEActivation.SILU,
     apply_router_weight_on_input: bool = False,
     global_num_experts: int = -1,
     expert_map: torch.Tensor | None = None,
@@ -55,7 +55,9 @@ def fused_experts(
     a GPU such ids count as -1, unless ``options.debug_checks``.
     """
     quant_config = quant_config or FUSED_MOE_UNQUANTIZED_CONFIG
-    options = options or _DEFAULT_OPTIONS
+    options = _DEFAULT_OPTIONS if options is None else MoEOptions.of(options)
+    if not isinstance(activation, MoEActivation):
+        activation = MoEActivation.from_str(activation)
     numbers = merged_activation_config(activation_config or _DEFAULT_NUMBERS, quant_config)
     call = ExpertsCall(
         hidden_states,

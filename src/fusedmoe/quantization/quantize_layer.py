@@ -36,7 +36,7 @@ def quantize_layer(
     format cannot hold, for weights that are not finite, and for formats that need calibration.
     """
     experts: Any = getattr(layer, "routed_experts", layer)
-    fmt = format_named(format) if isinstance(format, str) else format
+    fmt = format if isinstance(format, QuantFormat) else format_named(format)
     if not isinstance(experts.quant_method, UnquantizedFusedMoEMethod):
         raise ValueError(
             f"the experts of {experts.prefix or 'this layer'} are held by "

@@ -85,7 +85,7 @@ def _check(
     if is_padding is not None and is_padding.dtype is not torch.bool:
         raise ValueError(f"is_padding must be torch.bool, got {is_padding.dtype}")
     if tensors is not _NO_TENSORS:
-        _check_tensors(tensors, spec, candidates, logits.device)
+        _check_tensors(tensors, spec, logits.device)
     wants_input_ids = tensors.hash_indices_table is not None or (
         tensors.vision_bias is not None and spec.image_sentinel_lo > 0
     )
@@ -104,37 +104,12 @@ def _check_rows(
         raise ValueError(f"{name} is on {rows.device}, the logits are on {device}")
 
 
-def _check_tensors(
-    tensors: RoutingTensors, spec: RoutingSpec, candidates: int, device: torch.device
-) -> None:
-    for name, length in (
-        ("correction_bias", candidates),
-        ("per_expert_scale", spec.num_experts),
-        ("vision_bias", candidates),
-    ):
+def _check_tensors(tensors: RoutingTensors, spec: RoutingSpec, device: torch.device) -> None:
+    tensors.check(spec)
+    for name in _TENSOR_FIELDS:
         tensor = getattr(tensors, name)
-        if tensor is None:
-            continue
-        if tensor.numel() != length or tensor.shape[-1] != length:
-            raise ValueError(f"{name} must be [{length}], got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the logits are on {device}")
-    table = tensors.hash_indices_table
-    if table is not None:
-        if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != spec.top_k:
-            raise ValueError(
-                f"hash_indices_table must be [vocab, {spec.top_k}], got {tuple(table.shape)}"
-            )
-        if table.is_floating_point() or table.dtype is torch.bool:
-            raise ValueError(f"hash_indices_table must hold integers, got {table.dtype}")
-        if table.device != device:
-            raise ValueError(f"hash_indices_table is on {table.device}, the logits are on {device}")
-    if spec.selection == "sparsemixer" and (
-        tensors.correction_bias is not None or tensors.vision_bias is not None or table is not None
-    ):
-        raise ValueError("sparsemixer takes no bias and no hash table")
 
 
 _TENSOR_FIELDS = tuple(field.name for field in fields(RoutingTensors))

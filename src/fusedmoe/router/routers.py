@@ -63,6 +63,7 @@ class SpecRouter(nn.Module, BaseRouter):
                     self.register_parameter(field.name, tensor)
                 else:
                     self.register_buffer(field.name, tensor, persistent=False)
+            self.tensors.check(spec)
         self.routing_method_type = (
             routing_method_of(spec, self.tensors)
             if routing_method_type is None

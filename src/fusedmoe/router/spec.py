@@ -127,3 +127,30 @@ class RoutingTensors:
     per_expert_scale: torch.Tensor | None = None
     hash_indices_table: torch.Tensor | None = None
     vision_bias: torch.Tensor | None = None
+
+    def check(self, spec: RoutingSpec) -> None:
+        """Raise ValueError where a tensor does not fit the rule."""
+        candidates = spec.num_experts + spec.num_zero_experts
+        for name, length in (
+            ("correction_bias", candidates),
+            ("per_expert_scale", spec.num_experts),
+            ("vision_bias", candidates),
+        ):
+            tensor: torch.Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.numel() != length or tensor.shape[-1] != length:
+                raise ValueError(f"{name} must be [{length}], got {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        table = self.hash_indices_table
+        if table is not None:
+            if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != spec.top_k:
+                raise ValueError(
+                    f"hash_indices_table must be [vocab, {spec.top_k}], got {tuple(table.shape)}"
+                )
+            if table.is_floating_point() or table.dtype is torch.bool:
+                raise ValueError(f"hash_indices_table must hold integers, got {table.dtype}")
+        biased = self.correction_bias is not None or self.vision_bias is not None
+        if spec.selection == "sparsemixer" and (biased or table is not None):
+            raise ValueError("sparsemixer takes no bias and no hash table")

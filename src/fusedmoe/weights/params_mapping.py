@@ -81,6 +81,8 @@ class ExpertNameParser:
     """
 
     def __init__(self, ckpt_names: CheckpointNames, gated: bool) -> None:
+        if isinstance(ckpt_names, str) or len(ckpt_names) != 3:
+            raise ValueError(f"ckpt_names are those of gate, down and up, got {ckpt_names!r}")
         gate, down, up = ckpt_names
         joined: tuple[ShardId, ...] = ("w1", "w3") if gated else ("w1",)
         self._shards: dict[str, tuple[ShardId, ...]] = {FUSED_GATE_UP_NAME: joined}

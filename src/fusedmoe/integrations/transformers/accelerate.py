@@ -96,10 +96,15 @@ def accelerate(
     Blocks that cannot be spread run on each rank by themselves. A model that ``from_pretrained``
     has spread needs no ``ep_group`` here.
 
-    Raises ValueError for ``options`` that force an implementation that does not exist, and where
-    ranks have different models.
+    Raises ValueError for ``options`` that force an implementation that does not exist, for what is
+    no model, and where ranks have different models.
     """
-    check_forced_names(options or MoEOptions())
+    check_forced_names(options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"accelerate takes a model, not a {type(model).__name__}; "
+            "fusedmoe.from_pretrained loads a folder"
+        )
     ranks = BlockRanks.make(ep_group, same_tokens, peers)
     handled = []
     for block in plan(model):

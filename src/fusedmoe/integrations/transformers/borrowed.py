@@ -216,7 +216,7 @@ def experts_config(
         has_hash_routing=hash_routing,
         num_zero_experts=num_zero_experts,
         require_modular=require_modular,
-        options=options or MoEOptions(),
+        options=MoEOptions.of(options),
     )
 
 

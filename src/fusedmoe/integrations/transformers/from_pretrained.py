@@ -80,7 +80,7 @@ def from_pretrained(
     (a ValueError) naming the tensor that is missing, unexpected or malformed; RanksDisagreeError
     where another rank has failed or has another model.
     """
-    check_forced_names(options or MoEOptions())
+    check_forced_names(options)
     target = device_named("cpu" if device is None else device)
     wanted = dtype_named(dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and not wanted.is_floating_point:

@@ -234,7 +234,7 @@ def recursive_replace(
     paths in ``leave`` are not touched. The log names each replacement and each refusal. Raises
     ValueError for ``options`` that force an implementation that does not exist.
     """
-    check_forced_names(options or MoEOptions())
+    check_forced_names(options)
     config = getattr(model, "config", None)
     replaced: dict[str, TransformersFusedMoE] = {}
     for parent_path, parent in list(model.named_modules()):

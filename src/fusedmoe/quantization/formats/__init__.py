@@ -105,6 +105,8 @@ def format_named(name: str) -> QuantFormat:
     _act_order; fp8 blocks of other sizes fp8_block_<rows>x<columns>. ``SHORT_NAMES`` stand for the
     usual ones. ValueError for other names.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a weight format goes by a name such as 'int4_g128', got {name!r}")
     name = SHORT_NAMES.get(name, name)
     if name in _FIXED:
         return _FIXED[name]
