@@ -109,18 +109,15 @@ def test_accelerated_models_follow_what_is_done_to_them(case, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
-@pytest.mark.parametrize(("kind", "key"), KINDS, ids=str)
-def test_compiled_code_runs_what_eager_code_runs(kind, key, backend):
+@pytest.mark.parametrize(("kind", "key"), KINDS[-5:-1], ids=str)
+def test_compiled_code_runs_what_eager_code_runs(kind, key):
     """Router and experts are one operator, with the kernels that a compiler cannot look into."""
-    if backend == "inductor" and kind != "fp8_block":
-        pytest.skip("what is compiled around the operator is the same")
     layer = layer_of(kind, key)
     for T in (5, 600):
         rows = inputs(T)
         wanted = layer(*rows)
         torch._dynamo.reset()
-        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
         for _ in range(3):
             assert torch.equal(compiled(*rows), wanted)
         other = rows[0].neg(), rows[1].flip(1)

@@ -134,7 +134,10 @@ def test_given_scales_are_used_for_a_call():
     def call(tensors, x):
         return torch.func.functional_call(layer, tensors, (x,))
 
+    method = layer.routed_experts.quant_method
+    kernel = method.kernel(layer.routed_experts)
     torch.testing.assert_close(call(given, x), 3 * layer(x))
+    assert method.kernel(layer.routed_experts) is kernel
 
 
 def test_padding_and_given_logits_go_into_it():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -154,6 +155,16 @@ class FusedMoEMethodBase(ABC):
         if self.groups is not None:
             twin.forget_kernel()
         return twin
+
+    @contextmanager
+    def kernel_kept(self) -> Iterator[None]:
+        """A kernel that is built meanwhile, for tensors in the place of the layer's own, is let go
+        of at the end, and they with it."""
+        built = self._built
+        try:
+            yield
+        finally:
+            self._built = built or self._built
 
     def forget_kernel(self) -> None:
         """Let go of the kernel and of what it prepacked; the next use chooses one anew."""

@@ -95,8 +95,9 @@ def _places(owners: Owners, names: Names) -> list[tuple[nn.Module, str]]:
 @contextmanager
 def in_place(
     owners: Owners, names: Names, tensors: Sequence[torch.Tensor | None]
-) -> Iterator[None]:
-    """``tensors`` stand where ``owners`` keep theirs, as those of a functional call do."""
+) -> Iterator[bool]:
+    """``tensors`` stand where ``owners`` keep theirs, as those of a functional call do; whether any
+    is another."""
     changed: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     places = _places(owners, names)
     for (owner, name), own, given in zip(places, tensors_of(owners, names), tensors, strict=True):
@@ -106,7 +107,7 @@ def in_place(
         changed.append((kept, name, own))
         kept[name] = given
     try:
-        yield
+        yield bool(changed)
     finally:
         for kept, name, own in changed:
             kept[name] = own

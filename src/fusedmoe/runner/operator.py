@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -116,7 +117,11 @@ def routed_experts(
 ) -> torch.Tensor:
     """Router and experts of layer ``number`` for x [T, H] -> [T, H]; ``batch`` is a TokenBatch."""
     layer: CompiledLayer = part_of(number)
-    with in_place(layer.owners, layer.names, tensors):
+    method = layer.routed_experts.quant_method
+    with (
+        in_place(layer.owners, layer.names, tensors) as are_others,
+        method.kernel_kept() if are_others else nullcontext(),
+    ):
         routed, _ = layer.run_routed(TokenBatch(*batch), x, None, None)  # type: ignore[arg-type]
     return routed.value.contiguous()
 
