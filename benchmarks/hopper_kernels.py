@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -28,6 +27,7 @@ from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.routing import routing
 from fusedmoe.router.spec import RoutingSpec, RoutingTensors
 from fusedmoe.tuning.hopper_tiles import (
@@ -194,25 +194,27 @@ class Layer:
     ) -> None:
         """One layer by the kind of kernel that ``tiles`` belong to."""
         R = ids.numel()
-        given: dict[str, Any] = {
-            "x": scratch["x"],
-            "w1": self.w1,
-            "w2": self.w2,
-            "topk_weights": scratch["topk_weights"],
-            "topk_ids": ids,
-            "out": scratch["out"],
-            "activation": self.shape.activation,
-            "w1_bias": self.b1,
-            "w2_bias": self.b2,
-            "tiles": tiles,
-            "programs": programs,
-        }
+        rows = slice(None) if isinstance(tiles, PrefillTiles) else slice(R)
+        layer = LayerTensors(
+            scratch["x"],
+            self.w1,
+            self.w2,
+            scratch["topk_weights"],
+            ids,
+            scratch["out"],
+            scratch["act"][rows],
+            scratch["y"][rows],
+            programs,
+            self.shape.activation,
+            w1_bias=self.b1,
+            w2_bias=self.b2,
+        )
         if isinstance(tiles, PrefillTiles):
-            hopper_prefill(act=scratch["act"], y=scratch["y"], **given)
+            hopper_prefill(layer, tiles)
         elif isinstance(tiles, DirectTiles):
-            hopper_direct(act=scratch["act"][:R], **given)
+            hopper_direct(layer, tiles)
         else:
-            hopper_decode(act=scratch["act"][:R], y=scratch["y"][:R], **given)
+            hopper_decode(layer, tiles)
 
     def run_from_logits(
         self,

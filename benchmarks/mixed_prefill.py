@@ -38,6 +38,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill_tables,
     wide_rows,
 )
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.hopper_mixed_prefill import (
     Scales,
     down,
@@ -90,11 +91,11 @@ def parts(
         act = torch.empty(P, I, dtype=torch.bfloat16, device=DEVICE)
         y = torch.empty(P, H, dtype=torch.float32 if wide else torch.bfloat16, device=DEVICE)
         tables = mixed_prefill_tables(one.topk_ids, e, None, tiles)
-        whole = partial(
-            mixed_prefill, x, w1, w2, one.topk_weights, one.topk_ids, out, act, y,
-            activation=activation, w1_bias=config.w1_bias, w2_bias=config.w2_bias, tiles=tiles,
-            programs=programs,
+        given = LayerTensors(
+            x, w1, w2, one.topk_weights, one.topk_ids, out, act, y, programs, activation, None,
+            config.w1_bias, config.w2_bias,
         )  # fmt: skip
+        whole = partial(mixed_prefill, given, tiles)
         share = w1.shards / (w1.shards + 1)
         for blocks, (first_tile, second_tile) in shares_of(tiles).items():
             first = (

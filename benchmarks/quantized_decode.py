@@ -29,6 +29,7 @@ from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, make_header
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, lone_slots, quantized_decode
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.cuda_tiles import (
@@ -70,19 +71,19 @@ def run(
 ) -> torch.Tensor:
     routed: Any = layer.routed_experts
     config = routed.quant_method.get_fused_moe_quant_config(routed)
-    quantized_decode(
+    given = LayerTensors(
         x,
         *weights_of(layer),
         one.topk_weights,
         one.topk_ids,
         out,
         *scratch,
-        activation=MoEActivation.from_str(shape.activation),
+        programs,
+        MoEActivation.from_str(shape.activation),
         w1_bias=config.w1_bias,
         w2_bias=config.w2_bias,
-        tiles=tiles,
-        programs=programs,
     )
+    quantized_decode(given, tiles=tiles)
     return out
 
 

@@ -32,6 +32,7 @@ from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
@@ -97,10 +98,10 @@ def parts(
         return y
 
     def everything(tiles: QuantizedPrefillTiles) -> torch.Tensor:
-        fp8_prefill(
-            x, w1, w2, (key, key), (scale, scale), one.topk_weights, one.topk_ids, out, act, y,
-            activation=activation, tiles=tiles, programs=programs,
-        )  # fmt: skip
+        given = LayerTensors(
+            x, w1, w2, one.topk_weights, one.topk_ids, out, act, y, programs, activation
+        )
+        fp8_prefill(given, (key, key), (scale, scale), tiles)
         return out
 
     def add() -> torch.Tensor:

@@ -17,7 +17,6 @@ among them follows, and one arrives for all where the consumers wait.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 
@@ -47,6 +46,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.peer_all_to_all import (
     announce_outputs,
@@ -225,34 +225,25 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                 work = work._replace(workspace13=act_rows.half(), workspace2=halves.half())
                 quantized_experts(work, operands, config)
             if streams and runs_decode(R, e, operands, x, None):
-                common: dict[str, Any] = {"activation": act, "programs": 132}
-                common |= {"w1_bias": operands.w1_bias, "w2_bias": operands.w2_bias}
-                given = weights, ids, out, act_rows
+                layer = LayerTensors(
+                    *(x, *pair, weights, ids, out, act_rows, y, 132, act, None),
+                    w1_bias=operands.w1_bias,
+                    w2_bias=operands.w2_bias,
+                )
                 if rows is not None:
-                    tensors = *given, y.bfloat16()
-                    w8a8_decode(x, *pair, (rows, rows), (None, None), *tensors, **common)
+                    w8a8_decode(layer._replace(y=y.bfloat16()), (rows, rows), (None, None))
                 else:
                     for lone in (False, True)[: 1 + (R <= MAX_LONE_SLOTS)]:
                         tiles = decode_tiles_for(R, *pair, lone, 132)
                         table = moe_align_block_size(ids, tiles.slots, e)
                         blocks = LoneSlots(ids.flatten()) if lone else MoEAlignment(*table[:3])
-                        quantized_decode(x, *pair, *given, y, blocks, tiles=tiles, **common)
+                        quantized_decode(layer, blocks, tiles)
             if streams and rows is not None and not unmet_by_prefill(*pair, (rows, rows)):
                 P = prefill_rows(R, e)
                 prefilled = torch.empty(P, width, device="cuda", dtype=torch.bfloat16)
-                fp8_prefill(
-                    x,
-                    *pair,
-                    (rows, rows),
-                    (None, None),
-                    weights,
-                    ids,
-                    out,
-                    prefilled,
-                    torch.empty(P, H, device="cuda", dtype=torch.bfloat16),
-                    activation=act,
-                    programs=132,
-                )
+                second = torch.empty(P, H, device="cuda", dtype=torch.bfloat16)
+                layer = LayerTensors(x, *pair, weights, ids, out, prefilled, second, 132, act)
+                fp8_prefill(layer, (rows, rows), (None, None))
                 print("prefill", end=" ")
             if streams and rows is None and not unmet_by_mixed_prefill(*pair):
                 bits = operands.w1.format.bits, operands.w2.format.bits
@@ -260,22 +251,14 @@ def quantized(H: int, width: int, formats: list[str] | None) -> None:
                     wide = wide_rows(*(w.format for w in pair))
                     mixed_tiles = mixed_prefill_tiles(slots, 1, bits, wide=wide)
                     P = mixed_prefill_rows(R, e, mixed_tiles)
-                    mixed_prefill(
-                        x,
-                        *pair,
-                        weights,
-                        ids,
-                        out,
+                    wide_dtype = torch.float32 if wide else torch.bfloat16
+                    layer = LayerTensors(
+                        *(x, *pair, weights, ids, out),
                         torch.empty(P, width, device="cuda", dtype=torch.bfloat16),
-                        torch.empty(
-                            P, H, device="cuda", dtype=torch.float32 if wide else torch.bfloat16
-                        ),
-                        activation=act,
-                        w1_bias=operands.w1_bias,
-                        w2_bias=operands.w2_bias,
-                        tiles=mixed_tiles,
-                        programs=132,
+                        torch.empty(P, H, device="cuda", dtype=wide_dtype),
+                        *(132, act, None, operands.w1_bias, operands.w2_bias),
                     )
+                    mixed_prefill(layer, mixed_tiles)
                 print("mixed prefill", end=" ")
             torch.cuda.synchronize()
             print("quantized", name, rows, T, flush=True)

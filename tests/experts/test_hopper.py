@@ -15,6 +15,7 @@ from fusedmoe.experts.hopper import _readable as readable
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.modular_kernel import ExpertsWork, FusedMoEActivationFormat
 from hopper_compiler import run_program
 
@@ -49,12 +50,10 @@ def test_a_cpu_is_refused():
 @pytest.mark.parametrize("launch", [hopper_decode, hopper_direct, hopper_prefill])
 def test_on_a_cpu_the_launchers_are_the_definition(launch):
     given, tensors = arguments(LAYER)
-    if launch is hopper_direct:
-        del given["y"]
     if launch is hopper_prefill:
         rows = prefill_rows(LAYER.T * LAYER.K, LAYER.E)
         given |= {"act": given["x"].new_empty(rows, 32), "y": given["x"].new_empty(rows, 48)}
-    launch(**given)
+    launch(LayerTensors(**given))
     expected = LAYER.expected(tensors)
     torch.testing.assert_close(given["out"].double(), expected, rtol=2e-2, atol=2e-2)
 
@@ -78,14 +77,14 @@ def test_on_a_cpu_the_launchers_are_the_definition(launch):
 def test_tensors_that_do_not_fit_are_refused(changes, match):
     given, _ = arguments(LAYER)
     with pytest.raises(ValueError, match=match):
-        hopper_decode(**(given | changes))
+        hopper_decode(LayerTensors(**(given | changes)))
 
 
 @pytest.mark.parametrize("sizes", [{"H": 40}, {"I": 24}, {"dtype": torch.float32}])
 def test_sizes_that_the_kernels_cannot_tile_are_refused(sizes):
     given, _ = arguments(replace(LAYER, **sizes))
     with pytest.raises(ValueError, match=r"multiples of 16|float32"):
-        hopper_decode(**given)
+        hopper_decode(LayerTensors(**given))
 
 
 def test_which_rows_are_read_where_they_are():
@@ -121,9 +120,8 @@ def test_biases_and_maps_may_be_strided(T, monkeypatch):
 
 def test_direct_takes_few_slots():
     given, _ = arguments(replace(LAYER, T=17))
-    del given["y"]
     with pytest.raises(ValueError, match="17"):
-        hopper_direct(**given)
+        hopper_direct(LayerTensors(**given))
 
 
 COMPILE = """

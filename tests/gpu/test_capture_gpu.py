@@ -9,6 +9,7 @@ import torch
 from fusedmoe.kernels.cuda import quantized_launch
 from fusedmoe.kernels.hopper_quantized import quantized_decode, quantized_decode_reference
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode, w8a8_decode_reference
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TOKEN
 
@@ -61,14 +62,14 @@ def test_captured_at_the_first_launch_and_replayed_with_other_routings(rows, T):
     forget_launches()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode(x, w1, w2, *more, weights, ids, *given, programs=programs)
+        decode(LayerTensors(x, w1, w2, weights, ids, *given, programs), *more)
     for low in (0, 0, e - 1, -1):
         ids.copy_(torch.randint(low, low + 1 if low else e, (T, K)))
         graph.replay()
         launched, expected = scratch(), scratch()
-        decode(x, w1, w2, *more, weights, ids, *launched, programs=programs)
+        decode(LayerTensors(x, w1, w2, weights, ids, *launched, programs), *more)
         assert given[0].equal(launched[0])
-        reference(x, w1, w2, *more, weights, ids, *expected, programs=programs)
+        reference(LayerTensors(x, w1, w2, weights, ids, *expected, programs), *more)
         # Elements at a tie of fp8 may be rounded to either side, and a few sums follow them.
         apart = (given[0] - expected[0]).double().norm()
         assert apart <= 2e-2 * expected[0].double().norm()

@@ -59,9 +59,9 @@ def ran(monkeypatch):
     """One entry for each launch."""
     launches = []
 
-    def run(*args, **kwargs):
-        launches.append(kwargs["tiles"])
-        mixed_prefill(*args, **kwargs)
+    def run(layer, tiles):
+        launches.append(tiles)
+        mixed_prefill(layer, tiles)
 
     monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
     return launches

@@ -15,6 +15,7 @@ from fusedmoe.kernels.hopper_quantized import (
     quantized_decode,
     quantized_decode_reference,
 )
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, CudaRowsTile
@@ -75,9 +76,7 @@ def test_layer(name):
         out = torch.full_like(x, float("nan"))
         act_rows = torch.full((R, I), float("nan"), device="cuda").bfloat16()
         y = torch.full((R, H), float("nan"), device="cuda")
-        function(
-            x, w1, w2, picked, ids, out, act_rows, y, activation=act, programs=programs, **biases
-        )  # fmt: skip
+        function(LayerTensors(x, w1, w2, picked, ids, out, act_rows, y, programs, act, **biases))
         outs.append(out)
     expected, found, *others = outs
     others_rows = [row for row in range(T) if row != 1]
@@ -107,9 +106,8 @@ def test_the_same_bits_where_programs_change_blocks():
     )
     found = []
     for _ in range(150):
-        quantized_decode(
-            x, w1, w2, picked, ids, out, act_rows, y, tiles=tiles,
-            programs=multiprocessors_of(torch.device("cuda")),
-        )  # fmt: skip
+        programs = multiprocessors_of(torch.device("cuda"))
+        given = LayerTensors(x, w1, w2, picked, ids, out, act_rows, y, programs)
+        quantized_decode(given, tiles=tiles)
         found.append(y.clone() if not found else y.equal(found[0]))
     assert all(found[1:])

@@ -27,6 +27,7 @@ from fusedmoe.kernels.cuda import (
 )
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference, weight_addresses
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, unmet_by_stream
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
@@ -247,17 +248,14 @@ def test_a_layer_whose_last_row_is_nan(name, on_cpu):
         for function, out in zip((quantized_decode.decode, None), outs, strict=True):
             act, y = torch.full((T * K, I), NAN).bfloat16(), torch.full((T * K, H), NAN)
             table = MoEAlignment(*moe_align_block_size(ids, tiles.slots, E)[:3])
-            given = x, w1, w2, picked, ids, out, act, y
+            given = LayerTensors(x, w1, w2, picked, ids, out, act, y, 2)
             if function is None:
-                quantized_decode_reference(*given, tiles=tiles, programs=2)
+                quantized_decode_reference(given)
             else:
-                silu, addresses = (
-                    device_activation(SILU),
-                    (weight_addresses(w1), weight_addresses(w2)),
-                )
+                addresses = weight_addresses(w1), weight_addresses(w2)
                 if tiles.paired:
-                    given = paired_reference(x, PairedOrder.of(w1.format)), *given[1:]
-                function(*given, silu, None, None, None, table, addresses, tiles, 2)
+                    given = given._replace(x=paired_reference(x, PairedOrder.of(w1.format)))
+                function(given, table, addresses, tiles)
         torch.testing.assert_close(outs[0][:-1], outs[1][:-1], rtol=2e-2, atol=2e-3)
         found.append(outs[0])
     assert found[0][:-1].equal(found[1][:-1])

@@ -18,6 +18,7 @@ from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import align_rows, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
@@ -209,8 +210,8 @@ def test_drawn_tiles_add_up_to_the_definition(programs, fmt, key, tiles, monkeyp
     ids[40:, 0] = 0
     picked = torch.rand(T, K)
     given = scratch(T, K, 3, H, I)
-    call = x, w1, w2, (key, key), (None, None), picked, ids
-    fp8_prefill(*call, programs=7, tiles=tiles, **given)
+    call = LayerTensors(x, w1, w2, picked, ids, programs=7, **given)
+    fp8_prefill(call, (key, key), (None, None), tiles)
     y, position = as_the_kernels_do(x, w1, w2, ids, key, monkeypatch, programs, tiles=tiles)
     live = (ids >= 0) & (ids < 3)
     assert ((position >= 0).view(T, K) == live).all()
@@ -293,7 +294,7 @@ def test_token_rows_with_a_scale_per_tile_are_no_worse(spread):
     x = torch.randn(T, H).bfloat16()
     ids, picked = torch.randint(0, 3, (T, K), dtype=torch.int32), torch.rand(T, K)
     given, keys = scratch(T, K, 3, H, I), (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN)
-    fp8_prefill(x, w1, w2, keys, (None, None), picked, ids, programs=7, **given)
+    fp8_prefill(LayerTensors(x, w1, w2, picked, ids, programs=7, **given), keys, (None, None))
     rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=PER_TOKEN)
     reference = partial(quantized_experts_reference, x.double(), w1, w2, picked.double(), ids)
     exact, rounded = (reference(a1=a, a2=a, compute_dtype=torch.float64) for a in (None, rows))
@@ -329,27 +330,29 @@ def test_what_the_kernels_cannot_multiply_is_named():
     assert "in time" in unmet_by_prefill(*layer("fp8_tensor"), (FP8_DYNAMIC_TENSOR,) * 2)
     w1, w2 = layer("fp8_block")
     x, ids = torch.zeros(4, 384).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
-    given = scratch(4, 2, 3, 384, 208) | {"programs": 1}
-    call = (x, w1, w2, both, (None, None), None, ids)
+    call = LayerTensors(x, w1, w2, None, ids, programs=1, **scratch(4, 2, 3, 384, 208))
+    none = None, None
     with pytest.raises(ValueError, match="expected"):
-        fp8_prefill(*call, **given | {"act": given["act"][1:]})
+        fp8_prefill(call._replace(act=call.act[1:]), both, none)
     with pytest.raises(ValueError, match="contiguous"):
-        fp8_prefill(*call, **given | {"y": given["y"].T.contiguous().T})
+        fp8_prefill(call._replace(y=call.y.T.contiguous().T), both, none)
     q, scale = torch.zeros(4, 384, dtype=torch.float8_e4m3fn), torch.ones(4, 3)
-    fp8_prefill(q, *call[1:], **given, x_scale=scale)
+    of_q = call._replace(x=q)
+    fp8_prefill(of_q, both, none, x_scale=scale)
     assert can_prefill(Operands(w1, w2, *both), q, scale)
     for rows, scales in ((q, scale.T.contiguous().T), (q, scale[:, :1].expand(4, 3))):
         assert not can_prefill(Operands(w1, w2, *both), rows, scales)
     with pytest.raises(ValueError, match="x_scale must be contiguous"):
-        fp8_prefill(q, *call[1:], **given, x_scale=scale.T.contiguous().T)
+        fp8_prefill(of_q, both, none, x_scale=scale.T.contiguous().T)
     with pytest.raises(ValueError, match="x must be contiguous"):
-        fp8_prefill(q[:1].expand(4, 384), *call[1:], **given, x_scale=scale)
+        fp8_prefill(call._replace(x=q[:1].expand(4, 384)), both, none, x_scale=scale)
     with pytest.raises(ValueError, match="w2_bias"):
-        fp8_prefill(*call, w2_bias=torch.ones(1, 384).expand(3, 384), **given)
+        fp8_prefill(call._replace(w2_bias=torch.ones(1, 384).expand(3, 384)), both, none)
     with pytest.raises(ValueError, match="shards"):
-        fp8_prefill(*call, activation=MoEActivation.RELU2_NO_MUL, **given)
+        fp8_prefill(call._replace(activation=MoEActivation.RELU2_NO_MUL), both, none)
+    w1, w2 = layer("fp8_tensor")
     with pytest.raises(ValueError, match="cannot know"):
-        fp8_prefill(x, *layer("fp8_tensor"), (FP8_DYNAMIC_TENSOR,) * 2, *call[4:], **given)
+        fp8_prefill(call._replace(w1=w1, w2=w2), (FP8_DYNAMIC_TENSOR,) * 2, none)
 
 
 def test_tiles_say_what_is_promoted_and_what_comes_next():

@@ -17,6 +17,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     wide_rows,
 )
 from fusedmoe.kernels.lane_order import lane_order
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.formats.lookup import CODECS, nf4_group
 from fusedmoe.quantization.formats.minifloat import E2M3, E3M2
@@ -345,7 +346,7 @@ def test_the_reference_is_two_products_and_a_weighted_sum(fmt):
     ids = torch.tensor([[0, 1], [2, -1], [1, 2], [0, 9], [-1, -1]], dtype=torch.int32)
     given = scratch(T, K, 3, 64, 32, wide_rows(w1.format))
     tiles = mixed_prefill_tiles(T * K, 3, (w1.format.bits, w2.format.bits))
-    mixed_prefill(x, w1, w2, weights, ids, tiles=tiles, programs=1, **given)
+    mixed_prefill(LayerTensors(x, w1, w2, weights, ids, programs=1, **given), tiles)
     expected = torch.zeros(T, 64)
     gate_up, down = w1.dequantize(torch.float32), w2.dequantize(torch.float32)
     for t in range(T):
@@ -394,9 +395,10 @@ def test_what_does_not_fit_is_refused(changed, words):
     w1, w2 = layer("int4_g32")
     given = {"x": torch.zeros(4, 64).bfloat16(), "topk_weights": None, **scratch(4, 2, 3, 64, 32)}
     ids = torch.zeros(4, 2, dtype=torch.int32)
-    given |= {"tiles": mixed_prefill_tiles(8, 3, (4, 4)), "programs": 1} | changed
+    given |= {"programs": 1} | changed
+    call = LayerTensors(w1=w1, w2=w2, topk_ids=ids, **given)
     with pytest.raises(ValueError, match=words):
-        mixed_prefill(w1=w1, w2=w2, topk_ids=ids, **given)
+        mixed_prefill(call, mixed_prefill_tiles(8, 3, (4, 4)))
 
 
 def test_tiles():
@@ -436,8 +438,7 @@ def test_tiles():
         MixedPrefillTiles(*found[3][:2]).check()
     with pytest.raises(ValueError, match=r"128 slots do not go with tails of \(128, 128\)"):
         MixedPrefillTiles(*found[2][:2], tails=found[2][:2]).check()
+    x, ids = torch.zeros(4, 64).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
+    call = LayerTensors(x, w1, w2, None, ids, programs=1, **scratch(4, 2, 3, 64, 32))
     with pytest.raises(ValueError, match="128 and 256 slots"):
-        mixed_prefill(
-            torch.zeros(4, 64).bfloat16(), w1, w2, None, torch.zeros(4, 2, dtype=torch.int32),
-            tiles=unequal, programs=1, **scratch(4, 2, 3, 64, 32),
-        )  # fmt: skip
+        mixed_prefill(call, unequal)

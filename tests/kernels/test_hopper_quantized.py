@@ -12,6 +12,7 @@ from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
 from fusedmoe.kernels.hopper_quantized import quantized_decode, unmet_by_weights
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
 from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS
@@ -203,7 +204,7 @@ def test_the_reference_is_two_products_and_a_weighted_sum():
     ids = torch.tensor([[0, 1], [2, -1], [1, 1], [0, 2]], dtype=torch.int32)
     weights, blocks = torch.rand(T, K), LoneSlots(ids.flatten())
     given = scratch(T, K, 64, 32)
-    quantized_decode(x, w1, w2, weights, ids, blocks=blocks, programs=1, **given)
+    quantized_decode(LayerTensors(x, w1, w2, weights, ids, programs=1, **given), blocks)
     rows = torch.zeros(8, 64)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(given["act"], w2, rows, blocks, tile, top_k=1)
@@ -225,15 +226,16 @@ def test_what_the_kernels_cannot_read_is_named():
     given = scratch(2, 1, 256, 128) | {"programs": 1}
     blocks = LoneSlots(ids.flatten())
     with pytest.raises(ValueError, match="expected"):
-        quantized_decode(x.float(), w1, w2, None, ids, blocks=blocks, **given)
+        quantized_decode(LayerTensors(x.float(), w1, w2, None, ids, **given), blocks)
     keys, none = (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN), (None, None)
     with pytest.raises(ValueError, match="wants scales"):
-        w8a8_decode(x, w1, w2, keys, none, None, ids, **given)
+        w8a8_decode(LayerTensors(x, w1, w2, None, ids, **given), keys, none)
     many = torch.zeros(MAX_LONE_SLOTS + 1, 1, dtype=torch.int32)
     x = torch.zeros(len(many), 256).bfloat16()
     given |= scratch(len(many), 1, 256, 128)
+    call = LayerTensors(x, w1, w2, None, many, **given)
     with pytest.raises(ValueError, match="table"):
-        quantized_decode(x, w1, w2, None, many, blocks=LoneSlots(many.flatten()), **given)
+        quantized_decode(call, LoneSlots(many.flatten()))
 
 
 @pytest.mark.parametrize("rows", [None, FP8_DYNAMIC_TOKEN])
@@ -248,7 +250,7 @@ def test_weights_and_ids_that_do_not_fit_are_refused(rows):
         more = () if rows is None else ((rows, rows), (None, None))
         decode = quantized_decode if rows is None else w8a8_decode
         with pytest.raises(ValueError, match=match):
-            decode(x, first, w2, *more, None, ids, **given)
+            decode(LayerTensors(x, first, w2, None, ids, **given), *more)
 
     fmt = w1.format.name
     refused("does not fit w2", layer(fmt, e=2)[0])

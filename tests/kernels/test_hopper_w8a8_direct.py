@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode_reference
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton import hopper_w8a8_direct
 from fusedmoe.kernels.triton.hopper_w8a8_direct import Rounding
 from fusedmoe.quantization.formats import format_named, quantize
@@ -70,15 +70,13 @@ def check(launched, fmt, ids, tiles, H, I, gated=True, bias=False, expert_map=No
     out, expected = (torch.full((T, H), NAN).bfloat16() for _ in range(2))
     act = torch.full((T * K, I), NAN).bfloat16()
     rounding = Rounding(how, scale, False)
-    hopper_w8a8_direct.direct(
-        x, w1, w2, (rounding, rounding), weights, ids, out, act, device_activation(activation),
-        *biases, expert_map, tiles, 3,
+    given = LayerTensors(
+        x, w1, w2, weights, ids, out, act, torch.zeros(T * K, H), 3, activation, None, *biases,
+        expert_map,
     )  # fmt: skip
-    w8a8_decode_reference(
-        x, w1, w2, (key, key), (scale, scale), weights, ids, expected,
-        torch.zeros(T * K, I).bfloat16(), torch.zeros(T * K, H), activation=activation,
-        w1_bias=biases[0], w2_bias=biases[1], expert_map=expert_map, programs=3,
-    )  # fmt: skip
+    hopper_w8a8_direct.direct(given, (rounding, rounding), tiles)
+    given = given._replace(out=expected, act=torch.zeros(T * K, I).bfloat16())
+    w8a8_decode_reference(given, (key, key), (scale, scale))
     apart = (out.float() - expected.float()).norm()
     # A value within rounding of a tie may take the other neighbour.
     assert float(apart) <= 1e-2 * float(expected.float().norm())

@@ -10,8 +10,6 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
@@ -24,6 +22,7 @@ from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -74,29 +73,29 @@ def hopper_experts(
     if not isinstance(tiles, PrefillTiles):
         x = settled(x)
     rows = scratch_rows(tiles, T * K, e)
-    y = scratch(work.workspace2, rows, H)
-    given: dict[str, Any] = {
-        "x": x,
-        "w1": w1,
-        "w2": w2,
-        "topk_weights": dense(work.output_weights),
-        "topk_ids": work.topk_ids.contiguous(),
-        "out": work.output,
-        "act": scratch(work.workspace13, rows, I),
-        "activation": work.activation,
-        "activation_config": activation_config,
-        "w1_bias": dense(w1_bias),
-        "w2_bias": dense(w2_bias),
-        "expert_map": dense(work.expert_map),
-        "programs": multiprocessors_of(x.device),
-    }
+    layer = LayerTensors(
+        x,
+        w1,
+        w2,
+        dense(work.output_weights),
+        work.topk_ids.contiguous(),
+        work.output,
+        scratch(work.workspace13, rows, I),
+        scratch(work.workspace2, rows, H),
+        multiprocessors_of(x.device),
+        work.activation,
+        activation_config,
+        dense(w1_bias),
+        dense(w2_bias),
+        dense(work.expert_map),
+    )
     with device_of(x):
         if isinstance(tiles, DirectTiles):
-            hopper_direct(tiles=tiles, **given)
+            hopper_direct(layer, tiles)
         elif isinstance(tiles, PrefillTiles):
-            hopper_prefill(y=y, tiles=tiles, **given)
+            hopper_prefill(layer, tiles)
         else:
-            hopper_decode(y=y, tiles=tiles, **given)
+            hopper_decode(layer, tiles)
 
 
 def _viewable(*weights: torch.Tensor) -> bool:

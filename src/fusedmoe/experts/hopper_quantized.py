@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -37,6 +36,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, mixed_prefill_r
 from fusedmoe.kernels.hopper_prefill import prefill_rows
 from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
@@ -46,6 +46,7 @@ from fusedmoe.modular_kernel import (
     scratch,
 )
 from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import (
@@ -54,6 +55,7 @@ from fusedmoe.tuning.quantized_tiles import (
 )
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
+_Layer = LayerTensors[QuantizedTensor]
 _WEIGHTS = (torch.float8_e4m3fn, torch.int8, "mxfp8")
 _WEIGHTS_ALONE = (
     *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3", "nf4", "iq4_nl", "q4_k", "q5_k"),
@@ -148,22 +150,26 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if operands is None or run is None:
             super().run(work._replace(hidden_states=x))
             return
-        weights = work.output_weights
-        given: dict[str, Any] = {
-            "topk_weights": None if weights is None else weights.contiguous(),
-            "topk_ids": work.topk_ids.contiguous(),
-            "out": work.output,
-            "activation": work.activation,
-            "activation_config": self.activation_config,
-            "w1_bias": dense(operands.w1_bias),
-            "w2_bias": dense(operands.w2_bias),
-            "expert_map": dense(work.expert_map),
-            "programs": multiprocessors_of(x.device),
-        }
-        if work.a1q_scale is not None:
-            given["x_scale"] = work.a1q_scale
+        assert work.workspace13 is not None
+        assert work.workspace2 is not None
+        layer = LayerTensors(
+            x,
+            operands.w1,
+            operands.w2,
+            dense(work.output_weights),
+            work.topk_ids.contiguous(),
+            work.output,
+            work.workspace13,  # of which each kernel takes its rows
+            work.workspace2,
+            multiprocessors_of(x.device),
+            work.activation,
+            self.activation_config,
+            dense(operands.w1_bias),
+            dense(operands.w2_bias),
+            dense(work.expert_map),
+        )
         with device_of(x):
-            run(x, operands, work, given)
+            run(layer, operands, work.a1q_scale)
 
     def _fastest(
         self,
@@ -191,66 +197,36 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             return self._prefill
         return self._decode if streams else None
 
-    def _decode(
-        self,
-        x: torch.Tensor,
-        operands: Operands,
-        work: ExpertsWork,
-        given: dict[str, Any],
-    ) -> None:
-        R, (_, H, I) = work.topk_ids.numel(), operands.w2.shape  # noqa: E741
-        given["act"] = scratch(work.workspace13, R, I)
-        weights = x, operands.w1, operands.w2
+    def _decode(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
+        R, (_, H, I) = layer.topk_ids.numel(), layer.w2.shape  # noqa: E741
+        layer = layer._replace(act=scratch(layer.act, R, I))
         if operands.a1 is None or operands.a2 is None:
-            y = scratch(work.workspace2, R, 2 * H).view(torch.float32)
-            quantized_decode(*weights, y=y, tiles=self.decode_tiles, **given)
-        else:
-            keys = operands.a1, operands.a2
-            scales = operands.a1_scale, operands.a2_scale
-            given |= {"y": scratch(work.workspace2, R, H), "tiles": self.stream_tiles}
-            w8a8_decode(*weights, keys=keys, scales=scales, **given)
+            y = scratch(layer.y, R, 2 * H).view(torch.float32)
+            quantized_decode(layer._replace(y=y), tiles=self.decode_tiles)
+            return
+        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
+        layer = layer._replace(y=scratch(layer.y, R, H))
+        w8a8_decode(layer, keys, scales, self.stream_tiles, x_scale)
 
-    def _prefill(
-        self,
-        x: torch.Tensor,
-        operands: Operands,
-        work: ExpertsWork,
-        given: dict[str, Any],
-    ) -> None:
-        e, H, I = operands.w2.shape  # noqa: E741
-        P = prefill_rows(work.topk_ids.numel(), e)
+    def _prefill(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
+        e, H, I = layer.w2.shape  # noqa: E741
+        P = prefill_rows(layer.topk_ids.numel(), e)
         assert operands.a1 is not None
         assert operands.a2 is not None
-        fp8_prefill(
-            x,
-            operands.w1,
-            operands.w2,
-            (operands.a1, operands.a2),
-            (operands.a1_scale, operands.a2_scale),
-            act=scratch(work.workspace13, P, I),
-            y=scratch(work.workspace2, P, H),
-            tiles=self.prefill_tiles,
-            **given,
-        )
+        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
+        layer = layer._replace(act=scratch(layer.act, P, I), y=scratch(layer.y, P, H))
+        fp8_prefill(layer, keys, scales, self.prefill_tiles, x_scale)
 
     def _prefill_mixed(
         self,
         tiles: MixedPrefillTiles,
-        x: torch.Tensor,
+        layer: _Layer,
         operands: Operands,
-        work: ExpertsWork,
-        given: dict[str, Any],
+        x_scale: torch.Tensor | None,
     ) -> None:
-        e, H, I = operands.w2.shape  # noqa: E741
-        P = mixed_prefill_rows(work.topk_ids.numel(), e, tiles)
-        wide = wide_rows(operands.w1.format, operands.w2.format)
-        y = scratch(work.workspace2, P, 2 * H if wide else H)
-        mixed_prefill(
-            x,
-            operands.w1,
-            operands.w2,
-            act=scratch(work.workspace13, P, I),
-            y=y.view(torch.float32) if wide else y,
-            tiles=tiles,
-            **given,
-        )
+        e, H, I = layer.w2.shape  # noqa: E741
+        P = mixed_prefill_rows(layer.topk_ids.numel(), e, tiles)
+        wide = wide_rows(layer.w1.format, layer.w2.format)
+        y = scratch(layer.y, P, 2 * H if wide else H)
+        y = y.view(torch.float32) if wide else y
+        mixed_prefill(layer._replace(act=scratch(layer.act, P, I), y=y), tiles)

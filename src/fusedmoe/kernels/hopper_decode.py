@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.torch_reference import experts_reference
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import MAX_PICKS, DecodeTiles, decode_tiles
@@ -19,90 +18,50 @@ from fusedmoe.tuning.hopper_tiles import MAX_PICKS, DecodeTiles, decode_tiles
 ALIGNED_ELEMENTS = 16
 
 
-def hopper_decode(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    tiles: DecodeTiles | None = None,
-    programs: int,
-) -> None:
-    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+def hopper_decode(layer: LayerTensors[torch.Tensor], tiles: DecodeTiles | None = None) -> None:
+    """Run a layer of few slots: w1 and w2 contiguous, all in bf16 or in fp16; scratch act [R, I]
+    and y [R, H], R = T * K.
 
-    x [T, H], w1 [e, S * I, H] and w2 [e, H, I] contiguous, bf16 or fp16; topk_ids int [T, K]
-    contiguous; out [T, H]; scratch act [R, I] and y [R, H] of x's dtype, R = T * K. Biases
-    [e, S * I] and [e, H]. ``programs``: how many run at once, the number of multiprocessors.
     Raises ValueError for sizes that are not multiples of 16 and for tensors that do not fit.
     """
-    check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, topk_ids.numel())
-    check_biases(w1, w2, w1_bias, w2_bias)
-    if not x.is_cuda:
-        hopper_decode_reference(
-            x, w1, w2, topk_weights, topk_ids, out, activation=activation,
-            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-            expert_map=expert_map,
-        )  # fmt: skip
+    R = layer.topk_ids.numel()
+    check_experts(layer, R)
+    check_biases(layer)
+    if not layer.x.is_cuda:
+        hopper_decode_reference(layer)
         return
     from fusedmoe.kernels.triton.hopper_decode import decode
 
-    (e, H, I), R = w2.shape, topk_ids.numel()  # noqa: E741
     if R == 0:
         return
+    e, H, I = layer.w2.shape  # noqa: E741
     tiles = tiles or decode_tiles(R, e, H, I)
-    decode(
-        x, w1, w2, topk_weights, topk_ids, out, act, y,
-        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
-        align_local_slots(topk_ids, tiles.block, e, expert_map), tiles, programs,
-    )  # fmt: skip
+    decode(layer, align_local_slots(layer.topk_ids, tiles.block, e, layer.expert_map), tiles)
 
 
-def hopper_decode_reference(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-) -> None:
+def hopper_decode_reference(layer: LayerTensors[torch.Tensor]) -> None:
     """The definition, in plain torch."""
-    if topk_weights is None:
-        topk_weights = torch.ones_like(topk_ids, dtype=torch.float32)
+    weights = layer.topk_weights
+    if weights is None:
+        weights = torch.ones_like(layer.topk_ids, dtype=torch.float32)
     result = experts_reference(
-        x, w1, w2, topk_weights, topk_ids, activation=activation,
-        activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-        expert_map=expert_map,
-    )  # fmt: skip
-    out.copy_(result)
+        layer.x,
+        layer.w1,
+        layer.w2,
+        weights,
+        layer.topk_ids,
+        activation=layer.activation,
+        activation_config=layer.activation_config,
+        w1_bias=layer.w1_bias,
+        w2_bias=layer.w2_bias,
+        expert_map=layer.expert_map,
+    )
+    layer.out.copy_(result)
 
 
-def check_experts(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor | None,
-    rows: int,
-) -> None:
+def check_experts(layer: LayerTensors[torch.Tensor], rows: int) -> None:
     """Raise ValueError where the tensors of a Hopper launch do not fit; ``rows`` of act and y."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
     (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
     check_picks(K)
     if H % ALIGNED_ELEMENTS or I % ALIGNED_ELEMENTS:
@@ -135,14 +94,12 @@ def check_picks(K: int) -> None:
         raise ValueError(f"at most {MAX_PICKS} picks of a token are added up, got {K}")
 
 
-def check_biases(
-    w1: torch.Tensor | QuantizedTensor,
-    w2: torch.Tensor | QuantizedTensor,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-) -> None:
+def check_biases(layer: LayerTensors[torch.Tensor] | LayerTensors[QuantizedTensor]) -> None:
     """Raise ValueError for biases that are not dense with a number for each row of the weights."""
-    for name, bias, shape in (("w1_bias", w1_bias, w1.shape), ("w2_bias", w2_bias, w2.shape)):
+    for name, bias, shape in (
+        ("w1_bias", layer.w1_bias, layer.w1.shape),
+        ("w2_bias", layer.w2_bias, layer.w2.shape),
+    ):
         if bias is None:
             continue
         if bias.shape != shape[:2] or not bias.is_contiguous():

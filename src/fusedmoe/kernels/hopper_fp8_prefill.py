@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, align_rows, prefill_rows
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference, room_for_rows
 from fusedmoe.kernels.tensor_checks import (
@@ -61,99 +60,63 @@ def rounds_by_tile(key: QuantKey, tiles: QuantizedPrefillTiles) -> bool:
 
 
 def fp8_prefill(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
+    layer: LayerTensors[QuantizedTensor],
     keys: tuple[QuantKey, QuantKey],
     scales: tuple[torch.Tensor | None, torch.Tensor | None],
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
     tiles: QuantizedPrefillTiles | None = None,
-    programs: int,
     x_scale: torch.Tensor | None = None,
 ) -> None:
-    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+    """Run a layer of many slots: x and out bf16, weights in e4m3 or int8; scratch act [P, I] and
+    y [P, H] bf16, P = ``prefill_rows``.
 
-    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in e4m3 or int8; ``keys`` say how the rows
-    entering w1 and w2 are quantized, ``scales`` fp32 [1] belong to static ones. topk_ids int
-    [T, K]; out [T, H] bf16; scratch act [P, I] and y [P, H] bf16, P = ``prefill_rows``.
-    ``programs``: the number of multiprocessors. ``x_scale``: x is rounded already, as
-    ``quantize_rows`` does it. Raises ValueError for pairs that the kernels cannot
-    multiply and for tensors that do not fit.
+    ``keys`` say how the rows entering w1 and w2 are quantized, ``scales`` fp32 [1] belong to static
+    ones. ``x_scale``: x is rounded already, as ``quantize_rows`` does it. Raises ValueError for
+    pairs that the kernels cannot multiply and for tensors that do not fit.
     """
+    x, w1, w2, topk_ids = layer.x, layer.w1, layer.w2, layer.topk_ids
     reason = unmet_by_prefill(w1, w2, keys)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
-    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, keys[0], x_scale)
-    check_biases(w1, w2, w1_bias, w2_bias)
+    _check(layer, keys[0], x_scale)
+    check_biases(layer)
     if not x.is_cuda:
-        fp8_prefill_reference(
-            x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y, activation=activation,
-            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-            expert_map=expert_map, tiles=tiles, programs=programs, x_scale=x_scale,
-        )  # fmt: skip
+        fp8_prefill_reference(layer, keys, scales, tiles, x_scale)
         return
     from fusedmoe.kernels.triton.hopper_fp8_prefill import prefill
 
-    if topk_ids.numel() == 0:
+    R, (e, H, I) = topk_ids.numel(), w2.shape  # noqa: E741
+    if R == 0:
         return
-    e, H, I = w2.shape  # noqa: E741
-    experts = e if expert_map is None else expert_map.shape[0]
     room = None
     if x_scale is None and (keys[0].static or keys[0].group_shape != PER_TENSOR):
         room = room_for_rows(x, keys[0], scales[0])
-    x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
-    tiles = tiles or prefill_tiles(topk_ids.numel(), experts, H, I, w1.format.element)
-    prefill(
-        x, w1, w2, keys, scales, topk_weights, topk_ids, out, act, y,
-        device_activation(activation, activation_config), (w1_bias, w2_bias), expert_map,
-        tables, tiles, programs, x_scale, arrivals, room if arrivals is None else None,
-    )  # fmt: skip
+    x, tables, arrivals = align_rows(x, topk_ids, e, layer.expert_map)
+    tiles = tiles or prefill_tiles(R, layer.num_experts, H, I, w1.format.element)
+    room = room if arrivals is None else None
+    prefill(layer._replace(x=x), keys, scales, tables, tiles, x_scale, arrivals, room)
 
 
 def fp8_prefill_reference(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
+    layer: LayerTensors[QuantizedTensor],
     keys: tuple[QuantKey, QuantKey],
     scales: tuple[torch.Tensor | None, torch.Tensor | None],
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
     tiles: QuantizedPrefillTiles | None = None,
-    programs: int,
     x_scale: torch.Tensor | None = None,
 ) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
     (T, K), (e, H, I) = topk_ids.shape, w2.shape  # noqa: E741
-    R, experts = T * K, e if expert_map is None else expert_map.shape[0]
-    tiles = tiles or prefill_tiles(R, experts, H, I, w1.format.element)
-    tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, expert_map, whole_blocks=True)
+    R = T * K
+    tiles = tiles or prefill_tiles(R, layer.num_experts, H, I, w1.format.element)
+    tables = align_local_slots(topk_ids, PREFILL_BLOCK, e, layer.expert_map, whole_blocks=True)
     tile = QuantizedTile(128, PREFILL_BLOCK, STEP, 1, 4, 4)
     rows, scale = x, x_scale
     if scale is None:
         rows, scale = quantize_rows_reference(x, keys[0], scales[0])
     exact = torch.zeros(R, I, dtype=torch.float32, device=x.device)
     w8a8_gemm_reference(
-        rows, scale, w1, exact, None, tables, tile, keys[0], top_k=K, bias=w1_bias,
-        activation=activation, activation_config=activation_config,
+        rows, scale, w1, exact, None, tables, tile, keys[0], top_k=K, bias=layer.w1_bias,
+        activation=layer.activation, activation_config=layer.activation_config,
     )  # fmt: skip
     act[:R] = exact.to(act.dtype)
     key = keys[1]
@@ -162,34 +125,25 @@ def fp8_prefill_reference(
     in_the_epilogue = key.static or rounds_by_tile(key, tiles)
     rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], key, scales[1])
     y[:R] = 0
-    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, key, top_k=1, bias=w2_bias)
+    bias = layer.w2_bias
+    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, key, top_k=1, bias=bias)
     moe_fused_mul_sum_reference(
-        y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
+        y[:R].view(T, K, H), topk_weights, out, topk_ids, layer.expert_map, num_local_experts=e
     )
 
 
 def _check(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    activation: MoEActivation,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    key: QuantKey,
-    x_scale: torch.Tensor | None,
+    layer: LayerTensors[QuantizedTensor], key: QuantKey, x_scale: torch.Tensor | None
 ) -> None:
-    (e, H, I), T = w2.shape, topk_ids.shape[0]  # noqa: E741
-    shards = 2 if activation.is_gated else 1
+    x, w1 = layer.x, layer.w1
+    (e, H, I), T = layer.w2.shape, layer.topk_ids.shape[0]  # noqa: E741
+    shards = 2 if layer.activation.is_gated else 1
     if w1.shape != (e, shards * I, H) or w1.shards != shards:
         raise ValueError(
             f"w1 is {w1.shape} of {w1.shards} shards, expected {(e, shards * I, H)} of {shards}"
         )
     dtype = torch.bfloat16 if x_scale is None else STORED[key.dtype]
-    sizes = H, I, prefill_rows(topk_ids.numel(), e)
-    check_quantized_rows(sizes, x, topk_weights, topk_ids, out, act, y, x_dtype=dtype)
+    check_quantized_rows(layer, prefill_rows(layer.topk_ids.numel(), e), x_dtype=dtype)
     of_x = (T, -(-H // max(key.group_shape.col, 1)))
     check_tensors((("x_scale", x_scale, of_x, torch.float32),))
     check_contiguous(x=None if x_scale is None else x, x_scale=x_scale)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
 from fusedmoe.kernels.align_tails import align_with_tails, tails_rows
 from fusedmoe.kernels.grouped_gemm_quantized import (
@@ -20,6 +18,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 )
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_quantized import check_plain_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
@@ -77,53 +76,26 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
     return None
 
 
-def mixed_prefill(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    tiles: MixedPrefillTiles,
-    programs: int,
-) -> None:
-    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+def mixed_prefill(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:
+    """Run a layer of many slots: x and out bf16, weights in 4, 6 or 8 bits; scratch act [P, I] bf16
+    and y [P, H] bf16, fp32 for ``wide_rows``, P = ``mixed_prefill_rows``.
 
-    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I] in 4, 6 or 8 bits; topk_ids int [T, K]; out [T, H]
-    bf16; scratch act [P, I] bf16 and y [P, H] bf16, fp32 for ``wide_rows``, P =
-    ``mixed_prefill_rows``. ``programs``: the number of multiprocessors. Raises ValueError for
-    weights that the kernels cannot read and for tensors that do not fit.
+    Raises ValueError for weights that the kernels cannot read and for tensors that do not fit.
     """
-    reason = unmet_by_mixed_prefill(w1, w2)
+    reason = unmet_by_mixed_prefill(layer.w1, layer.w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     tiles.check()
-    _check(x, w1, w2, activation, topk_weights, topk_ids, out, act, y, tiles)
-    check_biases(w1, w2, w1_bias, w2_bias)
-    if not x.is_cuda:
-        mixed_prefill_reference(
-            x, w1, w2, topk_weights, topk_ids, out, act, y, activation=activation,
-            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-            expert_map=expert_map, tiles=tiles, programs=programs,
-        )  # fmt: skip
+    _check(layer, tiles)
+    check_biases(layer)
+    if not layer.x.is_cuda:
+        mixed_prefill_reference(layer, tiles)
         return
     from fusedmoe.kernels.triton.hopper_mixed_prefill import prefill
 
-    if topk_ids.numel() == 0:
-        return
-    prefill(
-        x, w1, w2, topk_weights, topk_ids, out, act, y,
-        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map,
-        mixed_prefill_tables(topk_ids, w1.shape[0], expert_map, tiles), tiles, programs,
-    )  # fmt: skip
+    ids, e = layer.topk_ids, layer.w1.shape[0]
+    if ids.numel() > 0:
+        prefill(layer, mixed_prefill_tables(ids, e, layer.expert_map, tiles), tiles)
 
 
 def mixed_prefill_tables(
@@ -137,60 +109,33 @@ def mixed_prefill_tables(
     )
 
 
-def mixed_prefill_reference(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    tiles: MixedPrefillTiles,
-    programs: int,
-) -> None:
+def mixed_prefill_reference(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
-    R, slots = T * K, tiles.gemm1.slots
+    R, slots, expert_map = T * K, tiles.gemm1.slots, layer.expert_map
     tables = align_local_slots(topk_ids, slots, e, expert_map, whole_blocks=True)
     tile = QuantizedTile(64, slots, 64, 1, 4, 2)
     y[:R] = 0
     quantized_gemm_reference(
-        x, w1, act[:R], tables, tile, top_k=K, bias=w1_bias, activation=activation,
-        activation_config=activation_config,
+        x, w1, act[:R], tables, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
+        activation_config=layer.activation_config,
     )  # fmt: skip
-    quantized_gemm_reference(act[:R], w2, y[:R], tables, tile, top_k=1, bias=w2_bias)
+    quantized_gemm_reference(act[:R], w2, y[:R], tables, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
 
 
-def _check(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    activation: MoEActivation,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    tiles: MixedPrefillTiles,
-) -> None:
-    (e, H, I), (T, K) = w2.shape, topk_ids.shape  # noqa: E741
-    shards = 2 if activation.is_gated else 1
+def _check(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:
+    w1, w2 = layer.w1, layer.w2
+    (e, H, I), R = w2.shape, layer.topk_ids.numel()  # noqa: E741
+    shards = 2 if layer.activation.is_gated else 1
     if w1.shape != (e, shards * I, H) or w1.shards != shards or w2.shards != 1:
         raise ValueError(
             f"w1 is {w1.shape} of {w1.shards} shards, w2 of {w2.shards}; expected "
             f"{(e, shards * I, H)} of {shards}, and 1"
         )
-    P = mixed_prefill_rows(T * K, e, tiles)
-    given = x, topk_weights, topk_ids, out, act, y
     y_dtype = torch.float32 if wide_rows(w1.format, w2.format) else torch.bfloat16
-    check_plain_rows(given, (H, I), P, y_dtype=y_dtype, apart=ROW_ELEMENTS)
+    P = mixed_prefill_rows(R, e, tiles)
+    check_plain_rows(layer, P, y_dtype=y_dtype, apart=ROW_ELEMENTS)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
 from fusedmoe.kernels.align_arrivals import Arrivals, align_arrivals
 from fusedmoe.kernels.hopper_decode import check_biases, check_experts, hopper_decode_reference
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import LateRows
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, PrefillTiles
 
@@ -23,71 +22,23 @@ def prefill_rows(R: int, num_local: int) -> int:
     return padded_slots(R, PREFILL_BLOCK, num_local, whole_blocks=True)
 
 
-def hopper_prefill(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    tiles: PrefillTiles | None = None,
-    programs: int,
-) -> None:
+def hopper_prefill(layer: LayerTensors[torch.Tensor], tiles: PrefillTiles | None = None) -> None:
     """As ``hopper_decode``, but for the scratch: act [P, I] and y [P, H], P = ``prefill_rows``.
 
     The same errors.
     """
-    P = prefill_rows(topk_ids.numel(), w2.shape[0])
-    check_experts(x, w1, w2, topk_weights, topk_ids, out, act, y, P)
-    check_biases(w1, w2, w1_bias, w2_bias)
-    if not x.is_cuda:
-        hopper_decode_reference(
-            x,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            out,
-            activation=activation,
-            activation_config=activation_config,
-            w1_bias=w1_bias,
-            w2_bias=w2_bias,
-            expert_map=expert_map,
-        )
+    R, e = layer.topk_ids.numel(), layer.w2.shape[0]
+    check_experts(layer, prefill_rows(R, e))
+    check_biases(layer)
+    if not layer.x.is_cuda:
+        hopper_decode_reference(layer)
         return
     from fusedmoe.kernels.triton.hopper_prefill import prefill
 
-    e, R = w2.shape[0], topk_ids.numel()
     if R == 0:
         return
-    x, tables, arrivals = align_rows(x, topk_ids, e, expert_map)
-    prefill(
-        x,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        out,
-        act,
-        y,
-        torch.empty(R, dtype=torch.int32, device=x.device),
-        device_activation(activation, activation_config),
-        w1_bias,
-        w2_bias,
-        expert_map,
-        tables,
-        tiles or PrefillTiles(),
-        programs,
-        arrivals,
-    )
+    x, tables, arrivals = align_rows(layer.x, layer.topk_ids, e, layer.expert_map)
+    prefill(layer._replace(x=x), tables, tiles or PrefillTiles(), arrivals)
 
 
 def align_rows(

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair
 from fusedmoe.kernels.grouped_gemm_quantized import (
@@ -22,6 +20,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     weight_addresses,
 )
 from fusedmoe.kernels.hopper_decode import check_biases, check_picks
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -128,149 +127,92 @@ def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | Non
 
 
 def quantized_decode(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
+    layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
     tiles: CudaDecodeTiles | None = None,
-    programs: int,
 ) -> None:
-    """out[t] = sum over k of topk_weights[t, k] * expert_k(x[t]), weights None: all one.
+    """Run a layer of few slots: x and out bf16; scratch act [R, I] bf16 and y [R, H] fp32,
+    R = T * K.
 
-    x [T, H] bf16, w1 [e, S * I, H], w2 [e, H, I]; topk_ids int [T, K]; out [T, H]; scratch act
-    [R, I] bf16 and y [R, H] fp32, R = T * K. ``blocks`` hold the tiles' slots, or are ids
-    (``LoneSlots``, ``tiles.made`` at most); both are chosen here where they are not given.
-    ``programs``: the number of multiprocessors. Raises ValueError for weights that the kernel
-    cannot read and for tensors that do not fit.
+    ``blocks`` hold the tiles' slots, or are ids (``LoneSlots``, ``tiles.made`` at most); both are
+    chosen here where they are not given. Raises ValueError for weights that the kernel cannot read
+    and for tensors that do not fit.
     """
+    w1, w2, topk_ids, expert_map = layer.w1, layer.w2, layer.topk_ids, layer.expert_map
     reason = unmet_by_stream(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
+    R, e = topk_ids.numel(), w2.shape[0]
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
             raise ValueError("a table of blocks comes with the tiles it was made for")
-        R, e = topk_ids.numel(), w2.shape[0]
-        lone = blocks is not None or lone_slots(R, e, expert_map)
+        lone, likely = blocks is not None or lone_slots(R, e, expert_map), R
         if not lone and expert_map is not None:
-            R = expected_slots(R, e, expert_map.shape[0])
-        tiles = decode_tiles_for(R, w1, w2, lone, programs)
-    if blocks is None and topk_ids.numel() <= tiles.made and w2.shape[0] < MOST_NAMED:
+            likely = expected_slots(R, e, expert_map.shape[0])
+        tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
+    if blocks is None and tiles.made >= R and e < MOST_NAMED:
         blocks = LoneSlots.of(topk_ids, expert_map)
-    check_decode(x, w2, topk_weights, topk_ids, out, act, y, blocks, tiles.made)
-    check_layer(w1, w2, topk_ids, act, y, activation, (w1_bias, w2_bias), expert_map)
-    if not x.is_cuda:
-        quantized_decode_reference(
-            x, w1, w2, topk_weights, topk_ids, out, act, y, blocks, activation=activation,
-            activation_config=activation_config, w1_bias=w1_bias, w2_bias=w2_bias,
-            expert_map=expert_map, tiles=tiles, programs=programs,
-        )  # fmt: skip
+    check_decode(layer, blocks, tiles.made)
+    check_layer(layer)
+    if not layer.x.is_cuda:
+        quantized_decode_reference(layer, blocks)
         return
     from fusedmoe.kernels.cuda.quantized_decode import decode
 
-    if topk_ids.numel() == 0:
+    if R == 0:
         return
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
-        e = w2.shape[0]
         if tiles.paired:
             order = PairedOrder.of(w1.format)
-            blocks, x = align_and_pair(x, order, topk_ids, tiles.slots, e, expert_map, blocks)
+            blocks, x = align_and_pair(layer.x, order, topk_ids, tiles.slots, e, expert_map, blocks)
+            layer = layer._replace(x=x)
         else:
             blocks = align_local_slots(topk_ids, tiles.slots, e, expert_map)
-    decode(
-        x, w1, w2, topk_weights, topk_ids, out, act, y,
-        device_activation(activation, activation_config), w1_bias, w2_bias, expert_map, blocks,
-        (weight_addresses(w1), weight_addresses(w2)), tiles, programs,
-    )  # fmt: skip
+    decode(layer, blocks, (weight_addresses(w1), weight_addresses(w2)), tiles)
 
 
 def quantized_decode_reference(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots | None = None,
-    *,
-    activation: MoEActivation = MoEActivation.SILU,
-    activation_config: ApplyMoEActivationConfig | None = None,
-    w1_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    tiles: CudaDecodeTiles | None = None,
-    programs: int,
+    layer: LayerTensors[QuantizedTensor], blocks: MoEAlignment | LoneSlots | None = None
 ) -> None:
     """The definition, in plain torch."""
-    (T, K), H = topk_ids.shape, w2.shape[1]
+    x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
+    (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
     # The definition knows no tiles: its blocks are of eight slots, or its caller's.
     if not isinstance(blocks, LoneSlots):
-        blocks = align_local_slots(topk_ids, 8, w2.shape[0], expert_map)
+        blocks = align_local_slots(topk_ids, 8, e, expert_map)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(
-        x, w1, act, blocks, tile, top_k=K, bias=w1_bias, activation=activation,
-        activation_config=activation_config,
+        x, w1, act, blocks, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
+        activation_config=layer.activation_config,
     )  # fmt: skip
-    quantized_gemm_reference(act, w2, y, blocks, tile, top_k=1, bias=w2_bias)
+    quantized_gemm_reference(act, w2, y, blocks, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
-        y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=w2.shape[0]
+        y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
 
 
 def check_decode(
-    x: torch.Tensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots | None,
-    most: int,
+    layer: LayerTensors[QuantizedTensor], blocks: MoEAlignment | LoneSlots | None, most: int
 ) -> None:
     """Raise ValueError where the tensors of a streaming launch do not fit, or slots without a table
     are more than ``most``."""
-    R, (_, H, I) = topk_ids.numel(), w2.shape  # noqa: E741
-    given = x, topk_weights, topk_ids, out, act, y
-    check_plain_rows(given, (H, I), R, y_dtype=torch.float32, apart=8)
+    R = layer.topk_ids.numel()
+    check_plain_rows(layer, R, y_dtype=torch.float32, apart=8)
     if isinstance(blocks, LoneSlots):
         ids = blocks.topk_ids
         if most < R:
             raise ValueError(f"at most {most} slots go without a table, got {R}")
-        if ids.shape != (R,) or ids.dtype != topk_ids.dtype or not ids.is_contiguous():
+        if ids.shape != (R,) or ids.dtype != layer.topk_ids.dtype or not ids.is_contiguous():
             raise ValueError(f"ids {tuple(ids.shape)} {ids.dtype} are not those of {R} slots")
 
 
 def check_plain_rows(
-    given: tuple[torch.Tensor | None, ...],
-    sizes: tuple[int, int],
-    rows: int,
-    *,
-    y_dtype: torch.dtype,
-    apart: int,
+    layer: LayerTensors[QuantizedTensor], rows: int, *, y_dtype: torch.dtype, apart: int
 ) -> None:
-    """Raise ValueError where tensors of a layer whose rows are bf16 do not fit: x, topk_weights,
-    topk_ids, out, act [rows, I] and y [rows, H], for sizes (H, I). Rows of x lie a multiple of
-    ``apart`` elements apart."""
-    x, topk_weights, topk_ids, out, act, y = given
-    assert x is not None
-    assert topk_ids is not None
-    assert out is not None
-    assert act is not None
-    assert y is not None
-    check_quantized_rows((*sizes, rows), x, topk_weights, topk_ids, out, act, y, y_dtype=y_dtype)
+    """Raise ValueError where tensors of a layer whose rows are bf16 do not fit, act [rows, I] and
+    y [rows, H] among them. Rows of x lie a multiple of ``apart`` elements apart."""
+    x = layer.x
+    check_quantized_rows(layer, rows, y_dtype=y_dtype)
     if x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES or x.stride(0) % apart:
         raise ValueError(
             f"x must lie at a multiple of {ALIGNED_BYTES} bytes, its rows dense and a multiple of "
@@ -278,20 +220,12 @@ def check_plain_rows(
         )
 
 
-def check_layer(
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_ids: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: MoEActivation,
-    biases: tuple[torch.Tensor | None, torch.Tensor | None],
-    expert_map: torch.Tensor | None,
-) -> None:
+def check_layer(layer: LayerTensors[QuantizedTensor]) -> None:
     """Raise ValueError where the weights of a streamed layer do not fit each other or its scratch,
     whose shapes are right, and where ids or biases are not what the kernels read."""
-    check_weights(w1, act, activation)
-    check_weights(w2, y, None)
+    w1, w2, topk_ids, expert_map = layer.w1, layer.w2, layer.topk_ids, layer.expert_map
+    check_weights(w1, layer.act, layer.activation)
+    check_weights(w2, layer.y, None)
     e, H, _ = w2.shape
     if w1.shape[0] != e or w1.shape[2] != H:
         raise ValueError(f"w1 {tuple(w1.shape)} does not fit w2 {tuple(w2.shape)}")
@@ -306,9 +240,9 @@ def check_layer(
             f"expert_map must be int32 and dense, got {tuple(expert_map.shape)} {expert_map.dtype}"
         )
     check_picks(topk_ids.shape[1])
-    check_biases(w1, w2, *biases)
-    for bias in biases:
+    check_biases(layer)
+    for bias in (layer.w1_bias, layer.w2_bias):
         if bias is not None and bias.dtype not in BIAS_DTYPES:
             raise ValueError(f"a bias is {bias.dtype}, expected one of {BIAS_DTYPES}")
-    if act.data_ptr() % ALIGNED_BYTES or y.data_ptr() % ALIGNED_BYTES:
+    if layer.act.data_ptr() % ALIGNED_BYTES or layer.y.data_ptr() % ALIGNED_BYTES:
         raise ValueError(f"act and y must begin at multiples of {ALIGNED_BYTES} bytes")

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
+from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.quantization.tensor import QuantizedTensor
+
 Expected = tuple[str, torch.Tensor | None, tuple[int, ...], torch.dtype]
 
 
@@ -19,31 +22,27 @@ def check_tensors(expected: Iterable[Expected]) -> None:
 
 
 def check_quantized_rows(
-    sizes: tuple[int, int, int],
-    x: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
+    layer: LayerTensors[QuantizedTensor],
+    rows: int,
     *,
     x_dtype: torch.dtype = torch.bfloat16,
     y_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Raise ValueError for what a layer of quantized weights reads and writes row by row where it
-    does not fit topk_ids [T, K] and ``sizes``, (H, I, rows of scratch): x and out [T, H], act
-    [rows, I] and y [rows, H], topk_weights fp32 [T, K]; all in bf16 but for the given dtypes."""
-    (T, K), (H, I, rows) = topk_ids.shape, sizes  # noqa: E741
+    does not fit topk_ids [T, K] and w2 [e, H, I]: x and out [T, H], act [rows, I] and y [rows, H],
+    topk_weights fp32 [T, K]; all in bf16 but for the given dtypes."""
+    (T, K), (_, H, I) = layer.topk_ids.shape, layer.w2.shape  # noqa: E741
+    weights, ids, out, act, y = layer[3:8]
     check_tensors(
         (
-            ("x", x, (T, H), x_dtype),
+            ("x", layer.x, (T, H), x_dtype),
             ("out", out, (T, H), torch.bfloat16),
             ("act", act, (rows, I), torch.bfloat16),
             ("y", y, (rows, H), y_dtype),
-            ("topk_weights", topk_weights, (T, K), torch.float32),
+            ("topk_weights", weights, (T, K), torch.float32),
         )
     )
-    check_contiguous(topk_weights=topk_weights, topk_ids=topk_ids, act=act, y=y)
+    check_contiguous(topk_weights=weights, topk_ids=ids, act=act, y=y)
     if out.stride(1) != 1:
         raise ValueError(f"rows of out must be dense, its strides are {out.stride()}")
 

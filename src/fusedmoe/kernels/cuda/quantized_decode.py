@@ -13,6 +13,7 @@ from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.align_pair import PairedOrder
 from fusedmoe.kernels.cuda.quantized_cut import cut_of
 from fusedmoe.kernels.cuda.quantized_launch import arguments_of, constants_of, filled, launch
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     STEP,
@@ -69,39 +70,28 @@ def tile_map(data: int, e: int, features: int, shards: int, row: int, interleave
 
 
 def decode(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
+    layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots,
     addresses: tuple[tuple[int, ...], tuple[int, ...]],
     tiles: CudaDecodeTiles,
-    programs: int,
 ) -> None:
-    """Both GEMMs and the sum; arguments are those of ``kernels.hopper_quantized``."""
+    """Both GEMMs and the sum; the layer as checked by ``kernels.hopper_quantized``."""
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
+    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
     first, second = addresses
     K, parts = topk_ids.shape[1], 1
-    experts = w1.shape[0] if expert_map is None else expert_map.shape[0]
-    guess = topk_ids.numel() >= LIKELY_MEAN * experts
-    of_first = x, w1, act, w1_bias, activation, blocks, first, K, tiles.gemm1, programs
-    of_second = act, w2, y, w2_bias, None, blocks, second, 1, tiles.gemm2, programs
+    guess = topk_ids.numel() >= LIKELY_MEAN * layer.num_experts
+    of_first = x, w1, act, layer.w1_bias, layer.epilogue, blocks, first, K, tiles.gemm1, programs
+    of_second = act, w2, y, layer.w2_bias, None, blocks, second, 1, tiles.gemm2, programs
     if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
         parts = tiles.gemm2.parts
         of_second = act, w2, y.new_empty(parts * y.shape[0], y.shape[1]), *of_second[3:]
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _gemm(*of_first, early=False, guess=guess, following=order)
     _gemm(*of_second, early=True)
-    weighted_sum(of_second[2], topk_weights, topk_ids, expert_map, out, w2.shape[0], parts)
+    sums = of_second[2]
+    weighted_sum(sums, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)
 
 
 def _gemm(

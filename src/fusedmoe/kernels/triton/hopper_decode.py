@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
@@ -89,32 +90,17 @@ _launch_down = HopperLauncher(down_kernel)
 _launch_sum = Launcher(sum_kernel, chained=True)
 
 
-def decode(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    tables: MoEAlignment,
-    tiles: DecodeTiles,
-    programs: int,
-) -> None:
-    """Launch the three kernels; arguments are those of ``kernels.hopper_decode``, checked there."""
-    H = w2.shape[1]
-    T, K = topk_ids.shape
-    decode_gemms(x, w1, w2, K, act, y, activation, w1_bias, w2_bias, tables, tiles, programs)
+def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles) -> None:
+    """Launch the three kernels; the layer as checked by ``kernels.hopper_decode``."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
+    (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
+    biases = layer.w1_bias, layer.w2_bias
+    decode_gemms(x, w1, w2, K, act, y, layer.epilogue, *biases, tables, tiles, programs)
     warps = 1 if T <= 512 else 4
     _launch_sum(
         (T, -(-H // (256 * warps))),
         (y, topk_weights, topk_ids, expert_map, out),
-        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], w2.shape[0]),
+        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], e),
         (K, 1, power_of_2(K), 256 * warps, may_discard(y, T * K)),
         warps,
     )

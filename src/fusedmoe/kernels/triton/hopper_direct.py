@@ -19,7 +19,7 @@ two. Slots without an expert are skipped. Rows past VALID are never read out.
 
 import torch
 
-from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.hopper_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_direct_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
@@ -46,31 +46,18 @@ def direct_sizes(
     return R, num_mapped, max(2, 1 << (R - 1).bit_length()), 1 << (K - 1).bit_length()
 
 
-def direct(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    tiles: DirectTiles,
-    programs: int,
-) -> None:
-    """Launch both kernels; arguments are those of ``kernels.hopper_direct``, checked there."""
-    e, H, I = w2.shape  # noqa: E741
-    K = topk_ids.shape[1]
+def direct(layer: LayerTensors[torch.Tensor], tiles: DirectTiles) -> None:
+    """Launch both kernels; the layer as checked by ``kernels.hopper_direct``."""
+    x, w1, w2, topk_weights, topk_ids, out, act, _, programs = layer[:9]
+    activation, expert_map = layer.epilogue, layer.expert_map
+    (e, H, I), K = w2.shape, topk_ids.shape[1]  # noqa: E741
     R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
     tile = (tiles.up_box, tiles.depth)
     gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
     _launch_up(
         programs,
         (gate, up, matrix_descriptor(x, H, (8, tiles.depth), stride=x.stride(0))),
-        (w1_bias, act, topk_ids, expert_map),
+        (layer.w1_bias, act, topk_ids, expert_map),
         (R, num_mapped, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved, slots,
@@ -85,7 +72,7 @@ def direct(
             matrix_descriptor(w2, I, (tiles.down_box, tiles.depth)),
             matrix_descriptor(act, I, (max(8, picks), tiles.depth)),
         ),
-        (w2_bias, topk_weights, out, topk_ids, expert_map),
+        (layer.w2_bias, topk_weights, out, topk_ids, expert_map),
         (out.stride(0), R, num_mapped, e),
         (
             H, I, K, slots, tiles.down_rows, tiles.down_rows // picks, tiles.down_valid,

@@ -24,6 +24,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
@@ -96,39 +97,29 @@ def _by_feature(w: QuantizedTensor) -> bool:
 
 
 def prefill(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
+    layer: LayerTensors[QuantizedTensor],
     keys: tuple[QuantKey, QuantKey],
     scales: tuple[torch.Tensor | None, torch.Tensor | None],
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: DeviceActivation,
-    biases: tuple[torch.Tensor | None, torch.Tensor | None],
-    expert_map: torch.Tensor | None,
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
-    programs: int,
     x_scale: torch.Tensor | None = None,
     arrivals: Arrivals | None = None,
     room: QuantizedRows | None = None,
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``.
     ``room`` for rounded x was had before the alignment."""
-    T, K = topk_ids.shape
+    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
+    R, K = topk_ids.numel(), topk_ids.shape[1]
     q, q_scale = x, x_scale
     if q_scale is None:
         q, q_scale = quantize_rows(x, keys[0], scales[0], beside=room)
-    position = torch.empty(T * K, dtype=torch.int32, device=x.device)
+    position = torch.empty(R, dtype=torch.int32, device=x.device)
     act, act_scale = up(
-        q, q_scale, w1, K, act, position, keys[1], scales[1], activation, biases[0], tables, tiles,
-        programs, arrivals,
+        q, q_scale, w1, K, act, position, keys[1], scales[1], layer.epilogue, layer.w1_bias, tables,
+        tiles, programs, arrivals,
     )  # fmt: skip
-    down(act, act_scale, w2, y, position.shape[0], biases[1], tables, tiles, programs)
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])
+    down(act, act_scale, w2, y, R, layer.w2_bias, tables, tiles, programs)
+    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])
 
 
 def up(

@@ -38,6 +38,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -227,25 +228,12 @@ def shares_of(
 
 
 def prefill(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    tables: MoEAlignment,
-    tiles: MixedPrefillTiles,
-    programs: int,
+    layer: LayerTensors[QuantizedTensor], tables: MoEAlignment, tiles: MixedPrefillTiles
 ) -> None:
-    """Launch the three kernels; arguments as checked by ``kernels.hopper_mixed_prefill``."""
-    T, K = topk_ids.shape
-    position = torch.empty(T * K, dtype=torch.int32, device=x.device)
+    """Launch the three kernels; the layer as checked by ``kernels.hopper_mixed_prefill``."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
+    R, K = topk_ids.numel(), topk_ids.shape[1]
+    position = torch.empty(R, dtype=torch.int32, device=x.device)
     if wants_lane_order(w1):
         # In memory that nobody needs before the second launch.
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
@@ -254,10 +242,10 @@ def prefill(
     shares, scales = shares_of(tiles), Scales.of(w1)
     for share, (tile, _) in shares.items():
         up(
-            x, w1, scales, K, act, position, activation, w1_bias, tables, tile, programs, share,
-            ordered=wants_lane_order(w2),
+            x, w1, scales, K, act, position, layer.epilogue, layer.w1_bias, tables, tile, programs,
+            share, ordered=wants_lane_order(w2),
         )  # fmt: skip
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
-        down(act, w2, scales, y, w2_bias, tables, T * K, tile, programs, share)
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0])
+        down(act, w2, scales, y, layer.w2_bias, tables, R, tile, programs, share)
+    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])

@@ -24,6 +24,7 @@ import triton.language as tl
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import PeerSums
 from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
@@ -141,31 +142,20 @@ _launch_sum_few = Launcher(sum_few_kernel, chained=True)
 
 
 def prefill(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    position: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
+    layer: LayerTensors[torch.Tensor],
     tables: MoEAlignment,
     tiles: PrefillTiles,
-    programs: int,
     arrivals: Arrivals | None = None,
 ) -> None:
-    """Launch the three kernels; arguments as checked by ``kernels.hopper_prefill``."""
-    K, H = topk_ids.shape[1], w2.shape[1]
+    """Launch the three kernels; the layer as checked by ``kernels.hopper_prefill``."""
+    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
+    position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     prefill_gemms(
-        x, w1, w2, K, act, y, position, activation, w1_bias, w2_bias, tables, tiles, programs,
-        arrivals,
+        x, w1, w2, topk_ids.shape[1], act, y, position, layer.epilogue, layer.w1_bias,
+        layer.w2_bias, tables, tiles, programs, arrivals,
     )  # fmt: skip
-    sum_rows(y, topk_weights, position, topk_ids, expert_map, out, w2.shape[0], sum_passes(H))
+    e, H, _ = w2.shape
+    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, e, sum_passes(H))
 
 
 def sum_rows(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.hopper_direct import direct_sizes
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
 from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
@@ -38,31 +38,21 @@ class Rounding(NamedTuple):
 
 
 def direct(
-    x: torch.Tensor,
-    w1: QuantizedTensor,
-    w2: QuantizedTensor,
+    layer: LayerTensors[QuantizedTensor],
     roundings: tuple[Rounding, Rounding],
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    out: torch.Tensor,
-    act: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
     tiles: DirectTiles,
-    programs: int,
 ) -> None:
-    """Launch both kernels; arguments are those of ``kernels.hopper_w8a8``, checked there."""
-    e, H, I = w2.shape  # noqa: E741
-    K = topk_ids.shape[1]
+    """Launch both kernels; the layer as checked by ``kernels.hopper_w8a8``."""
+    x, w1, w2, topk_weights, topk_ids, out, act, _, programs = layer[:9]
+    activation, expert_map = layer.epilogue, layer.expert_map
+    (e, H, I), K = w2.shape, topk_ids.shape[1]  # noqa: E741
     R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
     low, high, desc_rows = weight_descriptors(w1, tiles.up_box)
     shard_step, row_step, *of_scales = weight_addresses(w1)[2:]
     _launch_up(
         programs,
         (low, high),
-        (x, roundings[0].scale, w1.scale, w1_bias, act, topk_ids, expert_map),
+        (x, roundings[0].scale, w1.scale, layer.w1_bias, act, topk_ids, expert_map),
         (
             R, num_mapped, e, desc_rows, x.stride(0), *of_scales, shard_step, row_step,
             activation.limit, activation.alpha, activation.beta,
@@ -80,7 +70,10 @@ def direct(
     _launch_down(
         programs,
         (desc,),
-        (act, roundings[1].scale, w2.scale, w2_bias, topk_weights, out, topk_ids, expert_map),
+        (
+            act, roundings[1].scale, w2.scale, layer.w2_bias, topk_weights, out, topk_ids,
+            expert_map,
+        ),
         (out.stride(0), R, num_mapped, e, *of_scales[:2], *of_scales[3:], row_step),
         (
             H, I, K, roundings[1].how, *_sums(w2, roundings[1]), roundings[1].e8m0, slots,
