@@ -271,7 +271,7 @@ LANGUAGE: dict[str, Any] = {
     "program_id": lambda axis: PROGRAM.number, "num_programs": lambda axis: PROGRAM.count,
     "num_warps": lambda: PROGRAM.warps, "load": load, "store": store, "atomic_max": raise_to,
     "atomic_add": add_to, "atomic_cas": exchange, "inline_asm_elementwise": read_clock,
-    "max": lambda x, axis: block(x.amax(axis)),
+    "max": lambda x, axis: block(x.amax(axis)), "min": lambda x, axis: block(x.amin(axis)),
     "arange": lambda first, last, layout: block(torch.arange(first, last)),
     "zeros": lambda shape, dtype, layout: block(torch.zeros(shape, dtype=DTYPES.get(dtype, dtype))),
     "full": lambda shape, value, dtype, layout: block(
@@ -286,7 +286,7 @@ LANGUAGE: dict[str, Any] = {
     "sum": lambda x, axis: block(x.sum(axis).to(x.dtype)),
     "split": lambda x: (x[..., 0], x[..., 1]),
     "convert_layout": lambda x, layout, assert_trivial=False: x,
-    "thread_barrier": lambda: None, "allocate_shared_memory": allocate,
+    "allocate_shared_memory": allocate,
     "warp_specialize": specialize, "SliceLayout": lambda *a: None,
     "BlockedLayout": lambda *a: None, "NVMMADistributedLayout": lambda *a: None,
 }  # fmt: skip
@@ -303,13 +303,10 @@ def wait_products(n: int, deps: tuple[Any, ...]) -> Any:
 
 INSTEAD: dict[str, Any] = {
     "gl": types.SimpleNamespace(**{**vars(real), **LANGUAGE}), "mbarrier": MBARRIER,
-    "tma": types.SimpleNamespace(
-        async_copy_global_to_shared=tma_copy, async_copy_shared_to_global=tma_store,
-        store_wait=lambda n: None,
-    ),
-    "async_copy": types.SimpleNamespace(
-        async_copy_global_to_shared=gather, mbarrier_arrive=gathered
-    ),
+    "tma": types.SimpleNamespace(store_wait=lambda n: None),
+    "async_copy": types.SimpleNamespace(mbarrier_arrive=gathered),
+    "barrier": lambda: None, "tma_load": tma_copy, "tma_store": tma_store, "cp_async": gather,
+    "reinterpret": lambda buffer, *seen: buffer._reinterpret(*seen),
     "warpgroup_mma": multiply, "warpgroup_mma_wait": wait_products,
     "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
     "fence_async_shared": lambda: None,
