@@ -1,4 +1,4 @@
-"""The numbers of README and docs/scaling.md, out of the files under benchmarks/results.
+"""The numbers of README, docs/scaling.md and docs/formats.md, from files in benchmarks/results.
 
     python benchmarks/readme_tables.py [--check]
 
@@ -23,7 +23,7 @@ from wire_targets import as_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("scaling.md", "formats.md")))
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -108,6 +108,19 @@ def quantized_section() -> str:
     return table(["tokens", "1", "8", "64", "8192"], body)
 
 
+def formats_section() -> str:
+    rows = rows_of("h200/packed_formats.json")
+    tokens = sorted({row["T"] for row in rows})
+    found = {(row["format"], row["T"]): row for row in rows}
+    body = []
+    for fmt in dict.fromkeys(row["format"] for row in rows):
+        weights, _, rounded = fmt.partition("_by_")
+        cells = [cell_of(found[fmt, T]) for T in tokens]
+        error = max(found[fmt, T]["error"] for T in tokens)
+        body.append([f"`{weights}`", rounded or "as they come", *cells, f"{error:.1e}"])
+    return table(["weights", "rows", *(f"T = {T}" for T in tokens), "error"], body)
+
+
 def wire_section() -> str:
     rows = [row for row in rows_of("h200-x4/all_to_all.json") if row["ranks"] == 4]
     rows = [as_chosen(row) for row in sorted(rows, key=lambda row: row["T"])]
@@ -174,6 +187,7 @@ def model_section() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "layer": layer_section,
     "quantized": quantized_section,
+    "formats": formats_section,
     "wire": wire_section,
     "cpu": cpu_section,
     "model": model_section,
