@@ -87,7 +87,13 @@ def test_stacks_may_lie_either_way(layout, tmp_path):
     assert error(logits(row, model), logits(row, plain)) < tolerance
 
 
-@pytest.mark.parametrize("name", ["llama4", "longcat_flash", "aria"])
+def blocks_that_do_more() -> list[str]:
+    """Aria's experts are modules as all others once Transformers decorates them."""
+    aria = tiny_models.by_name("aria")
+    return ["llama4", "longcat_flash", *([] if aria.decorated else ["aria"])]
+
+
+@pytest.mark.parametrize("name", blocks_that_do_more())
 def test_blocks_that_do_more_run_as_a_whole(name, tmp_path):
     """Their packed experts have no forward of their own to go back to."""
     row = tiny_models.by_name(name)

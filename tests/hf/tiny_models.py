@@ -333,20 +333,26 @@ def _causal(family: str, prefix: str, experts_class: str = "", **config: Any) ->
     )
 
 
+def _knows_implementations(family: str) -> bool:
+    """Whether this release of Transformers has decorated the family's experts."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return "use_experts_implementation" in vars(module)
+
+
 def _undecorated(family: str, model_class: str, experts_class: str, **config: Any) -> TinyModel:
-    """A family whose experts know nothing of ``experts_implementation``."""
+    """A family whose experts know nothing of ``experts_implementation``, or did not always."""
     encoder_decoder = "ConditionalGeneration" in model_class
     return TinyModel(
         family=family,
         model_class=model_class,
         experts_class=experts_class,
-        decorated=False,
+        decorated=_knows_implementations(family),
         config=config,
         inputs="encoder_decoder" if encoder_decoder else "tokens",
     )
 
 
-DECORATED: tuple[TinyModel, ...] = (
+_ALWAYS_DECORATED: tuple[TinyModel, ...] = (
     _causal("afmoe", "Afmoe"),
     _causal("axk1", "AXK1", **MLA),
     _causal("axk2", "AXK2", **MLA, **SPARSE_ATTENTION),
@@ -553,7 +559,7 @@ DECORATED: tuple[TinyModel, ...] = (
     _causal("zaya", "Zaya", num_experts_per_tok=1, router_hidden_size=16),
 )
 
-UNDECORATED: tuple[TinyModel, ...] = (
+_NOT_ALWAYS: tuple[TinyModel, ...] = (
     _undecorated("aria", "AriaTextForCausalLM", "AriaExperts"),
     _undecorated(
         "dbrx",
@@ -610,4 +616,6 @@ UNDECORATED: tuple[TinyModel, ...] = (
         **SWITCH,
     ),
 )
-ROWS = DECORATED + UNDECORATED
+ROWS = _ALWAYS_DECORATED + _NOT_ALWAYS
+DECORATED = tuple(row for row in ROWS if row.decorated)
+UNDECORATED = tuple(row for row in ROWS if not row.decorated)

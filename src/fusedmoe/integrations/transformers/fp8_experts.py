@@ -24,6 +24,17 @@ from fusedmoe.quantization.keys import GroupShape
 _PIECE_BYTES = 256 << 20
 
 
+class _Piece(SimpleNamespace):
+    """Some experts of a module, everything unnamed as there: releases of Transformers differ in
+    what they ask experts."""
+
+    def __init__(self, whole: Any, **own: Any) -> None:
+        super().__init__(_whole=whole, **own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
 def fp8_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -45,14 +56,13 @@ def fp8_experts_forward(
     for chosen in _pieces(top_k_index, E, w13[0].numel() + w2[0].numel()):
         position = torch.full((E + 1,), len(chosen), device=chosen.device)
         position[chosen] = torch.arange(len(chosen), device=chosen.device)
-        piece = SimpleNamespace(
-            has_gate=self.has_gate,
+        piece = _Piece(
+            self,
             has_bias=False,
             is_transposed=False,
             training=False,
+            _is_expert_parallel=False,
             num_experts=len(chosen),
-            act_fn=self.act_fn,
-            _apply_gate=self._apply_gate,
             _fusedmoe_gate=gate_of(self),
             down_proj=dequantize(_take(w2, chosen), _take(s2, chosen), self.block_size).to(dtype),
         )

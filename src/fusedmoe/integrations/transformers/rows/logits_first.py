@@ -94,6 +94,15 @@ LOGITS_FIRST = (
         module="aria",
         block="AriaTextMoELayer",
         router=Router(
+            cls="AriaTextTopKRouter", at="router", rule=rule_of("router", score_after_topk=True)
+        ),
+        experts=Experts(cls="AriaExperts", layout="transposed"),
+        shared="shared_experts",
+    ),
+    Family(  # as older releases have it
+        module="aria",
+        block="AriaTextMoELayer",
+        router=Router(
             cls="Linear",
             at="router",
             rule={

@@ -75,6 +75,12 @@ SOFTMAX = (
     Family(
         module="jamba",
         block="JambaSparseMoeBlock",
+        router=Router(cls="JambaTopKRouter", at="router", rule=rule_of("router")),
+        experts=Experts(cls="JambaExperts"),
+    ),
+    Family(  # as older releases have it
+        module="jamba",
+        block="JambaSparseMoeBlock",
         router=Router(
             cls="Linear",
             at="router",
