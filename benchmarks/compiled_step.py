@@ -1,12 +1,13 @@
 """Where a compiled decode step's time goes: what `generate` with a static cache does, taken apart.
 
-A model of Qwen3-30B's sizes with few layers, batch 1. For each implementation: ms a step of
-`generate`, of the compiled call alone (host: until it returns; whole: until the GPU is done), what
-the host's parts of it take, and the GPU's kernels.
+A model of Qwen3-30B's sizes with few layers, batch 1. For each implementation: ms of `generate`,
+what passes before its first compiled call (the prompt, mostly, which is not compiled), the parts of
+a step, and then, profiled, the host's parts and the GPU's kernels.
 
     python benchmarks/compiled_step.py --layers 8 --kernels 12
 
-The first compiled call of each `generate` records a CUDA graph, since the cache is a new one.
+A cache at new addresses makes the first step record its CUDA graph again. A profile lengthens the
+graph's launch by 0.85 us for each kernel in it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import collections
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from model_generate import BASELINE, QWEN3_30B, build_model, generate, use
@@ -36,23 +39,62 @@ def timed(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def compiled_calls(model: Any, run: Callable[[], Any]) -> list[tuple[float, float]]:
-    """(host, whole) ms of each compiled call of ``run()``."""
-    inner, calls = model._compiled_call, []
+class Step(NamedTuple):
+    """One compiled call: seconds of the host's clock, and events around the graph's replay."""
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        torch.cuda.synchronize()
+    called: float
+    replayed: float
+    launched: float
+    returned: float
+    on_gpu: tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[list[Step]]:
+    """The compiled calls made meanwhile; one that records a graph launches it, too."""
+    inner, replay = model._compiled_call, torch.cuda.CUDAGraph.replay
+    steps: list[Step] = []
+    replays: list[tuple[float, float, tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def replay_timed(graph: torch.cuda.CUDAGraph) -> None:
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        start = time.perf_counter()
+        replay(graph)
+        replays.append((start, time.perf_counter(), events))
+        events[1].record()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        replays.clear()
         start = time.perf_counter()
         output = inner(*args, **kwargs)
-        host = time.perf_counter()
-        torch.cuda.synchronize()
-        calls.append((1e3 * (host - start), 1e3 * (time.perf_counter() - start)))
+        for replayed, launched, events in replays[-1:]:
+            steps.append(Step(start, replayed, launched, time.perf_counter(), events))
         return output
 
-    model._compiled_call = watched
-    run()
-    model._compiled_call = inner
-    return calls
+    graphs: Any = torch.cuda.CUDAGraph
+    model._compiled_call, graphs.replay = call, replay_timed
+    try:
+        yield steps
+    finally:
+        model._compiled_call, graphs.replay = inner, replay
+
+
+def print_steps(steps: Sequence[Step]) -> None:
+    """Median microseconds of the parts of a step, on the host's clock and on the GPU's."""
+    pairs = list(pairwise(steps))
+    parts = {
+        "the call until the graph's launch": [1e6 * (s.replayed - s.called) for s in steps],
+        "the launch": [1e6 * (s.launched - s.replayed) for s in steps],
+        "until the call returns": [1e6 * (s.returned - s.launched) for s in steps],
+        "the graph, on the GPU": [1e3 * s.on_gpu[0].elapsed_time(s.on_gpu[1]) for s in steps],
+        "its end until the next one": [
+            1e3 * a.on_gpu[1].elapsed_time(b.on_gpu[0]) for a, b in pairs
+        ],
+        "from call to call": [1e6 * (b.called - a.called) for a, b in pairs],
+    }
+    for name, taken in parts.items():
+        print(f"  {statistics.median(taken):8.0f} us  {name}")
 
 
 def print_profile(run: Callable[[], Any], kernels: int) -> None:
@@ -69,8 +111,9 @@ def print_profile(run: Callable[[], Any], kernels: int) -> None:
             on_gpu.append((span.start, span.end, event.name))
         elif event.name.startswith((*HOST_PARTS, "cudaGraphLaunch")):
             parts[event.name].append((span.start, span.elapsed_us()))
-    for name, spans in parts.items():
-        print(f"  {statistics.median(us for _, us in spans[-4:]):8.0f} us  {name}")
+    for name in HOST_PARTS:
+        found = [us for event, spans in parts.items() if event.startswith(name) for _, us in spans]
+        print(f"  {statistics.median(found[-4:]):8.0f} us  {name}")
     launched = max(start for start, _ in parts["cudaGraphLaunch"])
     step = sorted(event for event in on_gpu if event[0] >= launched)
     by_name: dict[str, list[float]] = collections.defaultdict(list)
@@ -98,15 +141,16 @@ def main() -> None:
         def run() -> None:
             generate(model, prompt, TOKENS, "static")
 
-        warm_up = timed(run)
-        step = statistics.median(timed(run) for _ in range(3)) / TOKENS
-        first, *calls = compiled_calls(model, run)
-        host, whole = (statistics.median(call[i] for call in calls) for i in (0, 1))
+        runs = [timed(run) for _ in range(8)]
+        start = time.perf_counter()
+        with watched(model) as steps:
+            run()
         print(
-            f"{implementation}, {args.layers} layers: {step:.3f} ms a step; compiled call "
-            f"{host:.3f} ms on the host, {whole:.3f} whole, the first {first[1]:.1f}; warm-up "
-            f"{1e-3 * warm_up:.0f} s"
+            f"{implementation}, {args.layers} layers: generate of {TOKENS} tokens, ms "
+            f"{', '.join(f'{ms:.1f}' for ms in runs)}; before the first compiled call "
+            f"{1e3 * (steps[0].called - start):.1f}; of a step"
         )
+        print_steps(steps[4:])
         print_profile(run, args.kernels)
 
 

@@ -10,7 +10,9 @@ decoding step that passes in the MoE blocks.
         --out benchmarks/results/h200/model_qwen3_30b_static.json
 
 With a static cache `generate` compiles the model's step, which takes a minute for each batch size
-and implementation (``warm_up_s``). The file is written after every batch size; ``--append`` keeps
+and implementation (``warm_up_s``), and makes a new cache each time: as long as those come to lie at
+new addresses, which four of them do, the step's graph is recorded again. These are warm-up, too;
+``later_ms`` has each run after it. The file is written after every batch size; ``--append`` keeps
 the rows that it holds. Batch sizes measured side by side, on a GPU each, are put together by
 
     python benchmarks/model_generate.py --join one.json other.json --out both.json
@@ -64,6 +66,7 @@ TINY = QWEN3_30B | {
     "num_experts_per_tok": 2,
 }
 BASELINE = "grouped_mm"
+WARM_UPS = {"dynamic": 1, "static": 6}
 
 
 def build_model(
@@ -126,25 +129,26 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | Non
 
 
 def tokens_per_second(
-    model: Any, prompt: torch.Tensor, new_tokens: int, cache: str | None, repeats: int
-) -> tuple[float, float, torch.Tensor]:
-    """Median over ``repeats`` runs, the seconds of the warm-up before them, and the tokens.
+    model: Any, prompt: torch.Tensor, new_tokens: int, cache: str, repeats: int
+) -> tuple[float, list[float], float, torch.Tensor]:
+    """Median over ``repeats`` runs, the seconds of each and of the warm-up before, and the tokens.
 
     The rate counts generated tokens of all rows.
     """
-    wait = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
-    start = time.perf_counter()
-    tokens = generate(model, prompt, new_tokens, cache)
-    wait()
-    warm_up = time.perf_counter() - start
-    rates = []
-    for _ in range(repeats):
+
+    def timed() -> tuple[float, torch.Tensor]:
+        wait = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
         wait()
         start = time.perf_counter()
-        tokens = generate(model, prompt, new_tokens, cache)
+        tokens = generate(model, prompt, new_tokens, None if cache == "dynamic" else cache)
         wait()
-        rates.append(prompt.shape[0] * new_tokens / (time.perf_counter() - start))
-    return statistics.median(rates), warm_up, tokens
+        return time.perf_counter() - start, tokens
+
+    warm_up = sum(timed()[0] for _ in range(WARM_UPS[cache]))
+    runs = [timed() for _ in range(repeats)]
+    taken = [seconds for seconds, _ in runs]
+    rate = prompt.shape[0] * new_tokens / statistics.median(taken)
+    return rate, taken, warm_up, runs[-1][1]
 
 
 @torch.inference_mode()
@@ -276,8 +280,8 @@ def measure(
     logits = torch.empty(0)
     for implementation in [BASELINE, *args.implementations]:
         use(model, implementation)
-        rate, warm_up, tokens = tokens_per_second(
-            model, prompt, args.new_tokens, None if cache == "dynamic" else cache, args.repeats
+        rate, taken, warm_up, tokens = tokens_per_second(
+            model, prompt, args.new_tokens, cache, args.repeats
         )
         row = {
             "impl": implementation.replace(BASELINE, "transformers_grouped_mm"),
@@ -288,6 +292,7 @@ def measure(
             "tokens_per_s": round(rate, 2),
             "step_ms": round(1e3 * prompt.shape[0] / rate, 3),
             "warm_up_s": round(warm_up, 1),
+            "later_ms": [round(1e3 * seconds, 1) for seconds in taken],
         }
         if cache == "dynamic" and prompt.is_cuda:
             row["layer_share"] = round(layer_share(model, prompt), 3)
