@@ -6,12 +6,10 @@ leave at once.
 
 a [rows, D], b [e, S * N, D] of any strides; sorted_ids, expert_ids, num_post as in
 ``kernels/align.py`` with blocks of BLOCK_M; c [R, N] written by slot. Without a table (sorted_ids
-None) every slot is a block by itself, and expert_ids are the routed ids. Two bodies: one tile of b
-per step (no activation, a plain one, or gate and up interleaved), and two tiles (gate half, up
-half). Rows are masked, columns of b wrap around, so nothing outside a tensor is touched.
+None) every slot is a block by itself, and expert_ids are the routed ids. A step takes one tile of b
+(no activation, a plain one, or gate and up interleaved) or two (gate half, up half). Rows are
+masked, columns of b wrap around, so nothing outside a tensor is touched.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -85,9 +83,10 @@ def grouped_gemm_kernel(
     limit,
     alpha,
     beta,
+    up_offset,
     TOP_K: tl.constexpr,
     FORMULA: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    GATE: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,7 +94,8 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """N counts columns of b; c has N of them, or N / 2 where gate and up are interleaved."""
+    """N counts columns of b. GATE "halves": N gate rows, then N up rows, ``up_offset`` elements
+    later; "interleaved": they alternate, and c has N / 2 columns; "": there is one kind."""
     num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
     if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
         return
@@ -109,8 +109,10 @@ def grouped_gemm_kernel(
     depth = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
     b_ptrs = b_ptr + expert * stride_be + column[None, :] * stride_bn + depth[:, None] * stride_bd
+    up_ptrs = b_ptrs + up_offset
 
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first in range(0, D, BLOCK_K):
         if EVEN_D:
             a = tl.load(a_ptrs, row_ok[:, None], 0.0)
@@ -118,116 +120,36 @@ def grouped_gemm_kernel(
         else:
             a = tl.load(a_ptrs, row_ok[:, None] & (depth < D - first)[None, :], 0.0)
             b = tl.load(b_ptrs, (depth < D - first)[:, None], 0.0)
+        if GATE == "halves":
+            if EVEN_D:
+                b_up = tl.load(up_ptrs)
+            else:
+                b_up = tl.load(up_ptrs, (depth < D - first)[:, None], 0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
+        if GATE == "halves":
+            up = tl.dot(a, b_up, up, input_precision=PRECISION)
+            up_ptrs += BLOCK_K * stride_bd
         a_ptrs += BLOCK_K * stride_ad
         b_ptrs += BLOCK_K * stride_bd
 
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + column * stride_bias_n)
-        total += bias.to(tl.float32)[None, :]
-    if INTERLEAVED:
-        gate, up = tl.split(tl.reshape(total, (BLOCK_M, BLOCK_N // 2, 2)))
-        rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
-        _store(
-            rows,
-            c_ptr,
-            slots,
-            row_ok,
-            tile_n,
-            N // 2,
-            stride_cm,
-            stride_cn,
-            BLOCK_N // 2,
-        )
-    else:
-        if FORMULA is not None:
-            total = plain_activation(FORMULA, total)
-        _store(total, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N)
-
-
-@triton.jit(do_not_specialize=["R"])
-def grouped_gemm_halves_kernel(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    bias_ptr,
-    sorted_ptr,
-    experts_ptr,
-    num_post_ptr,
-    map_ptr,
-    num_mapped,
-    R,
-    e,
-    N,
-    D,
-    stride_am,
-    stride_ad,
-    stride_be,
-    stride_bn,
-    stride_bd,
-    stride_cm,
-    stride_cn,
-    stride_bias_e,
-    stride_bias_n,
-    limit,
-    alpha,
-    beta,
-    up_offset,
-    TOP_K: tl.constexpr,
-    FORMULA: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """N counts columns of c; b has N gate rows, then N up rows, ``up_offset`` elements later."""
-    num_m = R if sorted_ptr is None else tl.load(num_post_ptr) // BLOCK_M
-    if tl.program_id(0) >= num_m * tl.cdiv(N, BLOCK_N):
-        return
-    tile_m, tile_n = tile_of(num_m, N, BLOCK_N, GROUP_M)
-    expert, slots, row_ok = block_of(
-        tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
-    )
-    if expert < 0:
-        return
-    column = ((tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + (slots // TOP_K)[:, None] * stride_am + depth[None, :] * stride_ad
-    gate_ptrs = (
-        b_ptr + expert * stride_be + column[None, :] * stride_bn + depth[:, None] * stride_bd
-    )
-    up_ptrs = gate_ptrs + up_offset
-
-    gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for first in range(0, D, BLOCK_K):
-        if EVEN_D:
-            a = tl.load(a_ptrs, row_ok[:, None], 0.0)
-            b_gate = tl.load(gate_ptrs)
-            b_up = tl.load(up_ptrs)
-        else:
-            a = tl.load(a_ptrs, row_ok[:, None] & (depth < D - first)[None, :], 0.0)
-            b_gate = tl.load(gate_ptrs, (depth < D - first)[:, None], 0.0)
-            b_up = tl.load(up_ptrs, (depth < D - first)[:, None], 0.0)
-        gate = tl.dot(a, b_gate, gate, input_precision=PRECISION)
-        up = tl.dot(a, b_up, up, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ad
-        gate_ptrs += BLOCK_K * stride_bd
-        up_ptrs += BLOCK_K * stride_bd
-
-    if bias_ptr is not None:
         bias_ptr += expert * stride_bias_e
-        gate += tl.load(bias_ptr + column * stride_bias_n).to(tl.float32)[None, :]
-        up += tl.load(bias_ptr + (column + N) * stride_bias_n).to(tl.float32)[None, :]
-    rows = gated_activation(FORMULA, gate, up, limit, alpha, beta)
-    _store(rows, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N)
+        total += tl.load(bias_ptr + column * stride_bias_n).to(tl.float32)[None, :]
+        if GATE == "halves":
+            up += tl.load(bias_ptr + (column + N) * stride_bias_n).to(tl.float32)[None, :]
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATE == "interleaved" else BLOCK_N
+    columns = N // 2 if GATE == "interleaved" else N
+    if GATE == "interleaved":
+        total, up = tl.split(tl.reshape(total, (BLOCK_M, WIDTH, 2)))
+    if GATE != "":
+        total = gated_activation(FORMULA, total, up, limit, alpha, beta)
+    elif FORMULA is not None:
+        total = plain_activation(FORMULA, total)
+    _store(total, c_ptr, slots, row_ok, tile_n, columns, stride_cm, stride_cn, WIDTH)
 
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
-_launch_plain = Launcher(grouped_gemm_kernel)
-_launch_halves = Launcher(grouped_gemm_halves_kernel)
+_launch = Launcher(grouped_gemm_kernel)
 
 
 def launch(
@@ -252,37 +174,37 @@ def launch(
     if R == 0 or N == 0 or num_blocks == 0:
         return
     act = activation or NO_ACTIVATION
-    halves = act.gated and not act.interleaved
+    gate = "interleaved" if act.interleaved else "halves" if act.gated else ""
     width = 2 if act.interleaved else 1
-    numbers = (
-        0 if expert_map is None else expert_map.shape[0],
-        R,
-        b.shape[0],
-        N * width,
-        D,
-        *a.stride(),
-        *b.stride(),
-        *c.stride(),
-        *((0, 0) if bias is None else bias.stride()),
-        act.limit,
-        act.alpha,
-        act.beta,
-    )
-    even_d = D % tiles.block_k == 0
-    precision = "ieee" if a.dtype == torch.float32 else "tf32"
-    sizes = (tiles.block_m, tiles.block_n * width, tiles.block_k, tiles.group_m)
-    formula = act.formula or None
-    if halves:
-        numbers = (*numbers, N * b.stride(1))
-        constants: tuple[Any, ...] = (top_k, formula, even_d, precision, *sizes)
-    else:
-        constants = (top_k, formula, act.interleaved, even_d, precision, *sizes)
-    launcher = _launch_halves if halves else _launch_plain
-    launcher(
+    _launch(
         (num_blocks * -(-N // tiles.block_n), 1),
         (a, b, c, bias, *tables, expert_map),
-        numbers,
-        constants,
+        (
+            0 if expert_map is None else expert_map.shape[0],
+            R,
+            b.shape[0],
+            N * width,
+            D,
+            *a.stride(),
+            *b.stride(),
+            *c.stride(),
+            *((0, 0) if bias is None else bias.stride()),
+            act.limit,
+            act.alpha,
+            act.beta,
+            N * b.stride(1) if gate == "halves" else 0,
+        ),
+        (
+            top_k,
+            act.formula or None,
+            gate,
+            D % tiles.block_k == 0,
+            "ieee" if a.dtype == torch.float32 else "tf32",
+            tiles.block_m,
+            tiles.block_n * width,
+            tiles.block_k,
+            tiles.group_m,
+        ),
         tiles.num_warps,
         tiles.num_stages,
     )
