@@ -5,8 +5,8 @@ from hopper_compiler import run_program
 COMPILE = """
 import torch
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton import hopper_fp8_prefill as module
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -36,19 +36,18 @@ lone = QuantizedPrefillTiles(group=1, promoted=(2, 2), finely=True, box=16)
 
 
 def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=768):
-    act = device_activation(act)
-    shards = 2 if act.gated else 1
+    shards = 2 if act.is_gated else 1
     w1 = quantize(torch.zeros(E, shards * I, H), format_named(name), shards=shards,
-                  interleaved=act.interleaved)
+                  interleaved=act is MoEActivation.SWIGLUOAI)
     w2 = quantize(torch.zeros(E, H, I), format_named(name))
     biases = (None, None)
     if bias:
         biases = torch.zeros(E, shards * I).bfloat16(), torch.zeros(E, H).bfloat16()
     scales = (torch.ones(1),) * 2 if key.static else (None, None)
     x, out = torch.zeros(T, H).bfloat16(), torch.zeros(T, H).bfloat16()
-    module.prefill(x, w1, w2, (key, key), scales, None, ids.view(T, K), out,
-                   torch.zeros(P, I).bfloat16(), torch.zeros(P, H).bfloat16(), act, biases, None,
-                   table, tiles, 132)
+    rows = torch.zeros(P, I).bfloat16(), torch.zeros(P, H).bfloat16()
+    layer = LayerTensors(x, w1, w2, None, ids.view(T, K), out, *rows, 132, act, None, *biases)
+    module.prefill(layer, (key, key), scales, table, tiles)
 
 
 run("fp8_block", FP8_DYNAMIC_128)

@@ -7,9 +7,9 @@ COMPILE = """
 import re
 import torch
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.hopper_mixed_prefill import wide_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton import hopper_mixed_prefill as module
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
@@ -43,9 +43,9 @@ table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3],
 def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768, shares=("all", "large")):
     module.shares_of = lambda tiles: {
         share: both for share, both in shares_of(tiles).items() if share in shares}
-    act, fmt = device_activation(act), format_named(name)
-    shards = 2 if act.gated else 1
-    w1 = pack(torch.zeros(E, shards * I, H), name, shards=shards, interleaved=act.interleaved)
+    fmt, shards = format_named(name), 2 if act.is_gated else 1
+    interleaved = act is MoEActivation.SWIGLUOAI
+    w1 = pack(torch.zeros(E, shards * I, H), name, shards=shards, interleaved=interleaved)
     w2 = pack(torch.zeros(E, H, I), name)
     biases = (None, None)
     if bias:
@@ -55,8 +55,8 @@ def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768, shares=("
     tiles = mixed_prefill_tiles(mean, 1, (fmt.bits, fmt.bits), wide=wide)
     y = torch.zeros(P, H, dtype=torch.float32 if wide else torch.bfloat16)
     rows = torch.zeros(P, I).bfloat16(), y
-    module.prefill(x, w1, w2, None, ids.view(T, K), out, *rows, act, *biases, None, table, tiles,
-                   132)
+    layer = LayerTensors(x, w1, w2, None, ids.view(T, K), out, *rows, 132, act, None, *biases)
+    module.prefill(layer, table, tiles)
 
 
 run("mxfp4", 32, MoEActivation.SWIGLUOAI, True, 576, 320)

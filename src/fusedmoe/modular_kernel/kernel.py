@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,18 +76,8 @@ class FusedMoEKernel:
         dispatchers = self.prepare_finalize.num_dispatchers()
         check_counts(tokens_per_rank, dispatchers, hidden_states.shape[0])
         output = hidden_states.new_empty(hidden_states.shape)
-
-        def compute(prepared: PrepareResult, own_output: torch.Tensor) -> torch.Tensor:
-            return self._run_experts(
-                prepared,
-                w1,
-                w2,
-                activation,
-                global_num_experts,
-                expert_map,
-                apply_router_weight_on_input,
-                own_output,
-            )
+        given = activation, global_num_experts, expert_map, apply_router_weight_on_input
+        compute = partial(self._run_experts, w1, w2, *given)
 
         def forward(sizes: Sequence[int] | None, tokens: Tokens) -> Forward:
             return Forward(
@@ -127,13 +118,13 @@ class FusedMoEKernel:
 
     def _run_experts(
         self,
-        prepared: PrepareResult,
         w1: torch.Tensor,
         w2: torch.Tensor,
         activation: MoEActivation,
         global_num_experts: int,
         expert_map: torch.Tensor | None,
         apply_router_weight_on_input: bool,
+        prepared: PrepareResult,
         final_output: torch.Tensor,
     ) -> torch.Tensor:
         experts, x = self.experts, prepared.hidden_states

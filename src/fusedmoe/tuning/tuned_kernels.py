@@ -34,5 +34,5 @@ TRITON = TunedKernel(
         "kernels/triton/activation.py",
         "kernels/triton/ids.py",
     ),
-    digest="48117cfb18843d58",
+    digest="d0a9e30fc64c2d48",
 )
