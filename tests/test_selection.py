@@ -11,7 +11,7 @@ from fusedmoe import FusedMoE, MoEActivation, MoEOptions, ParallelGroups, explai
 from fusedmoe.config import FusedMoEConfig, FusedMoEParallelConfig
 from fusedmoe.modular_kernel import FusedMoEActivationFormat
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
-from fusedmoe.selection import select, unmet_requirement
+from fusedmoe.selection import select
 from toy_stages import CPU, AsyncMover, BatchedExperts, LogitsExperts, SlotExperts
 
 
@@ -60,15 +60,14 @@ FP8 = QuantKey(torch.float8_e4m3fn, True, PER_TENSOR)
     ],
 )
 def test_every_requirement_is_checked_and_named(changes, keys, reason):
-    found = unmet_requirement(LIMITED, config(**changes), *keys, FusedMoEActivationFormat.Standard)
+    found = LIMITED.unmet_by(config(**changes), *keys, FusedMoEActivationFormat.Standard)
     assert found is None if reason is None else reason in found
 
 
 def test_experts_that_promise_no_order_of_sums_run_on_request_alone():
     atomic = replace(CPU, deterministic=False)
     found = [
-        unmet_requirement(
-            atomic,
+        atomic.unmet_by(
             config(MoEOptions(deterministic=asked)),
             *(None, None),
             FusedMoEActivationFormat.Standard,
@@ -80,9 +79,9 @@ def test_experts_that_promise_no_order_of_sums_run_on_request_alone():
 
 def test_format_and_modules_are_requirements_too():
     standard, batched = FusedMoEActivationFormat
-    assert "Standard rows, not Batched" in unmet_requirement(CPU, config(), None, None, batched)
+    assert "Standard rows, not Batched" in CPU.unmet_by(config(), None, None, batched)
     missing = replace(CPU, requires=("no_such_module",))
-    assert "no_such_module" in unmet_requirement(missing, config(), None, None, standard)
+    assert "no_such_module" in missing.unmet_by(config(), None, None, standard)
 
 
 @pytest.mark.parametrize("how", ["name", "class"])

@@ -5,15 +5,12 @@ Weight formats, devices and ways to move tokens are independent everywhere else;
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fusedmoe.config import FusedMoEConfig, MoEOptions, ParallelGroups
 from fusedmoe.modular_kernel import (
-    ExpertsCapabilities,
     FusedMoEActivationFormat,
     FusedMoEExperts,
     FusedMoEExpertsModular,
@@ -145,54 +142,6 @@ def _lines(what: str, chosen: str, candidates: tuple[Candidate, ...]) -> list[st
 def name_of(cls: type[Any]) -> str:
     """What ``MoEOptions`` and ``explain`` call an implementation."""
     return getattr(cls, "name", "") or cls.__name__
-
-
-def unmet_requirement(
-    can: ExpertsCapabilities,
-    moe: FusedMoEConfig,
-    weight_key: QuantKey | None,
-    activation_key: QuantKey | None,
-    activation_format: FusedMoEActivationFormat,
-) -> str | None:
-    """The first thing ``moe`` asks for that ``can`` lacks, in words; None where nothing is."""
-    for module in can.requires:
-        if importlib.util.find_spec(module) is None:
-            return f"needs the module {module}, which is not installed"
-    if can.activation_format is not activation_format:
-        return f"takes {can.activation_format.name} rows, not {activation_format.name}"
-    if moe.device.type not in can.devices:
-        return f"runs on {'/'.join(sorted(can.devices))}, not {moe.device.type}"
-    if can.min_capability is not None and moe.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(moe.device)
-        if capability < can.min_capability:
-            return f"needs compute capability {can.min_capability}, this GPU has {capability}"
-    if moe.in_dtype not in can.dtypes:
-        return f"does not compute in {moe.in_dtype}"
-    if not any(
-        accepts(weight, weight_key) and accepts(activation, activation_key)
-        for weight, activation in can.weight_formats
-    ):
-        weights, activations = (key or "unquantized" for key in (weight_key, activation_key))
-        return f"does not run weights ({weights}) with activations ({activations})"
-    if moe.activation not in can.activations:
-        return f"lacks the activation {moe.activation.value}"
-    wants = (
-        (moe.has_bias, can.bias, "expert biases"),
-        (moe.num_local_experts != moe.num_experts, can.expert_map, "an expert map"),
-        (
-            moe.apply_router_weight_on_input,
-            can.apply_router_weight_on_input,
-            "router weights on the input",
-        ),
-        (moe.options.batch_invariant, can.batch_invariant, "batch invariance"),
-        (moe.options.deterministic, can.deterministic, "the same bits from run to run"),
-        (moe.has_hash_routing, can.hash_routing, "hash routing"),
-        (moe.options.table is not None, can.tuned_table, "a tuned table"),
-    )
-    for wanted, offered, what in wants:
-        if wanted and not offered:
-            return f"does not support {what}"
-    return None
 
 
 def _load(path: str) -> type[Any]:

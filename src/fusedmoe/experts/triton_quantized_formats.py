@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from fusedmoe.modular_kernel import ExpertsCapabilities, FusedMoEActivationFormat
-from fusedmoe.modular_kernel.experts import Operand
+from fusedmoe.modular_kernel.capabilities import Operand
 from fusedmoe.quantization.formats import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.keys import (
     ACTIVATION_KEYS,

@@ -6,8 +6,8 @@ A prepare/finalize knows how tokens move between ranks, an experts implementatio
 GEMMs run on one device; neither knows the other, only the records.
 """
 
+from fusedmoe.modular_kernel.capabilities import ExpertsCapabilities
 from fusedmoe.modular_kernel.experts import (
-    ExpertsCapabilities,
     FusedMoEExperts,
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,

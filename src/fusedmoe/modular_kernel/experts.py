@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.modular_kernel.capabilities import ExpertsCapabilities
 from fusedmoe.modular_kernel.records import (
     ExpertsWork,
     ExpertTokensMetadata,
@@ -24,40 +24,6 @@ from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduceDelegate,
     TopKWeightAndReduceNoOP,
 )
-
-Operand = Literal["weights", "activations"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertsCapabilities:
-    """What an experts implementation can do, as data that selection reads and explains.
-
-    ``weight_formats`` lists (weight, activation) pairs of ``QuantKey``; (None, None) is
-    unquantized, and ``keys.ANY`` in a group shape stands for every number. ``requires`` names
-    modules that must be importable. ``min_capability`` is a CUDA compute capability such as (9, 0).
-    ``batch_invariant`` is False unless claimed, because nothing else would notice that it does not
-    hold; ``deterministic`` is True unless sums are taken in an order that changes from run to run.
-    ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
-    values of their format but are multiplied as wider floats, where that is worth saying.
-    ``tuned_table``: it takes the tiles of ``MoEOptions.tuned_table``.
-    """
-
-    activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
-    devices: frozenset[str] = frozenset({"cpu", "cuda"})
-    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16, torch.bfloat16})
-    activations: frozenset[MoEActivation] = frozenset(MoEActivation) - {MoEActivation.RELU2}
-    weight_formats: frozenset[tuple[QuantKey | None, QuantKey | None]] = frozenset({(None, None)})
-    min_capability: tuple[int, int] | None = None
-    requires: tuple[str, ...] = ()
-    bias: bool = True
-    expert_map: bool = True
-    apply_router_weight_on_input: bool = True
-    batch_invariant: bool = False
-    deterministic: bool = True
-    hash_routing: bool = True
-    graph_capture: bool = True
-    tuned_table: bool = False
-    emulated: frozenset[tuple[Operand, QuantKey]] = frozenset()
 
 
 def merged_activation_config(
@@ -123,10 +89,8 @@ class FusedMoEExperts(ABC):
         activation_format: FusedMoEActivationFormat,
     ) -> tuple[bool, str | None]:
         """Whether this implementation runs that layer, and if not, why."""
-        from fusedmoe.selection import unmet_requirement
-
-        reason = unmet_requirement(
-            cls.capabilities(), moe_config, weight_key, activation_key, activation_format
+        reason = cls.capabilities().unmet_by(
+            moe_config, weight_key, activation_key, activation_format
         ) or cls.unmet_requirement(moe_config, weight_key, activation_key)
         return reason is None, reason
 
