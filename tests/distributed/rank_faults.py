@@ -23,6 +23,8 @@ from fusedmoe.distributed.collectives import (
     unpack_rows,
 )
 from fusedmoe.distributed.groups import TokenRanks
+from fusedmoe.distributed.peer_memory import PeerMemory
+from fusedmoe.kernels.peer_layout import PeerLayout
 
 
 def check_disagreement() -> None:
@@ -68,6 +70,16 @@ def check_disagreement() -> None:
         with pytest.raises(ValueError, match=message):
             FusedMoE(**(sizes | common | changed))
     FusedMoE(E, K, H, I, **common)
+
+
+def check_peers_of_two_hosts() -> None:
+    """Memory that GPUs share ends at a host, which is said before any of it is asked for."""
+    host = "one" if dist.get_rank() < 2 else "two"
+    with (
+        mock.patch("socket.gethostname", return_value=host),
+        pytest.raises(ValueError, match=r"peer memory .* host is one, one, two, two"),
+    ):
+        PeerMemory(dist.group.WORLD, PeerLayout(4, 8, 64, 2, torch.bfloat16))
 
 
 def check_too_many_tokens(mover: str) -> None:

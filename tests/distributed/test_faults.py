@@ -10,6 +10,10 @@ def test_layers_that_differ_are_found_when_they_are_built(ranks):
     ranks.run(rank_faults.check_disagreement)
 
 
+def test_memory_is_not_shared_between_hosts(ranks):
+    ranks.run(rank_faults.check_peers_of_two_hosts)
+
+
 @pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
 def test_more_tokens_than_there_is_room_for(ranks, mover):
     ranks.run(rank_faults.check_too_many_tokens, mover)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import fields
@@ -55,7 +56,7 @@ class PeerMemory:
     that made this object, at its next Python instruction. That also happens while a captured graph
     is replayed.
 
-    Raises RanksDisagreeError where ranks disagree about the layout.
+    Raises RanksDisagreeError where ranks disagree about the layout, or are on several hosts.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class PeerMemory:
                 f"the layout is for {layout.world} ranks, the group has {group.size()}"
             )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
+        facts["host"] = socket.gethostname()
         facts["send_sums_from"] = str(send_sums_from)
         facts["copy_rows_from"] = str(copy_rows_from)
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
