@@ -82,6 +82,7 @@ def main() -> None:
         print(row)
     header = make_header(torch.device("cpu"), {})
     routing = {"routing": "power_law_1.2", "E": E, "k": K, "tokens": TOKENS, "layers": LAYERS}
+    routing["seeds"] = list(range(LAYERS))
     Path(args.out).write_text(json.dumps(header | routing | {"rows": rows}, indent=1) + "\n")
     if args.plot:
         write_load_plot(pictures, Path(args.out).with_suffix(".png"))
