@@ -11,6 +11,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat_truth(self, shape, value):
+        """Triton 3.9 copies the truth of a scalar comparison as the operands' dtype."""
+        if value.data.dtype != numpy.bool_:
+            return splat(self, shape, value)
+        return interpreter.TensorHandle(numpy.full(shape.shape, value.data), tl.int1)
+
+    interpreter.InterpreterBuilder.create_splat = splat_truth
+
 if find_spec("hypothesis") is not None:
     from hypothesis import settings
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from fusedmoe.kernels.releases import is_known, known
+
 TESTS = Path(__file__).parent
 SHARED_BYTES = 227 * 1024
 """Of shared memory that one program may have."""
@@ -34,10 +36,10 @@ _TYPES = {
 
 
 def run_program(program: str | Path, *, gluon: bool = True) -> None:
-    """Run Python text, or a file of it, that compiles; ``gluon`` is for one version of Triton."""
+    """Run Python text, or a file of it, that compiles; ``gluon`` is for known Tritons alone."""
     triton = pytest.importorskip("triton")
-    if gluon and not triton.__version__.startswith("3.6."):
-        pytest.skip("written for the Gluon of Triton 3.6")
+    if gluon and not is_known(triton.__version__):
+        pytest.skip(f"written for the Gluon of Triton {known()}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{TESTS.parent / 'src'}:{TESTS}"
     words = [str(program)] if isinstance(program, Path) else ["-c", program]
@@ -124,10 +126,9 @@ def cuobjdump(compiled: Any, option: str) -> str:
 
 def ptxas(compiled: Any) -> str:
     """What ptxas says while it compiles the kernel's PTX once more."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = triton.knobs.nvidia.ptxas.path
-    words = [tool, "--gpu-name=sm_90a", "-v", "-o", "/dev/null"]
+    words = [get_ptxas(90).path, "--gpu-name=sm_90a", "-v", "-o", "/dev/null"]
     return _told(compiled.asm["ptx"].encode(), words)
 
 

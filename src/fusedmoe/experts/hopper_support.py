@@ -7,9 +7,8 @@ from functools import lru_cache
 import torch
 
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.kernels.releases import is_known, known
 from fusedmoe.tuning.hopper_tiles import MAX_PICKS
-
-GLUON_RELEASES = ("3.6.",)
 
 
 @lru_cache
@@ -20,9 +19,8 @@ def missing_gluon() -> str | None:
         from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
     except ImportError as error:
         return f"needs Gluon for Hopper from Triton: {error}"
-    if not triton.__version__.startswith(GLUON_RELEASES):
-        known = ", ".join(f"{release}x" for release in GLUON_RELEASES)
-        return f"is written for the Gluon of Triton {known}, this is {triton.__version__}"
+    if not is_known(triton.__version__):
+        return f"is written for the Gluon of Triton {known()}, this is {triton.__version__}"
     return None
 
 

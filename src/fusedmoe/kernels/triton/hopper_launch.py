@@ -128,7 +128,9 @@ class HopperLauncher:
         variant = None if bits % _ALIGNMENT else self._variants.get(key)
         if variant is None:
             with loads_code():
-                compiled = self.kernel[(programs,)](*arguments, **options, launch_pdl=True)
+                compiled = self.kernel[(programs,)](
+                    *arguments, **options, launch_pdl=True, enable_fp_fusion=True
+                )
             if not bits % _ALIGNMENT:
                 if len(self._variants) >= _MAX_VARIANTS:
                     self._variants.clear()

@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.capture import loads_code
+from fusedmoe.kernels.releases import is_known
 
 # The calling convention of a compiled kernel is private to Triton; other releases go its own way.
-_KNOWS_CALLING_CONVENTION = triton.__version__.startswith("3.6.")
+_KNOWS_CALLING_CONVENTION = is_known(triton.__version__)
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
 
@@ -128,5 +129,11 @@ class Launcher:
     ) -> Any:
         options = {"launch_pdl": True} if self._chained and constants[-1] else {}
         return self.kernel[grid](
-            *tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages, **options
+            *tensors,
+            *numbers,
+            *constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=True,
+            **options,
         )
