@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.routing_rows import route_rows
-from fusedmoe.kernels.triton.routing_steps import finish_rows, store_rows
+from fusedmoe.kernels.triton.routing_steps import finish_rows
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
 
@@ -104,11 +104,14 @@ def routing_kernel(
             BLOCK_S,
             BLOCK_K,
         )
-        weights, ids, zero_weight = finish_rows(
+        finish_rows(
             weights,
             ids,
             scale_ptr,
             padding_ptr,
+            weights_ptr,
+            ids_ptr,
+            zero_weight_ptr,
             rows,
             row_mask,
             stride_padding,
@@ -123,18 +126,6 @@ def routing_kernel(
             NORM,
             SCALE,
             SHARED_WEIGHT,
-        )
-        store_rows(
-            weights,
-            ids,
-            zero_weight,
-            weights_ptr,
-            ids_ptr,
-            zero_weight_ptr,
-            rows,
-            row_mask,
-            K + NUM_SHARED,
-            BLOCK_K,
         )
 
 

@@ -192,6 +192,9 @@ def finish_rows(
     ids,
     scale_ptr,
     padding_ptr,
+    weights_ptr,
+    ids_ptr,
+    zero_weight_ptr,
     rows,
     row_mask,
     stride_padding,
@@ -207,7 +210,8 @@ def finish_rows(
     SCALE: tl.constexpr,
     SHARED_WEIGHT: tl.constexpr,
 ):
-    """From the scores of the chosen to the result: weights, ids [BLOCK_T, BLOCK_K], zero weight."""
+    """From the scores of the chosen, weights and ids [BLOCK_T, BLOCK_K], to the contiguous outputs
+    [T, K + NUM_SHARED] and the zero weight."""
     slot = tl.arange(0, BLOCK_K)[None, :]
     weights = tl.where(ids >= 0, weights, 0.0)
     if RENORMALIZE:
@@ -230,24 +234,7 @@ def finish_rows(
         shared = (slot >= K) & (slot < K + NUM_SHARED) & live[:, None]
         ids = tl.where(shared, NUM_EXPERTS + slot - K, ids)
         weights = tl.where(shared, SHARED_WEIGHT, weights)
-    return weights, ids, zero_weight
-
-
-@triton.jit
-def store_rows(
-    weights,
-    ids,
-    zero_weight,
-    weights_ptr,
-    ids_ptr,
-    zero_weight_ptr,
-    rows,
-    row_mask,
-    SLOTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Write [BLOCK_T, SLOTS] into contiguous outputs."""
-    slot = tl.arange(0, BLOCK_K)[None, :]
+    SLOTS: tl.constexpr = K + NUM_SHARED
     offset = rows[:, None] * SLOTS + slot
     mask = row_mask[:, None] & (slot < SLOTS)
     tl.store(weights_ptr + offset, weights, mask=mask)

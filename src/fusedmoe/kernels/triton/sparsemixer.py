@@ -16,7 +16,7 @@ from fusedmoe.kernels.triton.routing import (
     flat,
     routing_warps,
 )
-from fusedmoe.kernels.triton.routing_steps import NO_ID, finish_rows, finite_or, softcap, store_rows
+from fusedmoe.kernels.triton.routing_steps import NO_ID, finish_rows, finite_or, softcap
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
 
@@ -76,11 +76,14 @@ def sparsemixer_kernel(
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.where(slot == 0, first[:, None], tl.where(slot == 1, second[:, None], -1))
     weights = tl.where(slot == 0, first_weight[:, None], second_weight[:, None])
-    weights, ids, zero_weight = finish_rows(
+    finish_rows(
         weights,
         ids,
         scale_ptr,
         padding_ptr,
+        weights_ptr,
+        ids_ptr,
+        zero_weight_ptr,
         rows,
         row_mask,
         stride_padding,
@@ -95,18 +98,6 @@ def sparsemixer_kernel(
         NORM,
         SCALE,
         SHARED_WEIGHT,
-    )
-    store_rows(
-        weights,
-        ids,
-        zero_weight,
-        weights_ptr,
-        ids_ptr,
-        zero_weight_ptr,
-        rows,
-        row_mask,
-        K + NUM_SHARED,
-        BLOCK_K,
     )
 
 
