@@ -9,7 +9,6 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton import (
     gather_columns,
     grouped_gemm_packed,
@@ -83,7 +82,7 @@ def packed(name, tile, dtype=BF16, act=MoEActivation.SILU, orders=(False, "", No
     a, w, c, blocks, act = arguments(name, tile, dtype, act)
     fitting = packed_tile(tile, w.format.element)
     native = dtype == BF16
-    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, None, act, *orders, native)
+    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, act, *orders, native)
 
 
 packed("q4_k", FEW)
@@ -99,13 +98,11 @@ packed("int4_g32_zp_act_order", SOME)
 packed("int8_g32_act_order", FEW, orders=(False, "", torch.zeros(E, N, dtype=torch.int32)))
 for name in ("nf4", "iq4_nl"):
     a, w, c, blocks, act = arguments(name, SOME, BF16, MoEActivation.SILU)
-    grouped_gemm_quantized.launch(
-        a, w, c, blocks, SOME, K, None, None, act, weight_addresses(w), False, "halves", None, True
-    )
+    grouped_gemm_quantized.launch(a, w, c, blocks, SOME, K, None, act, False, "halves", None, True)
 for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 64, 128, 4, 4, 4))):
     a, w, c, blocks, act = arguments(name, tile, BF16, MoEActivation.SILU)
     rows, scale = a.to(torch.float8_e4m3fn), torch.ones(T, 1)
-    grouped_gemm_w4a8.launch(rows, scale, w, c, blocks, tile, K, None, None, act, True)
+    grouped_gemm_w4a8.launch(rows, scale, w, c, blocks, tile, K, None, act, True)
 x = torch.zeros(T, D, dtype=BF16)
 for element, group, e8m0 in (("e4m3", 0, False), ("e2m1", 16, False), ("e3m2", 32, True)):
     round_rows.launch(x, x, None, element, group, e8m0, "halves")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.grouped_gemm_packed import is_packed
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.round_rows import ELEMENTS
 from fusedmoe.quantization.activations import quantize_activation
@@ -21,30 +22,6 @@ def triton_gemm(
     tile: Any,
     *,
     top_k: int,
-    activation: Any = None,
-    activation_config: Any = None,
-    **rest: Any,
-) -> torch.Tensor:
-    """As ``quantized_gemm_reference``."""
-    from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
-
-    act = None if activation is None else device_activation(activation, activation_config)
-    orders = rest.get("a_ordered", False), rest.get("c_order", ""), rest.get("c_places")
-    launch(
-        a, w, c, blocks, tile, top_k, rest.get("bias"), act,
-        weight_addresses(w), *orders, False,
-    )  # fmt: skip
-    return c
-
-
-def triton_packed(
-    a: torch.Tensor,
-    w: Any,
-    c: torch.Tensor,
-    blocks: Any,
-    tile: Any,
-    *,
-    top_k: int,
     bias: torch.Tensor | None = None,
     activation: Any = None,
     activation_config: Any = None,
@@ -52,12 +29,13 @@ def triton_packed(
     c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``packed_gemm_reference``."""
-    from fusedmoe.kernels.triton.grouped_gemm_packed import launch
+    """As ``quantized_gemm_reference``."""
+    from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
+    module = grouped_gemm_packed if is_packed(w.format) else grouped_gemm_quantized
     act = None if activation is None else device_activation(activation, activation_config)
     orders = a_ordered, c_order, c_places
-    launch(a, w, c, blocks, tile, top_k, bias, act, *orders, False)
+    module.launch(a, w, c, blocks, tile, top_k, bias, act, *orders, False)
     return c
 
 

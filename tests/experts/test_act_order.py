@@ -17,7 +17,7 @@ from fusedmoe.kernels.gather_columns import gather_columns, gather_columns_refer
 from fusedmoe.quantization.formats.act_order import sort_columns
 from fusedmoe.quantization.keys import fp8_dynamic_group
 from gemm_oracle import assert_right
-from quantized_bodies import triton_gather, triton_gemm, triton_packed
+from quantized_bodies import triton_gather, triton_gemm
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -63,10 +63,9 @@ SORTED = {"up_alone": (True, False)} | dict.fromkeys(
 def kernels(monkeypatch, bodies):
     if bodies == "torch":
         return
-    from fusedmoe.kernels import gather_columns, grouped_gemm_packed, grouped_gemm_quantized
+    from fusedmoe.kernels import gather_columns, grouped_gemm_quantized
 
     monkeypatch.setattr(grouped_gemm_quantized, "quantized_gemm_reference", triton_gemm)
-    monkeypatch.setattr(grouped_gemm_packed, "packed_gemm_reference", triton_packed)
     monkeypatch.setattr(gather_columns, "gather_columns_reference", triton_gather)
 
 

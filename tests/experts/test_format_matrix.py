@@ -12,7 +12,6 @@ from fusedmoe.quantization.keys import accepts
 from quantized_bodies import (
     triton_gather,
     triton_gemm,
-    triton_packed,
     triton_round,
     triton_w4a8,
     triton_w8a8,
@@ -26,7 +25,6 @@ def interpreted(monkeypatch):
     """Triton's bodies under the interpreter in the place of the launchers' references."""
     from fusedmoe.kernels import (
         gather_columns,
-        grouped_gemm_packed,
         grouped_gemm_quantized,
         grouped_gemm_quantized_w8a8,
         grouped_gemm_w4a8,
@@ -34,7 +32,6 @@ def interpreted(monkeypatch):
     )
 
     monkeypatch.setattr(grouped_gemm_quantized, "quantized_gemm_reference", triton_gemm)
-    monkeypatch.setattr(grouped_gemm_packed, "packed_gemm_reference", triton_packed)
     monkeypatch.setattr(grouped_gemm_w4a8, "w4a8_gemm_reference", triton_w4a8)
     monkeypatch.setattr(grouped_gemm_quantized_w8a8, "w8a8_gemm_reference", triton_w8a8)
     monkeypatch.setattr(round_rows, "round_rows_reference", triton_round)

@@ -39,7 +39,7 @@ from fusedmoe.quantization.keys import (
     fp8_dynamic_group,
 )
 from gemm_oracle import assert_right
-from quantized_bodies import triton_gemm, triton_packed, triton_round, triton_w4a8, triton_w8a8
+from quantized_bodies import triton_gemm, triton_round, triton_w4a8, triton_w8a8
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -115,14 +115,12 @@ def quantized_bodies(monkeypatch, bodies):
     """The launchers' own references, or Triton's bodies under the interpreter."""
     if bodies == "torch":
         return
-    from fusedmoe.kernels import grouped_gemm_packed as packed
     from fusedmoe.kernels import grouped_gemm_quantized as gemm
     from fusedmoe.kernels import grouped_gemm_quantized_w8a8 as w8a8
     from fusedmoe.kernels import grouped_gemm_w4a8 as w4a8
     from fusedmoe.kernels import round_rows
 
     monkeypatch.setattr(gemm, "quantized_gemm_reference", triton_gemm)
-    monkeypatch.setattr(packed, "packed_gemm_reference", triton_packed)
     monkeypatch.setattr(round_rows, "round_rows_reference", triton_round)
     monkeypatch.setattr(w4a8, "w4a8_gemm_reference", triton_w4a8)
     monkeypatch.setattr(w8a8, "w8a8_gemm_reference", triton_w8a8)

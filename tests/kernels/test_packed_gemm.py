@@ -8,14 +8,14 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
-from fusedmoe.kernels.grouped_gemm_packed import packed_gemm, packed_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm, quantized_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, packed_tile
 from gemm_oracle import TOP_K, E, assert_right, by_slot, rows_and_ids
 from packed_weights import pack
-from quantized_bodies import triton_packed
+from quantized_bodies import triton_gemm
 
 NAN = float("nan")
 N = 24
@@ -31,7 +31,7 @@ FORMATS = [
     ("int8_g32_zp_act_order", 160),
 ]
 ONE_OF_EACH = ["q4_k", "q6_k", "mxfp6_e3m2", "int4_g32_act_order"]
-BOTH = pytest.mark.parametrize("function", [triton_packed, packed_gemm_reference])
+BOTH = pytest.mark.parametrize("function", [triton_gemm, quantized_gemm_reference])
 
 
 def weights(fmt, K, activation=None, seed=0):
@@ -136,12 +136,12 @@ def test_features_are_written_where_a_table_says(fmt):
         expected[slot, places[expert].long()] = expected[slot].clone()
     blocks = moe_align_block_size(ids, tile.slots, E)
     act = {"top_k": TOP_K, "activation": MoEActivation.SILU}
-    for function in (triton_packed, packed_gemm):
+    for function in (triton_gemm, quantized_gemm):
         out = torch.full((ids.numel(), N), NAN)
         function(a, w, out, blocks, tile, c_places=places, **act)
         assert_right(out, expected)
     with pytest.raises(ValueError, match=r"c_places \(3, 23\)"):
-        packed_gemm(a, w, out, blocks, tile, c_places=places[:, 1:].contiguous(), **act)
+        quantized_gemm(a, w, out, blocks, tile, c_places=places[:, 1:].contiguous(), **act)
 
 
 @pytest.mark.parametrize("fmt", ONE_OF_EACH)
@@ -150,10 +150,10 @@ def test_a_nan_row_harms_its_own_slots_alone_also_among_many(fmt):
     a, ids = rows_and_ids(256, T=70)
     out, dirty = torch.full((2, ids.numel(), N), NAN)
     blocks = moe_align_block_size(ids, tile.slots, E)
-    triton_packed(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
     assert_right(out, by_slot(a, w, ids, MoEActivation.SILU))
     a[2] = NAN
-    triton_packed(a, w, dirty, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    triton_gemm(a, w, dirty, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
     others = torch.arange(ids.numel()) // TOP_K != 2
     assert torch.equal(dirty[others].nan_to_num(), out[others].nan_to_num())
     assert dirty[~others].isnan().all()
@@ -166,10 +166,10 @@ def test_groups_out_of_range_read_nothing_outside():
     blocks = moe_align_block_size(ids, tile.slots, E)
     expected, out = torch.full((2, ids.numel(), N), NAN)
     w.group_index[:, :, :50] = 2
-    triton_packed(a, w, expected, blocks, tile, top_k=TOP_K)
+    triton_gemm(a, w, expected, blocks, tile, top_k=TOP_K)
     w.group_index[:, :, :40] = 2**31 - 1
     w.group_index[:, :, 40:50] = -(2**31)
-    triton_packed(a, w, out, blocks, tile, top_k=TOP_K)
+    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K)
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
@@ -179,10 +179,8 @@ def test_what_the_kernel_cannot_read_is_named():
 
     def refused(message, fmt="q4_k", tile=None, w=None, a=a):
         with pytest.raises(ValueError, match=message):
-            packed_gemm(a, w or weights(fmt, 256), c, blocks, tile or tile_for(fmt), top_k=TOP_K)
+            quantized_gemm(a, w or weights(fmt, 256), c, blocks, tile or tile_for(fmt), top_k=TOP_K)
 
-    refused("does not read int4_g32", "int4_g32")
-    refused("does not read nf4", "nf4")
     refused("steps of 128 columns do not fit q4_k", tile=QuantizedTile(32, 16, 128, 1, 4, 2))
     refused("steps of 32 columns", "mxfp6_e2m3", tile=QuantizedTile(32, 16, 32, 1, 4, 2))
     refused("does not fit weights", a=a[:, :128])

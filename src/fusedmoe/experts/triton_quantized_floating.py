@@ -15,7 +15,7 @@ from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import SIXES, UNITS, order_for, ordered
 from fusedmoe.kernels.gather_columns import gather_columns
-from fusedmoe.kernels.grouped_gemm_packed import is_packed, packed_gemm
+from fusedmoe.kernels.grouped_gemm_packed import is_packed
 from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -97,12 +97,9 @@ def _product(
     orders: tuple[str, str],
     **rest: Any,
 ) -> None:
-    """By the kernel that reads ``w``; ``orders``: of the columns of a and of c."""
+    """``orders``: of the columns of a and of c."""
     given = rest | {"a_ordered": orders[0] != "", "c_order": orders[1]}
-    if is_packed(w.format):
-        packed_gemm(a, w, c, blocks, tile, **given)
-    else:
-        quantized_gemm(a, w, c, blocks, tile, **given)
+    quantized_gemm(a, w, c, blocks, tile, **given)
 
 
 def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:

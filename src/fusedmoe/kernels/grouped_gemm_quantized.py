@@ -1,8 +1,9 @@
 """The indirect grouped GEMM with quantized weights and rows in floating point.
 
 As ``kernels/grouped_gemm.py``: slots, blocks and results are the same; the weights are a
-``QuantizedTensor`` that is read as it is stored. Triton body:
-``kernels/triton/grouped_gemm_quantized.py``; tiles: ``tuning/quantized_tiles.py``.
+``QuantizedTensor`` that is read as it is stored. Triton bodies:
+``kernels/triton/grouped_gemm_quantized.py``, and ``grouped_gemm_packed.py`` for formats that take
+more than a mask to become numbers; tiles: ``tuning/quantized_tiles.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activat
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
+from fusedmoe.kernels.grouped_gemm_packed import check_packed, is_packed
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.tensor_checks import check_contiguous
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -57,26 +59,25 @@ def quantized_gemm(
     expert is written, all of them somewhere.
 
     Sums are fp32. Where scales change every few columns, a number times its scale is rounded to
-    the dtype of a before it is multiplied. Raises ValueError where shapes or dtypes disagree, and
-    for formats that the kernel does not read.
+    the dtype of a before it is multiplied. Raises ValueError where shapes, dtypes or steps
+    disagree.
     """
     check_weights(w, c, activation)
     check_rows(a, w, c, blocks, top_k, bias)
-    if w.format.element not in ELEMENTS | TABLES or w.format.act_order:
-        raise ValueError(f"quantized_gemm does not read {w.format.name}")
-    group = w.format.group.col
-    if group > 0 and max(group, tile.depth) % min(group, tile.depth):
-        raise ValueError(f"steps of {tile.depth} columns and groups of {group} do not fit")
     check_orders(a, w, c, a_ordered, c_order, c_places)
+    packed, group = is_packed(w.format), w.format.group.col
+    if packed:
+        check_packed(w, tile, a_ordered)
+    elif group > 0 and max(group, tile.depth) % min(group, tile.depth):
+        raise ValueError(f"steps of {tile.depth} columns and groups of {group} do not fit")
     if a.is_cuda:
-        from fusedmoe.kernels.triton.grouped_gemm_quantized import launch
+        from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
+        launch = (grouped_gemm_packed if packed else grouped_gemm_quantized).launch
         act = None if activation is None else device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
-        launch(
-            a, w, c, blocks, tile, top_k, bias, act, weight_addresses(w), a_ordered,
-            c_order, c_places, native,
-        )  # fmt: skip
+        orders = a_ordered, c_order, c_places
+        launch(a, w, c, blocks, tile, top_k, bias, act, *orders, native)
         return c
     return quantized_gemm_reference(
         a,

@@ -160,7 +160,7 @@ def launch(
     c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
-    """As ``packed_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
+    """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
     bf16."""
     (R, N), D = c.shape, a.shape[1]
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)

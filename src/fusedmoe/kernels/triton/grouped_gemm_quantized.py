@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.lookup import NF4_LIFT
@@ -223,14 +224,13 @@ def launch(
     top_k: int,
     bias: torch.Tensor | None,
     activation: DeviceActivation | None,
-    addresses: tuple[int, ...],
     a_ordered: bool,
     c_order: str,
     c_places: torch.Tensor | None,
     native: bool,
 ) -> None:
-    """As ``quantized_gemm``, unchecked; ``addresses`` from ``weight_addresses``. ``native``: the
-    GPU has packed bf16 arithmetic and a is bf16."""
+    """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
+    bf16."""
     (R, N), D = c.shape, a.shape[1]
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
@@ -255,7 +255,7 @@ def launch(
             N,
             D,
             a.stride(0),
-            *addresses,
+            *weight_addresses(w),
             c.stride(0),
             *((0, 0) if bias is None else bias.stride()),
             act.limit,
