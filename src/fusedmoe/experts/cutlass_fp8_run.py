@@ -177,7 +177,7 @@ def batched(
     else:
         q, by_row = x.contiguous(), _by_row(work.a1q_scale, e * M)
     first = scaled_gemm(q.view(e, M, H), by_row.view(e, M), work.w1, w1_scale)
-    act = scratch(work.workspace2, e, M, width)
+    act = scratch(work.workspace2, e * M, width).view(e, M, width)
     apply_moe_activation(
         work.activation,
         act,

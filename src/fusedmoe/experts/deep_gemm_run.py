@@ -228,7 +228,7 @@ def batched_experts(
         return
     counts = counts.to(torch.int32)
     q, q_scale = weights.quantized(work.hidden_states, work.a1q_scale)
-    first = scratch(work.workspace13, e, M, N)
+    first = scratch(work.workspace13, e * M, N).view(e, M, N)
     masked_gemm(
         (q, mn_major(q_scale)),
         (weights.w1, weights.w1_scale),
@@ -237,7 +237,7 @@ def batched_experts(
         expected_rows,
         **weights.options(),
     )
-    act = scratch(work.workspace2, e, M, width)
+    act = scratch(work.workspace2, e * M, width).view(e, M, width)
     apply_moe_activation(
         work.activation,
         act,

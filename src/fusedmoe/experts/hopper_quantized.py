@@ -199,13 +199,13 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
 
     def _decode(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         R, (_, H, I) = layer.topk_ids.numel(), layer.w2.shape  # noqa: E741
-        layer = layer._replace(act=scratch(layer.act, R, I))
+        act = scratch(layer.act, R, I)
         if operands.a1 is None or operands.a2 is None:
             y = scratch(layer.y, R, 2 * H).view(torch.float32)
-            quantized_decode(layer._replace(y=y), tiles=self.decode_tiles)
+            quantized_decode(layer._replace(act=act, y=y), tiles=self.decode_tiles)
             return
         keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
-        layer = layer._replace(y=scratch(layer.y, R, H))
+        layer = layer._replace(act=act, y=scratch(layer.y, R, H))
         w8a8_decode(layer, keys, scales, self.stream_tiles, x_scale)
 
     def _prefill(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:

@@ -59,7 +59,7 @@ def batched_triton_experts(
             shared_memory=shared_memory_of(x.device),
         )
     blocks = batched_moe_align_block_size(M, tiles.gemm1.block_m, expert_num_tokens)
-    act = scratch(work.workspace13, e, M, width)
+    act = scratch(work.workspace13, e * M, width).view(e, M, width)
     batched_gemm(
         x,
         work.w1,

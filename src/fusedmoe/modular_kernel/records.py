@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -109,10 +108,13 @@ class ExpertsWork(NamedTuple):
         return counts
 
 
-def scratch(workspace: torch.Tensor | None, *shape: int) -> torch.Tensor:
-    """The beginning of a workspace in this shape, which it has room for."""
+def scratch(workspace: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
+    """The beginning of a workspace, which is contiguous, as a matrix; ValueError where it has no
+    room for one."""
     assert workspace is not None
-    return workspace.flatten()[: math.prod(shape)].view(shape)
+    if rows * columns > workspace.numel():
+        raise ValueError(f"a workspace of {workspace.numel()} holds no {rows} rows of {columns}")
+    return workspace.as_strided((rows, columns), (columns, 1))  # where slicing takes three steps
 
 
 class WorkspaceShapes(NamedTuple):
