@@ -203,7 +203,7 @@ def rows_tile(
 
     def stages(tiles: int) -> int:
         stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
-        return min(8, (ROWS_BYTES - 1024 * along * across * tiles * eights) // stage)
+        return min(8, (ROWS_BYTES - 1024 * along * across * eights) // stage)
 
     both = across == 1 and features % (2 * of_tile) == 0 and stages(2) >= 3
     tiles = 2 if both else 1
@@ -227,10 +227,13 @@ def int4_rows_tile(
         along, (_, boxes) = -(-pairs // (parts * INT4_PAIRS)), scale_boxes(scale_bytes, parts)
         if along > most or along % boxes or (boxes > 1 and scale_bytes // parts % 16):
             return None
-        for tiles in (2, 1):
-            beside = range(max(1, INT4_WARPS // along), 0, -1)
+        shapes = [(2, INT4_WARPS), (1, INT4_WARPS)]
+        if along == eights == 1 and features % (INT4_MOST_WARPS * of_tile) == 0:
+            shapes.insert(0, (1, INT4_MOST_WARPS))  # short rows: all by more warps
+        for tiles, warps in shapes:
+            beside = range(max(1, warps // along), 0, -1)
             across = next((n for n in beside if features % (n * tiles * of_tile) == 0), 0)
-            room = INT4_BYTES - 1024 * along * across * tiles * eights
+            room = INT4_BYTES - 1024 * along * across * eights
             stage = across * tiles * 16 * (row_bytes + scale_bytes) // parts
             of_x = 128 * INT4_PAIRS * along * across * eights  # at most
             if across and 2 * stage + of_x <= room:

@@ -12,8 +12,8 @@
 // ROWS rows), a program has neighbouring ones. Where columns are too many for that, PARTS rows of out
 // are the parts of a slot's sum. A stretch is the items of one block and part.
 //
-// Sums of KW warps meet in shared memory, two buffers in turns. They are added up one item late, by
-// another of the warps for each item, so that nobody waits for the others.
+// Sums of KW warps meet in shared memory, two buffers in turns. They are added up one tile late, by
+// another of the warps for each tile, so that nobody waits for the others.
 //
 // The sum over columns may be taken in any order, so no nibble is moved: the 4 bytes that ldmatrix
 // hands a thread count as the columns that the instruction expects of it, and x is paired to match.
@@ -176,14 +176,15 @@ DEVICE void take_stretch(const Place& p, const Arguments& a, int stretch, int en
   ends.take_block(p, a, stretch / PARTS, rows.split);
 }
 
-DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& ring, Parts parts,
-                    u8* sums) {
+DEVICE void consume(const Place& p, const Arguments& a, int stretches, const Ring& ring,
+                    Parts parts, u8* sums) {
   Rows rows;
   rows.others = (float4*)sums + p.warp * UNITS * NT * 4;
   Ends ends, before;
   Turns turns;
   // Rows of the first item are asked for beside its weights, in the EARLY launch once they are there.
-  const int first = first_item(count, blockIdx.x), last = first_item(count, blockIdx.x + 1);
+  const int first = first_item(stretches, blockIdx.x);
+  const int last = first_item(stretches, blockIdx.x + 1);
   const int end = (last + TILES - 1) / TILES;
   int known = first < last ? first / TILES : -1;
   if (EARLY) {
@@ -196,25 +197,30 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
   for (;; turns.next()) {
     wait_barrier(ring.full_at(turns.stage), turns.phase);
     ends.item = (int)shared_u32(ring.items + turns.stage * 4);
-    const bool mine = KW > 1 && any && parts.mine(p);
-    if (mine) before.load(p, a);
     if (ends.item < 0) {
-      if (mine) parts.finish(p, a, before);
+      if (KW > 1 && any && parts.mine(p)) {
+        before.load(p, a, MT - 1);
+        parts.finish(p, a, before, MT - 1);
+      }
       break;
     }
     if (ends.item >= (known + 1) * TILES) {
       known = ends.item / TILES;
       take_stretch(p, a, known, end, rows, ends);
     }
-    if (KW == 1) ends.load(p, a);
     const u32 place = ring.places + turns.stage * PLACE_BYTES;
     const u32 of_place = ring.scales + turns.stage * PLACE_SCALES + known % PARTS * SLICE % 16;
-    Accumulators acc;
-    clear(acc);
     const int slice = first_group(p.k_begin) * SCALE_BYTES / (SCALE_BOX ? SCALE_BOX : SLICE + 1);
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-      const int tile = p.wm * MT + mt;
+      const int tile = p.wm * MT + mt, last = mt ? mt - 1 : MT - 1;
+      Ends& earlier = mt ? ends : before;
+      const bool mine = KW > 1 && any && parts.mine(p);
+      if (mine) earlier.load(p, a, last);
+      if (KW == 1) ends.load(p, a, mt);
+      float acc[NT][4];
+#pragma unroll
+      for (int i = 0; i < NT * 4; i++) acc[i / 4][i % 4] = 0.0f;
       u32 scales[2];
 #pragma unroll
       for (int half = 0; half < 2; half++)
@@ -222,30 +228,30 @@ DEVICE void consume(const Place& p, const Arguments& a, int count, const Ring& r
                        slice * (ROWS - 1) * SCALE_PITCH;
       const int row = row_at(tile, p.lane & 15);
       if (SPLITTING && LONE)
-        multiply<8>(acc[mt], p, place, row, scales, rows);
+        multiply<8>(acc, p, place, row, scales, rows);
       else if (SPLITTING && rows.split == 4)
-        multiply<4>(acc[mt], p, place, row, scales, rows);
+        multiply<4>(acc, p, place, row, scales, rows);
       else if (SPLITTING && rows.split == 2)
-        multiply<2>(acc[mt], p, place, row, scales, rows);
+        multiply<2>(acc, p, place, row, scales, rows);
       else
-        multiply<1>(acc[mt], p, place, row, scales, rows);
-    }
-    if (KW == 1) {
+        multiply<1>(acc, p, place, row, scales, rows);
+      if (KW == 1) {
 #pragma unroll
-      for (int i = 0; i < MT * NT; i++) ends.store(p, a, i / NT, i % NT, acc[i / NT][i % NT]);
-    } else {
-      parts.write(p, acc);
+        for (int i = 0; i < NT; i++) ends.store(p, a, mt, i, acc[i]);
+      } else {
+        parts.write(p, acc);
+      }
+      // Only now: what was read of this place is in sums that have been stored. An arrival does not
+      // wait for loads on their way, and those can be later than the copies that it asks for.
+      __syncwarp();
+      if (mt == MT - 1 && p.lane == 0) arrive(ring.empty_at(turns.stage));
+      if (KW > 1) {
+        if (mine) parts.finish(p, a, earlier, last);
+        parts.next();
+        any = true;
+      }
     }
-    // Only now: what was read of this place is in sums that have been stored. An arrival does not
-    // wait for loads on their way, and those can be later than the copies that it asks for.
-    __syncwarp();
-    if (p.lane == 0) arrive(ring.empty_at(turns.stage));
-    if (KW > 1) {
-      if (mine) parts.finish(p, a, before);
-      parts.next();
-      before = ends;
-      any = true;
-    }
+    before = ends;
   }
 }
 
@@ -255,7 +261,7 @@ quantized_rows(const __grid_constant__ Arguments a) {
   const Place p = find_place(true);
   u8* const scales = memory + STAGES * PLACE_BYTES;
   float4* const sums = (float4*)(scales + STAGES * PLACE_SCALES);
-  u8* const of_x = (u8*)(sums + (KW > 1 ? 2 * WARPS * MT * NT * 32 : 0));
+  u8* const of_x = (u8*)(sums + (KW > 1 ? 2 * WARPS * NT * 32 : 0));
   u8* const barriers = of_x + SUM_BYTES;
   const u32 first = shared_address(barriers), parts = first + STAGES * 16;
   const Ring ring{shared_address(memory), shared_address(scales), parts + 4 * WM * 8, first,
@@ -275,12 +281,12 @@ quantized_rows(const __grid_constant__ Arguments a) {
     let_next_begin();
   }
   const int blocks = LONE ? a.R : MADE ? make_tables(a) : load_past_l1(a.num_post) / BN;
-  const int count = blocks * (TILES * PARTS);
+  const int stretches = blocks * PARTS;
   if (p.warp >= WARPS) {
-    if (REGISTERS) give_registers<32>();
-    if (p.warp == WARPS) bring(a, count, ring);
+    if (REGISTERS) give_registers<BRINGER_REGISTERS>();
+    if (p.warp == WARPS) bring(a, stretches, ring);
     return;
   }
   if (REGISTERS) take_registers<REGISTERS>();
-  consume(p, a, count, ring, Parts{sums, parts, parts + 2 * WM * 8}, of_x);
+  consume(p, a, stretches, ring, Parts{sums, parts, parts + 2 * WM * 8}, of_x);
 }

@@ -18,8 +18,10 @@ SOURCES = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
     *("quantized_rows_ring.cuh", "quantized_rows_sums.cuh", "quantized_rows.cu"),
 )
-# Of a thread, for programs of so many warps whose four others give up theirs.
-REGISTERS = {8: 224, 12: 160, 16: 112}
+# Of a thread, for programs of so many warps, and what their four others keep.
+REGISTERS, NO_REGISTERS = {8: (240, 24), 12: (160, 32), 16: (112, 32)}, (0, 32)
+# For how many items another block's rows of x are counted, by its slots.
+SWITCH = {1: 0, 8: 1, 16: 8}
 PAIR = 32  # bytes of a row that one matrix instruction takes
 Arguments = arguments_of(
     ("boxes", "scale_boxes"),
@@ -73,7 +75,7 @@ def stream(
     of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
     shared = 4 * tile.across * 8
     if tile.along > 1:
-        shared += 2 * warps * tile.tiles * eights * 512
+        shared += 2 * warps * eights * 512
     if w.format.element == "int4":
         shared += warps * sum_bytes(part_bytes // PAIR, tile.along, group, eights)
     if tile.along % boxes:
@@ -91,16 +93,19 @@ def stream(
     constants |= {"MT": tile.tiles, "NT": eights, "KW": tile.along, "WM": tile.across}
     constants |= {"STEP": PAIR, "PITCH": 0, "SPANS": 0, "SCALE_BOX": box}
     constants |= {"STAGES": stages, "PER_SM": tile.per_multiprocessor}
-    constants |= {"AHEAD": tile.ahead}
+    constants |= {"AHEAD": tile.ahead, "SWITCH": SWITCH[tile.slots]}
     ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
     constants |= {"LONE": int(lone), "MADE": int(made)}
     constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
-    registers = REGISTERS.get(warps, 0) if tile.per_multiprocessor == 1 else 0
+    registers, left = (
+        REGISTERS.get(warps, NO_REGISTERS) if tile.per_multiprocessor == 1 else NO_REGISTERS
+    )
     bringers = 4 if registers else 1
     pairs = part_bytes // PAIR
     constants |= {
         "BRINGERS": bringers,
         "REGISTERS": registers,
+        "BRINGER_REGISTERS": left,
         "WHOLE": int(_all_begin(pairs, tile.along, 4)),
     }
     constants |= {"ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values)))}

@@ -84,7 +84,7 @@ struct Tables {
   int blocks;
 };
 constexpr int TABLES_AT = (STAGES * (PLACE_BYTES + PLACE_SCALES + 20) + SUM_BYTES + 32 * WM +
-                           (KW > 1 ? 2 * WARPS * MT * NT * 512 : 0) + 15) / 16 * 16;
+                           (KW > 1 ? 2 * WARPS * NT * 512 : 0) + 15) / 16 * 16;
 DEVICE Tables& tables() {
   DYNAMIC_SHARED(memory);
   return *(Tables*)(memory + TABLES_AT);
@@ -143,16 +143,21 @@ DEVICE int slot_of(const Arguments& a, int block, int place) {
 }
 
 // Programs have neighbouring items, so that rows of x rarely change and memory is read in long runs.
-// Items of all blocks are far fewer than 2^32 / gridDim.x.
-DEVICE int first_item(int count, int program) { return (int)((u32)count * program / gridDim.x); }
+// Those that change x in between have fewer: a stretch counts as if it had SWITCH items more, before
+// its own. Items of all blocks are far fewer than 2^32 / gridDim.x.
+DEVICE int first_item(int stretches, int program) {
+  const u32 at = (u32)(stretches * (TILES + SWITCH)) * program / gridDim.x;
+  return (int)(at / (TILES + SWITCH) * TILES) + max((int)(at % (TILES + SWITCH)) - SWITCH, 0);
+}
 
 // Never more than AHEAD steps are on their way: whatever else is asked for waits behind them.
-DEVICE void bring(const Arguments& a, int count, const Ring& ring) {
+DEVICE void bring(const Arguments& a, int stretches, const Ring& ring) {
   const int lane = threadIdx.x & 31;
   Turns turns, late;
   int known = -1, expert = 0, asked = 0;
-  for (int at = first_item(count, blockIdx.x);; at++) {
-    const int item = at < first_item(count, blockIdx.x + 1) ? at : -1;
+  const int end = first_item(stretches, blockIdx.x + 1);
+  for (int at = first_item(stretches, blockIdx.x);; at++) {
+    const int item = at < end ? at : -1;
     if (item >= 0 && item / TILES != known) {
       known = item / TILES;
       expert = expert_of(a, known / PARTS);

@@ -6,7 +6,7 @@ DEVICE int own_feature(const Place& p) { return ALTERNATING ? p.g / 2 + p.g % 2 
 // The end of an item: what it needs from global memory, and the rows of out.
 struct Ends {
   int item = 0, expert, split, slots[NT][2];
-  u32 bias[MT][2];
+  u32 bias[2];  // of one tile
 
   DEVICE void take_block(const Place& p, const Arguments& a, int block, int groups) {
     if (BIAS) expert = expert_of(a, block);
@@ -22,13 +22,13 @@ struct Ends {
     if (LONE) return p.t == 0 && i == 0 ? item / TILES : -1;
     return slots[n][i];
   }
-  DEVICE void load(const Place& p, const Arguments& a) {
+  DEVICE void load(const Place& p, const Arguments& a, int mt) {
     if (!BIAS) return;
 #pragma unroll
-    for (int i = 0; i < MT * 2; i++) {
-      const int f = item % TILES * FT + (p.wm * MT + i / 2) * FM + own_feature(p);
-      const int row = f * ROW_STEP + i % 2 * (GATED ? SHARD_STEP : 8 * ROW_STEP);
-      bias[i / 2][i % 2] = bits_at<BIAS - 1>(a.bias, expert * EXPERT_ROWS + row);
+    for (int i = 0; i < 2; i++) {
+      const int f = item % TILES * FT + (p.wm * MT + mt) * FM + own_feature(p);
+      const int row = f * ROW_STEP + i * (GATED ? SHARD_STEP : 8 * ROW_STEP);
+      bias[i] = bits_at<BIAS - 1>(a.bias, expert * EXPERT_ROWS + row);
     }
   }
   DEVICE void store(const Place& p, const Arguments& a, int mt, int n, float (&v)[4]) const {
@@ -57,7 +57,7 @@ struct Ends {
     for (int half = 0; half < 2; half++)
       if (BIAS && part == 0) {
         // Here and not where they were asked for: a warp would wait for them there.
-        u32 bits = bias[mt][half];
+        u32 bits = bias[half];
         hold(bits);
         added[half] = number<BIAS - 1>(bits);
       }
@@ -71,22 +71,22 @@ struct Ends {
   }
 };
 
-// Sums of KW warps, two items' in turns.
+// Sums of KW warps, two tiles' in turns.
 struct Parts {
   float4* sums;
   u32 full, empty;
-  int buffer = 0, phase = 0, owner = 0;  // of the item that is multiplied
+  int buffer = 0, phase = 0, owner = 0;  // of the tile that is multiplied
 
   DEVICE u32 full_at(const Place& p, int buffer) const { return full + (buffer * WM + p.wm) * 8; }
   DEVICE u32 empty_at(const Place& p, int buffer) const { return empty + (buffer * WM + p.wm) * 8; }
   DEVICE float4* at(const Place& p, int buffer, int i, int kw) const {
-    return sums + (((buffer * WM + p.wm) * MT * NT + i) * KW + kw) * 32 + p.lane;
+    return sums + (((buffer * WM + p.wm) * NT + i) * KW + kw) * 32 + p.lane;
   }
-  DEVICE void write(const Place& p, const Accumulators& acc) {
+  DEVICE void write(const Place& p, const float (&acc)[NT][4]) {
     wait_barrier(empty_at(p, buffer), phase ^ 1);
 #pragma unroll
-    for (int i = 0; i < MT * NT; i++) {
-      const float(&own)[4] = acc[i / NT][i % NT];
+    for (int i = 0; i < NT; i++) {
+      const float(&own)[4] = acc[i];
       *at(p, buffer, i, p.kw) = make_float4(own[0], own[1], own[2], own[3]);
     }
     __syncwarp();
@@ -97,13 +97,13 @@ struct Parts {
     phase ^= buffer == 0;
     owner = turn(owner, KW);
   }
-  // Whether this warp adds up the item before.
+  // Whether this warp adds up the tile before.
   DEVICE bool mine(const Place& p) const { return owner == turn(p.kw, KW); }
-  DEVICE void finish(const Place& p, const Arguments& a, const Ends& before) const {
+  DEVICE void finish(const Place& p, const Arguments& a, const Ends& before, int mt) const {
     const int own = buffer ^ 1;
     wait_barrier(full_at(p, own), buffer == 0 ? phase ^ 1 : phase);
 #pragma unroll
-    for (int i = 0; i < MT * NT; i++) {
+    for (int i = 0; i < NT; i++) {
       const float4 first = *at(p, own, i, 0);
       float v[4] = {first.x, first.y, first.z, first.w};
 #pragma unroll
@@ -111,7 +111,7 @@ struct Parts {
         const float4 part = *at(p, own, i, j);
         v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
       }
-      before.store(p, a, i / NT, i % NT, v);
+      before.store(p, a, mt, i, v);
     }
     __syncwarp();
     if (p.lane == 0) arrive(empty_at(p, own));

@@ -1,0 +1,114 @@
+"""``quantized_rows.cu`` on small problems, in every form it has: a program for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
+        --report-api-errors no --error-exitcode 1 python tools/sanitize_rows.py
+    PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
+        python tools/sanitize_rows.py --every-lane
+
+In the kernel one lane arrives at a barrier for its warp, behind a __syncwarp; racecheck follows
+arrivals of the thread itself alone. With ``--every-lane`` all of them arrive.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from fusedmoe.activation import MoEActivation
+from fusedmoe.kernels.align import LoneSlots
+from fusedmoe.kernels.cuda import quantized_launch
+from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.kernels.hopper_quantized import quantized_decode
+from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS, CudaDecodeTiles, CudaRowsTile
+
+E, K, PROGRAMS = 6, 3, 5
+# H, I: warps along the rows of both GEMMs.
+SIZES = {(512, 256): (4, 4), (320, 192): (5, 3)}
+EVERY_LANE = (
+    ("__syncwarp();\n      if (mt == MT - 1 && p.lane == 0) arrive(", "if (mt == MT - 1) arrive("),
+    ("empty_at(threadIdx.x), WARPS)", "empty_at(threadIdx.x), WARPS * 32)"),
+    ("__syncwarp();\n    if (p.lane == 0) arrive(full_at", "arrive(full_at"),
+    ("__syncwarp();\n    if (p.lane == 0) arrive(empty_at", "arrive(empty_at"),
+    (
+        "begin_barrier(parts + threadIdx.x * 8, KW)",
+        "begin_barrier(parts + threadIdx.x * 8, KW * 32)",
+    ),
+    ("(2 * WM + threadIdx.x) * 8, 1)", "(2 * WM + threadIdx.x) * 8, 32)"),
+)
+
+
+@lru_cache
+def _kernel(
+    sources: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, shared: int
+) -> CudaKernel:
+    text = source_of("instructions.cuh", *sources)
+    for one, every in EVERY_LANE:
+        if text.count(one) != 1:
+            raise RuntimeError(f"the source has {one!r} {text.count(one)} times")
+        text = text.replace(one, every)
+    given = tuple((name, str(value)) for name, value in defines)
+    return CudaKernel(text, sources[-1].removesuffix(".cu"), given, threads, shared)
+
+
+def weight(name: str, shards: int, *shape: int) -> QuantizedTensor:
+    values = torch.randn(shape, device="cuda") / 16
+    return quantize(values, format_named(name), shards=shards, interleaved=shards == 2)
+
+
+def tiles_of(H: int, along: tuple[int, int]) -> list[CudaDecodeTiles]:
+    def pair(slots: int, *cuts: tuple[int, ...]) -> CudaDecodeTiles:
+        first, second = (replace(CudaRowsTile(*cut), slots=slots) for cut in cuts)
+        return CudaDecodeTiles(first, second)
+
+    found = []
+    for slots in (8, 16, 1):
+        first, second = along
+        found.append(pair(slots, (1, first, 2, 3, 1), (1, second, 2, 3, 1)))
+        if H == 512:  # two tiles for each warp, few steps ahead, one warp along a row
+            found.append(pair(slots, (1, 8, 2, 3, 1, 2), (2, 2, 2, 3, 1, 1)))
+            found.append(pair(slots, (2, 4, 2, 3, 1, 2), (1, 1, 4, 3, 1, 2)))
+    return found
+
+
+def run(name: str, H: int, width: int, along: tuple[int, int]) -> None:
+    w1, w2 = weight(name, 2, E, 2 * width, H), weight(name, 1, E, H, width)
+    biases = torch.randn(E, 2 * width, device="cuda"), torch.randn(E, H, device="cuda")
+    for T in (5, 24):
+        x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randint(-1, E + 1, (T, K), device="cuda", dtype=torch.int32)
+        picked, R = torch.rand(T, K, device="cuda"), T * K
+        act = torch.empty(R, width, device="cuda", dtype=torch.bfloat16)
+        y, out = torch.empty(R, H, device="cuda"), torch.empty_like(x)
+        act_of = MoEActivation.SWIGLUOAI
+        given = x, w1, w2, picked, ids, out, act, y, PROGRAMS, act_of, None, *biases
+        for tiles in tiles_of(H, along):
+            if tiles.slots == 1 and R > MAX_LONE_SLOTS:
+                continue
+            blocks = LoneSlots(ids.flatten()) if tiles.slots == 1 else None
+            quantized_decode(LayerTensors(*given), blocks, tiles)
+            torch.cuda.synchronize()
+    print(name, H, width, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", nargs="+", default=("int4_g32", "mxfp4"))
+    parser.add_argument("--every-lane", action="store_true", help="arrives by itself")
+    args = parser.parse_args()
+    if args.every_lane:
+        quantized_launch._kernel = _kernel
+    torch.manual_seed(0)
+    for name in args.formats:
+        for sizes, along in SIZES.items():
+            run(name, *sizes, along)
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
