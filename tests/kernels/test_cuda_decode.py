@@ -36,6 +36,7 @@ from fusedmoe.tuning.cuda_tiles import (
     CudaStreamTile,
     CudaWarpsTile,
     cuda_decode_tiles,
+    int4_rows_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -143,6 +144,17 @@ ONE_GEMM = {
     "rows_of_16_apart": ("int4_g32", SILU, 20, 4, 6, 8192, 16, rows(16, 1, slots=16), {}),
     "rows_made": ("int4_g32", SILU, 8, 4, 9, 1024, 96, rows(4, 2), MADE | {"local": 7}),
     "rows_made_down": ("mxfp4", None, 15, 2, 3, 320, 96, rows(3, 2), MADE),
+    "rows_of_16_few_items": (
+        "int4_g128",
+        SILU,
+        20,
+        4,
+        5,
+        512,
+        24,
+        rows(2, 1, slots=16),
+        {"programs": 7},
+    ),
     "rows_of_16_made": ("int4_g128", SILU, 16, 2, 2, 1024, 96, rows(4, 2, slots=16), MADE),
     "rows_no_gate": ("mxfp4", RELU2, 20, 4, 16, 512, 96, rows(2, 3), {"bias": True}),
     "rows_lone": ("int4_g32", SILU, 3, 4, 16, 1024, 96, rows(4, 2, slots=1), {"bias": True}),
@@ -316,6 +328,16 @@ def test_lone_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
 def test_blocks_have_room_for_the_mean_number_of_slots(R, slots):
     tiles = cuda_decode_tiles(R, 128, (1536, 2048), (1024, 384), False, 132)
     assert tiles.slots == slots
+
+
+def test_short_rows_of_int4_go_to_as_many_warps_side_by_side_as_divide_them():
+    def cut(features: int, row_bytes: int) -> tuple[int, int, int]:
+        tile = int4_rows_tile(features, 1, row_bytes, row_bytes // 8, 8, True)
+        return tile.tiles, tile.along, tile.across
+
+    assert cut(7168, 128) == (1, 1, 14)
+    assert cut(2048, 128) == (2, 1, 8)
+    assert cut(2048, 384) == (2, 2, 4)
 
 
 BAD_TILES = [
