@@ -40,7 +40,8 @@ def open_rings(
         gl.allocate_shared_memory(gl.float32, [STAGES if STEPPED else 2, BLOCK_M], IN_ORDER),
     )
     if FEATURES > 0:
-        rings += (gl.allocate_shared_memory(gl.float32, [2, FEATURES], IN_ORDER),)
+        features = gl.allocate_shared_memory(gl.float32, [2, FEATURES], IN_ORDER)
+        rings += (features,)  # type: ignore[assignment]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kind: gl.constexpr = out_desc.dtype
