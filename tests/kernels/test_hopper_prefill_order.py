@@ -46,19 +46,23 @@ class Table:
 
 @pytest.mark.parametrize("counts", [[1] * 20, [40], [3, 1, 1, 9, 17, 2], [16, 16, 1], [7, 7, 7]])
 @pytest.mark.parametrize("column_tiles", [1, 6])
-@pytest.mark.parametrize("entries", [1, 2])
-def test_blocks_of_one_expert_take_turns(counts, column_tiles, entries):
-    """Every tile is one task; between two tiles of the same weights lie, in one group of places,
-    only tiles of those weights. What stands behind the last block counts for nothing, nor do
-    entries between the first ones of blocks."""
+@pytest.mark.parametrize(("entries", "again"), [(1, False), (2, False), (1, True)])
+def test_blocks_of_one_expert_take_turns(counts, column_tiles, entries, again):
+    """Every tile is one task, also where experts come ``again``, as those of late rows do; between
+    two tiles of the same weights lie, in one group of places, only tiles of those weights. What
+    stands behind the last block counts for nothing, nor do entries between the first of blocks."""
     blocks, group = sum(counts), 16
     experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    runs = experts
+    if again:
+        experts, runs = torch.cat([experts, experts]), torch.cat([experts, experts + len(counts)])
+        blocks *= 2
     table = torch.full(((blocks + group) * entries,), -1)
     table[::entries] = torch.cat([experts, experts[-1:].expand(group)])
     namespace = SimpleNamespace(
         arange=lambda start, end, layout: torch.arange(start, end), BlockedLayout=lambda *a: None,
         load=lambda table, **given: table.load(**given), num_warps=lambda: 4, where=torch.where,
-        min=lambda x, axis: x.min(), sum=lambda x, axis: x.sum(),
+        min=lambda x, axis: x.min(), max=lambda x, axis: x.max(),
     )  # fmt: skip
     run = FunctionType(tile_of_run.fn.__code__, {"gl": namespace})
     order = [
@@ -68,7 +72,7 @@ def test_blocks_of_one_expert_take_turns(counts, column_tiles, entries):
     assert all(experts[block] == expert for block, _, expert in order)
     tiles = [(block, tile) for block, tile, _ in order]
     assert sorted(tiles) == [(b, c) for b in range(blocks) for c in range(column_tiles)]
-    weights = [(block // group, expert, tile) for block, tile, expert in order]
+    weights = [(block // group, int(runs[block]), tile) for block, tile, _ in order]
     changes = [new for old, new in pairwise(weights) if new != old]
     assert len(changes) + 1 == len(set(weights))
 

@@ -103,17 +103,18 @@ def tile_of_run(
     task, blocks, experts_ptr, TILES: gl.constexpr, GROUP: gl.constexpr, ENTRIES: gl.constexpr = 1
 ):
     """(block, column tile, expert as the table has it, in ENTRIES entries a block): groups of one
-    expert's blocks alone, those in a window of GROUP places, a power of two; column tiles outer,
-    blocks inner."""
+    expert's blocks alone, those side by side in a window of GROUP places, a power of two; column
+    tiles outer, blocks inner. An expert may come again: where rows arrive late, those of this rank
+    have blocks of their own before all others."""
     own = task // TILES
     begin = own // GROUP * GROUP
     place = gl.arange(0, GROUP, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     place += begin
     experts = gl.load(experts_ptr + place * ENTRIES, mask=place < blocks, other=-2)
     expert = gl.load(experts_ptr + own * ENTRIES)
-    same = experts == expert
-    first = gl.min(gl.where(same, place, begin + GROUP), 0)
-    size = gl.sum(gl.where(same, 1, 0), 0)
+    other = experts != expert
+    first = gl.max(gl.where(other & (place < own), place + 1, begin), 0)
+    size = gl.min(gl.where(other & (place > own), place, begin + GROUP), 0) - first
     rest = task - first * TILES
     return first + rest % size, rest // size, expert
 
