@@ -12,7 +12,7 @@ import torch
 from fusedmoe import FusedMoEConfig, FusedMoEQuantConfig, MoEActivation, MoEOptions, ParallelGroups
 from fusedmoe.config import FusedMoEParallelConfig
 from fusedmoe.distributed.groups import TokenRanks
-from fusedmoe.distributed.peer_memory import first_view
+from fusedmoe.distributed.peer_memory import PeerMemory, first_view
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.modular_kernel.forward import finish
@@ -20,6 +20,7 @@ from fusedmoe.prepare_finalize.batched import rows_by_expert
 from fusedmoe.prepare_finalize.dispatch import Hosts
 from fusedmoe.prepare_finalize.peer import PeerPrepareAndFinalize
 from fusedmoe.prepare_finalize.peer_batched import PeerBatchedPrepareAndFinalize
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
 
 pytest.importorskip("triton")
@@ -238,6 +239,21 @@ def test_the_memory_is_that_of_the_ranks_whose_tokens_differ():
     moe = replace(config(), moe_parallel_config=parallel)
     found = PeerPrepareAndFinalize.unmet_requirement(moe, groups)
     assert found == "has buffers of 2 ranks, not of the 4 whose tokens differ"
+
+
+@pytest.mark.parametrize(
+    ("world", "picks", "key", "copied"),
+    [(2, 8, None, True), (2, 8, FP8_DYNAMIC_128, False), (4, 8, FP8_DYNAMIC_128, True),
+     (8, 8, None, False), (4, 2, None, False)],
+)  # fmt: skip
+def test_rows_are_copied_where_few_are_wasted(world, picks, key, copied):
+    memory: Any = object.__new__(PeerMemory)
+    layout = PeerLayout(world, 8192, 256, picks, torch.bfloat16, key)
+    memory._view, memory.copy_rows_from = SimpleNamespace(layout=layout), 4096
+    assert memory.copies_rows(4096) == copied
+    assert not memory.copies_rows(4095)
+    memory.copy_rows_from = None
+    assert not memory.copies_rows(8192)
 
 
 def test_nobody_is_asked_within_a_graph(monkeypatch):

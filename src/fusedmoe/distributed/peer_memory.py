@@ -116,8 +116,14 @@ class PeerMemory:
         return group is self.group or ranks(group) == ranks(self.group)
 
     def copies_rows(self, rows: int) -> bool:
-        """Whether the copy engines bring the rows where the fullest rank has so many tokens."""
+        """Whether the copy engines bring the rows where the fullest rank has so many tokens.
+
+        Not those in 8 bits between two ranks: they are soon sent, while own rows first means that
+        weights are read twice (8192 tokens of DeepSeek-V3: 5993 us, sent 5761).
+        """
         if self.copy_rows_from is None or rows < self.copy_rows_from:
+            return False
+        if self.layout.world == 2 and self.layout.key is not None:
             return False
         return (1 - 1 / self.layout.world) ** self.layout.topk <= MOST_WASTED
 
