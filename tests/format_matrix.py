@@ -13,7 +13,7 @@ import torch
 from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,
@@ -66,6 +66,7 @@ CLASSES = (
     TritonQuantizedExperts,
     TritonEmulatedExperts,
     HopperQuantizedExperts,
+    HopperEmulatedExperts,
     BatchedTritonQuantizedExperts,
     BatchedTritonEmulatedExperts,
 )
@@ -93,7 +94,8 @@ def serving(case: Quantized, classes: tuple[type, ...] = CLASSES) -> list[type]:
         moe = replace(case.layer.config(), in_dtype=torch.bfloat16, device=torch.device("cuda"))
         if cls.is_supported_config(moe, weight, case.rows, cls.activation_format())[0]:
             twins = [c for c in able if c.activation_format() is cls.activation_format()]
-            if not (getattr(cls, "emulate", False) and twins):
+            multiplied = any(not c.emulate for c in twins)
+            if cls is HopperEmulatedExperts or not (cls.emulate and multiplied):
                 able.append(cls)
     return able
 

@@ -86,6 +86,7 @@ _HOME = {
     "TritonEmulatedExperts": "fusedmoe.experts.triton_quantized",
     "BatchedTritonEmulatedExperts": "fusedmoe.experts.triton_quantized_batched",
     "HopperQuantizedExperts": "fusedmoe.experts.hopper_quantized",
+    "HopperEmulatedExperts": "fusedmoe.experts.hopper_quantized",
     "fused_experts": "fusedmoe.experts.functional",
     "moe_align_block_size": "fusedmoe.kernels.align",
     "moe_permute": "fusedmoe.kernels.permute",

@@ -43,6 +43,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.torch_reference:TorchExperts",
     "fusedmoe.experts.torch_batched:BatchedTorchExperts",
     "fusedmoe.experts.hopper_quantized:HopperQuantizedExperts",
+    "fusedmoe.experts.hopper_quantized:HopperEmulatedExperts",
     "fusedmoe.experts.triton_quantized:TritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized_batched:BatchedTritonQuantizedExperts",
     "fusedmoe.experts.triton_quantized:TritonEmulatedExperts",

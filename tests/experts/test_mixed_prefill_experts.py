@@ -10,7 +10,11 @@ import torch
 from expert_layers import Layer
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
+from fusedmoe.quantization import keys
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.testing import assert_no_worse
+from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
 from quantized_experts import Quantized
 
@@ -38,9 +42,9 @@ def prefilled(monkeypatch):
     """The slots per block of each launch."""
     ran, launcher = [], hopper_quantized.mixed_prefill
 
-    def run(*args, **kwargs):
-        ran.append(kwargs["tiles"].gemm1.slots)
-        launcher(*args, **kwargs)
+    def run(layer, tiles, *rounding):
+        ran.append(tiles.gemm1.slots)
+        launcher(layer, tiles, *rounding)
 
     monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
     monkeypatch.setattr(hopper_quantized, "device_of", lambda tensor: nullcontext())
@@ -48,9 +52,9 @@ def prefilled(monkeypatch):
     return ran
 
 
-def error(case):
+def error(case, experts=HopperQuantizedExperts):
     tensors = case.layer.tensors()
-    out, expected = case.run(tensors, HopperQuantizedExperts).double(), case.expected(tensors)
+    out, expected = case.run(tensors, experts).double(), case.expected(tensors)
     assert not out.isnan().any()
     return float((out - expected).norm() / expected.norm())
 
@@ -85,3 +89,56 @@ def test_tiles_may_be_given(prefilled, monkeypatch):
 def test_the_rest_goes_the_triton_experts_way(case, prefilled):
     assert error(case) < 6e-3
     assert not prefilled
+
+
+ROUNDED = {
+    "nvfp4": Quantized("nvfp4", keys.NVFP4_DYNAMIC, MANY),
+    "mxfp4_bias": Quantized(
+        "mxfp4",
+        keys.MXFP4_DYNAMIC,
+        replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True, H=288, I=160),
+    ),
+    "mxfp8": Quantized("mxfp8", keys.MXFP8_DYNAMIC, MANY),
+    "int4_by_fp8_map": Quantized(
+        "int4_g128", keys.FP8_DYNAMIC_TOKEN, replace(MANY, T=300, E=8, local=3)
+    ),
+    "int4_by_one_scale": Quantized("int4_channel", keys.FP8_STATIC_TENSOR, MANY),
+    "first_rows_alone": Quantized("mxfp4", keys.MXFP8_DYNAMIC, MANY, only="w1"),
+    "second_rows_alone": Quantized("mxfp4", keys.MXFP8_DYNAMIC, MANY, only="w2"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_many_rounded_rows_fill_tiles_as_floats(name, prefilled):
+    """Those that enter one product, or both: neither is left as it comes."""
+    case = ROUNDED[name]
+    tensors = case.layer.tensors()
+    out, computed = case.run(tensors, HopperEmulatedExperts), case.expected(tensors)
+    exact = replace(case, rows=None).expected(tensors)
+    assert len(prefilled) == 1
+    assert_no_worse(name, out, computed.to(out.dtype), exact)
+    assert relative_error(out, computed).frobenius < 0.8 * relative_error(out, exact).frobenius
+
+
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "int4_g128"])
+def test_one_dynamic_scale_for_all_rows_goes_another_way(fmt, prefilled):
+    case = Quantized(fmt, keys.FP8_DYNAMIC_TENSOR, MANY)
+    error(case, HopperEmulatedExperts)
+    assert not prefilled
+    pairs = HopperEmulatedExperts.capabilities().weight_formats
+    assert keys.FP8_DYNAMIC_TENSOR not in {rows for _, rows in pairs}
+
+
+def test_int4_meets_fp8_rows_where_fp8_is_multiplied(monkeypatch):
+    """Groups of 32 columns, whose products are too small for that, are multiplied here."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(hopper_quantized, "unmet_by_hopper", lambda moe: None)
+    moe = replace(MANY.config(), device=torch.device("cuda"))
+    for name, rows, able in (
+        ("int4_g128", keys.FP8_DYNAMIC_TOKEN, False),
+        ("int4_g32", keys.FP8_DYNAMIC_TOKEN, True),
+        ("int4_g128", keys.INT8_DYNAMIC_TOKEN, True),
+        ("mxfp8", keys.MXFP8_DYNAMIC, True),
+    ):
+        given = moe, format_named(name).key, rows, HopperEmulatedExperts.activation_format()
+        assert HopperEmulatedExperts.is_supported_config(*given)[0] is able, name

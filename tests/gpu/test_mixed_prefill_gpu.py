@@ -11,9 +11,11 @@ import torch
 from expert_layers import Layer
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, wide_rows
+from fusedmoe.quantization import keys
 from fusedmoe.quantization.formats import format_named
+from fusedmoe.testing import assert_no_worse
 from fusedmoe.testing.tolerances import TOLERANCES
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
 from quantized_experts import Quantized
@@ -59,9 +61,9 @@ def ran(monkeypatch):
     """One entry for each launch."""
     launches = []
 
-    def run(layer, tiles):
+    def run(layer, tiles, *rounding):
         launches.append(tiles)
-        mixed_prefill(layer, tiles)
+        mixed_prefill(layer, tiles, *rounding)
 
     monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
     return launches
@@ -161,3 +163,36 @@ def test_all_tokens_to_one_expert(ran):
     out = case.run(tensors, HopperQuantizedExperts)
     assert ran
     assert error(out, case.expected(tensors)) < TOLERANCES["weight_only"].frobenius
+
+
+ROUNDED = {
+    "nvfp4": ("nvfp4", keys.NVFP4_DYNAMIC, replace(MANY, bias=True, I=320)),
+    "mxfp4": ("mxfp4", keys.MXFP4_DYNAMIC, replace(MANY, E=16, local=5, T=900)),
+    "mxfp6_e3m2": ("mxfp6_e3m2", keys.MXFP6_E3M2_DYNAMIC, MANY),
+    "mxfp8": ("mxfp8", keys.MXFP8_DYNAMIC, MANY),
+    "int4_by_fp8": ("int4_g128", keys.FP8_DYNAMIC_TOKEN, MANY),
+    "int4_by_one_scale": ("int4_channel_zp", keys.FP8_STATIC_TENSOR, MANY),
+    "iq4_nl_by_int8": ("iq4_nl", keys.INT8_DYNAMIC_TOKEN, replace(MANY, H=544, I=288)),
+    "many_tiles": ("nvfp4", keys.NVFP4_DYNAMIC, replace(MANY, T=6000, H=2048, I=768)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_rows(name, ran):
+    """Rounded as their format has it, in the order in which lanes hold columns; in graphs, too."""
+    case = Quantized(*ROUNDED[name])
+    tensors = case.layer.tensors()
+    run = case.runner(tensors, HopperEmulatedExperts)
+    clean = run().clone()
+    assert ran
+    exact = replace(case, rows=None).expected(tensors)
+    assert_no_worse(name, clean, case.expected(tensors).to(clean.dtype), exact)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    tensors["hidden_states"][-1] = float("nan")
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert out[:-1].equal(clean[:-1])

@@ -2,7 +2,8 @@
 
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
-both in 8 bits, ``kernels.hopper_fp8_prefill``. Weights that TMA cannot view, few slots with MXFP6,
+both in 8 bits, ``kernels.hopper_fp8_prefill``. Rows of other formats are rounded to them and
+multiplied as bf16 (``HopperEmulatedExperts``). Weights that TMA cannot view, few slots with MXFP6,
 superblocks or entries of a table, traced code and batch invariance take the quantized Triton
 experts' way.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +30,7 @@ from fusedmoe.experts.hopper_quantized_choice import (
 from fusedmoe.experts.hopper_support import too_many_picks, unmet_by_hopper
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
+from fusedmoe.experts.triton_quantized_formats import emulated_capabilities, unmet_by_groups
 from fusedmoe.kernels.align import dense
 from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.device import device_of, multiprocessors_of
@@ -41,11 +44,12 @@ from fusedmoe.kernels.peer_all_to_all import settled
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertsWork,
+    FusedMoEActivationFormat,
     ProblemSize,
     WorkspaceShapes,
     scratch,
 )
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
@@ -56,15 +60,16 @@ from fusedmoe.tuning.quantized_tiles import (
 from fusedmoe.tuning.w8a8_tiles import StreamTiles
 
 _Layer = LayerTensors[QuantizedTensor]
-_WEIGHTS = (torch.float8_e4m3fn, torch.int8, "mxfp8")
-_WEIGHTS_ALONE = (
-    *("int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3", "nf4", "iq4_nl", "q4_k", "q5_k"),
+_BY_ROUNDED = (torch.float8_e4m3fn, torch.int8)
+_BY_FLOATS = (
+    *(*_BY_ROUNDED, "mxfp8", "int4", "mxfp4", "nvfp4", "mxfp6_e3m2", "mxfp6_e2m3"),
+    *("nf4", "iq4_nl", "q4_k", "q5_k"),
 )
 
 
 def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
     """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
-    known = _WEIGHTS if rows is not None else _WEIGHTS + _WEIGHTS_ALONE
+    known = _BY_FLOATS if rows is None else _BY_ROUNDED
     return weight.dtype in known and not weight.act_order
 
 
@@ -117,7 +122,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if self.moe_config.options.batch_invariant:
             return shapes
         first, second = shapes.workspace13, [shapes.workspace2]
-        mixed = self.quant_config.a1.key is None
+        mixed = self.emulate or self.quant_config.a1.key is None
         if MAX_DECODE_MEAN * num_experts >= R:
             second.append((R, 2 * H if mixed else H))
         formats = [fmt for fmt in (self.quant_config.w1.format, self.quant_config.w2.format) if fmt]
@@ -229,4 +234,38 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         wide = wide_rows(layer.w1.format, layer.w2.format)
         y = scratch(layer.y, P, 2 * H if wide else H)
         y = y.view(torch.float32) if wide else y
-        mixed_prefill(layer._replace(act=scratch(layer.act, P, I), y=y), tiles)
+        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
+        mixed_prefill(layer._replace(act=scratch(layer.act, P, I), y=y), tiles, keys, scales)
+
+
+class HopperEmulatedExperts(HopperQuantizedExperts):
+    """As ``HopperQuantizedExperts`` where rows have a format that these kernels do not multiply:
+    they are rounded to it, and multiplied as bf16 where slots are many. Of few slots plain Triton
+    does the same."""
+
+    name = "hopper_emulated"
+    emulate = True
+
+    @classmethod
+    def capabilities(cls) -> ExpertsCapabilities:
+        can = emulated_capabilities(FusedMoEActivationFormat.Standard)
+        pairs = ((weight, rows) for weight, rows in can.weight_formats if weight is not None)
+        return replace(
+            super().capabilities(),
+            weight_formats=frozenset(
+                (weight, rows)
+                for weight, rows in pairs
+                if _has_kernels(weight, None) and rows != FP8_DYNAMIC_TENSOR
+            ),
+            emulated=can.emulated,
+        )
+
+    @classmethod
+    def unmet_requirement(
+        cls, moe: FusedMoEConfig, weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> str | None:
+        int4 = weight_key is not None and weight_key.dtype == "int4"
+        by_fp8 = activation_key is not None and activation_key.dtype == torch.float8_e4m3fn
+        if int4 and by_fp8 and unmet_by_groups(weight_key, activation_key) is None:
+            return "leaves products of int4 with fp8 rows to those who multiply fp8"
+        return super().unmet_requirement(moe, weight_key, activation_key)

@@ -11,6 +11,7 @@ from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import MINIMA, unmet_by_mixed_prefill, wide_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat
 from fusedmoe.tuning.mixed_tiles import (
     MixedPrefillTiles,
@@ -29,6 +30,8 @@ def runs_decode(
     """Whether the streaming kernels can run R slots over ``num_experts`` experts, local or not, and
     should; rows rounded already or not."""
     if MAX_DECODE_MEAN * num_experts < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
+        return False
+    if operands.emulate:
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
     if (a1 is None) != (a2 is None):
@@ -64,8 +67,11 @@ def can_prefill(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | Non
 
 
 def can_prefill_mixed(operands: Operands, x: torch.Tensor, x_scale: torch.Tensor | None) -> bool:
-    """Whether the prefill kernels can run these weights with rows as they are."""
-    if operands.a1 is not None or operands.a2 is not None or x_scale is not None:
+    """Whether the prefill kernels can run these weights with rows in floating point, as they come
+    or rounded to a format."""
+    if not operands.floating_rows or x_scale is not None:
+        return False
+    if FP8_DYNAMIC_TENSOR in (operands.a1, operands.a2):  # which rows count is not known here
         return False
     if x.dtype != torch.bfloat16 or x.stride(1) != 1:
         return False

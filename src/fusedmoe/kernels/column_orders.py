@@ -7,6 +7,7 @@ order of the step are copied as they lie, and one product takes all columns of a
     sixes    of every superblock of 256, tiles of 32: two neighbours of each of eight words in both
              halves (``sixes``)
     units    of every 128 columns, tiles of 16: two neighbours of each unit (``sextets``)
+    lanes    of every 32 columns, those that a lane of Hopper's products has (``lane_order``)
 
 Device code: ``place_of`` in ``kernels/triton/quantized_common.py``.
 """
@@ -18,8 +19,8 @@ import torch
 from fusedmoe.quantization.tensor import QuantFormat
 from fusedmoe.tuning.quantized_tiles import SEXTETS
 
-HALVES, SIXES, UNITS = "halves", "sixes", "units"
-REPEATS = {"": 1, HALVES: 2, SIXES: 256, UNITS: 128}
+HALVES, SIXES, UNITS, LANES = "halves", "sixes", "units", "lanes"
+REPEATS = {"": 1, HALVES: 2, SIXES: 256, UNITS: 128, LANES: 32}
 """Rows have a multiple of so many columns."""
 
 _NIBBLES = frozenset({"int4", "e2m1", "nf4", "iq4_nl"})
@@ -28,6 +29,7 @@ _SPLITS = {
     HALVES: ((2,), (0, 2, 1)),
     SIXES: ((2, 2, 2, 8, 2, 2), (0, 1, 4, 3, 6, 2, 5, 7)),
     UNITS: ((8, 8, 2), (0, 1, 3, 2, 4)),
+    LANES: ((4, 2, 4), (0, 1, 4, 2, 3)),
 }
 
 

@@ -20,6 +20,8 @@ from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_quantized import check_plain_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows_reference
+from fusedmoe.quantization.keys import PER_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
@@ -76,9 +78,17 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
     return None
 
 
-def mixed_prefill(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:
+def mixed_prefill(
+    layer: LayerTensors[QuantizedTensor],
+    tiles: MixedPrefillTiles,
+    keys: RowKeys = (None, None),
+    scales: RowScales = (None, None),
+) -> None:
     """Run a layer of many slots: x and out bf16, weights in 4, 6 or 8 bits; scratch act [P, I] bf16
     and y [P, H] bf16, fp32 for ``wide_rows``, P = ``mixed_prefill_rows``.
+
+    ``keys``: how the rows that enter each product are rounded before (``round_rows``), with the
+    ``scales`` fp32 [1] of those that are static; not with one dynamic scale for all rows.
 
     Raises ValueError for weights that the kernels cannot read and for tensors that do not fit.
     """
@@ -88,14 +98,17 @@ def mixed_prefill(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles
     tiles.check()
     _check(layer, tiles)
     check_biases(layer)
+    if PER_TENSOR in {key.group_shape for key in keys if key is not None and not key.static}:
+        raise ValueError("the Hopper kernel rounds rows one by one, not all by one dynamic scale")
     if not layer.x.is_cuda:
-        mixed_prefill_reference(layer, tiles)
+        mixed_prefill_reference(layer, tiles, keys, scales)
         return
     from fusedmoe.kernels.triton.hopper_mixed_prefill import prefill
 
     ids, e = layer.topk_ids, layer.w1.shape[0]
     if ids.numel() > 0:
-        prefill(layer, mixed_prefill_tables(ids, e, layer.expert_map, tiles), tiles)
+        tables = mixed_prefill_tables(ids, e, layer.expert_map, tiles)
+        prefill(layer, tables, tiles, keys, scales)
 
 
 def mixed_prefill_tables(
@@ -109,9 +122,16 @@ def mixed_prefill_tables(
     )
 
 
-def mixed_prefill_reference(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:
+def mixed_prefill_reference(
+    layer: LayerTensors[QuantizedTensor],
+    tiles: MixedPrefillTiles,
+    keys: RowKeys = (None, None),
+    scales: RowScales = (None, None),
+) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
+    if keys[0] is not None:
+        x = round_rows_reference(x, keys[0], scales[0])
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
     R, slots, expert_map = T * K, tiles.gemm1.slots, layer.expert_map
     tables = align_local_slots(topk_ids, slots, e, expert_map, whole_blocks=True)
@@ -121,7 +141,10 @@ def mixed_prefill_reference(layer: LayerTensors[QuantizedTensor], tiles: MixedPr
         x, w1, act[:R], tables, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
         activation_config=layer.activation_config,
     )  # fmt: skip
-    quantized_gemm_reference(act[:R], w2, y[:R], tables, tile, top_k=1, bias=layer.w2_bias)
+    rows = act[:R]
+    if keys[1] is not None:
+        rows = round_rows_reference(rows, keys[1], scales[1])
+    quantized_gemm_reference(rows, w2, y[:R], tables, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )

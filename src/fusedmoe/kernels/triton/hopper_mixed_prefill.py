@@ -36,9 +36,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.column_orders import LANES
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows
 from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -228,13 +230,21 @@ def shares_of(
 
 
 def prefill(
-    layer: LayerTensors[QuantizedTensor], tables: MoEAlignment, tiles: MixedPrefillTiles
+    layer: LayerTensors[QuantizedTensor],
+    tables: MoEAlignment,
+    tiles: MixedPrefillTiles,
+    keys: RowKeys = (None, None),
+    row_scales: RowScales = (None, None),
 ) -> None:
-    """Launch the three kernels; the layer as checked by ``kernels.hopper_mixed_prefill``."""
+    """Launch the three kernels, and where rows are rounded, what rounds them before each product;
+    all as checked by ``kernels.hopper_mixed_prefill``."""
     x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
     R, K = topk_ids.numel(), topk_ids.shape[1]
     position = torch.empty(R, dtype=torch.int32, device=x.device)
-    if wants_lane_order(w1):
+    orders = [LANES if wants_lane_order(w) else "" for w in (w1, w2)]
+    if keys[0] is not None:
+        x = round_rows(x, keys[0], row_scales[0], order=orders[0])
+    elif orders[0]:
         # In memory that nobody needs before the second launch.
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
@@ -243,8 +253,10 @@ def prefill(
     for share, (tile, _) in shares.items():
         up(
             x, w1, scales, K, act, position, layer.epilogue, layer.w1_bias, tables, tile, programs,
-            share, ordered=wants_lane_order(w2),
+            share, ordered=orders[1] != "" and keys[1] is None,
         )  # fmt: skip
+    if keys[1] is not None:
+        act = round_rows(act, keys[1], row_scales[1], order=orders[1])
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
         down(act, w2, scales, y, layer.w2_bias, tables, R, tile, programs, share)

@@ -290,6 +290,8 @@ def place_of(column, D, ORDER: tl.constexpr):
         tile = column // 32 % 2 * 4 + column // 64 % 2 * 2 + column // 2 % 2
         at = column // 128 % 2 * 16 + column // 4 % 8 * 2 + column % 2
         return column // 256 * 256 + tile * 32 + at
+    elif ORDER == "lanes":
+        return column // 32 * 32 + column % 4 * 8 + column // 8 % 4 * 2 + column // 4 % 2
     else:
         return column
 
