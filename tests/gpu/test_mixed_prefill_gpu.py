@@ -172,7 +172,7 @@ ROUNDED = {
     "mxfp8": ("mxfp8", keys.MXFP8_DYNAMIC, MANY),
     "int4_by_fp8": ("int4_g128", keys.FP8_DYNAMIC_TOKEN, MANY),
     "int4_by_one_scale": ("int4_channel_zp", keys.FP8_STATIC_TENSOR, MANY),
-    "iq4_nl_by_int8": ("iq4_nl", keys.INT8_DYNAMIC_TOKEN, replace(MANY, H=544, I=288)),
+    "iq4_nl_by_fp8": ("iq4_nl", keys.FP8_DYNAMIC_TOKEN, replace(MANY, H=544, I=288)),
     "many_tiles": ("nvfp4", keys.NVFP4_DYNAMIC, replace(MANY, T=6000, H=2048, I=768)),
 }
 
