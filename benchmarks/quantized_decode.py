@@ -28,7 +28,7 @@ from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, make_header
 from fusedmoe.kernels.device import multiprocessors_of
-from fusedmoe.kernels.hopper_quantized import decode_tiles_for, lone_slots, quantized_decode
+from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits
@@ -67,7 +67,7 @@ def run(
     out: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor],
     programs: int,
-    tiles: CudaDecodeTiles,
+    tiles: CudaDecodeTiles | None,
 ) -> torch.Tensor:
     routed: Any = layer.routed_experts
     config = routed.quant_method.get_fused_moe_quant_config(routed)
@@ -112,11 +112,11 @@ def measure(case: str, asked: list[str], report: BenchReport) -> bool:
             partial(run, shape, layer, x, one, torch.empty_like(x), scratch, programs)
             for layer, one in zip(layers, ones, strict=True)
         ]
-        lone = lone_slots(R, shape.E, None)
-        chosen = decode_tiles_for(R, *weights_of(layers[0]), lone, programs)
+        cuts: dict[str, CudaDecodeTiles | None] = {"chosen": None}
+        cuts |= {cut: parsed(cut) for cut in asked}
         recorded = {
             label: record([partial(one, tiles) for one in runs], limit, REPEATS)
-            for label, tiles in ({"chosen": chosen} | {cut: parsed(cut) for cut in asked}).items()
+            for label, tiles in cuts.items()
         }
         samples = time_in_turns(recorded, 0.0)
         for label, replays in recorded.items():

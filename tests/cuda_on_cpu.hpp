@@ -26,6 +26,7 @@ using std::min;
 
 #define DEVICE inline
 #define __global__
+#define __device__
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -83,6 +84,11 @@ inline void arrive_in_cluster() {
 inline void wait_in_cluster() {
   while (cluster.generation == fibers[current].generation) yield();
 }
+inline void meet_grid(u32*) {
+  static Meeting grid;
+  meet_at(grid, gridDim.x);
+}
+inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 inline u32 in_block(u32 address, int rank) { return address % block_bytes + rank * block_bytes; }
 
 inline float as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
@@ -260,6 +266,7 @@ inline void arrive_with_copies(u32 barrier) {
   fibers[current].open.clear();
   engine[barrier].left--;
 }
+inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_tile(const TensorMap&, int, int, int) {}
 inline int from_lane(int value, int from) {
   const int warp = current / 32, lane = threadIdx.x % 32;

@@ -23,7 +23,7 @@ extern "C" void launch(const Arguments* a, int blocks, int threads, int shared, 
 class KernelOnCpu:
     """Stands in for ``CudaKernel``; ``files`` do without the instructions' own text."""
 
-    def __init__(self, files, entry, defines, threads, shared, cluster=1):
+    def __init__(self, files, entry, defines, threads, shared, cluster=1, *, cooperative=False):
         text = HEADER.read_text() + source_of(*files) + LAUNCH % entry
         flags = [f"-D{name}={value}" for name, value in defines]
         name = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()
@@ -35,7 +35,8 @@ class KernelOnCpu:
                 input=text, text=True, check=True, capture_output=True,
             )  # fmt: skip
         self._library = ctypes.CDLL(str(library))
-        self._sizes = threads, shared, cluster
+        self._sizes, self._cluster = (threads, shared), None if cooperative else cluster
 
     def launch(self, blocks, parameters, device):
-        self._library.launch(ctypes.byref(parameters), blocks, *self._sizes)
+        together = self._cluster or blocks
+        self._library.launch(ctypes.byref(parameters), blocks, *self._sizes, together)

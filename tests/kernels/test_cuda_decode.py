@@ -64,8 +64,9 @@ def block(slots=16, warps=4, stages=3):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    def kernel(sources, defines, threads, shared):
-        return KernelOnCpu(sources, sources[-1].removesuffix(".cu"), defines, threads, shared)
+    def kernel(sources, defines, threads, shared, cooperative):
+        given = sources, sources[-1].removesuffix(".cu"), defines, threads, shared
+        return KernelOnCpu(*given, cooperative=cooperative)
 
     monkeypatch.setattr(quantized_rows, "tile_map", tile_map)
     monkeypatch.setattr(quantized_launch, "_kernel", kernel)

@@ -1,6 +1,7 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
+``quantized_token.cu`` for one token whose experts have short rows, in one launch;
 ``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for more of
 them and for blocks of eight or sixteen of mxfp4 and int4 without zero points,
 ``quantized_warps.cu`` for blocks of eight of all others, ``quantized_stream.cu`` for larger ones.
@@ -33,6 +34,7 @@ from fusedmoe.tuning.cuda_tiles import (
     rows_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
+from fusedmoe.tuning.token_tiles import TokenCut, TokenShape, token_cut
 
 ALIGNED_BYTES = 16
 # Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece,
@@ -126,6 +128,43 @@ def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | Non
     return tile(features, w.shards, w.data.shape[-1], scale_bytes, slots, splits)
 
 
+def token_cut_for(
+    layer: LayerTensors[QuantizedTensor], *, where_faster: bool = True
+) -> TokenCut | None:
+    """How one launch runs the whole layer; None where there are more tokens than one, or it does
+    not read these weights: it takes two matrices in mxfp4 or in int4 without zero points, in the
+    same format, with scales that the copy engine can bring. ``where_faster``: only where it is,
+    which is where a program's shared memory holds all of its weights and rows of w2 are a line."""
+    (T, K), first, second = layer.topk_ids.shape, layer.w1, layer.w2
+    biases = [bias for bias in (layer.w1_bias, layer.w2_bias) if bias is not None]
+    alike = first.format == second.format and len({bias.dtype for bias in biases}) <= 1
+    if T != 1 or K > MAX_LONE_SLOTS or not alike:
+        return None
+    rows, dtypes = [], set()
+    for w in (first, second):
+        fmt, scale, group = w.format, w.scale, w.format.group
+        if fmt.element not in ("int4", "e2m1") or not fmt.symmetric or w.scale2 is not None:
+            return None
+        if scale is None or group.row != 1 or group.col < 32 or w.shape[-1] % group.col:
+            return None
+        if scale.data_ptr() % ALIGNED_BYTES:
+            return None
+        dtypes.add(scale.dtype)
+        rows.append((w.data.shape[-1], scale.shape[-1] * scale.element_size()))
+    if len(dtypes) > 1:
+        return None
+    if any(bias.data_ptr() % ALIGNED_BYTES for bias in biases):
+        return None
+    (_, H, I), size = second.shape, biases[0].element_size() if biases else 0  # noqa: E741
+    (up_row, up_scales), (down_row, down_scales) = rows
+    of_rows = (up_row, down_row), (up_scales, down_scales)
+    shape = TokenShape(K, H, I, first.shards, *of_rows, size)
+    cut = token_cut(shape, layer.programs)
+    if cut is None or (where_faster and (down_row > LINE_BYTES or not cut.at_once)):
+        return None
+    return cut
+
+
 def quantized_decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
@@ -143,6 +182,7 @@ def quantized_decode(
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     R, e = topk_ids.numel(), w2.shape[0]
+    one_launch = token_cut_for(layer) if tiles is None and blocks is None else None
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
             raise ValueError("a table of blocks comes with the tiles it was made for")
@@ -160,6 +200,11 @@ def quantized_decode(
     from fusedmoe.kernels.cuda.quantized_decode import decode
 
     if R == 0:
+        return
+    if one_launch is not None:
+        from fusedmoe.kernels.cuda.quantized_token import run_token
+
+        run_token(layer, one_launch)
         return
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:

@@ -127,6 +127,9 @@ DEVICE void wait_barrier(u32 barrier, int phase) {
 struct alignas(64) TensorMap {
   u8 bytes[128];
 };
+DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // An arrival of one thread, which announces bytes that copies bring.
 DEVICE void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -245,6 +248,19 @@ DEVICE i64 load_past_l1(const i64* from) {
   i64 value;
   asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
   return value;
+}
+// One thread of each block of a grid whose blocks all run at once: past it, what any block's threads
+// had written in front of a barrier with theirs is seen. The word's highest bit turns over.
+DEVICE void meet_grid(u32* word) {
+  const u32 own = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+  u32 before, now;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(word), "r"(own)
+               : "memory");
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+  } while (!((before ^ now) >> 31));
 }
 DEVICE u32 shared_address(const void* memory) { return (u32)__cvta_generic_to_shared(memory); }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -55,9 +55,11 @@ class CudaKernel:
         threads: int,
         shared: int,
         cluster: int = 1,
+        *,
+        cooperative: bool = False,
     ) -> None:
         self._entry, self._threads, self._shared = entry, threads, shared
-        self._cluster = cluster
+        self._cluster, self._cooperative = cluster, cooperative
         self._source, self._defines = source, defines
         self._functions: dict[int, Any] = {}
 
@@ -69,7 +71,8 @@ class CudaKernel:
                 function = self._functions[device] = self._load(device)
         address = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = torch._C._cuda_getCurrentRawStream(device)
-        config = _config(blocks, self._threads, self._shared, self._cluster, stream)
+        shape = blocks, self._threads, self._shared, self._cluster
+        config = _config(*shape, self._cooperative, stream)
         driver, call = _driver(), (config, function, ctypes.addressof(address), 0)
         answer = driver.cuLaunchKernelEx(*call)
         if answer[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -106,7 +109,9 @@ def _enter_context(device: int) -> None:
 
 
 @lru_cache(maxsize=256)
-def _config(blocks: int, threads: int, shared: int, cluster: int, stream: int) -> Any:
+def _config(
+    blocks: int, threads: int, shared: int, cluster: int, cooperative: bool, stream: int
+) -> Any:
     driver = _driver()
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -118,6 +123,11 @@ def _config(blocks: int, threads: int, shared: int, cluster: int, stream: int) -
         size = shape.value.clusterDim
         size.x, size.y, size.z = cluster, 1, 1
         attributes.append(shape)
+    if cooperative:
+        together = driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        attributes.append(together)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

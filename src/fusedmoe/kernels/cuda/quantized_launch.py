@@ -99,12 +99,15 @@ def constants_of(
 
 @lru_cache(maxsize=1024)
 def _kernel(
-    sources: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, shared: int
+    sources: tuple[str, ...],
+    defines: tuple[tuple[str, int], ...],
+    threads: int,
+    shared: int,
+    cooperative: bool,
 ) -> CudaKernel:
     text, entry = source_of("instructions.cuh", *sources), sources[-1].removesuffix(".cu")
-    return CudaKernel(
-        text, entry, tuple((name, str(value)) for name, value in defines), threads, shared
-    )
+    named = tuple((name, str(value)) for name, value in defines)
+    return CudaKernel(text, entry, named, threads, shared, cooperative=cooperative)
 
 
 def launch(
@@ -116,9 +119,11 @@ def launch(
     per_multiprocessor: int,
     programs: int,
     device: int,
+    *,
+    cooperative: bool = False,
 ) -> None:
     """The entry named as the last of ``sources``, by ``programs`` times as many programs as fit a
-    multiprocessor, at most ``per_multiprocessor``."""
+    multiprocessor, at most ``per_multiprocessor``; ``cooperative``: as ``CudaKernel`` has it."""
     resident = min(per_multiprocessor, SHARED_BYTES // (shared + RESERVED_BYTES))
-    kernel = _kernel(sources, tuple(constants.items()), threads, shared)
+    kernel = _kernel(sources, tuple(constants.items()), threads, shared, cooperative)
     kernel.launch(programs * resident, arguments, device)

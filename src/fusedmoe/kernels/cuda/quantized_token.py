@@ -1,0 +1,106 @@
+"""Launching ``quantized_token.cu``: constants and arguments."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from fusedmoe.kernels.align import LoneSlots
+from fusedmoe.kernels.cuda.quantized_decode import tile_map
+from fusedmoe.kernels.cuda.quantized_launch import BIASES, ELEMENTS, FORMULAS, SCALES, launch
+from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.token_tiles import TILE_ROWS, TokenCut
+
+SOURCES = (
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_lone_slots.cuh"),
+    *("quantized_token_steps.cuh", "quantized_token.cu"),
+)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's one parameter, field by field as its source has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_char * 128) for name in ("first", "second")),
+        *((name, ctypes.c_void_p) for name in ("first_scale", "second_scale")),
+        *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "act", "out")),
+        *((name, ctypes.c_void_p) for name in ("pick_weights", "ids", "map")),
+        *((name, ctypes.c_int32) for name in ("R", "num_mapped", "num_local")),
+        *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
+    )
+
+
+def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
+    """The layer of one token, as checked by ``kernels.hopper_quantized``, in one launch."""
+    w1, w2, act = layer.w1, layer.w2, layer.epilogue
+    assert w1.scale is not None
+    assert w2.scale is not None
+    picks = LoneSlots.of(layer.topk_ids, layer.expert_map)
+    biases = layer.w1_bias, layer.w2_bias
+    first_bias, second_bias = (0 if b is None else BIASES[b.dtype] for b in biases)
+    H, I = w1.shape[2], w2.shape[2]  # noqa: E741
+    constants = {
+        "HIDDEN": H,
+        "INTERMEDIATE": I,
+        "PICKS": layer.topk_ids.numel(),
+        "ID64": int(layer.topk_ids.dtype == torch.int64),
+        "BLOCKS": layer.programs,
+        "WARPS": cut.warps,
+        "UP_KW": cut.up_along,
+        "DOWN_KW": cut.down_along,
+        "STAGES": cut.stages,
+        "MOST_TILES": cut.tiles,
+        "MOST_UNITS": cut.units,
+        "MOST_SUMS": cut.sums,
+        "ELEMENT": ELEMENTS[w1.format.element],
+        "GROUP": w1.format.group.col,
+        "SCALE": SCALES[w1.scale.dtype],
+        "SCALE_BYTES": w1.scale.element_size(),
+        "INTERLEAVED": int(w1.interleaved),
+        "FIRST_BIAS": first_bias,
+        "SECOND_BIAS": second_bias,
+        "BIAS_BYTES": max((b.element_size() for b in biases if b is not None), default=0),
+        "FORMULA": FORMULAS.index(act.formula),
+        "GATED": int(act.gated),
+        "LIMITED": int(act.limit is not None),
+        # What other kernels' text asks for, and this one has no use for.
+        **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD", "WIDE"), 0),
+        "FEATURES": I,
+    }
+    tensors = {
+        "first_scale": w1.scale,
+        "second_scale": w2.scale,
+        "first_bias": layer.w1_bias,
+        "second_bias": layer.w2_bias,
+        "x": layer.x,
+        "act": layer.act,
+        "out": layer.out,
+        "pick_weights": layer.topk_weights,
+        "ids": picks.topk_ids,
+        "map": picks.expert_map,
+    }
+    given = Arguments(
+        R=layer.topk_ids.numel(),
+        num_mapped=0 if picks.expert_map is None else picks.expert_map.shape[0],
+        num_local=w1.shape[0],
+        limit=act.limit or 0.0,
+        alpha=act.alpha,
+        beta=act.beta,
+    )
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(given, name, tensor.data_ptr())
+    shards, address = w1.shards, ctypes.addressof(given)
+    for i, (w, features, parts, box) in enumerate(
+        ((w1, I, shards, TILE_ROWS // shards), (w2, H, 1, TILE_ROWS // 2))
+    ):
+        size = w.data.data_ptr(), w.shape[0], features, parts, w.data.shape[-1]
+        ctypes.memmove(address + 128 * i, tile_map(*size, w.interleaved, box), 128)
+    device = layer.x.get_device()
+    launch(
+        SOURCES, constants, cut.warps * 32, cut.shared, given, 1, layer.programs, device,
+        cooperative=True,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""How ``kernels/cuda/quantized_token.cu`` cuts the layer of one token with 4-bit weights."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+OCTET, TILE_ROWS = 128, 16  # bytes of a row that are a step, rows of a tile
+PLACE_BYTES = TILE_ROWS * OCTET + 8  # of a ring, its barrier included
+MOST_OCTETS = 2  # of a tile that a warp has registers for, of x
+WARPS = range(8, 17)
+FEWEST_STAGES = 2 * MOST_OCTETS
+# Of shared memory: so that no two programs fit a multiprocessor; so that the next launch's first
+# one, of a warp, still does.
+EXCLUSIVE_BYTES, MOST_BYTES = 116 * 1024, 224 * 1024
+
+
+class TokenShape(NamedTuple):
+    """Of a layer: experts per token, sizes, matrices in w1; of w1 and w2, bytes of a row and of its
+    scales; bytes of a bias' element (0: none)."""
+
+    picks: int
+    hidden: int
+    intermediate: int
+    shards: int
+    row_bytes: tuple[int, int]
+    scale_bytes: tuple[int, int]
+    bias_bytes: int
+
+
+class TokenCut(NamedTuple):
+    """``warps`` of a program, of which ``up_along`` and ``down_along`` share the columns of a tile;
+    ``stages`` of a warp's ring, for so many ``steps``; a program's ``tiles`` of w1, ``units`` of
+    eight rows of w2 and ``sums`` of tiles at most; its bytes of shared memory.
+    """
+
+    warps: int
+    up_along: int
+    down_along: int
+    stages: int
+    steps: int
+    tiles: int
+    units: int
+    sums: int
+    shared: int
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all weights of a program are on their way from the beginning."""
+        return self.stages == self.steps
+
+
+@lru_cache(maxsize=1024)
+def token_cut(shape: TokenShape, programs: int) -> TokenCut | None:
+    """The cut whose warps have the fewest steps in all; None where there is none: rows too long for
+    the registers of ``WARPS``, features that are no whole tiles, or no room for a ring."""
+    of_tile = TILE_ROWS // shape.shards
+    octets = [-(-size // OCTET) for size in shape.row_bytes]
+    warps_for = [warps for warps in WARPS if MOST_OCTETS * warps >= max(octets)]
+    odd = any(size % 2 for size in shape.scale_bytes)
+    if shape.intermediate % of_tile or shape.hidden % 8 or odd or not warps_for:
+        return None
+    tiles = -(-shape.picks * (shape.intermediate // of_tile) // programs)
+    units = -(-(shape.hidden // 8) // programs)
+    counts = tiles, -(-shape.picks // 2) * units
+
+    def along(warps: int, gemm: int) -> tuple[int, int]:
+        """Steps of each warp, and how many warps share a tile for that."""
+        own, count = octets[gemm], counts[gemm]
+        fit = [n for n in range(warps, 0, -1) if warps % n == 0 and MOST_OCTETS * n >= own]
+        steps = [-(-count // (warps // n)) * -(-own // n) for n in fit]
+        return min(steps), fit[steps.index(min(steps))]
+
+    def all_steps(warps: int) -> int:
+        return warps * (along(warps, 0)[0] + along(warps, 1)[0])
+
+    warps = min(reversed(warps_for), key=all_steps)
+    (up_steps, up), (down_steps, down) = along(warps, 0), along(warps, 1)
+    sums = max(counts[0] * up, counts[1] * down)
+    # Of rows with scales and a bias each; of sums, barriers and picks.
+    rows = tiles * TILE_ROWS, shape.picks * units * 8
+    fixed = sum(
+        n * (size + shape.bias_bytes) for n, size in zip(rows, shape.scale_bytes, strict=True)
+    )
+    fixed += 64 * sums + 16 + 8 * shape.picks + 8
+    steps = up_steps + down_steps
+    stages = min(steps, 32, (MOST_BYTES - fixed) // (warps * PLACE_BYTES))
+    if stages < min(FEWEST_STAGES, steps):
+        return None
+    shared = max(EXCLUSIVE_BYTES, fixed + stages * warps * PLACE_BYTES)
+    return TokenCut(warps, up, down, stages, steps, tiles, units, sums, shared)
