@@ -8,7 +8,7 @@ import torch
 import fusedmoe
 from fusedmoe.integrations.transformers.accelerate import _replacement
 from fusedmoe.integrations.transformers.blocks import BlockForward
-from fusedmoe.runner.replay import GraphReplay
+from fusedmoe.runner.replay import MAX_REPLAYED_ROWS, GraphReplay
 
 pytest.importorskip("transformers")
 from hf import tiny_models
@@ -16,7 +16,7 @@ from hf import tiny_models
 pytestmark = pytest.mark.gpu
 
 
-def accelerated(name, replay_rows=64):
+def accelerated(name, replay_rows=MAX_REPLAYED_ROWS):
     model = tiny_models.build(tiny_models.by_name(name)).to("cuda", torch.bfloat16)
     fusedmoe.accelerate(model, replay_rows=replay_rows)
     blocks = (m for m in model.modules() if isinstance(_replacement(m), BlockForward))
@@ -24,7 +24,7 @@ def accelerated(name, replay_rows=64):
 
 
 def captured(block):
-    return [one for one in _replacement(block).replay._captured.values() if one is not None]
+    return list(_replacement(block).replay._captured.values())
 
 
 def width(block):
@@ -41,10 +41,10 @@ def test_replayed_blocks_give_the_bits_of_launched_ones(name, mode):
     _, block = accelerated(name)
     _, launched = accelerated(name, replay_rows=0)
     with mode():
-        for T in (1, 3, 1, 3, 1, 3, 70, 70, 70):
+        for T in (1, 3, 1, 3, 1, 3, 70, 70, 70, 300, 300, 300):
             x = torch.randn(1, T, width(block), device="cuda", dtype=torch.bfloat16)
             assert torch.equal(first(block(x)), first(launched(x)))
-    assert len(captured(block)) == 2
+    assert len(captured(block)) == 3
     assert not captured(launched)
 
 
@@ -106,6 +106,20 @@ def test_inside_a_capture_and_after_a_copy():
     twin = copy.deepcopy(block)
     assert torch.equal(first(twin(x)), wanted)
     assert not captured(twin)
+
+
+@torch.no_grad()
+def test_prompts_of_many_lengths_leave_room_for_decode_steps():
+    replay = GraphReplay(lambda x: (x * 2,), lambda: True, max_rows=32, max_graphs=8)
+    for width in range(1, 100):  # each of them once
+        replay((torch.ones(32, width, device="cuda"),), ())
+    assert not replay._captured
+    for rows in (32, 31, 30, 16, 17, 18, 1, 2, 3, 4):
+        for _ in range(3):
+            x = torch.randn(rows, 5, device="cuda")
+            assert torch.equal(replay((x,), ())[0], x * 2)
+    held = [one.inputs[0].shape[0] for one in replay._captured.values()]
+    assert held == [32, 31, 16, 17, 18, 1, 2, 3]
 
 
 @torch.no_grad()

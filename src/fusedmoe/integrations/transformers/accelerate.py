@@ -25,6 +25,7 @@ from fusedmoe.integrations.transformers.make_block import make_replacements
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
+from fusedmoe.runner.replay import MAX_REPLAYED_ROWS
 from fusedmoe.selection import check_forced_names
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def accelerate(
     model: Model,
     *,
     options: MoEOptions | None = None,
-    replay_rows: int = 64,
+    replay_rows: int = MAX_REPLAYED_ROWS,
     ep_group: ProcessGroup | DeviceMesh | None = None,
     same_tokens: bool = False,
     peers: PeerMemory | None = None,
@@ -82,7 +83,8 @@ def accelerate(
     Hugging Face's.
 
     On a GPU, whole blocks called with up to ``replay_rows`` tokens are replayed as CUDA graphs from
-    the third such call on (0: never), which spares a decode step most of its time on the host.
+    the third such call on (0: never), which spares a decode step, and a prompt as long as others
+    before it, most of its time on the host.
 
     Training with gradients runs the original forwards; in eval mode a backward pass through an
     accelerated block raises. Calling it again adds what was not replaced yet.
@@ -140,7 +142,9 @@ def run_whole_blocks(
         if not _runs_whole(experts):
             continue
         assert block.family is not None
-        for replacement in make_replacements(block.module, block.family, options, 64, ranks):
+        for replacement in make_replacements(
+            block.module, block.family, options, MAX_REPLAYED_ROWS, ranks
+        ):
             _install(replacement)
 
 
