@@ -11,9 +11,10 @@ decoding step that passes in the MoE blocks.
 
 With a static cache `generate` compiles the model's step, which takes a minute for each batch size
 and implementation (``warm_up_s``), and makes a new cache each time: as long as those come to lie at
-new addresses, which four of them do, the step's graph is recorded again. These are warm-up, too;
-``later_ms`` has each run after it. The file is written after every batch size; ``--append`` keeps
-the rows that it holds. Batch sizes measured side by side, on a GPU each, are put together by
+new addresses, which the first four or so do, the step's graph is recorded again. That is warm-up,
+and so are the calls before ours are replayed; ``later_ms`` has each run after it. The file is
+written after every batch size; ``--append`` keeps the rows that it holds. Batch sizes measured side
+by side, on a GPU each, are put together by
 
     python benchmarks/model_generate.py --join one.json other.json --out both.json
 """
@@ -66,7 +67,7 @@ TINY = QWEN3_30B | {
     "num_experts_per_tok": 2,
 }
 BASELINE = "grouped_mm"
-WARM_UPS = {"dynamic": 1, "static": 6}
+WARM_UPS = {"dynamic": 2, "static": 6}
 
 
 def build_model(
