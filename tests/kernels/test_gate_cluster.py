@@ -36,7 +36,10 @@ def logits(x, weight, bias=None, out_dtype=FP32):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize(("T", "H", "E"), [(5, 264, 40), (16, 1032, 16), (19, 1544, 33), (1, 8, 1)])
+@pytest.mark.parametrize(
+    ("T", "H", "E"),
+    [(5, 264, 40), (16, 1032, 16), (19, 1544, 33), (1, 8, 1), (5, 4616, 17), (9, 4616, 3)],
+)
 def test_agrees_with_the_definition(T, H, E, dtype):
     torch.manual_seed(0)
     x = torch.randn(T, H, device=DEVICE).to(dtype)

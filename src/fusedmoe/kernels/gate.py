@@ -2,7 +2,8 @@
 
 Which way it is computed, its tier, is a pure function of shapes, dtypes and the device type:
 
-    rows      up to four tokens on a GPU: one program per expert, exact fp32 products (Triton)
+    rows      up to four tokens on a GPU, or two where clusters run: one program per expert, exact
+              fp32 products (Triton)
     cluster   few tokens on Hopper: clusters of blocks share out the sum over H and add its parts
               through shared memory, in one launch (CUDA)
     parts     the same on other GPUs and of other operands, and where batch invariance is asked for:
@@ -25,6 +26,7 @@ from fusedmoe.kernels.device import device_of
 GateTier = Literal["rows", "cluster", "parts", "mm_fp32", "linear", "by_token"]
 
 MAX_ROWS_TOKENS = 4
+MAX_ROWS_TOKENS_BESIDE_CLUSTER = 2
 MAX_PARTS_TOKENS = 16
 MAX_HALVES_TOKENS = 64  # by parts, of 16-bit operands
 MAX_CLUSTER_TOKENS = 64
@@ -101,7 +103,7 @@ def gate_tier(
         return "by_token" if batch_invariant else "linear"
     if batch_invariant:
         return "parts"
-    if num_tokens <= MAX_ROWS_TOKENS:
+    if num_tokens <= (MAX_ROWS_TOKENS_BESIDE_CLUSTER if cluster_tokens else MAX_ROWS_TOKENS):
         return "rows"
     if num_tokens <= cluster_tokens:
         return "cluster"

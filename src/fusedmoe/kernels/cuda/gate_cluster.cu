@@ -1,9 +1,12 @@
 // Logits of the router's linear layer on Hopper, in one launch: out[t, e] = x[t] . w[e] + bias[e].
 //
 // A cluster of CLUSTER blocks has a tile of 16 experts by TOKENS tokens; its blocks, and their
-// WARPS, share out the columns. Weights and tokens come straight to registers, AHEAD
-// pieces of them asked for at once. The sums of a block's warps meet in its shared memory; those of
+// WARPS, share out the columns. The sums of a block's warps meet in its shared memory; those of
 // the blocks in that of the block that stores them, a CLUSTER-th of the tile each.
+//
+// STAGED: everything is asked for at once and lands in shared memory, where each thread reads only
+// what it has asked for itself. Otherwise weights and tokens come straight to registers, AHEAD
+// pieces of them at a time. The same bits either way.
 //
 // Weights are the M side of mma.sync. The 16 bytes that a thread reads of a row count as the columns
 // that the instruction expects of it, of experts and tokens alike. fp32 is three tf32 products: both
@@ -55,7 +58,12 @@ DEVICE void split(u32 (&low)[N], u32 (&number)[N]) {
 }
 
 // One piece: a thread's 16 bytes of two experts and of each token.
-DEVICE void multiply(Sums& sums, const uint4 (&w)[2], const uint4 (&x)[NT]) {
+struct Piece {
+  uint4 w[2], x[NT];
+};
+
+DEVICE void multiply(Sums& sums, const Piece& piece) {
+  const auto& [w, x] = piece;
 #pragma unroll
   for (int step = 0; step < 2; step++) {
     u32 a[4] = {step ? w[0].z : w[0].x, step ? w[1].z : w[1].x, step ? w[0].w : w[0].y,
@@ -75,10 +83,18 @@ DEVICE void multiply(Sums& sums, const uint4 (&w)[2], const uint4 (&x)[NT]) {
   }
 }
 
+DEVICE uint4 from_shared(u32 address) {
+  u32 v[4];
+  load_shared(v, address);
+  return {v[0], v[1], v[2], v[3]};
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 gate_cluster(const __grid_constant__ Arguments a) {
   DYNAMIC_SHARED(memory);
-  float* const parts = (float*)memory;                   // [WARPS, TOKENS, PITCH]
+  // First [PIECES, 2 + NT, threads] of 16 bytes: off lines of 128 bytes they would take twice as long.
+  constexpr int STAGE = STAGED ? PIECES * (2 + NT) * WARPS * 32 * 16 : 0;
+  float* const parts = (float*)(memory + STAGE);         // [WARPS, TOKENS, PITCH]
   float* const slices = parts + WARPS * TOKENS * PITCH;  // [CLUSTER, SLICE], one from each block
   const u32 all_here = shared_address(slices + SIZE);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -97,26 +113,54 @@ gate_cluster(const __grid_constant__ Arguments a) {
   for (int i = 0; i < 2; i++) w[i] = a.w + min(expert + i * 8 + g, a.E - 1) * a.stride_w + column;
 #pragma unroll
   for (int n = 0; n < NT; n++) x[n] = a.x + min(token + n * 8 + g, a.T - 1) * a.stride_x + column;
-  uint4 weights[AHEAD][2], tokens[AHEAD][NT];
   const auto inside = [&](int piece) { return column + piece * PIECE < ROW_BYTES; };
-  const auto load = [&](int piece) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      weights[piece % AHEAD][i] = load_once(w[i] + piece * PIECE, inside(piece));
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-      tokens[piece % AHEAD][n] = load_past_l1(x[n] + piece * PIECE, inside(piece));
-  };
 
   wait_for_previous();
   let_next_begin();
-#pragma unroll
-  for (int piece = 0; piece < AHEAD; piece++) load(piece);
   Sums sums = {};
+  if constexpr (STAGED) {
+    const u32 stage = shared_address(memory) + threadIdx.x * 16;
+    const auto place = [&](int piece, int i) {
+      return stage + (piece * (2 + NT) + i) * WARPS * 32 * 16;
+    };
 #pragma unroll
-  for (int piece = 0; piece < PIECES; piece++) {
-    multiply(sums, weights[piece % AHEAD], tokens[piece % AHEAD]);
-    if (piece + AHEAD < PIECES) load(piece + AHEAD);
+    for (int piece = 0; piece < PIECES; piece++) {
+      const bool is = inside(piece);
+      const int from = is ? piece * PIECE : 0;
+#pragma unroll
+      for (int i = 0; i < 2; i++) copy16(place(piece, i), w[i] + from, is);
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+        copy16(place(piece, 2 + n), x[n] + from, is && token + n * 8 + g < a.T);
+      commit();
+    }
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+      wait_groups<PIECES - 1>();
+      commit();  // of nothing: the next piece is again the PIECES-th last group
+      Piece now;
+#pragma unroll
+      for (int i = 0; i < 2; i++) now.w[i] = from_shared(place(piece, i));
+#pragma unroll
+      for (int n = 0; n < NT; n++) now.x[n] = from_shared(place(piece, 2 + n));
+      multiply(sums, now);
+    }
+  } else {
+    Piece pieces[AHEAD];
+    const auto load = [&](int piece) {
+      Piece& to = pieces[piece % AHEAD];
+#pragma unroll
+      for (int i = 0; i < 2; i++) to.w[i] = load_once(w[i] + piece * PIECE, inside(piece));
+#pragma unroll
+      for (int n = 0; n < NT; n++) to.x[n] = load_past_l1(x[n] + piece * PIECE, inside(piece));
+    };
+#pragma unroll
+    for (int piece = 0; piece < AHEAD; piece++) load(piece);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+      multiply(sums, pieces[piece % AHEAD]);
+      if (piece + AHEAD < PIECES) load(piece + AHEAD);
+    }
   }
 
 #pragma unroll

@@ -12,7 +12,8 @@ from fusedmoe.kernels.gate import CLUSTER, PIECE, ClusterTile
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXPERTS = 16  # of a tile
-AHEAD = 4  # pieces of a warp on their way at once
+AHEAD = 4  # pieces of a warp on their way at once, where they come to registers
+BLOCK_BYTES = 112 << 10  # with more, the next launch's block would find no room beside this one
 
 
 class Arguments(ctypes.Structure):
@@ -47,21 +48,25 @@ def gate_cluster(
     bias = None if bias is None else bias.contiguous()
     size = x.element_size()
     tokens = 8 if T <= 8 else 16
+    # Sums of warps and of blocks, and a barrier; pieces of two experts and of the tokens.
+    shared = (tile.warps * tokens * (EXPERTS + 4) + tokens * EXPERTS) * 4 + 8
+    pieces = tile.warps * 32 * tile.pieces * (2 + tokens // 8) * 16
+    staged = tile.pieces > AHEAD and shared + pieces <= BLOCK_BYTES
     constants = {
         "NT": tokens // 8,
         "CLUSTER": CLUSTER,
         "WARPS": tile.warps,
         "PIECES": tile.pieces,
         "AHEAD": min(tile.pieces, AHEAD),
+        "STAGED": int(staged),
         "PIECE": PIECE,
         "ROW_BYTES": H * size,
         "ELEMENT": ELEMENTS[x.dtype],
         "OUT": ELEMENTS[out_dtype],
         "BIAS": -1 if bias is None else ELEMENTS[bias.dtype],
     }
-    # Sums of warps and of blocks, and a barrier.
-    shared = (tile.warps * tokens * (EXPERTS + 4) + tokens * EXPERTS) * 4 + 8
-    kernel = _kernel(tuple(constants.items()), tile.warps * 32, shared)
+    threads = tile.warps * 32
+    kernel = _kernel(tuple(constants.items()), threads, shared + pieces if staged else shared)
     arguments = Arguments(
         x.data_ptr(),
         weight.data_ptr(),
