@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import logging
 import pickle
+from importlib.util import find_spec
 
 import pytest
 import tiny_models
@@ -19,7 +20,7 @@ from fusedmoe.integrations.transformers.blocks import BlockForward
 from fusedmoe.integrations.transformers.families import Family
 from fusedmoe.integrations.transformers.rows import FAMILIES, UNSUPPORTED
 
-UNSUPPORTED_MODELS = {"nllb_moe", "switch_transformers"}
+UNSUPPORTED_MODELS = {"inkling2", "muse_spark", "nllb_moe", "switch_transformers"}
 NAMES = [row.name for row in tiny_models.ROWS if row.name not in UNSUPPORTED_MODELS]
 
 
@@ -156,6 +157,11 @@ def test_a_group_left_out_may_still_win_in_axk2():
     assert tiny_models.relative_error(got, wanted) <= 1e-4
 
 
+def is_here(row):
+    """Whether this release of Transformers has the row's model; those in files always are."""
+    return row.module.startswith("modeling_") or find_spec(f"transformers.models.{row.module}")
+
+
 def test_every_row_is_that_of_a_tiny_model():
     seen = set()
     for row in tiny_models.ROWS:
@@ -163,7 +169,7 @@ def test_every_row_is_that_of_a_tiny_model():
             seen.add(f"{row.family}.{type(block.module).__name__}")
     not_in_transformers = {"modeling_grok1.MoeBlock"}
     no_model = {"vitpose_backbone.VitPoseBackboneMoeMLP", "doge.DogeCDMoE"}
-    rows = {row.name for row in (*FAMILIES, *UNSUPPORTED)}
+    rows = {row.name for row in (*FAMILIES, *UNSUPPORTED) if is_here(row)}
     assert rows - not_in_transformers - no_model == seen
 
 
@@ -175,12 +181,18 @@ def test_every_experts_class_has_a_row():
 
 
 def test_named_classes_exist():
+    """In one row of each block, where releases of Transformers have it in several ways."""
+    missing, complete = {}, set()
     for row in FAMILIES:
-        if row.module.startswith("modeling_"):
+        if row.module.startswith("modeling_") or not is_here(row):
             continue
         module = tiny_models.TinyModel(family=row.module, model_class="", experts_class="").module
-        for name in (row.block, row.router.cls, row.experts.cls):
-            assert name == "Linear" or inspect.isclass(getattr(module, name)), (row.name, name)
+        names = {row.block, row.router.cls, row.experts.cls} - {"Linear"}
+        if absent := [name for name in names if not inspect.isclass(getattr(module, name, None))]:
+            missing[row.name] = absent
+        else:
+            complete.add(row.name)
+    assert not missing.keys() - complete, missing
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx", "deepseek_v3", "granitemoeshared"])

@@ -17,6 +17,8 @@ from fusedmoe.integrations.transformers import experts_function
 from fusedmoe.integrations.transformers.gates import forget_gate, gate_of
 
 NAMES = [row.name for row in tiny_models.DECORATED]
+# Their experts compute what no activation here does: Transformers' own function runs them.
+NOT_OURS = {"inkling2", "muse_spark"}
 
 
 def experts_of(model, row):
@@ -65,7 +67,8 @@ def test_logits_and_greedy_tokens_are_those_of_eager(name, monkeypatch):
     wanted, tokens = tiny_models.eager_results(name)
     model = tiny_models.build(row, experts_implementation="fusedmoe")
     assert tiny_models.relative_error(tiny_models.logits(row, model), wanted) <= 1e-4
-    assert len(calls) >= len(experts_of(model, row))
+    assert bool(calls) != (name in NOT_OURS)
+    assert name in NOT_OURS or len(calls) >= len(experts_of(model, row))
     if tokens is not None:
         assert torch.equal(tiny_models.greedy_tokens(row, model), tokens)
 

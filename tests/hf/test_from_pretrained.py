@@ -24,7 +24,9 @@ REFUSED = {
     "dbrx": "experts laid out as 'rows' cannot be replaced",
     "diffusion_gemma": "PackedExperts has no attribute",
     "ernie4_5_vl_moe": r"experts\.10\..*: expert 10 of a layer that has 6",
+    "inkling2": "no family in the table has model_type",
     "jetmoe": "does more than apply experts in its own module",
+    "muse_spark": "no family in the table has model_type",
     "nllb_moe": "no family in the table has model_type",
     "qwen3_omni_moe_talker": None,  # its outputs are no logits
     "switch_transformers": "no family in the table has model_type",

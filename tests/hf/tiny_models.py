@@ -13,6 +13,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -616,6 +617,56 @@ _NOT_ALWAYS: tuple[TinyModel, ...] = (
         **SWITCH,
     ),
 )
-ROWS = _ALWAYS_DECORATED + _NOT_ALWAYS
+# Families that Transformers has had since 5.18 or later.
+_NEWER: tuple[TinyModel, ...] = (
+    _causal(
+        "bailing_hybrid",
+        "BailingHybrid",
+        **MLA,
+        **GROUPED,
+        **LINEAR_THEN_FULL,
+    ),
+    _causal("beam", "Beam", **GROUPED),
+    _causal("dots3_note", "Dots3Note", "Dots3NoteExperts", **MLA),
+    _causal("flint", "Flint", mlp_only_layers=[]),
+    _causal(
+        "inkling2",
+        "Inkling2",
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        sliding_window_size=16,
+        d_rel=4,
+        rel_extent=16,
+    ),
+    _causal("kolibri1", "Kolibri1"),
+    TinyModel(
+        family="mistral_large4",
+        model_class="MistralLarge4ForConditionalGeneration",
+        experts_class="MistralLarge4TextExperts",
+        text_at="text_config",
+        config=MLA | GROUPED,
+    ),
+    TinyModel(
+        family="muse_spark",
+        model_class="MuseSparkTextModel",
+        experts_class="MuseSparkExperts",
+        config={"moe_hidden_size": 32},
+        cannot_generate="a bare text model",
+    ),
+    TinyModel(
+        family="unlimited_ocr",
+        model_class="UnlimitedOcrForConditionalGeneration",
+        experts_class="UnlimitedOcrTextExperts",
+        text_at="text_config",
+        outer={"vision_config": OCR_VISION},
+    ),
+)
+
+ROWS = (
+    _ALWAYS_DECORATED
+    + _NOT_ALWAYS
+    + tuple(row for row in _NEWER if find_spec(f"transformers.models.{row.family}"))
+)
 DECORATED = tuple(row for row in ROWS if row.decorated)
 UNDECORATED = tuple(row for row in ROWS if not row.decorated)

@@ -61,6 +61,11 @@ def recognise_gate(experts: Any) -> Gate:
 
     A function that cannot run on a CPU tensor is not known.
     """
+    if getattr(experts, "has_post_expert_norm", False):
+        _warn_unknown(
+            type(experts).__name__, "what an expert gives is normalised before its weight"
+        )
+        return Gate(activation=None)
     with torch.no_grad():
         x = _probe()
         try:
@@ -132,8 +137,8 @@ def _number(experts: Any, *names: str) -> float | None:
 @functools.cache
 def _warn_unknown(class_name: str, why: str) -> None:
     logger.warning(
-        "%s: the gate between its two GEMMs is not one fusedmoe knows (%s); "
-        "Transformers' grouped_mm runs these experts with their own gate",
+        "%s: what its experts compute is not known to fusedmoe (%s); "
+        "Transformers' grouped_mm runs them",
         class_name,
         why,
     )

@@ -34,6 +34,16 @@ FAMILIES: tuple[Family, ...] = SOFTMAX + LOGITS_FIRST + SIGMOID + OWN_ROUTER
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
+        module="muse_spark",
+        block="MuseSparkMoE",
+        reason="what an expert gives is normalised before its weight",
+    ),
+    Unsupported(
+        module="inkling2",
+        block="Inkling2SparseMoeBlock",
+        reason="its experts cap gate and up softly before they meet",
+    ),
+    Unsupported(
         module="jetmoe",
         block="JetMoeMoA",
         reason="its experts are attention heads, not feed-forward layers",

@@ -130,23 +130,30 @@ SOFTMAX = (
         ),
         experts=Experts(cls="LongcatFlashExperts", activation=read("act_fn")),
     ),
-    Family(
-        module="mistral4",
-        block="Mistral4MoE",
-        router=Router(
-            cls="Mistral4TopkRouter",
-            rule=rule_of(
-                "gate",
-                renormalize=read("gate.norm_topk_prob"),
-                renormalize_epsilon=1e-20,
-                routed_scaling_factor=read("gate.routed_scaling_factor"),
-                num_expert_group=read("gate.num_group"),
-                topk_group=read("gate.topk_group"),
-                group_score="top2_sum",
+    *(
+        Family(
+            module=module,
+            block=f"{prefix}MoE",
+            router=Router(
+                cls=f"{prefix}TopkRouter",
+                rule=rule_of(
+                    "gate",
+                    renormalize=renormalize,
+                    renormalize_epsilon=1e-20,
+                    routed_scaling_factor=read("gate.routed_scaling_factor"),
+                    num_expert_group=read("gate.num_group"),
+                    topk_group=read("gate.topk_group"),
+                    group_score="top2_sum",
+                ),
+                fp32_logits=fp32_logits,
             ),
-        ),
-        experts=Experts(cls="Mistral4Experts"),
-        shared="shared_experts",
+            experts=Experts(cls=f"{prefix}Experts"),
+            shared="shared_experts",
+        )
+        for module, prefix, renormalize, fp32_logits in (
+            ("mistral4", "Mistral4", read("gate.norm_topk_prob"), False),
+            ("mistral_large4", "MistralLarge4Text", True, True),
+        )
     ),
     *(
         Family(
@@ -166,6 +173,7 @@ SOFTMAX = (
         for module, prefix in (
             ("deepseek_v2", "DeepseekV2"),
             ("deepseek_ocr2", "DeepseekOcr2Text"),
+            ("unlimited_ocr", "UnlimitedOcrText"),
         )
         for method, groups in (
             ("greedy", {}),
