@@ -90,9 +90,8 @@ def test_triton_is_asked_once_per_variant(monkeypatch):
     matrix = matrix_descriptor(x, 64, (8, 16))
     for _ in range(3):
         launch(132, (matrix,), (None, x), (8, None), (64, "silu"), num_warps=4)
-    assert kernel.found == [
-        ((132,), (matrix, None, x, 8, None, 64, "silu"), {"num_warps": 4, "launch_pdl": True})
-    ]
+    options = {"num_warps": 4, "launch_pdl": True, "enable_fp_fusion": True}
+    assert kernel.found == [((132,), (matrix, None, x, 8, None, 64, "silu"), options)]
     assert len(kernel.ran) == 2
     assert kernel.ran[0][:4] == (132, 1, 1, 7)
     assert kernel.ran[0][9:] == (matrix, None, x, 8, None, 64, "silu")

@@ -73,6 +73,10 @@ def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
     return weight.dtype in known and not weight.act_order
 
 
+def _is_int8(rows: QuantKey | None) -> bool:
+    return rows is not None and rows.dtype == torch.int8
+
+
 class HopperQuantizedExperts(TritonQuantizedExperts):
     """Standard rows in bf16, on GPUs of compute capability 9.
 
@@ -241,7 +245,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
 class HopperEmulatedExperts(HopperQuantizedExperts):
     """As ``HopperQuantizedExperts`` where rows have a format that these kernels do not multiply:
     they are rounded to it, and multiplied as bf16 where slots are many. Of few slots plain Triton
-    does the same."""
+    does the same. Rows of int8 are left to it: act is in bf16 before it is rounded, which int8,
+    unlike fewer bits, would notice (1.06 times the error)."""
 
     name = "hopper_emulated"
     emulate = True
@@ -255,7 +260,7 @@ class HopperEmulatedExperts(HopperQuantizedExperts):
             weight_formats=frozenset(
                 (weight, rows)
                 for weight, rows in pairs
-                if _has_kernels(weight, None) and rows != FP8_DYNAMIC_TENSOR
+                if _has_kernels(weight, None) and rows != FP8_DYNAMIC_TENSOR and not _is_int8(rows)
             ),
             emulated=can.emulated,
         )

@@ -26,22 +26,17 @@ BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 
 @gluon.jit
 def open_rings(
-    w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr, STEPPED: gl.constexpr,
-    FEATURES: gl.constexpr = 0,
-):  # fmt: skip
+    w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr, STEPPED: gl.constexpr
+):
     """(rings, barriers, the output buffers of both warpgroups). Rings hold rows, weights and the
-    rows' scales, of each step if STEPPED, or of each word in the box, with which FEATURES scales of
-    weight rows may come, too; FILLERS threads copy beside the TMA arrival. 8-bit results leave in
-    one part per tile of 128 columns, others in two."""
+    rows' scales, of each step if STEPPED, or of each word in the box; FILLERS threads copy beside
+    the TMA arrival. 8-bit results leave in one part per tile of 128 columns, others in two."""
     dtype: gl.constexpr = w_desc.dtype
     rings = (
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, STEP], w_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, STEP], w_desc.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES if STEPPED else 2, BLOCK_M], IN_ORDER),
     )
-    if FEATURES > 0:
-        features = gl.allocate_shared_memory(gl.float32, [2, FEATURES], IN_ORDER)
-        rings += (features,)  # type: ignore[assignment]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kind: gl.constexpr = out_desc.dtype
@@ -158,13 +153,11 @@ def finished(
     SCALED: gl.constexpr, BY_FEATURE: gl.constexpr, BIASED: gl.constexpr,
 ):  # fmt: skip
     """Both sums with the scales of their rows (None: contained) and weights if SCALED, and biases
-    if BIASED: what ``load_features`` found, or one number each (not BY_FEATURE), or of weights what
-    the ring brought, beside the sums."""
-    FOUND: gl.constexpr = SCALED and BY_FEATURE and of_low.type.layout != BY_COLUMN
-    if BIASED or FOUND:
+    if BIASED: what ``load_features`` found, or one number each (not BY_FEATURE)."""
+    if BIASED or (SCALED and BY_FEATURE):
         tma.store_wait(0)
         barrier()
-        if FOUND:
+        if SCALED and BY_FEATURE:
             put_features(buffer, of_low, 0)
             put_features(buffer, of_high, 1)
         if BIASED:
@@ -172,12 +165,9 @@ def finished(
             put_features(buffer, high_bias, 3)
         barrier()
     if SCALED:
-        if FOUND:
+        if BY_FEATURE:
             of_low = get_features(buffer, 0)
             of_high = get_features(buffer, 1)
-        elif BY_FEATURE:
-            of_low = gl.expand_dims(of_low, 0)
-            of_high = gl.expand_dims(of_high, 0)
         if row_scale is not None:
             of_low *= gl.expand_dims(row_scale, 1)
             of_high *= gl.expand_dims(row_scale, 1)

@@ -170,7 +170,7 @@ def multiply_in_pairs(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl
 def multiply_whole(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
     """One tile's (low, high), [HALF_M, TILE_N] fp32 each, without scales. Each step is freed when
     the next one has been issued."""
-    a_ring, b_ring = rings[0], rings[1]
+    a_ring, b_ring, _ = rings
     full, empty = bars
     STAGES: gl.constexpr = a_ring.shape[0]
     # Triton has no int8 product of 256 columns.
