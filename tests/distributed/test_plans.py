@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import rank_plans
 
 pytest.importorskip("transformers")
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+if "tp_plan" in signature(apply_tensor_parallelism).parameters:
+    reason = "this release of Transformers cuts models in another way than rank_plans.cut asks for"
+    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.mark.parametrize("expert_parallel", [True, False])
