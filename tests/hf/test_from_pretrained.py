@@ -24,7 +24,7 @@ REFUSED = {
     "dbrx": "experts laid out as 'rows' cannot be replaced",
     "diffusion_gemma": "PackedExperts has no attribute",
     "ernie4_5_vl_moe": r"experts\.10\..*: expert 10 of a layer that has 6",
-    "inkling2": "no family in the table has model_type",
+    "inkling2": "cap gate and up softly",
     "jetmoe": "does more than apply experts in its own module",
     "muse_spark": "no family in the table has model_type",
     "nllb_moe": "no family in the table has model_type",

@@ -317,7 +317,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "inkling",
-        ("inkling_mm_model",),
+        ("inkling_mm_model", "inkling2", "inkling2_text"),
         gate_up="mlp.experts.w13_weight",
         down="mlp.experts.w2_weight",
         router=_GATE,
