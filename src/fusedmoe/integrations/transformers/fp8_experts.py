@@ -61,7 +61,7 @@ def fp8_experts_forward(
             has_bias=False,
             is_transposed=False,
             training=False,
-            _is_expert_parallel=False,
+            _is_expert_parallel=True,  # slots of experts outside the piece count as nothing
             num_experts=len(chosen),
             _fusedmoe_gate=gate_of(self),
             down_proj=dequantize(_take(w2, chosen), _take(s2, chosen), self.block_size).to(dtype),
