@@ -144,8 +144,9 @@ def standard(
     act = scratch(work.workspace2, R, width)
     row = torch.arange(R, device=ends.device)
     live = torch.where(row < offsets[-1], 0, -1)[:, None]
-    numbers = activation_config
-    apply_moe_activation(work.activation, act, first, activation_config=numbers, topk_ids=live)
+    apply_moe_activation(
+        work.activation, act, first, activation_config=activation_config, topk_ids=live
+    )
     q, by_row = _quantized(act, per_token, a2_given, None if per_token else live)
     second = scaled_gemm(q, by_row.flatten(), work.w2, w2_scale, ends)
     moe_unpermute(work.output, second, work.output_weights_or_ones, inverse, offsets)

@@ -191,8 +191,9 @@ def standard_experts(
         **weights.options(),
     )
     act, ids = scratch(work.workspace2, P, width), rows.expert[:, None]
-    numbers = activation_config
-    apply_moe_activation(work.activation, act, first, activation_config=numbers, topk_ids=ids)
+    apply_moe_activation(
+        work.activation, act, first, activation_config=activation_config, topk_ids=ids
+    )
     q, q_scale = weights.quantized(act)
     second = scratch(work.workspace13, P, H)
     gemm.m_grouped_fp8_gemm_nt_contiguous(

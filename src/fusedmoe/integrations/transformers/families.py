@@ -149,6 +149,19 @@ def rule_of(router: str, **fields: Setting) -> Mapping[str, Setting]:
     return found | fields
 
 
+def by_best_groups(**fields: Setting) -> Mapping[str, Setting]:
+    """``rule_of`` a gate as DeepSeek-V3's: experts of the groups whose two best scores sum highest,
+    weights renormalized where ``fields`` say so."""
+    return rule_of(
+        "gate",
+        renormalize_epsilon=1e-20,
+        num_expert_group=read("gate.num_group"),
+        topk_group=read("gate.topk_group"),
+        group_score="top2_sum",
+        **fields,
+    )
+
+
 def resolve(value: Setting, block: nn.Module) -> Any:
     return value(block) if callable(value) else value
 

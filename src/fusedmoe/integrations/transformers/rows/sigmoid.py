@@ -11,6 +11,7 @@ from fusedmoe.integrations.transformers.families import (
     Family,
     Router,
     Setting,
+    by_best_groups,
     read,
     rule_of,
 )
@@ -29,15 +30,10 @@ def _deepseek_v3(
         block=f"{prefix}{block}",
         router=Router(
             cls=f"{prefix}TopkRouter",
-            rule=rule_of(
-                "gate",
+            rule=by_best_groups(
                 score_function="sigmoid",
                 renormalize=read("gate.norm_topk_prob"),
-                renormalize_epsilon=1e-20,
                 routed_scaling_factor=read("gate.routed_scaling_factor"),
-                num_expert_group=read("gate.num_group"),
-                topk_group=read("gate.topk_group"),
-                group_score="top2_sum",
             ),
             fp32_logits=True,
             correction_bias="gate.e_score_correction_bias",
@@ -133,15 +129,7 @@ SIGMOID = (
         block="BeamMoE",
         router=Router(
             cls="BeamTopKRouter",
-            rule=rule_of(
-                "gate",
-                score_function="sigmoid",
-                renormalize=read("gate.norm_topk_prob"),
-                renormalize_epsilon=1e-20,
-                num_expert_group=read("gate.num_group"),
-                topk_group=read("gate.topk_group"),
-                group_score="top2_sum",
-            ),
+            rule=by_best_groups(score_function="sigmoid", renormalize=read("gate.norm_topk_prob")),
             fp32_logits=True,
             correction_bias="gate.e_score_correction_bias",
         ),

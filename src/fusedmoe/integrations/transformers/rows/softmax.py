@@ -12,6 +12,7 @@ from fusedmoe.integrations.transformers.families import (
     Family,
     Router,
     Setting,
+    by_best_groups,
     read,
     rule_of,
 )
@@ -136,14 +137,9 @@ SOFTMAX = (
             block=f"{prefix}MoE",
             router=Router(
                 cls=f"{prefix}TopkRouter",
-                rule=rule_of(
-                    "gate",
+                rule=by_best_groups(
                     renormalize=renormalize,
-                    renormalize_epsilon=1e-20,
                     routed_scaling_factor=read("gate.routed_scaling_factor"),
-                    num_expert_group=read("gate.num_group"),
-                    topk_group=read("gate.topk_group"),
-                    group_score="top2_sum",
                 ),
                 fp32_logits=fp32_logits,
             ),
