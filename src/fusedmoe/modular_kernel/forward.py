@@ -11,13 +11,18 @@ The order of the calls is all it takes where a backend moves rows on a stream of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fusedmoe.modular_kernel.prepare_finalize import FusedMoEPrepareAndFinalizeModular
-from fusedmoe.modular_kernel.records import Hook, PrepareResult, Receiver
-from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.modular_kernel.records import (
+    FinalizeWork,
+    Hook,
+    PrepareResult,
+    PrepareWork,
+    Receiver,
+)
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 Compute = Callable[[PrepareResult, torch.Tensor], torch.Tensor]
@@ -47,20 +52,6 @@ def finish(pending: Receiver | tuple[Hook, Receiver]) -> Any:
     return pending()
 
 
-class Tokens(NamedTuple):
-    """x [T, H], weights fp32 [T, K], ids [T, K], and where their output [T, H] goes."""
-
-    x: torch.Tensor
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    output: torch.Tensor
-
-    def halves(self) -> tuple[Tokens, Tokens]:
-        """Views, cut as ``half_sizes`` says."""
-        cut = self.x.shape[0] - self.x.shape[0] // 2
-        return Tokens(*(one[:cut] for one in self)), Tokens(*(one[cut:] for one in self))
-
-
 class Forward:
     """Tokens on their way through the three stages: ``send``, ``compute``, ``fetch``."""
 
@@ -68,28 +59,20 @@ class Forward:
         self,
         mover: FusedMoEPrepareAndFinalizeModular,
         compute: Compute,
-        tokens: Tokens,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool,
+        work: PrepareWork,
+        output: torch.Tensor,
         reduce: TopKWeightAndReduce,
     ) -> None:
         self._mover = mover
         self._compute = compute
-        self._tokens = tokens
-        self._on_input = on_input
+        self._work = work
+        self._output = output
         self._reduce = reduce
-        self._prepare: tuple[Any, ...] = (
-            *(*tokens[:3], num_experts, expert_map, on_input),
-            *(quant_config, defer_input_quant),
-        )
         self._pending: Receiver | tuple[Hook, Receiver] = lambda: None
 
     def run(self, while_combining: Callable[[], None] | None) -> None:
         """All of it, waiting apart from sending only where something runs in between."""
-        prepared = self._mover.prepare(*self._prepare)
+        prepared = self._mover.prepare(*self._work)
         if while_combining is None:
             self._mover.finalize(*self._results(prepared))
             return
@@ -98,7 +81,7 @@ class Forward:
         self.fetch()
 
     def send(self) -> None:
-        self._pending = self._mover.prepare_async(*self._prepare)
+        self._pending = self._mover.prepare_async(*self._work)
 
     def compute(self) -> None:
         self._pending = self._mover.finalize_async(*self._results(finish(self._pending)))
@@ -106,17 +89,19 @@ class Forward:
     def fetch(self) -> None:
         finish(self._pending)
 
-    def _results(self, prepared: PrepareResult) -> tuple[Any, ...]:
-        """The arguments of finalize, once the experts have run on ``prepared``."""
-        _, weights, ids, output = self._tokens
-        weights = weights if prepared.topk_weights is None else prepared.topk_weights
-        ids = ids if prepared.topk_ids is None else prepared.topk_ids
+    def _results(self, prepared: PrepareResult) -> FinalizeWork:
+        """What is to be finalized, once the experts have run on ``prepared``."""
+        weights, ids = prepared.topk_weights, prepared.topk_ids
+        weights = self._work.topk_weights if weights is None else weights
+        ids = self._work.topk_ids if ids is None else ids
+        prepared = prepared._replace(topk_weights=weights, topk_ids=ids)
         try:
-            routed = self._compute(prepared._replace(topk_weights=weights, topk_ids=ids), output)
+            routed = self._compute(prepared, self._output)
         except BaseException:
             self._mover.abandon()
             raise
-        return output, routed, weights, ids, self._on_input, self._reduce
+        on_input = self._work.apply_router_weight_on_input
+        return FinalizeWork(self._output, routed, weights, ids, on_input, self._reduce)
 
 
 def run_halves(first: Forward, second: Forward, while_combining: Callable[[], None] | None) -> None:

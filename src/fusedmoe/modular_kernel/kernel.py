@@ -15,14 +15,14 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsModular,
     FusedMoEExpertsMonolithic,
 )
-from fusedmoe.modular_kernel.forward import Forward, Tokens, half_sizes, run_halves
+from fusedmoe.modular_kernel.forward import Forward, half_sizes, run_halves
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
-from fusedmoe.modular_kernel.records import ExpertsWork, PrepareResult, ProblemSize
+from fusedmoe.modular_kernel.records import ExpertsWork, PrepareResult, PrepareWork, ProblemSize
 from fusedmoe.modular_kernel.workspace import WorkspacePlan, plan_workspaces
 
 _MAX_PLANS = 1024
@@ -79,26 +79,31 @@ class FusedMoEKernel:
         given = activation, global_num_experts, expert_map, apply_router_weight_on_input
         compute = partial(self._run_experts, w1, w2, *given)
 
-        def forward(sizes: Sequence[int] | None, tokens: Tokens) -> Forward:
-            return Forward(
-                self.prepare_finalize.begin(sizes),
-                compute,
-                tokens,
-                global_num_experts,
-                expert_map,
-                apply_router_weight_on_input,
-                self.experts.quant_config,
-                self.experts.expects_unquantized_inputs,
-                self.experts.finalize_weight_and_reduce_impl(),
-            )
+        work = PrepareWork(
+            hidden_states,
+            topk_weights,
+            topk_ids,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            self.experts.quant_config,
+            self.experts.expects_unquantized_inputs,
+        )
+        reduce = self.experts.finalize_weight_and_reduce_impl()
 
-        tokens = Tokens(hidden_states, topk_weights, topk_ids, output)
+        def forward(sizes: Sequence[int] | None, part: PrepareWork, into: torch.Tensor) -> Forward:
+            return Forward(self.prepare_finalize.begin(sizes), compute, part, into, reduce)
+
         halves = self._halves(hidden_states.shape[0], tokens_per_rank)
         if halves is None:
-            forward(tokens_per_rank, tokens).run(while_combining)
+            forward(tokens_per_rank, work, output).run(while_combining)
             return output
-        first, second = tokens.halves()
-        run_halves(forward(halves[0], first), forward(halves[1], second), while_combining)
+        cut = hidden_states.shape[0] - hidden_states.shape[0] // 2
+        first, second = (
+            forward(sizes, work.tokens(part), output[part])
+            for sizes, part in zip(halves, (slice(cut), slice(cut, None)), strict=True)
+        )
+        run_halves(first, second, while_combining)
         return output
 
     def _halves(

@@ -10,10 +10,12 @@ import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.modular_kernel.records import (
+    FinalizeWork,
     FusedMoEActivationFormat,
     Hook,
     MonolithicPrepareResult,
     PrepareResult,
+    PrepareWork,
     Receiver,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -93,15 +95,17 @@ class FusedMoEPrepareAndFinalize:
         return [num_tokens]
 
 
-class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize, ABC):
+class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
     """Moves tokens whose experts are already chosen.
 
-    ``rows_may_be_late``: the experts that follow take rows that are still on their way.
+    An implementation defines ``dispatch`` and ``combine``; or, with the same arguments one by one,
+    ``prepare`` and ``finalize``, which are what is called. One whose wire works by itself also
+    defines how each is started. ``rows_may_be_late``: the experts that follow take rows that are
+    still on their way.
     """
 
     rows_may_be_late: bool = False
 
-    @abstractmethod
     def prepare(
         self,
         a1: torch.Tensor,
@@ -115,41 +119,24 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize, ABC):
     ) -> PrepareResult:
         """Weight the input if asked (K must be 1), quantize unless deferred, dispatch.
 
-        a1 [T, H], topk_weights fp32 [T, K], topk_ids int [T, K] (-1: nothing),
-        expert_map int32 [num_experts] global -> local id or -1. ``a1`` itself is not written.
+        The arguments are ``PrepareWork``'s. ``a1`` itself is not written.
         """
-
-    @abstractmethod
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        """Weight, sum over K and combine into ``output`` [T, H], in place."""
-
-    def weight_and_sum(
-        self,
-        output: torch.Tensor | None,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> torch.Tensor:
-        """What of this the experts have left to do here: [rows, H], in ``output`` if one is given.
-
-        Where they leave open how, it is done as rows of ``row_format`` need it.
-        """
-        own: TopKWeightAndReduce = TopKWeightAndReduceContiguous()
-        if self.row_format is FusedMoEActivationFormat.BatchedExperts:
-            own = TopKWeightAndReduceNaiveBatched(rank=0)
-        return weight_and_reduce_impl.or_else(own).apply(
-            output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        return self.dispatch(
+            PrepareWork(
+                a1,
+                topk_weights,
+                topk_ids,
+                num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                quant_config,
+                defer_input_quant,
+            )
         )
+
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
+        """As ``prepare``."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither dispatch nor prepare")
 
     def prepare_async(
         self,
@@ -163,17 +150,48 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize, ABC):
         defer_input_quant: bool = False,
     ) -> Receiver | tuple[Hook, Receiver]:
         """Start ``prepare``; the receiver (after the hook, if there is one) returns its result."""
-        result = self.prepare(
-            a1,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            quant_config,
-            defer_input_quant,
+        return self.start_dispatch(
+            PrepareWork(
+                a1,
+                topk_weights,
+                topk_ids,
+                num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                quant_config,
+                defer_input_quant,
+            )
         )
+
+    def start_dispatch(self, work: PrepareWork) -> Receiver | tuple[Hook, Receiver]:
+        """As ``prepare_async``."""
+        result = self.prepare(*work)
         return lambda: result
+
+    def finalize(
+        self,
+        output: torch.Tensor,
+        fused_expert_output: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        apply_router_weight_on_input: bool,
+        weight_and_reduce_impl: TopKWeightAndReduce,
+    ) -> None:
+        """Weight, sum over K and combine into ``output`` [T, H], in place: ``FinalizeWork``."""
+        self.combine(
+            FinalizeWork(
+                output,
+                fused_expert_output,
+                topk_weights,
+                topk_ids,
+                apply_router_weight_on_input,
+                weight_and_reduce_impl,
+            )
+        )
+
+    def combine(self, work: FinalizeWork) -> None:
+        """As ``finalize``."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither combine nor finalize")
 
     def finalize_async(
         self,
@@ -185,15 +203,32 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize, ABC):
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Receiver | tuple[Hook, Receiver]:
         """Start ``finalize``; ``output`` is valid once the receiver has returned."""
-        self.finalize(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
+        return self.start_combine(
+            FinalizeWork(
+                output,
+                fused_expert_output,
+                topk_weights,
+                topk_ids,
+                apply_router_weight_on_input,
+                weight_and_reduce_impl,
+            )
         )
+
+    def start_combine(self, work: FinalizeWork) -> Receiver | tuple[Hook, Receiver]:
+        """As ``finalize_async``."""
+        self.finalize(*work)
         return lambda: None
+
+    def weight_and_sum(self, work: FinalizeWork, output: torch.Tensor | None) -> torch.Tensor:
+        """What of this the experts have left to do here: [rows, H], in ``output`` if one is given.
+
+        Where they leave open how, it is done as rows of ``row_format`` need it.
+        """
+        own: TopKWeightAndReduce = TopKWeightAndReduceContiguous()
+        if self.row_format is FusedMoEActivationFormat.BatchedExperts:
+            own = TopKWeightAndReduceNaiveBatched(rank=0)
+        _, routed, weights, ids, on_input, reduce = work
+        return reduce.or_else(own).apply(output, routed, weights, ids, on_input)
 
 
 class FusedMoEPrepareAndFinalizeMonolithic(FusedMoEPrepareAndFinalize, ABC):

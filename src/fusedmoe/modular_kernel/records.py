@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class FusedMoEActivationFormat(Enum):
@@ -32,6 +35,47 @@ class ExpertTokensMetadata:
         return cls(host.to(device), host)
 
 
+class PrepareWork(NamedTuple):
+    """Tokens that are to reach the experts: the arguments of ``prepare``.
+
+    a1 [T, H], topk_weights fp32 [T, K], topk_ids int [T, K] (-1: nothing), expert_map int32
+    [num_experts] global -> local id or -1. The rows are quantized as ``quant_config`` says, unless
+    that is left to the experts (``defer_input_quant``).
+    """
+
+    a1: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    num_experts: int
+    expert_map: torch.Tensor | None
+    apply_router_weight_on_input: bool
+    quant_config: FusedMoEQuantConfig
+    defer_input_quant: bool = False
+
+    @property
+    def weighted_input(self) -> torch.Tensor:
+        """``a1``, times its weights in its dtype where asked; out of place: shared experts still
+        read ``a1``. ValueError unless K is 1."""
+        if not self.apply_router_weight_on_input:
+            return self.a1
+        if self.topk_ids.shape[1] != 1:
+            raise ValueError(
+                "apply_router_weight_on_input needs top-1 routing, got K = "
+                f"{self.topk_ids.shape[1]}"
+            )
+        return self.a1 * self.topk_weights.to(self.a1.dtype)
+
+    @property
+    def key(self) -> QuantKey | None:
+        """The format the rows are to be quantized to; None: they stay as they are."""
+        return None if self.defer_input_quant else self.quant_config.a1.key
+
+    def tokens(self, part: slice) -> PrepareWork:
+        """The same for some of the tokens."""
+        x, weights, ids = self.a1[part], self.topk_weights[part], self.topk_ids[part]
+        return self._replace(a1=x, topk_weights=weights, topk_ids=ids)
+
+
 class PrepareResult(NamedTuple):
     """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller.
 
@@ -44,6 +88,21 @@ class PrepareResult(NamedTuple):
     topk_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
     output: torch.Tensor | None = None
+
+
+class FinalizeWork(NamedTuple):
+    """What the experts made of their rows: the arguments of ``finalize``.
+
+    ``output`` [T, H] of this rank's tokens is written. ``fused_expert_output`` has the shape that
+    ``weight_and_reduce_impl`` takes, for the weights and ids that ``prepare`` gave.
+    """
+
+    output: torch.Tensor
+    fused_expert_output: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    apply_router_weight_on_input: bool
+    weight_and_reduce_impl: TopKWeightAndReduce
 
 
 class MonolithicPrepareResult(NamedTuple):

@@ -12,13 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
-from fusedmoe.distributed.groups import token_ranks
-from fusedmoe.modular_kernel import PrepareResult
+from fusedmoe.modular_kernel import PrepareResult, PrepareWork
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular
-from fusedmoe.prepare_finalize.luggage import weighted_input
-from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
 @dataclass
@@ -38,38 +34,17 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
     """
 
     name = "all_to_all"
+    by_expert = True
     _journey: _Journey
 
-    @classmethod
-    def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
-        reason = super().unmet_requirement(moe, groups)
-        if reason is not None:
-            return reason
-        if not moe.moe_parallel_config.use_ep:
-            return "sends tokens to whole experts, but each expert is cut over all ranks"
-        assert groups is not None
-        if len(token_ranks(moe.moe_parallel_config, groups).axes) > 1:
-            return "needs one process group of all ranks whose tokens differ"
-        return None
-
-    def prepare_async(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> Callable[[], PrepareResult]:
+    def start_dispatch(self, work: PrepareWork) -> Callable[[], PrepareResult]:
         """Returns once the ranks have told each other how many rows they send."""
-        hosts = self.hosts_of(num_experts, expert_map).table
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        rows, scale = self.quantized(a1, quant_config, defer_input_quant)
-        luggage = self.luggage([topk_weights, topk_ids], scale)
-        known = (topk_ids >= 0) & (topk_ids < num_experts)
-        hosted = hosts[:, topk_ids.long().clamp(0, num_experts - 1)] & known  # [ranks, T, K]
+        ids, num_experts = work.topk_ids, work.num_experts
+        hosts = self.hosts_of(num_experts, work.expert_map).table
+        rows, scale = self.quantized(work.weighted_input, work.quant_config, work.defer_input_quant)
+        luggage = self.luggage([work.topk_weights, ids], scale)
+        known = (ids >= 0) & (ids < num_experts)
+        hosted = hosts[:, ids.long().clamp(0, num_experts - 1)] & known  # [ranks, T, K]
         goes = hosted.any(dim=-1)
         journey = self._plan(goes)
         token, group = journey.token, self.ranks.axes[0]
@@ -78,8 +53,8 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
         self._journey = journey
 
         def receive() -> PrepareResult:
-            (weights, ids), scales = self.unpacked(luggage, beside())
-            return PrepareResult(arriving(), scales, None, ids, weights)
+            (weights, arrived_ids), scales = self.unpacked(luggage, beside())
+            return PrepareResult(arriving(), scales, None, arrived_ids, weights)
 
         return receive
 

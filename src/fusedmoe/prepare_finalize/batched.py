@@ -15,9 +15,9 @@ from fusedmoe.modular_kernel import (
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
     PrepareResult,
+    PrepareWork,
 )
-from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular, weight_input
-from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 
 
 def rows_by_expert(
@@ -77,28 +77,17 @@ class BatchedPrepareAndFinalize(MoEPrepareAndFinalizeNoDPEPModular):
     def max_num_tokens_per_rank(self) -> int | None:
         return self.max_num_tokens
 
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
         """Row j of an expert is its j-th slot in token order; the ids returned are local ones.
 
         The ids of one token are distinct; a second row of a token for a full expert is dropped.
         """
-        T, room = a1.shape[0], self.max_num_tokens
+        T, room = work.a1.shape[0], self.max_num_tokens
         if room < T:
             raise ValueError(f"{T} tokens, but each expert has room for {room}")
-        if apply_router_weight_on_input:
-            a1 = weight_input(a1, topk_weights, topk_ids)
-        local = local_ids(topk_ids, self.num_local_experts, expert_map)
-        rows, counts = rows_by_expert([a1], local, self.num_local_experts, room)
+        e, ids = self.num_local_experts, work.topk_ids
+        local = local_ids(ids, e, work.expert_map)
+        (rows,), counts = rows_by_expert([work.weighted_input], local, e, room)
         return PrepareResult(
-            *(rows[0], None, ExpertTokensMetadata(counts)), local.to(topk_ids.dtype), topk_weights
+            *(rows, None, ExpertTokensMetadata(counts)), local.to(ids.dtype), work.topk_weights
         )

@@ -22,7 +22,6 @@ from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.deep_ep import PACKAGE, Placement, learn_placement
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, token_ranks
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular
-from fusedmoe.prepare_finalize.luggage import LoRAContext
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
 
 _ROW_BYTES = 512
@@ -33,6 +32,8 @@ class DeepEPDispatching(DispatchingModular):
     """What both modes share; ``buffer`` is a ``deep_ep.Buffer`` of ``ranks``."""
 
     carried = (*DispatchingModular.carried, "buffer", "_placement")
+    by_expert = True
+    carries_lora_ids = False
     low_latency: ClassVar[bool]
     _handle: Any = None
 
@@ -60,11 +61,7 @@ class DeepEPDispatching(DispatchingModular):
             return "needs a deep_ep.Buffer in ParallelGroups(deep_ep=...)"
         if bool(groups.deep_ep.low_latency_mode) != cls.low_latency:
             return f"the deep_ep.Buffer is {'not ' * cls.low_latency}made for low latency"
-        if not moe.moe_parallel_config.use_ep:
-            return "sends tokens to whole experts, but each expert is cut over all ranks"
         ranks = token_ranks(moe.moe_parallel_config, groups)
-        if len(ranks.axes) > 1:
-            return "needs one process group of all ranks whose tokens differ"
         if groups.deep_ep.group_size != ranks.size:
             return f"has a buffer of {groups.deep_ep.group_size} ranks, the layer has {ranks.size}"
         if moe.in_dtype is not torch.bfloat16:
@@ -90,11 +87,6 @@ class DeepEPDispatching(DispatchingModular):
 
     def topk_indices_dtype(self) -> torch.dtype | None:
         return torch.int64
-
-    def set_lora_context(self, ctx: LoRAContext | None) -> None:
-        """Raises ValueError: nothing travels beside the activations."""
-        if ctx is not None:
-            raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
 
     def placement(self, num_experts: int, expert_map: torch.Tensor | None) -> Placement:
         """Asks the other ranks the first time, and again where the map is another tensor."""

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult
+from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult, PrepareWork
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
-from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input
-from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.prepare_finalize.luggage import quantize_input
 
 
 class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
@@ -26,25 +25,15 @@ class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
     name = "deepep_high_throughput"
     low_latency = False
 
-    def prepare_async(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> Callable[[], PrepareResult]:
+    def start_dispatch(self, work: PrepareWork) -> Callable[[], PrepareResult]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(f"{self.name} waits for counts of rows: it has no CUDA graphs")
-        self.check_tokens(a1.shape[0])
-        placement = self.placement(num_experts, expert_map)
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        blocks = quant_config.a1.key in BLOCK_FP8 and not defer_input_quant
-        x: Any = quantize_input(a1.contiguous(), quant_config) if blocks else a1.contiguous()
-        ids = placement.positions_of(topk_ids)
+        self.check_tokens(work.a1.shape[0])
+        placement = self.placement(work.num_experts, work.expert_map)
+        blocks = work.key in BLOCK_FP8
+        x: Any = work.weighted_input.contiguous()
+        x = quantize_input(x, work.quant_config) if blocks else x
+        ids = placement.positions_of(work.topk_ids)
         per_rank, per_node, per_expert, goes, _ = self.buffer.get_dispatch_layout(
             ids, placement.num_positions
         )
@@ -55,17 +44,17 @@ class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
             is_token_in_rank=goes,
             num_tokens_per_expert=per_expert,
             topk_idx=ids,
-            topk_weights=topk_weights.float().contiguous(),
+            topk_weights=work.topk_weights.float().contiguous(),
             async_finish=True,
         )
 
         def receive() -> PrepareResult:
             event.current_stream_wait()
             found, scale = rows if blocks else (rows, None)
-            if not blocks and not defer_input_quant:
-                found, scale = quantize_input(found, quant_config)
+            if not blocks and not work.defer_input_quant:
+                found, scale = quantize_input(found, work.quant_config)
             meta = ExpertTokensMetadata.make_from_list(counts, found.device)
-            here = placement.global_ids_of(local).to(topk_ids.dtype)
+            here = placement.global_ids_of(local).to(work.topk_ids.dtype)
             return PrepareResult(found, scale, meta, here, weights)
 
         return receive

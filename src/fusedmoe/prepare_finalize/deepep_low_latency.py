@@ -11,13 +11,18 @@ from collections.abc import Callable
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.modular_kernel import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult
+from fusedmoe.modular_kernel import (
+    ExpertTokensMetadata,
+    FinalizeWork,
+    FusedMoEActivationFormat,
+    PrepareResult,
+    PrepareWork,
+)
 from fusedmoe.modular_kernel.records import Hook
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
-from fusedmoe.prepare_finalize.luggage import quantize_input, weighted_input
-from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.prepare_finalize.luggage import quantize_input
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TENSOR
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
+from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate
 
 LOW_LATENCY_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 """Rows that the low-latency kernels are compiled for."""
@@ -50,66 +55,47 @@ class DeepEPLLPrepareAndFinalize(DeepEPDispatching):
     def max_num_tokens_per_rank(self) -> int | None:
         return self.max_num_tokens
 
-    def prepare_async(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> tuple[Hook, Callable[[], PrepareResult]]:
-        self.check_tokens(a1.shape[0])
-        placement = self.placement(num_experts, expert_map)
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        self._ids = placement.positions_of(topk_ids)
-        key = quant_config.a1.key
-        if key == FP8_DYNAMIC_TENSOR and not defer_input_quant:
+    def start_dispatch(self, work: PrepareWork) -> tuple[Hook, Callable[[], PrepareResult]]:
+        self.check_tokens(work.a1.shape[0])
+        placement = self.placement(work.num_experts, work.expert_map)
+        x = work.weighted_input.contiguous()
+        self._ids = placement.positions_of(work.topk_ids)
+        if work.key == FP8_DYNAMIC_TENSOR:
             raise ValueError("one scale for all rows would count rows that are in no use")
-        blocks = key in BLOCK_FP8 and not defer_input_quant
+        blocks = work.key in BLOCK_FP8
         rows, counts, self._handle, _, hook = self.buffer.low_latency_dispatch(
-            a1.contiguous(),
+            x,
             self._ids,
             self.max_num_tokens,
             placement.num_positions,
             use_fp8=blocks,
-            round_scale=key == FP8_DYNAMIC_128_UE8M0,
+            round_scale=work.quant_config.a1.key == FP8_DYNAMIC_128_UE8M0,
             return_recv_hook=True,
         )
 
         def receive() -> PrepareResult:
             found, scale = rows if blocks else (rows, None)
-            if not blocks and not defer_input_quant and key is not None:
+            if not blocks and work.key is not None:
                 e, M, H = found.shape
-                flat, by_row = quantize_input(found.view(e * M, H), quant_config)
+                flat, by_row = quantize_input(found.view(e * M, H), work.quant_config)
                 found = flat.view(e, M, H)
                 scale = by_row if by_row is None or by_row.dim() < 2 else by_row.view(e, M, -1)
             return PrepareResult(found, scale, ExpertTokensMetadata(counts))
 
         return hook, receive
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> tuple[Hook, Callable[[], None]]:
+    def start_combine(self, work: FinalizeWork) -> tuple[Hook, Callable[[], None]]:
         """Raises ValueError for experts that have weighted and summed: the package does."""
-        if not isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
+        if not isinstance(work.weight_and_reduce_impl, TopKWeightAndReduceDelegate):
             raise ValueError(
                 f"{self.name} weights and sums by itself, the experts leave "
-                f"{type(weight_and_reduce_impl).__name__} to be done"
+                f"{type(work.weight_and_reduce_impl).__name__} to be done"
             )
-        weights = topk_weights.float()
+        weights, output = work.topk_weights.float(), work.output
         combined, _, hook = self.buffer.low_latency_combine(
-            fused_expert_output,
+            work.fused_expert_output,
             self._ids,
-            torch.ones_like(weights) if apply_router_weight_on_input else weights.contiguous(),
+            torch.ones_like(weights) if work.apply_router_weight_on_input else weights.contiguous(),
             self._handle,
             return_recv_hook=True,
             out=output,

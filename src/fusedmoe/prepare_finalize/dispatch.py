@@ -11,15 +11,16 @@ from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, gather_vectors
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.modular_kernel import (
+    FinalizeWork,
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
+    PrepareWork,
 )
 from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.luggage import CarriesLuggage, QuantizeInput, quantize_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 
 class Hosts(NamedTuple):
@@ -40,6 +41,8 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
     ``compares_sizes``: ask the ranks whether all were given the same ``tokens_per_rank``.
     """
 
+    by_expert: ClassVar[bool] = False
+    """Whether rows go to the ranks of their experts alone: of whole experts, in one group."""
     compares_sizes: bool = False
     # What the object of a forward has from this one. Named, for torch.compile sees into neither
     # copy.copy nor an instance's __dict__ in torch 2.11.
@@ -80,7 +83,14 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
             return "moves tokens, but no process groups are given"
         if parallel.dp_size * parallel.pcp_size * parallel.sp_size == 1:
             return "moves tokens, but all ranks hold the same ones"
-        return missing_groups(parallel, groups)
+        reason = missing_groups(parallel, groups)
+        if reason is not None or not cls.by_expert:
+            return reason
+        if not parallel.use_ep:
+            return "sends tokens to whole experts, but each expert is cut over all ranks"
+        if len(token_ranks(parallel, groups).axes) > 1:
+            return "needs one process group of all ranks whose tokens differ"
+        return None
 
     @classmethod
     def make(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> Self:
@@ -190,67 +200,16 @@ class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
         """Two, but one with a LoRA context: that has room for the ids of one."""
         return 2 if self.lora_context is None else 1
 
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
-        pending = self.prepare_async(
-            a1,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            quant_config,
-            defer_input_quant,
-        )
-        return cast(PrepareResult, finish(pending))
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
+        return cast(PrepareResult, finish(self.start_dispatch(work)))
 
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        pending = self.finalize_async(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
-        finish(pending)
+    def combine(self, work: FinalizeWork) -> None:
+        finish(self.start_combine(work))
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> Receiver | tuple[Hook, Receiver]:
-        sums = self.weight_and_sum(
-            None,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+    def start_combine(self, work: FinalizeWork) -> Receiver | tuple[Hook, Receiver]:
+        sums = self.weight_and_sum(work, None)
         self.restore_lora_ids()
-        return self.send_back(sums, output)
+        return self.send_back(sums, work.output)
 
     def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Receiver:
         """Start to send [rows, H] to where they came from; ``output`` is valid once received."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from fusedmoe.distributed.collectives import pack_rows, unpack_rows
 from fusedmoe.kernels.quantize import quantize_rows
-from fusedmoe.prepare_finalize.no_ep import weight_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 QuantizeInput = Callable[
@@ -63,21 +62,21 @@ def is_per_row(scale: torch.Tensor | None) -> bool:
     return scale is not None and scale.dim() >= 2
 
 
-def weighted_input(
-    a1: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, apply: bool
-) -> torch.Tensor:
-    """``weight_input`` where asked, else a1 itself."""
-    return weight_input(a1, topk_weights, topk_ids) if apply else a1
-
-
 class CarriesLuggage:
     """Packs what goes with this rank's tokens, and unpacks what came with those of others."""
 
+    name: ClassVar[str]
+    carries_lora_ids: ClassVar[bool] = True
     lora_context: LoRAContext | None = None
     _lora_ids_before: torch.Tensor | None = None
 
     def set_lora_context(self, ctx: LoRAContext | None) -> None:
-        """Send the adapter ids of ``ctx`` along with the tokens; None stops it."""
+        """Send the adapter ids of ``ctx`` along with the tokens; None stops it.
+
+        Raises ValueError where there is no room for them.
+        """
+        if ctx is not None and not self.carries_lora_ids:
+            raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
         self.lora_context = ctx
 
     def luggage(self, tensors: Sequence[torch.Tensor], scale: torch.Tensor | None) -> Luggage:

@@ -16,9 +16,9 @@ from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalizeMonolithic,
     MonolithicPrepareResult,
     PrepareResult,
+    PrepareWork,
 )
 from fusedmoe.prepare_finalize.dispatch import Dispatching, DispatchingModular
-from fusedmoe.prepare_finalize.luggage import weighted_input
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
@@ -31,21 +31,10 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
     name = "naive_dp_ep"
     _sizes: list[int]
 
-    def prepare_async(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> Callable[[], PrepareResult]:
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        rows, scale = self.quantized(a1, quant_config, defer_input_quant)
-        luggage = self.luggage([topk_weights, topk_ids], scale)
-        self._sizes = self.sizes_for(a1.shape[0])
+    def start_dispatch(self, work: PrepareWork) -> Callable[[], PrepareResult]:
+        rows, scale = self.quantized(work.weighted_input, work.quant_config, work.defer_input_quant)
+        luggage = self.luggage([work.topk_weights, work.topk_ids], scale)
+        self._sizes = self.sizes_for(work.a1.shape[0])
         gathered = all_gather_rows(rows, self._sizes, self.ranks)
         beside = all_gather_rows(luggage.packed(), self._sizes, self.ranks)
 

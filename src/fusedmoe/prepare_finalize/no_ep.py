@@ -6,25 +6,15 @@ import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.modular_kernel import (
+    FinalizeWork,
     FusedMoEPrepareAndFinalize,
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
     MonolithicPrepareResult,
     PrepareResult,
+    PrepareWork,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
-
-
-def weight_input(
-    a1: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
-    """a1 * weight in a1's dtype, out of place: shared experts still read a1. K must be 1."""
-    if topk_ids.shape[1] != 1:
-        raise ValueError(
-            f"apply_router_weight_on_input needs top-1 routing, got K = {topk_ids.shape[1]}"
-        )
-    return a1 * topk_weights.to(a1.dtype)
 
 
 class _OneRank(FusedMoEPrepareAndFinalize):
@@ -43,38 +33,11 @@ class _OneRank(FusedMoEPrepareAndFinalize):
 class MoEPrepareAndFinalizeNoDPEPModular(_OneRank, FusedMoEPrepareAndFinalizeModular):
     """Standard rows in, Standard rows out."""
 
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
-        if apply_router_weight_on_input:
-            a1 = weight_input(a1, topk_weights, topk_ids)
-        return PrepareResult(a1)
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
+        return PrepareResult(work.weighted_input)
 
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        self.weight_and_sum(
-            output,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+    def combine(self, work: FinalizeWork) -> None:
+        self.weight_and_sum(work, work.output)
 
 
 class MoEPrepareAndFinalizeNoDPEPMonolithic(_OneRank, FusedMoEPrepareAndFinalizeMonolithic):

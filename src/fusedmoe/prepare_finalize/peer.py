@@ -20,21 +20,17 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
-from fusedmoe.kernels.peer_all_to_all import (
-    announce_outputs,
-    combine,
-    dispatch,
-    wait_for_dispatch,
-    wait_for_outputs,
-)
+from fusedmoe.kernels import peer_all_to_all as wire
 from fusedmoe.kernels.peer_layout import LateRows, PeerSums, PeerView
 from fusedmoe.kernels.peer_sums import send_rows
-from fusedmoe.modular_kernel import FusedMoEPrepareAndFinalizeModular, PrepareResult
+from fusedmoe.modular_kernel import (
+    FinalizeWork,
+    FusedMoEPrepareAndFinalizeModular,
+    PrepareResult,
+    PrepareWork,
+)
 from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.dispatch import Dispatching
-from fusedmoe.prepare_finalize.luggage import LoRAContext, weighted_input
-from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 _ALIGNED_BYTES = 16
 
@@ -47,6 +43,8 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
     name = "peer"
     launches_the_wire = True
+    by_expert = True
+    carries_lora_ids = False
     carried = (*Dispatching.carried, "rows_may_be_late", "memory", "_may_send_sums")
     memory: PeerMemory
     _owners: torch.Tensor | None = None
@@ -64,11 +62,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         assert groups is not None
         if groups.peers is None:
             return "needs a PeerMemory in ParallelGroups(peers=...)"
-        if not moe.moe_parallel_config.use_ep:
-            return "sends tokens to whole experts, but each expert is cut over all ranks"
         axes = token_ranks(moe.moe_parallel_config, groups).axes
-        if len(axes) > 1:
-            return "needs one process group of all ranks whose tokens differ"
         if not groups.peers.spans(axes[0]):
             return (
                 f"has buffers of {groups.peers.layout.world} ranks, not of the {axes[0].size()} "
@@ -110,30 +104,13 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         least = self.memory.send_sums_from
         return self._may_send_sums and least is not None and self._rows >= least
 
-    def set_lora_context(self, ctx: LoRAContext | None) -> None:
-        """Raises ValueError for a context: the buffers have no room for adapter ids."""
-        if ctx is not None:
-            raise ValueError(f"{self.name} cannot send adapter ids along with the tokens")
-
     @property
     def _view(self) -> PeerView:
         return self.memory.view
 
-    def prepare(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> PrepareResult:
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
         """Raises PeerTimeoutError if a rank was missed before, ValueError as ``sizes_for``."""
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        self._check(a1, quant_config, defer_input_quant)
-        self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=True)
+        a1 = self._send(work, wait=True)
         if not self._copied:
             return self._received()
         own = _dense(a1) if self.memory.layout.key is None else None
@@ -142,55 +119,33 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         rows = LateRows.over(got.hidden_states, self._view, timeout_us, own)
         return got._replace(hidden_states=rows)
 
-    def prepare_async(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
-        quant_config: FusedMoEQuantConfig,
-        defer_input_quant: bool = False,
-    ) -> tuple[Hook, Receiver]:
+    def start_dispatch(self, work: PrepareWork) -> tuple[Hook, Receiver]:
         """As ``prepare``; the hook launches the wait for the other ranks' rows."""
-        a1 = weighted_input(a1, topk_weights, topk_ids, apply_router_weight_on_input)
-        self._check(a1, quant_config, defer_input_quant)
-        self._send(a1, topk_weights, topk_ids, num_experts, expert_map, wait=False)
+        self._send(work, wait=False)
         timeout_us = self.memory.timeout_us
-        return lambda: wait_for_dispatch(self._view, timeout_us=timeout_us), self._received
+        return lambda: wire.wait_for_dispatch(self._view, timeout_us=timeout_us), self._received
 
-    def _check(
-        self, a1: torch.Tensor, quant_config: FusedMoEQuantConfig, defer_input_quant: bool
-    ) -> None:
+    def _send(self, work: PrepareWork, wait: bool) -> torch.Tensor:
+        """The rows that are sent, weighted where asked."""
         self.memory.check()
         layout = self.memory.layout
-        key = None if defer_input_quant else quant_config.a1.key
-        if key != layout.key:
+        if work.key != layout.key:
             raise ValueError(
-                f"the experts take rows in {key or a1.dtype}, the buffers hold "
+                f"the experts take rows in {work.key or work.a1.dtype}, the buffers hold "
                 f"{layout.key or layout.dtype}"
             )
-
-    def _send(
-        self,
-        a1: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        num_experts: int,
-        expert_map: torch.Tensor | None,
-        wait: bool,
-    ) -> None:
-        rows = max(max(self.sizes_for(a1.shape[0])), 1)
-        self._owners = self.hosts_of(num_experts, expert_map).owners
-        self._ids, self._expert_map, self._rows = topk_ids, expert_map, rows
+        x = work.weighted_input
+        rows = max(max(self.sizes_for(x.shape[0])), 1)
+        self._owners = self.hosts_of(work.num_experts, work.expert_map).owners
+        self._ids, self._expert_map, self._rows = work.topk_ids, work.expert_map, rows
         self._copied = wait and self.rows_may_be_late and self.memory.copies_rows(rows)
-        dispatch(
-            *(a1, topk_ids, topk_weights, self._owners, self._view, rows),
+        wire.dispatch(
+            *(x, work.topk_ids, work.topk_weights, self._owners, self._view, rows),
             timeout_us=self.memory.timeout_us,
             wait=wait,
             copied=self._copied,
         )
+        return x
 
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
@@ -199,79 +154,38 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
             got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
         )
 
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
-        self._leave_outputs(
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
-        self._fetch(output, announce=True)
+    def combine(self, work: FinalizeWork) -> None:
+        self._leave_outputs(work)
+        self._fetch(work.output, announce=True)
 
-    def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> tuple[Hook, Receiver]:
+    def start_combine(self, work: FinalizeWork) -> tuple[Hook, Receiver]:
         """The others may fetch from here at once; the hook launches the wait for theirs."""
-        self._leave_outputs(
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
-        announce_outputs(self._view)
+        self._leave_outputs(work)
+        wire.announce_outputs(self._view)
         timeout_us = self.memory.timeout_us
         return (
-            lambda: wait_for_outputs(self._view, timeout_us=timeout_us),
-            lambda: self._fetch(output, announce=False),
+            lambda: wire.wait_for_outputs(self._view, timeout_us=timeout_us),
+            lambda: self._fetch(work.output, announce=False),
         )
 
-    def _leave_outputs(
-        self,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: TopKWeightAndReduce,
-    ) -> None:
+    def _leave_outputs(self, work: FinalizeWork) -> None:
         """Where the tokens' ranks look for them, unless the experts have written there."""
-        if isinstance(fused_expert_output, PeerSums) and fused_expert_output.sent:
+        routed = work.fused_expert_output
+        if isinstance(routed, PeerSums) and routed.sent:
             return
         outputs = None if self._sends_sums else self._view.received(self._rows).outputs
-        if outputs is not None and fused_expert_output.data_ptr() == outputs.data_ptr():
+        if outputs is not None and routed.data_ptr() == outputs.data_ptr():
             return
-        sums = self.weight_and_sum(
-            outputs,
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+        sums = self.weight_and_sum(work, outputs)
         if outputs is None:
-            send_rows(self._view, self._rows, sums, topk_ids)
+            send_rows(self._view, self._rows, sums, work.topk_ids)
 
     def _fetch(self, output: torch.Tensor, announce: bool) -> None:
         assert self._owners is not None
         assert self._ids is not None
         if self._copied:
             self.memory.join_copies()
-        combine(
+        wire.combine(
             *(output, self._ids, self._owners, self._view, self._rows),
             timeout_us=self.memory.timeout_us,
             announce=announce,
