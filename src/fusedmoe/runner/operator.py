@@ -67,18 +67,21 @@ class CompiledLayer(PlacedLayer):
         found = owners_in(*(part for part in parts if isinstance(part, torch.nn.Module)))
         if found != (getattr(self, "owners", None), getattr(self, "names", None)):
             self.owners, self.names = found
+            # A router that holds its tensors holds them itself: it is the last of the owners.
+            self.router_key = next(reversed(self.owners), "")
 
     def is_one_operator(self, x: torch.Tensor) -> bool:
         """Whether torch.compile, which is tracing a call with x [T, H], is to see one operator."""
-        router: Any = self.router
-        return (
-            torch.compiler.is_dynamo_compiling()
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
-            and can_be_opaque(self.number)
-            and router.eplb_state is None
-            and router.capture_fn is None
-        )
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+            or not can_be_opaque(self.number)
+        ):
+            return False
+        # Found as ``tensors_of`` finds it: two ways to one module keep guards from being skipped.
+        router: Any = self.owners[self.router_key]
+        return router.eplb_state is None and router.capture_fn is None
 
     def can_be_opaque(self) -> bool:
         """As ``Opaque`` says, as long as nobody watches the router.
