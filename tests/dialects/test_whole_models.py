@@ -251,10 +251,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_broken_checkpoints_are_refused_by_name(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
-    if "expected shape" in message:  # newer releases of Transformers log shapes, and raise this
-        message += "|ignore_mismatched_sizes"
     with pytest.raises(CheckpointError, match=message):
         fusedmoe.from_pretrained(broken(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("options", [None, REFERENCE])
+def test_floats_of_another_shape_are_refused_by_name(
+    quantize: str | None, options: Any, tmp_path: Path
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).floats
+    tensors = read_tensors(folder)
+    for name in ("model.layers.0.input_layernorm.weight", "model.norm.weight"):
+        tensors[name] = tensors[name][:-1]
+    save_file(tensors, folder / "model.safetensors")
+    message = r"layers\.0\.input_layernorm\.weight: expected shape \(64,\), found \(63,\) \(1 more"
+    with pytest.raises(CheckpointError, match=message):
+        fusedmoe.from_pretrained(folder, quantize=quantize, options=options)
 
 
 @pytest.mark.parametrize(

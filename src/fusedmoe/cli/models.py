@@ -86,6 +86,7 @@ def load_whole(
     ``tp``: cut over all processes as the model's own plan says, each part where it belongs.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     from fusedmoe.integrations.transformers.from_pretrained import check_complete
 
@@ -96,8 +97,9 @@ def load_whole(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
-            **({"tp_plan": "auto"} if tp else {}),
+            **({"distributed_config": DistributedConfig(tp_plan="auto")} if tp else {}),
         )
     except Exception as error:
         # A config.json that makes no sense fails in as many ways as there are models.

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "fusedmoe"
+_MISMATCHED = "_fusedmoe_mismatched"
 Progress = Callable[[int, int, str], None]
 
 
@@ -185,6 +186,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
             dtype=dtype or "auto",
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except Exception as error:
@@ -198,14 +200,24 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
 
 
 def check_complete(info: Any, where: Path) -> None:
-    """CheckpointError where the files do not fill the model."""
-    for what in ("missing_keys", "mismatched_keys"):
-        wrong = sorted(str(key) for key in info[what])
-        if wrong:
-            raise CheckpointError(
-                f"{where}: {len(wrong)} tensors of the model are {what.split('_')[0]} in the "
-                f"files, {wrong[0]!r} among them"
-            )
+    """CheckpointError where the files do not fill the model.
+
+    ``info`` is what Transformers' loader says: names that are missing, and (name, shape of the
+    files, shape of the model) of what does not fit, which it has been told to leave out.
+    """
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors of the model are missing in the files, "
+            f"{missing[0]!r} among them"
+        )
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        name, found, expected = wrong[0]
+        more = f" ({len(wrong) - 1} more do not fit)" if wrong[1:] else ""
+        raise CheckpointError(
+            f"{where}: {name}: expected shape {tuple(expected)}, found {tuple(found)}{more}"
+        )
 
 
 def _layer_key(path: str, source: Source) -> tuple[str, int]:
@@ -251,8 +263,10 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
             state_dict=state,
             dtype=dtype,
             quantization_config=QuantizationConfigMixin(quant_method=QUANT_METHOD),
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
+        info["mismatched_keys"].update(model.__dict__.pop(_MISMATCHED))
         _read_generation_config(model, source.where)
     except Exception as error:
         raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
@@ -281,7 +295,7 @@ def _register() -> None:
     class PackedExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         """Replaces the experts of a model on the meta device; loads nothing itself.
 
-        Transformers leaves it to quantizers whether a tensor fits, whatever its shape.
+        Transformers 5.17 leaves it to quantizers whether a tensor fits, whatever its shape.
         """
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -294,12 +308,11 @@ def _register() -> None:
                 block._is_hf_initialized = True  # type: ignore[assignment]
 
         def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-            for name, parameter in model.named_parameters():
-                expected, found = self._shapes.get(name, parameter.shape), parameter.shape
-                if found != expected:
-                    raise ValueError(
-                        f"{name}: expected shape {tuple(expected)}, found {tuple(found)}"
-                    )
+            model.__dict__[_MISMATCHED] = {
+                (name, found.shape, self._shapes[name])
+                for name, found in model.named_parameters()
+                if name in self._shapes and found.shape != self._shapes[name]
+            }
 
         def is_serializable(self) -> bool:
             return False
