@@ -6,6 +6,7 @@ loader, which wants the package accelerate.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -41,8 +42,8 @@ def model_of(family: str) -> Any:
     return made
 
 
-def cut(model: Any, expert_parallel: bool) -> Any:
-    """``model`` over two ranks, as its config plans it."""
+def cut(model: Any, expert_parallel: bool, way: str) -> Any:
+    """``model`` over two ranks, as its config plans it; ``way`` is how rows reach its experts."""
     from torch.distributed.tensor import DTensor
     from transformers.distributed import DistributedConfig
     from transformers.distributed.sharding_utils import DtensorShardOperation
@@ -50,11 +51,20 @@ def cut(model: Any, expert_parallel: bool) -> Any:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "tp"))["tp"]
     whole = {name: one.detach().clone() for name, one in model.named_parameters()}
-    model.config.distributed_config = DistributedConfig(
-        tp_size=2, tp_plan="auto", enable_expert_parallel=expert_parallel
-    )
-    model._device_mesh, model._tp_size = mesh, 2
-    apply_tensor_parallelism(model, mesh)
+    if find_spec("transformers.distributed.expert_parallel") is None:
+        model.config.distributed_config = DistributedConfig(
+            tp_size=2, tp_plan="auto", enable_expert_parallel=expert_parallel
+        )
+        model._device_mesh, model._tp_size = mesh, 2
+        apply_tensor_parallelism(model, mesh)
+    else:
+        from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+        sizes = {"ep_size": 2, "ep_implementation": way} if expert_parallel else {}
+        config = DistributedConfig(tp_size=2, tp_plan="auto", **sizes)
+        tp_plan, ep_plan, _ = model._resolve_parallel_plans(config)
+        apply_tensor_parallelism(model, mesh, tp_plan)
+        apply_expert_parallelism(model, mesh, mesh, ep_plan, way)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             part = DtensorShardOperation(parameter).shard_tensor(whole[name])
@@ -62,11 +72,11 @@ def cut(model: Any, expert_parallel: bool) -> Any:
     return model
 
 
-def check(family: str, expert_parallel: bool) -> None:
+def check(family: str, expert_parallel: bool, way: str) -> None:
     """Logits of the model in one piece, its experts run by Transformers and by this library."""
     ids = prompt(0, 2, 7)
     expected = model_of(family)(ids).logits
-    apart = cut(model_of(family), expert_parallel)
+    apart = cut(model_of(family), expert_parallel, way)
     torch.testing.assert_close(apart(ids).logits, expected, rtol=1e-4, atol=1e-4)
     fusedmoe.register()
     apart.set_experts_implementation("fusedmoe")
