@@ -35,7 +35,7 @@ from fusedmoe.kernels.activation import moe_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.counts import count_expert_num_tokens, remap_topk_to_local
 from fusedmoe.kernels.eplb_map import eplb_map_to_physical_and_record
-from fusedmoe.kernels.gate import gate_linear
+from fusedmoe.kernels.gate import gate_linear, gate_linear_reference
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import (
     mixed_prefill,
@@ -117,6 +117,18 @@ def gate() -> None:
                 for invariant in (False, True):
                     gate_linear(x, weight, bias, out_dtype=torch.float32, batch_invariant=invariant)
     read_all(torch.randn(2 * 8192 + 5, device="cuda"))
+
+
+def long_gate() -> None:
+    """fp32 rows so long that they are asked for at once, through shared memory: where the parts of
+    a row end inside its last one (4200 columns), and where they are the row (7168)."""
+    for H in (4200, 7168):
+        weight = torch.randn(E + 1, H, device="cuda")
+        for T in (3, 5, 8, 13):
+            x = torch.randn(T, H, device="cuda")
+            logits = gate_linear(x, weight)
+            torch.testing.assert_close(logits, gate_linear_reference(x, weight), rtol=0, atol=1e-3)
+            print("gate", H, T, flush=True)
 
 
 def slots() -> None:
@@ -429,6 +441,7 @@ def others(quick: bool) -> None:
     """What no Hopper and no quantized kernel does."""
     routing()
     gate()
+    long_gate()
     slots()
     bounded()
     for case in ACTIVATION_CASES:
