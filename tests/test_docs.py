@@ -52,7 +52,7 @@ def test_the_run_command_is_understood_by_the_cli() -> None:
 
     words = shlex.split(readme_commands()["run"].rpartition("&&")[2])
     assert words[0] == ".venv/bin/fusedmoe"
-    args = make_parser().parse_args(words[1:])
+    args = make_parser(words[1:]).parse_args(words[1:])
     assert (args.verb, args.preset, args.compare) == ("generate", "tiny-mixtral", True)
 
 

@@ -125,3 +125,16 @@ def test_as_a_module() -> None:
     )
     assert done.returncode == 0
     assert done.stdout.startswith("fusedmoe ")
+
+
+def test_help_and_version_import_no_torch() -> None:
+    code = (
+        "import sys\nfrom fusedmoe.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    for words in (["--version"], ["--help"], [], ["nothing"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert "AssertionError" not in done.stderr
+        assert done.returncode == (0 if words and words[0].startswith("--") else 2)
+    help_of_verb = [sys.executable, "-m", "fusedmoe.cli", "explain", "--help"]
+    assert "--top-k" in subprocess.run(help_of_verb, capture_output=True, text=True).stdout

@@ -39,8 +39,14 @@ def _one_line(message: object) -> str:
     return printable(" ".join(words))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """For ``words``: with the arguments of their verb, whose module alone is imported (with torch).
+
+    Nothing but the verb comes before those: no option of the command itself has a value.
+    """
     from fusedmoe import __version__
+
+    chosen = next((word for word in words if word in VERBS), None)
 
     parser = _Parser(
         prog="fusedmoe", description="Run, explain and measure Mixture-of-Experts layers."
@@ -49,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=summary)
-        import_module(f"fusedmoe.cli.{name}").add_arguments(verb)
+        if name == chosen:
+            import_module(f"fusedmoe.cli.{name}").add_arguments(verb)
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         verb.set_defaults(default_of=verb.get_default)
         verb.add_argument("--traceback", action="store_true", help="show where an error was raised")
@@ -62,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 1 where a comparison failed, 2 for bad input and too little memory, 130 when interrupted, 141
     where nobody reads on (``| head``).
     """
-    args = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = make_parser(words).parse_args(words)
     try:
         code = int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
         sys.stdout.flush()
