@@ -358,10 +358,18 @@ def test_training_runs_the_original_and_has_gradients():
     )
 
 
-def test_eval_mode_refuses_to_pretend_that_it_has_gradients():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_eval_mode_refuses_to_pretend_that_it_has_gradients(compiled):
     row = tiny_models.by_name("mixtral")
     model = accelerated(row)
-    loss = model(input_ids=tiny_models.token_ids()).logits.sum()
+    with torch.no_grad():
+        wanted = model(input_ids=tiny_models.token_ids()).logits
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = model(input_ids=tiny_models.token_ids()).logits
+    torch.testing.assert_close(logits, wanted)
+    loss = logits.sum()
     with pytest.raises(RuntimeError, match="no backward"):
         loss.backward()
 

@@ -302,9 +302,15 @@ def test_training_mode_has_gradients_and_eval_mode_refuses_to_pretend():
     torch.testing.assert_close(got, experts.down_proj.grad)
 
     experts.config._experts_implementation = "fusedmoe"
-    output = experts.eval()(inputs[0].requires_grad_(), *inputs[1:])
-    with pytest.raises(RuntimeError, match="no backward"):
-        output.sum().backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(experts.eval(), backend="aot_eager")
+    with torch.no_grad():
+        wanted = experts(*inputs)
+    for call in (experts, compiled):
+        output = call(inputs[0].requires_grad_(), *inputs[1:])
+        torch.testing.assert_close(output, wanted)
+        with pytest.raises(RuntimeError, match="no backward"):
+            output.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,6 +16,7 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsMonolithic,
 )
 from fusedmoe.modular_kernel.forward import Forward, half_sizes, run_halves
+from fusedmoe.modular_kernel.gradients import without_gradients
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,
@@ -49,6 +50,7 @@ class FusedMoEKernel:
     def output_is_reduced(self) -> bool:
         return self.prepare_finalize.output_is_reduced()
 
+    @without_gradients
     def apply(
         self,
         hidden_states: torch.Tensor,
@@ -215,6 +217,7 @@ class FusedMoEMonolithicKernel:
     def output_is_reduced(self) -> bool:
         return self.prepare_finalize.output_is_reduced()
 
+    @without_gradients
     def apply(
         self,
         hidden_states: torch.Tensor,

@@ -76,6 +76,7 @@ class SharedExpertsRun:
         self._compute = compute
         self._x = x
         self.order = order
+        self._with_gradients = torch.is_grad_enabled()
         self._output: torch.Tensor | None = None
 
     def start(self) -> None:
@@ -91,7 +92,8 @@ class SharedExpertsRun:
 
     def __call__(self, x: torch.Tensor) -> None:
         if self._output is None:
-            self._output = self._compute(x)
+            with torch.set_grad_enabled(self._with_gradients):  # the routed experts run without
+                self._output = self._compute(x)
 
     def output(self) -> torch.Tensor:
         if self._output is None:

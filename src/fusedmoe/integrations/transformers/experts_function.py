@@ -68,9 +68,9 @@ def experts_forward(
     ids = top_k_index
     if not ids.is_cuda:  # there, ids that name no expert count as nothing anyway
         ids = ids.masked_fill(ids == tensors.w13.shape[0], -1)
-    if torch.compiler.is_compiling():
-        return run_experts(hidden_states, tensors, top_k_weights, ids, gate)
     if not needs_grad:
+        if torch.compiler.is_compiling():
+            return run_experts(hidden_states, tensors, top_k_weights, ids, gate)
         replay = _replay_of(self, gate)
         return replay((hidden_states, top_k_weights, ids), tensors)[0]
     with torch.no_grad():

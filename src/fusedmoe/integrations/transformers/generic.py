@@ -113,7 +113,7 @@ class TransformersFusedMoE(nn.Module):
             return self.original(hidden_states, top_k_index, top_k_weights, **kwargs)
         if isinstance(self.weights, StackedWeights) and not torch.compiler.is_compiling():
             self.weights.stack.refresh()
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
             return transformers_moe_forward(hidden_states, top_k_index, top_k_weights, self)
         with torch.no_grad():
             output = transformers_moe_forward(hidden_states, top_k_index, top_k_weights, self)

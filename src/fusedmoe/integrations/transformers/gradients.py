@@ -16,7 +16,18 @@ class NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "the fusedmoe experts have no backward pass; put the model in training mode "
-            "(model.train()), which runs Transformers' grouped_mm, or use torch.no_grad()"
-        )
+        return None, refused_gradient(grads[0])
+
+
+@torch.library.custom_op("fusedmoe::refused_gradient", mutates_args=())
+def refused_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    """Raises RuntimeError when it runs, not when a compiler traces a backward pass in advance."""
+    raise RuntimeError(
+        "the fusedmoe experts have no backward pass; put the model in training mode "
+        "(model.train()), which runs Transformers' grouped_mm, or use torch.no_grad()"
+    )
+
+
+@refused_gradient.register_fake
+def _(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gradient)
