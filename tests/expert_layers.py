@@ -118,7 +118,7 @@ def use_triton_bodies(monkeypatch: Any) -> None:
     from fusedmoe.kernels.triton import mul_sum as mul_sum_triton
 
     def gemm(a, b, c, blocks, tiles, *, top_k, bias, activation, activation_config):
-        act = None if activation is None else device_activation(activation, activation_config)
+        act = device_activation(activation, activation_config)
         gemm_triton.launch(a, b, c, blocks, tiles, top_k, bias, act)
         return c
 

@@ -8,7 +8,6 @@ import torch
 
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.grouped_gemm_packed import is_packed
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.round_rows import ELEMENTS
 from fusedmoe.quantization.activations import quantize_activation
 from fusedmoe.quantization.keys import PER_TENSOR
@@ -33,7 +32,7 @@ def triton_gemm(
     from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
     module = grouped_gemm_packed if is_packed(w.format) else grouped_gemm_quantized
-    act = None if activation is None else device_activation(activation, activation_config)
+    act = device_activation(activation, activation_config)
     orders = a_ordered, c_order, c_places
     module.launch(a, w, c, blocks, tile, top_k, bias, act, *orders, False)
     return c
@@ -57,10 +56,10 @@ def triton_w8a8(
     """As ``w8a8_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
 
-    act = None if activation is None else device_activation(activation, activation_config)
+    act = device_activation(activation, activation_config)
     launch(
-        a, scale, w, c, c_scale, blocks, tile, top_k, bias, act,
-        weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
+        a, scale, w, c, c_scale, blocks, tile, top_k, bias, act, key.group_shape.col,
+        key.scale_kind == "e8m0",
     )  # fmt: skip
     return c
 
@@ -109,6 +108,6 @@ def triton_w4a8(
     """As ``w4a8_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
 
-    act = None if activation is None else device_activation(activation, activation_config)
+    act = device_activation(activation, activation_config)
     launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, False)
     return c

@@ -45,7 +45,11 @@ EVERY_LANE = (
 
 @lru_cache
 def _kernel(
-    sources: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, shared: int
+    sources: tuple[str, ...],
+    defines: tuple[tuple[str, int], ...],
+    threads: int,
+    shared: int,
+    cooperative: bool,
 ) -> CudaKernel:
     text = source_of("instructions.cuh", *sources)
     for one, every in EVERY_LANE:
@@ -53,7 +57,8 @@ def _kernel(
             raise RuntimeError(f"the source has {one!r} {text.count(one)} times")
         text = text.replace(one, every)
     given = tuple((name, str(value)) for name, value in defines)
-    return CudaKernel(text, sources[-1].removesuffix(".cu"), given, threads, shared)
+    entry = sources[-1].removesuffix(".cu")
+    return CudaKernel(text, entry, given, threads, shared, cooperative=cooperative)
 
 
 def weight(name: str, shards: int, *shape: int) -> QuantizedTensor:

@@ -14,7 +14,7 @@ import torch
 
 from cuda_on_cpu import KernelOnCpu
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.activation import NO_ACTIVATION, device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.align_pair import PairedOrder, paired_reference
 from fusedmoe.kernels.cuda import (
@@ -25,7 +25,8 @@ from fusedmoe.kernels.cuda import (
     quantized_rows,
     quantized_warps,
 )
-from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference, weight_addresses
+from fusedmoe.kernels.cuda.quantized_launch import Product
+from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, unmet_by_stream
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
@@ -83,10 +84,10 @@ def tile_map(data, e, features, shards, row, interleaved, box, width=None):
 
 
 def weights(fmt, e, N, D, act):
-    resolved = None if act is None else device_activation(act)
-    shards = 2 if resolved and resolved.gated else 1
+    resolved = device_activation(act)
+    shards = 2 if resolved.gated else 1
     values = torch.randn(e, shards * N, D) / D**0.5
-    interleaved = bool(resolved and resolved.interleaved)
+    interleaved = resolved.interleaved
     w = quantize(values, format_named(fmt), shards=shards, interleaved=interleaved)
     return replace(w, scale=before_ones(w.scale))
 
@@ -220,14 +221,14 @@ def test_one_gemm(name, on_cpu):
     expected = out.clone()
     eight = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(x, w, expected, of_eight, eight, top_k=K, bias=bias, activation=act)
-    given = blocks, weight_addresses(w), K, cut, more.get("programs", 2)
     if isinstance(cut, CudaStreamTile):
         x = paired_reference(x, PairedOrder.of(w.format))
-    activation = None if act is None else device_activation(act)
+    activation = device_activation(act)
+    programs, early = more.get("programs", 2), act is None
     launcher = quantized_decode
     if isinstance(cut, (CudaRowsTile, CudaWarpsTile)):
         launcher = quantized_rows if isinstance(cut, CudaRowsTile) else quantized_warps
-    launcher.stream(x, w, out, bias, activation, *given, early=act is None)
+    launcher.stream(Product(x, w, out, bias, activation, blocks, K, programs, early), cut)
     assert out.isnan().equal(expected.isnan())
     out, expected = out.double().nan_to_num(), expected.double().nan_to_num()
     # Scales, weights and zero points are exact: only sums in another order differ.
@@ -265,10 +266,9 @@ def test_a_layer_whose_last_row_is_nan(name, on_cpu):
             if function is None:
                 quantized_decode_reference(given)
             else:
-                addresses = weight_addresses(w1), weight_addresses(w2)
                 if tiles.paired:
                     given = given._replace(x=paired_reference(x, PairedOrder.of(w1.format)))
-                function(given, table, addresses, tiles)
+                function(given, table, tiles)
         torch.testing.assert_close(outs[0][:-1], outs[1][:-1], rtol=2e-2, atol=2e-3)
         found.append(outs[0])
     assert found[0][:-1].equal(found[1][:-1])
@@ -279,9 +279,7 @@ def test_warps_without_a_step_are_refused():
     w, x = weights("int4_g32", 2, 32, 512, None), torch.zeros(1, 512).bfloat16()
     blocks, out = LoneSlots(torch.zeros(1, dtype=torch.int32)), torch.zeros(1, 32)
     with pytest.raises(ValueError, match="4 warps share a row of 2 steps"):
-        quantized_decode.stream(
-            x, w, out, None, None, blocks, weight_addresses(w), 1, lone(4, 1), 1, early=False
-        )
+        quantized_decode.stream(Product(x, w, out, None, NO_ACTIVATION, blocks, 1, 1), lone(4, 1))
 
 
 def test_arguments_and_constants_are_those_of_the_source():

@@ -17,7 +17,7 @@ SMALL = TileConfig(16, 16, 32, 2, 4, 2)
 def triton_gemm(a, b, c, blocks, tiles, *, top_k, activation=None, activation_config=None, **kw):
     from fusedmoe.kernels.triton.grouped_gemm import launch
 
-    act = None if activation is None else device_activation(activation, activation_config)
+    act = device_activation(activation, activation_config)
     launch(a, b, c, blocks, tiles, top_k, kw.get("bias"), act)
     return c
 

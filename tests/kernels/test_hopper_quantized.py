@@ -118,9 +118,8 @@ def test_bytes_as_numbers(first):
 COMPILE = """
 import torch
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.activation import NO_ACTIVATION, device_activation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton import hopper_w8a8
 from fusedmoe.kernels.triton.hopper_w8a8 import Rows
 from fusedmoe.kernels.quantize import QuantizedRows
@@ -171,7 +170,7 @@ for name, rounding, act, mean in (
     tile = chosen.gemm1 if act else chosen.gemm2
     limit[0] = 113 if tile.programs == 2 else 227
     hopper_w8a8.gemm(
-        rows, w, out, None, act, table, weight_addresses(w), tile, 132,
+        rows, w, out, None, act or NO_ACTIVATION, table, tile, 132,
         largest=largest if act else None, early=act is None, guess=act is not None)
 print("compiled")
 """

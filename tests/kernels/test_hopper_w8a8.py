@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.activation import NO_ACTIVATION, device_activation
 from fusedmoe.kernels.align import align_reference, padded_slots
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_w8a8
@@ -73,10 +72,7 @@ def up(fmt, key, ids, tile, launched, H=400, I=144):  # noqa: E741
     launched.weights = w.data
     act = device_activation(MoEActivation.SILU, None)
     given = Rows(x, scale, 1, "given") if key.static else Rows.stored(rows, 1)
-    hopper_w8a8.gemm(
-        given, w, out, None, act, blocks, weight_addresses(w), tile, 3, largest=largest,
-        guess=True,
-    )  # fmt: skip
+    hopper_w8a8.gemm(given, w, out, None, act, blocks, tile, 3, largest=largest, guess=True)
     expected = torch.full((len(ids), I), 7.0).bfloat16()
     w8a8_gemm_reference(
         *rows, w, expected, None, blocks, QuantizedTile(64, tile.slots, 128, 1, 4, 2), key,
@@ -132,9 +128,7 @@ def test_down(fmt, key, tile, launched):
     rows = Rows(act, None, 1, "group")
     if key.group_shape.col == -1:
         rows = Rows(act, largest, 1, "largest")
-    hopper_w8a8.gemm(
-        rows, w, y, None, None, blocks, weight_addresses(w), TILES[tile], 3, early=True
-    )
+    hopper_w8a8.gemm(rows, w, y, None, NO_ACTIVATION, blocks, TILES[tile], 3, early=True)
     w8a8_gemm_reference(
         *quantize_rows_reference(act, key), w, expected, None, blocks,
         QuantizedTile(64, 8, 128, 1, 4, 2), key, top_k=1,

@@ -35,11 +35,16 @@ class DeviceActivation(NamedTuple):
     beta: float = 0.0
 
 
+NO_ACTIVATION = DeviceActivation(formula="", gated=False)
+
+
 @lru_cache(maxsize=1024)
 def device_activation(
-    activation: MoEActivation, config: ApplyMoEActivationConfig | None = None
+    activation: MoEActivation | None, config: ApplyMoEActivationConfig | None = None
 ) -> DeviceActivation:
     """Resolve defaults; raises ValueError where the activation lacks a number it needs."""
+    if activation is None:
+        return NO_ACTIVATION
     act = _resolved(activation, config or ApplyMoEActivationConfig())
     # An integer would be another type to a compiled kernel.
     limit = None if act.limit is None else float(act.limit)

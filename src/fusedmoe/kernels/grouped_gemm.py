@@ -43,7 +43,7 @@ def grouped_gemm(
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm import launch
 
-        act = None if activation is None else device_activation(activation, activation_config)
+        act = device_activation(activation, activation_config)
         launch(a, b, c, blocks, tiles, top_k, bias, act)
         return c
     return grouped_gemm_reference(

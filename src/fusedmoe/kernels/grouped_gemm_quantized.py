@@ -74,7 +74,7 @@ def quantized_gemm(
         from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
         launch = (grouped_gemm_packed if packed else grouped_gemm_quantized).launch
-        act = None if activation is None else device_activation(activation, activation_config)
+        act = device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
         orders = a_ordered, c_order, c_places
         launch(a, w, c, blocks, tile, top_k, bias, act, *orders, native)

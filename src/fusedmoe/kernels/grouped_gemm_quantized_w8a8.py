@@ -16,7 +16,6 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     blocks_on_host,
     check_rows,
     check_weights,
-    weight_addresses,
 )
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
 from fusedmoe.quantization.activations import spread
@@ -59,10 +58,10 @@ def w8a8_gemm(
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
 
-        act = None if activation is None else device_activation(activation, activation_config)
+        act = device_activation(activation, activation_config)
         launch(
-            a, a_scale, w, c, c_scale, blocks, tile, top_k, bias, act,
-            weight_addresses(w), key.group_shape.col, key.scale_kind == "e8m0",
+            a, a_scale, w, c, c_scale, blocks, tile, top_k, bias, act, key.group_shape.col,
+            key.scale_kind == "e8m0",
         )  # fmt: skip
         return c
     return w8a8_gemm_reference(

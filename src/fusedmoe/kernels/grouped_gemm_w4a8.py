@@ -49,7 +49,7 @@ def w4a8_gemm(
     if a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
 
-        act = None if activation is None else device_activation(activation, activation_config)
+        act = device_activation(activation, activation_config)
         launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, True)
         return c
     return w4a8_gemm_reference(

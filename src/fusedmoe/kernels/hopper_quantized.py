@@ -18,7 +18,6 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
     check_weights,
     quantized_gemm_reference,
-    weight_addresses,
 )
 from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -213,7 +212,7 @@ def quantized_decode(
             layer = layer._replace(x=x)
         else:
             blocks = align_local_slots(topk_ids, tiles.slots, e, expert_map)
-    decode(layer, blocks, (weight_addresses(w1), weight_addresses(w2)), tiles)
+    decode(layer, blocks, tiles)
 
 
 def quantized_decode_reference(

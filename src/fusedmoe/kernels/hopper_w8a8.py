@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align_quantize import align_and_quantize
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -127,7 +127,7 @@ def _two_gemms(
     blocks = aligned.alignment
     gemm(
         Rows.stored(aligned.rows, K), w1, act, layer.w1_bias, layer.epilogue, blocks,
-        weight_addresses(w1), tiles.gemm1, layer.programs, largest=aligned.largest,
+        tiles.gemm1, layer.programs, largest=aligned.largest,
         guess=topk_ids.numel() >= e,
     )  # fmt: skip
     e8m0 = key.scale_kind == "e8m0"
@@ -139,8 +139,8 @@ def _two_gemms(
         scale = scales[1] if aligned.largest is None else aligned.largest.view(-1)
         second, early = Rows(act, scale, 1, rounding, e8m0), True
     gemm(
-        second, w2, layer.y, layer.w2_bias, None, blocks, weight_addresses(w2), tiles.gemm2,
-        layer.programs, early=early,
+        second, w2, layer.y, layer.w2_bias, NO_ACTIVATION, blocks, tiles.gemm2, layer.programs,
+        early=early,
     )  # fmt: skip
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import Any
 
-import torch
-
-from fusedmoe.kernels.activation import DeviceActivation
+from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.align_pair import PairedOrder
 from fusedmoe.kernels.cuda.quantized_cut import cut_of
-from fusedmoe.kernels.cuda.quantized_launch import arguments_of, constants_of, filled, launch
+from fusedmoe.kernels.cuda.quantized_launch import (
+    Product,
+    arguments_of,
+    constants_of,
+    filled,
+    launch,
+)
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
@@ -72,75 +75,63 @@ def tile_map(data: int, e: int, features: int, shards: int, row: int, interleave
 def decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots,
-    addresses: tuple[tuple[int, ...], tuple[int, ...]],
     tiles: CudaDecodeTiles,
 ) -> None:
     """Both GEMMs and the sum; the layer as checked by ``kernels.hopper_quantized``."""
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
-    first, second = addresses
     K, parts = topk_ids.shape[1], 1
     guess = topk_ids.numel() >= LIKELY_MEAN * layer.num_experts
-    of_first = x, w1, act, layer.w1_bias, layer.epilogue, blocks, first, K, tiles.gemm1, programs
-    of_second = act, w2, y, layer.w2_bias, None, blocks, second, 1, tiles.gemm2, programs
     if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
         parts = tiles.gemm2.parts
-        of_second = act, w2, y.new_empty(parts * y.shape[0], y.shape[1]), *of_second[3:]
+        y = y.new_empty(parts * y.shape[0], y.shape[1])
+    first = Product(x, w1, act, layer.w1_bias, layer.epilogue, blocks, K, programs)
+    second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     order = PairedOrder.of(w2.format) if tiles.paired else None
-    _gemm(*of_first, early=False, guess=guess, following=order)
-    _gemm(*of_second, early=True)
-    sums = of_second[2]
-    weighted_sum(sums, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)
+    _multiply(first, tiles.gemm1, guess=guess, following=order)
+    _multiply(second, tiles.gemm2)
+    weighted_sum(y, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)
 
 
-def _gemm(
-    *given: Any, early: bool, guess: bool = False, following: PairedOrder | None = None
+def _multiply(
+    product: Product,
+    tile: CudaLoneTile | CudaStreamTile | CudaRowsTile | CudaWarpsTile,
+    *,
+    guess: bool = False,
+    following: PairedOrder | None = None,
 ) -> None:
     """``stream`` of the kernel whose tile is given."""
     from fusedmoe.kernels.cuda import quantized_rows, quantized_warps
 
-    tile = given[8]
     if isinstance(tile, CudaRowsTile):
-        quantized_rows.stream(*given, early=early)
+        quantized_rows.stream(product, tile)
     elif isinstance(tile, CudaWarpsTile):
-        quantized_warps.stream(*given, early=early)
+        quantized_warps.stream(product, tile)
     else:
-        stream(*given, early=early, guess=guess, following=following)
+        stream(product, tile, guess=guess, following=following)
 
 
 def stream(
-    x: torch.Tensor,
-    w: QuantizedTensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
-    blocks: MoEAlignment | LoneSlots,
-    addresses: tuple[int, ...],
-    top_k: int,
+    product: Product,
     tile: CudaLoneTile | CudaStreamTile,
-    programs: int,
     *,
-    early: bool,
     guess: bool = False,
     following: PairedOrder | None = None,
 ) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``. ``guess``: begin to read before there
-    are tables, as if every expert had a block. Blocks of slots read x in ``PairedOrder``;
-    ``following``: that of the GEMM that reads ``out``."""
-    N, D = out.shape[1], x.shape[1]
-    act = activation or DeviceActivation(formula="", gated=False)
-    cut = cut_of(w, D, addresses[5], tile)
-    constants = constants_of(x, w, out, bias, act, addresses, top_k, early) | cut.constants
+    """One launch. ``guess``: begin to read before there are tables, as if every expert had a block.
+    Blocks of slots read x in ``PairedOrder``; ``following``: that of the GEMM that reads ``out``.
+    """
+    w, shards = product.w, product.shards
+    assert w.scale is not None
+    cut = cut_of(w, product.x.shape[1], w.scale.stride(1), tile)
+    constants = constants_of(product) | cut.constants
     if following is not None:
         constants |= zip(("NEXT", "NEXT_EVEN", "NEXT_ODD"), following, strict=True)
-    wide_ids = isinstance(blocks, LoneSlots) and blocks.topk_ids.dtype == torch.int64
-    constants |= {"ID64": int(wide_ids)}
-    parameters = filled(Arguments, x, w, out, bias, act, blocks)
+    parameters = filled(Arguments, product)
     parameters.guess = guess
-    shards = 2 if act.gated else 1
     data, row, box = w.data.data_ptr(), w.data.shape[-1], cut.rows // shards
-    boxes = tile_map(data, w.shape[0], N, shards, row, w.interleaved, box)
+    boxes = tile_map(data, w.shape[0], product.out.shape[1], shards, row, w.interleaved, box)
     ctypes.memmove(ctypes.addressof(parameters), boxes, len(boxes))
     given = (*COMMON, f"{cut.entry}.cu"), constants, cut.threads, cut.shared, parameters
-    launch(*given, tile.per_multiprocessor, programs, x.get_device())
+    launch(*given, tile.per_multiprocessor, product.programs, w.data.get_device())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
@@ -19,6 +21,35 @@ BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FORMULAS = ("", "silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "swiglustep", "situ")
 # Shared memory of a multiprocessor, and what every program costs beside its own.
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
+
+
+class Product(NamedTuple):
+    """One product of a layer: out[slot] = act(x[slot // top_k] @ w[expert].T + bias[expert]).
+
+    x [rows, D] bf16, w [e, S * N, D], out [R, N] bf16 or fp32; ``blocks`` of the tile's slots, or
+    ids without a table. ``programs``: the number of multiprocessors. ``early``: weights are read
+    before the launch that makes x has ended.
+    """
+
+    x: torch.Tensor
+    w: QuantizedTensor
+    out: torch.Tensor
+    bias: torch.Tensor | None
+    act: DeviceActivation
+    blocks: MoEAlignment | LoneSlots
+    top_k: int
+    programs: int
+    early: bool = False
+
+    @property
+    def shards(self) -> int:
+        """S"""
+        return 2 if self.act.gated else 1
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """Of slots without a table."""
+        return self.blocks.topk_ids if isinstance(self.blocks, LoneSlots) else None
 
 
 def arguments_of(
@@ -35,16 +66,9 @@ def arguments_of(
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
-def filled(
-    arguments: type[ctypes.Structure],
-    x: torch.Tensor,
-    w: QuantizedTensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
-    blocks: MoEAlignment | LoneSlots,
-) -> ctypes.Structure:
+def filled(arguments: type[ctypes.Structure], product: Product) -> ctypes.Structure:
     """``arguments`` of this launch; maps, and what else is not here, are zero."""
+    x, w, out, bias, act, blocks, *_ = product
     tensors = {"weights": w.data, "scale": w.scale, "scale2": w.scale2, "zero": w.zero_point}
     tensors |= {"bias": bias, "x": x, "out": out}
     sizes = {"stride_x": x.stride(0), "R": out.shape[0], "num_local": w.shape[0]}
@@ -62,30 +86,22 @@ def filled(
     return found
 
 
-def constants_of(
-    x: torch.Tensor,
-    w: QuantizedTensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
-    addresses: tuple[int, ...],
-    top_k: int,
-    early: bool,
-) -> dict[str, int]:
+def constants_of(product: Product) -> dict[str, int]:
     """What every source is told; what reads ``out`` takes rows as they are (NEXT)."""
+    x, w, out, bias, act, *_ = product
     fmt, scale = w.format, w.scale
     assert scale is not None
     places = ("EXPERT_SCALES", "SCALE_STRIDE", "SCALE_SHARD", "SCALE_STEP", "SCALE_BLOCK")
     return {
         "COLUMNS": x.shape[1],
-        "TOP_K": top_k,
-        "EARLY": int(early),
+        "TOP_K": product.top_k,
+        "EARLY": int(product.early),
         "WIDE": int(out.dtype == torch.float32),
         "BIAS": 0 if bias is None else BIASES[bias.dtype],
         **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD"), 0),
-        "FEATURES": w.shape[1] // (2 if act.gated else 1),
+        "FEATURES": w.shape[1] // product.shards,
         "INTERLEAVED": int(w.interleaved),
-        **dict(zip(places, addresses[4:], strict=True)),
+        **dict(zip(places, weight_addresses(w)[4:], strict=True)),
         "ELEMENT": ELEMENTS[fmt.element],
         "SCALE": SCALES[scale.dtype],
         "SCALE_BYTES": scale.element_size(),
@@ -94,6 +110,7 @@ def constants_of(
         "FORMULA": FORMULAS.index(act.formula),
         "GATED": int(act.gated),
         "LIMITED": int(act.limit is not None),
+        "ID64": int(product.ids is not None and product.ids.dtype == torch.int64),
     }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
-
-from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
 from fusedmoe.kernels.cuda.quantized_decode import tile_map
-from fusedmoe.kernels.cuda.quantized_launch import arguments_of, constants_of, filled, launch
-from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.kernels.cuda.quantized_launch import (
+    Product,
+    arguments_of,
+    constants_of,
+    filled,
+    launch,
+)
 from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
 
 SOURCES = (
@@ -45,31 +46,16 @@ def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
     return units * eights * 64 if units * eights > 4 else 0
 
 
-def stream(
-    x: torch.Tensor,
-    w: QuantizedTensor,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
-    blocks: MoEAlignment | LoneSlots,
-    addresses: tuple[int, ...],
-    top_k: int,
-    tile: CudaRowsTile,
-    programs: int,
-    *,
-    early: bool,
-) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``, ``blocks`` of the tile's slots, or the
-    ids of at most ``MOST_MADE`` that programs make such blocks of."""
-    N, D, scale = out.shape[1], x.shape[1], w.scale
+def stream(product: Product, tile: CudaRowsTile) -> None:
+    """One launch; of at most ``MOST_MADE`` slots without a table programs make the blocks."""
+    w, scale = product.w, product.w.scale
     assert scale is not None
-    act = activation or DeviceActivation(formula="", gated=False)
     warps, rows = tile.along * tile.across, tile.across * tile.tiles * 16
     row_bytes, eights, group = w.data.shape[-1], -(-tile.slots // 8), w.format.group.col
     part_bytes = row_bytes // tile.parts
-    lone = isinstance(blocks, LoneSlots) and tile.slots == 1
-    made = isinstance(blocks, LoneSlots) and tile.slots > 1
-    scale_row = addresses[5] * scale.element_size()
+    lone = product.ids is not None and tile.slots == 1
+    made = product.ids is not None and tile.slots > 1
+    scale_row = scale.stride(1) * scale.element_size()
     box, boxes = scale_boxes(scale_row, tile.parts)
     scale_bytes = boxes * box or scale_row
     of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
@@ -88,15 +74,13 @@ def stream(
     if stages < 2:
         raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
     shared += stages * of_stage
-    constants = constants_of(x, w, out, bias, act, addresses, top_k, early)
-    constants |= {"COLUMNS": D // tile.parts, "PARTS": tile.parts, "GROUP": group}
+    constants = constants_of(product)
+    constants |= {"COLUMNS": product.x.shape[1] // tile.parts, "PARTS": tile.parts, "GROUP": group}
     constants |= {"MT": tile.tiles, "NT": eights, "KW": tile.along, "WM": tile.across}
     constants |= {"STEP": PAIR, "PITCH": 0, "SPANS": 0, "SCALE_BOX": box}
     constants |= {"STAGES": stages, "PER_SM": tile.per_multiprocessor}
     constants |= {"AHEAD": tile.ahead, "SWITCH": SWITCH[tile.slots]}
-    ids = blocks.topk_ids if isinstance(blocks, LoneSlots) else None
     constants |= {"LONE": int(lone), "MADE": int(made)}
-    constants |= {"ID64": int(ids is not None and ids.dtype == torch.int64)}
     registers, left = (
         REGISTERS.get(warps, NO_REGISTERS) if tile.per_multiprocessor == 1 else NO_REGISTERS
     )
@@ -109,15 +93,14 @@ def stream(
         "WHOLE": int(_all_begin(pairs, tile.along, 4)),
     }
     constants |= {"ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values)))}
-    parameters = filled(Arguments, x, w, out, bias, act, blocks)
-    parameters.R = out.shape[0] // tile.parts
-    shards = 2 if act.gated else 1
-    sizes = w.shape[0], N, shards
-    order, address = (w.interleaved, rows // shards), ctypes.addressof(parameters)
+    parameters = filled(Arguments, product)
+    parameters.R = product.out.shape[0] // tile.parts
+    sizes = w.shape[0], product.out.shape[1], product.shards
+    order, address = (w.interleaved, rows // product.shards), ctypes.addressof(parameters)
     if part_bytes % 128 == 0:
         ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
     if box:
         brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)
         ctypes.memmove(address + 128, brought, 128)
     given = SOURCES, constants, (warps + bringers) * 32, shared, parameters
-    launch(*given, tile.per_multiprocessor, programs, x.get_device())
+    launch(*given, tile.per_multiprocessor, product.programs, w.data.get_device())

@@ -150,7 +150,7 @@ def launch(
     else:
         tables = (None, blocks.routing_map, blocks.num_valid)
         P, first_expert, picks = 0, blocks.first_expert, blocks.routing_map.shape[1]
-    act = None if activation is None else device_activation(activation)
+    act = device_activation(activation)
     _launch(
         (programs, 1),
         (a, b, c, row_weights, *tables),
@@ -169,8 +169,8 @@ def launch(
         (
             top_k,
             picks,
-            None if act is None else act.formula,
-            act is not None and act.gated,
+            act.formula or None,
+            act.gated,
             D % tiles.block_k == 0,
             "ieee" if a.dtype == torch.float32 else "tf32",
             tiles.block_m,

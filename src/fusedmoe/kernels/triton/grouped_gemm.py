@@ -148,7 +148,6 @@ def grouped_gemm_kernel(
     _store(total, c_ptr, slots, row_ok, tile_n, columns, stride_cm, stride_cn, WIDTH)
 
 
-NO_ACTIVATION = DeviceActivation(formula="", gated=False)
 _launch = Launcher(grouped_gemm_kernel)
 
 
@@ -160,7 +159,7 @@ def launch(
     tiles: TileConfig,
     top_k: int,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
+    act: DeviceActivation,
 ) -> None:
     """As ``grouped_gemm``, unchecked. Tile widths count columns of c."""
     R, N = c.shape
@@ -173,7 +172,6 @@ def launch(
         num_blocks, tables = blocks.sorted_ids.shape[0] // tiles.block_m, blocks
     if R == 0 or N == 0 or num_blocks == 0:
         return
-    act = activation or NO_ACTIVATION
     gate = "interleaved" if act.interleaved else "halves" if act.gated else ""
     width = 2 if act.interleaved else 1
     _launch(

@@ -23,7 +23,7 @@ import triton.language as tl
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import NO_ACTIVATION, block_tables
+from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.packed_products import (
     add_ordered,
@@ -154,7 +154,7 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
+    act: DeviceActivation,
     a_ordered: bool,
     c_order: str,
     c_places: torch.Tensor | None,
@@ -166,7 +166,6 @@ def launch(
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return
-    act = activation or NO_ACTIVATION
     width = tile.rows // 2 if act.gated else tile.rows
     steps = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
     scale = w.scale

@@ -187,7 +187,6 @@ def quantized_gemm_kernel(
     store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
-NO_ACTIVATION = DeviceActivation(formula="", gated=False)
 _launch = Launcher(quantized_gemm_kernel, chained=True)
 _PRECISION = {torch.float32: "ieee"}
 
@@ -223,7 +222,7 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
+    act: DeviceActivation,
     a_ordered: bool,
     c_order: str,
     c_places: torch.Tensor | None,
@@ -235,7 +234,6 @@ def launch(
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return
-    act = activation or NO_ACTIVATION
     scale = w.scale
     assert scale is not None
     element, group = w.format.element, w.format.group.col

@@ -19,8 +19,9 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import NO_ACTIVATION, block_tables
+from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.kernels.triton.quantized_common import (
@@ -182,17 +183,15 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
-    addresses: tuple[int, ...],
+    act: DeviceActivation,
     a_group: int,
     e8m0: bool,
 ) -> None:
-    """As ``w8a8_gemm``, unchecked; ``addresses`` from ``weight_addresses``."""
+    """As ``w8a8_gemm``, unchecked."""
     (R, N), D = c.shape, a.shape[1]
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return
-    act = activation or NO_ACTIVATION
     scale = w.scale
     assert scale is not None
     group = max(0, w.format.group.col)
@@ -212,7 +211,7 @@ def launch(
             D,
             a.stride(0),
             *a_strides,
-            *addresses,
+            *weight_addresses(w),
             c.stride(0),
             0 if c_scale is None else c_scale.stride(0),
             *((0, 0) if bias is None else bias.stride()),

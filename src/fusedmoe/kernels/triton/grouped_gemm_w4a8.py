@@ -16,7 +16,7 @@ import triton.language as tl
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import NO_ACTIVATION, block_tables
+from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -177,7 +177,7 @@ def launch(
     tile: QuantizedTile,
     top_k: int,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
+    act: DeviceActivation,
     native: bool,
 ) -> None:
     """As ``w4a8_gemm``, unchecked. ``native``: not under the interpreter."""
@@ -185,7 +185,6 @@ def launch(
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return
-    act = activation or NO_ACTIVATION
     width = tile.rows // 2 if act.gated else tile.rows
     steps = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
     scale = w.scale

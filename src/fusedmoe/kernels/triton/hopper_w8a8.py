@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
 from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
@@ -55,9 +56,8 @@ def gemm(
     w: QuantizedTensor,
     out: torch.Tensor,
     bias: torch.Tensor | None,
-    activation: DeviceActivation | None,
+    act: DeviceActivation,
     blocks: MoEAlignment,
-    addresses: tuple[int, ...],
     tile: StreamTile,
     programs: int,
     *,
@@ -65,12 +65,11 @@ def gemm(
     early: bool = False,
     guess: bool = False,
 ) -> None:
-    """One launch; ``addresses`` from ``weight_addresses``, the rest as in ``gemm_kernel``."""
+    """One launch, as in ``gemm_kernel``."""
     (R, N), D = out.shape, w.shape[2]
-    row_shard_step, row_step, *of_scales = addresses[2:]
+    row_shard_step, row_step, *of_scales = weight_addresses(w)[2:]
     low, high, desc_rows = weight_descriptors(w, tile.box)
     below = tile.valid if w.shards == 1 else 0
-    act = activation or DeviceActivation(formula="", gated=False)
     columns = w.format.group.col
     scale_count = 0 if w.scale is None else w.scale.numel()
     group = columns if 0 < columns < D else 0
