@@ -121,6 +121,14 @@ def _check(
         raise ValueError(f"rows are quantized to fp8 or int8, not {key}")
     if x.dim() != 2:
         raise ValueError(f"x must be [rows, D], got {tuple(x.shape)}")
+    check_rounding(x, key, scale, topk_ids)
+
+
+def check_rounding(
+    x: torch.Tensor, key: QuantKey, scale: torch.Tensor | None, topk_ids: torch.Tensor | None
+) -> None:
+    """Raise ValueError where the key's groups, its scale or the ids of rows [rows, D] are others
+    than kernels take."""
     group = key.group_shape.col
     if group != -1 and (group < 1 or group & (group - 1)):
         raise ValueError(f"a group must be a power of two of columns, got {group}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.column_orders import REPEATS, ordered
-from fusedmoe.kernels.quantize import live_rows
+from fusedmoe.kernels.quantize import check_rounding, live_rows
 from fusedmoe.quantization.activations import fake_quantize, quantize_activation
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
@@ -84,11 +84,4 @@ def _check(
         )
     if key.dtype not in ELEMENTS:
         raise ValueError(f"rows are rounded to {', '.join(map(str, ELEMENTS))}, not {key}")
-    group = key.group_shape.col
-    if group != -1 and (group < 1 or group & (group - 1)):
-        raise ValueError(f"a group must be a power of two of columns, got {group}")
-    if key.static != (scale is not None) or (scale is not None and scale.numel() != 1):
-        found = "none" if scale is None else f"{tuple(scale.shape)}"
-        raise ValueError(f"activations {key}: one scale belongs to a static key, got {found}")
-    if topk_ids is not None and topk_ids.numel() != x.shape[0]:
-        raise ValueError(f"{topk_ids.numel()} ids do not name the {x.shape[0]} rows of x")
+    check_rounding(x, key, scale, topk_ids)

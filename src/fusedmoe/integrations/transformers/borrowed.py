@@ -184,19 +184,26 @@ class BorrowedExperts(RoutedExperts):
         return self.weights.w2_bias()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockDemands:
+    """What a block asks of whatever runs its experts; the fields of ``FusedMoEConfig``."""
+
+    weights_on_input: bool = False
+    num_zero_experts: int = 0
+    hash_routing: bool = False
+    require_modular: bool = False
+    options: MoEOptions | None = None
+
+
 def experts_config(
     gate: Gate,
     top_k: int,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
+    demands: BlockDemands,
     *,
     has_bias: bool = False,
-    weights_on_input: bool = False,
-    num_zero_experts: int = 0,
-    hash_routing: bool = False,
-    require_modular: bool = False,
-    options: MoEOptions | None = None,
 ) -> FusedMoEConfig:
     """A block's experts with ``sizes`` (E, H, I), none of them on other ranks."""
     assert gate.activation is not None
@@ -212,11 +219,11 @@ def experts_config(
         in_dtype=dtype,
         device=device,
         has_bias=has_bias,
-        apply_router_weight_on_input=weights_on_input,
-        has_hash_routing=hash_routing,
-        num_zero_experts=num_zero_experts,
-        require_modular=require_modular,
-        options=MoEOptions.of(options),
+        apply_router_weight_on_input=demands.weights_on_input,
+        has_hash_routing=demands.hash_routing,
+        num_zero_experts=demands.num_zero_experts,
+        require_modular=demands.require_modular,
+        options=MoEOptions.of(demands.options),
     )
 
 
@@ -224,12 +231,7 @@ def borrow_experts(
     weights: ExpertWeights,
     gate: Gate,
     top_k: int,
-    *,
-    weights_on_input: bool = False,
-    num_zero_experts: int = 0,
-    hash_routing: bool = False,
-    require_modular: bool = False,
-    options: MoEOptions | None = None,
+    demands: BlockDemands,
     ranks: BlockRanks | None = None,
 ) -> BorrowedExperts:
     """Experts ready to run where the weights are now; after a move they choose anew.
@@ -247,24 +249,16 @@ def borrow_experts(
         )
     if (w13.dtype, w13.device) != (w2.dtype, w2.device):
         raise ValueError(f"w13 is {w13.dtype} on {w13.device}, w2 is {w2.dtype} on {w2.device}")
+    has_bias = weights.w13_bias() is not None
     moe_config = experts_config(
-        gate,
-        top_k,
-        (E, H, I),
-        w13.dtype,
-        w13.device,
-        has_bias=weights.w13_bias() is not None,
-        weights_on_input=weights_on_input,
-        num_zero_experts=num_zero_experts,
-        hash_routing=hash_routing,
-        require_modular=require_modular,
-        options=options,
+        gate, top_k, (E, H, I), w13.dtype, w13.device, demands, has_bias=has_bias
     )
     if ranks is not None:
         _, moe_config = ranks.share(moe_config)
         facts = facts_of(moe_config) | facts_of_groups(ranks.groups)
         check_agreement(facts, ranks.groups, "an accelerated block")
-        weights = RankWeights.of(weights, ranks.own_experts(E))
+        own = ranks.own_experts(E)
+        weights = RankWeights(weights, slice(own.start, own.stop))
     experts = BorrowedExperts(moe_config, weights, ranks)
     experts.process_weights_after_loading()
     return experts

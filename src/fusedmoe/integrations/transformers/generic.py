@@ -18,7 +18,7 @@ from torch import nn
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
-from fusedmoe.integrations.transformers.borrowed import ExpertWeights, borrow_experts
+from fusedmoe.integrations.transformers.borrowed import BlockDemands, ExpertWeights, borrow_experts
 from fusedmoe.integrations.transformers.containers import disagreement, read_experts
 from fusedmoe.integrations.transformers.experts_function import ExpertTensors, run_experts
 from fusedmoe.integrations.transformers.gates import Gate
@@ -78,7 +78,7 @@ class TransformersFusedMoE(nn.Module):
         gate, weights = read_experts(original, self, hidden_size)
         self.__dict__.update(gate=gate, weights=weights)
         try:
-            routed_experts = borrow_experts(weights, gate, top_k, options=options)
+            routed_experts = borrow_experts(weights, gate, top_k, BlockDemands(options=options))
         except ValueError:
             self.release()
             raise

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.block_router import BlockRouter
 from fusedmoe.integrations.transformers.blocks import BlockForward, ExpertsForward, RouterForward
 from fusedmoe.integrations.transformers.borrowed import (
+    BlockDemands,
     BorrowedExperts,
     ExpertWeights,
     borrow_experts,
@@ -60,22 +59,23 @@ def make_replacements(
         None if isinstance(found := at(block, path), nn.Identity) else found
         for path in (family.input_projection, family.output_projection)
     ]
-    demands: dict[str, bool | int] = {
-        "weights_on_input": family.weights_on_input,
-        "num_zero_experts": router.spec.num_zero_experts,
-        "hash_routing": family.router.hash_table is not None,
-        "require_modular": router.keep_result
+    demands = BlockDemands(
+        weights_on_input=family.weights_on_input,
+        num_zero_experts=router.spec.num_zero_experts,
+        hash_routing=family.router.hash_table is not None,
+        require_modular=router.keep_result
         or family.router.decides
         or router.spec.num_zero_experts > 0
         or transforms[0] is not None,
-    }
+        options=options,
+    )
     weights: ExpertWeights | None = None
     experts: BorrowedExperts | HeldExperts
     if gate is None:
-        experts = hold_experts(module, router.spec.top_k, options, **demands)
+        experts = hold_experts(module, router.spec.top_k, demands)
     else:
         weights = _weights(family, module)
-        experts = _borrow(weights, gate, router.spec.top_k, options, demands, ranks)
+        experts = _borrow(weights, gate, router.spec.top_k, demands, ranks)
     runner = MoERunner(
         experts.moe_config,
         router,
@@ -111,13 +111,12 @@ def _borrow(
     weights: ExpertWeights,
     gate: Gate,
     top_k: int,
-    options: MoEOptions | None,
-    demands: dict[str, Any],
+    demands: BlockDemands,
     ranks: BlockRanks | None,
 ) -> BorrowedExperts:
     """Experts on the module's tensors; what was stacked for them is released if there are none."""
     try:
-        return borrow_experts(weights, gate, top_k, options=options, ranks=ranks, **demands)
+        return borrow_experts(weights, gate, top_k, demands, ranks)
     except ValueError:
         if isinstance(weights, StackedWeights):
             weights.stack.release()
@@ -136,7 +135,9 @@ def _make_parts(block: nn.Module, family: Family, options: MoEOptions | None) ->
     if isinstance(module, PackedExperts):
         return made
     gate = gate_of_experts(family.experts, module)
-    experts = borrow_experts(_weights(family, module), gate, top_k or 1, options=options)
+    experts = borrow_experts(
+        _weights(family, module), gate, top_k or 1, BlockDemands(options=options)
+    )
     return [*made, ExpertsForward(module, experts)]
 
 

@@ -6,13 +6,14 @@ e of E experts, H hidden, I intermediate, S = 2 where gated, else 1; T tokens, K
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fusedmoe.config import MoEOptions
-from fusedmoe.integrations.transformers.borrowed import experts_config
+from fusedmoe.integrations.transformers.borrowed import BlockDemands, experts_config
 from fusedmoe.integrations.transformers.families import is_fp8
 from fusedmoe.integrations.transformers.gates import gate_of
 from fusedmoe.integrations.transformers.gradients import NoBackward
@@ -58,14 +59,10 @@ class PackedExperts(nn.Module):
         self,
         dtype: torch.dtype,
         device: torch.device,
-        options: MoEOptions | None = None,
+        demands: BlockDemands,
         tensors: dict[str, Any] | None = None,
-        **demands: bool | int,
     ) -> HeldExperts:
-        """Experts of this scheme: new ones, or over existing ``tensors``.
-
-        ``demands`` are those of ``experts_config``.
-        """
+        """Experts of this scheme: new ones, or over existing ``tensors``."""
         seat, ranks = self.seat, self.ranks
         config = experts_config(
             seat.gate,
@@ -73,9 +70,8 @@ class PackedExperts(nn.Module):
             (seat.E, seat.H, seat.I),
             dtype,
             device,
+            demands,
             has_bias=seat.has_bias,
-            options=options,
-            **demands,  # type: ignore[arg-type]
         )
         placed = None
         if ranks is not None:
@@ -110,7 +106,7 @@ class PackedExperts(nn.Module):
         Of experts that live on other ranks nothing is read.
         """
         self.schemes = schemes
-        experts = self.make_experts(dtype, device, options)
+        experts = self.make_experts(dtype, device, BlockDemands(options=options))
         gated = experts.moe_config.is_act_and_mul
         for tensor in layer.tensors:
             for expert, value in self._read(tensor, source):
@@ -151,7 +147,7 @@ class PackedExperts(nn.Module):
             follower.follow(self.routed_experts)
         return result
 
-    def held(self, options: MoEOptions | None = None, **demands: bool | int) -> HeldExperts:
+    def held(self, demands: BlockDemands) -> HeldExperts:
         """The same experts once more, over the same Parameters, for a layer with ``demands``.
 
         They move and are cast with this module until they are released.
@@ -165,9 +161,8 @@ class PackedExperts(nn.Module):
         held = self.make_experts(
             experts.moe_config.in_dtype,
             weight.device,
-            options or experts.moe_config.options,
+            replace(demands, options=demands.options or experts.moe_config.options),
             {name: getattr(experts, name) for name in experts.param_specs},
-            **demands,
         )
         held.process_weights_after_loading()
         self.followers.append(held)
@@ -236,15 +231,13 @@ def is_packed(experts: Any) -> bool:
     return isinstance(experts, PackedExperts) or is_fp8(experts)
 
 
-def hold_experts(
-    experts: Any, top_k: int, options: MoEOptions | None = None, **demands: bool | int
-) -> HeldExperts:
+def hold_experts(experts: Any, top_k: int, demands: BlockDemands) -> HeldExperts:
     """Our experts over the tensors of a module of quantized ones; nothing is copied.
 
-    ``demands`` are those of ``experts_config``. Raises ValueError where they cannot be run so.
+    Raises ValueError where they cannot be run so.
     """
     if isinstance(experts, PackedExperts):
-        return experts.held(options, **demands)
+        return experts.held(demands)
     if getattr(experts, "block_size", None) is None or not experts.has_gate:
         raise ValueError("fp8 experts without blocks or without a gate are left to Transformers")
     w13, w2 = experts.gate_up_proj, experts.down_proj
@@ -255,8 +248,7 @@ def hold_experts(
         (E, H, I),
         torch.bfloat16 if w2.device.type == "meta" else _activation_dtype(experts),
         w2.device,
-        options=options,
-        **demands,  # type: ignore[arg-type]
+        demands,
     )
     fmt = QuantFormat(element="e4m3", group=GroupShape(*experts.block_size))
     activation = fp8_dynamic_group(fmt.group.col)

@@ -82,21 +82,16 @@ class BlockRanks:
 
 @dataclass(frozen=True)
 class RankWeights:
-    """The rows [first, last) of a block's experts: views of all of them."""
+    """Of a block's experts those of one rank: views of all of them."""
 
     weights: ExpertWeights
-    first: int
-    last: int
-
-    @classmethod
-    def of(cls, weights: ExpertWeights, own: range) -> RankWeights:
-        return cls(weights, own.start, own.stop)
+    own: slice
 
     def w13(self) -> torch.Tensor:
-        return self.weights.w13()[self.first : self.last]
+        return self.weights.w13()[self.own]
 
     def w2(self) -> torch.Tensor:
-        return self.weights.w2()[self.first : self.last]
+        return self.weights.w2()[self.own]
 
     def w13_bias(self) -> torch.Tensor | None:
         return self._cut(self.weights.w13_bias())
@@ -105,7 +100,7 @@ class RankWeights:
         return self._cut(self.weights.w2_bias())
 
     def _cut(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        return None if bias is None else bias[self.first : self.last]
+        return None if bias is None else bias[self.own]
 
 
 def make_together(
