@@ -86,7 +86,7 @@ class TopKWeightAndReduceContiguous(TopKWeightAndReduce):
 
         T, K = topk_ids.shape
         rows = fused_expert_output.view(T, K, fused_expert_output.shape[-1])
-        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        weights = None if apply_router_weight_on_input else topk_weights
         return moe_fused_mul_sum(rows, weights, outputs=output, topk_ids=topk_ids)
 
 

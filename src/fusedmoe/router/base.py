@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fusedmoe.config import RoutingMethodType
+from fusedmoe.router.functional import INDEX_DTYPES
 
 if TYPE_CHECKING:
     from fusedmoe.router.spec import RoutingResult
@@ -38,6 +39,16 @@ class FusedMoERouter(ABC):
         the vision bias; rows where ``is_padding`` [T] is True get id -1 and weight 0. Without
         expert load balancing the ids are global logical ids.
         """
+
+
+class RoutingInputs(NamedTuple):
+    """The arguments of ``select_experts``, with the dtype that ids are wanted in."""
+
+    hidden_states: torch.Tensor
+    router_logits: torch.Tensor
+    indices_dtype: torch.dtype
+    input_ids: torch.Tensor | None
+    is_padding: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +86,20 @@ class BaseRouter(FusedMoERouter):
     """Routing, then the capture hook (logical ids), then the replicas chosen by load balancing.
 
     A subclass sets ``top_k`` and ``num_experts``: the routed picks of a token, and the experts of
-    the model they are from. Fused shared experts come behind both.
+    the model they are from. Fused shared experts come behind both. ``require_padding_mask``: a call
+    without ``is_padding`` is an error.
     """
 
     top_k: int
     num_experts: int
     num_fused_shared_experts: int = 0
     shared_expert_weight: float = 1.0
+    require_padding_mask: bool = False
     eplb_state: EplbState | None = None
     capture_fn: CaptureFunction | None = None
 
     @abstractmethod
-    def compute_routing(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        indices_dtype: torch.dtype,
-        input_ids: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-    ) -> RoutingResult:
+    def compute_routing(self, given: RoutingInputs) -> RoutingResult:
         """Weights and logical ids, as ``select_experts`` describes them."""
 
     def select_experts(
@@ -105,12 +111,13 @@ class BaseRouter(FusedMoERouter):
         input_ids: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
     ) -> RoutingResult:
+        indices_dtype = topk_indices_dtype or torch.int32
+        if self.require_padding_mask and is_padding is None:
+            raise ValueError("this router skips padding rows: is_padding [T] is needed")
+        if indices_dtype not in INDEX_DTYPES:
+            raise ValueError(f"ids hold -1, so {indices_dtype} is not one of {INDEX_DTYPES}")
         result = self.compute_routing(
-            hidden_states,
-            router_logits,
-            topk_indices_dtype or torch.int32,
-            input_ids,
-            is_padding,
+            RoutingInputs(hidden_states, router_logits, indices_dtype, input_ids, is_padding)
         )
         if self.capture_fn is not None:
             self.capture_fn(result.topk_ids)

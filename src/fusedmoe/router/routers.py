@@ -11,8 +11,8 @@ from torch import nn
 
 from fusedmoe.config import RoutingMethodType
 from fusedmoe.kernels.routing import append_shared_experts
-from fusedmoe.router.base import BaseRouter
-from fusedmoe.router.functional import INDEX_DTYPES, route
+from fusedmoe.router.base import BaseRouter, RoutingInputs
+from fusedmoe.router.functional import route
 from fusedmoe.router.method_type import routing_method_of
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
@@ -28,8 +28,6 @@ class SpecRouter(nn.Module, BaseRouter):
     whoever made them: a Parameter is shared, a plain tensor becomes a buffer, and neither
     appears in this module's ``state_dict``. An owner that replaces its tensors instead of writing
     into them passes a function that returns the current ones.
-
-    ``require_padding_mask``: a call without ``is_padding`` is an error.
     """
 
     correction_bias: torch.Tensor | None
@@ -87,23 +85,14 @@ class SpecRouter(nn.Module, BaseRouter):
             vision_bias=self.vision_bias,
         )
 
-    def compute_routing(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        indices_dtype: torch.dtype,
-        input_ids: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-    ) -> RoutingResult:
-        if self.require_padding_mask and is_padding is None:
-            raise ValueError("this router skips padding rows: is_padding [T] is needed")
+    def compute_routing(self, given: RoutingInputs) -> RoutingResult:
         return route(
-            router_logits,
+            given.router_logits,
             self.spec,
             self.tensors,
-            input_ids=input_ids,
-            is_padding=is_padding,
-            indices_dtype=indices_dtype,
+            input_ids=given.input_ids,
+            is_padding=given.is_padding,
+            indices_dtype=given.indices_dtype,
         )
 
     def forward(
@@ -165,22 +154,11 @@ class CustomRouter(BaseRouter):
         self.shared_expert_weight = shared_expert_weight
         self.require_padding_mask = require_padding_mask
 
-    def compute_routing(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        indices_dtype: torch.dtype,
-        input_ids: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-    ) -> RoutingResult:
-        if self.require_padding_mask and is_padding is None:
-            raise ValueError("this router skips padding rows: is_padding [T] is needed")
-        if indices_dtype not in INDEX_DTYPES:
-            raise ValueError(f"ids hold -1, so {indices_dtype} is not one of {INDEX_DTYPES}")
+    def compute_routing(self, given: RoutingInputs) -> RoutingResult:
         weights, ids = self.custom_routing_function(
-            hidden_states, router_logits, self.top_k, self.renormalize
+            given.hidden_states, given.router_logits, self.top_k, self.renormalize
         )
-        expected = (router_logits.shape[0], self.top_k)
+        expected = (given.router_logits.shape[0], self.top_k)
         if tuple(weights.shape) != expected or tuple(ids.shape) != expected:
             raise ValueError(
                 f"custom_routing_function must return weights and ids of shape {expected}, got "
@@ -188,19 +166,15 @@ class CustomRouter(BaseRouter):
             )
         weights, ids = weights.float() * self.routed_scaling_factor, ids.long()
         ids = ids.masked_fill((ids < 0) | (ids >= self.num_experts), -1)
-        return finish_routing(self, weights, ids, indices_dtype, is_padding)
+        return finish_routing(self, weights, ids, given)
 
 
 def finish_routing(
-    router: BaseRouter,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    indices_dtype: torch.dtype,
-    is_padding: torch.Tensor | None,
+    router: BaseRouter, weights: torch.Tensor, ids: torch.Tensor, given: RoutingInputs
 ) -> RoutingResult:
     """Empty and padding slots weigh 0, and the shared experts of ``router`` are appended."""
-    if is_padding is not None:
-        ids = ids.masked_fill(is_padding[:, None], -1)
+    if given.is_padding is not None:
+        ids = ids.masked_fill(given.is_padding[:, None], -1)
     weights = weights.masked_fill(ids < 0, 0.0)
     if router.num_fused_shared_experts:
         weights, ids = append_shared_experts(
@@ -209,6 +183,6 @@ def finish_routing(
             router.num_experts,
             router.num_fused_shared_experts,
             router.shared_expert_weight,
-            is_padding,
+            given.is_padding,
         )
-    return RoutingResult(weights, ids.to(indices_dtype))
+    return RoutingResult(weights, ids.to(given.indices_dtype))

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 
 from fusedmoe.config import RoutingMethodType
-from fusedmoe.router.base import BaseRouter
-from fusedmoe.router.functional import INDEX_DTYPES
+from fusedmoe.router.base import BaseRouter, RoutingInputs
 from fusedmoe.router.routers import finish_routing
 from fusedmoe.router.spec import RoutingResult
 
@@ -136,20 +135,14 @@ class SimulatedRouter(BaseRouter):
         self.eplb_state = router.eplb_state
         self.set_capture_fn(router.capture_fn)
 
-    def compute_routing(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        indices_dtype: torch.dtype,
-        input_ids: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-    ) -> RoutingResult:
-        if indices_dtype not in INDEX_DTYPES:
-            raise ValueError(f"ids hold -1, so {indices_dtype} is not one of {INDEX_DTYPES}")
+    def compute_routing(self, given: RoutingInputs) -> RoutingResult:
         weights, ids = self.strategy.route_tokens(
-            hidden_states, router_logits[:, : self.num_experts], self.top_k, indices_dtype
+            given.hidden_states,
+            given.router_logits[:, : self.num_experts],
+            self.top_k,
+            given.indices_dtype,
         )
-        return finish_routing(self, weights.float(), ids, indices_dtype, is_padding)
+        return finish_routing(self, weights.float(), ids, given)
 
 
 def _check_top_k(top_k: int, num_experts: int) -> None:

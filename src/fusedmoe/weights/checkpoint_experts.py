@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -67,6 +68,18 @@ class ExpertLayer:
     def name(self) -> str:
         return f"{self.prefix}layers.{self.number}"
 
+    def schemes(self, quantization: CheckpointQuantization, where: Path) -> LayerSchemes | None:
+        """How it is stored; None: as floats. CheckpointError where its matrices differ."""
+        w13 = dict.fromkeys(t.matrix for t in self.tensors if t.part != "down")
+        w2 = dict.fromkeys(t.matrix for t in self.tensors if t.part == "down")
+        if not w13 or not w2:
+            lacking = "down" if w13 else "up"
+            raise CheckpointError(f"{where}: {self.name} has no {lacking} projection")
+        try:
+            return quantization.layer_schemes(list(w13), list(w2))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
 
 @dataclass(frozen=True)
 class CheckpointExperts:
@@ -119,17 +132,7 @@ class CheckpointExperts:
         """How ``layer`` is stored; None: as floats. CheckpointError where its matrices differ."""
         if self.quantization is None:
             return None
-        w13 = dict.fromkeys(t.matrix for t in layer.tensors if t.part != "down")
-        w2 = dict.fromkeys(t.matrix for t in layer.tensors if t.part == "down")
-        if not w13 or not w2:
-            lacking = "down" if w13 else "up"
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {layer.name} has no {lacking} projection"
-            )
-        try:
-            return self.quantization.layer_schemes(list(w13), list(w2))
-        except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.folder}: {error}") from None
+        return layer.schemes(self.quantization, self.checkpoint.folder)
 
     def check(self, layer: ExpertLayer, schemes: LayerSchemes | None) -> None:
         """CheckpointError naming the first tensor that is missing or of another format."""

@@ -13,6 +13,7 @@ from torch import nn
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Router, at
 from fusedmoe.kernels.gate import gate_linear
+from fusedmoe.router.base import RoutingInputs
 from fusedmoe.router.routers import SpecRouter
 from fusedmoe.router.spec import RoutingResult, RoutingTensors
 
@@ -87,21 +88,12 @@ class BlockRouter(SpecRouter):
         logits, weights, ids = (None if i is None else returned[i] for i in row.returned)
         return Answer(x if logits is None else logits, weights, ids)
 
-    def compute_routing(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        indices_dtype: torch.dtype,
-        input_ids: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-    ) -> RoutingResult:
+    def compute_routing(self, given: RoutingInputs) -> RoutingResult:
         answer = self.answer
         if answer is None or answer.weights is None or answer.ids is None:
-            result = super().compute_routing(
-                hidden_states, router_logits, indices_dtype, input_ids, is_padding
-            )
+            result = super().compute_routing(given)
         else:
-            result = self._as_chosen(answer.weights.float(), answer.ids, indices_dtype)
+            result = self._as_chosen(answer.weights.float(), answer.ids, given.indices_dtype)
         if self.keep_result:
             self.result = result
         return result

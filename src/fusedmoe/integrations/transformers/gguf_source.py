@@ -148,15 +148,7 @@ class GgufSource:
         return dict(sorted(layers.items()))
 
     def schemes(self, layer: ExpertLayer) -> LayerSchemes | None:
-        w13 = [t.matrix for t in layer.tensors if t.part != "down" and t.suffix == "weight"]
-        w2 = [t.matrix for t in layer.tensors if t.part == "down" and t.suffix == "weight"]
-        if not w13 or not w2:
-            lacking = "down" if w13 else "up"
-            raise CheckpointError(f"{self.where}: {layer.name} has no {lacking} projection")
-        try:
-            return self.quantization.layer_schemes(w13, w2)
-        except ValueError as error:
-            raise CheckpointError(f"{self.where}: {error}") from None
+        return layer.schemes(self.quantization, self.where)
 
     def sizes(self) -> dict[str, int]:
         """Of a layer's experts, and how many a token has. CheckpointError where one is unknown."""

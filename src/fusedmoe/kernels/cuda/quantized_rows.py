@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
 from fusedmoe.kernels.cuda.quantized_decode import tile_map
@@ -13,6 +14,7 @@ from fusedmoe.kernels.cuda.quantized_launch import (
     filled,
     launch,
 )
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
 
 SOURCES = (
@@ -46,61 +48,92 @@ def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
     return units * eights * 64 if units * eights > 4 else 0
 
 
-def stream(product: Product, tile: CudaRowsTile) -> None:
-    """One launch; of at most ``MOST_MADE`` slots without a table programs make the blocks."""
-    w, scale = product.w, product.w.scale
-    assert scale is not None
-    warps, rows = tile.along * tile.across, tile.across * tile.tiles * 16
-    row_bytes, eights, group = w.data.shape[-1], -(-tile.slots // 8), w.format.group.col
-    part_bytes = row_bytes // tile.parts
-    lone = product.ids is not None and tile.slots == 1
-    made = product.ids is not None and tile.slots > 1
-    scale_row = scale.stride(1) * scale.element_size()
+class Ring(NamedTuple):
+    """A program's shared memory: ``stages`` of so many ``rows`` in ``shared`` bytes all in all.
+
+    Scales come ``box`` bytes at a time; 0: as they lie.
+    """
+
+    rows: int
+    stages: int
+    shared: int
+    box: int
+
+
+def ring_of(w: QuantizedTensor, tile: CudaRowsTile, made: bool) -> Ring:
+    """As many stages as there is room for beside sums, and beside blocks that are ``made``.
+
+    Raises ValueError where that is less than two, and where warps do not share boxes of scales.
+    """
+    assert w.scale is not None
+    rows, eights = tile.across * tile.tiles * 16, -(-tile.slots // 8)
+    warps, part_bytes = tile.along * tile.across, w.data.shape[-1] // tile.parts
+    scale_row = w.scale.stride(1) * w.scale.element_size()
     box, boxes = scale_boxes(scale_row, tile.parts)
     scale_bytes = boxes * box or scale_row
-    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
-    shared = 4 * tile.across * 8
-    if tile.along > 1:
-        shared += 2 * warps * eights * 512
-    if w.format.element == "int4":
-        shared += warps * sum_bytes(part_bytes // PAIR, tile.along, group, eights)
     if tile.along % boxes:
         raise ValueError(
             f"{tile.along} warps share {scale_bytes} bytes of scales that come {box} at a time"
         )
+    shared = 4 * tile.across * 8
+    if tile.along > 1:
+        shared += 2 * warps * eights * 512
+    if w.format.element == "int4":
+        shared += warps * sum_bytes(part_bytes // PAIR, tile.along, w.format.group.col, eights)
     if made:
         shared += 2 * MOST_MADE * (3 + 8 * eights) + 32
+    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
     stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
     if stages < 2:
         raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
-    shared += stages * of_stage
-    constants = constants_of(product)
-    constants |= {"COLUMNS": product.x.shape[1] // tile.parts, "PARTS": tile.parts, "GROUP": group}
-    constants |= {"MT": tile.tiles, "NT": eights, "KW": tile.along, "WM": tile.across}
-    constants |= {"STEP": PAIR, "PITCH": 0, "SPANS": 0, "SCALE_BOX": box}
-    constants |= {"STAGES": stages, "PER_SM": tile.per_multiprocessor}
-    constants |= {"AHEAD": tile.ahead, "SWITCH": SWITCH[tile.slots]}
-    constants |= {"LONE": int(lone), "MADE": int(made)}
-    registers, left = (
-        REGISTERS.get(warps, NO_REGISTERS) if tile.per_multiprocessor == 1 else NO_REGISTERS
-    )
+    return Ring(rows, stages, shared + stages * of_stage, box)
+
+
+def stream(product: Product, tile: CudaRowsTile) -> None:
+    """One launch; of at most ``MOST_MADE`` slots without a table programs make the blocks."""
+    w, scale = product.w, product.w.scale
+    assert scale is not None
+    warps, row_bytes, group = tile.along * tile.across, w.data.shape[-1], w.format.group.col
+    pairs = row_bytes // tile.parts // PAIR
+    lone = product.ids is not None and tile.slots == 1
+    made = product.ids is not None and tile.slots > 1
+    ring = ring_of(w, tile, made)
+    alone = tile.per_multiprocessor == 1
+    registers, left = REGISTERS.get(warps, NO_REGISTERS) if alone else NO_REGISTERS
     bringers = 4 if registers else 1
-    pairs = part_bytes // PAIR
-    constants |= {
+    constants = constants_of(product) | {
+        "COLUMNS": product.x.shape[1] // tile.parts,
+        "PARTS": tile.parts,
+        "GROUP": group,
+        "MT": tile.tiles,
+        "NT": -(-tile.slots // 8),
+        "KW": tile.along,
+        "WM": tile.across,
+        "STEP": PAIR,
+        "PITCH": 0,
+        "SPANS": 0,
+        "SCALE_BOX": ring.box,
+        "STAGES": ring.stages,
+        "PER_SM": tile.per_multiprocessor,
+        "AHEAD": tile.ahead,
+        "SWITCH": SWITCH[tile.slots],
+        "LONE": int(lone),
+        "MADE": int(made),
         "BRINGERS": bringers,
         "REGISTERS": registers,
         "BRINGER_REGISTERS": left,
         "WHOLE": int(_all_begin(pairs, tile.along, 4)),
+        "ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values))),
     }
-    constants |= {"ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values)))}
     parameters = filled(Arguments, product)
     parameters.R = product.out.shape[0] // tile.parts
     sizes = w.shape[0], product.out.shape[1], product.shards
-    order, address = (w.interleaved, rows // product.shards), ctypes.addressof(parameters)
-    if part_bytes % 128 == 0:
+    order, address = (w.interleaved, ring.rows // product.shards), ctypes.addressof(parameters)
+    if row_bytes // tile.parts % 128 == 0:
         ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
-    if box:
-        brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)
+    if ring.box:
+        scale_row = scale.stride(1) * scale.element_size()
+        brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, ring.box)
         ctypes.memmove(address + 128, brought, 128)
-    given = SOURCES, constants, (warps + bringers) * 32, shared, parameters
+    given = SOURCES, constants, (warps + bringers) * 32, ring.shared, parameters
     launch(*given, tile.per_multiprocessor, product.programs, w.data.get_device())

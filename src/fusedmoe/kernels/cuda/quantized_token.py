@@ -36,40 +36,7 @@ class Arguments(ctypes.Structure):
 def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
     """The layer of one token, as checked by ``kernels.hopper_quantized``, in one launch."""
     w1, w2, act = layer.w1, layer.w2, layer.epilogue
-    assert w1.scale is not None
-    assert w2.scale is not None
     picks = LoneSlots.of(layer.topk_ids, layer.expert_map)
-    biases = layer.w1_bias, layer.w2_bias
-    first_bias, second_bias = (0 if b is None else BIASES[b.dtype] for b in biases)
-    H, I = w1.shape[2], w2.shape[2]  # noqa: E741
-    constants = {
-        "HIDDEN": H,
-        "INTERMEDIATE": I,
-        "PICKS": layer.topk_ids.numel(),
-        "ID64": int(layer.topk_ids.dtype == torch.int64),
-        "BLOCKS": layer.programs,
-        "WARPS": cut.warps,
-        "UP_KW": cut.up_along,
-        "DOWN_KW": cut.down_along,
-        "STAGES": cut.stages,
-        "MOST_TILES": cut.tiles,
-        "MOST_UNITS": cut.units,
-        "MOST_SUMS": cut.sums,
-        "ELEMENT": ELEMENTS[w1.format.element],
-        "GROUP": w1.format.group.col,
-        "SCALE": SCALES[w1.scale.dtype],
-        "SCALE_BYTES": w1.scale.element_size(),
-        "INTERLEAVED": int(w1.interleaved),
-        "FIRST_BIAS": first_bias,
-        "SECOND_BIAS": second_bias,
-        "BIAS_BYTES": max((b.element_size() for b in biases if b is not None), default=0),
-        "FORMULA": FORMULAS.index(act.formula),
-        "GATED": int(act.gated),
-        "LIMITED": int(act.limit is not None),
-        # What other kernels' text asks for, and this one has no use for.
-        **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD", "WIDE"), 0),
-        "FEATURES": I,
-    }
     tensors = {
         "first_scale": w1.scale,
         "second_scale": w2.scale,
@@ -95,12 +62,46 @@ def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
             setattr(given, name, tensor.data_ptr())
     shards, address = w1.shards, ctypes.addressof(given)
     for i, (w, features, parts, box) in enumerate(
-        ((w1, I, shards, TILE_ROWS // shards), (w2, H, 1, TILE_ROWS // 2))
+        ((w1, w2.shape[2], shards, TILE_ROWS // shards), (w2, w2.shape[1], 1, TILE_ROWS // 2))
     ):
         size = w.data.data_ptr(), w.shape[0], features, parts, w.data.shape[-1]
         ctypes.memmove(address + 128 * i, tile_map(*size, w.interleaved, box), 128)
-    device = layer.x.get_device()
     launch(
-        SOURCES, constants, cut.warps * 32, cut.shared, given, 1, layer.programs, device,
+        *(SOURCES, _constants(layer, cut), cut.warps * 32, cut.shared, given, 1, layer.programs),
+        layer.x.get_device(),
         cooperative=True,
-    )  # fmt: skip
+    )
+
+
+def _constants(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> dict[str, int]:
+    w1, act, biases = layer.w1, layer.epilogue, (layer.w1_bias, layer.w2_bias)
+    assert w1.scale is not None
+    first_bias, second_bias = (0 if b is None else BIASES[b.dtype] for b in biases)
+    return {
+        "HIDDEN": w1.shape[2],
+        "INTERMEDIATE": layer.w2.shape[2],
+        "PICKS": layer.topk_ids.numel(),
+        "ID64": int(layer.topk_ids.dtype == torch.int64),
+        "BLOCKS": layer.programs,
+        "WARPS": cut.warps,
+        "UP_KW": cut.up_along,
+        "DOWN_KW": cut.down_along,
+        "STAGES": cut.stages,
+        "MOST_TILES": cut.tiles,
+        "MOST_UNITS": cut.units,
+        "MOST_SUMS": cut.sums,
+        "ELEMENT": ELEMENTS[w1.format.element],
+        "GROUP": w1.format.group.col,
+        "SCALE": SCALES[w1.scale.dtype],
+        "SCALE_BYTES": w1.scale.element_size(),
+        "INTERLEAVED": int(w1.interleaved),
+        "FIRST_BIAS": first_bias,
+        "SECOND_BIAS": second_bias,
+        "BIAS_BYTES": max((b.element_size() for b in biases if b is not None), default=0),
+        "FORMULA": FORMULAS.index(act.formula),
+        "GATED": int(act.gated),
+        "LIMITED": int(act.limit is not None),
+        # What other kernels' text asks for, and this one has no use for.
+        **dict.fromkeys(("NEXT", "NEXT_EVEN", "NEXT_ODD", "WIDE"), 0),
+        "FEATURES": layer.w2.shape[2],
+    }

@@ -43,8 +43,8 @@ def stream(product: Product, tile: CudaWarpsTile) -> None:
         shared += 2 * warps * tile.tiles * 512
     constants = constants_of(product) | spans.constants()
     constants |= {"GROUP": group, "MT": tile.tiles, "NT": 1, "KW": tile.along, "WM": tile.across}
-    constants |= {"STEP": STEP, "PITCH": PITCH}
-    constants |= {"STAGES": tile.stages, "PER_SM": tile.per_multiprocessor}
+    constants |= {"STEP": STEP, "PITCH": PITCH, "STAGES": tile.stages}
+    constants["PER_SM"] = tile.per_multiprocessor
     parameters = filled(Arguments, product)
     given = SOURCES, constants, warps * 32, shared, parameters, tile.per_multiprocessor
     launch(*given, product.programs, w.data.get_device())
