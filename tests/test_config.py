@@ -198,7 +198,6 @@ def test_sizes_not_said_are_those_said():
     config = moe_config()
     assert config.num_logical_experts == 8
     assert config.hidden_dim_unpadded == 16
-    assert config.intermediate_size_per_partition_unpadded == 24
     assert config.w13_num_shards == 2
     assert moe_config(activation=MoEActivation.RELU2_NO_MUL).w13_num_shards == 1
 

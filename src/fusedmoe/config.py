@@ -117,7 +117,7 @@ class FusedMoEConfig:
 
     ``num_experts`` counts physical experts over all ranks (redundant copies included),
     ``num_logical_experts`` those of the model, ``num_local_experts`` those stored here.
-    Sizes are per rank and padded; ``*_unpadded`` are what the checkpoint has.
+    Sizes are per rank and padded; ``hidden_dim_unpadded`` is what the checkpoint has.
     ``num_zero_experts`` counts the identity experts that the logits cover beyond the real ones.
     ``require_modular`` excludes experts that route by themselves: something between routing and
     experts is needed by the layer.
@@ -139,7 +139,6 @@ class FusedMoEConfig:
     activation_config: ApplyMoEActivationConfig = field(default_factory=ApplyMoEActivationConfig)
     router_logits_dtype: torch.dtype | None = None
     hidden_dim_unpadded: int = -1
-    intermediate_size_per_partition_unpadded: int = -1
     has_bias: bool = False
     apply_router_weight_on_input: bool = False
     has_hash_routing: bool = False
@@ -152,7 +151,6 @@ class FusedMoEConfig:
         for name, like in (
             ("num_logical_experts", "num_experts"),
             ("hidden_dim_unpadded", "hidden_dim"),
-            ("intermediate_size_per_partition_unpadded", "intermediate_size_per_partition"),
         ):
             if getattr(self, name) < 0:
                 object.__setattr__(self, name, getattr(self, like))

@@ -18,7 +18,7 @@ from fusedmoe.config import (
     ParallelPlace,
     shard_size,
 )
-from fusedmoe.distributed.agreement import check_agreement, facts_of, facts_of_method
+from fusedmoe.distributed.agreement import check_layer_agreement
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, QuantizationConfig
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.arguments import RoutingArguments
@@ -181,16 +181,12 @@ def FusedMoE(
         )
     stored = num_experts
     if expert_substitution is not None:
-        stored = _experts_left(
-            expert_substitution,
-            num_experts,
-            hidden_size,
-            {
-                "enable_eplb": enable_eplb,
-                "n_shared_experts": bool(n_shared_experts),
-                "batch_invariant": options.batch_invariant,
-            },
-        )
+        beside = {
+            "enable_eplb": enable_eplb,
+            "n_shared_experts": bool(n_shared_experts),
+            "batch_invariant": options.batch_invariant,
+        }
+        stored = expert_substitution.left_of(num_experts, hidden_size, beside)
     act = activation
     if not isinstance(act, MoEActivation):
         act = MoEActivation.from_str(act)
@@ -255,9 +251,9 @@ def FusedMoE(
             "output scale": routed_scaling_factor if apply_routed_scale_to_output else 1.0,
             "reduce_results": reduce_results,
         }
-        facts = facts_of(method.moe_config) | facts_of_method(method, groups)
-        facts |= {name: str(value) for name, value in around.items()}
-        check_agreement(facts, groups, f"the layer {prefix}" if prefix else "this layer")
+        check_layer_agreement(
+            method, groups, around, f"the layer {prefix}" if prefix else "this layer"
+        )
     routed_experts = (routed_experts_cls or RoutedExperts)(
         method.moe_config,
         method,
@@ -292,22 +288,6 @@ def FusedMoE(
         prefix=prefix,
         **(runner_args or {}),
     )
-
-
-def _experts_left(
-    substitution: ExpertSubstitution, num_experts: int, hidden_size: int, others: dict[str, bool]
-) -> int:
-    """How many experts have weights; ValueError for what goes with a substitution of none."""
-    given = [name for name, is_given in others.items() if is_given]
-    if given:
-        raise ValueError(f"expert_substitution and {', '.join(given)} exclude each other")
-    found = substitution.num_experts, substitution.constants.shape[1]
-    if found != (num_experts, hidden_size):
-        raise ValueError(
-            f"expert_substitution is for {found[0]} experts of hidden size {found[1]}, the layer "
-            f"has {num_experts} of {hidden_size}"
-        )
-    return substitution.num_left
 
 
 def _make_method(

@@ -45,14 +45,6 @@ def facts_of(moe: FusedMoEConfig) -> dict[str, str]:
     return facts
 
 
-def facts_of_method(method: FusedMoEMethodBase, groups: ParallelGroups) -> dict[str, str]:
-    """What decides which messages a layer sends, beside its config, as text."""
-    return facts_of_groups(groups) | {
-        "method": type(method).__name__,
-        "weights and rows": f"{method.weight_key}, {method.activation_key}",
-    }
-
-
 def facts_of_groups(groups: ParallelGroups) -> dict[str, str]:
     """Which ways are open to tokens, as text."""
     return {
@@ -90,6 +82,17 @@ def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str)
         texts.append(json.loads(everyones[start : start + length]))
         start += length
     raise RanksDisagreeError(f"{what} is not the same on all ranks: {_differences(texts)}")
+
+
+def check_layer_agreement(
+    method: FusedMoEMethodBase, groups: ParallelGroups, around: Mapping[str, object], what: str
+) -> None:
+    """``check_agreement`` of a layer whose experts ``method`` runs, and of what is ``around``."""
+    facts = facts_of(method.moe_config) | facts_of_groups(groups)
+    facts["method"] = type(method).__name__
+    facts["weights and rows"] = f"{method.weight_key}, {method.activation_key}"
+    facts |= {name: str(value) for name, value in around.items()}
+    check_agreement(facts, groups, what)
 
 
 def _differences(facts: list[dict[str, str]]) -> str:

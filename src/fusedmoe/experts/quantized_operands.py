@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from fusedmoe.activation import MoEActivation
+from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
+from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.quantization.config import (
     FusedMoEQuantConfig,
     FusedMoEQuantDesc,
@@ -17,6 +18,7 @@ from fusedmoe.quantization.config import (
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey, ScaleKind
 from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.tuning.quantized_tiles import QuantizedTiles
 
 TABLES = ("order", "down_order", "places")
 """The fields of ``Operands`` that say where columns lie."""
@@ -84,6 +86,41 @@ class Operands:
         """Columns after which a scale changes in each GEMM, -1 for none."""
         a1, a2 = (None, None) if self.floating_rows else (self.a1, self.a2)
         return _columns(self.w1, a1), _columns(self.w2, a2)
+
+
+class SlotProducts(NamedTuple):
+    """Both products of a layer, slot by slot and unweighted.
+
+    act[slot] = activation(x[slot // top_k] @ w1.T), rows[slot] = act[slot] @ w2.T with biases; x
+    [*, H] with dense rows, act [R, I] scratch, rows [R, H]; ``blocks`` of the tiles' slots.
+    ``x_scale``: x is rounded already, as ``quantize_rows`` does. ids [R] and ``expert_map`` say
+    which slots count where one scale serves all of them.
+    """
+
+    x: torch.Tensor
+    operands: Operands
+    act: torch.Tensor
+    rows: torch.Tensor
+    blocks: MoEAlignment | LoneSlots
+    tiles: QuantizedTiles
+    top_k: int
+    activation: MoEActivation
+    config: ApplyMoEActivationConfig
+    ids: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    x_scale: torch.Tensor | None = None
+    batch_invariant: bool = False
+
+    @property
+    def epilogue(self) -> dict[str, Any]:
+        """What the first product does to its sums, as the GEMMs take it."""
+        given = {"activation": self.activation, "activation_config": self.config}
+        return given | {"bias": self.operands.w1_bias}
+
+    @property
+    def live(self) -> dict[str, Any]:
+        """Which slots count, as what rounds rows takes it."""
+        return {"topk_ids": self.ids, "expert_map": self.expert_map}
 
 
 def _columns(w: QuantizedTensor, key: QuantKey | None) -> int:

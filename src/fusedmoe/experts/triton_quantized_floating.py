@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.experts.quantized_operands import Operands, SlotProducts
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import SIXES, UNITS, order_for, ordered
 from fusedmoe.kernels.gather_columns import gather_columns
@@ -31,34 +31,22 @@ _SOME_TOKENS, _MANY_TOKENS = 8, 512
 _ROOMY_BYTES = 200 << 10
 
 
-def floating_products(
-    x: torch.Tensor,
-    operands: Operands,
-    act: torch.Tensor,
-    rows: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tiles: QuantizedTiles,
-    given: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
-    batch_invariant: bool,
-) -> None:
-    """Both products with rows in floating point, as they come or rounded to a format and back.
-
-    Arguments as ``two_gemms`` has them; ``given``: those of the first product, of the second, and
-    which slots count.
-    """
-    first, second, live = given
+def floating_products(layer: SlotProducts) -> None:
+    """With rows in floating point, as they come or rounded to a format and back."""
+    x, operands, act, rows, blocks, tiles, top_k, *_ = layer
     w1, w2 = operands.w1, operands.w2
     # What writes rows writes them in the order in which weights are met.
     a1, a2, many = operands.a1, operands.a2, x.shape[0] >= _MANY_TOKENS
     x_order, act_order = _order(w1, x.shape[1], tiles.gemm1), _order(w2, w2.shape[2], tiles.gemm2)
     if operands.order is not None:
+        assert layer.ids is not None
         a = x if a1 is None else round_rows(x, a1, operands.a1_scale)
         # The second product's rows are written after the first has read these.
         room = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
-        a = gather_columns(a, operands.order, room, live["topk_ids"], live["expert_map"])
-        first = first | {"top_k": 1}
+        a = gather_columns(a, operands.order, room, layer.ids, layer.expert_map)
+        top_k = 1
     else:
-        if not (batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)):
+        if not (layer.batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)):
             x_order = ""
         if a1 is None:
             a = ordered(x, x_order)
@@ -69,16 +57,18 @@ def floating_products(
     written = "" if follows else act_order
     _product(
         a, w1, act, blocks, tiles.gemm1, (x_order, written if a2 is None else ""),
-        c_places=operands.places if scattered else None, **first,
+        top_k=top_k, c_places=operands.places if scattered else None, **layer.epilogue,
     )  # fmt: skip
     if a2 is not None:
         act = round_rows(
-            act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **live
+            act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **layer.live
         )
     if operands.down_order is not None and not scattered:
+        assert layer.ids is not None
         room = torch.empty_like(act)
-        act = gather_columns(act, operands.down_order, room, live["topk_ids"], live["expert_map"])
-    _product(act, w2, rows, blocks, tiles.gemm2, (act_order, ""), **second)
+        act = gather_columns(act, operands.down_order, room, layer.ids, layer.expert_map)
+    orders = act_order, ""
+    _product(act, w2, rows, blocks, tiles.gemm2, orders, top_k=1, bias=operands.w2_bias)
 
 
 def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.experts.quantized_operands import Operands
+from fusedmoe.activation import ApplyMoEActivationConfig
+from fusedmoe.experts.quantized_operands import Operands, SlotProducts
 from fusedmoe.experts.triton import slot_blocks
 from fusedmoe.experts.triton_quantized_floating import floating_products, floating_tiles
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
@@ -37,50 +37,26 @@ _FEW_SLOTS = 32
 _FEW_ROWS = 4096
 
 
-def two_gemms(
-    x: torch.Tensor,
-    operands: Operands,
-    act: torch.Tensor,
-    rows: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tiles: QuantizedTiles,
-    top_k: int,
-    activation: MoEActivation,
-    config: ApplyMoEActivationConfig,
-    ids: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    *,
-    x_scale: torch.Tensor | None = None,
-    batch_invariant: bool = False,
-) -> None:
-    """x [rows of x, H] -> rows [R, H] by slot, unweighted; act [R, I] is scratch.
-
-    ``x_scale``: x is already rounded, as ``quantize_rows`` does. ids [R] and ``expert_map`` say
-    which slots count where one scale serves all of them.
-    """
-    first: dict[str, Any] = {
-        "top_k": top_k,
-        "bias": operands.w1_bias,
-        "activation": activation,
-        "activation_config": config,
-    }
-    second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
-    live: dict[str, Any] = {"topk_ids": ids, "expert_map": expert_map}
+def two_gemms(layer: SlotProducts) -> None:
+    """Both products, one after the other."""
+    x, operands, act, rows, blocks, tiles, top_k, *_ = layer
     if operands.floating_rows:
-        given = first, second, live
-        floating_products(x, operands, act, rows, blocks, tiles, given, batch_invariant)
+        floating_products(layer)
         return
+    first: dict[str, Any] = {"top_k": top_k, **layer.epilogue}
+    second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
+    x_scale = layer.x_scale
     w1, w2, key, second_key = operands.w1, operands.w2, operands.a1, operands.a2
     assert key is not None
     assert second_key is not None
     columns = key.group_shape.col, second_key.group_shape.col
-    on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not batch_invariant and x_scale is None
+    on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not layer.batch_invariant and x_scale is None
     if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
         w8a8_gemm(x, None, w1, act, None, blocks, tiles.gemm1, key, **first)
         w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
         return
     a, a_scale = quantize_rows(x, key, operands.a1_scale) if x_scale is None else (x, x_scale)
-    width = tiles.gemm1.rows // (2 if activation.is_gated else 1)
+    width = tiles.gemm1.rows // (2 if layer.activation.is_gated else 1)
     if key == second_key and width == columns[1] == QUANTIZED_GROUP:
         q = torch.empty(act.shape, dtype=_FP8, device=x.device)
         groups = -(-act.shape[1] // QUANTIZED_GROUP)
@@ -89,7 +65,7 @@ def two_gemms(
     else:
         _rounded_product(a, a_scale, w1, act, blocks, tiles.gemm1, key, **first)
         q, scale = quantize_rows(
-            act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **live
+            act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **layer.live
         )
     _rounded_product(q, scale, w2, rows, blocks, tiles.gemm2, second_key, **second)
 
@@ -173,19 +149,21 @@ def quantized_experts(
         tiles = choose_tiles(operands, T, K, batch_invariant)
     rows = _second_rows(workspace2, R, H, operands.floating_rows, batch_invariant)
     two_gemms(
-        x if x.stride(1) == 1 else x.contiguous(),
-        operands,
-        scratch(work.workspace13, R, I),
-        rows,
-        slot_blocks(topk_ids, e, expert_map, tiles.gemm1.slots, batch_invariant),
-        tiles,
-        K,
-        work.activation,
-        activation_config,
-        topk_ids.reshape(-1).contiguous(),
-        expert_map,
-        x_scale=x_scale,
-        batch_invariant=batch_invariant,
+        SlotProducts(
+            x if x.stride(1) == 1 else x.contiguous(),
+            operands,
+            scratch(work.workspace13, R, I),
+            rows,
+            slot_blocks(topk_ids, e, expert_map, tiles.gemm1.slots, batch_invariant),
+            tiles,
+            K,
+            work.activation,
+            activation_config,
+            topk_ids.reshape(-1).contiguous(),
+            expert_map,
+            x_scale,
+            batch_invariant,
+        )
     )
     by_token, weights = rows.view(T, K, H), work.output_weights
     moe_fused_mul_sum(by_token, weights, work.output, topk_ids, expert_map, num_local_experts=e)
@@ -215,17 +193,19 @@ def batched_quantized_experts(
         experts = _experts_of_rows(expert_num_tokens, M)
     x = work.hidden_states.contiguous().view(e * M, H)
     two_gemms(
-        live_rows(x, experts) if one_scale else x,
-        operands,
-        scratch(work.workspace13, e * M, I),
-        work.output.view(e * M, H),
-        batched_moe_align_block_size(M, tiles.gemm1.slots, expert_num_tokens),
-        tiles,
-        1,
-        work.activation,
-        activation_config,
-        experts,
-        batch_invariant=batch_invariant,
+        SlotProducts(
+            live_rows(x, experts) if one_scale else x,
+            operands,
+            scratch(work.workspace13, e * M, I),
+            work.output.view(e * M, H),
+            batched_moe_align_block_size(M, tiles.gemm1.slots, expert_num_tokens),
+            tiles,
+            1,
+            work.activation,
+            activation_config,
+            experts,
+            batch_invariant=batch_invariant,
+        )
     )
 
 

@@ -75,16 +75,7 @@ def grouped_gemm_reference(
     """The definition, in plain torch; walks the blocks on the host. ``row_weights`` [R] multiply
     the fp32 rows last."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    if isinstance(blocks, LoneSlots):
-        experts = local_ids(blocks.topk_ids, b.shape[0], blocks.expert_map)
-        parts = torch.arange(c.shape[0], device=c.device).split(1)
-    else:
-        experts = blocks.expert_ids
-        parts = blocks.sorted_ids[: int(blocks.num_tokens_post_pad)].split(tiles.block_m)
-    for slots, expert in zip(parts, experts.tolist(), strict=False):
-        if not 0 <= expert < b.shape[0]:
-            continue
-        slots = slots[(slots >= 0) & (slots < c.shape[0])].long()
+    for slots, expert in blocks_on_host(blocks, tiles.block_m, c.shape[0], b.shape[0]):
         rows = a[slots // top_k].to(wide) @ b[expert].to(wide).T
         if bias is not None:
             rows = rows + bias[expert].to(wide)
@@ -94,6 +85,23 @@ def grouped_gemm_reference(
             rows = rows * row_weights[slots, None]
         c[slots] = rows.to(c.dtype)
     return c
+
+
+def blocks_on_host(
+    blocks: MoEAlignment | LoneSlots, size: int, R: int, e: int
+) -> list[tuple[torch.Tensor, int]]:
+    """(slots, expert) of each block that has an expert here."""
+    if isinstance(blocks, LoneSlots):
+        experts = local_ids(blocks.topk_ids, e, blocks.expert_map)
+        parts = torch.arange(R, device=experts.device).split(1)
+    else:
+        experts = blocks.expert_ids
+        parts = blocks.sorted_ids[: int(blocks.num_tokens_post_pad)].split(size)
+    found = []
+    for slots, expert in zip(parts, experts.tolist(), strict=False):
+        if 0 <= expert < e:
+            found.append((slots[(slots >= 0) & (slots < R)].long(), expert))
+    return found
 
 
 def check_grouped_gemm(

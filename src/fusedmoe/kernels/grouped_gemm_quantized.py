@@ -16,8 +16,8 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activat
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
+from fusedmoe.kernels.grouped_gemm import blocks_on_host
 from fusedmoe.kernels.grouped_gemm_packed import check_packed, is_packed
-from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.tensor_checks import check_contiguous
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
@@ -139,23 +139,6 @@ def activate_sums(
     gate, up = (sums[:, 0::2], sums[:, 1::2]) if w.interleaved else sums.chunk(2, 1)
     both = torch.cat([gate, up], 1) if w.interleaved else torch.stack([gate, up], 2).flatten(1)
     return activation_reference(activation, both, config)
-
-
-def blocks_on_host(
-    blocks: MoEAlignment | LoneSlots, size: int, R: int, e: int
-) -> list[tuple[torch.Tensor, int]]:
-    """(slots, expert) of each block that has an expert here."""
-    if isinstance(blocks, LoneSlots):
-        experts = local_ids(blocks.topk_ids, e, blocks.expert_map)
-        parts = torch.arange(R, device=experts.device).split(1)
-    else:
-        experts = blocks.expert_ids
-        parts = blocks.sorted_ids[: int(blocks.num_tokens_post_pad)].split(size)
-    found = []
-    for slots, expert in zip(parts, experts.tolist(), strict=False):
-        if 0 <= expert < e:
-            found.append((slots[(slots >= 0) & (slots < R)].long(), expert))
-    return found
 
 
 def weight_addresses(w: QuantizedTensor) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm import blocks_on_host
 from fusedmoe.kernels.grouped_gemm_quantized import (
     activate_sums,
-    blocks_on_host,
     check_rows,
     check_weights,
 )

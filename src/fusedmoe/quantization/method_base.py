@@ -11,13 +11,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
 from fusedmoe.config import FusedMoEConfig, FusedMoEParallelConfig, ParallelGroups
 from fusedmoe.modular_kernel import FusedMoEKernel, FusedMoEMonolithicKernel
+from fusedmoe.quantization.built_kernel import BuiltKernel
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.selection import Selection, select
@@ -39,31 +40,6 @@ class QuantizationConfig(Protocol):
         """The method of the MoE layer called ``prefix``; None leaves it unquantized."""
 
 
-@dataclass
-class _BuiltKernel:
-    """A kernel and what it was built for; ``tensors`` are those its quant config holds.
-
-    ``prepacked``: it has seen the weights in their final state.
-    """
-
-    kernel: FusedMoEKernel | FusedMoEMonolithicKernel
-    device: torch.device
-    dtype: torch.dtype
-    tensors: tuple[torch.Tensor | None, ...]
-    prepacked: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy prepacks weights of its own."""
-        return vars(self) | {"prepacked": False}
-
-    def fits(self, weight: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> bool:
-        return (
-            self.device == weight.device
-            and self.dtype == weight.dtype
-            and all(mine is theirs for mine, theirs in zip(self.tensors, tensors, strict=True))
-        )
-
-
 class FusedMoEMethodBase(ABC):
     """One format of one layer. ``moe_config`` is final once the layer is built.
 
@@ -78,7 +54,7 @@ class FusedMoEMethodBase(ABC):
     def __init__(self, moe_config: FusedMoEConfig, groups: ParallelGroups | None = None) -> None:
         self.moe_config = moe_config
         self.groups = groups
-        self._built: _BuiltKernel | None = None
+        self._built: BuiltKernel | None = None
         self._finished = False
 
     @abstractmethod
@@ -179,7 +155,7 @@ class FusedMoEMethodBase(ABC):
         if (self._built and self._built.fits(weight, tensors)) or weight.device.type == "meta":
             return
         kernel = self.select(layer).make_kernel(self.get_fused_moe_quant_config(layer))
-        self._built = _BuiltKernel(kernel, weight.device, weight.dtype, tensors)
+        self._built = BuiltKernel(kernel, weight.device, weight.dtype, tensors)
 
     def kernel(self, layer: RoutedExperts) -> FusedMoEKernel | FusedMoEMonolithicKernel:
         """The kernel for the weights as they are now, chosen on first use and after moves.

@@ -75,6 +75,23 @@ class ExpertSubstitution(nn.Module):
         """Experts that have weights: E - R."""
         return self.num_experts - len(self.removed)
 
+    def left_of(self, num_experts: int, hidden_size: int, beside: dict[str, bool]) -> int:
+        """``num_left``, for a layer of these sizes.
+
+        Raises ValueError where it is for another, and for what is True of ``beside``: nothing of
+        that goes with a substitution.
+        """
+        given = [name for name, is_given in beside.items() if is_given]
+        if given:
+            raise ValueError(f"expert_substitution and {', '.join(given)} exclude each other")
+        own_size = self.constants.shape[1]
+        if (self.num_experts, own_size) != (num_experts, hidden_size):
+            raise ValueError(
+                f"expert_substitution is for {self.num_experts} experts of hidden size {own_size}, "
+                f"the layer has {num_experts} of {hidden_size}"
+            )
+        return self.num_left
+
     def forward(self, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> SubstitutedRouting:
         """Weights fp32 and ids [T, K] as the router chose them, among E."""
         R = len(self.removed)
