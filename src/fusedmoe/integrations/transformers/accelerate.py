@@ -25,6 +25,10 @@ from fusedmoe.integrations.transformers.make_block import make_replacements
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.replacement import Replacement
+from fusedmoe.integrations.transformers.static_caches import (
+    keep_static_caches,
+    release_static_caches,
+)
 from fusedmoe.runner.replay import MAX_REPLAYED_ROWS
 from fusedmoe.selection import check_forced_names
 
@@ -84,7 +88,8 @@ def accelerate(
 
     On a GPU, whole blocks called with up to ``replay_rows`` tokens are replayed as CUDA graphs from
     the third such call on (0: never), which spares a decode step, and a prompt as long as others
-    before it, most of its time on the host.
+    before it, most of its time on the host. Static caches of ``generate`` come to lie where those
+    before them lay (``keep_static_caches``): the compiled step's graph need not be recorded again.
 
     Training with gradients runs the original forwards; in eval mode a backward pass through an
     accelerated block raises. Calling it again adds what was not replaced yet.
@@ -128,7 +133,9 @@ def accelerate(
         logger.info("%s runs through fusedmoe as %s", block.path, block.family.name)
     handled += [path for path, module in model.named_modules() if _replacement(module) is not None]
     recursive_replace(model, options=options, leave=handled)
-    if not accelerated_blocks(model):
+    if accelerated_blocks(model):
+        keep_static_caches(model)
+    else:
         logger.warning("nothing in this %s runs through fusedmoe", type(model).__name__)
     return model
 
@@ -162,6 +169,7 @@ def restore(model: Model) -> Model:
         if replacement is not None and not any(map(_runs_whole, module.children())):
             _remove(replacement)
     put_back(model)
+    release_static_caches(model)
     return model
 
 
