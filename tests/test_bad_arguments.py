@@ -54,6 +54,26 @@ CALLS = {
         partial(layer, hash_indices_table=torch.zeros(9, 3, dtype=torch.int32)),
         r"\[vocab, 2\], got \(9, 3\)",
     ),
+    "a group in the place of groups": (
+        partial(layer, parallel=object()),
+        r"ParallelGroups\(tp=group\), got a object",
+    ),
+    "experts that are none": (
+        partial(layer, options=MoEOptions(experts=int)),
+        "names int, which is no FusedMoEExperts",
+    ),
+    "a mover that is none": (
+        partial(layer, options=MoEOptions(prepare_finalize=nn.Linear)),
+        "names Linear, which is no FusedMoEPrepareAndFinalize",
+    ),
+    "names without tensors": (
+        lambda: layer().load_weights(["0.gate_proj.weight"]),
+        r"\(name, tensor\) pairs, got a str",
+    ),
+    "a name with a number": (
+        lambda: layer().routed_experts.load_weights([("0.gate_proj.weight", 3)]),
+        "0.gate_proj.weight: expected a tensor, found a int",
+    ),
     "an activation": (partial(experts, activation="sigh"), "'sigh'; known: silu"),
 }
 

@@ -144,7 +144,7 @@ def FusedMoE(
 
     Raises ValueError for arguments that contradict each other.
     """
-    groups, options = parallel or ParallelGroups(), MoEOptions.of(options)
+    groups, options = ParallelGroups.of(parallel), MoEOptions.of(options)
     place = ParallelPlace.of(
         groups,
         {"tp": tp_size, "dp": dp_size, "pcp": pcp_size},

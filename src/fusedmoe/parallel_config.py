@@ -32,6 +32,16 @@ class ParallelGroups:
     peers: PeerMemory | None = None
     deep_ep: Any = None
 
+    @classmethod
+    def of(cls, groups: ParallelGroups | None) -> ParallelGroups:
+        """``groups``, where None are single ranks; ValueError for anything else."""
+        if groups is not None and not isinstance(groups, cls):
+            raise ValueError(
+                f"parallel must be fusedmoe.ParallelGroups, as in ParallelGroups(tp=group), got a "
+                f"{type(groups).__name__}"
+            )
+        return groups or cls()
+
     @staticmethod
     def size_and_rank(group: ProcessGroup | DeviceMesh | None) -> tuple[int, int]:
         """Size of a group and this process's rank in it; (1, 0) for ``None``."""

@@ -171,6 +171,12 @@ def check_forced_names(options: MoEOptions | None) -> None:
             candidate_classes(paths, forced)
 
 
+def _check_kind(forced: str | type | None, kind: type) -> None:
+    """Raise ValueError where a class is forced that is not of this kind."""
+    if isinstance(forced, type) and not issubclass(forced, kind):
+        raise ValueError(f"MoEOptions names {forced.__name__}, which is no {kind.__name__}")
+
+
 def _serves(mover: type[FusedMoEPrepareAndFinalize], experts: type[FusedMoEExperts]) -> bool:
     """Whether ``mover`` delivers what ``experts`` take: logits or ids, and the same rows."""
     kind = (
@@ -199,6 +205,8 @@ def select(
     keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
     keys = keys if down_keys is not None else keys[:1]
     _check_table(moe, next((weight for weight, _ in keys if weight is not None), None))
+    _check_kind(moe.options.prepare_finalize, FusedMoEPrepareAndFinalize)
+    _check_kind(moe.options.experts, FusedMoEExperts)
     movers = candidate_classes(PREPARE_FINALIZE, moe.options.prepare_finalize)
     mover_reasons = {cls: cls.unmet_requirement(moe, groups) for cls in movers}
     able = [cls for cls, reason in mover_reasons.items() if reason is None]

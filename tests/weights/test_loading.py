@@ -80,6 +80,12 @@ def test_every_checkpoint_layout_fills_the_same_parameters(layout):
     torch.testing.assert_close(loaded.w2_weight.data, DOWN)
 
 
+def test_a_mapping_is_as_good_as_pairs():
+    loaded = experts()
+    loaded.load_weights(dict(per_expert()))
+    torch.testing.assert_close(loaded.w13_weight.data, STACKED)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ep", [False, True])
 def test_every_checkpoint_layout_is_cut_for_every_rank(layout, ep):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+
+from fusedmoe.weights.loadable import NamedTensors, named_tensors
 
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
 
 
-def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_into_parts(runner: MoERunner, weights: NamedTensors) -> set[str]:
     """As ``MoERunner.load_weights``."""
     runner.routed_experts.load_error = None
     with runner.routed_experts.unusable_on_error():
@@ -20,7 +22,7 @@ def load_into_parts(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor
     return written
 
 
-def _load(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def _load(runner: MoERunner, weights: NamedTensors) -> set[str]:
     parts = {
         name: dict(part.named_parameters()) | dict(part.named_buffers())
         for name, part in runner.named_children()
@@ -47,8 +49,6 @@ def _load(runner: MoERunner, weights: Iterable[tuple[str, torch.Tensor]]) -> set
     return written
 
 
-def _without_prefix(
-    weights: Iterable[tuple[str, torch.Tensor]], prefix: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
+def _without_prefix(weights: NamedTensors, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in named_tensors(weights):
         yield (name.removeprefix(f"{prefix}.") if prefix else name), tensor

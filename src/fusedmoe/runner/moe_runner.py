@@ -10,7 +10,7 @@ Experts that were removed from the model add their constants before the scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from fusedmoe.runner.loading import load_into_parts
 from fusedmoe.runner.operator import CompiledLayer
 from fusedmoe.runner.reduction import Extent, RankSum, Summand, commutes_with_sum
 from fusedmoe.runner.shared_experts import OVERLAP_TOKENS, SharedExpertsRun, choose_order
+from fusedmoe.weights.loadable import NamedTensors
 from fusedmoe.weights.routed_experts import RoutedExperts
 
 
@@ -304,8 +305,8 @@ class MoERunner(CompiledLayer):
         factor = self.routed_scaling_factor if self._scales_routed(x.dtype) else 1.0
         return self.rank_sum.plus_whole(output, (zero_expert_weight * factor)[:, None] * x.float())
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load (checkpoint name, tensor) pairs; names may begin with ``prefix``.
+    def load_weights(self, weights: NamedTensors) -> set[str]:
+        """Load (checkpoint name, tensor) pairs, or a mapping; names may begin with ``prefix``.
 
         Names that begin with one of this module's own parts (``gate.``, ``shared_experts.``, ...)
         go to that part, all others to the routed experts. Returns the parameters written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,23 @@ from fusedmoe.weights.params_mapping import ExpertTensorName
 
 if TYPE_CHECKING:
     from fusedmoe.weights.routed_experts import RoutedExperts
+
+NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+"""Checkpoint names with their tensors; what is iterated over is read one after the other."""
+
+
+def named_tensors(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything in ``weights``, which may be a mapping of them.
+
+    Raises ValueError for what is no such pair.
+    """
+    for pair in weights.items() if isinstance(weights, Mapping) else weights:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f"weights are (name, tensor) pairs, got a {type(pair).__name__}")
+        name, tensor = pair
+        if not hasattr(tensor, "shape"):
+            raise ValueError(f"{name}: expected a tensor, found a {type(tensor).__name__}")
+        yield name, tensor
 
 
 class LoadableExperts(nn.Module):
@@ -54,7 +71,7 @@ class LoadableExperts(nn.Module):
         loaded = self._loader.load_one(param, loaded_weight, weight_name, shard_id, expert_id)
         return loaded if return_success else None
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def load_weights(self, weights: NamedTensors) -> set[str]:
         """Load (checkpoint name, tensor) pairs, then prepack; returns the parameters written.
 
         Understands one tensor per expert, gate and up joined or apart, all experts in one 3-D
@@ -64,7 +81,7 @@ class LoadableExperts(nn.Module):
         """
         self.load_error = None
         with self.unusable_on_error():
-            written = {name for pair in weights for name in self.load_tensor(*pair)}
+            written = {name for pair in named_tensors(weights) for name in self.load_tensor(*pair)}
         self.loading_done()
         return written
 
