@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,19 @@ def test_what_makes_no_sense(cli, words, message) -> None:
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_layers_that_route_by_no_router_of_ours_are_refused(
+    cli, mixtral: Path, tmp_path: Path
+) -> None:
+    from hf import tiny_models
+
+    tiny_models.build(tiny_models.by_name("zaya")).save_pretrained(tmp_path)
+    for file in mixtral.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    code, out, err = cli("balance", tmp_path, "--device", "cpu", "--ranks", "2")
+    assert (code, out) == (2, "")
+    assert "not all of its MoE layers route by a router of their own" in err
 
 
 def test_ranks_that_do_not_fit_are_refused_before_a_model_generates(cli, mixtral: Path) -> None:

@@ -45,7 +45,7 @@ def logits(row, model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experts_of_every_family_are_rounded_while_they_are_read(name, tmp_path):
+def test_experts_of_every_family_are_rounded_while_they_are_read(name, tmp_path, caplog):
     row = tiny_models.by_name(name)
     plain = tiny_models.build(row)
     plain.save_pretrained(tmp_path)
@@ -58,6 +58,7 @@ def test_experts_of_every_family_are_rounded_while_they_are_read(name, tmp_path)
     assert any(isinstance(module, PackedExperts) for module in model.modules())
     assert error(logits(row, model), wanted) < 0.15
     fusedmoe.accelerate(model)
+    assert "nothing in this" not in caplog.text
     assert error(logits(row, model), wanted) < 0.15
 
 

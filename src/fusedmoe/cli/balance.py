@@ -119,7 +119,7 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
         model = fusedmoe.from_pretrained(folder, dtype=dtype, device=device, progress=show)
     fusedmoe.accelerate(model)
     blocks: list[Any] = list(accelerated_blocks(model).values())
-    if not blocks or not all(hasattr(block, "router") for block in blocks):
+    if not blocks or any(getattr(block, "router", None) is None for block in blocks):
         raise CheckpointError(f"{folder}: not all of its MoE layers route by a router of their own")
     E = max(block.moe_config.num_experts for block in blocks)
     _check_divides(args, E)

@@ -135,7 +135,7 @@ def accelerate(
     recursive_replace(model, options=options, leave=handled)
     if accelerated_blocks(model):
         keep_static_caches(model)
-    else:
+    elif not any(isinstance(module, PackedExperts) for module in model.modules()):
         logger.warning("nothing in this %s runs through fusedmoe", type(model).__name__)
     return model
 
