@@ -9,12 +9,14 @@ from fusedmoe import FusedMoE, FusedMoEConfig, MoEActivation, MoEOptions
 from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.modular_kernel import (
     ExpertTokensMetadata,
+    FinalizeWork,
     FusedMoEActivationFormat,
     FusedMoEExpertsModular,
     FusedMoEKernel,
     FusedMoEMonolithicKernel,
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
+    PrepareWork,
 )
 from fusedmoe.modular_kernel.forward import half_sizes
 from fusedmoe.prepare_finalize.no_ep import (
@@ -205,6 +207,33 @@ def test_the_batched_format_keeps_its_rows_together(limit):
     ids[0, 1] = -1
     out = run(batched_kernel(max_workspace_bytes=limit), x, weights, ids)
     torch.testing.assert_close(out, expected(x, weights, ids))
+
+
+class Plain(FusedMoEPrepareAndFinalizeModular):
+    """Written with the records; ``Scaled`` and ``ToBatches`` with one argument after the other."""
+
+    def dispatch(self, work: PrepareWork) -> PrepareResult:
+        return PrepareResult(work.weighted_input)
+
+    def combine(self, work: FinalizeWork) -> None:
+        self.weight_and_sum(work, work.output)
+
+
+def test_a_mover_says_how_with_records_as_well():
+    x, weights, ids = inputs()
+    out = run(kernel(mover=Plain), x, weights, ids, while_combining=lambda: None)
+    torch.testing.assert_close(out, expected(x, weights, ids))
+
+
+class HalfAMover(Plain):
+    combine = FusedMoEPrepareAndFinalizeModular.combine
+
+
+def test_a_mover_that_lacks_a_half_says_which():
+    with pytest.raises(NotImplementedError, match="HalfAMover defines neither combine nor"):
+        run(kernel(mover=HalfAMover), *inputs())
+    with pytest.raises(NotImplementedError, match="defines neither dispatch nor prepare"):
+        run(kernel(mover=FusedMoEPrepareAndFinalizeModular), *inputs())
 
 
 def test_formats_that_differ_cannot_be_composed():

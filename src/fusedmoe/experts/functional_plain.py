@@ -60,11 +60,8 @@ def _on_triton(call: ExpertsCall) -> torch.Tensor:
     limit = options.max_workspace_bytes
     chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
     work = _work(call, (chunk, K, width), (chunk, K, H))
-    numbers, biases, invariant = (
-        call.activation_config,
-        (call.w1_bias, call.w2_bias),
-        options.batch_invariant,
-    )
+    numbers, biases = call.activation_config, (call.w1_bias, call.w2_bias)
+    invariant = options.batch_invariant
     for part in passes(work, chunk):
         triton_experts(part, numbers, *biases, batch_invariant=invariant, table=table)
     return work.output

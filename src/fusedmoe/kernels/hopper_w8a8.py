@@ -112,13 +112,8 @@ def _two_gemms(
     """x -> act -> y, on a GPU."""
     from fusedmoe.kernels.triton.hopper_w8a8 import Rows, gemm
 
-    w1, w2, topk_ids, act, expert_map = (
-        layer.w1,
-        layer.w2,
-        layer.topk_ids,
-        layer.act,
-        layer.expert_map,
-    )
+    w1, w2, act = layer.w1, layer.w2, layer.act
+    topk_ids, expert_map = layer.topk_ids, layer.expert_map
     e, K, key = w1.shape[0], topk_ids.shape[1], keys[1]
     aligned = align_and_quantize(
         topk_ids, tiles.gemm1.slots, expert_map, e, _rows(layer.x, x_scale), keys[0], scales[0],

@@ -152,11 +152,8 @@ class ExpertsWork(NamedTuple):
     @property
     def rows_per_expert(self) -> torch.Tensor:
         """The counts int32 [e] of batched rows; ValueError where these do not fit the weights."""
-        metadata, e, batches = (
-            self.expert_tokens_meta,
-            self.w1.shape[0],
-            self.hidden_states.shape[0],
-        )
+        metadata, e = self.expert_tokens_meta, self.w1.shape[0]
+        batches = self.hidden_states.shape[0]
         counts = None if metadata is None else metadata.expert_num_tokens
         if counts is None or counts.shape != (e,) or batches != e:
             raise ValueError(

@@ -170,14 +170,9 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         """w13 and w2 as they are in ``layer``, sharing its tensors."""
         config, sizes = self._weight_descs(layer), layer.sizes
         dtype = self.moe_config.in_dtype
-        w13 = config["w13"].weight(
-            layer.w13_weight,
-            dtype,
-            shards=sizes.num_w13_shards,
-            interleaved=sizes.interleaved,
-        )
+        shards, interleaved = sizes.num_w13_shards, sizes.interleaved
         return (
-            w13,
+            config["w13"].weight(layer.w13_weight, dtype, shards=shards, interleaved=interleaved),
             config["w2"].weight(layer.w2_weight, dtype),
         )
 
