@@ -39,16 +39,9 @@ def batched_gemm(
     if not c.is_contiguous():
         raise ValueError(f"c must be contiguous, its strides are {c.stride()}")
     grouped_gemm(
-        a.flatten(0, 1),
-        b,
-        c.flatten(0, 1),
-        blocks,
-        tiles,
-        top_k=1,
-        bias=bias,
-        activation=activation,
-        activation_config=activation_config,
-    )
+        a.flatten(0, 1), b, c.flatten(0, 1), blocks, tiles, top_k=1, bias=bias,
+        activation=activation, activation_config=activation_config,
+    )  # fmt: skip
     return c
 
 

@@ -67,16 +67,9 @@ def bounded_gemm(
         raise ValueError(f"{blocks.R} ids do not name {c.shape[0]} slots")
     if not a.is_cuda:
         return bounded_gemm_reference(
-            a,
-            b,
-            c,
-            blocks,
-            tiles,
-            top_k=top_k,
-            programs=programs,
-            row_weights=row_weights,
+            a, b, c, blocks, tiles, top_k=top_k, programs=programs, row_weights=row_weights,
             activation=activation,
-        )
+        )  # fmt: skip
     from fusedmoe.kernels.triton.bounded_gemm import launch
 
     return launch(a, b, c, blocks, tiles, top_k, programs, row_weights, activation)

@@ -47,16 +47,9 @@ def grouped_gemm(
         launch(a, b, c, blocks, tiles, top_k, bias, act)
         return c
     return grouped_gemm_reference(
-        a,
-        b,
-        c,
-        blocks,
-        tiles,
-        top_k=top_k,
-        bias=bias,
-        activation=activation,
+        a, b, c, blocks, tiles, top_k=top_k, bias=bias, activation=activation,
         activation_config=activation_config,
-    )
+    )  # fmt: skip
 
 
 def grouped_gemm_reference(

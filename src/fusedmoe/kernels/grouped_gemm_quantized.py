@@ -80,19 +80,10 @@ def quantized_gemm(
         launch(a, w, c, blocks, tile, top_k, bias, act, *orders, native)
         return c
     return quantized_gemm_reference(
-        a,
-        w,
-        c,
-        blocks,
-        tile,
-        top_k=top_k,
-        bias=bias,
-        activation=activation,
-        activation_config=activation_config,
-        a_ordered=a_ordered,
-        c_order=c_order,
+        a, w, c, blocks, tile, top_k=top_k, bias=bias, activation=activation,
+        activation_config=activation_config, a_ordered=a_ordered, c_order=c_order,
         c_places=c_places,
-    )
+    )  # fmt: skip
 
 
 def quantized_gemm_reference(

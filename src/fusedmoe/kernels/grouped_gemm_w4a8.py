@@ -53,17 +53,9 @@ def w4a8_gemm(
         launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, True)
         return c
     return w4a8_gemm_reference(
-        a,
-        a_scale,
-        w,
-        c,
-        blocks,
-        tile,
-        top_k=top_k,
-        bias=bias,
-        activation=activation,
+        a, a_scale, w, c, blocks, tile, top_k=top_k, bias=bias, activation=activation,
         activation_config=activation_config,
-    )
+    )  # fmt: skip
 
 
 def w4a8_gemm_reference(
@@ -81,16 +73,9 @@ def w4a8_gemm_reference(
 ) -> torch.Tensor:
     """The definition, in plain torch, on dequantized operands."""
     return quantized_gemm_reference(
-        a.float() * a_scale,
-        w,
-        c,
-        blocks,
-        tile,
-        top_k=top_k,
-        bias=bias,
-        activation=activation,
+        a.float() * a_scale, w, c, blocks, tile, top_k=top_k, bias=bias, activation=activation,
         activation_config=activation_config,
-    )
+    )  # fmt: skip
 
 
 def _check(a: torch.Tensor, a_scale: torch.Tensor, w: QuantizedTensor, tile: QuantizedTile) -> None:

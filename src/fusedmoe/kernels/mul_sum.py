@@ -47,25 +47,13 @@ def moe_fused_mul_sum(
     if inputs.is_cuda:
         from fusedmoe.kernels.triton.mul_sum import mul_sum
 
-        mul_sum(
-            inputs,
-            topk_weights,
-            outputs,
-            topk_ids,
-            expert_map,
-            num_valid_tokens,
-            num_local_experts,
-        )
+        given = inputs, topk_weights, outputs, topk_ids, expert_map, num_valid_tokens
+        mul_sum(*given, num_local_experts)
         return outputs
     return moe_fused_mul_sum_reference(
-        inputs,
-        topk_weights,
-        outputs,
-        topk_ids,
-        expert_map,
-        num_valid_tokens,
+        inputs, topk_weights, outputs, topk_ids, expert_map, num_valid_tokens,
         num_local_experts=num_local_experts,
-    )
+    )  # fmt: skip
 
 
 def moe_fused_mul_sum_reference(
