@@ -267,6 +267,10 @@ def test_a_defect_of_ours_is_not_called_bad_input(cli, monkeypatch: pytest.Monke
         cli("env")
 
 
+def test_an_option_that_there_is_not_names_the_verb_that_has_none(cli) -> None:
+    fails(cli("explain", "--formats", "int8"), "fusedmoe explain: error: unrecognized", "--help")
+
+
 def test_a_config_that_fails_when_the_model_runs_is_bad_input(cli, tmp_path: Path) -> None:
     folder = write_preset("tiny-deepseek-v3", tmp_path / "checkpoint")
     change_config(folder, n_group=0)
@@ -284,15 +288,14 @@ def test_a_defect_of_our_experts_is_not_the_configs(cli, broken: Path, monkeypat
 
 
 @pytest.mark.parametrize("options", [[], ["--compare"], ["--route", "accelerate"]])
-def test_a_tensor_of_another_shape_is_named(cli, tmp_path: Path, options: list[str]) -> None:
+def test_a_tensor_of_another_shape_is_named(cli, broken: Path, options: list[str]) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = write_preset("tiny-qwen3-moe", tmp_path / "checkpoint")
-    for path in folder.glob("*.safetensors"):
+    for path in broken.glob("*.safetensors"):
         tensors = load_file(path)
         name = "model.norm.weight"
         save_file(tensors | {n: t[:-1] for n, t in tensors.items() if n == name}, path)
-    result = cli("generate", folder, "--max-new-tokens", "1", *options)
+    result = cli("generate", broken, "--max-new-tokens", "1", *options)
     fails(result, "model.norm.weight: expected shape (64,), found (63,)")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedmoe import FusedMoE, OnlineQuantization, explain
 from fusedmoe.cli import main
 from fusedmoe.cli.layers import storage_format
 from fusedmoe.cli.output import format_bytes, print_table, printable, steps
@@ -118,6 +119,21 @@ def test_explain_forces_an_implementation_and_lists_every_candidate(cli, mixtral
     assert {candidate["name"] for candidate in record["candidates"]} >= {"torch"}
     chosen = [c for c in record["candidates"] if c["name"] == record["experts"]]
     assert chosen[0]["reason"] is None
+
+
+def test_explain_of_experts_that_would_be_rounded(cli, mixtral: Path) -> None:
+    for name in ("int4_g32", "int8", "mxfp4"):
+        asked = cli("explain", mixtral, "--quantize", name, "--device", "cpu", "--json")
+        format = OnlineQuantization.of(name)
+        layer = FusedMoE(8, 2, 64, 128, params_dtype=torch.float32, quant_config=format)
+        assert json.loads(asked[1])["experts"] == explain(layer).chosen.name
+    for name, message in {
+        "int4_g128": "groups of 128 columns do not divide 64 columns",
+        "int3": "unknown weight format 'int3'",
+    }.items():
+        code, out, err = cli("explain", mixtral, "--quantize", name)
+        assert (code, out) == (2, "")
+        assert message in err
 
 
 def test_explain_reads_activation_and_bias_off_the_files(cli, tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_explain_says_what_runs_a_quantized_layer(
     assert "does not run weights" in plain["reason"]
 
 
+def test_explain_rounds_nothing_that_is_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).packed
+    capsys.readouterr()
+    assert main(["explain", str(folder), "--device", "cpu", "--quantize", "int8"]) == 2
+    assert "--quantize rounds floats, and these experts are" in capsys.readouterr().err
+
+
 def test_explain_of_what_would_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).packed
     config = json.loads((folder / "config.json").read_text())

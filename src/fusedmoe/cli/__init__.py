@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     where nobody reads on (``| head``).
     """
     words = sys.argv[1:] if argv is None else argv
-    args = make_parser(words).parse_args(words)
+    parser = make_parser(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        what = _one_line(f"{' '.join(unknown)} (fusedmoe {args.verb} --help lists what there is)")
+        parser.exit(2, f"fusedmoe {args.verb}: error: unrecognized arguments: {what}\n")
     try:
         code = int(import_module(f"fusedmoe.cli.{args.verb}").run(args))
         sys.stdout.flush()

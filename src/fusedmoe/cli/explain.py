@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, read_checkpoint, read_quantization_config
@@ -15,9 +17,14 @@ from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.quantization.dialects import LayerSchemes
+from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
+from fusedmoe.weights.routed_experts import RoutedExperts
 from fusedmoe.words import dtype_named
+
+if TYPE_CHECKING:
+    from fusedmoe.selection import Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
     parser.add_argument(
         "--experts", metavar="NAME", help="force an implementation, by name or module:Class"
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="as if experts stored as floats were rounded: fp8, int8, int4_g128, mxfp4, ...",
     )
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--tuned-table", metavar="FILE", help="tiles that fusedmoe tune measured")
@@ -44,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     )
     config = layer_config(args, checkpoint, dtype_named(args.dtype), options, quantized_too=True)
     schemes = None if checkpoint is None else _schemes(checkpoint)
-    if schemes is None:
+    if args.quantize is not None:
+        selection = _rounded(args.quantize, config, schemes)
+    elif schemes is None:
         selection = explain(config)
     else:
         method = QuantizedFusedMoEMethod.of_stored(schemes, config)
@@ -84,6 +98,16 @@ def _schemes(checkpoint: Checkpoint | GgufSource) -> LayerSchemes | None:
         return None
     experts = CheckpointExperts.read(checkpoint)
     return experts.schemes(next(iter(experts.layers.values())))
+
+
+def _rounded(name: str, config: FusedMoEConfig, stored: LayerSchemes | None) -> Selection:
+    """What runs the layer in the format ``name``; ValueError where its experts cannot have it."""
+    if stored is not None:
+        raise ValueError(f"--quantize rounds floats, and these experts are {stored.name} already")
+    method = QuantizedFusedMoEMethod(config, OnlineQuantization.of(name).format)
+    with torch.device("meta"):
+        RoutedExperts(replace(config, device=torch.device("meta")), method)  # do its groups fit
+    return method.select_on(config.device)
 
 
 def _described(config: FusedMoEConfig) -> dict[str, Any]:
