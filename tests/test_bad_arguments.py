@@ -40,6 +40,10 @@ CALLS = {
     ),
     "no model": (lambda: fusedmoe.accelerate("mixtral"), "takes a model, not a str"),
     "a format's bits": (partial(fusedmoe.quantize_layer, format=4), "'int4_g128', got 4"),
+    "a model to quantize": (
+        lambda: fusedmoe.quantize_layer(nn.Linear(2, 2), "int8"),
+        "not a Linear; fusedmoe.from_pretrained",
+    ),
     "a dtype of integers": (
         partial(layer, params_dtype=torch.int8),
         "floating point, got torch.int8",

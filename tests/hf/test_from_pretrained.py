@@ -62,6 +62,18 @@ def test_experts_of_every_family_are_rounded_while_they_are_read(name, tmp_path,
     assert error(logits(row, model), wanted) < 0.15
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_packed_experts_say_that_they_cannot_be_trained(accelerated, training, tmp_path):
+    tiny_models.build(tiny_models.by_name("mixtral")).save_pretrained(tmp_path)
+    model = fusedmoe.from_pretrained(tmp_path, quantize="int8", dtype="fp32")
+    if accelerated:
+        fusedmoe.accelerate(model)
+    loss = model.train(training)(input_ids=tiny_models.token_ids()).logits.sum()
+    with pytest.raises(RuntimeError, match="no backward pass; packed weights have no gradients"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("layout", ["out, in", "in, out", "in, out, fp8"])
 def test_stacks_may_lie_either_way(layout, tmp_path):
     """Published files of the family have [E, in, out], those that Transformers saves may not."""

@@ -36,6 +36,11 @@ def quantize_layer(
     format cannot hold, for weights that are not finite, and for formats that need calibration.
     """
     experts: Any = getattr(layer, "routed_experts", layer)
+    if not hasattr(experts, "quant_method"):
+        raise ValueError(
+            f"quantize_layer takes a layer of FusedMoE or its experts, not a "
+            f"{type(layer).__name__}; fusedmoe.from_pretrained(folder, quantize=...) rounds a model"
+        )
     fmt = format if isinstance(format, QuantFormat) else format_named(format)
     if not isinstance(experts.quant_method, UnquantizedFusedMoEMethod):
         raise ValueError(

@@ -315,7 +315,11 @@ def _register() -> None:
             }
 
         def is_serializable(self) -> bool:
-            return False
+            """Asked by ``save_pretrained`` alone, which would not say why."""
+            raise ValueError(
+                "a model with packed experts cannot be saved: keep the checkpoint that it was "
+                "read from"
+            )
 
         @property
         def is_trainable(self) -> bool:

@@ -16,7 +16,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.borrowed import BlockDemands, experts_config
 from fusedmoe.integrations.transformers.families import is_fp8
 from fusedmoe.integrations.transformers.gates import gate_of
-from fusedmoe.integrations.transformers.gradients import NoBackward
+from fusedmoe.integrations.transformers.gradients import PACKED, NoBackward
 from fusedmoe.integrations.transformers.ranks import BlockRanks
 from fusedmoe.integrations.transformers.seats import ExpertsSeat
 from fusedmoe.integrations.transformers.sources import Source
@@ -192,7 +192,7 @@ class PackedExperts(nn.Module):
                 rank_sum = self.ranks.rank_sum
                 output = rank_sum.reduced(rank_sum.partial(output)).value
         if torch.is_grad_enabled():
-            output = NoBackward.apply(output, x)
+            output = NoBackward.apply(output, x, PACKED)
         return output.view(hidden_states.shape).to(hidden_states.dtype)
 
 

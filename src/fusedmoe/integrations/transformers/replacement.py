@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedmoe.integrations.transformers.block_router import is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts
-from fusedmoe.integrations.transformers.gradients import NoBackward
+from fusedmoe.integrations.transformers.gradients import PACKED, TRAINABLE, NoBackward
 from fusedmoe.integrations.transformers.packed import HeldExperts
 
 
@@ -56,9 +56,10 @@ class Replacement(nn.Module, ABC):
             return self.run(*arguments)
         with torch.no_grad():
             result = self.run(*arguments)
+        advice = TRAINABLE if self.held is None else PACKED
         if isinstance(result, tuple):
-            return tuple(NoBackward.apply(tensor, arguments[0]) for tensor in result)
-        return NoBackward.apply(result, arguments[0])
+            return tuple(NoBackward.apply(tensor, arguments[0], advice) for tensor in result)
+        return NoBackward.apply(result, arguments[0], advice)
 
     def _is_out_of_place(self, x: torch.Tensor) -> bool:
         module = self.module
