@@ -117,6 +117,18 @@ def stack_bytes(compiled: Any) -> int:
     return int(re.search(r"STACK:(\d+)", cuobjdump(compiled, "-res-usage"))[1])  # type: ignore[index]
 
 
+def barriers_reused(compiled: Any) -> set[int]:
+    """Places of shared memory that are barriers and plain memory both, as far as PTX has them as
+    constants: where nobody uses a barrier any more, its memory may be given to something else."""
+    ptx = compiled.asm["ptx"]
+    places = dict(re.findall(r"add\.s32 \s*(%r\d+), %r\d+, (\d+);", ptx))
+    opened = re.findall(r"mbarrier\.init\S* \[(%r\d+)\]", ptx)
+    plain = re.findall(r"(?:ld|st)\.shared\S* [^;]*global_smem\+(\d+)\]", ptx)
+    assert opened
+    assert plain
+    return {int(places[one]) for one in opened if one in places} & {int(one) for one in plain}
+
+
 def cuobjdump(compiled: Any, option: str) -> str:
     """What cuobjdump says of a compiled kernel."""
     import triton

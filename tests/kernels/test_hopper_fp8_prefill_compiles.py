@@ -14,13 +14,14 @@ from fusedmoe.quantization.keys import (
     INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR)
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles
-from hopper_compiler import compile_as_launched, stack_bytes
+from hopper_compiler import barriers_reused, compile_as_launched, stack_bytes
 
 
 
 def check(compiled):
     assert "wgmma" in compiled.asm["ptx"]
     assert stack_bytes(compiled) <= 48, (compiled.name, stack_bytes(compiled))
+    assert not barriers_reused(compiled), (compiled.name, barriers_reused(compiled))
 
 
 module._launch_up = compile_as_launched(module.up_kernel, check)
@@ -68,5 +69,6 @@ print("compiled")
 
 def test_every_variant_compiles_and_keeps_its_sums_in_registers():
     """With the very arguments that a launch would have. A few words of stack hold what is read
-    once per tile."""
+    once per tile. No barrier's memory is anything else: where the number of a drawn task lay there,
+    tiles were missing when other processes used the GPU, too."""
     run_program(COMPILE)

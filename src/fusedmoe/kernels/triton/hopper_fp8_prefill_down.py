@@ -221,7 +221,7 @@ def down_kernel(
     128 * scale_blocks. Others as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 32 if OWN else 0, OWN)
-    turns = open_turns()
+    turns = open_turns(OWN or PROMOTED == 1)
     box = open_box(2, gl.int64)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     scales = (scale_ptr, stride_se, stride_sn, 0, scale_row_step, scale_block)

@@ -30,13 +30,18 @@ WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32])
 
 
 @gluon.jit
-def open_turns():
+def open_turns(NEEDED: gl.constexpr):
     """Where every step is promoted, the warpgroups' products follow each other by turns, so that
-    one adds to its sums while the other multiplies; left alone, both multiply and then both add."""
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
-    return turns
+    one adds to its sums while the other multiplies; left alone, both multiply and then both add.
+    There are none elsewhere: memory of barriers that nobody uses would be used again, for the
+    number of a drawn task, and such words are lost when the GPU turns to another process."""
+    if NEEDED:
+        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(turns.index(i), count=1)
+        return turns
+    else:
+        return 0
 
 
 @gluon.jit

@@ -277,7 +277,7 @@ def up_kernel(
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
     ROUNDED: gl.constexpr = act_scale_ptr is not None
     rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128, PER_SCALE > 0)
-    turns = open_turns()
+    turns = open_turns(PER_SCALE > 0 or PROMOTED == 1)
     box = open_box(2, gl.int64)
     gdc_wait()
     gdc_launch_dependents()
