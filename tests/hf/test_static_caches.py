@@ -77,12 +77,26 @@ def test_every_layer_asks_and_tokens_are_the_same(name, allocations):
     assert pools_in(allocations) == 1
 
 
-def test_other_sizes_get_other_memory(allocations):
+def test_memory_is_kept_for_two_batch_sizes_of_the_last_length(allocations):
     model = build()
     keep_static_caches(model)
-    for tokens, batch, pools in [(6, 2, 1), (6, 2, 1), (4, 2, 1), (9, 2, 2), (9, 1, 3)]:
+
+    def memory(tokens, batch):
+        allocations.clear()
         generate(model, tokens=tokens, batch=batch)
-        assert pools_in(allocations) == pools
+        assert pools_in(allocations) == 1
+        return allocations[0][0]
+
+    of_two, of_one = memory(6, 2), memory(6, 1)
+    assert of_two is not of_one
+    assert memory(4, 2) is of_two  # as long as the one before: no cache is shorter
+    assert memory(6, 1) is of_one
+    memory(6, 3)
+    assert memory(6, 1) is of_one
+    assert memory(6, 2) is not of_two
+    longer = memory(9, 1)
+    assert longer is not of_one
+    assert memory(6, 1) is longer
 
 
 def test_caches_of_another_kind_are_left_alone(allocations):

@@ -19,6 +19,8 @@ from torch import nn
 # What Transformers calls to make a static cache, and what a layer of it calls to make its tensors.
 _PREPARE = "_prepare_static_cache"
 _ALLOCATORS = ("lazy_initialization", "lazy_initialization_indexer")
+# Whose memory is kept.
+_MOST_BATCHES = 2
 
 Pools = dict[torch.device, Any]
 
@@ -26,8 +28,9 @@ Pools = dict[torch.device, Any]
 def keep_static_caches(model: nn.Module) -> None:
     """Let each ``generate`` of ``model``, and below it, make static caches in memory of their own.
 
-    The memory of a freed cache is kept for the next one of the same sizes, and given to other
-    tensors only where nothing else is left. A cache that is still held stays as it is.
+    The memory of a freed cache is kept for the next one of its length, for two batch sizes at a
+    time, and given to other tensors only where nothing else is left. A cache that is still held
+    stays as it is.
     """
     for module in _generating(model):
         if not isinstance(vars(module).get(_PREPARE), CacheMaker):
@@ -53,8 +56,7 @@ class CacheMaker:
         self._reset()
 
     def _reset(self) -> None:
-        self._sizes: tuple[Any, ...] = ()
-        self._pools: Pools = {}
+        self._kept: dict[tuple[Any, ...], Pools] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -67,15 +69,21 @@ class CacheMaker:
         """A cache whose layers will ask for their tensors in this one's memory."""
         cache = getattr(type(self.model), _PREPARE)(self.model, *args, **kwargs)
         layers = list(_layers_on_device(cache))
-        lengths = (getattr(layer, "max_cache_len", None) for layer in layers)
-        sizes = (kwargs.get("batch_size"), *lengths)
-        if sizes != self._sizes:
-            self._sizes, self._pools = sizes, {}
+        lengths = tuple(getattr(layer, "max_cache_len", None) for layer in layers)
+        pools = self._pools(kwargs.get("batch_size"), lengths)
         for layer in layers:
             for name in _ALLOCATORS:
                 if hasattr(layer, name):
-                    vars(layer)[name] = _FromPool(layer, name, self._pools)
+                    vars(layer)[name] = _FromPool(layer, name, pools)
         return cache
+
+    def _pools(self, batch: int | None, lengths: tuple[int | None, ...]) -> Pools:
+        """Those of the sizes, by device. Once a cache was longer, no shorter one is made again."""
+        sizes = batch, lengths
+        pools = self._kept.pop(sizes, {})
+        others = [kept for kept in self._kept.items() if kept[0][1] == lengths]
+        self._kept = {**dict(others[1 - _MOST_BATCHES :]), sizes: pools}
+        return pools
 
 
 def _layers_on_device(cache: Any) -> Iterator[Any]:
