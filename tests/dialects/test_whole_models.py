@@ -70,6 +70,21 @@ def test_a_model_in_every_dialect(name: str, tmp_path: Path) -> None:
     compare(model, eager(folders.floats), tolerance_of(model))
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["deepseek", "ct w4a16 zero points", "awq", "quark mxfp6"])
+def test_a_loaded_model_survives_a_pickle(name: str, accelerated: bool, tmp_path: Path) -> None:
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES[name]).packed
+    model = fusedmoe.from_pretrained(folder, options=REFERENCE)
+    if accelerated:
+        fusedmoe.accelerate(model)
+    with torch.inference_mode():
+        wanted = model(PROMPT).logits
+    torch.save(model, tmp_path / "model")
+    again = torch.load(tmp_path / "model", weights_only=False)
+    with torch.inference_mode():
+        assert torch.equal(again(PROMPT).logits, wanted)
+
+
 def test_down_projections_may_have_a_format_of_their_own(tmp_path: Path) -> None:
     four, eight = CASES["ct w4a16"], CASES["ct w8a16"]
     folders = write_folders(tmp_path, "tiny-qwen3-moe", four)

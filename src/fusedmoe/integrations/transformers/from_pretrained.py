@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fusedmoe.checkpoint import (
     Checkpoint,
@@ -26,8 +25,12 @@ from fusedmoe.distributed.agreement import facts_of, facts_of_groups
 from fusedmoe.integrations.transformers.accelerate import run_whole_blocks
 from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
+from fusedmoe.integrations.transformers.packed_quantizer import (
+    QUANT_METHOD,
+    mismatched,
+    register_packed_experts,
+)
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
-from fusedmoe.integrations.transformers.seats import find_seats
 from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource, Source, is_linear
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
@@ -43,8 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-QUANT_METHOD = "fusedmoe"
-_MISMATCHED = "_fusedmoe_mismatched"
 Progress = Callable[[int, int, str], None]
 
 
@@ -252,7 +253,7 @@ def _model_class(config: Any) -> Any:
 
 def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
     """The model with all but its experts, on the CPU."""
-    _register()
+    register_packed_experts()
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     state = source.rest(dtype)
@@ -266,7 +267,7 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-        info["mismatched_keys"].update(model.__dict__.pop(_MISMATCHED))
+        info["mismatched_keys"].update(mismatched(model))
         _read_generation_config(model, source.where)
     except Exception as error:
         raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
@@ -281,46 +282,3 @@ def _read_generation_config(model: Any, folder: Path) -> None:
     path = (folder if folder.is_dir() else folder.parent) / "generation_config.json"
     if model.can_generate() and path.is_file():
         model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text("utf-8")))
-
-
-def _register() -> None:
-    """Tell Transformers how experts are replaced while a model is built."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-
-    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
-        return
-
-    @register_quantizer(QUANT_METHOD)
-    class PackedExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
-        """Replaces the experts of a model on the meta device; loads nothing itself.
-
-        Transformers 5.17 leaves it to quantizers whether a tensor fits, whatever its shape.
-        """
-
-        def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-            self._shapes = {name: p.shape for name, p in model.named_parameters()}
-            for seat in find_seats(model):
-                parent, _, name = seat.path.rpartition(".")
-                block = model.get_submodule(parent)
-                setattr(block, name, PackedExperts(seat))
-                # Everything is read from files: some blocks initialise their experts' tensors.
-                block._is_hf_initialized = True  # type: ignore[assignment]
-
-        def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-            model.__dict__[_MISMATCHED] = {
-                (name, found.shape, self._shapes[name])
-                for name, found in model.named_parameters()
-                if name in self._shapes and found.shape != self._shapes[name]
-            }
-
-        def is_serializable(self) -> bool:
-            """Asked by ``save_pretrained`` alone, which would not say why."""
-            raise ValueError(
-                "a model with packed experts cannot be saved: keep the checkpoint that it was "
-                "read from"
-            )
-
-        @property
-        def is_trainable(self) -> bool:
-            return False

@@ -50,7 +50,7 @@ class AwqQuantization(CheckpointQuantization):
         zeros = Rule(
             needs=("qzeros",),
             gives="weight_zero_point" if self.zero_point else "",
-            convert=self._zeros if self.zero_point else lambda matrix, qzeros: None,
+            convert=self._zeros if self.zero_point else _nothing,
             optional=not self.zero_point,
         )
         return make_scheme(
@@ -67,6 +67,10 @@ class AwqQuantization(CheckpointQuantization):
         shape = (groups_in(matrix, self.group_size), -(-matrix.N // 8))
         expect(matrix, "qzeros", qzeros, shape, torch.int32)
         return unpack_awq(qzeros, matrix.N).T
+
+
+def _nothing(matrix: Matrix, qzeros: torch.Tensor) -> None:
+    """Symmetric weights have none, whatever their files hold."""
 
 
 def _size(qweight: tuple[int, ...]) -> tuple[int, int]:

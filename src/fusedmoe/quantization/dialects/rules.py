@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fusedmoe.quantization.dialects.base import Matrix, Rule, Scheme
@@ -70,39 +72,56 @@ def scale_rule(
     optional: bool = False,
 ) -> Rule:
     """Floating-point scales stored row by row as the canonical ones are, in any float dtype."""
+    return Rule(
+        needs=(suffix,),
+        gives=gives,
+        convert=partial(_scale, suffix=suffix, group=group, dtype=dtype),
+        optional=optional,
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, *FLOATS, torch.float8_e8m0fnu)
-        shaped = shape_scale(matrix, suffix, scale, group)
-        return check_finite(matrix, suffix, shaped.to(dtype))
 
-    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
+def _scale(
+    matrix: Matrix, scale: torch.Tensor, *, suffix: str, group: GroupShape, dtype: torch.dtype
+) -> torch.Tensor:
+    expect(matrix, suffix, scale, None, *FLOATS, torch.float8_e8m0fnu)
+    shaped = shape_scale(matrix, suffix, scale, group)
+    return check_finite(matrix, suffix, shaped.to(dtype))
 
 
 def transposed_scale_rule(suffix: str, columns: int, dtype: torch.dtype) -> Rule:
     """Scales [K / columns, N] in any float dtype; ``columns`` -1 is the whole row."""
+    return Rule(
+        needs=(suffix,),
+        gives="weight_scale",
+        convert=partial(_transposed_scale, suffix=suffix, columns=columns, dtype=dtype),
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, (groups_in(matrix, columns), matrix.N), *FLOATS)
-        return check_finite(matrix, suffix, scale.T.to(dtype))
 
-    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+def _transposed_scale(
+    matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    expect(matrix, suffix, scale, (groups_in(matrix, columns), matrix.N), *FLOATS)
+    return check_finite(matrix, suffix, scale.T.to(dtype))
 
 
 def group_index_rule(suffix: str, columns: int) -> Rule:
     """The group of each column, which has ``columns`` of them: int [K]."""
+    return Rule(
+        needs=(suffix,),
+        gives="weight_group_index",
+        convert=partial(_group_index, suffix=suffix, columns=columns),
+    )
 
-    def convert(matrix: Matrix, index: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, index, (matrix.K,), torch.int32, torch.int64)
-        low, high, groups = int(index.min()), int(index.max()), groups_in(matrix, columns)
-        if low < 0 or high >= groups:
-            raise ValueError(
-                f"{matrix.path(suffix)}: expected groups in [0, {groups}), found "
-                f"{low if low < 0 else high}"
-            )
-        return index.to(torch.int32).expand(matrix.shards, -1)
 
-    return Rule(needs=(suffix,), gives="weight_group_index", convert=convert)
+def _group_index(matrix: Matrix, index: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:
+    expect(matrix, suffix, index, (matrix.K,), torch.int32, torch.int64)
+    low, high, groups = int(index.min()), int(index.max()), groups_in(matrix, columns)
+    if low < 0 or high >= groups:
+        raise ValueError(
+            f"{matrix.path(suffix)}: expected groups in [0, {groups}), found "
+            f"{low if low < 0 else high}"
+        )
+    return index.to(torch.int32).expand(matrix.shards, -1)
 
 
 def groups_in(matrix: Matrix, columns: int) -> int:
@@ -112,14 +131,20 @@ def groups_in(matrix: Matrix, columns: int) -> int:
 
 def repeated_scale_rule(suffix: str, dtype: torch.dtype) -> Rule:
     """One number for the matrix (or each shard), given to all of its rows."""
+    return Rule(
+        needs=(suffix,),
+        gives="weight_scale",
+        convert=partial(_repeated_scale, suffix=suffix, dtype=dtype),
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, *FLOATS)
-        numbers = shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype).reshape(-1, 1)
-        rows = numbers.repeat_interleave(matrix.N // matrix.shards, 0)
-        return check_finite(matrix, suffix, rows)
 
-    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+def _repeated_scale(
+    matrix: Matrix, scale: torch.Tensor, *, suffix: str, dtype: torch.dtype
+) -> torch.Tensor:
+    expect(matrix, suffix, scale, None, *FLOATS)
+    numbers = shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype).reshape(-1, 1)
+    rows = numbers.repeat_interleave(matrix.N // matrix.shards, 0)
+    return check_finite(matrix, suffix, rows)
 
 
 def shape_scale(
@@ -149,59 +174,82 @@ def shape_scale(
 
 def e8m0_rule(suffix: str, columns: int, gives: str = "weight_scale") -> Rule:
     """Exponents in uint8 or float8_e8m0fnu, one for ``columns`` columns of a row."""
+    return Rule(
+        needs=(suffix,), gives=gives, convert=partial(_e8m0, suffix=suffix, columns=columns)
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, torch.uint8, torch.float8_e8m0fnu)
-        raw = shape_scale(matrix, suffix, scale, GroupShape(1, columns)).view(torch.uint8)
-        if bool((raw == 255).any()):
-            where = [int(i) for i in (raw == 255).nonzero()[0]]
-            raise ValueError(
-                f"{matrix.path(suffix)}: expected finite scales, found nan (e8m0 255) at {where}"
-            )
-        return raw
 
-    return Rule(needs=(suffix,), gives=gives, convert=convert)
+def _e8m0(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:
+    expect(matrix, suffix, scale, None, torch.uint8, torch.float8_e8m0fnu)
+    raw = shape_scale(matrix, suffix, scale, GroupShape(1, columns)).view(torch.uint8)
+    if bool((raw == 255).any()):
+        where = [int(i) for i in (raw == 255).nonzero()[0]]
+        raise ValueError(
+            f"{matrix.path(suffix)}: expected finite scales, found nan (e8m0 255) at {where}"
+        )
+    return raw
 
 
 def e4m3_scale_rule(suffix: str, columns: int) -> Rule:
     """Scales in float8_e4m3fn, one for ``columns`` columns of a row."""
+    return Rule(
+        needs=(suffix,),
+        gives="weight_scale",
+        convert=partial(_e4m3_scale, suffix=suffix, columns=columns),
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, torch.float8_e4m3fn)
-        return check_finite(
-            matrix, suffix, shape_scale(matrix, suffix, scale, GroupShape(1, columns))
-        )
 
-    return Rule(needs=(suffix,), gives="weight_scale", convert=convert)
+def _e4m3_scale(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:
+    expect(matrix, suffix, scale, None, torch.float8_e4m3fn)
+    return check_finite(matrix, suffix, shape_scale(matrix, suffix, scale, GroupShape(1, columns)))
 
 
 def scalar_rule(suffix: str, gives: str, *, inverse: bool = False, optional: bool = False) -> Rule:
     """One fp32 number for the matrix (or for each shard); ``inverse`` stores 1 / x."""
+    return Rule(
+        needs=(suffix,),
+        gives=gives,
+        convert=partial(_scalar, suffix=suffix, inverse=inverse),
+        optional=optional,
+    )
 
-    def convert(matrix: Matrix, scale: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, scale, None, *FLOATS)
-        number = shape_scale(matrix, suffix, scale, PER_TENSOR).to(torch.float32)
-        check_finite(matrix, suffix, number)
-        if inverse and bool((number == 0).any()):
-            raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
-        return number.reciprocal() if inverse else number
 
-    return Rule(needs=(suffix,), gives=gives, convert=convert, optional=optional)
+def _scalar(matrix: Matrix, scale: torch.Tensor, *, suffix: str, inverse: bool) -> torch.Tensor:
+    expect(matrix, suffix, scale, None, *FLOATS)
+    number = shape_scale(matrix, suffix, scale, PER_TENSOR).to(torch.float32)
+    check_finite(matrix, suffix, number)
+    if inverse and bool((number == 0).any()):
+        raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
+    return number.reciprocal() if inverse else number
 
 
 def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values: int = 1) -> Rule:
     """A weight whose elements lie as the canonical ones do, ``stored`` bytes for ``values``."""
+    return Rule(
+        needs=(suffix,),
+        gives="weight",
+        convert=partial(_plain_weight, suffix=suffix, dtypes=dtypes, stored=stored, values=values),
+        size=partial(_plain_size, stored=stored, values=values),
+    )
 
-    def convert(matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
-        expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
-        if weight.dtype == torch.float8_e4m3fn:
-            _check_no_nan(matrix, suffix, weight)
-        return weight.view(torch.uint8) if values > 1 else weight
 
-    def size(shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[-2], shape[-1] // stored * values
+def _plain_weight(
+    matrix: Matrix,
+    weight: torch.Tensor,
+    *,
+    suffix: str,
+    dtypes: tuple[torch.dtype, ...],
+    stored: int,
+    values: int,
+) -> torch.Tensor:
+    expect(matrix, suffix, weight, (matrix.N, matrix.K // values * stored), *dtypes)
+    if weight.dtype == torch.float8_e4m3fn:
+        _check_no_nan(matrix, suffix, weight)
+    return weight.view(torch.uint8) if values > 1 else weight
 
-    return Rule(needs=(suffix,), gives="weight", convert=convert, size=size)
+
+def _plain_size(shape: tuple[int, ...], *, stored: int, values: int) -> tuple[int, int]:
+    return shape[-2], shape[-1] // stored * values
 
 
 def _check_no_nan(matrix: Matrix, suffix: str, weight: torch.Tensor) -> None:
@@ -219,6 +267,10 @@ def _check_no_nan(matrix: Matrix, suffix: str, weight: torch.Tensor) -> None:
             )
 
 
-BIAS = Rule(needs=("bias",), gives="bias", convert=lambda matrix, bias: bias, optional=True)
+def _as_it_is(matrix: Matrix, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+BIAS = Rule(needs=("bias",), gives="bias", convert=_as_it_is, optional=True)
 INPUT_SCALE = scalar_rule("input_scale", "input_scale")
 FP8_WEIGHT = plain_weight_rule("weight", torch.float8_e4m3fn)
