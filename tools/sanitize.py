@@ -77,7 +77,14 @@ from fusedmoe.router.spec import RoutingSpec, RoutingTensors
 from fusedmoe.testing import check_experts
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES
 from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS
-from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, decode_tiles_of, direct_tiles
+from fusedmoe.tuning.hopper_tiles import (
+    DecodeGemmTile,
+    DecodeTiles,
+    HopperTiles,
+    PrefillTiles,
+    decode_tiles_of,
+    direct_tiles,
+)
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 
 E, K = 24, 4
@@ -167,6 +174,7 @@ def hopper() -> None:
     for T in (1, 5, 300):
         kinds: list[HopperTiles] = [
             decode_tiles_of(8, 64, 64),
+            DecodeTiles(16, DecodeGemmTile(64, 128, 2), DecodeGemmTile(64, 128, 2)),
             decode_tiles_of(64, 128, 256),
             PrefillTiles(),
             PrefillTiles(stages=2, group=2),

@@ -12,7 +12,13 @@ from expert_layers import Layer
 from fusedmoe.experts import hopper
 from fusedmoe.experts.hopper import HopperExperts
 from fusedmoe.experts.hopper import _readable as readable
-from fusedmoe.kernels.hopper_decode import hopper_decode
+from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.hopper_decode import (
+    DRAW_WORDS,
+    decode_counters,
+    decode_table,
+    hopper_decode,
+)
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -118,6 +124,24 @@ def test_biases_and_maps_may_be_strided(T, monkeypatch):
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("R", "block", "e"), [(1, 8, 1), (6, 8, 64), (128, 32, 8), (2048, 32, 128)]
+)
+def test_counters_lie_behind_the_table_of_slots(R, block, e):
+    """One for every block that there can be, all of them padding when nobody has counted."""
+    places, spare = decode_table(R, block, e)
+    ids = torch.randint(0, e, (R, 1), generator=torch.Generator().manual_seed(0))
+    tables = align_local_slots(ids, block, e, None, whole_blocks=True, spare_slots=spare)
+    assert tables.num_tokens_post_pad <= places
+    counters = decode_counters(tables.sorted_ids, R, block, e)
+    assert counters.numel() >= DRAW_WORDS + tables.num_tokens_post_pad // block
+    assert counters.numel() == spare
+    assert (counters == R).all()
+    assert counters.data_ptr() % 16 == tables.sorted_ids.data_ptr() % 16
+    with pytest.raises(ValueError, match=f"no room for {spare} counters"):
+        decode_counters(tables.sorted_ids[:-1], R, block, e)
+
+
 def test_direct_takes_few_slots():
     given, _ = arguments(replace(LAYER, T=17))
     with pytest.raises(ValueError, match="17"):
@@ -165,11 +189,12 @@ sizes = {"H": 272, "I": 208}
 formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
 tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
-build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
-      sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": tiles.up.stages, "GROUP": 4})
-build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
-      sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": tiles.down.stages,
-               "GROUP": 4})
+for stages in (2, tiles.up.stages):  # drawn, and dealt
+    build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
+          sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": stages, "GROUP": 4})
+    build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
+          sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": stages, "GROUP": 4,
+                   "UP_TILES": 4})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
 build(hopper_direct.up_kernel,

@@ -16,6 +16,7 @@ from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (
+    DecodeTiles,
     DirectTiles,
     PrefillTiles,
     decode_tiles_of,
@@ -160,6 +161,23 @@ def test_half_empty_blocks_give_the_bits_of_streamed_ones(counts, name):
     assert_right(expected, layer, tensors)
     for tiles in (PrefillTiles(), PrefillTiles(stages=3), PrefillTiles(group=4)):
         assert run(layer, tensors, tiles).equal(expected)
+
+
+@pytest.mark.parametrize("counts", SKEWED.values(), ids=SKEWED)
+def test_tasks_drawn_and_dealt_give_the_same_bits(counts):
+    """Rings as long as a task or shorter draw the next one; longer ones are dealt theirs."""
+    layer = replace(GPU, T=max(1, sum(counts)), K=1, E=8, H=272, I=272, bias=True)
+    tensors = layer.tensors()
+    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
+    tensors["topk_ids"].fill_(-1)
+    tensors["topk_ids"][: len(ids)] = ids[:, None]
+    tiles = decode_tiles_of(16, 64, 64)
+    expected = run(layer, tensors, tiles)
+    assert_right(expected, layer, tensors)
+    for up, down in ((2, 2), (3, 3), (5, 3), (2, 5)):
+        rings = replace(tiles.up, stages=up), replace(tiles.down, stages=down)
+        for _ in range(5):
+            assert run(layer, tensors, DecodeTiles(16, *rings)).equal(expected)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8])

@@ -11,6 +11,7 @@ from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
     DirectTiles,
     PrefillTiles,
+    decode_tiles,
     even_width,
     hopper_tiles,
     sum_passes,
@@ -134,3 +135,12 @@ def test_remote_experts_count_where_they_are():
 )
 def test_sums_are_one_pass_where_columns_come_out_even(H, passes):
     assert sum_passes(H) == passes
+
+
+def test_tasks_are_drawn_where_rings_are_no_longer_than_they_are():
+    """Qwen3.6's down has steps of 4 x 128 columns; where a ring of so many would hold little,
+    it stays as deep as it can be. Few tasks of the up kernel are dealt."""
+    assert decode_tiles(512, 256, 2048, 512).down.stages == 4
+    assert decode_tiles(64, 128, 2048, 96).down.stages > 1
+    assert decode_tiles(2048, 128, 2880, 2880).draws_up
+    assert not decode_tiles(128, 8, 4096, 14336).draws_up

@@ -24,7 +24,7 @@ from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align
 from fusedmoe.kernels.bounded_gemm import bounded_gemm, programs_for
 from fusedmoe.kernels.bounded_sum import bounded_sum
 from fusedmoe.kernels.device import device_of, multiprocessors_of
-from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
+from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, decode_table
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, MAX_DECODE_MEAN, PrefillTiles, decode_tiles
 from fusedmoe.tuning.tiles import layer_tiles
@@ -159,7 +159,8 @@ def hopper_products(
             return Products(rows, position)
         act, rows = x.new_empty(routing.R, I), x.new_empty(routing.R, H)
         tiles = decode_tiles(max(1, round(here)), e, H, I)
-        tables = bounded_align(routing, tiles.block, slots)
+        spare = decode_table(routing.R, tiles.block, e)[1]
+        tables = bounded_align(routing, tiles.block, slots, spare_slots=spare)
         decode_gemms(x, w1, w2, K, act, rows, act_kind, None, None, tables, tiles, programs)
         return Products(rows, None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.experts.torch_reference import experts_reference
-from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.align import align_local_slots, padded_slots
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -16,6 +16,7 @@ from fusedmoe.tuning.hopper_tiles import MAX_PICKS, DecodeTiles, decode_tiles
 
 # TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
 ALIGNED_ELEMENTS = 16
+DRAW_WORDS = 4  # in front of the counters of blocks: what the programs of both launches have drawn
 
 
 def hopper_decode(layer: LayerTensors[torch.Tensor], tiles: DecodeTiles | None = None) -> None:
@@ -36,7 +37,32 @@ def hopper_decode(layer: LayerTensors[torch.Tensor], tiles: DecodeTiles | None =
         return
     e, H, I = layer.w2.shape  # noqa: E741
     tiles = tiles or decode_tiles(R, e, H, I)
-    decode(layer, align_local_slots(layer.topk_ids, tiles.block, e, layer.expert_map), tiles)
+    tables = align_local_slots(
+        layer.topk_ids,
+        tiles.block,
+        e,
+        layer.expert_map,
+        whole_blocks=True,
+        spare_slots=decode_table(R, tiles.block, e)[1],
+    )
+    decode(layer, tables, tiles)
+
+
+def decode_table(R: int, block: int, num_local: int) -> tuple[int, int]:
+    """(places of a table of R slots, spare ones behind it), whole blocks of both: in padding, the
+    launches count the tasks that they have drawn, and for each block the tiles that are done."""
+    places = padded_slots(R, block, num_local, whole_blocks=True)
+    return places, -(-(DRAW_WORDS + places // block) // block) * block
+
+
+def decode_counters(sorted_ids: torch.Tensor, R: int, block: int, num_local: int) -> torch.Tensor:
+    """Those spare places. Counted up, so a table serves once. ValueError if it is shorter."""
+    places, spare = decode_table(R, block, num_local)
+    if sorted_ids.shape[0] < places + spare:
+        raise ValueError(
+            f"a table of {sorted_ids.shape[0]} slots for {places} has no room for {spare} counters"
+        )
+    return sorted_ids[places:]
 
 
 def hopper_decode_reference(layer: LayerTensors[torch.Tensor]) -> None:

@@ -5,11 +5,13 @@ T tokens, K picks, R = T * K slots, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHARED_BYTES = 227 * 1024  # what one program may have on compute capability 9.0
 ELEMENT_BYTES = 2
 HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
+LEAST_RING_BYTES = 128 * 1024  # of weights on their way to a multiprocessor
+MAX_DEALT_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class DecodeGemmTile:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """``block`` slots share one pass over an expert's weights."""
+    """``block`` slots share one pass over an expert's weights; ``draws_up``: the up kernel's
+    programs draw their tasks, as the down kernel's always do."""
 
     block: int
     up: DecodeGemmTile
     down: DecodeGemmTile
+    draws_up: bool = False
 
 
 def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
@@ -46,7 +50,8 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
     block = next((block for block in (8, 16, 32) if wanted <= block), 64)
     if mean < 3:
         tasks = min(R, num_local) * -(-H // 128)
-        return decode_tiles_of(block, 64, 64 if 2 * tasks <= HOPPER_PROGRAMS else 128)
+        down_rows = 64 if 2 * tasks <= HOPPER_PROGRAMS else 128
+        return _drawn(decode_tiles_of(block, 64, down_rows), min(R, num_local), H, I)
 
     def cost(width: int, rows: int, weight_rows: int) -> float:
         rounds = -(-num_local * -(-width // rows) // HOPPER_PROGRAMS)
@@ -58,7 +63,23 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
     # Of equals the largest, but where it has one round of tasks: a block more would make it two.
     one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
     down = (128, 256, 64) if one_round else (256, 128, 64)
-    return decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
+    tiles = decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
+    return _drawn(tiles, min(R, num_local), H, I)
+
+
+def _drawn(tiles: DecodeTiles, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
+    """Rings no longer than a task, so that tasks can be drawn, but where too little of the weights
+    would be on its way. The up kernel's tasks are drawn where they are many: there programs come
+    so far apart that few read the same rows, elsewhere a task more at the end costs more."""
+
+    def within(tile: DecodeGemmTile, columns: int, count: int) -> DecodeGemmTile:
+        steps = -(-columns // tile.depth)
+        enough = steps * tile.depth * tile.rows * count * ELEMENT_BYTES >= LEAST_RING_BYTES
+        return replace(tile, stages=min(tile.stages, steps)) if enough else tile
+
+    rounds = blocks * -(-I // tiles.up.rows) / HOPPER_PROGRAMS
+    up, down = within(tiles.up, H, 2), within(tiles.down, I, 1)
+    return DecodeTiles(tiles.block, up, down, rounds > MAX_DEALT_ROUNDS)
 
 
 def decode_tiles_of(block: int, up_rows: int, down_rows: int) -> DecodeTiles:

@@ -120,11 +120,9 @@ def tile_of_run(
 
 
 @gluon.jit
-def find_block(block, tables, num_local, BN: gl.constexpr, LAYOUT: gl.constexpr):
-    """(expert, slots [BN] in LAYOUT) of a block; a place without a slot is -1 or >= R."""
-    expert = gl.load(tables[0] + block, cache_modifier=".cg")
-    slots = gl.load(tables[1] + block * BN + gl.arange(0, BN, LAYOUT), cache_modifier=".cg")
-    return known(expert, num_local), slots
+def slots_of(block, sorted_ptr, BN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Slots [BN] of a block, in LAYOUT; a place without one is -1 or >= R."""
+    return gl.load(sorted_ptr + block * BN + gl.arange(0, BN, LAYOUT), cache_modifier=".cg")
 
 
 @gluon.jit

@@ -9,14 +9,15 @@ barrier.
 up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. Two weight tiles per step:
              gate and up (or, without a gate, two neighbouring tiles).
 down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins wherever a program
-             of up_kernel has ended (programmatic dependent launch), and fills its ring before it
-             waits for the rest of them: weights depend on nothing.
+             of up_kernel has ended (programmatic dependent launch), and waits for a block's rows of
+             act alone, whose tiles are counted: weights depend on nothing.
 sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order; y may
              be undefined afterwards (``discarded``).
 
-A task is (block, tile of weight rows), GROUP blocks side by side (``tile_of``): of an expert with
-several, all but one find its weights in the L2. Tasks go round robin over the programs. Slots
-without an expert belong to no block, and their rows of act and y are neither written nor read.
+A task is (block, tile of weight rows), an expert's blocks side by side (``find_task``): all but one
+find its weights in the L2. Tasks of down_kernel are drawn from a counter, those of up_kernel where
+there are many; others, and all where a ring is longer than a task, go round robin. Slots without an
+expert belong to no block, and their rows of act and y are neither written nor read.
 """
 
 import torch
@@ -25,6 +26,7 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
+from fusedmoe.kernels.hopper_decode import decode_counters
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
@@ -83,7 +85,7 @@ def sum_kernel(
         discard_rows(y_ptr, slot, live, tl.program_id(1) * BLOCK, H, BLOCK)
 
 
-GROUP = 8
+GROUP = 8  # of one expert's blocks, that share its weights
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
@@ -120,28 +122,33 @@ def decode_gemms(
     tiles: DecodeTiles,
     programs: int,
 ) -> None:
-    """up_kernel and down_kernel alone: the rows of y [R, H] whose slots the tables name."""
+    """up_kernel and down_kernel alone: the rows of y [R, H] whose slots the tables name, which are
+    as long as ``decode_table`` says and serve once."""
     e, H, I = w2.shape  # noqa: E741
     R = y.shape[0]
     sorted_ids, expert_ids, num_post = tables
+    counters = decode_counters(sorted_ids, R, tiles.block, e)
     tile = (tiles.up.rows, tiles.up.depth)
     gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
     _launch_up(
         programs,
         (gate, up),
-        (w1_bias, x, act, expert_ids, sorted_ids, num_post),
+        (w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
         (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
-            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP,
+            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP, tiles.draws_up,
         ),
         num_warps=tiles.up.warps,
     )  # fmt: skip
     _launch_down(
         programs,
         (matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth)),),
-        (w2_bias, act, y, expert_ids, sorted_ids, num_post),
+        (w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
         (R, e),
-        (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages, GROUP),
+        (
+            H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages, GROUP,
+            -(-I // (tiles.up.rows * (1 if activation.gated else 2))),
+        ),
         num_warps=tiles.down.warps,
-    )
+    )  # fmt: skip

@@ -12,7 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
-    find_block,
     issue_rows,
     issue_tiles,
     load_bias,
@@ -20,9 +19,10 @@ from fusedmoe.kernels.triton.hopper_common import (
     next_step,
     open_barriers,
     rows_layout,
+    slots_of,
     store_columns,
-    tile_of,
 )
+from fusedmoe.kernels.triton.hopper_decode_steps import find_task, follow_step, wait_for_tiles
 
 UNSPECIALIZED = ("R", "num_local")
 
@@ -30,25 +30,25 @@ UNSPECIALIZED = ("R", "num_local")
 @gluon.jit
 def find_down(
     task,
-    blocks,
     act_ptr,
+    blocks,
     tables,
-    R,
-    num_local,
-    H: gl.constexpr,
+    sizes,
     I: gl.constexpr,  # noqa: E741
-    TILE: gl.constexpr,
     BN: gl.constexpr,
+    TILES: gl.constexpr,
     GROUP: gl.constexpr,
+    TOGETHER: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """(row of the weights, rows of act [BN], which of them live) of a task of down_kernel."""
-    TILES: gl.constexpr = (H + TILE - 1) // TILE
-    block, tile = tile_of(task, blocks, TILES, GROUP)
-    expert, slots = find_block(block, tables, num_local, BN, LAYOUT)
+    """(rows of act [BN], which of them live, block, column tile, expert) of a task."""
+    R, num_local = sizes
+    block, tile, expert, slots = find_task(
+        task, blocks, tables, num_local, BN, TILES, GROUP, TOGETHER, LAYOUT
+    )
     live = (slots >= 0) & (slots < R)
     x_rows = act_ptr + gl.where(live, slots, 0).to(gl.int64) * I
-    return expert * H + tile * TILE, x_rows, live
+    return x_rows, live, block, tile, expert
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -60,6 +60,7 @@ def down_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counters_ptr,
     R,
     num_local,
     H: gl.constexpr,
@@ -69,11 +70,14 @@ def down_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    UP_TILES: gl.constexpr,
 ):
+    """UP_TILES: of act, that a block has."""
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + TILE - 1) // TILE
+    ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
@@ -88,8 +92,10 @@ def down_kernel(
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     tables = (expert_ids_ptr, sorted_ptr)
+    sizes = (R, num_local)
 
-    dead = (0, act_ptr + gl.zeros([BN], gl.int64, rows), gl.zeros([BN], gl.int1, rows))
+    no_rows = act_ptr + gl.zeros([BN], gl.int64, rows)
+    dead = (no_rows, gl.zeros([BN], gl.int1, rows), first, first, first)
     ahead = first
     ahead_k = 0
     state = dead
@@ -97,31 +103,43 @@ def down_kernel(
         if ahead < tasks:
             if ahead_k == 0:
                 state = find_down(
-                    ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                    ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
                 )
-            issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
+            row = state[4] * H + state[3] * TILE
+            issue_tiles((desc,), (ring,), (row,), bars, stage, ahead_k * BK)
         ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
 
-    gdc_wait()
     gdc_launch_dependents()
     ahead = first
     ahead_k = 0
+    drawn = first
     state = dead
     for stage in range(STAGES):
         if ahead < tasks:
             if ahead_k == 0:
                 state = find_down(
-                    ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                    ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
                 )
-            issue_rows(state[1], state[2], x_ring, bars, stage, ahead_k * BK, I)
-        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+                wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
+            issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, I)
+        ahead, ahead_k, drawn = follow_step(
+            ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, ONE_AHEAD
+        )
 
     stage = 0
     phase = 0
-    for task in range(first, tasks, programs):
-        block, tile = tile_of(task, blocks, TILES, GROUP)
+    task = first
+    number = first
+    while task < tasks:
+        if ONE_AHEAD:
+            block, tile, expert = state[2], state[3], state[4]
+            slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
+        else:
+            block, tile, expert, slots = find_task(
+                task, blocks, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
+                gl.SliceLayout(0, stored),
+            )  # fmt: skip
         column = tile * TILE
-        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         acc = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
             mbarrier.wait(bars.index(stage), phase)
@@ -129,17 +147,27 @@ def down_kernel(
             acc = warpgroup_mma(ring.index(stage), x_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             barrier()
+            if ahead_k == 0:
+                number = ahead
             if ahead < tasks:
                 if ahead_k == 0:
                     state = find_down(
-                        ahead, blocks, act_ptr, tables, R, num_local, H, I, TILE, BN, GROUP, rows
+                        ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
                     )
-                issue_tiles((desc,), (ring,), (state[0],), bars, stage, ahead_k * BK)
-                issue_rows(state[1], state[2], x_ring, bars, stage, ahead_k * BK, I)
-            ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+                row = state[4] * H + state[3] * TILE
+                issue_tiles((desc,), (ring,), (row,), bars, stage, ahead_k * BK)
+                if ahead_k == 0:
+                    wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
+                issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, I)
+            ahead, ahead_k, drawn = follow_step(
+                ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, ONE_AHEAD
+            )
             stage, phase = next_stage(stage, phase, STAGES)
 
         if bias_ptr is not None:
             at = bias_ptr + expert.to(gl.int64) * H + column
             acc += load_bias(at, 1, H - column, TILE, acc_layout)
         store_columns(out_ptr, acc, slots, R, column, H, stored)
+        task = number if ONE_AHEAD else task + programs
+    # Nothing of up_kernel runs any more when this launch has ended.
+    gdc_wait()

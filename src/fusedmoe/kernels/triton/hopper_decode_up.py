@@ -13,18 +13,17 @@ from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
     columns_layout,
-    find_block,
     hopper_activation,
     issue_rows,
     issue_tiles,
     load_bias,
     next_stage,
-    next_step,
     open_barriers,
     rows_layout,
+    slots_of,
     store_columns,
-    tile_of,
 )
+from fusedmoe.kernels.triton.hopper_decode_steps import count_tile, find_task, follow_step
 
 UNSPECIALIZED = ("R", "num_local", "desc_rows")
 
@@ -47,27 +46,32 @@ def load_up(
     WIDE: gl.constexpr,
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     """Load step k of a task of up_kernel, if there is such a task.
 
-    state: (row of the weights, rows of x [BN], which of them live), found anew where k == 0.
+    state: (rows of x [BN], which of them live, block, column tile, expert, number) of the task,
+    found anew where k == 0.
     """
     rings, x_ring, bars = buffers
     R, num_local, desc_rows = sizes
     BN: gl.constexpr = x_ring.shape[1]
     BK: gl.constexpr = x_ring.shape[2]
     layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, gl.num_warps()))
-    row, x_rows, live = state
+    x_rows, live, block, tile, expert, number = state
+    if k == 0:
+        number = task
     if task < tasks:
         if k == 0:
-            block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
-            expert, slots = find_block(block, tables, num_local, BN, layout)
+            block, tile, expert, slots = find_task(
+                task, tasks // TILES, tables, num_local, BN, TILES, GROUP, TOGETHER, layout
+            )
             live = (slots >= 0) & (slots < R)
             x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
-            row = expert * desc_rows + tile * WIDE
+        row = expert * desc_rows + tile * WIDE
         issue_tiles(descs, rings, (row, row + BELOW), bars, stage, k * BK)
         issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
-    return row, x_rows, live
+    return x_rows, live, block, tile, expert, number
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -80,6 +84,7 @@ def up_kernel(
     expert_ids_ptr,
     sorted_ptr,
     num_post_ptr,
+    counters_ptr,
     stride_x,
     R,
     num_local,
@@ -98,6 +103,7 @@ def up_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    DRAWN: gl.constexpr,
 ):
     """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
 
@@ -109,6 +115,7 @@ def up_kernel(
     WIDE: gl.constexpr = TILE if GATED else 2 * TILE
     BELOW: gl.constexpr = 0 if GATED else TILE
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
@@ -122,7 +129,6 @@ def up_kernel(
     gdc_launch_dependents()
     tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
     first = gl.program_id(0)
-    programs = gl.num_programs(0)
     buffers = ((gate_ring, up_ring), x_ring, bars)
     descs = (gate_desc, up_desc)
     x = (x_ptr, stride_x)
@@ -131,20 +137,37 @@ def up_kernel(
 
     ahead = first
     ahead_k = 0
-    state = (0, x_ptr + gl.zeros([BN], gl.int64, rows), gl.zeros([BN], gl.int1, rows))
+    drawn = first
+    state = (
+        x_ptr + gl.zeros([BN], gl.int64, rows),
+        gl.zeros([BN], gl.int1, rows),
+        first,
+        first,
+        first,
+        first,
+    )
     for stage in range(STAGES):
         state = load_up(
             ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-            H, PICKS, TILES, WIDE, BELOW, GROUP,
+            H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD,
         )  # fmt: skip
-        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+        ahead, ahead_k, drawn = follow_step(
+            ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
+        )
 
     stage = 0
     phase = 0
-    for task in range(first, tasks, programs):
-        block, tile = tile_of(task, tasks // TILES, TILES, GROUP)
+    task = first
+    while task < tasks:
+        if ONE_AHEAD:
+            block, tile, expert = state[2], state[3], state[4]
+            slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
+        else:
+            block, tile, expert, slots = find_task(
+                task, tasks // TILES, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
+                gl.SliceLayout(0, stored),
+            )  # fmt: skip
         column = tile * WIDE
-        expert, slots = find_block(block, tables, num_local, BN, gl.SliceLayout(0, stored))
         gate = gl.zeros([TILE, BN], gl.float32, acc_layout)
         up = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
@@ -156,9 +179,11 @@ def up_kernel(
             barrier()
             state = load_up(
                 ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-                H, PICKS, TILES, WIDE, BELOW, GROUP,
+                H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD,
             )  # fmt: skip
-            ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+            ahead, ahead_k, drawn = follow_step(
+                ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
+            )
             stage, phase = next_stage(stage, phase, STAGES)
 
         if bias_ptr is not None:
@@ -175,3 +200,5 @@ def up_kernel(
             store_columns(out_ptr, act, slots, R, column, I, stored)
             act = plain_activation(FORMULA, up)
             store_columns(out_ptr, act, slots, R, column + TILE, I, stored)
+        count_tile(counters_ptr, block)
+        task = state[5] if ONE_AHEAD else task + gl.num_programs(0)
