@@ -290,6 +290,18 @@ def test_bf16_is_close_to_fp32():
     assert tiny_models.relative_error(got.float(), wanted) <= 2e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_module_that_never_ran_can_be_exported(name):
+    experts = tiny_experts(name).eval()
+    inputs = routed(experts)
+    wanted = eager(experts, *inputs)
+    experts.config._experts_implementation = "fusedmoe"
+    program = torch.export.export(experts, inputs, strict=False)
+    assert any("fused_experts" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_training_mode_has_gradients_and_eval_mode_refuses_to_pretend():
     experts = tiny_experts("mixtral")
     inputs = routed(experts)

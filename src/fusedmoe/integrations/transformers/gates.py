@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 
@@ -66,7 +67,8 @@ def recognise_gate(experts: Any) -> Gate:
             type(experts).__name__, "what an expert gives is normalised before its weight"
         )
         return Gate(activation=None)
-    with torch.no_grad():
+    # While a program is exported, tensors have no numbers, but for this.
+    with _disable_current_modes(), torch.no_grad():
         x = _probe()
         try:
             wanted = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
