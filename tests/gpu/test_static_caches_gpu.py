@@ -24,15 +24,16 @@ def test_the_next_cache_lies_where_the_last_one_lay():
     keep_static_caches(model)
 
     @torch.no_grad()
-    def filled():
+    def filled(batch=2):
         cache = model._prepare_static_cache(
             cache_implementation="static",
-            batch_size=2,
+            batch_size=batch,
             max_cache_len=64,
             prefill_chunk_size=None,
             model_kwargs={},
         )
-        model(torch.arange(16, device="cuda").reshape(2, 8), past_key_values=cache)
+        tokens = torch.arange(8 * batch, device="cuda").reshape(batch, 8)
+        model(tokens, past_key_values=cache)
         return cache
 
     filled()
@@ -41,6 +42,7 @@ def test_the_next_cache_lies_where_the_last_one_lay():
     for size in (64, 1 << 12, 1 << 20, 3 << 20):
         others.append(torch.zeros(size, device="cuda", dtype=torch.uint8))
         torch.cuda.empty_cache()
+        filled(batch=1)
         assert places(filled()) == first
     held = filled()
     beside = filled()
@@ -49,7 +51,7 @@ def test_the_next_cache_lies_where_the_last_one_lay():
     assert held.layers[0].keys.abs().sum() > 0
 
 
-def test_a_compiled_step_is_recorded_for_no_call_after_the_second(monkeypatch):
+def test_a_warm_model_records_no_step_again(monkeypatch):
     model = tiny_models.build(tiny_models.by_name("qwen3_moe")).to("cuda", torch.bfloat16).eval()
     fusedmoe.accelerate(model)
     recorded = []
@@ -61,21 +63,21 @@ def test_a_compiled_step_is_recorded_for_no_call_after_the_second(monkeypatch):
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted)
 
-    def generated(length):
-        prompt = torch.arange(length, device="cuda")[None] % 16 + 2
-        model.generate(
-            prompt,
+    def generated():
+        return model.generate(
+            torch.arange(8, device="cuda")[None] + 2,
             max_length=40,
             min_length=40,
             do_sample=False,
             cache_implementation="static",
         )
 
-    for _ in range(4):
-        generated(8)
+    wanted = generated()
+    for _ in range(3):
+        generated()
     recorded.clear()
-    kept = []
-    for length in (8, 8, 8):
-        kept.append(torch.empty(length << 16, device="cuda"))
-        generated(length)
+    others = []
+    for size in (1 << 10, 1 << 20, 1 << 25):
+        others.append(torch.empty(size, device="cuda"))
+        assert torch.equal(generated(), wanted)
     assert recorded == []
