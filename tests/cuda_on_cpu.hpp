@@ -108,6 +108,7 @@ inline u16 float_bf16(float value) {
   u32 bits = as_bits(value);
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
+inline int nearest(float value) { return value == value ? (int)nearbyintf(value) : 0; }
 inline u32 both(u32 a, u32 b, float (*f)(float, float)) {
   u32 low = float_bf16(f(bf16_float(a), bf16_float(b)));
   return low | (u32)float_bf16(f(bf16_float(a >> 16), bf16_float(b >> 16))) << 16;
@@ -156,6 +157,22 @@ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   mma_of(d, {a0, a1, a2, a3, b0, b1}, 1, tf32_float);
+}
+inline void mma_digits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const int warp = current / 32, lane = threadIdx.x % 32;
+  const u32 own[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(operands[warp][lane], own, sizeof own);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 32; k++) {
+      const int word = k / 4, down = k % 4 * 8;
+      const u32 a = operands[warp][row % 8 * 4 + word % 4][word / 4 * 2 + row / 8] >> down;
+      const u32 b = operands[warp][column * 4 + word % 4][4 + word / 4] >> down;
+      d[i] += (u8)a * (int8_t)b;
+    }
+  }
+  __syncwarp();
 }
 inline u8* shared_at(u32 address, u32 size) {
   if (address % size || address + size > dynamic_memory.size()) {
@@ -282,13 +299,9 @@ inline u32 lanes_with(bool is) {
   for (int lane = 0; lane < 32; lane++) lanes |= (u32)(from_lane(is, lane) != 0) << lane;
   return lanes;
 }
+inline int from_thread(int value, int apart) { return from_lane(value, threadIdx.x % 32 ^ apart); }
 inline float from_thread(float value, int apart) {
-  const int warp = current / 32, lane = threadIdx.x % 32;
-  operands[warp][lane][0] = as_bits(value);
-  __syncwarp();
-  value = as_float(operands[warp][lane ^ apart][0]);
-  __syncwarp();
-  return value;
+  return as_float((u32)from_thread((int)as_bits(value), apart));
 }
 inline void wait_barrier(u32 barrier, int phase) {
   Barrier& own = engine[barrier];

@@ -15,7 +15,13 @@ from fusedmoe.kernels.cuda import quantized_launch, quantized_token
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, token_cut_for
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.tuning.token_tiles import EXCLUSIVE_BYTES, MOST_BYTES, TokenShape, token_cut
+from fusedmoe.tuning.token_tiles import (
+    EXCLUSIVE_BYTES,
+    MOST_BYTES,
+    TokenShape,
+    token_cut,
+    token_rows_cut,
+)
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles with g++")
 SILU, OAI = MoEActivation.SILU, MoEActivation.SWIGLUOAI
@@ -69,6 +75,7 @@ def both(layer):
 FROM_MAP = torch.tensor([4, -1, 0, 2, -1, 1, 3, -1, -1], dtype=torch.int32)
 CASES = {
     "int4": ("int4_g32", SILU, [3, 1, 8, 0], 1024, 256, 3, {}),
+    "int4_more_warps_than_octets": ("int4_g32", SILU, [5, 2], 256, 64, 16, {"bias": True}),
     "int4_wide_groups": ("int4_g128", SILU, [3, 1, 8, 0, 2], 1024, 512, 5, {"bias": True}),
     "mxfp4_odd_picks": ("mxfp4", OAI, [3, 1, 8], 576, 320, 4, {"bias": True}),
     "mxfp4_no_gate": ("mxfp4", RELU2, [7, 7], 576, 320, 3, {"bias": True}),
@@ -103,21 +110,41 @@ def test_launches_one_after_the_other(on_cpu):
         assert (out - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_more_tokens_than_one_and_long_rows_go_another_way():
+@needs_compiler
+def test_digits_of_x_of_every_size(on_cpu):
+    """Neighbouring groups may differ by any factor; what is small beside its own loses little."""
+    layer = layer_of("int4_g32", SILU, torch.tensor([[3, 1, 8]]), 1024, 256, programs=3)
+    torch.manual_seed(1)
+    sizes = torch.tensor([1e-30, 1e-3, 1.0, 1e3, 0.0]).repeat_interleave(32).repeat(7)[:1024]
+    for x in (torch.randn(1024) * sizes, torch.randn(1024) * torch.rand(1024) ** 8, sizes * 0):
+        out, expected = both(layer._replace(x=x[None].bfloat16()))
+        assert (out - expected).norm() <= 1.5e-3 * expected.norm()
+    x[700] = NAN
+    assert both(layer._replace(x=x[None].bfloat16()))[0].isnan().all()
+
+
+def test_more_tokens_than_one_and_more_weights_than_fit_go_another_way():
     layer = layer_of("int4_g32", SILU, torch.tensor([[3, 1]]), 1024, 256, programs=132)
     assert token_cut_for(layer) is not None
     two = layer._replace(topk_ids=torch.tensor([[3], [1]]))
     assert token_cut_for(two) is None
-    longer = layer_of("int4_g32", SILU, torch.tensor([[3, 1]]), 1024, 512, programs=132)
-    assert token_cut_for(longer) is None
-    assert token_cut_for(longer, where_faster=False) is not None
+    more = layer._replace(programs=3)
+    assert token_cut_for(more) is None
+    assert token_cut_for(more, where_faster=False) is not None
+    # Rows of whole lines lie in the same banks.
+    lines, pieces = (
+        layer_of("mxfp4", SILU, torch.tensor([[3, 1]]), H, 320, programs=132) for H in (512, 576)
+    )
+    assert token_cut_for(lines) is None
+    assert token_cut_for(lines, where_faster=False) is not None
+    assert token_cut_for(pieces) is not None
 
 
 def test_cuts_of_known_models():
-    kimi, gpt_oss = token_cut(KIMI, 132), token_cut(GPT_OSS, 132)
+    kimi, gpt_oss = token_cut(KIMI, 132), token_rows_cut(GPT_OSS, 132)
     assert kimi[:3] == (14, 14, 1)
     assert kimi.at_once
-    assert gpt_oss[:3] == (12, 12, 12)
+    assert gpt_oss[:4] == (12, 12, 12, 4)
     assert not gpt_oss.at_once
     assert min(kimi.shared, gpt_oss.shared) >= EXCLUSIVE_BYTES
     assert max(kimi.shared, gpt_oss.shared) <= MOST_BYTES
@@ -135,3 +162,4 @@ def test_cuts_of_known_models():
 )
 def test_layers_without_a_cut(change):
     assert token_cut(GPT_OSS._replace(**change), 132) is None
+    assert token_rows_cut(GPT_OSS._replace(**change), 132) is None

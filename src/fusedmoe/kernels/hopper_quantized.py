@@ -1,7 +1,8 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
-``quantized_token.cu`` for one token whose experts have short rows, in one launch;
+``quantized_token.cu`` for one token of int4 whose experts are small and
+``quantized_token_rows.cu`` for one of mxfp4 whose rows come in one piece, in one launch;
 ``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for more of
 them and for blocks of eight or sixteen of mxfp4 and int4 without zero points,
 ``quantized_warps.cu`` for blocks of eight of all others, ``quantized_stream.cu`` for larger ones.
@@ -33,7 +34,7 @@ from fusedmoe.tuning.cuda_tiles import (
     rows_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
-from fusedmoe.tuning.token_tiles import TokenCut, TokenShape, token_cut
+from fusedmoe.tuning.token_tiles import TokenCut, TokenShape, token_cut, token_rows_cut
 
 ALIGNED_BYTES = 16
 # Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece,
@@ -99,7 +100,7 @@ def decode_tiles_for(
     rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
     tiles = cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
-    in_one_piece = w1.format.element == "e2m1" and all(size % LINE_BYTES for size in row_bytes)
+    in_one_piece = w1.format.element == "e2m1" and _in_one_piece(*row_bytes)
     few = R < FEWEST_LONE_ROWS and not in_one_piece
     if few if lone else slots * w2.shape[0] < R:
         return tiles
@@ -107,6 +108,11 @@ def decode_tiles_for(
     if first is not None and second is not None:
         return CudaDecodeTiles(first, second)
     return tiles
+
+
+def _in_one_piece(*row_bytes: int) -> bool:
+    """Whether rows are no whole lines, so that neighbouring ones lie in different banks."""
+    return all(size % LINE_BYTES for size in row_bytes)
 
 
 def _rows(w: QuantizedTensor, slots: int, *, splits: bool) -> CudaRowsTile | None:
@@ -133,7 +139,8 @@ def token_cut_for(
     """How one launch runs the whole layer; None where there are more tokens than one, or it does
     not read these weights: it takes two matrices in mxfp4 or in int4 without zero points, in the
     same format, with scales that the copy engine can bring. ``where_faster``: only where it is,
-    which is where a program's shared memory holds all of its weights and rows of w2 are a line."""
+    which is where rows of mxfp4 come in one piece, and where a program's shared memory holds all of
+    its weights in int4."""
     (T, K), first, second = layer.topk_ids.shape, layer.w1, layer.w2
     biases = [bias for bias in (layer.w1_bias, layer.w2_bias) if bias is not None]
     alike = first.format == second.format and len({bias.dtype for bias in biases}) <= 1
@@ -155,11 +162,13 @@ def token_cut_for(
     if any(bias.data_ptr() % ALIGNED_BYTES for bias in biases):
         return None
     (_, H, I), size = second.shape, biases[0].element_size() if biases else 0  # noqa: E741
-    (up_row, up_scales), (down_row, down_scales) = rows
-    of_rows = (up_row, down_row), (up_scales, down_scales)
-    shape = TokenShape(K, H, I, first.shards, *of_rows, size)
+    row_bytes, scale_bytes = zip(*rows, strict=True)
+    shape = TokenShape(K, H, I, first.shards, row_bytes, scale_bytes, size)
+    if first.format.element == "e2m1":
+        faster = _in_one_piece(*row_bytes)
+        return token_rows_cut(shape, layer.programs) if faster or not where_faster else None
     cut = token_cut(shape, layer.programs)
-    if cut is None or (where_faster and (down_row > LINE_BYTES or not cut.at_once)):
+    if cut is None or (where_faster and not cut.at_once):
         return None
     return cut
 

@@ -28,6 +28,11 @@ DEVICE u16 float_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+DEVICE int nearest(float value) {
+  int whole;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(whole) : "f"(value));
+  return whole;
+}
 DEVICE u32 multiply2(u32 a, u32 b) {
   u32 c;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
@@ -75,6 +80,13 @@ DEVICE void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Integers of 8 bits, those of a without a sign.
+DEVICE void mma_digits(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 DEVICE void ldmatrix(u32 (&w)[4], u32 address) {
@@ -161,6 +173,7 @@ DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {
                : "memory");
 }
 DEVICE float from_thread(float value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
+DEVICE int from_thread(int value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
 DEVICE int from_lane(int value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE u32 lanes_with(bool is) { return __ballot_sync(~0u, is); }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }

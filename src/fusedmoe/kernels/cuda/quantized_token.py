@@ -1,4 +1,4 @@
-"""Launching ``quantized_token.cu``: constants and arguments."""
+"""Launching ``quantized_token.cu`` and ``quantized_token_rows.cu``: constants and arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.token_tiles import TILE_ROWS, TokenCut
 
-SOURCES = (
+COMMON = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_lone_slots.cuh"),
-    *("quantized_token_steps.cuh", "quantized_token.cu"),
+    "quantized_token_layer.cuh",
 )
+OF_BOXES = ("quantized_digits.cuh", "quantized_token_steps.cuh", "quantized_token.cu")
+OF_ROWS = ("quantized_token_ring.cuh", "quantized_token_rows.cu")
 
 
 class Arguments(ctypes.Structure):
@@ -24,6 +26,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_char * 128) for name in ("first", "second")),
+        *((name, ctypes.c_void_p) for name in ("first_rows", "second_rows")),
         *((name, ctypes.c_void_p) for name in ("first_scale", "second_scale")),
         *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias")),
         *((name, ctypes.c_void_p) for name in ("x", "act", "out")),
@@ -38,6 +41,8 @@ def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
     w1, w2, act = layer.w1, layer.w2, layer.epilogue
     picks = LoneSlots.of(layer.topk_ids, layer.expert_map)
     tensors = {
+        "first_rows": w1.data,
+        "second_rows": w2.data,
         "first_scale": w1.scale,
         "second_scale": w2.scale,
         "first_bias": layer.w1_bias,
@@ -60,14 +65,14 @@ def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(given, name, tensor.data_ptr())
-    shards, address = w1.shards, ctypes.addressof(given)
-    for i, (w, features, parts, box) in enumerate(
-        ((w1, w2.shape[2], shards, TILE_ROWS // shards), (w2, w2.shape[1], 1, TILE_ROWS // 2))
-    ):
+    (_, H, I), shards, address = w2.shape, w1.shards, ctypes.addressof(given)  # noqa: E741
+    boxes = (w1, I, shards, TILE_ROWS // shards), (w2, H, 1, TILE_ROWS // 2)
+    for i, (w, features, parts, box) in enumerate(() if cut.whole_rows else boxes):
         size = w.data.data_ptr(), w.shape[0], features, parts, w.data.shape[-1]
         ctypes.memmove(address + 128 * i, tile_map(*size, w.interleaved, box), 128)
+    sources = (*COMMON, *(OF_ROWS if cut.whole_rows else OF_BOXES))
     launch(
-        *(SOURCES, _constants(layer, cut), cut.warps * 32, cut.shared, given, 1, layer.programs),
+        *(sources, _constants(layer, cut), cut.threads, cut.shared, given, 1, layer.programs),
         layer.x.get_device(),
         cooperative=True,
     )
@@ -87,6 +92,9 @@ def _constants(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> dict[str,
         "UP_KW": cut.up_along,
         "DOWN_KW": cut.down_along,
         "STAGES": cut.stages,
+        "RING_BYTES": cut.ring_bytes,
+        "RING_BARRIERS": cut.barriers,
+        "WHOLE_ROWS": int(cut.whole_rows),
         "MOST_TILES": cut.tiles,
         "MOST_UNITS": cut.units,
         "MOST_SUMS": cut.sums,
