@@ -35,8 +35,10 @@ if find_spec("hypothesis") is not None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    """How often a function may be compiled anew is not counted over tests."""
+def nothing_left_behind() -> Iterator[None]:
+    """How often a function may be compiled anew is not counted over tests, and gradients are on."""
     yield
+    left, _ = torch.is_grad_enabled(), torch.set_grad_enabled(True)
+    assert left, "this test, or what it ran, leaves gradients switched off"
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
