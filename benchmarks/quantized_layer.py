@@ -2,14 +2,15 @@
 
     PYTHONPATH=src python benchmarks/quantized_layer.py [--formats int4_g128 ...] [--shapes ...]
         [--tokens 1 8 ...] [--routings balanced ...] [--experts triton_quantized hopper_quantized]
-        [--out benchmarks/results/h200/quantized.json] [--only-report]
+        [--out benchmarks/results/h200/quantized.json] [--only-report] [--join other.json ...]
 
 Weights are random bytes with random scales; the rows go in as bf16. Ceilings are measured in the
 same run, those of fp8 and int8 products too; where they are not an H200's, it ends there. Uniform
 routing is measured from given picks, as the peers in ``peers_h200_quantized.json`` were. Errors are
 relative (Frobenius) against fp64 on the dequantized weights; ``rounding_error`` is what rounding
 the rows alone costs. What was asked of each row is in the file (``targets``), a CSV and a PNG of
-the rows lie beside it.
+the rows lie beside it. ``--join`` measures nothing: rows of other runs take the places of theirs in
+``--out``, and each says which of ``runs`` it is of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -299,10 +301,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="start no new layer after so long")
     parser.add_argument("--out")
     parser.add_argument("--only-report", action="store_true", help="measure nothing, read --out")
+    parser.add_argument("--join", nargs="+", default=[], help="tables whose rows --out takes in")
     args = parser.parse_args()
-    if args.only_report and not args.out:
-        parser.error("--only-report reads --out")
-    report = read(args.out) if args.only_report else measured(args)
+    reads = args.only_report or args.join
+    if reads and not args.out:
+        parser.error("--only-report and --join read --out")
+    report = read(args.out) if reads else measured(args)
+    for other in args.join:
+        take_in(report, read(other))
     print(*report.notes, sep="\n")
     print_verdicts(verdicts(report.rows))
     if args.out and report.rows:
@@ -313,6 +319,24 @@ def read(path: str) -> BenchReport:
     record = json.loads(Path(path).read_text())
     rows, notes = record.pop("rows"), record.pop("notes")
     return BenchReport(record, rows, notes)
+
+
+def take_in(report: BenchReport, other: BenchReport) -> None:
+    """Put another run's rows in the places of theirs. The header becomes that run's."""
+    runs = report.header.get("runs", [about(report)])
+    problem = itemgetter("shape", "format", "routing", "scope", "T", "impl")
+    anew = set(map(problem, other.rows))
+    report.rows[:] = [
+        *(row | {"run": row.get("run", 0)} for row in report.rows if problem(row) not in anew),
+        *(row | {"run": len(runs)} for row in other.rows),
+    ]
+    report.header |= other.header | {"runs": [*runs, about(other)]}
+
+
+def about(report: BenchReport) -> dict[str, Any]:
+    """When a run was and what its GPU reached."""
+    names = ("commit", "command", "date", *("read_gbs", "copy_gbs", "bf16_tflops"))
+    return {name: report.header[name] for name in (*names, "fp8_tflops", "int8_tops")}
 
 
 def write(report: BenchReport, path: Path) -> None:

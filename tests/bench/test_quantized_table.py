@@ -87,3 +87,23 @@ def test_a_report_names_what_was_asked_and_lies_beside_a_csv_and_a_picture(
     monkeypatch.setattr(sys, "argv", ["quantized_layer.py", "--only-report"])
     with pytest.raises(SystemExit):
         layer.main()
+
+
+def test_rows_of_another_run_take_the_places_of_theirs(scripts):
+    script, _ = scripts
+
+    def report(commit: str, *rows: dict[str, object]):
+        names = ("date", "command", "read_gbs", "copy_gbs", "bf16_tflops")
+        header = dict.fromkeys((*names, "fp8_tflops", "int8_tops"), 1.0) | {"commit": commit}
+        return script.BenchReport(header, list(rows))
+
+    table = report("old", row("mxfp4", 3.0), row("int4_g128", 4.0))
+    script.take_in(table, report("new", row("mxfp4", 2.0)))
+    script.take_in(table, report("newer", row("fp8_block", 1.0)))
+    assert {one["format"]: (one["us"], one["run"]) for one in table.rows} == {
+        "int4_g128": (4.0, 0),
+        "mxfp4": (2.0, 1),
+        "fp8_block": (1.0, 2),
+    }
+    assert [run["commit"] for run in table.header["runs"]] == ["old", "new", "newer"]
+    assert table.header["commit"] == "newer"
