@@ -30,7 +30,6 @@ using std::min;
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 #define DYNAMIC_SHARED(name) u8* name = dynamic_memory.data() + this_block() * block_bytes
 
 struct Index { int x; };
@@ -301,11 +300,6 @@ inline u32 lanes_with(bool is) {
   return lanes;
 }
 inline int from_thread(int value, int apart) { return from_lane(value, threadIdx.x % 32 ^ apart); }
-inline u32 lanes_like(int value) {
-  u32 lanes = 0;
-  for (int lane = 0; lane < 32; lane++) lanes |= (u32)(from_lane(value, lane) == value) << lane;
-  return lanes;
-}
 inline float from_thread(float value, int apart) {
   return as_float((u32)from_thread((int)as_bits(value), apart));
 }

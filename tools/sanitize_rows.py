@@ -1,5 +1,4 @@
-"""``quantized_rows.cu`` and ``quantized_layer.cu`` on small problems, in every form that they have,
-for compute-sanitizer.
+"""``quantized_rows.cu`` on small problems, in every form it has: a program for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 python tools/sanitize_rows.py
@@ -37,10 +36,10 @@ EVERY_LANE = (
     ("__syncwarp();\n    if (p.lane == 0) arrive(full_at", "arrive(full_at"),
     ("__syncwarp();\n    if (p.lane == 0) arrive(empty_at", "arrive(empty_at"),
     (
-        "begin_barrier(parts.full + threadIdx.x * 8, KW)",
-        "begin_barrier(parts.full + threadIdx.x * 8, KW * 32)",
+        "begin_barrier(parts + threadIdx.x * 8, KW)",
+        "begin_barrier(parts + threadIdx.x * 8, KW * 32)",
     ),
-    ("parts.empty + threadIdx.x * 8, 1)", "parts.empty + threadIdx.x * 8, 32)"),
+    ("(2 * WM + threadIdx.x) * 8, 1)", "(2 * WM + threadIdx.x) * 8, 32)"),
 )
 
 
@@ -52,12 +51,13 @@ def _kernel(
     shared: int,
     cooperative: bool,
 ) -> CudaKernel:
-    text, entry = source_of("instructions.cuh", *sources), sources[-1].removesuffix(".cu")
+    text = source_of("instructions.cuh", *sources)
     for one, every in EVERY_LANE:
-        if text.count(one) != (2 if entry == "quantized_layer" else 1):
+        if text.count(one) != 1:
             raise RuntimeError(f"the source has {one!r} {text.count(one)} times")
         text = text.replace(one, every)
     given = tuple((name, str(value)) for name, value in defines)
+    entry = sources[-1].removesuffix(".cu")
     return CudaKernel(text, entry, given, threads, shared, cooperative=cooperative)
 
 

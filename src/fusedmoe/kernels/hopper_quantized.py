@@ -1,9 +1,8 @@
 """The experts of a small batch on Hopper with quantized weights, at the speed of memory.
 
 The whole layer but routing. Device code, in ``kernels/cuda`` and compiled when first needed:
-``quantized_token.cu`` for one token of int4 whose experts are small,
-``quantized_token_rows.cu`` for one of mxfp4 whose rows come in one piece and
-``quantized_layer.cu`` for some tokens of int4 whose experts are small, in one launch;
+``quantized_token.cu`` for one token of int4 whose experts are small and
+``quantized_token_rows.cu`` for one of mxfp4 whose rows come in one piece, in one launch;
 ``quantized_lone.cu`` for few slots that hardly share experts, ``quantized_rows.cu`` for more of
 them and for blocks of eight or sixteen of mxfp4 and int4 without zero points,
 ``quantized_warps.cu`` for blocks of eight of all others, ``quantized_stream.cu`` for larger ones.
@@ -28,7 +27,6 @@ from fusedmoe.kernels.tensor_checks import check_quantized_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     MAX_LONE_SLOTS,
-    MOST_MADE,
     CudaDecodeTiles,
     CudaRowsTile,
     cuda_decode_tiles,
@@ -43,10 +41,6 @@ ALIGNED_BYTES = 16
 # because they are no multiple of this.
 FEWEST_LONE_ROWS, LINE_BYTES = 17, 128
 MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
-# Of a layer in one launch, whose programs make tables of so many slots at most; where it is faster:
-# with how few it saves an alignment's launch, and how large act may be, which programs wait for.
-MOST_SLOTS_IN_ONE, MOST_EXPERTS_IN_ONE = 512, 1024
-FEWEST_IN_ONE, MOST_ACT_BYTES = MOST_MADE + 1, 128 * 1024
 GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
 FEWEST_FEATURES = 16
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,25 +173,6 @@ def token_cut_for(
     return cut
 
 
-def runs_in_one_launch(
-    layer: LayerTensors[QuantizedTensor], tiles: CudaDecodeTiles, *, where_faster: bool = True
-) -> bool:
-    """Whether one launch runs blocks of slots through both GEMMs by whole rows, and the sum.
-    ``where_faster``: only where it is, of int4."""
-    w1, w2, R = layer.w1, layer.w2, layer.topk_ids.numel()
-    if {type(one) for one in tiles} != {CudaRowsTile} or tiles.slots == 1:
-        return False
-    assert w1.scale is not None
-    assert w2.scale is not None
-    if w1.format != w2.format or w1.scale.dtype != w2.scale.dtype:
-        return False
-    few = R <= MOST_SLOTS_IN_ONE and w2.shape[0] <= MOST_EXPERTS_IN_ONE
-    if not few or not where_faster:
-        return few
-    act_bytes = R * w2.shape[2] * 2
-    return w2.format.element == "int4" and R >= FEWEST_IN_ONE and act_bytes <= MOST_ACT_BYTES
-
-
 def quantized_decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
@@ -223,8 +198,7 @@ def quantized_decode(
         if not lone and expert_map is not None:
             likely = expected_slots(R, e, expert_map.shape[0])
         tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
-    whole = blocks is None and runs_in_one_launch(layer, tiles)
-    if blocks is None and not whole and tiles.made >= R and e < MOST_NAMED:
+    if blocks is None and tiles.made >= R and e < MOST_NAMED:
         blocks = LoneSlots.of(topk_ids, expert_map)
     check_decode(layer, blocks, tiles.made)
     check_layer(layer)
@@ -240,11 +214,6 @@ def quantized_decode(
 
         run_token(layer, one_launch)
         return
-    if whole:
-        from fusedmoe.kernels.cuda.quantized_layer import run_layer
-
-        if run_layer(layer, tiles):
-            return
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:
             order = PairedOrder.of(w1.format)

@@ -176,7 +176,6 @@ DEVICE float from_thread(float value, int apart) { return __shfl_xor_sync(~0u, v
 DEVICE int from_thread(int value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
 DEVICE int from_lane(int value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE u32 lanes_with(bool is) { return __ballot_sync(~0u, is); }
-DEVICE u32 lanes_like(int value) { return __match_any_sync(~0u, value); }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
 // WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
 // the compiler from touching them.

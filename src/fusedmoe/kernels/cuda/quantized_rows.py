@@ -14,14 +14,13 @@ from fusedmoe.kernels.cuda.quantized_launch import (
     filled,
     launch,
 )
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
 
-COMMON = ("quantized_numbers.cuh", "quantized_lone_slots.cuh")
-GEMM = (
-    *("activation.cuh", "quantized_walk.cuh", "quantized_rows_ring.cuh"),
-    *("quantized_rows_sums.cuh", "quantized_rows_multiply.cuh"),
+SOURCES = (
+    *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
+    *("quantized_rows_ring.cuh", "quantized_rows_sums.cuh", "quantized_rows.cu"),
 )
-SOURCES = (*COMMON, "quantized_rows_tables.cuh", *GEMM, "quantized_rows.cu")
 # Of a thread, for programs of so many warps, and what their four others keep.
 REGISTERS, NO_REGISTERS = {8: (240, 24), 12: (160, 32), 16: (112, 32)}, (0, 32)
 # For how many items another block's rows of x are counted, by its slots.
@@ -49,116 +48,92 @@ def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
     return units * eights * 64 if units * eights > 4 else 0
 
 
-class RowsCut(NamedTuple):
-    """What a tile makes of a product.
+class Ring(NamedTuple):
+    """A program's shared memory: ``stages`` of so many ``rows`` in ``shared`` bytes all in all.
 
-    ``constants`` of its source but STAGES, so many ``warps`` that multiply; bytes of a ``stage`` of
-    its ring and of what else a program has in shared memory for it: sums that warps ``exchange``,
-    sums ``of_x``, barriers ``beside`` those of stages.
+    Scales come ``box`` bytes at a time; 0: as they lie.
     """
 
-    constants: dict[str, int]
-    warps: int
-    stage: int
-    exchange: int
-    of_x: int
-    beside: int
-
-    def barriers(self, stages: int) -> int:
-        """Bytes of all of them."""
-        return 20 * stages + self.beside
+    rows: int
+    stages: int
+    shared: int
+    box: int
 
 
-def rows_cut(product: Product, tile: CudaRowsTile) -> RowsCut:
-    """Raises ValueError where warps do not share boxes of scales."""
-    w, scale = product.w, product.w.scale
-    assert scale is not None
-    warps, rows, eights = tile.along * tile.across, _rows(tile), -(-tile.slots // 8)
-    part_bytes, group = w.data.shape[-1] // tile.parts, w.format.group.col
-    scale_row, pairs = scale.stride(1) * scale.element_size(), part_bytes // PAIR
+def ring_of(w: QuantizedTensor, tile: CudaRowsTile, made: bool) -> Ring:
+    """As many stages as there is room for beside sums, and beside blocks that are ``made``.
+
+    Raises ValueError where that is less than two, and where warps do not share boxes of scales.
+    """
+    assert w.scale is not None
+    rows, eights = tile.across * tile.tiles * 16, -(-tile.slots // 8)
+    warps, part_bytes = tile.along * tile.across, w.data.shape[-1] // tile.parts
+    scale_row = w.scale.stride(1) * w.scale.element_size()
     box, boxes = scale_boxes(scale_row, tile.parts)
     scale_bytes = boxes * box or scale_row
     if tile.along % boxes:
         raise ValueError(
             f"{tile.along} warps share {scale_bytes} bytes of scales that come {box} at a time"
         )
+    shared = 4 * tile.across * 8
+    if tile.along > 1:
+        shared += 2 * warps * eights * 512
+    if w.format.element == "int4":
+        shared += warps * sum_bytes(part_bytes // PAIR, tile.along, w.format.group.col, eights)
+    if made:
+        shared += 2 * MOST_MADE * (3 + 8 * eights) + 32
+    of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
+    stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
+    if stages < 2:
+        raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
+    return Ring(rows, stages, shared + stages * of_stage, box)
+
+
+def stream(product: Product, tile: CudaRowsTile) -> None:
+    """One launch; of at most ``MOST_MADE`` slots without a table programs make the blocks."""
+    w, scale = product.w, product.w.scale
+    assert scale is not None
+    warps, row_bytes, group = tile.along * tile.across, w.data.shape[-1], w.format.group.col
+    pairs = row_bytes // tile.parts // PAIR
+    lone = product.ids is not None and tile.slots == 1
+    made = product.ids is not None and tile.slots > 1
+    ring = ring_of(w, tile, made)
+    alone = tile.per_multiprocessor == 1
+    registers, left = REGISTERS.get(warps, NO_REGISTERS) if alone else NO_REGISTERS
+    bringers = 4 if registers else 1
     constants = constants_of(product) | {
         "COLUMNS": product.x.shape[1] // tile.parts,
         "PARTS": tile.parts,
         "GROUP": group,
         "MT": tile.tiles,
-        "NT": eights,
+        "NT": -(-tile.slots // 8),
         "KW": tile.along,
         "WM": tile.across,
         "STEP": PAIR,
         "PITCH": 0,
         "SPANS": 0,
-        "SCALE_BOX": box,
+        "SCALE_BOX": ring.box,
+        "STAGES": ring.stages,
+        "PER_SM": tile.per_multiprocessor,
         "AHEAD": tile.ahead,
         "SWITCH": SWITCH[tile.slots],
-        "WHOLE": int(_all_begin(pairs, tile.along, 4)),
-        "ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values))),
-    }
-    aligned = 1024 if part_bytes % 128 == 0 else 128
-    int4 = w.format.element == "int4"
-    return RowsCut(
-        constants,
-        warps,
-        -(-rows * (part_bytes + scale_bytes) // aligned) * aligned,
-        2 * warps * eights * 512 if tile.along > 1 else 0,
-        warps * sum_bytes(pairs, tile.along, group, eights) if int4 else 0,
-        4 * tile.across * 8,
-    )
-
-
-def _rows(tile: CudaRowsTile) -> int:
-    return tile.across * tile.tiles * 16
-
-
-def parameters_of(product: Product, tile: CudaRowsTile) -> ctypes.Structure:
-    """With what the copy engine reads weights, and scales, by."""
-    w, scale = product.w, product.w.scale
-    assert scale is not None
-    found = filled(Arguments, product)
-    found.R = product.out.shape[0] // tile.parts
-    row_bytes, scale_row = w.data.shape[-1], scale.stride(1) * scale.element_size()
-    sizes = w.shape[0], product.out.shape[1], product.shards
-    box, _ = scale_boxes(scale_row, tile.parts)
-    order, address = (w.interleaved, _rows(tile) // product.shards), ctypes.addressof(found)
-    if row_bytes // tile.parts % 128 == 0:
-        ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
-    if box:
-        brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, box)
-        ctypes.memmove(address + 128, brought, 128)
-    return found
-
-
-def stream(product: Product, tile: CudaRowsTile) -> None:
-    """One launch; of at most ``MOST_MADE`` slots without a table programs make the blocks.
-
-    Raises ValueError where less than two stages fit shared memory.
-    """
-    cut, lone = rows_cut(product, tile), product.ids is not None and tile.slots == 1
-    made = product.ids is not None and not lone
-    shared = cut.exchange + cut.of_x + cut.beside
-    if made:
-        shared += 2 * MOST_MADE * (3 + 8 * -(-tile.slots // 8)) + 32
-    stages = min(tile.stages, (MOST_BYTES - shared) // (cut.stage + 20))
-    if stages < 2:
-        raise ValueError(f"stages of {cut.stage} bytes leave no room for two")
-    shared += stages * (cut.stage + 20)
-    alone = tile.per_multiprocessor == 1
-    registers, left = REGISTERS.get(cut.warps, NO_REGISTERS) if alone else NO_REGISTERS
-    bringers = 4 if registers else 1
-    constants = cut.constants | {
-        "STAGES": stages,
-        "PER_SM": tile.per_multiprocessor,
         "LONE": int(lone),
         "MADE": int(made),
         "BRINGERS": bringers,
         "REGISTERS": registers,
         "BRINGER_REGISTERS": left,
+        "WHOLE": int(_all_begin(pairs, tile.along, 4)),
+        "ALIGNED": int(_all_begin(pairs, tile.along, group / (PAIR * w.format.values))),
     }
-    parameters = parameters_of(product, tile)
-    given = SOURCES, constants, (cut.warps + bringers) * 32, shared, parameters
-    launch(*given, tile.per_multiprocessor, product.programs, product.w.data.get_device())
+    parameters = filled(Arguments, product)
+    parameters.R = product.out.shape[0] // tile.parts
+    sizes = w.shape[0], product.out.shape[1], product.shards
+    order, address = (w.interleaved, ring.rows // product.shards), ctypes.addressof(parameters)
+    if row_bytes // tile.parts % 128 == 0:
+        ctypes.memmove(address, tile_map(w.data.data_ptr(), *sizes, row_bytes, *order), 128)
+    if ring.box:
+        scale_row = scale.stride(1) * scale.element_size()
+        brought = tile_map(scale.data_ptr(), *sizes, scale_row, *order, ring.box)
+        ctypes.memmove(address + 128, brought, 128)
+    given = SOURCES, constants, (warps + bringers) * 32, ring.shared, parameters
+    launch(*given, tile.per_multiprocessor, product.programs, w.data.get_device())

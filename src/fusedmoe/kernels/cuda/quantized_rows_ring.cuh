@@ -50,27 +50,11 @@ constexpr bool TWO_SCALES =
     GROUP_CHUNKS == 1 && SCALE_BYTES == 2 && SCALE_PITCH % 4 == 0 && SLICE % 4 == 0;
 static_assert(FEATURES % FT == 0 && ROW_BYTES % STEP == 0 && (PARTS == 1 || BOXES), "");
 
-// A stage of the ring: a place, its scales behind it; and what else a program has in shared memory.
-constexpr int UNIT_ALIGNED = BOXES ? 1024 : 128;  // bytes
-constexpr int UNIT_BYTES = (PLACE_BYTES + PLACE_SCALES + UNIT_ALIGNED - 1) / UNIT_ALIGNED * UNIT_ALIGNED;
-constexpr int RING_BYTES = STAGES * UNIT_BYTES, EXCHANGE_BYTES = KW > 1 ? 2 * WARPS * NT * 512 : 0;
-constexpr int BARRIER_BYTES = STAGES * 20 + 4 * WM * 8;
-
-// Stage 0 is the ``first`` place, others follow it around.
 struct Ring {
-  u32 places, full;
-  int first = 0;
+  u32 places, scales, items, full, empty;
 
-  DEVICE Ring(u32 places, u32 barriers) : places(places), full(barriers) {}
-  DEVICE int place_of(int stage) const {
-    const int own = stage + first;
-    return own < STAGES ? own : own - STAGES;
-  }
-  DEVICE u32 place(int stage) const { return places + place_of(stage) * UNIT_BYTES; }
   DEVICE u32 full_at(int stage) const { return full + stage * 8; }
-  DEVICE u32 empty_at(int stage) const { return full + (STAGES + stage) * 8; }
-  DEVICE u32 behind() const { return full + STAGES * 16; }
-  DEVICE u32 item_at(int stage) const { return behind() + 4 * WM * 8 + stage * 4; }
+  DEVICE u32 empty_at(int stage) const { return empty + stage * 8; }
 };
 
 // Steps of all items of this program, in order, each with its place in the ring.
@@ -90,6 +74,60 @@ DEVICE int scale_at(int tile, int r) {
   return INTERLEAVED && BOXES && !SCALE_BOX ? tile * 16 + r % 8 * 2 + r / 8 : row_at(tile, r);
 }
 
+// MADE: which slots are a block every program works out from their ids, which takes less than to
+// launch what would. By experts, then in the order of slots.
+constexpr int MOST_MADE = 32;
+constexpr u16 NONE = 0xFFFF;
+struct Tables {
+  u16 experts_of[MOST_MADE], leaders[MOST_MADE];   // of a slot; of those that are a block's first
+  u16 experts[MOST_MADE], places[MOST_MADE * BN];  // of a block
+  int blocks;
+};
+constexpr int TABLES_AT = (STAGES * (PLACE_BYTES + PLACE_SCALES + 20) + SUM_BYTES + 32 * WM +
+                           (KW > 1 ? 2 * WARPS * NT * 512 : 0) + 15) / 16 * 16;
+DEVICE Tables& tables() {
+  DYNAMIC_SHARED(memory);
+  return *(Tables*)(memory + TABLES_AT);
+}
+// Eight of a row of numbers.
+struct Eight {
+  u16 of[8];
+  DEVICE Eight(const u16* from) {
+    const uint4 v = *(const uint4*)from;
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) of[i] = (u16)(words[i / 2] >> i % 2 * 16);
+  }
+};
+DEVICE int make_tables(const Arguments& a) {
+  Tables& made = tables();
+  const int own = threadIdx.x, expert = own < MOST_MADE ? lone_expert(a, own) : -1;
+  for (int i = own; i < MOST_MADE * BN / 2; i += (WARPS + BRINGERS) * 32) ((u32*)made.places)[i] = ~0u;
+  if (own < MOST_MADE) made.experts_of[own] = (u16)expert;
+  __syncthreads();
+  int rank = 0, blocks = 0, before = 0;
+  for (int i = 0; own < MOST_MADE && i < a.R; i += 8) {
+    const Eight eight(made.experts_of + i);
+#pragma unroll
+    for (int j = 0; j < 8; j++) rank += i + j < own && eight.of[j] == (u16)expert;
+  }
+  const bool leads = expert >= 0 && rank % BN == 0;
+  if (own < MOST_MADE) made.leaders[own] = leads ? (u16)expert : NONE;
+  __syncthreads();
+  for (int i = 0; own < MOST_MADE && i < a.R; i += 8) {
+    const Eight eight(made.leaders + i);
+#pragma unroll
+    for (int j = 0; j < 8; j++) blocks += eight.of[j] != NONE, before += eight.of[j] < (u16)expert;
+  }
+  if (expert >= 0) {
+    made.places[before * BN + rank] = (u16)own;
+    if (leads) made.experts[before + rank / BN] = (u16)expert;
+  }
+  if (own == 0) made.blocks = blocks;
+  __syncthreads();
+  return made.blocks;
+}
+
 // Of a block of slots; -1 where LONE slots have none.
 DEVICE int expert_of(const Arguments& a, int block) {
   if (LONE) return lone_expert(a, block);
@@ -100,7 +138,7 @@ DEVICE int expert_of(const Arguments& a, int block) {
 // In a place of a block; outside [0, R) where there is none.
 DEVICE int slot_of(const Arguments& a, int block, int place) {
   if (LONE) return place == 0 ? block : -1;
-  if (MADE) return tables().slot(block, place);
+  if (MADE) return (short)tables().places[block * BN + place];
   return load_past_l1(a.sorted + block * BN + place);
 }
 
@@ -112,14 +150,8 @@ DEVICE int first_item(int stretches, int program) {
   return (int)(at / (TILES + SWITCH) * TILES) + max((int)(at % (TILES + SWITCH)) - SWITCH, 0);
 }
 
-// Where nothing else has been in the ring's memory.
-struct Anywhere {
-  DEVICE void wait_for(int) {}
-};
-// Never more than AHEAD steps are on their way: whatever else is asked for waits behind them. ``room``
-// is asked for each place. Returns the turn behind the last item.
-template <class Room>
-DEVICE Turns bring(const Arguments& a, int stretches, const Ring& ring, Room room) {
+// Never more than AHEAD steps are on their way: whatever else is asked for waits behind them.
+DEVICE void bring(const Arguments& a, int stretches, const Ring& ring) {
   const int lane = threadIdx.x & 31;
   Turns turns, late;
   int known = -1, expert = 0, asked = 0;
@@ -133,18 +165,18 @@ DEVICE Turns bring(const Arguments& a, int stretches, const Ring& ring, Room roo
     if (LONE && item >= 0 && expert < 0) continue;
     const u32 full = ring.full_at(turns.stage);
     wait_barrier(ring.empty_at(turns.stage), turns.phase ^ 1);
-    room.wait_for(ring.place_of(turns.stage));
     if (AHEAD < STAGES && asked++ >= AHEAD) {
       wait_barrier(ring.full_at(late.stage), late.phase);
       late.next();
     }
     if (lane == 0) {
-      store_shared(ring.item_at(turns.stage), item);
+      store_shared(ring.items + turns.stage * 4, item);
       expect(full, item < 0 ? 0 : PLACE_BYTES + PLACE_SCALES);
     }
-    if (item < 0) return turns;
+    if (item < 0) break;
     __syncwarp();
-    const u32 place = ring.place(turns.stage), scales = place + PLACE_BYTES;
+    const u32 place = ring.places + turns.stage * PLACE_BYTES;
+    const u32 scales = ring.scales + turns.stage * PLACE_SCALES;
     const int first = item % TILES * FT, part = known % PARTS;
     if (BOXES) {
       for (int i = lane; i < ROW_BYTES / 128; i += 32)

@@ -77,8 +77,6 @@ struct Parts {
   u32 full, empty;
   int buffer = 0, phase = 0, owner = 0;  // of the tile that is multiplied
 
-  DEVICE Parts(float4* sums, u32 barriers)
-      : sums(sums), full(barriers), empty(barriers + 2 * WM * 8) {}
   DEVICE u32 full_at(const Place& p, int buffer) const { return full + (buffer * WM + p.wm) * 8; }
   DEVICE u32 empty_at(const Place& p, int buffer) const { return empty + (buffer * WM + p.wm) * 8; }
   DEVICE float4* at(const Place& p, int buffer, int i, int kw) const {
@@ -119,14 +117,3 @@ struct Parts {
     if (p.lane == 0) arrive(empty_at(p, own));
   }
 };
-
-DEVICE void begin_barriers(const Ring& ring, const Parts& parts) {
-  if (threadIdx.x < STAGES) {
-    begin_barrier(ring.full_at(threadIdx.x), 1);
-    begin_barrier(ring.empty_at(threadIdx.x), WARPS);
-  }
-  if (threadIdx.x < 2 * WM) {
-    begin_barrier(parts.full + threadIdx.x * 8, KW);
-    begin_barrier(parts.empty + threadIdx.x * 8, 1);
-  }
-}
