@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from h200_ceilings import h200_ceilings
-from quantized_layer import DEVICE, eight_bit_rates, measure, read, run_once
+from quantized_layer import DEVICE, about, eight_bit_rates, measure, read, run_once
 from quantized_targets import SHAPES, Cell
 
 from fusedmoe.bench import BenchReport
@@ -30,8 +30,6 @@ FORMATS = (
     *("mxfp8", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl", "q4_k", "q5_k", "q6_k"),
     *("mxfp8_by_mxfp8", "mxfp4_by_mxfp4", "mxfp6_e3m2_by_mxfp6", "nvfp4_by_nvfp4"),
 )
-
-WHEN = ("commit", "command", "date")
 
 
 def main() -> None:
@@ -49,8 +47,7 @@ def main() -> None:
     cells = [Cell("balanced", "layer", T) for T in args.tokens]
     rates = {} if args.warm else h200_ceilings(DEVICE) | eight_bit_rates()
     report = BenchReport(make_header(DEVICE, rates))
-    this_run = {name: report.header[name] for name in (*WHEN, *rates)}
-    runs = report.header["runs"] = [this_run]
+    runs = report.header["runs"] = [about(report)]
     if args.append and Path(args.out).exists():
         before = read(args.out)
         report.rows += before.rows

@@ -54,6 +54,10 @@ SITUATIONS, REPEATS, CHECKED = 4, 50, 3
 # Of random bytes as numbers; with superblocks' own scales, likewise.
 DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
 DEVIATIONS |= {"e3m2": 9.2, "e2m3": 3.4, "q4_k": 310.0, "q5_k": 650.0, "q6_k": 1370.0}
+ABOUT_A_RUN = (
+    *("commit", "command", "date", "read_gbs", "copy_gbs", "bf16_tflops"),
+    *("fp8_tflops", "int8_tops"),
+)
 RATE_OF = {"e4m3": "fp8_tflops", "int8": "int8_tops", "int4": "fp8_tflops"}
 
 
@@ -334,9 +338,8 @@ def take_in(report: BenchReport, other: BenchReport) -> None:
 
 
 def about(report: BenchReport) -> dict[str, Any]:
-    """When a run was and what its GPU reached."""
-    names = ("commit", "command", "date", *("read_gbs", "copy_gbs", "bf16_tflops"))
-    return {name: report.header[name] for name in (*names, "fp8_tflops", "int8_tops")}
+    """When a run was and what its GPU reached, as far as it was measured."""
+    return {name: value for name, value in report.header.items() if name in ABOUT_A_RUN}
 
 
 def write(report: BenchReport, path: Path) -> None:

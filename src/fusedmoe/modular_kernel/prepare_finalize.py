@@ -123,16 +123,10 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         """
         return self.dispatch(
             PrepareWork(
-                a1,
-                topk_weights,
-                topk_ids,
-                num_experts,
-                expert_map,
-                apply_router_weight_on_input,
-                quant_config,
-                defer_input_quant,
+                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input,
+                quant_config, defer_input_quant,
             )
-        )
+        )  # fmt: skip
 
     def dispatch(self, work: PrepareWork) -> PrepareResult:
         """As ``prepare``."""
@@ -152,16 +146,10 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         """Start ``prepare``; the receiver (after the hook, if there is one) returns its result."""
         return self.start_dispatch(
             PrepareWork(
-                a1,
-                topk_weights,
-                topk_ids,
-                num_experts,
-                expert_map,
-                apply_router_weight_on_input,
-                quant_config,
-                defer_input_quant,
+                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input,
+                quant_config, defer_input_quant,
             )
-        )
+        )  # fmt: skip
 
     def start_dispatch(self, work: PrepareWork) -> Receiver | tuple[Hook, Receiver]:
         """As ``prepare_async``."""
@@ -180,14 +168,10 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         """Weight, sum over K and combine into ``output`` [T, H], in place: ``FinalizeWork``."""
         self.combine(
             FinalizeWork(
-                output,
-                fused_expert_output,
-                topk_weights,
-                topk_ids,
-                apply_router_weight_on_input,
+                output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input,
                 weight_and_reduce_impl,
             )
-        )
+        )  # fmt: skip
 
     def combine(self, work: FinalizeWork) -> None:
         """As ``finalize``."""
@@ -205,14 +189,10 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         """Start ``finalize``; ``output`` is valid once the receiver has returned."""
         return self.start_combine(
             FinalizeWork(
-                output,
-                fused_expert_output,
-                topk_weights,
-                topk_ids,
-                apply_router_weight_on_input,
+                output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input,
                 weight_and_reduce_impl,
             )
-        )
+        )  # fmt: skip
 
     def start_combine(self, work: FinalizeWork) -> Receiver | tuple[Hook, Receiver]:
         """As ``finalize_async``."""
