@@ -38,14 +38,6 @@ class MoEActivation(Enum):
     @property
     def custom_op_name(self) -> str:
         """The activation's name among element-wise ops: ``<act>_and_mul`` or the bare act."""
-        special = {
-            MoEActivation.SWIGLUOAI: "swigluoai_and_mul",
-            MoEActivation.SWIGLUOAI_UNINTERLEAVE: "swigluoai_uninterleave_and_mul",
-            MoEActivation.SWIGLUSTEP: "swiglustep_and_mul",
-            MoEActivation.SITU: "situ_and_mul",
-        }
-        if self in special:
-            return special[self]
         return f"{self.value}_and_mul" if self.is_gated else self.value.removesuffix("_no_mul")
 
     @classmethod

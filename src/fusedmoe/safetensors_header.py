@@ -50,15 +50,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or must not be; the message names the file."""
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a safetensors file: its type, its shape and its bytes [begin, end) there.
-
-    Offsets count from the end of the header, as the file states them.
-    """
+@dataclass(frozen=True, kw_only=True)
+class StoredBytes:
+    """A tensor of some file: its name, its logical shape and its bytes [begin, end)."""
 
     name: str
-    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -66,6 +62,13 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry(StoredBytes):
+    """One tensor of a safetensors file; its bytes count from the end of the header, as stated."""
+
+    dtype: str
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -96,7 +99,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
     entries = {name: _tensor_entry(name, record, path) for name, record in header.items()}
-    _check_layout(entries.values(), size - _LENGTH_BYTES - length, path)
+    data_bytes = size - _LENGTH_BYTES - length
+    check_ranges(entries.values(), data_bytes, path, "the start", gaps=False)
     return entries
 
 
@@ -116,7 +120,7 @@ def _tensor_entry(name: str, record: Any, path: Path) -> TensorEntry:
             f"{path}: {name!r} is {dtype} of shape {shape}, but its data_offsets hold "
             f"{offsets[1] - offsets[0]} bytes"
         )
-    return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), begin=offsets[0], end=offsets[1])
 
 
 def _are_sizes(value: Any) -> bool:
@@ -124,26 +128,27 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
-def _check_layout(entries: Iterable[TensorEntry], data_bytes: int, path: Path) -> None:
-    position, before = 0, "the start"
-    for entry in sorted(entries, key=lambda e: (e.begin, e.end)):
-        if entry.end > data_bytes:
+def check_ranges(
+    tensors: Iterable[StoredBytes], size: int, path: Path, first: str, *, gaps: bool
+) -> None:
+    """CheckpointError where tensors overlap or pass byte ``size``, or, unless there may be
+    ``gaps``, leave bytes to none of them. ``first`` is what they begin behind."""
+    position, before = 0, first
+    for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
+        if tensor.end > size:
             raise CheckpointError(
-                f"{path}: truncated: {entry.name!r} ends at byte {entry.end} of {data_bytes} bytes "
-                "of data"
+                f"{path}: truncated: {tensor.name!r} ends at byte {tensor.end} of {size}"
             )
-        if entry.begin < position:
-            raise CheckpointError(f"{path}: {entry.name!r} overlaps {before}")
-        if entry.begin > position:
+        if tensor.begin < position:
+            raise CheckpointError(f"{path}: {tensor.name!r} overlaps {before}")
+        if tensor.begin > position and not gaps:
             raise CheckpointError(
-                f"{path}: {entry.begin - position} bytes between {before} and {entry.name!r} "
+                f"{path}: {tensor.begin - position} bytes between {before} and {tensor.name!r} "
                 "belong to no tensor"
             )
-        position, before = entry.end, repr(entry.name)
-    if position != data_bytes:
-        raise CheckpointError(
-            f"{path}: {data_bytes - position} bytes after {before} belong to no tensor"
-        )
+        position, before = tensor.end, repr(tensor.name)
+    if position != size and not gaps:
+        raise CheckpointError(f"{path}: {size - position} bytes after {before} belong to no tensor")
 
 
 def parse_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:

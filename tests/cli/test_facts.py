@@ -22,7 +22,9 @@ def checkpoint(config: dict[str, Any], *tensors: tuple[str, tuple[int, ...]]) ->
         size = 2
         for extent in shape:
             size *= extent
-        entries[name] = TensorEntry(name, "BF16", shape, position, position + size)
+        entries[name] = TensorEntry(
+            name=name, dtype="BF16", shape=shape, begin=position, end=position + size
+        )
         position += size
     return Checkpoint(FOLDER, config, entries, dict.fromkeys(entries, "model.safetensors"))
 

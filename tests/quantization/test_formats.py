@@ -16,7 +16,6 @@ from fusedmoe.quantization.formats import (
     fp8_block,
     int4_group,
     quantize,
-    refine_scales,
     scale_values,
     swizzle_scales,
     unswizzle_scales,
@@ -25,7 +24,6 @@ from fusedmoe.quantization.formats.e8m0 import ceil_e8m0, decode_e8m0, floor_e8m
 from fusedmoe.quantization.formats.int4 import pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.formats.minifloat import E2M1, E2M3, E3M2
 from fusedmoe.quantization.formats.mxfp6 import pack_sextets, unpack_sextets
-from fusedmoe.quantization.keys import GroupShape
 from fusedmoe.quantization.tensor import QuantizedTensor
 from quantized_layers import FORMATS, draw
 
@@ -276,33 +274,3 @@ def test_groups_of_unequal_size_are_refused():
     index = torch.zeros(1, 1, 64, dtype=torch.int32)
     with pytest.raises(ValueError, match="each of 2 groups 32 columns"):
         quantize(torch.ones(1, 4, 64), format_named("int4_g32_act_order"), group_index=index)
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["stacked", "interleaved"])
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("fp8_block_32x16", (8, 16)),
-        ("fp8_block_32x16", (4, 2)),
-        ("fp8_block", (32, 64)),
-        ("fp8_tensor", (12, 32)),
-        ("fp8_channel", (1, 64)),
-        ("int4_g128", (1, 32)),
-        ("int8_g32_zp", (1, 8)),
-        ("int4_channel_zp", (1, 128)),
-    ],
-)
-def test_refined_scales_are_the_same_values(name, group, interleaved):
-    q = draw(name, 2, 2 * 36, 256, shards=2, interleaved=interleaved)
-    finer = refine_scales(q, GroupShape(*group))
-    assert finer.format.group == group
-    assert torch.equal(finer.dequantize(torch.float64), q.dequantize(torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [("int4_g32", (1, 64)), ("mxfp4", (1, 16)), ("int4_g32_act_order", (1, 16))],
-)
-def test_scales_that_cannot_be_refined(name, group):
-    with pytest.raises(ValueError, match="has no scales for 1 x"):
-        refine_scales(draw(name, 1, 8, 128), GroupShape(*group))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedmoe.config import RoutingMethodType
-from fusedmoe.router.capture import RoutedExpertsCapturer, replay_hook
+from fusedmoe.router.capture import RoutedExpertsCapturer
 from fusedmoe.router.factory import create_fused_moe_router
 from fusedmoe.router.simulator import (
     NormalRouting,
@@ -150,18 +150,11 @@ def test_an_empty_slot_is_never_mistaken_for_an_expert():
         (lambda c: c.capture(0, torch.zeros(2, 1)), r"\(2, 1\)"),
         (lambda c: c.snapshot(9), "num_tokens 9"),
         (lambda c: RoutedExpertsCapturer(1, 1, 1, 65537, "cpu"), "65537"),
-        (lambda c: replay_hook(torch.zeros(2, 2))(torch.zeros(3, 2)), r"\(3, 2\)"),
     ],
 )
 def test_capturer_names_what_does_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call(RoutedExpertsCapturer(8, 3, 2, 16, "cpu"))
-
-
-def test_replay_buffer_of_16_bits():
-    buffer = torch.full((4, 2), -1, dtype=torch.int16)
-    replay_hook(buffer)(torch.tensor([[3, 500, 9], [1, -1, 9]]))
-    assert buffer.tolist() == [[3, 500], [1, -1], [-1, -1], [-1, -1]]
 
 
 @pytest.mark.gpu

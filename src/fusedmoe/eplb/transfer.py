@@ -36,11 +36,6 @@ class TransferPlan:
     def is_empty(self) -> bool:
         return not (self.batches or self.local or self.copies)
 
-    @property
-    def num_transfers(self) -> int:
-        """Experts that cross from one rank to another."""
-        return sum(len(batch) for batch in self.batches)
-
 
 def make_transfer_plan(before: Slots, after: Slots) -> TransferPlan:
     """``before`` and ``after``: the logical experts in each rank's slots.

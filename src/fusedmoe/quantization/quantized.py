@@ -32,7 +32,7 @@ from fusedmoe.quantization.keys import GroupShape, QuantKey
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.selection import Selection, select
-from fusedmoe.weights.param_spec import HIDDEN, INTERMEDIATE, Axis, Dim, ParamSpec
+from fusedmoe.weights.param_spec import BIASES, Axis, Dim, ParamSpec
 
 if TYPE_CHECKING:
     from fusedmoe.quantization.dialects.base import LayerSchemes
@@ -147,10 +147,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
                 for owner in OWNERS
             ]
         if self.moe_config.has_bias:
-            specs += [
-                ParamSpec(owner="w13", suffix="bias", axes=(INTERMEDIATE,)),
-                ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),
-            ]
+            specs += BIASES
         return tuple(specs)
 
     def _check_sizes(self) -> None:

@@ -12,7 +12,7 @@ from fusedmoe.quantization.config import (
     biased_moe_quant_config,
 )
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
-from fusedmoe.weights.param_spec import HIDDEN, INTERMEDIATE, ParamSpec
+from fusedmoe.weights.param_spec import BIASES, HIDDEN, INTERMEDIATE, ParamSpec
 
 if TYPE_CHECKING:
     from fusedmoe.weights.routed_experts import RoutedExperts
@@ -21,17 +21,13 @@ _WEIGHTS = (
     ParamSpec(owner="w13", suffix="weight", axes=(INTERMEDIATE, HIDDEN)),
     ParamSpec(owner="w2", suffix="weight", axes=(HIDDEN, INTERMEDIATE)),
 )
-_BIASES = (
-    ParamSpec(owner="w13", suffix="bias", axes=(INTERMEDIATE,)),
-    ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),
-)
 
 
 class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
     """w13_weight [e, S * I, H], w2_weight [e, H, I], and biases [e, S * I], [e, H] where asked."""
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
-        return _WEIGHTS + _BIASES if self.moe_config.has_bias else _WEIGHTS
+        return _WEIGHTS + BIASES if self.moe_config.has_bias else _WEIGHTS
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         if not self.moe_config.has_bias:

@@ -84,17 +84,3 @@ class RoutedExpertsCapturer:
     def clear(self) -> None:
         """Forget everything, on the device, without waiting."""
         self.device_ids.fill_(-1)
-
-
-def replay_hook(routing_replay_out: torch.Tensor) -> CaptureFunction:
-    """A capture function that writes the ids into ``routing_replay_out`` int [max T, K]."""
-
-    def capture(topk_ids: torch.Tensor) -> None:
-        max_tokens, top_k = routing_replay_out.shape
-        if topk_ids.shape[0] > max_tokens or topk_ids.shape[1] < top_k:
-            raise ValueError(
-                f"{tuple(topk_ids.shape)} ids do not fit routing_replay_out ({max_tokens}, {top_k})"
-            )
-        routing_replay_out[: topk_ids.shape[0]].copy_(topk_ids[:, :top_k])
-
-    return capture

@@ -91,13 +91,7 @@ def create_fused_moe_router(
         )
         router = SpecRouter(spec, tensors, require_padding_mask=skip_padding)
     if eplb_state is not None:
-        router.set_eplb_state(
-            eplb_state.expert_load_view,
-            eplb_state.logical_to_physical_map,
-            eplb_state.logical_replica_count,
-            should_record=eplb_state.should_record,
-            num_unpadded_tokens=eplb_state.num_unpadded_tokens,
-        )
+        router.set_eplb_state(**vars(eplb_state))
     return router
 
 

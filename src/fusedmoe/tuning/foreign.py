@@ -75,21 +75,19 @@ def parse_name(name: str) -> ForeignName:
     )
 
 
-def read_table(
-    path: str | os.PathLike[str], *, shared_memory: int = HOPPER_SHARED_MEMORY
-) -> TunedTable:
-    """A table from a file: ours, or another engine's by its name.
+def read_table(path: str | os.PathLike[str]) -> TunedTable:
+    """A table from a file: ours, or another engine's by its name, whose stages are reduced until
+    they fit into a Hopper GPU's shared memory.
 
-    ``shared_memory`` in bytes: what an entry of another engine's table may use; its stages are
-    reduced until they fit. Raises ValueError for a file that is neither, or is broken.
+    Raises ValueError for a file that is neither, or is broken.
     """
     if not Path(path).name.startswith("E="):
         return named(path, table_from_json)
     name = parse_name(Path(path).name)
-    return named(path, lambda value: foreign_table(name, value, shared_memory))
+    return named(path, lambda value: foreign_table(name, value))
 
 
-def foreign_table(name: ForeignName, value: Any, shared_memory: int) -> TunedTable:
+def foreign_table(name: ForeignName, value: Any) -> TunedTable:
     """Our table from another engine's, already parsed."""
     if not isinstance(value, dict):
         raise ValueError(f"must be an object of token counts, is {type(value).__name__}")
@@ -101,7 +99,7 @@ def foreign_table(name: ForeignName, value: Any, shared_memory: int) -> TunedTab
         if not re.fullmatch(r"[1-9]\d{0,7}", key) or int(key) > MAX_SIZE:
             raise ValueError(f"keys must be token counts of 1 to {MAX_SIZE}, got {key!r:.40}")
         try:
-            by_tokens[int(key)] = _tiles(entry, shared_memory)
+            by_tokens[int(key)] = _tiles(entry)
         except ValueError as error:
             raise ValueError(f"at {key} tokens: {error}") from None
     tokens = tuple(sorted(by_tokens))
@@ -135,7 +133,7 @@ def _ratio(tokens: int, keys: list[int]) -> float:
     return min(max(tokens / key, key / tokens) for key in keys)
 
 
-def _tiles(entry: Any, shared_memory: int) -> tuple[TileConfig, TileConfig]:
+def _tiles(entry: Any) -> tuple[TileConfig, TileConfig]:
     """Both GEMMs' tiles of one entry."""
     if not isinstance(entry, dict):
         raise ValueError(f"an entry must be an object, is {type(entry).__name__}")
@@ -151,8 +149,8 @@ def _tiles(entry: Any, shared_memory: int) -> tuple[TileConfig, TileConfig]:
     m, n, k, group = (entry[key] for key in _SIZES)
     rest = m, k, group, entry["num_warps"], entry["num_stages"]
     return (
-        _fitting(max(16, n // 2), 2, *rest, shared_memory),
-        _fitting(n, 1, *rest, shared_memory),
+        _fitting(max(16, n // 2), 2, *rest),
+        _fitting(n, 1, *rest),
     )
 
 
@@ -164,13 +162,13 @@ def _fitting(
     group_m: int,
     num_warps: int,
     num_stages: int,
-    shared_memory: int,
 ) -> TileConfig:
     """The tile with as many of its stages as fit."""
     for stages in range(num_stages, min(num_stages, 2) - 1, -1):
         tile = TileConfig(block_m, block_n, block_k, group_m, num_warps, stages)
-        if tile.shared_memory(_SIXTEEN_BIT_BYTES, weight_tiles) <= shared_memory:
+        if tile.shared_memory(_SIXTEEN_BIT_BYTES, weight_tiles) <= HOPPER_SHARED_MEMORY:
             return tile
     raise ValueError(
-        f"{block_m} x {block_n} x {block_k} needs more than {shared_memory} bytes of shared memory"
+        f"{block_m} x {block_n} x {block_k} needs more than {HOPPER_SHARED_MEMORY} bytes of shared "
+        "memory"
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.safetensors_header import CheckpointError, StoredBytes, check_ranges
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -82,19 +82,11 @@ FLOATS = {
 }
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor: logical ``shape``, and its bytes [begin, end) in the file."""
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor(StoredBytes):
+    """One tensor of a GGUF file; its bytes count from the start of that."""
 
-    name: str
     type: GgufType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -179,7 +171,7 @@ class GgufFile:
         ):
             cursor = _Cursor(m, self.path)
             self.metadata, self.tensors = self._read(cursor)
-        self._check_ranges()
+        check_ranges(self.tensors.values(), self.size, self.path, "the header", gaps=True)
         self._bytes: torch.Tensor | None = None
 
     def _read(self, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -210,8 +202,10 @@ class GgufFile:
                 raise CheckpointError(
                     f"{self.path}: {name!r} begins at {offset}, no multiple of {alignment}"
                 )
-            nbytes = math.prod(shape) // kind.values * kind.nbytes
-            tensors[name] = GgufTensor(name, kind, shape, start + offset, start + offset + nbytes)
+            begin, nbytes = start + offset, math.prod(shape) // kind.values * kind.nbytes
+            tensors[name] = GgufTensor(
+                name=name, type=kind, shape=shape, begin=begin, end=begin + nbytes
+            )
         return metadata, tensors
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GgufType, tuple[int, ...], int]:
@@ -228,18 +222,6 @@ class GgufFile:
                 "cannot store"
             )
         return name, TYPES[kind], shape, offset
-
-    def _check_ranges(self) -> None:
-        position, before = 0, "the header"
-        for tensor in sorted(self.tensors.values(), key=lambda t: (t.begin, t.end)):
-            if tensor.end > self.size:
-                raise CheckpointError(
-                    f"{self.path}: truncated: {tensor.name!r} ends at byte {tensor.end} of "
-                    f"{self.size}"
-                )
-            if tensor.begin < position:
-                raise CheckpointError(f"{self.path}: {tensor.name!r} overlaps {before}")
-            position, before = tensor.end, repr(tensor.name)
 
     @property
     def nbytes(self) -> int:

@@ -84,10 +84,7 @@ class ExpertLoader:
                     param_name, tensor, name, cast("ShardId", entry.shard_id), entry.expert_id
                 )
             }
-        parsed = self._parser.parse(name)
-        if parsed is None:
-            raise ValueError(f"{name} names no tensor of these experts")
-        return self.load_part(parsed, name, tensor)
+        return self.load_part(self._parsed(name), name, tensor)
 
     def load_part(self, parsed: ExpertTensorName, name: str, tensor: torch.Tensor) -> set[str]:
         """As ``load``, for a tensor of which it is known what it is."""
@@ -96,7 +93,8 @@ class ExpertLoader:
         if parsed.expert is not None and not 0 <= parsed.expert < count:
             raise ValueError(f"{name}: expert {parsed.expert} of a layer that has {count}")
         if self._stored is not None:
-            replicas = None if parsed.expert is None else self._replicas(parsed.expert)
+            placed = layer.expert_map_manager
+            replicas = None if parsed.expert is None else placed.replicas(parsed.expert)
             key = MatrixKey(parsed.expert, parsed.shards)
             return self._load_stored(key, parsed.suffix, name, tensor, replicas)
         spec = self._spec(parsed, name)
@@ -109,8 +107,8 @@ class ExpertLoader:
 
     def load_from_stack(self, name: str, expert: int, tensor: torch.Tensor) -> set[str]:
         """As ``load``, for what tensor ``name`` [experts, ...] holds of one logical expert."""
-        parsed = self._parser.parse(name)
-        if parsed is None or parsed.expert is not None:
+        parsed = self._parsed(name)
+        if parsed.expert is not None:
             raise ValueError(f"{name} does not hold all experts")
         if self._stored is None and self._layout.transposed and tensor.dim() == 2:
             tensor = tensor.mT
@@ -122,18 +120,19 @@ class ExpertLoader:
         if copies:
             count = self._layer.expert_map_manager.num_logical_experts
             return sorted({entry.expert_id % count for entry, _ in copies})
+        expert = self._parsed(name).expert
+        return None if expert is None else [expert]
+
+    def _parsed(self, name: str) -> ExpertTensorName:
         parsed = self._parser.parse(name)
         if parsed is None:
             raise ValueError(f"{name} names no tensor of these experts")
-        return None if parsed.expert is None else [parsed.expert]
+        return parsed
 
     def is_local(self, expert: int) -> bool:
         """Whether a copy of a logical expert lives on this rank."""
         placed = self._layer.expert_map_manager
         return any(placed.local_row(copy) >= 0 for copy in placed.replicas(expert))
-
-    def _replicas(self, expert: int) -> list[int]:
-        return list(self._layer.expert_map_manager.replicas(expert))
 
     def _load_stored_copies(
         self, copies: list[tuple[ExpertParamEntry, str]], name: str, tensor: torch.Tensor
@@ -173,7 +172,7 @@ class ExpertLoader:
                 continue
             for expert in range(count):
                 one = tuple(stored[expert] for stored in tensors)
-                replicas = self._replicas(expert)
+                replicas = layer.expert_map_manager.replicas(expert)
                 written |= self._convert(rule, matrix, key.shards, one, name, replicas)
         return written
 

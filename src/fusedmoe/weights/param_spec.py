@@ -105,6 +105,15 @@ class ParamSpec:
     def name(self) -> str:
         return f"{self.owner}_{self.suffix}"
 
+    def joined(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """Of ``count`` shards of this ``shape`` in one tensor."""
+        axis = self.intermediate_axis
+        if count == 1:
+            return shape
+        if axis is None:
+            return (count, *shape)
+        return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
+
     @property
     def intermediate_axis(self) -> int | None:
         dims = [axis.dim for axis in self.axes]
@@ -128,14 +137,11 @@ class ParamSpec:
         return tuple(axis.length(units[axis.dim]) for axis in self.axes)
 
     def expert_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
-        """Of one expert's parameter on this rank."""
-        shape = self.stored_shard_shape(sizes)
-        if self.owner == "w2":
-            return shape
-        count, axis = len(self.shard_ids(sizes)), self.intermediate_axis
-        if axis is None:
+        """Of one expert's parameter on this rank; w13's first axis may count one shard."""
+        shape, count = self.stored_shard_shape(sizes), len(self.shard_ids(sizes))
+        if self.owner == "w13" and self.intermediate_axis is None:
             return (count, *shape)
-        return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
+        return self.joined(shape, count)
 
     def shard_view(
         self, expert_data: torch.Tensor, shard_id: ShardId, sizes: ExpertSizes
@@ -153,6 +159,12 @@ class ParamSpec:
             return split_interleaved(expert_data, axis, len(ids))[position]
         length = expert_data.shape[axis] // len(ids)
         return expert_data.narrow(axis, position * length, length)
+
+
+BIASES = (
+    ParamSpec(owner="w13", suffix="bias", axes=(INTERMEDIATE,)),
+    ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),
+)
 
 
 def _units(sizes: ExpertSizes) -> dict[Dim, int]:

@@ -102,12 +102,6 @@ class StoredTensors:
 
 def fit(part: torch.Tensor, spec: ParamSpec, sizes: ExpertSizes, shards: int) -> torch.Tensor:
     """``part`` in the shape that the parameter has for one expert: axes of one unit come and go."""
-    shape = spec.checkpoint_shape(sizes)
-    axis = spec.intermediate_axis
-    if shards > 1 and axis is None:
-        shape = (shards, *shape)
-    elif shards > 1:
-        assert axis is not None
-        shape = (*shape[:axis], shards * shape[axis], *shape[axis + 1 :])
+    shape = spec.joined(spec.checkpoint_shape(sizes), shards)
     same = [size for size in part.shape if size != 1] == [size for size in shape if size != 1]
     return part.reshape(shape) if same else part

@@ -28,7 +28,7 @@ class StoredLayout(NamedTuple):
     ) -> Iterator[tuple[int, ShardId, torch.Tensor]]:
         """(logical expert, shard, whole shard) of one checkpoint tensor, as views."""
         count = self.num_experts
-        one = self._joined_shape(parsed, spec)
+        one = spec.joined(spec.checkpoint_shape(self.sizes), len(parsed.shards))
         if parsed.expert is not None:
             _check_shape(name, tensor, one)
             experts = {parsed.expert: tensor}
@@ -47,16 +47,6 @@ class StoredLayout(NamedTuple):
             shards = self.split(parsed.shards, spec, data, name)
             for shard, piece in zip(parsed.shards, shards, strict=True):
                 yield expert, shard, piece
-
-    def _joined_shape(self, parsed: ExpertTensorName, spec: ParamSpec) -> tuple[int, ...]:
-        """Of the shards of one expert in one tensor, in storage orientation."""
-        shape = spec.checkpoint_shape(self.sizes)
-        count, axis = len(parsed.shards), spec.intermediate_axis
-        if count == 1:
-            return shape
-        if axis is None:
-            return (count, *shape)
-        return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
 
     def split(
         self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor, name: str

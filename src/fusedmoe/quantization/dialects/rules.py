@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -63,21 +65,15 @@ def check_finite(matrix: Matrix, suffix: str, scale: torch.Tensor) -> torch.Tens
     return scale
 
 
-def scale_rule(
-    suffix: str,
-    group: GroupShape,
-    dtype: torch.dtype,
-    *,
-    gives: str = "weight_scale",
-    optional: bool = False,
-) -> Rule:
+def _rule_of_scales(suffix: str, convert: Callable[..., torch.Tensor], **about: Any) -> Rule:
+    """``convert(matrix, scale, suffix=..., **about)`` makes the scales of the tensor ``suffix``."""
+    made = partial(convert, suffix=suffix, **about)
+    return Rule(needs=(suffix,), gives="weight_scale", convert=made)
+
+
+def scale_rule(suffix: str, group: GroupShape, dtype: torch.dtype) -> Rule:
     """Floating-point scales stored row by row as the canonical ones are, in any float dtype."""
-    return Rule(
-        needs=(suffix,),
-        gives=gives,
-        convert=partial(_scale, suffix=suffix, group=group, dtype=dtype),
-        optional=optional,
-    )
+    return _rule_of_scales(suffix, _scale, group=group, dtype=dtype)
 
 
 def _scale(
@@ -90,11 +86,7 @@ def _scale(
 
 def transposed_scale_rule(suffix: str, columns: int, dtype: torch.dtype) -> Rule:
     """Scales [K / columns, N] in any float dtype; ``columns`` -1 is the whole row."""
-    return Rule(
-        needs=(suffix,),
-        gives="weight_scale",
-        convert=partial(_transposed_scale, suffix=suffix, columns=columns, dtype=dtype),
-    )
+    return _rule_of_scales(suffix, _transposed_scale, columns=columns, dtype=dtype)
 
 
 def _transposed_scale(
@@ -131,11 +123,7 @@ def groups_in(matrix: Matrix, columns: int) -> int:
 
 def repeated_scale_rule(suffix: str, dtype: torch.dtype) -> Rule:
     """One number for the matrix (or each shard), given to all of its rows."""
-    return Rule(
-        needs=(suffix,),
-        gives="weight_scale",
-        convert=partial(_repeated_scale, suffix=suffix, dtype=dtype),
-    )
+    return _rule_of_scales(suffix, _repeated_scale, dtype=dtype)
 
 
 def _repeated_scale(
@@ -172,11 +160,9 @@ def shape_scale(
     return scale
 
 
-def e8m0_rule(suffix: str, columns: int, gives: str = "weight_scale") -> Rule:
+def e8m0_rule(suffix: str, columns: int) -> Rule:
     """Exponents in uint8 or float8_e8m0fnu, one for ``columns`` columns of a row."""
-    return Rule(
-        needs=(suffix,), gives=gives, convert=partial(_e8m0, suffix=suffix, columns=columns)
-    )
+    return _rule_of_scales(suffix, _e8m0, columns=columns)
 
 
 def _e8m0(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:
@@ -192,11 +178,7 @@ def _e8m0(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> 
 
 def e4m3_scale_rule(suffix: str, columns: int) -> Rule:
     """Scales in float8_e4m3fn, one for ``columns`` columns of a row."""
-    return Rule(
-        needs=(suffix,),
-        gives="weight_scale",
-        convert=partial(_e4m3_scale, suffix=suffix, columns=columns),
-    )
+    return _rule_of_scales(suffix, _e4m3_scale, columns=columns)
 
 
 def _e4m3_scale(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:

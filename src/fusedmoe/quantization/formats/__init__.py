@@ -23,7 +23,7 @@ from fusedmoe.quantization.formats import (
 )
 from fusedmoe.quantization.formats.e8m0 import decode_e8m0
 from fusedmoe.quantization.formats.fp8 import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, fp8_block
-from fusedmoe.quantization.formats.groups import Grid, columns_by_group, columns_of, refine_scales
+from fusedmoe.quantization.formats.groups import Grid, columns_by_group, columns_of
 from fusedmoe.quantization.formats.int4 import int4_group
 from fusedmoe.quantization.formats.int8 import INT8_CHANNEL, int8_group
 from fusedmoe.quantization.formats.lookup import IQ4_NL, NF4
@@ -51,7 +51,6 @@ __all__ = [
     "int4_group",
     "int8_group",
     "quantize",
-    "refine_scales",
     "scale_values",
     "swizzle_scales",
     "unswizzle_scales",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -99,36 +98,3 @@ def columns_by_group(group_index: torch.Tensor, columns: int) -> torch.Tensor:
             f"group_index does not give each of {K // columns} groups {columns} columns"
         )
     return order
-
-
-def refine_scales(q: QuantizedTensor, group: GroupShape) -> QuantizedTensor:
-    """``q`` with scales for smaller groups, repeated: the same values, cut where ``q``'s were not.
-
-    For a rank whose rows or columns end inside a group. Raises ValueError unless ``group`` divides
-    the groups that ``q`` has, and for formats whose groups are fixed.
-    """
-    old, (N, K) = q.format.group, q.shape[-2:]
-    fits = all(
-        new > 0 and (was == -1 or was % new == 0) for was, new in zip(old, group, strict=True)
-    )
-    if not fits or q.format.scale_kind != "float" or q.format.act_order or q.scale is None:
-        raise ValueError(
-            f"{q.format.name} has no scales for {group.row} x {group.col} that are among its own"
-        )
-    before, after = Grid.of(q), Grid.of(q)._replace(group=group)
-    old_row, new_row = (grid.row_index(N, q.data.device) for grid in (before, after))
-    rows = torch.empty(int(new_row.max()) + 1, dtype=torch.int64, device=q.data.device)
-    rows = rows.scatter(0, new_row, old_row)
-    starts = torch.arange(0, K, group.col, device=q.data.device)
-    columns = torch.zeros_like(starts) if old.col == -1 else starts // old.col
-
-    def refined(scale: torch.Tensor) -> torch.Tensor:
-        scale = scale.unsqueeze(-1) if old.row == -1 else scale
-        return scale[..., rows, :][..., columns]
-
-    return replace(
-        q,
-        format=replace(q.format, group=group),
-        scale=refined(q.scale),
-        zero_point=None if q.zero_point is None else refined(q.zero_point),
-    )

@@ -64,8 +64,8 @@ IQ4_NL_TABLE = tuple(
 CODECS = {"nf4": LookUp(NF4_TABLE), "iq4_nl": LookUp(IQ4_NL_TABLE)}
 
 
-def nf4_group(columns: int = 64, *, scale_dtype: torch.dtype = torch.float32) -> QuantFormat:
-    return QuantFormat(element="nf4", group=GroupShape(1, columns), scale_dtype=scale_dtype)
+def nf4_group(columns: int = 64) -> QuantFormat:
+    return QuantFormat(element="nf4", group=GroupShape(1, columns))
 
 
 NF4 = nf4_group()

@@ -88,12 +88,13 @@ _MAX_STAGES = 8
 _MAX_SUMS = 128
 _REGISTERS = 65536
 _MOST_ALIKE = 2
+_MOST_PER_BLOCK = 8
 # What is hidden behind the slower of memory and products is never hidden whole.
 _UNHIDDEN = 0.15
 
 
-def candidates(gemm: Gemm, machine: Machine = H200, per_block: int = 8) -> list[TileConfig]:
-    """At most ``per_block`` tiles for each plausible block_m, the likeliest of each first.
+def candidates(gemm: Gemm, machine: Machine = H200) -> list[TileConfig]:
+    """At most eight tiles for each plausible block_m, the likeliest of each first.
 
     Of tiles that differ in stages and groups alone there are at most two, so that a wrong model
     still leaves different ones.
@@ -106,7 +107,7 @@ def candidates(gemm: Gemm, machine: Machine = H200, per_block: int = 8) -> list[
         for tile in sorted(fitting, key=lambda t: (predicted_us(gemm, t, machine), str(t))):
             kind = tile.block_n, tile.block_k, tile.num_warps
             alike[kind] += 1
-            if alike[kind] <= _MOST_ALIKE and len(chosen) < per_block:
+            if alike[kind] <= _MOST_ALIKE and len(chosen) < _MOST_PER_BLOCK:
                 chosen.append(tile)
         found += chosen
     return found
