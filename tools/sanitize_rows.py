@@ -1,12 +1,14 @@
-"""``quantized_rows.cu`` on small problems, in every form it has: a program for compute-sanitizer.
+"""``quantized_rows.cu``, ``quantized_token_rows.cu`` and ``quantized_token.cu`` on small problems,
+in all their forms: a program for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 python tools/sanitize_rows.py
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize_rows.py --every-lane
+        python tools/sanitize_rows.py --every-lane [--only token] [--formats mxfp4]
 
-In the kernel one lane arrives at a barrier for its warp, behind a __syncwarp; racecheck follows
-arrivals of the thread itself alone. With ``--every-lane`` all of them arrive.
+In kernels whose warps share a ring one lane arrives at a barrier for its warp, behind a __syncwarp;
+racecheck follows arrivals of the thread itself alone. With ``--every-lane`` all of them arrive, and
+no warp reads beyond its rows, where it multiplies by zero whatever a copy is bringing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.cuda import quantized_launch
 from fusedmoe.kernels.cuda.program import CudaKernel, source_of
-from fusedmoe.kernels.hopper_quantized import quantized_decode
+from fusedmoe.kernels.cuda.quantized_token import run_token
+from fusedmoe.kernels.hopper_quantized import quantized_decode, token_cut_for
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -30,7 +33,11 @@ from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS, CudaDecodeTiles, CudaRows
 E, K, PROGRAMS = 6, 3, 5
 # H, I: warps along the rows of both GEMMs.
 SIZES = {(512, 256): (4, 4), (320, 192): (5, 3)}
-EVERY_LANE = (
+TOKEN_K = 3
+# H, I, programs of one token's layer: rows of whole octets; and of others, whose last warp reads
+# beyond them.
+TOKEN_SIZES = ((512, 256, 5), (576, 320, 4))
+ROWS = (
     ("__syncwarp();\n      if (mt == MT - 1 && p.lane == 0) arrive(", "if (mt == MT - 1) arrive("),
     ("empty_at(threadIdx.x), WARPS)", "empty_at(threadIdx.x), WARPS * 32)"),
     ("__syncwarp();\n    if (p.lane == 0) arrive(full_at", "arrive(full_at"),
@@ -41,6 +48,16 @@ EVERY_LANE = (
     ),
     ("(2 * WM + threadIdx.x) * 8, 1)", "(2 * WM + threadIdx.x) * 8, 32)"),
 )
+TOKEN_ROWS = (
+    ("__syncwarp();\n    if ((threadIdx.x & 31) == 0) arrive(", "arrive("),
+    ("begin_barrier(empty(threadIdx.x), WARPS)", "begin_barrier(empty(threadIdx.x), WARPS * 32)"),
+    (
+        "ldmatrix(w, own + c * 16)",
+        "ldmatrix(w, place + (lane & 15) * BYTES +"
+        " min((lane >> 4) * 16 + warp * OCTET_BYTES + c * 16, BYTES - 16))",
+    ),
+)
+EVERY_LANE = {"quantized_rows": ROWS, "quantized_token_rows": TOKEN_ROWS}
 
 
 @lru_cache
@@ -51,13 +68,12 @@ def _kernel(
     shared: int,
     cooperative: bool,
 ) -> CudaKernel:
-    text = source_of("instructions.cuh", *sources)
-    for one, every in EVERY_LANE:
+    text, entry = source_of("instructions.cuh", *sources), sources[-1].removesuffix(".cu")
+    for one, every in EVERY_LANE.get(entry, ()):
         if text.count(one) != 1:
             raise RuntimeError(f"the source has {one!r} {text.count(one)} times")
         text = text.replace(one, every)
     given = tuple((name, str(value)) for name, value in defines)
-    entry = sources[-1].removesuffix(".cu")
     return CudaKernel(text, entry, given, threads, shared, cooperative=cooperative)
 
 
@@ -101,17 +117,40 @@ def run(name: str, H: int, width: int, along: tuple[int, int]) -> None:
     print(name, H, width, flush=True)
 
 
+def run_one_token(name: str, H: int, width: int, programs: int) -> None:
+    """``quantized_token_rows.cu`` (mxfp4) or ``quantized_token.cu`` (int4), wherever one runs."""
+    w1, w2 = weight(name, 2, E, 2 * width, H), weight(name, 1, E, H, width)
+    biases = torch.randn(E, 2 * width, device="cuda"), torch.randn(E, H, device="cuda")
+    x = torch.randn(1, H, device="cuda", dtype=torch.bfloat16)
+    act = torch.empty(TOKEN_K, width, device="cuda", dtype=torch.bfloat16)
+    y, out = torch.empty(TOKEN_K, H, device="cuda"), torch.empty_like(x)
+    picked, act_of = torch.rand(1, TOKEN_K, device="cuda"), MoEActivation.SWIGLUOAI
+    for picks in ((4, 0, 3), (4, -1, E), (-1, -1, -1)):
+        ids = torch.tensor([picks], device="cuda", dtype=torch.int32)
+        given = x, w1, w2, picked, ids, out, act, y, programs, act_of, None, *biases
+        layer = LayerTensors(*given)
+        cut = token_cut_for(layer, where_faster=False)
+        if cut is None:
+            raise RuntimeError(f"no launch of its own runs a token of {name} {H} {width}")
+        run_token(layer, cut)
+        torch.cuda.synchronize()
+        print("token", name, H, width, picks, f"{cut.stages} of {cut.steps} steps", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=("int4_g32", "mxfp4"))
     parser.add_argument("--every-lane", action="store_true", help="arrives by itself")
+    parser.add_argument("--only", choices=("rows", "token"), help="these kernels alone")
     args = parser.parse_args()
     if args.every_lane:
         quantized_launch._kernel = _kernel
     torch.manual_seed(0)
     for name in args.formats:
-        for sizes, along in SIZES.items():
+        for sizes, along in SIZES.items() if args.only != "token" else ():
             run(name, *sizes, along)
+        for token_sizes in TOKEN_SIZES if args.only != "rows" else ():
+            run_one_token(name, *token_sizes)
     print("all kernels ran")
 
 
