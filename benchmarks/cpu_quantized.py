@@ -20,7 +20,7 @@ from fusedmoe.bench import SHAPES, BenchReport, BenchRow, LayerShape
 from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.report import Percentiles, make_header
 from fusedmoe.bench.timing import time_on_cpu
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.quantization.keys import INT8_DYNAMIC_TOKEN
 from fusedmoe.runner.moe_runner import MoERunner
 from fusedmoe.testing.routing import routing_logits

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows

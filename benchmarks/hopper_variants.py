@@ -35,7 +35,7 @@ from hopper_kernels import (
 
 from fusedmoe.activation import ApplyMoEActivationConfig
 from fusedmoe.experts.hopper import hopper_experts, scratch_rows
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.routing import routing
 from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors

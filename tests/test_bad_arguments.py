@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fusedmoe
 from fusedmoe import FusedMoE, MoEOptions
+from fusedmoe.quantization.formats import format_named, quantize
 
 E, K, H, I = 8, 2, 64, 96  # noqa: E741
 layer = partial(FusedMoE, E, K, H, I, params_dtype=torch.float32)
@@ -25,6 +27,28 @@ def experts(**changes: object) -> torch.Tensor:
         "topk_ids": torch.randint(0, E, (5, K)),
     }
     return fusedmoe.fused_experts(**(given | changes))
+
+
+IDS = torch.randint(0, E, (5, K))
+
+
+def quantized_experts(device: str) -> torch.Tensor:
+    """With the scales of w2 on ``device``."""
+    w1, w2 = (quantize(torch.randn(E, *s), format_named("int8")) for s in ((2 * I, H), (H, I)))
+    config = fusedmoe.int8_w8a16_moe_quant_config(w1.scale, w2.scale.to(device))
+    return experts(w1=w1.data, w2=w2.data, quant_config=config)
+
+
+def unpermute(
+    offsets: Sequence[int] = (0, 10),
+    rows: tuple[int, ...] = (10, H),
+    dtype: torch.dtype = torch.int64,
+) -> torch.Tensor:
+    index = torch.arange(10, dtype=torch.int32)
+    out, weights = torch.empty(5, H), torch.rand(5, K)
+    return fusedmoe.moe_unpermute(
+        out, torch.randn(rows), weights, index, torch.tensor(offsets, dtype=dtype)
+    )
 
 
 CALLS = {
@@ -79,6 +103,93 @@ CALLS = {
         "0.gate_proj.weight: expected a tensor, found a int",
     ),
     "an activation": (partial(experts, activation="sigh"), "'sigh'; known: silu"),
+    "weights elsewhere": (
+        partial(experts, w1=torch.empty(E, 2 * I, H, device="meta")),
+        "w1 is on meta, hidden_states on cpu",
+    ),
+    "picks elsewhere": (
+        partial(experts, topk_ids=torch.empty(5, K, dtype=torch.int32, device="meta")),
+        "topk_ids is on meta, hidden_states on cpu",
+    ),
+    "router weights elsewhere": (
+        partial(experts, topk_weights=torch.empty(5, K, device="meta")),
+        "topk_weights is on meta, hidden_states on cpu",
+    ),
+    "a map elsewhere": (
+        partial(experts, expert_map=torch.empty(E, dtype=torch.int32, device="meta")),
+        "expert_map is on meta, topk_ids on cpu",
+    ),
+    "scales elsewhere": (partial(quantized_experts, device="meta"), "w2's scale is on meta"),
+    "logits elsewhere": (
+        lambda: layer()(torch.randn(5, H), torch.empty(5, E, device="meta")),
+        "router_logits are on meta, tokens on cpu",
+    ),
+    "a tensor without values": (
+        lambda: layer().load_weights([("0.down_proj.weight", torch.empty(H, I, device="meta"))]),
+        "0.down_proj.weight: is on 'meta', where it has no values",
+    ),
+    "tokens of no width": (
+        lambda: layer()(torch.empty(5, 0), torch.randn(5, E)),
+        r"hidden_states must be \[..., H\], got \(5, 0\)",
+    ),
+    "an empty map to count by": (
+        lambda: fusedmoe.count_expert_num_tokens(IDS, E, torch.empty(0, dtype=torch.int32)),
+        r"not empty and int32 or int64, got torch.int32 \(0,\)",
+    ),
+    "a map of floats": (
+        lambda: fusedmoe.remap_topk_to_local(IDS, torch.zeros(E)),
+        r"int32 or int64, got torch.float32 \(8,\)",
+    ),
+    "rows to permute in a line": (
+        lambda: fusedmoe.moe_permute(torch.randn(80), None, IDS, E),
+        r"hidden_states must be \[T, H\], got \(80,\)",
+    ),
+    "no offsets": (partial(unpermute, offsets=[]), r"must be \[e \+ 1\], got \(0,\)"),
+    "offsets in floats": (partial(unpermute, dtype=torch.float32), "tables must be integers"),
+    "rows to unpermute with another axis": (
+        partial(unpermute, rows=(1, 10, H)),
+        r"rows \(1, 10, 64\) do not fit out",
+    ),
+    "an activation of a scalar": (
+        lambda: fusedmoe.apply_moe_activation(
+            fusedmoe.MoEActivation.SILU, torch.empty(()), torch.tensor(1.0)
+        ),
+        r"input must be \[..., S \* I\], got a scalar",
+    ),
+    "a scalar of logits": (
+        lambda: fusedmoe.fused_topk(torch.randn(5, H), torch.tensor(1.0), K, True),
+        r"gating_output \[T, E\], got \(5, 64\) and \(\)",
+    ),
+    "logits to simulate in a line": (
+        lambda: fusedmoe.RoutingSimulator.simulate_routing(
+            torch.randn(5, H), torch.randn(40), "uniform_random", K
+        ),
+        r"router_logits must be \[T, E\], got \(40,\)",
+    ),
+    "a layer to capture that is none": (
+        lambda: fusedmoe.RoutedExpertsCapturer(8, 3, K, E, "cpu").capture(3, IDS),
+        r"layer 3 does not lie in \[0, 3\)",
+    ),
+    "a capturer without layers": (
+        lambda: fusedmoe.RoutedExpertsCapturer(8, -2, K, E, "cpu"),
+        "num_layers -2 and top_k 2 must be at least 1",
+    ),
+    "logits in 8 bits": (
+        lambda: fusedmoe.GateLinear(H, E, out_dtype=torch.float8_e4m3fn),
+        "logits must be floating point of 16 bits or more",
+    ),
+    "a gate of integers": (
+        lambda: fusedmoe.GateLinear(H, E, params_dtype=torch.int64),
+        "weights must be floating point of 16 bits or more",
+    ),
+    "no shards": (
+        lambda: quantize(torch.randn(E, 2 * I, H), format_named("int4_g32"), shards=0),
+        "192 rows are not 0 equal shards",
+    ),
+    "picks to substitute in a line": (
+        lambda: fusedmoe.ExpertSubstitution(E, [1], torch.randn(1, H))(torch.rand(10), IDS),
+        r"must be \[T, K\], got \(10,\) and \(5, 2\)",
+    ),
 }
 
 

@@ -212,6 +212,8 @@ def apply_moe_activation(
     is -1 or maps to -1 in ``expert_map``; with ``valid_token_counts`` (int32, [1] for 2-D input,
     [E] for [E, T, S * I]), rows past the count.
     """
+    if input.dim() < 1:
+        raise ValueError("input must be [..., S * I], got a scalar")
     width = input.shape[-1] // 2 if activation.is_gated else input.shape[-1]
     if output.shape != (*input.shape[:-1], width) or (activation.is_gated and input.shape[-1] % 2):
         raise ValueError(

@@ -17,7 +17,7 @@ from fusedmoe.experts.cpu_gemm import linear_for, slices_of
 from fusedmoe.experts.cpu_packed import CpuPackedExperts
 from fusedmoe.experts.cpu_plan import MAX_ROWS, ExpertRows, Route, blocks_of, sort_slots
 from fusedmoe.experts.cpu_run import SCRATCH_BYTES, scratch_rows
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.selection import select
 from fusedmoe.testing import Case, assert_close, check_experts, make_inputs, nan_poison

@@ -7,7 +7,7 @@ import torch
 
 import fusedmoe
 from fusedmoe import MoEActivation, fused_experts
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from quantized_layers import REFERENCE, draw
 
 E, H, I, T, K = 4, 128, 64, 7, 2  # noqa: E741

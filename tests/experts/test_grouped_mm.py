@@ -70,6 +70,27 @@ def test_transposed_weights():
     assert_right(run(layer, tensors), layer, tensors)
 
 
+def strided(w):
+    """The same numbers, of which no two that belong together are neighbours."""
+    return torch.stack([w, torch.full_like(w, float("nan"))], -1)[..., 0]
+
+
+def unaligned(w):
+    return torch.nn.functional.pad(w, (0, 1))[..., :-1]
+
+
+def of_one_row(w):
+    return w[:, :1].expand(w.shape)
+
+
+@pytest.mark.parametrize("change", [strided, unaligned, of_one_row])
+def test_weights_that_torch_cannot_step_through(change):
+    layer = Layer()
+    tensors = layer.tensors()
+    tensors |= {name: change(tensors[name]) for name in ("w1", "w2")}
+    assert_right(run(layer, tensors), layer, tensors)
+
+
 def test_no_tokens():
     layer = Layer(T=0)
     assert run(layer, layer.tensors()).shape == (0, 40)

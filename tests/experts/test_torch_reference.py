@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmoe import FusedMoE, MoEOptions, explain, quantize_layer
 from fusedmoe.activation import MoEActivation, activation_reference
-from fusedmoe.experts.torch_reference import TorchExperts, experts_reference
+from fusedmoe.experts.torch_reference import TorchExperts
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.testing import STANDARD_CASES, Case, check_experts, make_inputs, relative_error
 from quantized_layers import make_layer

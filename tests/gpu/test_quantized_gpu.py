@@ -12,9 +12,9 @@ from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
-from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.experts.triton_quantized import TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.quantize import quantize_rows, quantize_rows_reference
 from fusedmoe.quantization.activations import spread

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, QuantizedFusedMoEMethod, explain
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.activations import fake_quantize
 from fusedmoe.quantization.formats import format_named, quantize

@@ -64,7 +64,7 @@ ROWS, LOGITS = torch.randn(5, H), torch.randn(5, E)
     ("arguments", "message"),
     [
         ((ROWS[:, :-1], LOGITS), r"hidden size 6, got \(5, 5\)"),
-        ((torch.tensor(1.0), LOGITS), "scalar"),
+        ((torch.tensor(1.0), LOGITS), r"must be \[\.\.\., H\], got \(\)"),
         ((ROWS.double(), LOGITS), r"torch\.float32, hidden_states are torch\.float64"),
         ((ROWS.bfloat16(), LOGITS), "bfloat16"),
         ((ROWS.long(), LOGITS), "int64"),

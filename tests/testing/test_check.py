@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedmoe.experts.torch_reference import TorchExperts, experts_reference
+from fusedmoe.experts.torch_reference import TorchExperts
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.modular_kernel import ExpertsCapabilities, WorkspaceShapes
 from fusedmoe.testing import Case, check_experts
 

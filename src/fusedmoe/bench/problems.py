@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.bench.shapes import SWIGLUOAI_LIMIT, LayerShape
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import format_name, relative_error
 

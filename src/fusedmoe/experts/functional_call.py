@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig, MoEOptions
+from fusedmoe.kernels.ids import check_expert_map
 from fusedmoe.modular_kernel import ExpertsWork, FusedMoEExpertsModular, FusedMoEKernel
 from fusedmoe.modular_kernel.checks import check_picks
 from fusedmoe.quantization.config import FusedMoEQuantConfig
@@ -94,8 +95,7 @@ def check_call(call: ExpertsCall, num_local: int) -> None:
     given = call.expert_map
     if given is not None and given.shape != (call.num_experts,):
         raise ValueError(f"expert_map is {tuple(given.shape)}, for {call.num_experts} experts")
-    if given is not None and given.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert_map must be int32 or int64, got {given.dtype}")
+    check_expert_map(given, call.topk_ids)
     K = call.topk_ids.shape[1]
     if call.apply_router_weight_on_input and K != 1:
         raise ValueError(f"apply_router_weight_on_input needs top-1 routing, got K = {K}")

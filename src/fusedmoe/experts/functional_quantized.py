@@ -6,6 +6,7 @@ import torch
 
 from fusedmoe.experts.functional_call import ExpertsCall, check_call, run_selected, selection_for
 from fusedmoe.experts.quantized_operands import quantized_pair
+from fusedmoe.modular_kernel.checks import check_device
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
@@ -16,6 +17,9 @@ def quantized_fused_experts(call: ExpertsCall, quant_config: FusedMoEQuantConfig
     """
     x, activation = call.hidden_states, call.activation
     first, second = quantized_pair(call.w1, call.w2, quant_config, activation, x.dtype)
+    for name, parts in (("w1", first.parts()), ("w2", second.parts())):
+        check_device(x, **{f"{name}'s {part}": tensor for part, tensor in parts.items()})
+    check_device(x, w1_bias=call.w1_bias, w2_bias=call.w2_bias)
     (e, N, H), width = first.shape, second.shape[-1]
     check_call(call, e)
     if second.shape != (e, x.shape[1], N // (2 if activation.is_gated else 1)) or x.shape[1] != H:

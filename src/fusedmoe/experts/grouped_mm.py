@@ -63,7 +63,7 @@ class GroupedMMExperts(FusedMoEExpertsModular):
         if torch.compiler.is_compiling():
             run_opaque(self, GroupedMMExperts.name, work)
             return
-        x, w1, w2 = work.hidden_states, work.w1, work.w2
+        x, w1, w2 = work.hidden_states, _readable(work.w1), _readable(work.w2)
         H, R, (e, _, width) = x.shape[1], work.topk_ids.numel(), w2.shape
         rows, _, offsets, inverse, _ = moe_permute(
             x,
@@ -90,3 +90,13 @@ class GroupedMMExperts(FusedMoEExpertsModular):
         row = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
         expert = torch.searchsorted(ends, row, right=True).clamp_(max=bias.shape[0] - 1)
         return rows.add_(bias[expert])
+
+
+def _readable(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [e, N, K], copied where torch's product cannot step through it: neither rows nor
+    columns are dense, or begin where 16 bytes do not."""
+    _, N, K = weight.shape
+    outer, row, column = weight.stride()
+    dense = (column == 1 and row >= K) or (row == 1 and column >= N)
+    aligned = not any(step * weight.itemsize % _STRIDE_BYTES for step in (outer, max(row, column)))
+    return weight if dense and aligned else weight.contiguous()

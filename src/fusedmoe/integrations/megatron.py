@@ -17,12 +17,12 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.bounded import bounded_experts, bounded_experts_op
-from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.integrations.megatron_checks import check_layer, check_routing
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align, bounded_ids
 from fusedmoe.kernels.bounded_gemm import bounded_gemm
 from fusedmoe.kernels.bounded_sum import bounded_sum
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.tuning.tiles import TileConfig
 
 _CONFIG_KEYS = (

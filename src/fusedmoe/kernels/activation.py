@@ -17,7 +17,7 @@ from fusedmoe.activation import (
     activation_reference,
     swigluoai_numbers,
 )
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.ids import check_expert_map, local_ids
 
 
 class DeviceActivation(NamedTuple):
@@ -133,11 +133,7 @@ def check_masks(
             f"topk_ids {tuple(topk_ids.shape)} do not name the {rows.numel()} rows of input "
             f"{tuple(input.shape)}"
         )
-    if expert_map is not None and (topk_ids is None or expert_map.dim() != 1):
-        raise ValueError(
-            f"expert_map must be one-dimensional and comes with topk_ids, got "
-            f"{tuple(expert_map.shape)} and topk_ids {'given' if topk_ids is not None else None}"
-        )
+    check_expert_map(expert_map, topk_ids)
     if valid_token_counts is not None:
         wanted = {2: (1,), 3: (input.shape[0],)}.get(input.dim())
         if valid_token_counts.shape != wanted:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.ids import check_expert_map, local_ids
 
 MAX_SLOTS = 2**31 - 1
 
@@ -89,8 +89,7 @@ def moe_align_block_size(
         )
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
-    if expert_map is not None and expert_map.dim() != 1:
-        raise ValueError(f"expert_map must be one-dimensional, got {tuple(expert_map.shape)}")
+    check_expert_map(expert_map, topk_ids)
     drop_remote = expert_map is not None and ignore_invalid_experts
     groups = num_experts
     if drop_remote and num_local_experts is not None:

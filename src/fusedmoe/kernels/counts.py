@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.align import MAX_SLOTS, MoEAlignment
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.ids import check_expert_map, local_ids
 
 
 def count_expert_num_tokens(
@@ -17,9 +17,10 @@ def count_expert_num_tokens(
     """How many slots each local expert has: int32 [num_local_experts].
 
     topk_ids int of any shape; ``expert_map`` int32, global -> local id or -1. Ids without a local
-    expert are not counted. Raises ValueError for fewer than one expert or ids not int32 or int64.
+    expert are not counted. Raises ValueError for fewer than one expert, ids not int32 or int64 and
+    what is no such map.
     """
-    _check_ids(topk_ids)
+    _check_ids(topk_ids, expert_map)
     if num_local_experts < 1:
         raise ValueError(f"num_local_experts must be positive, got {num_local_experts}")
     if topk_ids.is_cuda:
@@ -41,9 +42,9 @@ def count_reference(
 def remap_topk_to_local(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
     """Each id's local expert, -1 where there is none; shape and dtype of ``topk_ids``.
 
-    One launch on a GPU. Raises ValueError for ids not int32 or int64.
+    One launch on a GPU. Raises ValueError for ids not int32 or int64 and what is no such map.
     """
-    _check_ids(topk_ids)
+    _check_ids(topk_ids, expert_map)
     if topk_ids.is_cuda:
         from fusedmoe.kernels.triton.counts import remap
 
@@ -99,6 +100,7 @@ def batched_align_reference(
     return MoEAlignment(sorted_ids, expert_ids, used)
 
 
-def _check_ids(topk_ids: torch.Tensor) -> None:
+def _check_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    check_expert_map(expert_map, topk_ids)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.experts.torch_reference import experts_reference
 from fusedmoe.kernels.align import align_local_slots, padded_slots
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.kernels.align import dense
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.ids import check_expert_map, local_ids
 from fusedmoe.kernels.peer_layout import PeerSums
 
 
@@ -117,8 +117,4 @@ def _check(
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)}, but inputs {(T, K, H)} ask for {shape}"
             )
-    if expert_map is not None and (expert_map.dim() != 1 or topk_ids is None):
-        raise ValueError(
-            f"expert_map must be one-dimensional and comes with topk_ids, got "
-            f"{tuple(expert_map.shape)} and topk_ids {'given' if topk_ids is not None else None}"
-        )
+    check_expert_map(expert_map, topk_ids)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.kernels.align import MoEAlignment, align_reference, dense
-from fusedmoe.kernels.ids import local_ids
+from fusedmoe.kernels.ids import check_expert_map, local_ids
 
 
 class MoEPermuted(NamedTuple):
@@ -75,6 +75,9 @@ def moe_permute(
     gathered like its rows, any other returned as it is. ``permuted_hidden_states`` [R, H] is
     written into, where given. Raises ValueError where shapes disagree or ``scratch`` is too small.
     """
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must be [T, H], got {tuple(hidden_states.shape)}")
+    check_expert_map(expert_map, topk_ids)
     n_local = n_expert if n_local_expert < 0 else n_local_expert
     H, R = hidden_states.shape[1], topk_ids.numel()
     scratch = scratch or MoEPermuteScratch.allocate(R, n_local, hidden_states.device)
@@ -130,14 +133,22 @@ def moe_unpermute(
 
     out [T, H], permuted_hidden_states [R, H], topk_weights [T, K], inv_permuted_idx int32 [R].
     fp32 accumulation in the order of k. Slots whose row is R, or not below the last entry of
-    ``expert_first_token_offset``, count as nothing. Raises ValueError where shapes disagree.
+    ``expert_first_token_offset`` (int [e + 1]), count as nothing. Raises ValueError where shapes or
+    dtypes disagree.
     """
-    T, K = topk_weights.shape
-    if out.shape != (T, permuted_hidden_states.shape[-1]) or inv_permuted_idx.numel() != T * K:
+    weights, rows, index = topk_weights, permuted_hidden_states, inv_permuted_idx
+    fits = weights.dim() == rows.dim() == 2 and index.numel() == weights.numel()
+    if not fits or out.shape != (weights.shape[0], rows.shape[1]):
         raise ValueError(
-            f"topk_weights {(T, K)} and rows {tuple(permuted_hidden_states.shape)} do not fit out "
-            f"{tuple(out.shape)} and inv_permuted_idx {tuple(inv_permuted_idx.shape)}"
+            f"topk_weights {tuple(weights.shape)} and rows {tuple(rows.shape)} do not fit out "
+            f"{tuple(out.shape)} and inv_permuted_idx {tuple(index.shape)}"
         )
+    offsets = expert_first_token_offset
+    tables = (index,) if offsets is None else (index, offsets)
+    if any(table.dtype not in (torch.int32, torch.int64) for table in tables):
+        raise ValueError(f"tables must be integers, got {[table.dtype for table in tables]}")
+    if offsets is not None and (offsets.dim() != 1 or not offsets.numel()):
+        raise ValueError(f"expert_first_token_offset must be [e + 1], got {tuple(offsets.shape)}")
     if out.is_cuda:
         from fusedmoe.kernels.triton.permute import unpermute as implementation
     else:

@@ -85,7 +85,7 @@ def routing_reference(
         weights = weights / _denominator(weights, spec)
     weights = weights * spec.routed_scaling_factor
     if tensors.per_expert_scale is not None:
-        factor = tensors.per_expert_scale.float()[ids.clamp(0, spec.num_experts - 1)]
+        factor = tensors.per_expert_scale.flatten().float()[ids.clamp(0, spec.num_experts - 1)]
         weights = torch.where(ids < spec.num_experts, weights * factor, weights)
     if is_padding is not None:
         ids = ids.masked_fill(is_padding[:, None], -1)

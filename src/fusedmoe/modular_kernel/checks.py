@@ -15,7 +15,8 @@ _ID_DTYPES = (torch.int32, torch.int64)
 def check_picks(
     hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> None:
-    """Raise ValueError unless these are [T, H], float [T, K] and int32 or int64 [T, K]."""
+    """Raise ValueError unless these are [T, H], float [T, K] and int32 or int64 [T, K], on one
+    device."""
     x, weights, ids = hidden_states, topk_weights, topk_ids
     if x.dim() != 2 or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(
@@ -28,6 +29,16 @@ def check_picks(
         raise ValueError(f"topk_weights must be floating point, got {weights.dtype}")
     if ids.dtype not in _ID_DTYPES:
         raise ValueError(f"topk_ids must be int32 or int64, got {ids.dtype}")
+    check_device(x, topk_weights=weights, topk_ids=ids)
+
+
+def check_device(hidden_states: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError for the first tensor that is there and not where ``hidden_states`` are."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}"
+            )
 
 
 def check_weights(
@@ -39,7 +50,7 @@ def check_weights(
     w2_bias: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless these go with rows [T, H]: [e, S * I, H], [e, H, I], biases
-    [e, S * I] and [e, H]; floats of one dtype, biases apart."""
+    [e, S * I] and [e, H]; floats of one dtype, biases apart; all on one device."""
     x = hidden_states
     if x.dim() != 2 or w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(
@@ -62,6 +73,7 @@ def check_weights(
             )
     if not x.dtype == w1.dtype == w2.dtype or not x.is_floating_point():
         raise ValueError(f"hidden_states, w1, w2 are {x.dtype}, {w1.dtype}, {w2.dtype}")
+    check_device(x, w1=w1, w2=w2, w1_bias=w1_bias, w2_bias=w2_bias)
 
 
 def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:

@@ -184,12 +184,12 @@ class QuantFormat:
         """Of ``scale`` (and ``zero_point``) of one expert's [N, K], None where there is none."""
         if self.scale_dtype is None:
             return None
+        if shards < 1 or N % shards:
+            raise ValueError(f"{N} rows are not {shards} equal shards")
         row, col = self.group
         if row == -1:
             return (shards,)
         if row == 1 and col > 0 and K % col:
             raise ValueError(f"groups of {col} columns do not divide {K} columns")
-        if N % shards:
-            raise ValueError(f"{N} rows are not {shards} equal shards")
         rows = shards * -(-(N // shards) // row)
         return rows, 1 if col == -1 else -(-K // col)

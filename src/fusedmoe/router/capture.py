@@ -29,6 +29,11 @@ class RoutedExpertsCapturer:
         *,
         empty_slots: bool = False,
     ) -> None:
+        if min(max_tokens, num_layers, top_k) < 1:
+            raise ValueError(
+                f"max_tokens {max_tokens}, num_layers {num_layers} and top_k {top_k} must be at "
+                "least 1"
+            )
         codes = num_experts + int(empty_slots)
         if num_experts < 1 or codes > 65536:
             raise ValueError(f"cannot number {num_experts} experts in 16 bits")
@@ -43,8 +48,7 @@ class RoutedExpertsCapturer:
 
         ``rows`` picks this rank's tokens where the router sees those of several.
         """
-        if not 0 <= layer < self.device_ids.shape[1]:
-            raise ValueError(f"layer {layer} does not lie in [0, {self.device_ids.shape[1]})")
+        self._check_layer(layer)
 
         def capture(topk_ids: torch.Tensor) -> None:
             self.capture(layer, topk_ids if rows is None else topk_ids[rows])
@@ -53,13 +57,18 @@ class RoutedExpertsCapturer:
 
     def capture(self, layer: int, topk_ids: torch.Tensor) -> None:
         """Keep topk_ids int [T, >= top_k] of ``layer``; slots beyond top_k are left out."""
+        self._check_layer(layer)
         max_tokens, _, top_k = self.device_ids.shape
-        num_tokens = topk_ids.shape[0]
-        if num_tokens > max_tokens or topk_ids.dim() != 2 or topk_ids.shape[1] < top_k:
+        fits = topk_ids.dim() == 2 and topk_ids.shape[0] <= max_tokens
+        if not fits or topk_ids.shape[1] < top_k:
             raise ValueError(
                 f"topk_ids must be [T <= {max_tokens}, K >= {top_k}], got {tuple(topk_ids.shape)}"
             )
-        self.device_ids[:num_tokens, layer].copy_(topk_ids[:, :top_k])
+        self.device_ids[: topk_ids.shape[0], layer].copy_(topk_ids[:, :top_k])
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.device_ids.shape[1]:
+            raise ValueError(f"layer {layer} does not lie in [0, {self.device_ids.shape[1]})")
 
     def snapshot(self, num_tokens: int) -> torch.Tensor:
         """Host copy [num_tokens, num_layers, top_k] of what the layers captured last.

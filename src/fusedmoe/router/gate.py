@@ -31,6 +31,8 @@ class GateLinear(nn.Module):
         super().__init__()
         if input_size < 1 or output_size < 1:
             raise ValueError(f"sizes must be at least 1, got {input_size} -> {output_size}")
+        if params_dtype is not None:
+            _check_dtype("weights", params_dtype)
         self.input_size = input_size
         self.output_size = output_size
         self.batch_invariant = batch_invariant
@@ -57,8 +59,7 @@ class GateLinear(nn.Module):
 
     def set_out_dtype(self, out_dtype: torch.dtype) -> None:
         """Make the logits' dtype ``out_dtype`` from now on."""
-        if not out_dtype.is_floating_point:
-            raise ValueError(f"logits must be floating point, got {out_dtype}")
+        _check_dtype("logits", out_dtype)
         self.out_dtype = out_dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,3 +74,8 @@ class GateLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_size} -> {self.output_size}, out_dtype={self.out_dtype}"
+
+
+def _check_dtype(what: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"{what} must be floating point of 16 bits or more, got {dtype}")

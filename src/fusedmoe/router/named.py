@@ -166,10 +166,10 @@ def _spec(
     scoring_func: str,
     **rest: Any,
 ) -> RoutingSpec:
-    if hidden_states.shape[0] != gating_output.shape[0]:
+    if gating_output.dim() != 2 or hidden_states.shape[:1] != gating_output.shape[:1]:
         raise ValueError(
-            f"hidden_states has {hidden_states.shape[0]} tokens, "
-            f"gating_output {gating_output.shape[0]}"
+            f"expected hidden_states [T, H] and gating_output [T, E], got "
+            f"{tuple(hidden_states.shape)} and {tuple(gating_output.shape)}"
         )
     return RoutingSpec(
         top_k=topk,

@@ -40,7 +40,7 @@ class UniformRandom(RoutingStrategy):
         top_k: int,
         indices_type: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        _check_top_k(top_k, router_logits.shape[1])
+        _check(router_logits, top_k)
         scores = torch.rand(router_logits.shape, device=router_logits.device)
         ids = scores.topk(top_k, dim=-1).indices.to(indices_type or torch.int64)
         return torch.ones(ids.shape, dtype=torch.float32, device=ids.device), ids
@@ -65,8 +65,8 @@ class NormalRouting(RoutingStrategy):
         top_k: int,
         indices_type: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        _check(router_logits, top_k)
         num_tokens, num_experts = router_logits.shape
-        _check_top_k(top_k, num_experts)
         shape, device = (num_tokens, top_k), router_logits.device
         place = torch.sigmoid(self.mean + self.std * torch.randn(shape, device=device))
         ids = (place * num_experts).floor().clamp(0, num_experts - 1)
@@ -145,6 +145,8 @@ class SimulatedRouter(BaseRouter):
         return finish_routing(self, weights.float(), ids, given)
 
 
-def _check_top_k(top_k: int, num_experts: int) -> None:
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k {top_k} does not lie in [1, {num_experts}] experts")
+def _check(router_logits: torch.Tensor, top_k: int) -> None:
+    if router_logits.dim() != 2:
+        raise ValueError(f"router_logits must be [T, E], got {tuple(router_logits.shape)}")
+    if not 1 <= top_k <= router_logits.shape[1]:
+        raise ValueError(f"top_k {top_k} does not lie in [1, {router_logits.shape[1]}] experts")

@@ -93,7 +93,13 @@ class ExpertSubstitution(nn.Module):
         return self.num_left
 
     def forward(self, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> SubstitutedRouting:
-        """Weights fp32 and ids [T, K] as the router chose them, among E."""
+        """Weights fp32 and ids int [T, K] as the router chose them, among E; ValueError for what
+        is not of one such shape."""
+        if topk_ids.dim() != 2 or topk_weights.shape != topk_ids.shape:
+            raise ValueError(
+                f"topk_weights and topk_ids must be [T, K], got {tuple(topk_weights.shape)} and "
+                f"{tuple(topk_ids.shape)}"
+            )
         R = len(self.removed)
         known = (topk_ids >= 0) & (topk_ids < self.num_experts)
         index = topk_ids.clamp(0, self.num_experts - 1).long()

@@ -28,8 +28,8 @@ def flatten_inputs(
     Raises ValueError where their leading shapes differ, logits do not have
     ``num_router_logits`` columns (None: unknown) or are not floating point.
     """
-    if hidden_states.dim() < 1:
-        raise ValueError("hidden_states must be [..., H], got a scalar")
+    if hidden_states.dim() < 1 or hidden_states.shape[-1] < 1:
+        raise ValueError(f"hidden_states must be [..., H], got {tuple(hidden_states.shape)}")
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     T = x.shape[0]
     if router_logits is not None:
@@ -42,6 +42,8 @@ def flatten_inputs(
             )
         if not router_logits.dtype.is_floating_point:
             raise ValueError(f"router_logits must be floating point, got {router_logits.dtype}")
+        if router_logits.device != x.device:
+            raise ValueError(f"router_logits are on {router_logits.device}, tokens on {x.device}")
         router_logits = router_logits.reshape(T, columns)
     return TokenBatch(
         x,

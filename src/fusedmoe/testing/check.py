@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.experts.torch_reference import experts_reference
+from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.modular_kernel import (
     FusedMoEExperts,
     FusedMoEExpertsMonolithic,

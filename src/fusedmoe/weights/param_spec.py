@@ -216,6 +216,8 @@ def load_shard(
             f"{name}: found {loaded.dtype}, which is not converted silently to the "
             f"{expert_data.dtype} of {spec.name}"
         )
+    if loaded.is_meta:
+        raise ValueError(f"{name}: is on 'meta', where it has no values")
     target = spec.shard_view(expert_data, shard_id, sizes)
     loaded = loaded.reshape(expected)
     for position, axis in enumerate(spec.axes):
