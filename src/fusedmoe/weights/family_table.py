@@ -9,17 +9,18 @@ from fusedmoe.weights.families import CheckpointFamily
 
 def _row(
     name: str,
-    model_types: tuple[str, ...],
+    model_types: str,
     *,
     fused_in_out: bool = False,
     interleaved: bool = False,
     **paths: Any,
 ) -> CheckpointFamily:
-    """``paths``: one or several for each part of ``CheckpointFamily.names``."""
+    """``model_types`` with spaces between them; ``paths``: one or several for each part of
+    ``CheckpointFamily.names``."""
     names = {part: (path,) if isinstance(path, str) else path for part, path in paths.items()}
     return CheckpointFamily(
         name=name,
-        model_types=model_types,
+        model_types=tuple(model_types.split()),
         names=names,  # type: ignore[arg-type]
         fused_in_out=fused_in_out,
         interleaved=interleaved,
@@ -50,10 +51,10 @@ _GATE = "mlp.gate.weight"
 _GATE_BIAS = "mlp.gate.e_score_correction_bias"
 
 FAMILIES: tuple[CheckpointFamily, ...] = (
-    _row("mixtral", ("mixtral", "minimax", "phimoe"), **_SPARSE, router="block_sparse_moe.gate"),
+    _row("mixtral", "mixtral minimax phimoe", **_SPARSE, router="block_sparse_moe.gate"),
     _row(
         "minimax_m2",
-        ("minimax_m2", "minimax_m3_vl"),
+        "minimax_m2 minimax_m3_vl",
         **_SPARSE,
         router="block_sparse_moe.gate",
         correction_bias="block_sparse_moe.e_score_correction_bias",
@@ -61,7 +62,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "kimi_linear",
-        ("kimi_linear",),
+        "kimi_linear",
         **_SPARSE,
         router="block_sparse_moe.gate",
         correction_bias="block_sparse_moe.gate.e_score_correction_bias",
@@ -69,30 +70,15 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "grok1",
-        ("grok-1", "grok1", "grok"),
+        "grok-1 grok1 grok",
         **_experts("moe_block.experts", "linear", "linear_v", "linear_1"),
         router="moe_block.gate",
     ),
     _row(
         "qwen_moe",
-        (
-            "qwen2_moe",
-            "qwen3_moe",
-            "qwen3_next",
-            "qwen3_5_moe",
-            "qwen3_5_moe_text",
-            "qwen4_exp",
-            "qwen4_exp_text",
-            "qwen3_omni_moe",
-            "qwen3_omni_moe_thinker",
-            "qwen3_omni_moe_text",
-            "qwen3_omni_moe_talker_text",
-            "olmoe",
-            "flex_olmo",
-            "mellum",
-            "cohere2_moe",
-            "flint",
-        ),
+        "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text "
+        "qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text qwen3_omni_moe_talker_text "
+        "olmoe flex_olmo mellum cohere2_moe flint",
         **_MLP,
         router="mlp.gate",
         shared=("mlp.shared_expert", "mlp.shared_experts"),
@@ -100,44 +86,18 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "qwen3_vl_moe",
-        ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        "qwen3_vl_moe qwen3_vl_moe_text",
         **_MLP,
         router="mlp.gate",
         fused_in_out=True,
     ),
     _row(
         "deepseek",
-        (
-            "deepseek_v2",
-            "deepseek_v3",
-            "deepseek_v32",
-            "deepseek_ocr2",
-            "deepseek_ocr2_text",
-            "deepseek_vl_v2",
-            "kimi_k2",
-            "kimi_k25",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "glm4v_moe",
-            "glm4v_moe_text",
-            "glm_moe_dsa",
-            "glm5_next",
-            "glm5_next_text",
-            "dots1",
-            "solar_open",
-            "mistral4",
-            "mimo_v2_flash",
-            "axk1",
-            "axk2",
-            "minimax_m3_vl_text",
-            "exaone_moe",
-            "hy_v4",
-            "beam",
-            "dots3_note",
-            "dots3_note_text",
-            "unlimited_ocr",
-            "unlimited_ocr_text",
-        ),
+        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_ocr2 deepseek_ocr2_text deepseek_vl_v2 "
+        "kimi_k2 kimi_k25 glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm_moe_dsa "
+        "glm5_next glm5_next_text dots1 solar_open mistral4 mimo_v2_flash axk1 axk2 "
+        "minimax_m3_vl_text exaone_moe hy_v4 beam dots3_note dots3_note_text unlimited_ocr "
+        "unlimited_ocr_text",
         **_MLP,
         router="mlp.gate",
         correction_bias=(_GATE_BIAS, "mlp.e_score_correction_bias"),
@@ -145,7 +105,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "bailing_hybrid",
-        ("bailing_hybrid",),
+        "bailing_hybrid",
         **_MLP,
         router="mlp.gate",
         correction_bias=("mlp.gate.expert_bias", _GATE_BIAS),
@@ -153,7 +113,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "kolibri1",
-        ("kolibri1",),
+        "kolibri1",
         **_MLP,
         router="mlp.gate",
         correction_bias=("moe.router.expert_bias", _GATE_BIAS),
@@ -161,14 +121,14 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "mistral_large4",
-        ("mistral_large4", "mistral_large4_text"),
+        "mistral_large4 mistral_large4_text",
         **_experts("experts", "w1", "w3", "w2"),
         router="gate",
         shared="shared_experts",
     ),
     _row(
         "deepseek_v4",
-        ("deepseek_v4",),
+        "deepseek_v4",
         **_mixtral_style("ffn"),
         router=_GATE.replace("mlp", "ffn"),
         correction_bias="ffn.gate.bias",
@@ -177,7 +137,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "gpt_oss",
-        ("gpt_oss",),
+        "gpt_oss",
         **_MLP,
         router="mlp.router.weight",
         router_bias="mlp.router.bias",
@@ -186,7 +146,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "openai_privacy_filter",
-        ("openai_privacy_filter",),
+        "openai_privacy_filter",
         gate_up="mlp.experts.gate_up_proj",
         down="mlp.experts.down_proj",
         router="mlp.router.weight",
@@ -195,7 +155,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "llama4",
-        ("llama4", "llama4_text"),
+        "llama4 llama4_text",
         **_projections("feed_forward"),
         router="feed_forward.router",
         shared="feed_forward.shared_expert",
@@ -203,23 +163,23 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "granitemoe",
-        ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        "granitemoe granitemoeshared granitemoehybrid granitemoe_swa",
         gate_up=("block_sparse_moe.input_linear", "block_sparse_moe.experts.gate_up_proj"),
         down=("block_sparse_moe.output_linear", "block_sparse_moe.experts.down_proj"),
         router="block_sparse_moe.router",
         shared="shared_mlp",
     ),
-    _row("jamba", ("jamba",), **_projections("feed_forward"), router="feed_forward.router"),
+    _row("jamba", "jamba", **_projections("feed_forward"), router="feed_forward.router"),
     _row(
         "lfm2_moe",
-        ("lfm2_moe",),
+        "lfm2_moe",
         **_mixtral_style("feed_forward"),
         router="feed_forward.gate",
         correction_bias="feed_forward.expert_bias",
     ),
     _row(
         "dbrx",
-        ("dbrx",),
+        "dbrx",
         gate="ffn.experts.mlp.w1",
         up="ffn.experts.mlp.v1",
         down="ffn.experts.mlp.w2",
@@ -227,26 +187,24 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "jetmoe",
-        ("jetmoe",),
+        "jetmoe",
         gate_up="mlp.input_linear",
         down="mlp.output_linear",
         router="mlp.router.layer",
     ),
     _row(
         "aria",
-        ("aria", "aria_text"),
+        "aria aria_text",
         gate_up="mlp.experts.fc1",
         down="mlp.experts.fc2",
         router="mlp.router",
         shared="mlp.shared_experts",
         fused_in_out=True,
     ),
-    _row(
-        "hunyuan_v1_moe", ("hunyuan_v1_moe",), **_MLP, router="mlp.gate.wg", shared="mlp.shared_mlp"
-    ),
+    _row("hunyuan_v1_moe", "hunyuan_v1_moe", **_MLP, router="mlp.gate.wg", shared="mlp.shared_mlp"),
     _row(
         "hy_v3",
-        ("hy_v3",),
+        "hy_v3",
         **_MLP,
         router=("mlp.router.gate", "mlp.gate"),
         correction_bias=("mlp.expert_bias", "mlp.e_score_correction_bias"),
@@ -254,7 +212,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "ernie4_5_moe",
-        ("ernie4_5_moe", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+        "ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text",
         **_MLP,
         router=(_GATE, "mlp.gate.weight_1"),
         correction_bias=(
@@ -265,7 +223,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "nemotron_h",
-        ("nemotron_h",),
+        "nemotron_h",
         up=("mixer.experts.{e}.up_proj", "mixer.experts.up_proj"),
         down=("mixer.experts.{e}.down_proj", "mixer.experts.down_proj"),
         router="mixer.gate",
@@ -275,14 +233,14 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "longcat_flash",
-        ("longcat_flash",),
+        "longcat_flash",
         **_MLP,
         router="mlp.router.classifier",
         correction_bias="mlp.router.e_score_correction_bias",
     ),
     _row(
         "gemma4",
-        ("gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text"),
+        "gemma4 gemma4_text diffusion_gemma diffusion_gemma_text",
         gate_up="experts.gate_up_proj",
         down="experts.down_proj",
         router="router.proj",
@@ -291,7 +249,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "afmoe",
-        ("afmoe",),
+        "afmoe",
         **_MLP,
         router="mlp.router.gate",
         correction_bias="mlp.expert_bias",
@@ -299,7 +257,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "laguna",
-        ("laguna",),
+        "laguna",
         **_MLP,
         router="mlp.gate",
         correction_bias=("mlp.experts.e_score_correction_bias", _GATE_BIAS),
@@ -307,7 +265,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "step3p7",
-        ("step3p7", "step3p5"),
+        "step3p7 step3p5",
         gate="moe.gate_proj",
         up="moe.up_proj",
         down="moe.down_proj",
@@ -317,7 +275,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "inkling",
-        ("inkling_mm_model", "inkling2", "inkling2_text"),
+        "inkling_mm_model inkling2 inkling2_text",
         gate_up="mlp.experts.w13_weight",
         down="mlp.experts.w2_weight",
         router=_GATE,
@@ -328,7 +286,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "inkling_text",
-        ("inkling_text",),
+        "inkling_text",
         gate_up="mlp.experts.gate_up_proj",
         down="mlp.experts.down_proj",
         router=_GATE,
@@ -338,7 +296,7 @@ FAMILIES: tuple[CheckpointFamily, ...] = (
     ),
     _row(
         "zaya",
-        ("zaya",),
+        "zaya",
         gate_up="mlp.experts.gate_up_proj",
         down="mlp.experts.down_proj",
         router=("mlp.gate.down_proj", "mlp.gate.router_mlp"),
