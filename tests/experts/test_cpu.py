@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fusedmoe.experts.functional  # noqa: F401  it makes the operator
 from fusedmoe import ApplyMoEActivationConfig, FusedMoE, MoEOptions, explain
 from fusedmoe.experts import cpu_gemm
 from fusedmoe.experts.cpu import CpuExperts, CpuMonolithicExperts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,31 +62,16 @@ class ExpertMover:
                 f"{len(moving.targets)} experts arrive, there is room for {self.arrived.shape[0]}"
             )
         for number, batch in enumerate(plan.batches):
+            operation = partial(dist.P2POp, group=self.group, tag=number)
             operations = []
             for one in batch:
                 if one.source_rank == self.rank:
                     message = _message(source, one.source_slot)
                     moving.keep_alive.append(message)
-                    operations.append(
-                        dist.P2POp(
-                            dist.isend,
-                            message,
-                            group=self.group,
-                            tag=number,
-                            group_peer=one.target_rank,
-                        )
-                    )
+                    operations.append(operation(dist.isend, message, group_peer=one.target_rank))
                 if one.target_rank == self.rank:
                     place = self.arrived[moving.targets.index(one.target_slot)]
-                    operations.append(
-                        dist.P2POp(
-                            dist.irecv,
-                            place,
-                            group=self.group,
-                            tag=number,
-                            group_peer=one.source_rank,
-                        )
-                    )
+                    operations.append(operation(dist.irecv, place, group_peer=one.source_rank))
             if operations:
                 moving.works += dist.batch_isend_irecv(operations)
         self._moving = moving

@@ -8,7 +8,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.cpu_core import cpu_fused_experts
-from fusedmoe.experts.cpu_run import Products, scratch_rows
+from fusedmoe.experts.cpu_run import Products, cpu_shapes, scratch_rows
 from fusedmoe.modular_kernel import (
     ExpertsCapabilities,
     ExpertsWork,
@@ -37,9 +37,7 @@ class CpuExperts(FusedMoEExpertsModular):
     def shapes(
         self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
-        per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
-        rows = scratch_rows(size.M, size.topk, size.K)
-        return WorkspaceShapes((rows, size.K * per_float), (0,), (size.M, size.K))
+        return cpu_shapes(size, self.moe_config.in_dtype)
 
     def run(self, work: ExpertsWork) -> None:
         w1, w2, scratch = work.w1, work.w2, work.workspace13

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.quantization.formats.act_order import taken_columns
 from fusedmoe.quantization.formats.groups import columns_of, groups_of
-from fusedmoe.quantization.formats.int4 import pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 
@@ -29,17 +29,6 @@ class Order(NamedTuple):
     places: torch.Tensor
 
 
-def can_sort(q: QuantizedTensor) -> bool:
-    """Whether the columns of every expert make whole groups, the same ones for every shard."""
-    index, g = q.group_index, q.format.group.col
-    if index is None or q.scale is None or index.shape[-1] != g * q.scale.shape[-1]:
-        return False
-    whole = torch.arange(index.shape[-1]) // g
-    return torch.equal(index, index[:, :1].expand_as(index)) and all(
-        torch.equal(groups_of(one, g).sort().values, whole) for one in index[:, 0]
-    )
-
-
 def sorted_columns(q: QuantizedTensor) -> tuple[QuantizedTensor, Order | None]:
     """One expert [N, K] in the plain format, and how its columns lie; None: as they did."""
     if q.group_index is None:
@@ -47,15 +36,11 @@ def sorted_columns(q: QuantizedTensor) -> tuple[QuantizedTensor, Order | None]:
     index, g = q.group_index[0], q.format.group.col
     order = groups_of(index, g).argsort(stable=True)
     plain = replace(q.format, act_order=False)
-    data = _taken(q.data, order, is_int4=q.format.element == "int4")
+    data = taken_columns(q.data, order, is_int4=q.format.element == "int4")
     lie = Order(columns_of(index)[order], order.argsort())
     return replace(q, format=plain, group_index=None, data=data), lie
 
 
 def stored_columns(data: torch.Tensor, order: Order | None, *, is_int4: bool) -> torch.Tensor:
     """``data`` of sorted columns as it was before."""
-    return data if order is None else _taken(data, order.places, is_int4=is_int4)
-
-
-def _taken(data: torch.Tensor, columns: torch.Tensor, *, is_int4: bool) -> torch.Tensor:
-    return pack_nibbles(unpack_nibbles(data)[:, columns]) if is_int4 else data[:, columns]
+    return data if order is None else taken_columns(data, order.places, is_int4=is_int4)

@@ -7,11 +7,11 @@ import logging
 import torch
 
 from fusedmoe.experts.copies import Source, room_for
-from fusedmoe.experts.cpu_act_order import can_sort
 from fusedmoe.experts.cpu_int4 import int4_weights, unpacked_int4
 from fusedmoe.experts.cpu_int8 import int8_weights, unpacked_int8
 from fusedmoe.experts.packed_weight import Packed, can_pack, pack, packed_of, unpack
 from fusedmoe.quantization.desc import FusedMoEQuantDesc
+from fusedmoe.quantization.formats.act_order import order_by_group
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def packed_or_copy(q: QuantizedTensor, part: FusedMoEQuantDesc) -> Packed | None
     if current(weight, part, None) is not None:
         return None
     unpack(weight)
-    if q.group_index is not None and not can_sort(q):
+    if q.group_index is not None and order_by_group(q) is None:
         return None
     if not can_pack(weight) and not room_for(weight.nbytes):
         _log.info("no memory to spare for packed expert weights: they are dequantized instead")

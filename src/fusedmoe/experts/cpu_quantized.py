@@ -14,7 +14,7 @@ from fusedmoe.experts.cpu_int4 import Int4Weight, float_rows, int4_linear, int4_
 from fusedmoe.experts.cpu_int8 import byte_rows, half_rows, int8_linear, int8_linears, unmet_int8
 from fusedmoe.experts.cpu_packing import current, packed_or_copy
 from fusedmoe.experts.cpu_plan import Route
-from fusedmoe.experts.cpu_run import Layer, Products, run_layer, scratch_rows
+from fusedmoe.experts.cpu_run import Layer, Products, cpu_shapes, run_layer
 from fusedmoe.experts.functional_call import run_opaque
 from fusedmoe.experts.packed_weight import (
     CPU_QUANTIZED,
@@ -125,9 +125,7 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
     def shapes(
         self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
-        per_float = torch.float32.itemsize // self.moe_config.in_dtype.itemsize
-        rows = scratch_rows(size.M, size.topk, size.K)
-        return WorkspaceShapes((rows, size.K * per_float), (0,), (size.M, size.K))
+        return cpu_shapes(size, self.moe_config.in_dtype)
 
     def run(self, work: ExpertsWork) -> None:
         if torch.compiler.is_compiling():

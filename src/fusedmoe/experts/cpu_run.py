@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
+from fusedmoe.modular_kernel import ProblemSize, WorkspaceShapes
 
 SCRATCH_BYTES = 256 << 20
 
@@ -123,6 +124,12 @@ def scratch_rows(T: int, K: int, H: int, max_bytes: int | None = None) -> int:
     """
     limit = SCRATCH_BYTES if max_bytes is None else min(SCRATCH_BYTES, max_bytes)
     return max(K, min(T * K, limit // (4 * H)))
+
+
+def cpu_shapes(size: ProblemSize, dtype: torch.dtype) -> WorkspaceShapes:
+    """The first workspace, of ``dtype``, holds scratch in fp32."""
+    rows, per_float = scratch_rows(size.M, size.topk, size.K), 4 // dtype.itemsize
+    return WorkspaceShapes((rows, size.K * per_float), (0,), (size.M, size.K))
 
 
 def _run_tokens(

@@ -13,22 +13,31 @@ from fusedmoe.quantization.formats.int4 import pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 
-def sort_columns(w: QuantizedTensor) -> bool:
-    """Sort the columns of act-order weights [e, N, K] into their groups; whether they lie so now.
+def order_by_group(w: QuantizedTensor) -> torch.Tensor | None:
+    """int64 [e, K]: the places of act-order columns [e, N, K] in the order of their groups.
 
-    False, and nothing changes, unless every expert's table gives every group as many columns, the
-    same ones in every shard. Waits for a GPU: it is for loading.
+    None unless every expert's table gives every group as many columns, the same ones in every
+    shard.
     """
     columns, index, scale = w.format.group.col, w.group_index, w.scale
     if index is None or scale is None or index.shape[-1] != columns * scale.shape[-1]:
-        return False
+        return None
     groups = groups_of(index[:, 0], columns)
     order = groups.argsort(dim=-1, stable=True)
     plain = torch.arange(index.shape[-1], device=index.device) // columns
-    if not (
-        torch.equal(index, index[:, :1].expand_as(index))
-        and torch.equal(groups.gather(-1, order), plain.expand(order.shape))
-    ):
+    alike = torch.equal(index, index[:, :1].expand_as(index))
+    whole = torch.equal(groups.gather(-1, order), plain.expand_as(order))
+    return order if alike and whole else None
+
+
+def sort_columns(w: QuantizedTensor) -> bool:
+    """Sort the columns of act-order weights [e, N, K] into their groups; whether they lie so now.
+
+    False, and nothing changes, where ``order_by_group`` is None. Waits for a GPU: it is for
+    loading.
+    """
+    order, index = order_by_group(w), w.group_index
+    if order is None or index is None:
         return False
     for expert in (index[:, 0] >= 0).any(-1).nonzero().flatten().tolist():
         _rearrange(w[expert], order[expert], ~columns_of(index[expert, 0])[order[expert]])
@@ -43,11 +52,14 @@ def unsort_columns(w: QuantizedTensor) -> None:
         _rearrange(w, places, places // w.format.group.col)
 
 
+def taken_columns(data: torch.Tensor, order: torch.Tensor, *, is_int4: bool) -> torch.Tensor:
+    """The numbers of one expert's weights [N, K] as they are stored, columns in ``order`` [K]."""
+    return pack_nibbles(unpack_nibbles(data)[:, order]) if is_int4 else data[:, order]
+
+
 def _rearrange(w: QuantizedTensor, order: torch.Tensor, index: torch.Tensor) -> None:
     """The columns [K] of an expert's weights in another order, with what ``index`` says of them."""
     assert w.group_index is not None
-    packed = w.format.element == "int4"
     with torch.inference_mode():  # where the weights may have been made
-        one = (unpack_nibbles(w.data) if packed else w.data)[:, order]
-        w.data.copy_(pack_nibbles(one) if packed else one)
+        w.data.copy_(taken_columns(w.data, order, is_int4=w.format.element == "int4"))
         w.group_index.copy_(index.expand_as(w.group_index))
