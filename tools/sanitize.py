@@ -175,6 +175,7 @@ def hopper() -> None:
         kinds: list[HopperTiles] = [
             decode_tiles_of(8, 64, 64),
             DecodeTiles(16, DecodeGemmTile(64, 128, 2), DecodeGemmTile(64, 128, 2)),
+            decode_tiles_of(8, 32, 256),
             decode_tiles_of(64, 128, 256),
             PrefillTiles(),
             PrefillTiles(stages=2, group=2),

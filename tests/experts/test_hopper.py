@@ -162,7 +162,7 @@ def desc(rows, columns):
 
 def build(kernel, types, constants, **options):
     names = kernel.arg_names
-    ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows", "me",
+    ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows", "me", "most",
             "timeout_us"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
     pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
@@ -189,12 +189,17 @@ sizes = {"H": 272, "I": 208}
 formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
 tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
-for stages in (2, tiles.up.stages):  # drawn, and dealt
-    build(hopper_decode.up_kernel, {"gate_desc": weights, "up_desc": weights},
-          sizes | formula | {"TILE": 64, "BN": 8, "BK": 128, "STAGES": stages, "GROUP": 4})
-    build(hopper_decode.down_kernel, {"desc": desc(tiles.down.rows, 128)},
-          sizes | {"TILE": tiles.down.rows, "BN": 8, "BK": 128, "STAGES": stages, "GROUP": 4,
-                   "UP_TILES": 4})
+for stages, rows, depth, drawn in (2, 64, 128, True), (6, 64, 128, False), (6, 32, 256, False):
+    box = desc(rows, depth)
+    build(hopper_decode.up_kernel, {"gate_desc": box, "up_desc": box},
+          sizes | formula | {"TILE": rows, "BN": 8, "BK": depth, "STAGES": stages, "GROUP": 4,
+                             "DRAWN": drawn, "COUNTED": drawn})
+step = {"TILE": tiles.down.rows, "BN": 8, "BK": 128}
+weights = {"desc": desc(tiles.down.rows, 128)}
+build(hopper_decode.down_kernel, weights,
+      sizes | step | {"STAGES": 2, "GROUP": 4, "UP_TILES": 4})
+for stages in (3, tiles.down.stages):
+    build(hopper_decode.dealt_kernel, weights, sizes | step | {"STAGES": stages})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
 build(hopper_direct.up_kernel,

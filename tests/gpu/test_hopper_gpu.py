@@ -16,6 +16,7 @@ from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.prepare_finalize.no_ep import MoEPrepareAndFinalizeNoDPEPModular
 from fusedmoe.selection import select
 from fusedmoe.tuning.hopper_tiles import (
+    DecodeGemmTile,
     DecodeTiles,
     DirectTiles,
     PrefillTiles,
@@ -71,6 +72,8 @@ LAYERS = {
 KINDS = {
     "narrow8": decode_tiles_of(8, 64, 128),
     "narrow16": decode_tiles_of(16, 64, 64),
+    "stacked": decode_tiles_of(8, 32, 128),
+    "stacked_drawn": DecodeTiles(16, DecodeGemmTile(32, 128, 2), DecodeGemmTile(128, 128, 2)),
     "wide8": decode_tiles_of(8, 128, 256),
     "wide32": decode_tiles_of(32, 128, 256),
     "wide64": decode_tiles_of(64, 128, 256),
@@ -174,10 +177,28 @@ def test_tasks_drawn_and_dealt_give_the_same_bits(counts):
     tiles = decode_tiles_of(16, 64, 64)
     expected = run(layer, tensors, tiles)
     assert_right(expected, layer, tensors)
-    for up, down in ((2, 2), (3, 3), (5, 3), (2, 5)):
+    for up, down in ((2, 2), (3, 3), (5, 3), (2, 5), (3, 6)):
         rings = replace(tiles.up, stages=up), replace(tiles.down, stages=down)
         for _ in range(5):
             assert run(layer, tensors, DecodeTiles(16, *rings)).equal(expected)
+
+
+@pytest.mark.parametrize("counts", SKEWED.values(), ids=SKEWED)
+@pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.RELU2_NO_MUL])
+def test_tiles_of_fewer_rows_give_the_same_bits(counts, activation):
+    """Gate above up in one product."""
+    layer = replace(
+        GPU, T=max(1, sum(counts)), K=1, E=8, H=1040, I=208, bias=True, activation=activation
+    )
+    tensors = layer.tensors()
+    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
+    tensors["topk_ids"].fill_(-1)
+    tensors["topk_ids"][: len(ids)] = ids[:, None]
+    tiles = decode_tiles_of(16, 64, 128)
+    expected = run(layer, tensors, tiles)
+    assert_right(expected, layer, tensors)
+    for up in (DecodeGemmTile(32, 256, 3), DecodeGemmTile(32, 128, 6), DecodeGemmTile(32, 128, 10)):
+        assert run(layer, tensors, replace(tiles, up=up)).equal(expected)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8])

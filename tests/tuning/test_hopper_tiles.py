@@ -139,8 +139,34 @@ def test_sums_are_one_pass_where_columns_come_out_even(H, passes):
 
 def test_tasks_are_drawn_where_rings_are_no_longer_than_they_are():
     """Qwen3.6's down has steps of 4 x 128 columns; where a ring of so many would hold little,
-    it stays as deep as it can be. Few tasks of the up kernel are dealt."""
-    assert decode_tiles(512, 256, 2048, 512).down.stages == 4
-    assert decode_tiles(64, 128, 2048, 96).down.stages > 1
+    it stays as deep as it can be, and tasks are dealt. Few tasks of the up kernel are dealt."""
+    drawn = decode_tiles(512, 256, 2048, 512)
+    assert drawn.down.stages == 4
+    assert not drawn.down.outlasts(512)
+    for R, I in itertools.product((32, 64, 128), (96, 192, 256, 384, 768)):  # noqa: E741
+        dealt = I in (96, 192, 384) or (R, I) == (32, 256)
+        assert decode_tiles(R, 128, 2048, I).down.outlasts(I) == dealt
     assert decode_tiles(2048, 128, 2880, 2880).draws_up
     assert not decode_tiles(128, 8, 4096, 14336).draws_up
+
+
+@pytest.mark.parametrize(
+    ("T", "I", "up", "down"),
+    [
+        (2, 96, 32, 128),  # 128 tasks of 256 rows for 132 programs
+        (4, 96, 32, 256),
+        (8, 96, 32, 256),
+        (16, 96, 64, 256),
+        (8, 192, 32, 256),
+        (16, 192, 64, 256),
+        (4, 256, 32, 256),
+        (8, 256, 64, 256),
+        (4, 384, 32, 128),
+        (8, 384, 64, 128),
+        (4, 768, 64, 128),
+    ],
+)
+def test_few_tasks_of_narrow_experts_come_out_even(T, I, up, down):  # noqa: E741
+    tiles = decode_tiles(8 * T, 128, 2048, I)
+    assert (tiles.up.rows, tiles.down.rows) == (up, down)
+    assert tiles.up.depth * tiles.up.rows == 64 * 128

@@ -26,11 +26,15 @@ class DecodeGemmTile:
     stages: int
     warps: int = 4
 
+    def outlasts(self, columns: int) -> bool:
+        """Whether the ring holds more than one task of so many columns."""
+        return self.stages > -(-columns // self.depth)
+
 
 @dataclass(frozen=True)
 class DecodeTiles:
     """``block`` slots share one pass over an expert's weights; ``draws_up``: the up kernel's
-    programs draw their tasks, as the down kernel's always do."""
+    programs draw their tasks, as those of the down kernel do unless its ring outlasts a task."""
 
     block: int
     up: DecodeGemmTile
@@ -48,10 +52,9 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
     mean = R / num_local
     wanted = mean + 2.8 * mean**0.5  # 16 for a mean of 8
     block = next((block for block in (8, 16, 32) if wanted <= block), 64)
+    blocks = min(R, num_local)
     if mean < 3:
-        tasks = min(R, num_local) * -(-H // 128)
-        down_rows = 64 if 2 * tasks <= HOPPER_PROGRAMS else 128
-        return _drawn(decode_tiles_of(block, 64, down_rows), min(R, num_local), H, I)
+        return _tiles_of_few(block, blocks, H, I)
 
     def cost(width: int, rows: int, weight_rows: int) -> float:
         rounds = -(-num_local * -(-width // rows) // HOPPER_PROGRAMS)
@@ -59,15 +62,35 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
         short = 0.06 if weight_rows == 64 else 0.0
         return rounds * rows * (1 + short + 0.7 * max(0.0, block / weight_rows - 0.25))
 
-    up = min((128, 64), key=lambda rows: cost(I, rows, 2 * rows))
+    up = min((128, 64) if I >= 128 else (64,), key=lambda rows: cost(I, rows, 2 * rows))
     # Of equals the largest, but where it has one round of tasks: a block more would make it two.
     one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
     down = (128, 256, 64) if one_round else (256, 128, 64)
     tiles = decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
-    return _drawn(tiles, min(R, num_local), H, I)
+    return _drawn(tiles, blocks, H, I)
 
 
-def _drawn(tiles: DecodeTiles, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
+def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
+    """Tiles where hardly a block is full. Up to one and a half tasks of 64 rows of gate and of up
+    for each program, those of 32 come out more even. Down's tasks of a step or two are as large as
+    can be, but where that leaves programs without one; those of few tokens, or that bring little,
+    are dealt."""
+    few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_PROGRAMS
+    large = decode_tiles_of(block, 32 if few else 64, 256)
+    if large.down.outlasts(I) and blocks * -(-H // 256) >= HOPPER_PROGRAMS:
+        little = I * large.down.rows * ELEMENT_BYTES < LEAST_RING_BYTES
+        return _drawn(large, blocks, H, I, draws_down=not (few or little))
+    down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_PROGRAMS else 128
+    return _drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
+
+
+def _drawn(
+    tiles: DecodeTiles,
+    blocks: int,
+    H: int,
+    I: int,  # noqa: E741
+    draws_down: bool = True,
+) -> DecodeTiles:
     """Rings no longer than a task, so that tasks can be drawn, but where too little of the weights
     would be on its way. The up kernel's tasks are drawn where they are many: there programs come
     so far apart that few read the same rows, elsewhere a task more at the end costs more."""
@@ -78,24 +101,28 @@ def _drawn(tiles: DecodeTiles, blocks: int, H: int, I: int) -> DecodeTiles:  # n
         return replace(tile, stages=min(tile.stages, steps)) if enough else tile
 
     rounds = blocks * -(-I // tiles.up.rows) / HOPPER_PROGRAMS
-    up, down = within(tiles.up, H, 2), within(tiles.down, I, 1)
+    up, down = within(tiles.up, H, 2), within(tiles.down, I, 1) if draws_down else tiles.down
     return DecodeTiles(tiles.block, up, down, rounds > MAX_DEALT_ROUNDS)
 
 
 def decode_tiles_of(block: int, up_rows: int, down_rows: int) -> DecodeTiles:
-    """Rings as deep as a multiprocessor holds, for tiles of so many weight rows."""
+    """Rings as deep as a multiprocessor holds, for tiles of so many weight rows. Steps of half as
+    many are twice as long: a step takes half a microsecond whatever it brings."""
+
+    def ring(rows: int, count: int, warps: int) -> DecodeGemmTile:
+        depth = 256 if rows == 32 else 128
+        return DecodeGemmTile(rows, depth, deepest_ring(rows, count, block, depth), warps)
+
     return DecodeTiles(
         block,
-        DecodeGemmTile(up_rows, 128, deepest_ring(up_rows, 2, block), 8 if up_rows == 128 else 4),
-        DecodeGemmTile(
-            down_rows, 128, deepest_ring(down_rows, 1, block), 8 if down_rows == 256 else 4
-        ),
+        ring(up_rows, 2, 8 if up_rows == 128 else 4),
+        ring(down_rows, 1, 8 if down_rows == 256 else 4),
     )
 
 
-def deepest_ring(rows: int, tiles: int, block: int) -> int:
-    """How many stages of 128 columns fit beside the buffer of the transposed store."""
-    stage = (tiles * rows + block) * 128 * ELEMENT_BYTES
+def deepest_ring(rows: int, tiles: int, block: int, depth: int = 128) -> int:
+    """How many stages of ``depth`` columns fit beside the buffer of the transposed store."""
+    stage = (tiles * rows + block) * depth * ELEMENT_BYTES
     return (SHARED_BYTES - rows * block * ELEMENT_BYTES - 512) // stage
 
 

@@ -126,14 +126,18 @@ def slots_of(block, sorted_ptr, BN: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def issue_tiles(descs, rings, rows, bars, stage, k):
-    """One step's TMA tiles, [TILE, BK] each; they and the arrivals of others open the barrier."""
+def issue_tiles(descs, ring, rows, bars, stage, k):
+    """One step's TMA tiles, one below the other in the ring; they and the arrivals of others open
+    the barrier."""
     bar = bars.index(stage)
-    TILE: gl.constexpr = rings[0].shape[1]
-    BK: gl.constexpr = rings[0].shape[2]
-    mbarrier.expect(bar, len(rings) * TILE * BK * 2)
-    for i in gl.static_range(len(rings)):
-        tma_load(descs[i], [rows[i], k], bar, rings[i].index(stage))
+    TILE: gl.constexpr = ring.shape[1] // len(descs)
+    BK: gl.constexpr = ring.shape[2]
+    mbarrier.expect(bar, len(descs) * TILE * BK * 2)
+    for i in gl.static_range(len(descs)):
+        to = ring.index(stage)
+        if len(descs) > 1:
+            to = to.slice(i * TILE, TILE, 0)
+        tma_load(descs[i], [rows[i], k], bar, to)
 
 
 @gluon.jit
@@ -164,6 +168,18 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
         stage = 0
         phase ^= 1
     return stage, phase
+
+
+@gluon.jit
+def upper_and_lower(acc):
+    """The two halves of the rows of acc."""
+    TILE: gl.constexpr = acc.shape[0] // 2
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, N, 2], [32, 1, 1], [gl.num_warps(), 1, 1], [2, 1, 0]
+    )
+    pairs = gl.permute(gl.reshape(acc, [2, TILE, N]), [1, 2, 0])
+    return gl.split(gl.convert_layout(pairs, layout))
 
 
 @gluon.jit

@@ -7,16 +7,19 @@ is consumed, whichever tile either belongs to. Token rows are gathered by cp.asy
 barrier.
 
 up_kernel    grid (programs,): x [T, H], w1 -> act [R, I], row = slot. Two weight tiles per step:
-             gate and up (or, without a gate, two neighbouring tiles).
+             gate and up (or, without a gate, two neighbouring tiles); two of 32 rows are the M
+             side of one product.
 down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins wherever a program
              of up_kernel has ended (programmatic dependent launch), and waits for a block's rows of
              act alone, whose tiles are counted: weights depend on nothing.
+dealt_kernel the same where a ring holds more than a task: it waits for all of up_kernel, which then
+             counts nothing.
 sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order; y may
              be undefined afterwards (``discarded``).
 
 A task is (block, tile of weight rows), an expert's blocks side by side (``find_task``): all but one
 find its weights in the L2. Tasks of down_kernel are drawn from a counter, those of up_kernel where
-there are many; others, and all where a ring is longer than a task, go round robin. Slots without an
+there are many; others, and those whose ring holds more than one, go round robin. Slots without an
 expert belong to no block, and their rows of act and y are neither written nor read.
 """
 
@@ -26,9 +29,10 @@ import triton.language as tl
 
 from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
-from fusedmoe.kernels.hopper_decode import decode_counters
+from fusedmoe.kernels.hopper_decode import decode_counters, decode_table
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
+from fusedmoe.kernels.triton.hopper_decode_dealt import dealt_kernel
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
@@ -89,6 +93,7 @@ GROUP = 8  # of one expert's blocks, that share its weights
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+_launch_dealt = HopperLauncher(dealt_kernel)
 _launch_sum = Launcher(sum_kernel, chained=True)
 
 
@@ -128,27 +133,35 @@ def decode_gemms(
     R = y.shape[0]
     sorted_ids, expert_ids, num_post = tables
     counters = decode_counters(sorted_ids, R, tiles.block, e)
+    deals = tiles.down.outlasts(I)
+    most = max(1, decode_table(R, tiles.block, e)[0] // tiles.block)
     tile = (tiles.up.rows, tiles.up.depth)
     gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
     _launch_up(
         programs,
         (gate, up),
         (w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
-        (x.stride(0), R, e, desc_rows, activation.limit, activation.alpha, activation.beta),
+        (x.stride(0), R, e, most, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
-            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP, tiles.draws_up,
+            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP,
+            tiles.draws_up, not deals,
         ),
         num_warps=tiles.up.warps,
     )  # fmt: skip
-    _launch_down(
-        programs,
-        (matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth)),),
-        (w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
-        (R, e),
-        (
-            H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages, GROUP,
-            -(-I // (tiles.up.rows * (1 if activation.gated else 2))),
-        ),
-        num_warps=tiles.down.warps,
-    )  # fmt: skip
+    matrix = matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth))
+    sizes = (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages)
+    if deals:
+        tensors = (w2_bias, act, y, expert_ids, sorted_ids, num_post)
+        numbers = (R, e, most)
+        _launch_dealt(programs, (matrix,), tensors, numbers, sizes, num_warps=tiles.down.warps)
+    else:
+        up_tiles = -(-I // (tiles.up.rows * (1 if activation.gated else 2)))
+        _launch_down(
+            programs,
+            (matrix,),
+            (w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
+            (R, e, most),
+            (*sizes, GROUP, up_tiles),
+            num_warps=tiles.down.warps,
+        )

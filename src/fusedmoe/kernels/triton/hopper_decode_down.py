@@ -16,7 +16,6 @@ from fusedmoe.kernels.triton.hopper_common import (
     issue_tiles,
     load_bias,
     next_stage,
-    next_step,
     open_barriers,
     rows_layout,
     slots_of,
@@ -24,7 +23,7 @@ from fusedmoe.kernels.triton.hopper_common import (
 )
 from fusedmoe.kernels.triton.hopper_decode_steps import find_task, follow_step, wait_for_tiles
 
-UNSPECIALIZED = ("R", "num_local")
+UNSPECIALIZED = ("R", "num_local", "most")
 
 
 @gluon.jit
@@ -38,13 +37,12 @@ def find_down(
     BN: gl.constexpr,
     TILES: gl.constexpr,
     GROUP: gl.constexpr,
-    TOGETHER: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """(rows of act [BN], which of them live, block, column tile, expert) of a task."""
     R, num_local = sizes
     block, tile, expert, slots = find_task(
-        task, blocks, tables, num_local, BN, TILES, GROUP, TOGETHER, LAYOUT
+        task, blocks, tables, num_local, BN, TILES, GROUP, True, LAYOUT
     )
     live = (slots >= 0) & (slots < R)
     x_rows = act_ptr + gl.where(live, slots, 0).to(gl.int64) * I
@@ -63,6 +61,7 @@ def down_kernel(
     counters_ptr,
     R,
     num_local,
+    most,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     TILE: gl.constexpr,
@@ -72,12 +71,13 @@ def down_kernel(
     GROUP: gl.constexpr,
     UP_TILES: gl.constexpr,
 ):
-    """UP_TILES: of act, that a block has."""
+    """most: how many blocks the tables have room for; those that are not there say -1. UP_TILES:
+    of act, that a block has. A ring holds no more than one task."""
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + TILE - 1) // TILE
-    ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
+    gl.static_assert(STAGES <= KSTEPS)
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
@@ -86,44 +86,31 @@ def down_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], x_shared)
     bars = open_barriers(STAGES, 32 * WARPS)
 
-    # The tables were complete before up_kernel let this launch begin.
-    blocks = gl.load(num_post_ptr, cache_modifier=".cg") // BN
-    tasks = blocks * TILES
+    # The tables were complete before up_kernel let this launch begin. How many tasks they have is
+    # asked for at once with the first: a place behind the last says -1.
+    padded = gl.load(num_post_ptr, cache_modifier=".cg")
     first = gl.program_id(0)
-    programs = gl.num_programs(0)
     tables = (expert_ids_ptr, sorted_ptr)
     sizes = (R, num_local)
-
-    no_rows = act_ptr + gl.zeros([BN], gl.int64, rows)
-    dead = (no_rows, gl.zeros([BN], gl.int1, rows), first, first, first)
-    ahead = first
-    ahead_k = 0
-    state = dead
-    for stage in range(STAGES):
-        if ahead < tasks:
-            if ahead_k == 0:
-                state = find_down(
-                    ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
-                )
+    task = gl.minimum(first, most * TILES - 1)
+    state = find_down(task, act_ptr, most, tables, sizes, I, BN, TILES, GROUP, rows)
+    tasks = padded // BN * TILES
+    if first < tasks:
+        for stage in range(STAGES):
             row = state[4] * H + state[3] * TILE
-            issue_tiles((desc,), (ring,), (row,), bars, stage, ahead_k * BK)
-        ahead, ahead_k = next_step(ahead, ahead_k, programs, KSTEPS)
+            issue_tiles((desc,), ring, (row,), bars, stage, stage * BK)
 
     gdc_launch_dependents()
     ahead = first
     ahead_k = 0
     drawn = first
-    state = dead
+    if first < tasks:
+        wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
     for stage in range(STAGES):
-        if ahead < tasks:
-            if ahead_k == 0:
-                state = find_down(
-                    ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
-                )
-                wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
-            issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, I)
+        if first < tasks:
+            issue_rows(state[0], state[1], x_ring, bars, stage, stage * BK, I)
         ahead, ahead_k, drawn = follow_step(
-            ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, ONE_AHEAD
+            ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, True
         )
 
     stage = 0
@@ -131,14 +118,8 @@ def down_kernel(
     task = first
     number = first
     while task < tasks:
-        if ONE_AHEAD:
-            block, tile, expert = state[2], state[3], state[4]
-            slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
-        else:
-            block, tile, expert, slots = find_task(
-                task, blocks, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
-                gl.SliceLayout(0, stored),
-            )  # fmt: skip
+        block, tile, expert = state[2], state[3], state[4]
+        slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
         column = tile * TILE
         acc = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
@@ -152,15 +133,15 @@ def down_kernel(
             if ahead < tasks:
                 if ahead_k == 0:
                     state = find_down(
-                        ahead, act_ptr, blocks, tables, sizes, I, BN, TILES, GROUP, ONE_AHEAD, rows
+                        ahead, act_ptr, most, tables, sizes, I, BN, TILES, GROUP, rows
                     )
                 row = state[4] * H + state[3] * TILE
-                issue_tiles((desc,), (ring,), (row,), bars, stage, ahead_k * BK)
+                issue_tiles((desc,), ring, (row,), bars, stage, ahead_k * BK)
                 if ahead_k == 0:
                     wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
                 issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, I)
             ahead, ahead_k, drawn = follow_step(
-                ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, ONE_AHEAD
+                ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, True
             )
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -168,6 +149,6 @@ def down_kernel(
             at = bias_ptr + expert.to(gl.int64) * H + column
             acc += load_bias(at, 1, H - column, TILE, acc_layout)
         store_columns(out_ptr, acc, slots, R, column, H, stored)
-        task = number if ONE_AHEAD else task + programs
+        task = number
     # Nothing of up_kernel runs any more when this launch has ended.
     gdc_wait()

@@ -47,7 +47,8 @@ def find_task(
 ):
     """(block, column tile, expert, slots [BN] in LAYOUT) of a task: groups of GROUP blocks or,
     TOGETHER, block by block, but those of one expert in a window of GROUP places side by side. Few
-    blocks have such a neighbour, so their slots are asked for at once with what tells."""
+    blocks have such a neighbour, so their slots are asked for at once with what tells. ``blocks``
+    may then count places whose expert is -1."""
     experts_ptr, sorted_ptr = tables
     if TOGETHER:
         block = task // TILES

@@ -22,10 +22,35 @@ from fusedmoe.kernels.triton.hopper_common import (
     rows_layout,
     slots_of,
     store_columns,
+    upper_and_lower,
 )
 from fusedmoe.kernels.triton.hopper_decode_steps import count_tile, find_task, follow_step
 
-UNSPECIALIZED = ("R", "num_local", "desc_rows")
+UNSPECIALIZED = ("R", "num_local", "most", "desc_rows")
+
+
+@gluon.jit
+def find_up(
+    task,
+    blocks,
+    x,
+    tables,
+    sizes,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    PICKS: gl.constexpr,
+    TILES: gl.constexpr,
+    GROUP: gl.constexpr,
+    TOGETHER: gl.constexpr,
+):
+    """(rows of x [BN], which of them live, block, column tile, expert) of a task."""
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, gl.num_warps()))
+    block, tile, expert, slots = find_task(
+        task, blocks, tables, sizes[1], BN, TILES, GROUP, TOGETHER, layout
+    )
+    live = (slots >= 0) & (slots < sizes[0])
+    x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
+    return x_rows, live, block, tile, expert
 
 
 @gluon.jit
@@ -33,6 +58,7 @@ def load_up(
     task,
     k,
     tasks,
+    blocks,
     state,
     stage,
     buffers,
@@ -47,31 +73,55 @@ def load_up(
     BELOW: gl.constexpr,
     GROUP: gl.constexpr,
     TOGETHER: gl.constexpr,
+    FOUND: gl.constexpr,
 ):
     """Load step k of a task of up_kernel, if there is such a task.
 
-    state: (rows of x [BN], which of them live, block, column tile, expert, number) of the task,
-    found anew where k == 0.
+    state: what ``find_up`` says of it and its number, found anew where k == 0 unless FOUND.
     """
-    rings, x_ring, bars = buffers
-    R, num_local, desc_rows = sizes
+    ring, x_ring, bars = buffers
     BN: gl.constexpr = x_ring.shape[1]
     BK: gl.constexpr = x_ring.shape[2]
-    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, gl.num_warps()))
     x_rows, live, block, tile, expert, number = state
     if k == 0:
         number = task
     if task < tasks:
-        if k == 0:
-            block, tile, expert, slots = find_task(
-                task, tasks // TILES, tables, num_local, BN, TILES, GROUP, TOGETHER, layout
-            )
-            live = (slots >= 0) & (slots < R)
-            x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
-        row = expert * desc_rows + tile * WIDE
-        issue_tiles(descs, rings, (row, row + BELOW), bars, stage, k * BK)
+        if not FOUND:  # noqa: SIM102 (Triton does not short-circuit)
+            if k == 0:
+                x_rows, live, block, tile, expert = find_up(
+                    task, blocks, x, tables, sizes, BN, BK, PICKS, TILES, GROUP, TOGETHER
+                )
+        row = expert * sizes[2] + tile * WIDE
+        issue_tiles(descs, ring, (row, row + BELOW), bars, stage, k * BK)
         issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
     return x_rows, live, block, tile, expert, number
+
+
+@gluon.jit
+def store_up(
+    out_ptr, bias_ptr, gate, up, slots, R, column, expert, numbers,
+    I: gl.constexpr,  # noqa: E741
+    FORMULA: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Biases, activation and store of a task; numbers: (limit, alpha, beta)."""
+    if bias_ptr is not None:
+        TILE: gl.constexpr = gate.shape[0]
+        layout: gl.constexpr = gate.type.layout
+        STEP: gl.constexpr = 2 if INTERLEAVED else 1
+        BELOW: gl.constexpr = 0 if GATED else TILE
+        TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
+        at = bias_ptr + expert.to(gl.int64) * (2 * I if GATED else I) + column * STEP
+        gate += load_bias(at, STEP, I - column, TILE, layout)
+        up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
+    if GATED:
+        act = hopper_activation(FORMULA, gate, up, numbers[0], numbers[1], numbers[2])
+        store_columns(out_ptr, act, slots, R, column, I, LAYOUT)
+    else:
+        act = plain_activation(FORMULA, gate)
+        store_columns(out_ptr, act, slots, R, column, I, LAYOUT)
+        act = plain_activation(FORMULA, up)
+        store_columns(out_ptr, act, slots, R, column + TILE, I, LAYOUT)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -88,6 +138,7 @@ def up_kernel(
     stride_x,
     R,
     num_local,
+    most,
     desc_rows,
     limit,
     alpha,
@@ -104,8 +155,10 @@ def up_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     DRAWN: gl.constexpr,
+    COUNTED: gl.constexpr,
 ):
     """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
+    most: how many blocks the tables have room for; those that are not there say -1.
 
     Without a gate both descriptors are w1's and the second tile lies TILE rows below the first.
     """
@@ -115,41 +168,44 @@ def up_kernel(
     WIDE: gl.constexpr = TILE if GATED else 2 * TILE
     BELOW: gl.constexpr = 0 if GATED else TILE
     TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    STACKED: gl.constexpr = TILE < 64
+    FIRST: gl.constexpr = 2 * TILE if STACKED else TILE
     ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)
-    gate_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], gate_desc.layout)
-    up_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], up_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE, BK], gate_desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], x_shared)
     bars = open_barriers(STAGES, 32 * WARPS)
 
     gdc_wait()
     gdc_launch_dependents()
-    tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
+    padded = gl.load(num_post_ptr, cache_modifier=".cg")
     first = gl.program_id(0)
-    buffers = ((gate_ring, up_ring), x_ring, bars)
+    buffers = (ring, x_ring, bars)
     descs = (gate_desc, up_desc)
     x = (x_ptr, stride_x)
     tables = (expert_ids_ptr, sorted_ptr)
     sizes = (R, num_local, desc_rows)
 
+    if ONE_AHEAD:
+        # Asked for at once with how many tasks there are: a place behind the last says -1.
+        task = gl.minimum(first, most * TILES - 1)
+        found = find_up(task, most, x, tables, sizes, BN, BK, PICKS, TILES, GROUP, True)
+    else:
+        no_rows = x_ptr + gl.zeros([BN], gl.int64, rows)
+        found = (no_rows, gl.zeros([BN], gl.int1, rows), first, first, first)
+    tasks = padded // BN * TILES
+    blocks = most if ONE_AHEAD else padded // BN
+    state = (found[0], found[1], found[2], found[3], found[4], first)
     ahead = first
     ahead_k = 0
     drawn = first
-    state = (
-        x_ptr + gl.zeros([BN], gl.int64, rows),
-        gl.zeros([BN], gl.int1, rows),
-        first,
-        first,
-        first,
-        first,
-    )
     for stage in range(STAGES):
         state = load_up(
-            ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-            H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD,
+            ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, sizes,
+            H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD, ONE_AHEAD,
         )  # fmt: skip
         ahead, ahead_k, drawn = follow_step(
             ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
@@ -164,41 +220,39 @@ def up_kernel(
             slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
         else:
             block, tile, expert, slots = find_task(
-                task, tasks // TILES, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
+                task, blocks, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
                 gl.SliceLayout(0, stored),
             )  # fmt: skip
         column = tile * WIDE
-        gate = gl.zeros([TILE, BN], gl.float32, acc_layout)
+        gate = gl.zeros([FIRST, BN], gl.float32, acc_layout)
         up = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
             mbarrier.wait(bars.index(stage), phase)
             x_tile = x_ring.index(stage).permute((1, 0))
-            gate = warpgroup_mma(gate_ring.index(stage), x_tile, gate, is_async=True)
-            up = warpgroup_mma(up_ring.index(stage), x_tile, up, is_async=True)
-            gate, up = warpgroup_mma_wait(0, deps=(gate, up))
+            if STACKED:
+                gate = warpgroup_mma(ring.index(stage), x_tile, gate, is_async=True)
+                gate = warpgroup_mma_wait(0, deps=(gate,))
+            else:
+                both = ring.index(stage)
+                gate = warpgroup_mma(both.slice(0, TILE, 0), x_tile, gate, is_async=True)
+                up = warpgroup_mma(both.slice(TILE, TILE, 0), x_tile, up, is_async=True)
+                gate, up = warpgroup_mma_wait(0, deps=(gate, up))
             barrier()
             state = load_up(
-                ahead, ahead_k, tasks, state, stage, buffers, descs, x, tables, sizes,
-                H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD,
+                ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, sizes,
+                H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD, False,
             )  # fmt: skip
             ahead, ahead_k, drawn = follow_step(
                 ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
             )
             stage, phase = next_stage(stage, phase, STAGES)
 
-        if bias_ptr is not None:
-            STEP: gl.constexpr = 2 if INTERLEAVED else 1
-            TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
-            at = bias_ptr + expert.to(gl.int64) * (2 * I if GATED else I) + column * STEP
-            gate += load_bias(at, STEP, I - column, TILE, acc_layout)
-            up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, acc_layout)
-        if GATED:
-            act = hopper_activation(FORMULA, gate, up, limit, alpha, beta)
-            store_columns(out_ptr, act, slots, R, column, I, stored)
-        else:
-            act = plain_activation(FORMULA, gate)
-            store_columns(out_ptr, act, slots, R, column, I, stored)
-            act = plain_activation(FORMULA, up)
-            store_columns(out_ptr, act, slots, R, column + TILE, I, stored)
-        count_tile(counters_ptr, block)
+        if STACKED:
+            gate, up = upper_and_lower(gate)
+        store_up(
+            out_ptr, bias_ptr, gate, up, slots, R, column, expert, (limit, alpha, beta),
+            I, FORMULA, GATED, INTERLEAVED, stored,
+        )  # fmt: skip
+        if COUNTED:
+            count_tile(counters_ptr, block)
         task = state[5] if ONE_AHEAD else task + gl.num_programs(0)

@@ -7,7 +7,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.gluon_names import tma_load
-from fusedmoe.kernels.triton.hopper_common import hopper_activation, load_bias, next_stage
+from fusedmoe.kernels.triton.hopper_common import (
+    hopper_activation,
+    load_bias,
+    next_stage,
+    upper_and_lower,
+)
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
     bytes_of,
@@ -71,18 +76,6 @@ def up_producer(
                 tma_load(descs[2], [0, k * BK], bar, x_stage)
             stage, phase = next_stage(stage, phase, STAGES)
         task = live_task(task + programs, tasks, experts, programs, TILES)
-
-
-@gluon.jit
-def upper_and_lower(acc):
-    """The two halves of the rows of acc."""
-    TILE: gl.constexpr = acc.shape[0] // 2
-    N: gl.constexpr = acc.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, N, 2], [32, 1, 1], [gl.num_warps(), 1, 1], [2, 1, 0]
-    )
-    pairs = gl.permute(gl.reshape(acc, [2, TILE, N]), [1, 2, 0])
-    return gl.split(gl.convert_layout(pairs, layout))
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
+from fusedmoe.kernels.triton.hopper_common import upper_and_lower
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
     live_task,
@@ -12,7 +13,7 @@ from fusedmoe.kernels.triton.hopper_direct_common import (
     open_ring,
     pick_out,
 )
-from fusedmoe.kernels.triton.hopper_direct_up import finish_slot, up_producer, upper_and_lower
+from fusedmoe.kernels.triton.hopper_direct_up import finish_slot, up_producer
 from fusedmoe.kernels.triton.hopper_w8a8_direct_common import (
     allocate_rows,
     bring_rows,
