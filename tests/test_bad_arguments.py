@@ -11,6 +11,7 @@ from torch import nn
 
 import fusedmoe
 from fusedmoe import FusedMoE, MoEOptions
+from fusedmoe.integrations import megatron
 from fusedmoe.quantization.formats import format_named, quantize
 
 E, K, H, I = 8, 2, 64, 96  # noqa: E741
@@ -32,11 +33,26 @@ def experts(**changes: object) -> torch.Tensor:
 IDS = torch.randint(0, E, (5, K))
 
 
-def quantized_experts(device: str) -> torch.Tensor:
+def quantized_experts(device: str = "cpu", w2_bias: torch.Tensor | None = None) -> torch.Tensor:
     """With the scales of w2 on ``device``."""
     w1, w2 = (quantize(torch.randn(E, *s), format_named("int8")) for s in ((2 * I, H), (H, I)))
-    config = fusedmoe.int8_w8a16_moe_quant_config(w1.scale, w2.scale.to(device))
+    config = fusedmoe.gptq_marlin_moe_quant_config(
+        w1.scale, w2.scale.to(device), 8, -1, w2_bias=w2_bias
+    )
     return experts(w1=w1.data, w2=w2.data, quant_config=config)
+
+
+def nvfp4_config(gscale: torch.Tensor) -> object:
+    scales = [torch.ones(E, n, 4).to(torch.float8_e4m3fn) for n in (2 * I, H)]
+    return fusedmoe.nvfp4_moe_quant_config(torch.ones(E), torch.ones(E), gscale, gscale, *scales)
+
+
+def grouped_product(C: torch.Tensor) -> None:
+    valid = torch.tensor([5], dtype=torch.int32)
+    table = megatron._moe_align_block_size_cuda_graphable(IDS, 16, E, 0, valid)
+    A, B = torch.randn(5, H), torch.randn(E, I, H)
+    config = megatron._get_default_config(5, E, K)
+    megatron._invoke_fused_moe_kernel(A, B, C, None, *table, False, K, config, 4)
 
 
 def unpermute(
@@ -120,6 +136,20 @@ CALLS = {
         "expert_map is on meta, topk_ids on cpu",
     ),
     "scales elsewhere": (partial(quantized_experts, device="meta"), "w2's scale is on meta"),
+    "biases of other sizes": (
+        partial(quantized_experts, w2_bias=torch.zeros(0, H)),
+        r"w2_bias is \(0, 64\), expected \(8, 64\)",
+    ),
+    "global scales of other experts": (
+        partial(nvfp4_config, gscale=torch.ones(3)),
+        r"scales \(8,\) and global scales of activations \(3,\)",
+    ),
+    "no global scale": (
+        partial(nvfp4_config, gscale=torch.ones(0)),
+        r"or \[e\], got none",
+    ),
+    "a product into a scalar": (partial(grouped_product, C=torch.zeros(())), r"\[R, N\] or"),
+    "a product into nothing": (partial(grouped_product, C=torch.zeros(10, 0)), r"\(10, 0\)"),
     "logits elsewhere": (
         lambda: layer()(torch.randn(5, H), torch.empty(5, E, device="meta")),
         "router_logits are on meta, tokens on cpu",

@@ -145,3 +145,10 @@ def test_arguments_that_disagree_are_named(broken):
 def test_alignment_with_blocks_of_one_is_the_permutation():
     ids = torch.tensor([[2, 0], [1, 2]])
     assert align.moe_align_block_size(ids, 1, 3).sorted_ids.tolist() == [1, 2, 0, 3]
+
+
+def test_offsets_beyond_the_rows_read_none_of_them(bodies):
+    rows, out = torch.ones(4, 40), torch.full((1, 40), NAN)
+    index = torch.tensor([3, 5], dtype=torch.int32)
+    moe_unpermute(out, rows[:4], torch.ones(1, 2), index, torch.tensor([0, 6]))
+    assert torch.equal(out, torch.ones(1, 40))

@@ -27,6 +27,9 @@ def quantized_fused_experts(call: ExpertsCall, quant_config: FusedMoEQuantConfig
             f"w1 {list(first.shape)} and w2 {list(second.shape)} (unpacked) with "
             f"{activation.value} do not go with hidden_states {list(x.shape)}"
         )
+    for name, bias, rows in (("w1_bias", call.w1_bias, N), ("w2_bias", call.w2_bias, H)):
+        if bias is not None and bias.shape != (e, rows):
+            raise ValueError(f"{name} is {tuple(bias.shape)}, expected {(e, rows)}")
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     selection = selection_for(

@@ -10,6 +10,7 @@ T = max_tokens, K picks, e experts of this rank, H hidden, I intermediate, R = T
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Any
 
@@ -203,6 +204,8 @@ def _invoke_fused_moe_kernel(
     ``config`` has the keys of ``_get_default_config``. Raises ValueError where shapes or dtypes
     disagree, or ``config`` lacks a key.
     """
+    if C.dim() < 2:
+        raise ValueError(f"C must be [R, N] or [T, K, N], got {tuple(C.shape)}")
     weights = None
     if mul_routed_weight:
         if topk_weights is None:
@@ -211,7 +214,7 @@ def _invoke_fused_moe_kernel(
     bounded_gemm(
         A,
         B,
-        C.view(-1, C.shape[-1]),
+        C.view(math.prod(C.shape[:-1]), C.shape[-1]),
         MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_padded),
         _tile_config(config),
         top_k=top_k,

@@ -173,7 +173,7 @@ def unpermute_reference(
     """The definition, in plain torch."""
     T, K = topk_weights.shape
     wide = torch.promote_types(permuted.dtype, torch.float32)
-    rows = permuted.shape[0] if offsets is None else int(offsets[-1])
+    rows = permuted.shape[0] if offsets is None else min(int(offsets[-1]), permuted.shape[0])
     live = ((inverse >= 0) & (inverse < rows)).view(T, K)
     index = inverse.long().clamp(0, max(rows - 1, 0)).view(T, K)
     total = torch.zeros(out.shape, dtype=wide, device=out.device)

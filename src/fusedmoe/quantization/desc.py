@@ -128,6 +128,8 @@ def activation_desc(
         return FusedMoEQuantDesc(scale=scale, alpha_or_gscale=gscale)
     is_mx = str(dtype).startswith("mx")
     if dtype == "nvfp4" and scale is None and gscale is not None:
+        if not gscale.numel():
+            raise ValueError("an activation's global scale is [1] or [e], got none")
         scale = gscale.amin().reciprocal().reshape(1)
     return FusedMoEQuantDesc(
         dtype=dtype,
@@ -172,6 +174,11 @@ def weight_desc(
         if alphas is None:
             raise ValueError(f"{name}: {dtype} weights need second scales, found none")
         if gscale is not None:
+            if alphas.dim() < 1 or gscale.numel() not in (1, alphas.shape[0]):
+                raise ValueError(
+                    f"{name}: second scales {tuple(alphas.shape)} and global scales of activations "
+                    f"{tuple(gscale.shape)} are not of as many experts"
+                )
             alphas = alphas * gscale.reshape(-1, *(1,) * (alphas.dim() - 1))
         scale2 = alphas.float()
     return FusedMoEQuantDesc(

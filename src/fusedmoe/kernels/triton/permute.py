@@ -86,7 +86,7 @@ def unpermute_kernel(
     inside = column < H
     valid = num_rows
     if offsets_ptr is not None:
-        valid = tl.load(offsets_ptr + e).to(tl.int32)
+        valid = tl.minimum(tl.load(offsets_ptr + e), num_rows).to(tl.int32)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     for pick in range(0, K):
         row = tl.load(inverse_ptr + token * K + pick)
