@@ -191,6 +191,7 @@ class FusedMoEParallelConfig:
 
     @classmethod
     def make_no_parallel(cls) -> FusedMoEParallelConfig:
+        """One rank."""
         return cls(1, 1, 1, 1, 0, 0, 0, 0)
 
 

@@ -74,7 +74,8 @@ class FusedMoEExperts(ABC):
 
     @classmethod
     @abstractmethod
-    def capabilities(cls) -> ExpertsCapabilities: ...
+    def capabilities(cls) -> ExpertsCapabilities:
+        """What it runs; selection compares that with what a layer asks for."""
 
     @classmethod
     def activation_format(cls) -> FusedMoEActivationFormat:
@@ -205,6 +206,7 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         raise NotImplementedError(f"{type(self).__name__} defines neither run nor apply")
 
     def workspace_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
+        """Of workspaces and output, where rows enter and leave in ``act_dtype``."""
         return act_dtype
 
     def moe_problem_size(
@@ -222,6 +224,7 @@ class FusedMoEExpertsModular(FusedMoEExperts):
     def activation(
         self, activation: MoEActivation, output: torch.Tensor, input: torch.Tensor, **masks: Any
     ) -> None:
+        """``apply_moe_activation`` with this layer's numbers."""
         apply_moe_activation(
             activation, output, input, activation_config=self.activation_config, **masks
         )

@@ -221,7 +221,10 @@ class FusedMoEPrepareAndFinalizeMonolithic(FusedMoEPrepareAndFinalize, ABC):
         router_logits: torch.Tensor,
         quant_config: FusedMoEQuantConfig,
         defer_input_quant: bool = False,
-    ) -> MonolithicPrepareResult: ...
+    ) -> MonolithicPrepareResult:
+        """a1 [T, H] and router_logits float [T, E] -> those of all rows that the experts here get;
+        quantized as ``quant_config`` says unless deferred."""
 
     @abstractmethod
-    def finalize(self, fused_expert_output: torch.Tensor) -> torch.Tensor: ...
+    def finalize(self, fused_expert_output: torch.Tensor) -> torch.Tensor:
+        """The experts' output for those rows -> [T, H] of this rank's own tokens."""

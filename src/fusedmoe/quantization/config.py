@@ -187,10 +187,12 @@ class FusedMoEQuantConfig:
 
     @property
     def a1_gscale(self) -> torch.Tensor | None:
+        """[1] or [e], inverses of the activations' second scales (nvfp4)."""
         return self.a1.alpha_or_gscale
 
     @property
     def a2_gscale(self) -> torch.Tensor | None:
+        """As ``a1_gscale``, of the rows between the two products."""
         return self.a2.alpha_or_gscale
 
     @property
@@ -215,10 +217,12 @@ class FusedMoEQuantConfig:
 
     @property
     def g1_alphas(self) -> torch.Tensor | None:
+        """[e] or [e, S], w1's second scales, times the activations' where these have one."""
         return self.w1.alpha_or_gscale
 
     @property
     def g2_alphas(self) -> torch.Tensor | None:
+        """As ``g1_alphas``, [e], of w2."""
         return self.w2.alpha_or_gscale
 
     @property

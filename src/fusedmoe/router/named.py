@@ -27,7 +27,12 @@ def fused_topk(
     indices_type: torch.dtype | None = None,
     scoring_func: str = "softmax",
 ) -> TopkResult:
-    """Plain top-k: gating_output [T, E] scored in fp32, the ``topk`` best, renormalized or not."""
+    """Plain top-k: gating_output [T, E] scored in fp32, the ``topk`` best, renormalized or not.
+
+    ``hidden_states`` [T, ...] say how many tokens there are, no more. ids are int32 or
+    ``indices_type``. Raises ValueError for shapes, dtypes and numbers that do not fit, as do the
+    functions below.
+    """
     spec = _spec(hidden_states, gating_output, topk, renormalize, scoring_func)
     weights, ids, _ = route(gating_output, spec, indices_dtype=indices_type)
     num_tokens = gating_output.shape[0]

@@ -91,6 +91,7 @@ class RoutingSimulator:
 
     @classmethod
     def get_available_strategies(cls) -> list[str]:
+        """The names, sorted."""
         return sorted(cls._strategies)
 
     @classmethod

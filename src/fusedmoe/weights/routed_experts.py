@@ -142,6 +142,7 @@ class RoutedExperts(LoadableExperts):
         return self._router[0]
 
     def set_router(self, router: FusedMoERouter | None) -> None:
+        """Who experts that route by themselves ask from now on."""
         self._router = (router,)
 
     @property
