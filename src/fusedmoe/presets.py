@@ -165,6 +165,8 @@ def write_preset(name: str, folder: str | Path, seed: int = 0, **overrides: Any)
     """
     from transformers import AutoModelForCausalLM
 
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"a seed has 64 bits, got {seed}")
     folder = Path(folder)
     written = folder / _RECORD
     record = json.dumps({"preset": name, "seed": seed} | overrides, default=str)

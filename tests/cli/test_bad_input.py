@@ -237,6 +237,11 @@ def test_a_preset_is_written_once(tmp_path: Path) -> None:
             write_preset(name, folder, seed)
 
 
+def test_a_seed_that_is_too_large(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="64 bits, got 9223372036854775808"):
+        write_preset("tiny-olmoe", tmp_path, 1 << 63)
+
+
 def test_the_traceback_is_there_when_asked_for(cli, tmp_path: Path) -> None:
     _, _, err = cli("inspect", tmp_path, "--traceback")
     assert "Traceback" in err
