@@ -130,32 +130,11 @@ DEVICE void multiply(Accumulators& acc, const Place& p, u32 tile, const Row& row
   }
 }
 
-// The sums of the warps that share a tile, through ``parts``, each tile by one of them.
 DEVICE void finish(const Place& p, const Arguments& a, int task, const Ends& ends,
                    const Accumulators& acc, float4* parts) {
-  if (KW == 1) {
-#pragma unroll
-    for (int mt = 0; mt < MT; mt++) store(p, a, task, ends, mt, 0, acc[mt][0]);
-    return;
-  }
-  parts += p.wm * KW * MT * 8 + p.g;
-#pragma unroll
-  for (int mt = 0; mt < MT; mt++) {
-    const float(&own)[4] = acc[mt][0];
-    if (p.t == 0) parts[(mt * KW + p.kw) * 8] = make_float4(own[0], own[1], own[2], own[3]);
-  }
-  meet<KW * 32>(1 + p.wm);
-#pragma unroll
-  for (int mt = 0; mt < MT; mt++) {
-    if (mt % KW != p.kw) continue;
-    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int j = 0; j < KW; j++) {
-      const float4 part = parts[(mt * KW + j) * 8];
-      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-    }
-    store(p, a, task, ends, mt, 0, v);
-  }
+  add_up<8>(p, acc, parts, p.g, p.t == 0, [&](int mt, int n, const float (&v)[4]) {
+    store(p, a, task, ends, mt, n, v);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)

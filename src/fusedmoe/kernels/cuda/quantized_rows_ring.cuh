@@ -57,15 +57,6 @@ struct Ring {
   DEVICE u32 empty_at(int stage) const { return empty + stage * 8; }
 };
 
-// Steps of all items of this program, in order, each with its place in the ring.
-struct Turns {
-  int stage = 0, phase = 0;
-  DEVICE void next() {
-    stage = turn(stage, STAGES);
-    phase ^= stage == 0;
-  }
-};
-
 // Where row r of a tile of 16 lies among the rows, and the scales, of a place.
 DEVICE int row_at(int tile, int r) {
   return GATED && !ALTERNATING ? tile * 8 + r % 8 + r / 8 * FT : tile * 16 + r;

@@ -123,15 +123,6 @@ DEVICE void multiply(Accumulators& acc, const Place& p, u32 tile, u32 x, const S
   for (int i = 0; i < NT * 4 && !FOLD; i++) hold(acc[0][i / 4][i % 4]);
 }
 
-// Steps of all tasks of this block, in order, each with its place in the ring.
-struct Turns {
-  int stage = 0, phase = 0;
-  DEVICE void next() {
-    stage = turn(stage, STAGES);
-    phase ^= stage == 0;
-  }
-};
-
 DEVICE void bring_weights(const Place& p, const Tasks& tasks, const Ring& ring) {
   Turns turns;
   for (Ahead ahead(p, tasks, blockIdx.x); ahead.inside(); ahead.advance(), turns.next()) {

@@ -31,6 +31,14 @@ DEVICE void clear(Accumulators& acc) {
   for (int i = 0; i < MT * NT * 4; i++) acc[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
 }
 DEVICE int turn(int i, int count) { return i + 1 == count ? 0 : i + 1; }
+// Steps of all tasks of a block, in order, each with its place in a ring.
+struct Turns {
+  int stage = 0, phase = 0;
+  DEVICE void next() {
+    stage = turn(stage, STAGES);
+    phase ^= stage == 0;
+  }
+};
 DEVICE int first_group(int k) { return RINGED ? k * STEP_COLS / WIDTH : 0; }
 
 // A warp of a block, a thread of it, and the steps that are its part of every task.
@@ -60,3 +68,33 @@ struct Walk {
     return true;
   }
 };
+
+// Sums of the warps that share tiles, by way of ``parts``, where EACH threads of a warp have some, this
+// one ``own`` if it ``has``: each tile's go to ``store`` in one of the warps.
+template <int EACH, class Store>
+DEVICE void add_up(const Place& p, const Accumulators& acc, float4* parts, int own, bool has,
+                   const Store& store) {
+  if (KW == 1) {
+#pragma unroll
+    for (int i = 0; i < MT * NT; i++) store(i / NT, i % NT, acc[i / NT][i % NT]);
+    return;
+  }
+  parts += p.wm * KW * MT * NT * EACH + own;
+#pragma unroll
+  for (int i = 0; i < MT * NT; i++) {
+    const float(&mine)[4] = acc[i / NT][i % NT];
+    if (has) parts[(i * KW + p.kw) * EACH] = make_float4(mine[0], mine[1], mine[2], mine[3]);
+  }
+  meet<KW * 32>(1 + p.wm);
+#pragma unroll
+  for (int i = 0; i < MT * NT; i++) {
+    if (i % KW != p.kw) continue;
+    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < KW; j++) {
+      const float4 part = parts[(i * KW + j) * EACH];
+      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+    }
+    store(i / NT, i % NT, v);
+  }
+}

@@ -128,32 +128,11 @@ DEVICE void store(const Place& p, const Tasks& tasks, int task, int mt, int n,
   }
 }
 
-// The sums of the warps that share a tile, through ``parts``, each tile by one of them.
 DEVICE void finish(const Place& p, const Tasks& tasks, int task, const Accumulators& acc,
                    float4* parts) {
-  if (KW == 1) {
-#pragma unroll
-    for (int i = 0; i < MT * NT; i++) store(p, tasks, task, i / NT, i % NT, acc[i / NT][i % NT]);
-    return;
-  }
-  parts += p.wm * KW * MT * NT * 32 + p.lane;
-#pragma unroll
-  for (int i = 0; i < MT * NT; i++) {
-    const float(&own)[4] = acc[i / NT][i % NT];
-    parts[(i * KW + p.kw) * 32] = make_float4(own[0], own[1], own[2], own[3]);
-  }
-  meet<KW * 32>(1 + p.wm);
-#pragma unroll
-  for (int i = 0; i < MT * NT; i++) {
-    if (i % KW != p.kw) continue;
-    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int j = 0; j < KW; j++) {
-      const float4 part = parts[(i * KW + j) * 32];
-      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-    }
-    store(p, tasks, task, i / NT, i % NT, v);
-  }
+  add_up<32>(p, acc, parts, p.lane, true, [&](int mt, int n, const float (&v)[4]) {
+    store(p, tasks, task, mt, n, v);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
