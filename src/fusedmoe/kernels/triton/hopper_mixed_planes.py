@@ -8,7 +8,7 @@ eight such halves in 32 more bytes, a box beside that of nibbles.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedmoe.kernels.triton.hopper_mixed_sextets import both_halves
+from fusedmoe.kernels.triton.hopper_mixed_sextets import eight_pairs
 
 
 @gluon.constexpr_function
@@ -84,26 +84,7 @@ def take_planes(words, k, ELEMENT: gl.constexpr):
     """Pairs of what ``load_planes`` gave of step k, [32, 8] four times: those of number i and i + 4
     of every run of eight columns."""
     if ELEMENT == "q4_k":
-        taken = gl.inline_asm_elementwise(
-            planes_asm(False),
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-            [words[0], words[1]],
-            dtype=(gl.int32,) * 8,
-            is_pure=True,
-            pack=1,
-        )
+        return eight_pairs(planes_asm(False), (words[0], words[1]))
     else:
-        taken = gl.inline_asm_elementwise(
-            planes_asm(True),
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [words[0], words[1], words[2], words[3], k % 4 * 2],
-            dtype=(gl.int32,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-    return (
-        both_halves(taken[0], taken[4]),
-        both_halves(taken[1], taken[5]),
-        both_halves(taken[2], taken[6]),
-        both_halves(taken[3], taken[7]),
-    )
+        given = (words[0], words[1], words[2], words[3], k % 4 * 2)
+        return eight_pairs(planes_asm(True), given)

@@ -104,13 +104,22 @@ def sextets_asm(MANTISSA):
 def take_sextets(words, lane, ELEMENT: gl.constexpr):
     """Pairs of the words that ``load_sextets`` gives, [32, 8] four times: those of number i and
     i + 4 of every run of eight columns."""
+    MANTISSA: gl.constexpr = 2 if ELEMENT == "e3m2" else 3
+    given = (words[0], words[1], words[2], words[3], lane % 2)
+    return eight_pairs(sextets_asm(MANTISSA), given)
+
+
+@gluon.constexpr_function
+def constraints(GIVEN):
+    """Of eight results, written before all that is given has been read."""
+    return ",".join(["=&r"] * 8 + ["r"] * GIVEN)
+
+
+@gluon.jit
+def eight_pairs(ASM: gl.constexpr, given):
+    """What ASM makes of a lane's words, [32, 8] four times: numbers i and i + 4 of its eights."""
     taken = gl.inline_asm_elementwise(
-        sextets_asm(2 if ELEMENT == "e3m2" else 3),
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r",
-        [words[0], words[1], words[2], words[3], lane % 2],
-        dtype=(gl.int32,) * 8,
-        is_pure=True,
-        pack=1,
+        ASM, constraints(len(given)), given, dtype=(gl.int32,) * 8, is_pure=True, pack=1
     )
     return (
         both_halves(taken[0], taken[4]),
