@@ -129,6 +129,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   return result;
 }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float power_of_2(float x) { return exp2f(x); }
 inline float __expf(float x) { return expf(x); }
 
 // ``numbers`` of them in 32 bits; the instruction takes eight times as many columns.
@@ -193,6 +194,10 @@ inline u32 shared_u8(u32 address) { return *shared_at(address, 1); }
 inline u32 shared_u16(u32 address) { u16 v; memcpy(&v, shared_at(address, 2), 2); return v; }
 inline u32 shared_u32(u32 address) { u32 v; memcpy(&v, shared_at(address, 4), 4); return v; }
 inline void store_shared(u32 address, u32 value) { memcpy(shared_at(address, 4), &value, 4); }
+inline void store_shared(u32 address, u32 first, u32 second) {
+  store_shared(address, first);
+  store_shared(address + 4, second);
+}
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
 template <typename T>
 T load_past_l1(const T* from) { return *from; }
@@ -293,6 +298,12 @@ inline int from_lane(int value, int from) {
   __syncwarp();
   return value;
 }
+inline int most_of_lanes(int value) {
+  int most = value;
+  for (int lane = 0; lane < 32; lane++) most = max(most, from_lane(value, lane));
+  return most;
+}
+inline int least_of_lanes(int value) { return ~most_of_lanes(~value); }
 inline int from_first_thread(int value) { return from_lane(value, 0); }
 inline u32 lanes_with(bool is) {
   u32 lanes = 0;

@@ -99,6 +99,7 @@ def routing() -> None:
         for rule, tensors in (
             ({"score_after_topk": True}, RoutingTensors()),
             ({"renormalize": True}, RoutingTensors()),
+            ({"renormalize": True, "top_k": 8}, RoutingTensors(correction_bias=bias)),
             ({"score_function": "sigmoid"} | groups, RoutingTensors(correction_bias=bias)),
             ({"selection": "sparsemixer", "top_k": 2}, RoutingTensors()),
         ):

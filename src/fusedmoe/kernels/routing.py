@@ -1,8 +1,10 @@
 """Routing: logits [T, E + Z] -> weights and ids [T, K], every step of a ``RoutingSpec`` at once.
 
-On CUDA one Triton launch (``kernels/triton/routing.py``), elsewhere ``routing_reference``, with a
-short cut for the commonest rule on the host (``kernels/routing_plain.py``). The callers
-have checked shapes and dtypes (``fusedmoe.router.route``).
+On CUDA one launch: of most rules of many picks on Hopper ``kernels/cuda/routing_warp.cu``, of all
+others ``kernels/triton/routing.py``; the number of tokens does not decide. Elsewhere
+``routing_reference``, with a short cut for the commonest rule on the host
+(``kernels/routing_plain.py``). The callers have checked shapes and dtypes
+(``fusedmoe.router.route``).
 
 Invariants: all arithmetic is fp32; equal scores go to the lower id; a slot without a selectable
 expert, a padding row and a zero expert have id -1 and weight 0.
@@ -12,6 +14,8 @@ Notation: T tokens, K routed picks, E experts, Z zero experts, N fused shared ex
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from fusedmoe.kernels.device import device_of
@@ -20,6 +24,7 @@ from fusedmoe.router.spec import NUM_VISION_TOKEN_IDS, RoutingResult, RoutingSpe
 
 # More candidates than this do not fit one Triton program.
 MAX_TRITON_CANDIDATES = 4096
+PICKS_IN_TURN = 4  # so few are found as fast one after the other, as the Triton kernel does
 _LOWEST = float("-inf")
 
 
@@ -40,6 +45,14 @@ def routing(
         from fusedmoe.kernels.triton.routing import routing_triton
 
         with device_of(logits):
+            if spec.top_k > PICKS_IN_TURN and _runs_warps(logits.get_device()):
+                from fusedmoe.kernels.cuda.routing_warp import routing_warp
+
+                result = routing_warp(
+                    logits, spec, tensors, is_padding=is_padding, indices_dtype=indices_dtype
+                )
+                if result is not None:
+                    return result
             return routing_triton(
                 logits,
                 spec,
@@ -60,6 +73,14 @@ def routing(
         is_padding=is_padding,
         indices_dtype=indices_dtype,
     )
+
+
+@lru_cache
+def _runs_warps(device: int) -> bool:
+    """Whether this GPU has what ``routing_warp.cu`` is written in, and its compiler is here."""
+    from fusedmoe.kernels.cuda.program import missing_nvrtc
+
+    return torch.cuda.get_device_capability(device)[0] == 9 and missing_nvrtc() is None
 
 
 def routing_reference(

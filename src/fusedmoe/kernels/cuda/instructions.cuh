@@ -28,6 +28,11 @@ DEVICE u16 float_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+DEVICE float power_of_2(float exponent) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+  return value;
+}
 DEVICE int nearest(float value) {
   int whole;
   asm("cvt.rni.s32.f32 %0, %1;" : "=r"(whole) : "f"(value));
@@ -113,6 +118,9 @@ DEVICE u32 shared_u32(u32 address) {
 DEVICE void store_shared(u32 address, u32 value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
+DEVICE void store_shared(u32 address, u32 first, u32 second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+}
 // Barriers that copies arrive at: one arrival, and the bytes that it announces.
 DEVICE void begin_barrier(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -176,6 +184,8 @@ DEVICE float from_thread(float value, int apart) { return __shfl_xor_sync(~0u, v
 DEVICE int from_thread(int value, int apart) { return __shfl_xor_sync(~0u, value, apart); }
 DEVICE int from_lane(int value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE u32 lanes_with(bool is) { return __ballot_sync(~0u, is); }
+DEVICE int most_of_lanes(int value) { return __reduce_max_sync(~0u, value); }
+DEVICE int least_of_lanes(int value) { return __reduce_min_sync(~0u, value); }
 DEVICE int from_first_thread(int value) { return __shfl_sync(~0u, value, 0); }
 // WGMMA, asynchronous: sums and numbers in registers are theirs from begin to wait, and hold() keeps
 // the compiler from touching them.
@@ -256,6 +266,16 @@ DEVICE int load_past_l1(const int* from) {
   int value;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+DEVICE u16 load_past_l1(const u16* from) {
+  u16 value;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value) : "l"(from) : "memory");
+  return value;
+}
+DEVICE u8 load_past_l1(const u8* from) {
+  u32 value;
+  asm volatile("ld.global.cg.u8 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return (u8)value;
 }
 DEVICE i64 load_past_l1(const i64* from) {
   i64 value;
