@@ -34,7 +34,6 @@ DEVICE void up(const Runs& runs, Steps& steps, const u8* shared, float* sums) {
   for (int i = steps.up_wm; i < steps.part.tiles; i += UP_WM) {
     float sum[2] = {0.0f, 0.0f};
     steps.wait(UP_OWN);  // so that their chains are side by side
-    if (i == steps.up_wm) steps.begin_others();
     if (i + UP_WM >= steps.part.tiles) steps.begin_down(runs);
 #pragma unroll
     for (int j = 0; j < UP_OWN * 2; j++) {
@@ -127,6 +126,7 @@ quantized_token(const __grid_constant__ Arguments a) {
   steps.begin_tile();
   of_x.make(shared);
   meet_warps();
+  steps.begin_others();
   up(runs, steps, shared, sums);
   finish_up(a, part, sums, shared + UP_BIASES_AT);
   Digits<PICKS, ACT_CHUNKS, INTERMEDIATE>(a.act, live.count).make(shared);

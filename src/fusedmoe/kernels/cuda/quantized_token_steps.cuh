@@ -42,8 +42,9 @@ struct Steps {
       copy_box(ring + place * PLACE_BYTES + j * bytes, map, octet * OCTET_BYTES, row,
                live.experts[rank + j], full + place * 8);
   }
-  // The first steps, as far as there is room: those of a tile of w1, then those of all its others,
-  // then those of w2 with all that w2 has. Asked for at once, all of them come late.
+  // The first steps, as far as there is room: those of a tile of w1; those of all its others, when x
+  // is there and that tile on its way; those of w2 with all that w2 has, when the last tile is there.
+  // Asked for at once, all of them come late; w1's others behind the first tile, memory idles.
   DEVICE void begin_tile() const { begin(0, min(before, UP_OWN)); }
   DEVICE void begin_others() const { begin(UP_OWN, before); }
   DEVICE void begin_down(const Runs& runs) const {
