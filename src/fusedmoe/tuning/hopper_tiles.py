@@ -12,6 +12,7 @@ ELEMENT_BYTES = 2
 HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 LEAST_RING_BYTES = 128 * 1024  # of weights on their way to a multiprocessor
 MAX_DEALT_ROUNDS = 10
+MOST_NARROW = 384  # columns of act: so few that it tells how even the tasks are
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
         short = 0.06 if weight_rows == 64 else 0.0
         return rounds * rows * (1 + short + 0.7 * max(0.0, block / weight_rows - 0.25))
 
-    up = min((128, 64) if I >= 128 else (64,), key=lambda rows: cost(I, rows, 2 * rows))
+    up = min((128, 64), key=lambda rows: cost(I, rows, 2 * rows))
+    if block <= 16 and I <= MOST_NARROW:
+        up = 32 if I <= 96 and 0 < I % 64 <= 32 else 64  # half of a tile of 64 would be empty
     # Of equals the largest, but where it has one round of tasks: a block more would make it two.
     one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
     down = (128, 256, 64) if one_round else (256, 128, 64)
@@ -71,17 +74,24 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
 
 
 def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
-    """Tiles where hardly a block is full. Up to one and a half tasks of 64 rows of gate and of up
-    for each program, those of 32 come out more even. Down's tasks of a step or two are as large as
-    can be, but where that leaves programs without one; those of few tokens, or that bring little,
-    are dealt."""
+    """Tiles where hardly a block is full. Down's tasks of up to three steps are as large as can be,
+    but where that leaves programs without one; those of few tokens, or that bring little, are
+    dealt. Then up's are small: all of down waits for the last of them."""
     few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_PROGRAMS
-    large = decode_tiles_of(block, 32 if few else 64, 256)
-    if large.down.outlasts(I) and blocks * -(-H // 256) >= HOPPER_PROGRAMS:
-        little = I * large.down.rows * ELEMENT_BYTES < LEAST_RING_BYTES
+    little = 256 * I * ELEMENT_BYTES < LEAST_RING_BYTES
+    large = decode_tiles_of(block, 32 if few or little or _uneven(blocks, I) else 64, 256)
+    if large.down.stages >= -(-I // 128) + few and blocks * -(-H // 256) >= HOPPER_PROGRAMS:
         return _drawn(large, blocks, H, I, draws_down=not (few or little))
     down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_PROGRAMS else 128
     return _drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
+
+
+def _uneven(blocks: int, I: int) -> bool:  # noqa: E741
+    """Whether tasks of 64 rows of gate and of up, at most three for each program, leave so many
+    without a last one that tasks of 32 end sooner."""
+    rounds = -(-blocks * -(-I // 64) // HOPPER_PROGRAMS)
+    half_rounds = -(-blocks * -(-I // 32) // HOPPER_PROGRAMS)
+    return 128 * I * ELEMENT_BYTES < LEAST_RING_BYTES and rounds <= 3 and half_rounds < 2 * rounds
 
 
 def _drawn(
