@@ -19,7 +19,6 @@ from fusedmoe.weights.param_spec import ExpertSizes
 from fusedmoe.weights.params_mapping import (
     DEFAULT_CHECKPOINT_NAMES,
     CheckpointNames,
-    ExpertParamEntry,
     fused_moe_make_expert_params_mapping,
 )
 
@@ -178,25 +177,7 @@ class RoutedExperts(LoadableExperts):
             raise ValueError("experts that route by themselves need router_logits, got None")
         return self.quant_method.apply_monolithic(self, x, router_logits, input_ids, **ranks)
 
-    @staticmethod
-    def make_expert_params_mapping(
-        model: nn.Module | None,
-        ckpt_gate_proj_name: str,
-        ckpt_down_proj_name: str,
-        ckpt_up_proj_name: str | None,
-        num_experts: int,
-        num_redundant_experts: int = 0,
-        routed_experts_prefix: str = "routed_experts",
-    ) -> list[ExpertParamEntry]:
-        return fused_moe_make_expert_params_mapping(
-            model,
-            ckpt_gate_proj_name,
-            ckpt_down_proj_name,
-            ckpt_up_proj_name,
-            num_experts,
-            num_redundant_experts,
-            routed_experts_prefix,
-        )
+    make_expert_params_mapping = staticmethod(fused_moe_make_expert_params_mapping)
 
     def get_expert_weights(self) -> list[torch.Tensor]:
         """Every parameter as [e, -1], one row per local expert, for moving experts between ranks.
