@@ -100,10 +100,7 @@ class ApplyMoEActivationConfig:
         activation_situ_linear_beta: float | None = None,
     ) -> ApplyMoEActivationConfig:
         """From a layer's arguments; ValueError for a number that ``activation`` does not have."""
-        is_swigluoai = activation in (
-            MoEActivation.SWIGLUOAI,
-            MoEActivation.SWIGLUOAI_UNINTERLEAVE,
-        )
+        is_swigluoai = activation in (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
         is_situ = activation is MoEActivation.SITU
         for name, value, has in (
             ("swiglu_limit", swiglu_limit, activation.is_gated and not is_situ),
@@ -140,9 +137,7 @@ def activation_without_mul(activation: str) -> str:
 
 
 def activation_reference(
-    activation: MoEActivation,
-    x: torch.Tensor,
-    config: ApplyMoEActivationConfig | None = None,
+    activation: MoEActivation, x: torch.Tensor, config: ApplyMoEActivationConfig | None = None
 ) -> torch.Tensor:
     """The definition. x [..., S * I] (S = 2 where gated) -> [..., I] in fp32 (fp64 stays fp64)."""
     config = config or ApplyMoEActivationConfig()

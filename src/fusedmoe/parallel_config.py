@@ -223,10 +223,7 @@ class ParallelPlace:
 
     @classmethod
     def of(
-        cls,
-        groups: ParallelGroups,
-        sizes: dict[str, int | None],
-        ranks: dict[str, int | None],
+        cls, groups: ParallelGroups, sizes: dict[str, int | None], ranks: dict[str, int | None]
     ) -> ParallelPlace:
         """From groups, and sizes and ranks by group name where no group is given.
 

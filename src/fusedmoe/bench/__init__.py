@@ -8,11 +8,4 @@ from fusedmoe.bench.report import BenchReport, BenchRow
 from fusedmoe.bench.run import check_request, run_layer_bench
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 
-__all__ = [
-    "SHAPES",
-    "BenchReport",
-    "BenchRow",
-    "LayerShape",
-    "check_request",
-    "run_layer_bench",
-]
+__all__ = ["SHAPES", "BenchReport", "BenchRow", "LayerShape", "check_request", "run_layer_bench"]

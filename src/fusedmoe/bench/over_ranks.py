@@ -164,8 +164,7 @@ def _steps(
         assert found.topk_ids is not None
         sums = found.hidden_states if found.output is None else found.output
         mover.finalize(
-            *(output, sums, found.topk_weights, found.topk_ids, False),
-            TopKWeightAndReduceNoOP(),
+            *(output, sums, found.topk_weights, found.topk_ids, False), TopKWeightAndReduceNoOP()
         )
 
     yield {"dispatch": dispatch, "combine": combine}

@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens spread over experts: balanced, uniform, power_law_1.2, one_expert",
     )
     parser.add_argument(
-        "--scope",
-        default="layer",
-        help="layer: from router logits; experts: with the picks given",
+        "--scope", default="layer", help="layer: from router logits; experts: with the picks given"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
     parser.add_argument(
@@ -106,9 +104,7 @@ def run(args: argparse.Namespace) -> int:
     experts = (None, *map(experts_of, args.experts))
     for one in experts:
         check_forced_names(MoEOptions(experts=one))
-    check_request(
-        *(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats),
-    )
+    check_request(*(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats))
     _check_memory(shapes, dtypes, device)
     total = len(shapes) * len(args.tokens) * len(dtypes) * len(args.routings)
     with progress(total, "measuring the machine", delay=0.0) as bar:

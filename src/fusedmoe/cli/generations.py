@@ -31,10 +31,7 @@ def _first_difference(left: list[int], right: list[int]) -> int | None:
 
 
 def report(
-    args: argparse.Namespace,
-    tokenizer: Any,
-    runs: list[Generation],
-    skipped: dict[str, str],
+    args: argparse.Namespace, tokenizer: Any, runs: list[Generation], skipped: dict[str, str]
 ) -> int:
     """Print what was generated and, for a comparison, how it compares; returns the exit code."""
     text = tokenizer.decode(runs[-1].tokens, skip_special_tokens=True)

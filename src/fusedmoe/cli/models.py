@@ -69,10 +69,7 @@ def load_tokenizer(folder: Path) -> Any:
         inside = {} if (folder / "tokenizer.json").is_file() else {"gguf_file": gguf.name}
     try:
         return AutoTokenizer.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            **inside,
+            folder, local_files_only=True, trust_remote_code=False, **inside
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error

@@ -46,11 +46,7 @@ class _Lines(_Silent):
 
 @contextmanager
 def progress(
-    total: int | None,
-    what: str,
-    delay: float = SECONDS_BEFORE_PROGRESS,
-    *,
-    lines: bool = False,
+    total: int | None, what: str, delay: float = SECONDS_BEFORE_PROGRESS, *, lines: bool = False
 ) -> Iterator[Progress]:
     """A bar on stderr once the work has taken ``delay`` seconds.
 

@@ -70,11 +70,7 @@ def token_ranks(parallel: FusedMoEParallelConfig, groups: ParallelGroups) -> Tok
 
 def _dimensions(parallel: FusedMoEParallelConfig) -> list[tuple[str, int]]:
     """Names and sizes of the dimensions along which tokens differ, outermost first."""
-    return [
-        ("dp", parallel.dp_size),
-        ("pcp", parallel.pcp_size),
-        ("tp", parallel.sp_size),
-    ]
+    return [("dp", parallel.dp_size), ("pcp", parallel.pcp_size), ("tp", parallel.sp_size)]
 
 
 def _spanning_group(

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from fusedmoe.modular_kernel.prepare_finalize import FusedMoEPrepareAndFinalizeModular
-from fusedmoe.modular_kernel.records import (
-    FinalizeWork,
-    Hook,
-    PrepareResult,
-    PrepareWork,
-    Receiver,
-)
+from fusedmoe.modular_kernel.records import FinalizeWork, Hook, PrepareResult, PrepareWork, Receiver
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 Compute = Callable[[PrepareResult, torch.Tensor], torch.Tensor]

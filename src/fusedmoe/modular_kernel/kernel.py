@@ -36,9 +36,7 @@ class FusedMoEKernel:
     """
 
     def __init__(
-        self,
-        prepare_finalize: FusedMoEPrepareAndFinalizeModular,
-        experts: FusedMoEExpertsModular,
+        self, prepare_finalize: FusedMoEPrepareAndFinalizeModular, experts: FusedMoEExpertsModular
     ) -> None:
         _check_formats(prepare_finalize, experts)
         prepare_finalize.rows_may_be_late = experts.takes_late_rows

@@ -292,8 +292,5 @@ def biased_moe_quant_config(
     """Unquantized weights with biases [e, S * I] and [e, H]."""
     plain = FusedMoEQuantDesc()  # given, not defaulted: torch.compile cannot trace the factories
     return FusedMoEQuantConfig(
-        a1=plain,
-        a2=plain,
-        w1=FusedMoEQuantDesc(bias=w1_bias),
-        w2=FusedMoEQuantDesc(bias=w2_bias),
+        a1=plain, a2=plain, w1=FusedMoEQuantDesc(bias=w1_bias), w2=FusedMoEQuantDesc(bias=w2_bias)
     )

@@ -65,12 +65,7 @@ class FusedMoEQuantDesc:
         )
 
     def weight(
-        self,
-        data: torch.Tensor,
-        dtype: torch.dtype,
-        *,
-        shards: int = 1,
-        interleaved: bool = False,
+        self, data: torch.Tensor, dtype: torch.dtype, *, shards: int = 1, interleaved: bool = False
     ) -> QuantizedTensor:
         """``data`` [e, N, packed columns] with the parts described here.
 
@@ -134,9 +129,7 @@ def activation_desc(
     return FusedMoEQuantDesc(
         dtype=dtype,
         shape=_group(
-            dtype,
-            blocks and GroupShape(1, blocks.col),
-            PER_TOKEN if per_token else PER_TENSOR,
+            dtype, blocks and GroupShape(1, blocks.col), PER_TOKEN if per_token else PER_TENSOR
         ),
         scale=None if is_mx else scale,
         alpha_or_gscale=gscale,

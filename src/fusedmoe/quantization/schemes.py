@@ -254,10 +254,7 @@ def nvfp4_moe_quant_config(
 
 
 def nvfp4_w4a16_moe_quant_config(
-    g1_alphas: torch.Tensor,
-    g2_alphas: torch.Tensor,
-    w1_scale: torch.Tensor,
-    w2_scale: torch.Tensor,
+    g1_alphas: torch.Tensor, g2_alphas: torch.Tensor, w1_scale: torch.Tensor, w2_scale: torch.Tensor
 ) -> FusedMoEQuantConfig:
     """NVFP4 weights with second scales ``g*_alphas`` [e] or [e, S]; activations as they are."""
     return _make(

@@ -135,9 +135,7 @@ def _schema() -> str:
     return f"({', '.join(['Tensor logits', *tensors, *call, *spec])}) -> (Tensor, Tensor, Tensor)"
 
 
-def _parse(
-    arguments: tuple[Any, ...],
-) -> tuple[RoutingSpec, RoutingTensors, dict[str, Any]]:
+def _parse(arguments: tuple[Any, ...]) -> tuple[RoutingSpec, RoutingTensors, dict[str, Any]]:
     split = len(_TENSOR_FIELDS)
     tensors = RoutingTensors(**dict(zip(_TENSOR_FIELDS, arguments[:split], strict=True)))
     call = ("input_ids", "is_padding", "indices_dtype")

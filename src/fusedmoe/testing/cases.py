@@ -62,10 +62,7 @@ class Case:
         return 2 if self.activation.is_gated else 1
 
     def moe_config(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        options: MoEOptions | None = None,
+        self, device: torch.device | str, dtype: torch.dtype, options: MoEOptions | None = None
     ) -> FusedMoEConfig:
         """What selection sees of this case."""
         return FusedMoEConfig(

@@ -155,13 +155,7 @@ SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 # Where a composite config keeps the part that describes the language model.
-TEXT_SECTIONS = (
-    "text_config",
-    "thinker_config",
-    "llm_config",
-    "language_config",
-    "ffn_config",
-)
+TEXT_SECTIONS = ("text_config", "thinker_config", "llm_config", "language_config", "ffn_config")
 
 
 def _get(config: Any, key: str) -> Any:

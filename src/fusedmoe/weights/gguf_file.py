@@ -74,12 +74,7 @@ TYPES: Mapping[int, GgufType] = {
     30: GgufType("BF16", 1, 2),
     39: GgufType("MXFP4", 32, 17),
 }
-FLOATS = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,12 +216,7 @@ class ExpertLoader:
         raise ValueError(f"{name}: the given parameter does not belong to this layer")
 
     def _load_named(
-        self,
-        param_name: str,
-        tensor: torch.Tensor,
-        name: str,
-        shard_id: ShardId,
-        physical_id: int,
+        self, param_name: str, tensor: torch.Tensor, name: str, shard_id: ShardId, physical_id: int
     ) -> bool:
         layer, spec = self._layer, self._spec_named(param_name, name)
         row = layer.expert_map_manager.local_row(physical_id)

@@ -125,11 +125,7 @@ class BlockForward(Replacement):
         return self._as_returned(output, beside, hidden_states)
 
     def compute(
-        self,
-        x: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        *,
-        one_stream: bool = False,
+        self, x: torch.Tensor, input_ids: torch.Tensor | None = None, *, one_stream: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and what the family returns beside it, by our router and experts."""
         logits = self.router.logits(x)

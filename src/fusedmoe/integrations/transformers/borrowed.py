@@ -144,10 +144,7 @@ class BorrowedExperts(RoutedExperts):
     weights: Any
 
     def __init__(
-        self,
-        moe_config: FusedMoEConfig,
-        weights: ExpertWeights,
-        ranks: BlockRanks | None = None,
+        self, moe_config: FusedMoEConfig, weights: ExpertWeights, ranks: BlockRanks | None = None
     ) -> None:
         # A plain attribute: the modules behind it must not become submodules here.
         self.__dict__["weights"] = weights

@@ -97,10 +97,7 @@ def _pieces(top_k_index: torch.Tensor, E: int, stored: int) -> tuple[torch.Tenso
 
 
 def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    block_size: tuple[int, int] | None,
-    parts: int = 1,
+    weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int] | None, parts: int = 1
 ) -> torch.Tensor:
     """weight [n, R, C] e4m3, or [n, R, C / 2] int8 with two e2m1 each -> fp32 [n, R, C].
 

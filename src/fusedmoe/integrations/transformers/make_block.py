@@ -108,11 +108,7 @@ def _gate(family: Family, module: nn.Module) -> Gate:
 
 
 def _borrow(
-    weights: ExpertWeights,
-    gate: Gate,
-    top_k: int,
-    demands: BlockDemands,
-    ranks: BlockRanks | None,
+    weights: ExpertWeights, gate: Gate, top_k: int, demands: BlockDemands, ranks: BlockRanks | None
 ) -> BorrowedExperts:
     """Experts on the module's tensors; what was stacked for them is released if there are none."""
     try:

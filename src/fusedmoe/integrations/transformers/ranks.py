@@ -73,10 +73,7 @@ class BlockRanks:
     def share(self, config: FusedMoEConfig) -> tuple[ExpertMapManager, FusedMoEConfig]:
         """Where the experts of a block are, and ``config`` for this rank's among them."""
         placed = self.place(config.num_experts)
-        own = {
-            "num_local_experts": placed.num_local_experts,
-            "moe_parallel_config": self.parallel,
-        }
+        own = {"num_local_experts": placed.num_local_experts, "moe_parallel_config": self.parallel}
         return placed, replace(config, **own)  # type: ignore[arg-type]
 
 

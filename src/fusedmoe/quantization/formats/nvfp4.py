@@ -23,10 +23,7 @@ from fusedmoe.quantization.tensor import QuantFormat
 __all__ = ["NVFP4", "decode", "encode", "scales_for", "swizzle_scales", "unswizzle_scales"]
 
 NVFP4 = QuantFormat(
-    element="e2m1",
-    group=GroupShape(1, 16),
-    scale_dtype=torch.float8_e4m3fn,
-    second_scale=True,
+    element="e2m1", group=GroupShape(1, 16), scale_dtype=torch.float8_e4m3fn, second_scale=True
 )
 
 _TILE_ROWS, _TILE_COLUMNS = 128, 4

@@ -54,11 +54,7 @@ LOGITS_FIRST = (
         router=Router(
             cls="OpenAIPrivacyFilterTopKRouter",
             at="router",
-            rule=rule_of(
-                "router",
-                score_after_topk=True,
-                routed_scaling_factor=_one_over_top_k,
-            ),
+            rule=rule_of("router", score_after_topk=True, routed_scaling_factor=_one_over_top_k),
             bias="bias",
             fp32_logits=True,
         ),
@@ -163,10 +159,7 @@ LOGITS_FIRST = (
                 },
             ),
         )
-        for combination, scale in (
-            ("sum", 1.0),
-            ("average", _average_with_shared),
-        )
+        for combination, scale in (("sum", 1.0), ("average", _average_with_shared))
     ),
     Family(
         module="phimoe",

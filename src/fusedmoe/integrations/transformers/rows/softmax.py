@@ -65,11 +65,7 @@ SOFTMAX = (
     Family(
         module="hunyuan_v1_moe",
         block="HunYuanMoEV1Moe",
-        router=Router(
-            cls="HunYuanMoEV1Gate",
-            rule=_ALWAYS_NORM,
-            weight="wg.weight",
-        ),
+        router=Router(cls="HunYuanMoEV1Gate", rule=_ALWAYS_NORM, weight="wg.weight"),
         experts=Experts(cls="HunYuanMoEV1Experts"),
         shared="shared_mlp",
     ),
@@ -175,10 +171,7 @@ SOFTMAX = (
             ("greedy", {}),
             (
                 "group_limited_greedy",
-                {
-                    "num_expert_group": read("gate.num_group"),
-                    "topk_group": read("gate.topk_group"),
-                },
+                {"num_expert_group": read("gate.num_group"), "topk_group": read("gate.topk_group")},
             ),
         )
     ),
@@ -237,8 +230,7 @@ SOFTMAX = (
         module="modeling_grok1",
         block="MoeBlock",
         router=Router(
-            cls="Linear",
-            rule={"top_k": read("top_k"), "num_experts": read("num_experts")},
+            cls="Linear", rule={"top_k": read("top_k"), "num_experts": read("num_experts")}
         ),
         experts=Experts(cls="ModuleList", layout="list"),
         returns="hidden_and_logits",
