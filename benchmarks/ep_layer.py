@@ -10,8 +10,9 @@ ranks (the first so many of the processes), two kinds of rows:
 
     layer      from router logits, by each way to move tokens; ``+halves``: in two micro-batches;
                ``peer`` goes by the number of tokens: ``+fetched`` leaves sums to be fetched,
-               ``+sent`` has them go to their tokens' ranks as they are made, ``+copied`` that, and
-               rows brought by the copy engines while the experts compute
+               ``+sent`` has them go to their tokens' ranks as they are made, ``+pushed`` the row of
+               each pick, from within the second product; ``+copied`` sends sums, and the copy
+               engines bring rows while the experts compute
     experts    ``local_experts``: this rank's experts on the tokens of all ranks, which are here
                already (quantizing them included); what the layer would be without a wire
 
@@ -32,7 +33,7 @@ import functools
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ from fusedmoe.testing.routing import routing_logits
 TINY = LayerShape("tiny", 8, 2, 64, 32)
 PEERS: dict[str, dict[str, Any]] = {
     "": {},
-    "fetched": {"send_sums_from": None, "copy_rows_from": None},
-    "sent": {"send_sums_from": 1, "copy_rows_from": None},
-    "copied": {"send_sums_from": 1, "copy_rows_from": 1},
+    "fetched": {"send_sums_from": None, "push_rows_from": None, "copy_rows_from": None},
+    "sent": {"send_sums_from": 1, "push_rows_from": None, "copy_rows_from": None},
+    "pushed": {"send_sums_from": 1, "push_rows_from": 1, "copy_rows_from": None},
+    "copied": {"send_sums_from": 1, "push_rows_from": None, "copy_rows_from": 1},
 }
 CAPTURED = ("peer", "naive_dp_ep", "no_ep")
 OVERLAP_FROM, OVERLAP_FACTOR, OVERLAP_SLACK_US = 1024, 1.15, 20.0
@@ -179,6 +181,8 @@ def make_memory(shape: LayerShape, args: argparse.Namespace, place: Place, how: 
     """``how`` is one of PEERS."""
     key = FP8_DYNAMIC_128 if args.format == "fp8_block" else None
     layout = peer_layout(shape, place.ranks, max(args.tokens), torch.bfloat16, key)
+    if how == "pushed":
+        layout = replace(layout, pushed_rows=layout.rows)
     return PeerMemory(place.group, layout, timeout_s=COMPILING_S, **PEERS[how])
 
 

@@ -43,7 +43,7 @@ from fusedmoe.kernels.hopper_mixed_prefill import (
     unmet_by_mixed_prefill,
     wide_rows,
 )
-from fusedmoe.kernels.hopper_prefill import prefill_rows
+from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
 from fusedmoe.kernels.hopper_quantized import decode_tiles_for, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -56,6 +56,7 @@ from fusedmoe.kernels.peer_all_to_all import (
     wait_for_outputs,
 )
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
+from fusedmoe.kernels.peer_picks import add_picks, push_rows_reference
 from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.permute import moe_permute, moe_unpermute
 from fusedmoe.kernels.read_all import read_all
@@ -370,12 +371,30 @@ def bounded() -> None:
             )
 
 
+def push_rows(view: PeerView, rows: int, weights: tuple[torch.Tensor, ...]) -> None:
+    """The kernels for many tokens, whose second product stores at the tokens' ranks."""
+    w1, w2, w1_bias, w2_bias = weights
+    got, taker = view.received(rows), PeerSums.make(view, rows, takes_picks=True)
+    P, (e, H, width) = prefill_rows(got.topk_ids.numel(), w2.shape[0]), w2.shape
+    ids = torch.where(got.topk_ids < e, got.topk_ids, -1)
+    act, y = (
+        torch.empty(P, columns, device="cuda", dtype=torch.bfloat16) for columns in (width, H)
+    )
+    layer = LayerTensors(got.hidden_states, w1, w2, None, ids, taker, act, y, 132)
+    hopper_prefill(layer._replace(w1_bias=w1_bias, w2_bias=w2_bias))
+    assert taker.pushed
+
+
 def ranks() -> None:
-    """Dispatch, sums sent, and combine between four ranks that live on this GPU, two epochs.
+    """Dispatch, sums left, sent, or made of pushed rows, and combine between four ranks that live
+    on this GPU, an epoch each.
 
     Flags that nobody raises meanwhile are raised here: a wait sees them at its first look.
     """
     world, rows, H = 4, 5, 160
+    hopper = torch.cuda.get_device_capability()[0] == 9 and not missing_gluon()
+    shapes = (7, 2 * 96, H), (7, H, 96), (7, 2 * 96), (7, H)
+    layer = tuple(torch.randn(s, device="cuda", dtype=torch.bfloat16) / 16 for s in shapes)
     owners = torch.tensor([0, 0, 1, 1, 2, 3, 0], dtype=torch.int32, device="cuda")
     for key in (None, fp8_dynamic_group(32), INT8_DYNAMIC_TOKEN):
         layout = PeerLayout(world, rows, H, K, torch.bfloat16, key)
@@ -388,7 +407,7 @@ def ranks() -> None:
             PeerView(layout, rank, bases, own[rank], words[0].clone(), words[1, :1].clone())
             for rank in range(world)
         ]
-        for sent in (False, True):
+        for way in ("left", "sent", "pushed"):
             ids = [
                 torch.randint(-1, 9, (T, K), device="cuda", dtype=torch.int32) for T in (5, 3, 0, 2)
             ]
@@ -400,18 +419,26 @@ def ranks() -> None:
                 wait_for_dispatch(view, timeout_us=10**6)
                 got = view.received(rows)
                 y = torch.randn(world * rows * K, H, device="cuda", dtype=torch.bfloat16)
-                if sent:
+                if way == "pushed" and key is None and hopper:
+                    push_rows(view, rows, layer)
+                elif way == "pushed":
+                    inboxes = [one.received(rows).picks for one in views]
+                    push_rows_reference(inboxes, y, got.topk_ids, layout, rows)
+                elif way == "sent":
                     send_sums(PeerSums.make(view, rows), y, got.topk_weights, got.topk_ids)
                 else:
                     moe_fused_mul_sum(y.view(-1, K, H), got.topk_weights, got.outputs, got.topk_ids)
             for view in views:
-                announce_outputs(view)
+                announce_outputs(view, way == "pushed")
             for view, mine in zip(views, ids, strict=True):
                 out = torch.empty(mine.shape[0], H, device="cuda", dtype=torch.bfloat16)
                 wait_for_outputs(view, timeout_us=10**6)
-                combine(
-                    *(out, mine, owners, view, rows), timeout_us=10**6, announce=False, sent=sent
-                )
+                waiting = {"timeout_us": 10**6, "announce": False}
+                if way == "pushed":
+                    weights = torch.rand(mine.shape, device="cuda")
+                    add_picks(out, mine, weights, owners, view, rows, pushed=True, **waiting)
+                else:
+                    combine(out, mine, owners, view, rows, sent=way == "sent", **waiting)
         torch.cuda.synchronize()
         assert not any(view.error.item() for view in views)
         print("ranks", key, flush=True)

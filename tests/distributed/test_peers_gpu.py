@@ -47,6 +47,24 @@ def test_products_begin_before_all_rows_are_here(gpu_ranks, tokens, key):
     gpu_ranks.run(rank_peers.check_late_rows, key, tokens)
 
 
+@pytest.mark.parametrize(
+    "tokens", [[600, 600, 600, 600], [600, 513, 700, 1], [900, 0, 0, 0], [2048, 0, 3, 700]]
+)
+@pytest.mark.parametrize("key", ["as they are", "fp8 blocks", "int8"])
+def test_rows_of_picks_are_pushed(gpu_ranks, tokens, key):
+    gpu_ranks.run(rank_peers.check_pushed_rows, key, tokens)
+
+
+@pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])
+def test_rows_of_picks_where_some_ranks_send_sums(gpu_ranks, tokens):
+    gpu_ranks.run(rank_peers.check_pushed_rows, "as they are", tokens, False, True)
+
+
+@pytest.mark.parametrize("key", ["as they are", "fp8 blocks"])
+def test_rows_of_picks_while_others_arrive(gpu_ranks, key):
+    gpu_ranks.run(rank_peers.check_pushed_rows, key, [2048, 0, 1900, 700], True)
+
+
 @pytest.mark.parametrize("timeout_s", [0.5, 4.0])
 def test_a_missing_rank_is_named(gpu_ranks, timeout_s):
     gpu_ranks.run(rank_peers.check_missing_rank, timeout_s)

@@ -14,6 +14,9 @@ UNEVEN = [600, 513, 700, 1]
 CHECKS = (
     *((rank_peers.check_kernels, key) for key in ("as they are", "fp8 blocks", "int8")),
     *((rank_peers.check_layer, UNEVEN, sent) for sent in (False, True)),
+    (rank_peers.check_pushed_rows, "as they are", [70, 0, 33, 1]),
+    (rank_peers.check_pushed_rows, "as they are", UNEVEN, False, True),
+    (rank_peers.check_pushed_rows, "fp8 blocks", UNEVEN),
     (rank_peers.check_rounded_layer, "fp8 blocks", UNEVEN),
     (rank_peers.check_batched, "as they are", [33, 0, 5, 1]),
     (rank_peers.check_layouts, "dp_tp"),

@@ -154,7 +154,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from fusedmoe.kernels.triton import hopper_decode, hopper_direct, hopper_prefill
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
 import hopper_compiler
-from hopper_compiler import cuobjdump
+from hopper_compiler import cuobjdump, stack_bytes
 
 def desc(rows, columns):
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
@@ -163,7 +163,7 @@ def desc(rows, columns):
 def build(kernel, types, constants, **options):
     names = kernel.arg_names
     ints = {"stride_x", "stride_out", "R", "num_local", "num_mapped", "desc_rows", "me", "most",
-            "timeout_us"}
+            "timeout_us", "picks_at", "share"}
     known = {n: "i32" for n in ints} | {n: "fp32" for n in ("limit", "alpha", "beta")}
     pointers = {"x_ptr", "act_ptr", "out_ptr", "bias_ptr", "w_ptr"}
     known |= {n: "*bf16" for n in pointers} | {"weights_ptr": "*fp32"}
@@ -220,10 +220,13 @@ assert runs_ahead(build(
     hopper_prefill.up_kernel,
     {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
     sizes | formula | step | all_here, maxnreg=168))
-assert runs_ahead(build(
-    hopper_prefill.down_kernel,
-    {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)},
-    sizes | step, maxnreg=168))
+types = {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)}
+types["bases_ptr"] = "*i64"
+for stored_here in ({"bases_ptr": None}, {}):
+    built = build(hopper_prefill.down_kernel, types, sizes | step | stored_here, maxnreg=168)
+    assert runs_ahead(built)
+    assert stack_bytes(built) == 0
+    assert ("st.global.v4" in built.asm["ptx"]) == (not stored_here)  # 16 bytes of a peer's row
 print("compiled")
 """
 

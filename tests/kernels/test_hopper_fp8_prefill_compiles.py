@@ -7,6 +7,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.kernels.triton import hopper_fp8_prefill as module
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -25,7 +26,6 @@ def check(compiled):
 
 
 module._launch_up = compile_as_launched(module.up_kernel, check)
-module._launch_down = compile_as_launched(module.down_kernel, check)
 module._launch_round = module.sum_rows = lambda *arguments: None
 
 T, K, E, P = 4, 2, 3, 384
@@ -36,7 +36,23 @@ pairs = QuantizedPrefillTiles(promoted=(2, 2))
 lone = QuantizedPrefillTiles(group=1, promoted=(2, 2), finely=True, box=16)
 
 
-def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=768):
+def pushed_by(compiled):
+    check(compiled)
+    # Of a peer's rows 16 bytes at once.
+    assert ("st.global.v4" in compiled.asm["ptx"]) == ("%bases_ptr:" in compiled.asm["ttgir"])
+
+
+module._launch_down = compile_as_launched(module.down_kernel, pushed_by)
+
+
+def taker(H):
+    layout = PeerLayout(2, 2, H, K, torch.bfloat16)
+    words = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    view = PeerView(layout, 0, torch.zeros(2, dtype=torch.int64), words, ids, ids)
+    return PeerSums.make(view, 2, takes_picks=True)
+
+
+def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=768, pushed=False):
     shards = 2 if act.is_gated else 1
     w1 = quantize(torch.zeros(E, shards * I, H), format_named(name), shards=shards,
                   interleaved=act is MoEActivation.SWIGLUOAI)
@@ -46,9 +62,11 @@ def run(name, key, tiles=plain, act=MoEActivation.SILU, bias=False, H=2048, I=76
         biases = torch.zeros(E, shards * I).bfloat16(), torch.zeros(E, H).bfloat16()
     scales = (torch.ones(1),) * 2 if key.static else (None, None)
     x, out = torch.zeros(T, H).bfloat16(), torch.zeros(T, H).bfloat16()
+    out = taker(H) if pushed else out
     rows = torch.zeros(P, I).bfloat16(), torch.zeros(P, H).bfloat16()
     layer = LayerTensors(x, w1, w2, None, ids.view(T, K), out, *rows, 132, act, None, *biases)
     module.prefill(layer, (key, key), scales, table, tiles)
+    assert not pushed or (out.sent and out.pushed)
 
 
 run("fp8_block", FP8_DYNAMIC_128)
@@ -63,6 +81,10 @@ run("fp8_tensor", FP8_STATIC_TENSOR)
 run("fp8_channel", FP8_DYNAMIC_TOKEN, lone)
 run("fp8_block", FP8_DYNAMIC_128, lone)
 run("int8_channel", INT8_DYNAMIC_TOKEN, QuantizedPrefillTiles(group=1, finely=True, box=16))
+run("fp8_block", FP8_DYNAMIC_128, pushed=True)
+run("fp8_block", FP8_DYNAMIC_128, bias=True, H=272, I=208, pushed=True)
+run("fp8_channel", FP8_DYNAMIC_TOKEN, pairs, bias=True, pushed=True)
+run("int8_channel", INT8_DYNAMIC_TOKEN, bias=True, pushed=True)
 print("compiled")
 """
 

@@ -119,7 +119,6 @@ def test_rows_that_are_copied(key):
     for epoch in (1, 2):
         x, ids, weights = inputs_of(layout, tokens, torch.float32, epoch)
         for rank, view in enumerate(views):
-            view.state[0] = epoch
             view.own[: layout.ids_at].fill_(GARBAGE)
             dispatch(
                 *(x[rank], ids[rank], weights[rank], OWNERS, view, 5),

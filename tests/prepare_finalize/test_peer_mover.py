@@ -15,6 +15,8 @@ from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.distributed.peer_memory import PeerMemory, first_view
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
+from fusedmoe.kernels.peer_picks import push_rows_reference
+from fusedmoe.modular_kernel import FinalizeWork, PrepareWork
 from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.batched import rows_by_expert
 from fusedmoe.prepare_finalize.dispatch import Hosts
@@ -37,9 +39,13 @@ class Memory:
     timeout_us = 0
     layout = LAYOUT
     send_sums_from: int | None = None
+    push_rows_from: int | None = None
 
     def __init__(self, view: PeerView) -> None:
         self.view = view
+
+    def pushes_rows(self, rows: int) -> bool:
+        return self.push_rows_from is not None and rows >= self.push_rows_from
 
     def spans(self, group: Any) -> bool:
         return group.size() == WORLD
@@ -85,12 +91,14 @@ def batch(T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-@pytest.fixture(params=[False, True])
+@pytest.fixture(params=["fetched", "sent", "pushed"])
 def sends_sums(request, monkeypatch):
-    """Whether the ranks leave their parts of sums to be fetched, or send them."""
-    if request.param:
-        monkeypatch.setattr(Memory, "send_sums_from", 1)
-    return request.param
+    """Whether the ranks leave their parts of sums to be fetched, or send them: also experts that
+    know of no rows of picks, where those would be taken."""
+    if request.param != "fetched":
+        name = "send_sums_from" if request.param == "sent" else "push_rows_from"
+        monkeypatch.setattr(Memory, name, 1)
+    return request.param != "fetched"
 
 
 @pytest.mark.parametrize("counts", [[3, 2], [5, 0], [0, 1]])
@@ -150,6 +158,51 @@ def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):
         finish(back[rank])
         want = x * (weights * (ids >= 0)).sum(dim=1, keepdim=True)
         torch.testing.assert_close(outs[rank], want)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_rows_of_picks_are_weighted_where_they_arrive(monkeypatch, on_input, waits):
+    """One rank's experts push rows, the other's leave a sum; so it is told to both. Weights that
+    the input had are not taken again."""
+    monkeypatch.setattr(Memory, "push_rows_from", 1)
+    monkeypatch.setattr(PrepareWork, "weighted_input", property(lambda self: self.a1))
+    everyone, maps = movers()
+    counts = [2, 3]
+    batches = [batch(T, r) for r, T in enumerate(counts)]
+    started = [one.begin(counts) for one in everyone]
+    pending = [
+        one.prepare_async(*batches[r], E, maps[r], on_input, PLAIN) for r, one in enumerate(started)
+    ]
+    received = [finish(one) for one in pending]
+    inboxes = [one.memory.view.received(3).picks for one in started]
+    back, outs = [], [torch.full((T, H), float("nan")) for T in counts]
+    for rank, (one, got) in enumerate(zip(started, received, strict=True)):
+        rows = got.hidden_states[:, None].expand(-1, K, -1).nan_to_num().reshape(-1, H)
+        weights = torch.where(got.topk_ids >= 0, 1.0 if on_input else got.topk_weights, 0)
+        assert got.output.takes_picks
+        if rank == 1:
+            push_rows_reference(inboxes, rows, got.topk_ids, LAYOUT, 3)
+            got.output.sent = got.output.pushed = True
+        else:
+            got.output.copy_(rows.view(-1, K, H).mul(weights[..., None]).sum(dim=1))
+        work = FinalizeWork(
+            *(outs[rank], got.output, got.topk_weights, got.topk_ids, on_input),
+            TopKWeightAndReduceNoOP(),
+        )
+        if waits:
+            own = one.memory.view.own  # as the other's launch would do meanwhile
+            own[LAYOUT.combine_flags_at :][:8].view(torch.int32)[:] = 1
+            own[LAYOUT.kinds_at :][:8].view(torch.int32)[:] = torch.arange(2)
+        back.append(
+            (lambda one=one, work=work: one.combine(work)) if waits else one.start_combine(work)
+        )
+    for rank, (x, weights, ids) in enumerate(batches):
+        finish(back[rank])
+        factor = ((ids >= 0) * (1.0 if on_input else weights)).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(outs[rank], x * factor)
+        kinds = started[rank].memory.view.own[LAYOUT.kinds_at :][:8].view(torch.int32)
+        assert kinds.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("counts", [[3, 2], [0, 5], [1, 0]])
@@ -227,6 +280,9 @@ def test_what_the_options_of_a_layer_change():
     assert PeerPrepareAndFinalize.unmet_requirement(config(), groups) is None
     kept = PeerPrepareAndFinalize.make(config(batch_invariant=True), groups)
     assert not kept._may_send_sums  # which way it is follows from the size of the batch
+    kept._rows = 1
+    groups.peers.push_rows_from = 1
+    assert not kept._takes_picks
     assert PeerPrepareAndFinalize.make(config(), groups)._may_send_sums
     assert PeerPrepareAndFinalize.make(config(), groups).max_num_tokens == LAYOUT.rows
 
@@ -254,6 +310,15 @@ def test_rows_are_copied_where_few_are_wasted(world, picks, key, copied):
     assert not memory.copies_rows(4095)
     memory.copy_rows_from = None
     assert not memory.copies_rows(8192)
+
+
+def test_rows_are_pushed_where_there_is_room_for_them():
+    memory: Any = object.__new__(PeerMemory)
+    layout = PeerLayout(2, 64, 256, 2, torch.bfloat16, pushed_rows=32)
+    memory._view, memory.push_rows_from = SimpleNamespace(layout=layout), 8
+    assert [memory.pushes_rows(rows) for rows in (7, 8, 32, 33)] == [False, True, True, False]
+    memory.push_rows_from = None
+    assert not memory.pushes_rows(8)
 
 
 def test_nobody_is_asked_within_a_graph(monkeypatch):

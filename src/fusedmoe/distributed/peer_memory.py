@@ -23,6 +23,9 @@ _WATCH_INTERVAL = 0.05
 SEND_SUMS_FROM = 256
 """Tokens. On four H200s fetching is faster at 8, either at 128, and sending from 256 on."""
 
+PUSH_ROWS_FROM = 256
+"""Tokens, from which on experts that can send the row of each pick as their product makes it."""
+
 COPY_ROWS_FROM = 4096
 """Tokens, from which on the copy engines bring rows to experts that begin before all are there.
 They take long to begin: on four H200s rows that are sent are faster at 1024, slower at 8192."""
@@ -47,6 +50,8 @@ class PeerMemory:
     at the same time. One object serves all layers of a model, one after the other on one stream.
     ``send_sums_from``: with so many tokens on some rank, experts' sums go to their tokens' ranks as
     they are made, instead of being fetched from where they were left; None: never.
+    ``push_rows_from``: with so many, up to the layout's ``pushed_rows``, experts may send the row
+    of each pick as their second product makes it, instead of a sum of those; None: never.
     ``copy_rows_from``: with so many, the copy engines bring all rows to all ranks, if the experts
     can begin with those that are there; None: never.
 
@@ -65,6 +70,7 @@ class PeerMemory:
         layout: PeerLayout,
         *,
         send_sums_from: int | None = SEND_SUMS_FROM,
+        push_rows_from: int | None = PUSH_ROWS_FROM,
         copy_rows_from: int | None = COPY_ROWS_FROM,
         timeout_s: float = 4.0,
         on_error: OnError | None = None,
@@ -80,6 +86,7 @@ class PeerMemory:
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
         facts["host"] = socket.gethostname()
         facts["send_sums_from"] = str(send_sums_from)
+        facts["push_rows_from"] = str(push_rows_from)
         facts["copy_rows_from"] = str(copy_rows_from)
         check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
         device = torch.device("cuda", torch.cuda.current_device())
@@ -88,6 +95,7 @@ class PeerMemory:
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.group, self._device = group, device
         self.send_sums_from = send_sums_from
+        self.push_rows_from = push_rows_from
         self.copy_rows_from = copy_rows_from
         sizes, dtype = (layout.nbytes,), torch.uint8
         self.buffers = [self._handle.get_buffer(one, sizes, dtype) for one in range(layout.world)]
@@ -114,6 +122,11 @@ class PeerMemory:
         """Whether its buffers are those of the ranks of ``group``, in their order."""
         ranks = dist.get_process_group_ranks
         return group is self.group or ranks(group) == ranks(self.group)
+
+    def pushes_rows(self, rows: int) -> bool:
+        """Whether experts may send rows of picks where the fullest rank has so many tokens."""
+        least = self.push_rows_from
+        return least is not None and least <= rows <= self.layout.pushed_rows
 
     def copies_rows(self, rows: int) -> bool:
         """Whether the copy engines bring the rows where the fullest rank has so many tokens.

@@ -37,7 +37,7 @@ def dispatch(
 
     Raises ValueError where sizes do not fit the layout.
     """
-    _check(x, topk_ids, owners, here, rows)
+    check_tokens(x, topk_ids, owners, here, rows)
     if topk_weights.shape != topk_ids.shape or topk_weights.dtype is not torch.float32:
         raise ValueError(
             f"topk_weights {tuple(topk_weights.shape)} {topk_weights.dtype} must be fp32 of the "
@@ -88,7 +88,7 @@ def copy_rows(
         scales = span(layout.scales_at, layout.groups * 4)
         buffer[scales].copy_(source[scales], non_blocking=True)
     flag = slice(layout.row_flags_at + 4 * me, layout.row_flags_at + 4 * me + 4)
-    buffer[flag].copy_(here.state[:1].view(torch.uint8), non_blocking=True)
+    buffer[flag].copy_(here.state[1:2].view(torch.uint8), non_blocking=True)
 
 
 def settled(x: torch.Tensor) -> torch.Tensor:
@@ -112,11 +112,12 @@ def wait_for_dispatch(here: PeerView, *, timeout_us: int) -> None:
     triton_kernels.wait(here, here.layout.dispatch_flags_at, timeout_us)
 
 
-def announce_outputs(here: PeerView) -> None:
-    """Tell all ranks that ``received(...).outputs`` are written; a ``combine`` must follow."""
+def announce_outputs(here: PeerView, pushed: bool = False) -> None:
+    """Tell all ranks that ``received(...).outputs`` are written, or with ``pushed`` the rows of
+    picks; a ``combine`` or ``add_picks`` must follow."""
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
-    triton_kernels.announce(here)
+    triton_kernels.announce(here, pushed)
 
 
 def wait_for_outputs(here: PeerView, *, timeout_us: int) -> None:
@@ -144,7 +145,7 @@ def combine(
     rounded once. Without ``announce``, ``announce_outputs`` has been called. ``sent``: the ranks
     have sent their parts here (``kernels.peer_sums``), instead of leaving them to be fetched.
     """
-    _check(out, topk_ids, owners, here, rows)
+    check_tokens(out, topk_ids, owners, here, rows)
     if out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows, its strides are {out.stride()}")
     from fusedmoe.kernels.triton import peer_combine as triton_kernels
@@ -162,9 +163,10 @@ def combine(
     )
 
 
-def _check(
+def check_tokens(
     x: torch.Tensor, topk_ids: torch.Tensor, owners: torch.Tensor, here: PeerView, rows: int
 ) -> None:
+    """Raise ValueError where this rank's tokens x [T, H] do not fit the buffers."""
     layout = here.layout
     T, H = x.shape
     if topk_ids.shape != (T, layout.topk) or layout.hidden != H:

@@ -12,6 +12,8 @@ from fusedmoe.kernels.quantize import STORED
 from fusedmoe.quantization.keys import QuantKey
 
 ALIGNMENT = 256
+PUSHED_ROWS = 4096
+"""Tokens of a rank up to which buffers hold the row of each pick."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class PeerLayout:
     Room for ``rows`` tokens of each of ``world`` ranks: their rows [world, rows, hidden], in
     ``dtype`` or rounded as ``key`` says, with scales fp32 [world, rows, groups]; ids int32 and
     weights fp32 [world, rows, topk]; the experts' outputs for the ranks' tokens, or from the ranks'
-    experts, [world, rows, hidden] in ``dtype``; three flags int32 per rank.
+    experts, [world, rows, hidden] in ``dtype``; three flags int32 per rank, and what each has sent.
+
+    Where a forward has at most ``pushed_rows`` tokens of each rank, there is room behind its
+    outputs for the row of each pick of this rank's tokens, [rows of the forward, topk, hidden].
     """
 
     world: int
@@ -30,6 +35,7 @@ class PeerLayout:
     topk: int
     dtype: torch.dtype
     key: QuantKey | None = None
+    pushed_rows: int = PUSHED_ROWS
 
     def __post_init__(self) -> None:
         if min(self.world, self.rows, self.hidden, self.topk) < 1:
@@ -59,16 +65,30 @@ class PeerLayout:
             slots * self.groups * 4,
             slots * self.topk * 4,
             slots * self.topk * 4,
-            slots * self.hidden * self.dtype.itemsize,
-            self.world * 4,
-            self.world * 4,
-            self.world * 4,
+            max(slots * self._row_bytes, self._picks_end(min(self.rows, self.pushed_rows))),
+            *(self.world * 4 for _ in range(4)),
         )
         ends, end = [], 0
         for size in sizes:
             end += -(-size // ALIGNMENT) * ALIGNMENT
             ends.append(end)
         return tuple(ends)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.hidden * self.dtype.itemsize
+
+    def _picks_begin(self, rows: int) -> int:
+        """Bytes behind ``outputs_at``."""
+        return -(-self.world * rows * self._row_bytes // ALIGNMENT) * ALIGNMENT
+
+    def _picks_end(self, rows: int) -> int:
+        return self._picks_begin(rows) + rows * self.topk * self._row_bytes
+
+    def picks_at(self, rows: int) -> int:
+        """Where the rows of picks begin in a forward of ``rows`` slots per rank, which must not be
+        more than ``pushed_rows``."""
+        return self.outputs_at + self._picks_begin(rows)
 
     @property
     def groups(self) -> int:
@@ -111,15 +131,21 @@ class PeerLayout:
         return self._ends[6]
 
     @property
-    def nbytes(self) -> int:
+    def kinds_at(self) -> int:
+        """Int32 of each rank: whether it has pushed rows of picks, not a sum."""
         return self._ends[7]
+
+    @property
+    def nbytes(self) -> int:
+        return self._ends[8]
 
 
 class Received(NamedTuple):
     """What lies in a rank's buffer, R' = world * rows slots; those without ids hold anything.
 
     hidden_states [R', H], scales fp32 [R', groups] or None, topk_ids int32 and topk_weights fp32
-    [R', K] (-1: not of this rank), outputs [R', H] to be written by the experts.
+    [R', K] (-1: not of this rank), outputs [R', H] to be written by the experts; picks [rows * K,
+    H] for the rows of this rank's own tokens, None where they are too many.
     """
 
     hidden_states: torch.Tensor
@@ -127,6 +153,7 @@ class Received(NamedTuple):
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
     outputs: torch.Tensor
+    picks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,9 +176,14 @@ class PeerView:
         layout, own = self.layout, self.own
         slots = layout.world * rows
 
-        def section(at: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-            size = slots * columns * dtype.itemsize
-            return own[at : at + size].view(dtype).view(slots, columns)
+        def section(at: int, columns: int, dtype: torch.dtype, count: int = slots) -> torch.Tensor:
+            size = count * columns * dtype.itemsize
+            return own[at : at + size].view(dtype).view(count, columns)
+
+        picks = None
+        if rows <= layout.pushed_rows:
+            at, count = layout.picks_at(rows), rows * layout.topk
+            picks = section(at, layout.hidden, layout.dtype, count)
 
         return Received(
             section(layout.rows_at, layout.hidden, layout.row_dtype),
@@ -159,6 +191,7 @@ class PeerView:
             section(layout.ids_at, layout.topk, torch.int32),
             section(layout.weights_at, layout.topk, torch.float32),
             section(layout.outputs_at, layout.hidden, layout.dtype),
+            picks,
         )
 
 
@@ -194,24 +227,35 @@ class PeerSums(torch.Tensor):
 
     Whoever does not know the class writes an ordinary tensor of this rank's memory. A sum that
     knows it calls ``kernels.peer_sums.send_sums`` instead, which sets ``sent`` and leaves this
-    memory alone.
+    memory alone. With ``takes_picks`` a product may instead store its rows, not weighted, each at
+    its own pick's place in ``received(rows).picks`` of the token's rank; it sets ``pushed``, too.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     here: PeerView
     rows: int
+    takes_picks: bool
     sent: bool
+    pushed: bool
 
     @classmethod
-    def make(cls, here: PeerView, rows: int) -> PeerSums:
+    def make(cls, here: PeerView, rows: int, takes_picks: bool = False) -> PeerSums:
         """Not yet written."""
         layout, device = here.layout, here.own.device
         shape = (layout.world * rows, layout.hidden)
-        return cls.over(torch.empty(shape, dtype=layout.dtype, device=device), here, rows)
+        made = cls.over(torch.empty(shape, dtype=layout.dtype, device=device), here, rows)
+        made.takes_picks = takes_picks
+        return made
 
     @classmethod
     def over(cls, sums: torch.Tensor, here: PeerView, rows: int) -> PeerSums:
         """The memory of ``sums``."""
         made = sums.as_subclass(cls)
-        made.here, made.rows, made.sent = here, rows, False
+        made.here, made.rows = here, rows
+        made.takes_picks = made.sent = made.pushed = False
         return made
+
+
+def taker_of_picks(out: torch.Tensor) -> PeerSums | None:
+    """``out``, where a product may push its rows."""
+    return out if isinstance(out, PeerSums) and out.takes_picks else None

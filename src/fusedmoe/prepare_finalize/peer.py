@@ -3,8 +3,9 @@
 As ``all_to_all``, but nothing is counted beforehand and the host waits for nothing: the launches
 can be captured in a CUDA graph. The ranks' tokens stand in slots, ``rows`` for each rank, most of
 which may be empty. The experts' sums stay where they are and are fetched by the tokens' ranks; or,
-where tokens are many and the memory says so, go there as they are made (``kernels.peer_sums``).
-Then also the copy engines bring the rows, if the experts can begin with those that have arrived.
+where tokens are many and the memory says so, go there as they are made (``kernels.peer_sums``), or
+instead of them the rows that they would be made of (``kernels.peer_picks``). With more tokens yet,
+the copy engines bring the rows, if the experts can begin with those that have arrived.
 
 One launch sends and waits, one fetches; the async forms are two each, so that the wait comes later.
 The launches themselves are the wire: what is to run beside them needs another stream. There is
@@ -22,6 +23,7 @@ from fusedmoe.distributed.groups import token_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
 from fusedmoe.kernels import peer_all_to_all as wire
 from fusedmoe.kernels.peer_layout import LateRows, PeerSums, PeerView
+from fusedmoe.kernels.peer_picks import add_picks
 from fusedmoe.kernels.peer_sums import send_rows
 from fusedmoe.modular_kernel import (
     FinalizeWork,
@@ -49,6 +51,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     memory: PeerMemory
     _owners: torch.Tensor | None = None
     _ids: torch.Tensor | None = None
+    _weights: torch.Tensor | None = None
     _expert_map: torch.Tensor | None = None
     _rows: int = 0
     _copied: bool = False
@@ -102,7 +105,13 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     def _sends_sums(self) -> bool:
         """Whether parts of sums go to the tokens' ranks, or are fetched: on all ranks alike."""
         least = self.memory.send_sums_from
-        return self._may_send_sums and least is not None and self._rows >= least
+        sends = least is not None and self._rows >= least
+        return self._may_send_sums and (sends or self._takes_picks)
+
+    @property
+    def _takes_picks(self) -> bool:
+        """Whether ranks may send the rows of picks instead of a sum: on all ranks alike."""
+        return self._may_send_sums and self.memory.pushes_rows(self._rows)
 
     @property
     def _view(self) -> PeerView:
@@ -138,6 +147,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         rows = max(max(self.sizes_for(x.shape[0])), 1)
         self._owners = self.hosts_of(work.num_experts, work.expert_map).owners
         self._ids, self._expert_map, self._rows = work.topk_ids, work.expert_map, rows
+        self._weights = None if work.apply_router_weight_on_input else work.topk_weights
         self._copied = wait and self.rows_may_be_late and self.memory.copies_rows(rows)
         wire.dispatch(
             *(x, work.topk_ids, work.topk_weights, self._owners, self._view, rows),
@@ -149,42 +159,54 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
-        output = PeerSums.make(self._view, self._rows) if self._sends_sums else got.outputs
+        output = got.outputs
+        if self._sends_sums:
+            output = PeerSums.make(self._view, self._rows, self._takes_picks)
         return PrepareResult(
             got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
         )
 
     def combine(self, work: FinalizeWork) -> None:
-        self._leave_outputs(work)
-        self._fetch(work.output, announce=True)
+        pushed = self._leave_outputs(work)
+        self._fetch(work.output, announce=True, pushed=pushed)
 
     def start_combine(self, work: FinalizeWork) -> tuple[Hook, Receiver]:
         """The others may fetch from here at once; the hook launches the wait for theirs."""
-        self._leave_outputs(work)
-        wire.announce_outputs(self._view)
+        pushed = self._leave_outputs(work)
+        wire.announce_outputs(self._view, pushed)
         timeout_us = self.memory.timeout_us
         return (
             lambda: wire.wait_for_outputs(self._view, timeout_us=timeout_us),
-            lambda: self._fetch(work.output, announce=False),
+            lambda: self._fetch(work.output, announce=False, pushed=pushed),
         )
 
-    def _leave_outputs(self, work: FinalizeWork) -> None:
-        """Where the tokens' ranks look for them, unless the experts have written there."""
+    def _leave_outputs(self, work: FinalizeWork) -> bool:
+        """Where the tokens' ranks look for them, unless the experts have written there: whether
+        those are rows of picks."""
         routed = work.fused_expert_output
         if isinstance(routed, PeerSums) and routed.sent:
-            return
+            return routed.pushed
         outputs = None if self._sends_sums else self._view.received(self._rows).outputs
         if outputs is not None and routed.data_ptr() == outputs.data_ptr():
-            return
+            return False
         sums = self.weight_and_sum(work, outputs)
         if outputs is None:
             send_rows(self._view, self._rows, sums, work.topk_ids)
+        return False
 
-    def _fetch(self, output: torch.Tensor, announce: bool) -> None:
+    def _fetch(self, output: torch.Tensor, announce: bool, pushed: bool) -> None:
         assert self._owners is not None
         assert self._ids is not None
         if self._copied:
             self.memory.join_copies()
+        if self._takes_picks:
+            add_picks(
+                *(output, self._ids, self._weights, self._owners, self._view, self._rows),
+                timeout_us=self.memory.timeout_us,
+                announce=announce,
+                pushed=pushed,
+            )
+            return
         wire.combine(
             *(output, self._ids, self._owners, self._view, self._rows),
             timeout_us=self.memory.timeout_us,

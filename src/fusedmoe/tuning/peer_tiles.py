@@ -18,6 +18,7 @@ _BY_ROWS = ((8, 512, 4), (64, 1024, 4))
 _BEYOND = (2048, 8)
 _PROGRAMS = 264
 _LOCAL_PROGRAMS = 2112
+_PICKS_PROGRAMS = 8448
 
 
 def peer_tiles(rows: int, hidden: int) -> PeerTiles:
@@ -39,6 +40,13 @@ def local_tiles(hidden: int) -> PeerTiles:
 def adding_tiles(hidden: int) -> PeerTiles:
     """For rows that are added up once all have come."""
     return PeerTiles(_LOCAL_PROGRAMS, _columns(hidden, 4096), 8)
+
+
+def picks_tiles(hidden: int) -> PeerTiles:
+    """For rows of picks that are weighted and added up once all have come. A thread has all picks
+    of its columns, 8 at once: so their order is that of other sums, and the bits are the same."""
+    block = _columns(hidden, 1024)
+    return PeerTiles(_PICKS_PROGRAMS, block, 2 if block >= 512 else 1)
 
 
 def sum_tile(hidden: int) -> tuple[int, int]:

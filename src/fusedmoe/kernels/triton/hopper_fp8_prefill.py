@@ -25,6 +25,7 @@ from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
@@ -38,6 +39,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
 )
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, TILE_N
+from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
 from fusedmoe.kernels.triton.hopper_quantized_tasks import rows_descriptor, weight_descriptors
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
@@ -118,7 +120,11 @@ def prefill(
         q, q_scale, w1, K, act, position, keys[1], scales[1], layer.epilogue, layer.w1_bias, tables,
         tiles, programs, arrivals,
     )  # fmt: skip
-    down(act, act_scale, w2, y, R, layer.w2_bias, tables, tiles, programs)
+    taker = taker_of_picks(out)
+    down(act, act_scale, w2, y, R, layer.w2_bias, tables, tiles, programs, taker)
+    if taker is not None:
+        taker.sent = taker.pushed = True
+        return
     sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])
 
 
@@ -211,14 +217,16 @@ def down(
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
     programs: int,
+    taker: PeerSums | None = None,
 ) -> None:
-    """The second product: y [P, H]."""
+    """The second product: y [P, H], or rows that go to ``taker``."""
     e, H, I = w2.shape  # noqa: E741
     weights = rows_descriptor(
         Memory(w2.data.data_ptr(), w2.data.dtype), e * H, I, I, 2 * TILE_N.value
     )
     stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
     own = act_scale.dim() == 2
+    bases, pushing = push_numbers_of(taker)
     _launch_down(
         programs,
         (
@@ -229,10 +237,11 @@ def down(
         (
             *(bias, act_scale, w2.scale, *_read(tables)),
             task_counters(tables.sorted_ids, act.shape[0])[1],
+            *bases,
         ),
         (
             *(0 if act_scale.numel() == 1 else 1, act.shape[0] // BLOCK_M.value),
-            *(stride_se, stride_sn, row_step, block, R, e),
+            *(stride_se, stride_sn, row_step, block, R, e, *pushing),
         ),
         (
             *(H, I, tiles.promoted[1], _steps_per_scale(w2), _by_feature(w2), own),

@@ -34,10 +34,11 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     TILE_N,
     store_tile,
 )
+from fusedmoe.kernels.triton.hopper_pushed import lines_of, push_tile, slots_of_half
 
 UNSPECIALIZED = (
     "stride_am", "scale_blocks", "stride_se", "stride_sn", "scale_row_step", "scale_block", "R",
-    "num_local",
+    "num_local", "picks_at", "share",
 )  # fmt: skip
 
 
@@ -126,6 +127,9 @@ def down_consumer(
     rings,
     bars,
     turns,
+    sorted_ptr,
+    push,
+    R,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
@@ -135,6 +139,7 @@ def down_consumer(
     WHICH: gl.constexpr,
 ):
     act_scale_ptr, stride_am, _ = act_scales
+    bases_ptr, _, _ = push
     KSTEPS: gl.constexpr = (I + STEP - 1) // STEP
     stage = 0
     phase = 0
@@ -147,6 +152,8 @@ def down_consumer(
         row, tile, expert, rows = unpacked(word, WHICH)
         column = tile * (2 * TILE_N)
         if rows > 0:
+            if bases_ptr is not None:
+                slots = slots_of_half(sorted_ptr, row)
             low_scales = None
             high_scales = None
             row_scale = None
@@ -176,8 +183,13 @@ def down_consumer(
                 low, high, row_scale, of_low, of_high, low_bias, high_bias, buffers.index(0),
                 PER_SCALE == 0, BY_FEATURE, bias_ptr is not None,
             )  # fmt: skip
-            store_tile(out_desc, buffers, low, row, column, rows)
-            store_tile(out_desc, buffers, high, row, column + TILE_N, rows)
+            if bases_ptr is None:
+                store_tile(out_desc, buffers, low, row, column, rows)
+                store_tile(out_desc, buffers, high, row, column + TILE_N, rows)
+            else:
+                lines, there = lines_of(push, slots, R, H, buffers.dtype)
+                push_tile(lines, there, buffers, low, column, H)
+                push_tile(lines, there, buffers, high, column + TILE_N, H)
         else:
             stage, phase, turn = skip(
                 bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],
@@ -200,6 +212,7 @@ def down_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
+    bases_ptr,
     stride_am,
     scale_blocks,
     stride_se,
@@ -208,6 +221,8 @@ def down_kernel(
     scale_block,
     R,
     num_local,
+    picks_at,
+    share,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     PROMOTED: gl.constexpr,
@@ -218,7 +233,7 @@ def down_kernel(
     GROUP: gl.constexpr,
 ):
     """act_scale_ptr: one number, one per row (``stride_am`` apart), or OWN: [I / 128, P] with P =
-    128 * scale_blocks. Others as in ``up_kernel``."""
+    128 * scale_blocks. ``bases_ptr``: as in ``hopper_prefill_down``. Others as in ``up_kernel``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, out_desc, STAGES, 32 if OWN else 0, OWN)
     turns = open_turns(OWN or PROMOTED == 1)
@@ -226,20 +241,21 @@ def down_kernel(
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
     scales = (scale_ptr, stride_se, stride_sn, 0, scale_row_step, scale_block)
     act_scales = (act_scale_ptr, stride_am, scale_blocks)
+    push = (bases_ptr, picks_at, share)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
-                    out_desc, out0, box, bias_ptr, act_scales, scales, rings, bars, turns, H, I,
-                    PROMOTED, PER_SCALE, BY_FEATURE, OWN, 0,
+                    out_desc, out0, box, bias_ptr, act_scales, scales, rings, bars, turns,
+                    sorted_ptr, push, R, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, box, bias_ptr, act_scales, scales, rings, bars, turns, H, I,
-                    PROMOTED, PER_SCALE, BY_FEATURE, OWN, 1,
+                    out_desc, out1, box, bias_ptr, act_scales, scales, rings, bars, turns,
+                    sorted_ptr, push, R, H, I, PROMOTED, PER_SCALE, BY_FEATURE, OWN, 1,
                 ),
             ),
             (

@@ -25,7 +25,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.peer_layout import PeerSums
+from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
@@ -38,6 +38,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
 from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
+from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.hopper_tiles import MOST_SUM_COLUMNS, SUM_COLUMNS, PrefillTiles, sum_passes
@@ -152,8 +153,11 @@ def prefill(
     position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     prefill_gemms(
         x, w1, w2, topk_ids.shape[1], act, y, position, layer.epilogue, layer.w1_bias,
-        layer.w2_bias, tables, tiles, programs, arrivals,
+        layer.w2_bias, tables, tiles, programs, arrivals, taker := taker_of_picks(out),
     )  # fmt: skip
+    if taker is not None:
+        taker.sent = taker.pushed = True
+        return
     e, H, _ = w2.shape
     sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, e, sum_passes(H))
 
@@ -213,10 +217,11 @@ def prefill_gemms(
     tiles: PrefillTiles,
     programs: int,
     arrivals: Arrivals | None = None,
+    taker: PeerSums | None = None,
 ) -> None:
     """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
     [R], where each slot's row is. ``task_counters`` says what the table of slots must have.
-    ``arrivals``: rows of x may be on their way.
+    ``arrivals``: rows of x may be on their way. With ``taker`` rows go there instead of into y.
     """
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
@@ -228,6 +233,7 @@ def prefill_gemms(
     steps = (tiles.depth, tiles.stages, tiles.group)
     waits, waiting, world = numbers_of(arrivals)
     own = None if arrivals is None else arrivals.rows.own
+    bases, pushing = push_numbers_of(taker)
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
@@ -247,8 +253,8 @@ def prefill_gemms(
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post, down_counter),
-        (R, e),
+        (w2_bias, expert_ids, sorted_ids, num_post, down_counter, *bases),
+        (R, e, *pushing),
         (H, I, *steps),
         num_warps=4,
         maxnreg=168,

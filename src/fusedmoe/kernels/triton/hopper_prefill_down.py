@@ -22,8 +22,9 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     open_rings,
     store_tile,
 )
+from fusedmoe.kernels.triton.hopper_pushed import lines_of, push_tile, slots_of_half
 
-UNSPECIALIZED = ("R", "num_local")
+UNSPECIALIZED = ("R", "num_local", "picks_at", "share")
 
 
 @gluon.jit
@@ -111,6 +112,8 @@ def down_consumer(
     rings,
     bars,
     tables,
+    push,
+    R,
     num_local,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
@@ -118,7 +121,8 @@ def down_consumer(
     GROUP: gl.constexpr,
     WHICH: gl.constexpr,
 ):
-    expert_ids_ptr, _, num_post_ptr = tables
+    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
+    bases_ptr, _, _ = push
     BK: gl.constexpr = rings[0].shape[2]
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     blocks = gl.load(num_post_ptr) // BLOCK_M
@@ -129,6 +133,8 @@ def down_consumer(
     while at < blocks * TILES:
         block, tile = at // TILES, at % TILES
         row = block * BLOCK_M + WHICH * HALF_M
+        if bases_ptr is not None:
+            slots = slots_of_half(sorted_ptr, row)
         acc, stage, phase = multiply(rings, bars, stage, phase, live, KSTEPS, WHICH)
         if live:
             low, high = halves(acc)
@@ -138,8 +144,13 @@ def down_consumer(
                 bias = bias_ptr + expert * H + column
                 low += load_bias(bias, 1, H - column)
                 high += load_bias(bias + TILE_N, 1, H - column - TILE_N)
-            store_tile(out_desc, buffers, low, row, column)
-            store_tile(out_desc, buffers, high, row, column + TILE_N)
+            if bases_ptr is None:
+                store_tile(out_desc, buffers, low, row, column)
+                store_tile(out_desc, buffers, high, row, column + TILE_N)
+            else:
+                lines, there = lines_of(push, slots, R, H, buffers.dtype)
+                push_tile(lines, there, buffers, low, column, H)
+                push_tile(lines, there, buffers, high, column + TILE_N, H)
         number += 1
         at, live = hear_half(box, number, WHICH)
     tma.store_wait(0)
@@ -155,33 +166,38 @@ def down_kernel(
     sorted_ptr,
     num_post_ptr,
     counter_ptr,
+    bases_ptr,
     R,
     num_local,
+    picks_at,
+    share,
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """``act_desc`` views tiles of 64 rows."""
+    """``act_desc`` views tiles of 64 rows. With ``bases_ptr`` rows are pushed to the tokens' ranks
+    instead of stored: int64 [ranks], see ``hopper_pushed``."""
     TILES: gl.constexpr = (H + 2 * TILE_N - 1) // (2 * TILE_N)
     rings, bars, out0, out1 = open_rings(w_desc, BK, STAGES, 0)
     box = open_box(2)
     tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    push = (bases_ptr, picks_at, share)
     gl.warp_specialize(
         [
             (
                 down_consumer,
                 (
-                    out_desc, out0, box, bias_ptr, rings, bars, tables, num_local, H, I, TILES,
-                    GROUP, 0,
+                    out_desc, out0, box, bias_ptr, rings, bars, tables, push, R, num_local, H, I,
+                    TILES, GROUP, 0,
                 ),
             ),
             (
                 down_consumer,
                 (
-                    out_desc, out1, box, bias_ptr, rings, bars, tables, num_local, H, I, TILES,
-                    GROUP, 1,
+                    out_desc, out1, box, bias_ptr, rings, bars, tables, push, R, num_local, H, I,
+                    TILES, GROUP, 1,
                 ),
             ),
             (

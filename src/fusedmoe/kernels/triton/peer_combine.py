@@ -16,10 +16,7 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.peer_dispatch import owners_of
 from fusedmoe.kernels.triton.peer_flags import (
     STATE_COMBINE,
-    STATE_DISPATCH,
-    STATE_DONE,
     TYPES,
-    peer_pointer,
     raise_flags,
     wait_for_flags,
 )
@@ -54,6 +51,9 @@ def combine_kernel(
 ):
     follow_previous(CHAINED)
     epoch = tl.load(state_ptr + STATE_COMBINE)
+    # Before the wait, which empties the L1: the addresses would come a trip to the L2 later.
+    everyone = tl.arange(0, WORLD)
+    starts = tl.load(bases_ptr + everyone) + outputs_at
     if ANNOUNCE & (tl.program_id(0) == 0):
         raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
     if T == 0:
@@ -69,19 +69,12 @@ def combine_kernel(
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for rank in tl.static_range(WORLD):
             used = tl.max((owners == rank).to(tl.int32), axis=0) > 0
-            if SENT:
-                slot = token.to(tl.int64) + rank * rows
-                there = peer_pointer(bases_ptr, me, outputs_at, row_dtype)
-            else:
-                slot = token.to(tl.int64) + me * rows
-                there = peer_pointer(bases_ptr, rank, outputs_at, row_dtype)
+            slot = token.to(tl.int64) + (rank if SENT else me) * rows
+            start = tl.sum(tl.where(everyone == (me if SENT else rank), starts, 0), axis=0)
+            there = tl.multiple_of(start.to(tl.pointer_type(row_dtype)), 16)
             row = tl.load(there + slot * H + column, (column < H) & used, 0.0)
             total += row.to(tl.float32)
         tl.store(out_ptr + token.to(tl.int64) * stride_t + column, total, column < H)
-    done = tl.atomic_add(state_ptr + STATE_DONE, 1, sem="acq_rel", scope="gpu")
-    if done == tl.num_programs(0) - 1:
-        tl.store(state_ptr + STATE_DONE, 0)
-        tl.store(state_ptr + STATE_DISPATCH, epoch + 1)
 
 
 _combine = Launcher(combine_kernel, chained=True)

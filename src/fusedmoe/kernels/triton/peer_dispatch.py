@@ -122,9 +122,10 @@ def dispatch_kernel(
     tl.debug_barrier()
     done = tl.atomic_add(state_ptr + STATE_DONE, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
+        raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
         tl.store(state_ptr + STATE_DONE, 0)
         tl.store(state_ptr + STATE_COMBINE, epoch)
-        raise_flags(bases_ptr, epoch, flags_at, me, WORLD)
+        tl.store(state_ptr + STATE_DISPATCH, epoch + 1)
         if COPIED:
             tl.store(peer_pointer(bases_ptr, me, row_flags_at, tl.int32) + me, epoch)
         if WAIT:

@@ -6,7 +6,7 @@ wait_kernel      grid (1,): waits for the others' flags of any kind, and keeps n
 
 Every rank owns a buffer that all others can address (``bases`` int64 [WORLD]: where they lie for
 this rank). Flags hold an epoch, which lives in ``state`` on the device so that a graph can be
-replayed: a dispatch takes STATE_DISPATCH and hands it to the combine, whose last program moves it
+replayed: a dispatch takes STATE_DISPATCH, and its last program hands it to the combine and moves it
 on. A rank sends its next dispatch only after its combine, which waits for every other rank's
 experts; so no buffer is written while somebody still reads it.
 
@@ -114,7 +114,16 @@ def raise_flags(bases_ptr, epoch, flags_at, me, WORLD: tl.constexpr):
 
 
 @triton.jit
-def announce_kernel(bases_ptr, state_ptr, flags_at, me, WORLD: tl.constexpr):
+def tell_kind(bases_ptr, pushed, kinds_at, me, WORLD: tl.constexpr):
+    """Write at every rank whether this one has pushed rows of picks, before its flag is raised."""
+    there = tl.load(bases_ptr + tl.arange(0, WORLD)) + kinds_at
+    tl.store(there.to(tl.pointer_type(tl.int32)) + me, pushed)
+    tl.debug_barrier()
+
+
+@triton.jit
+def announce_kernel(bases_ptr, state_ptr, flags_at, kinds_at, pushed, me, WORLD: tl.constexpr):
+    tell_kind(bases_ptr, pushed, kinds_at, me, WORLD)
     raise_flags(bases_ptr, tl.load(state_ptr + STATE_COMBINE), flags_at, me, WORLD)
 
 
@@ -128,11 +137,11 @@ _announce = Launcher(announce_kernel)
 _wait = Launcher(wait_kernel)
 
 
-def announce(here: PeerView) -> None:
+def announce(here: PeerView, pushed: bool) -> None:
     _announce(
         (1, 1),
         (here.bases, here.state),
-        (here.layout.combine_flags_at, here.rank),
+        (here.layout.combine_flags_at, here.layout.kinds_at, int(pushed), here.rank),
         (here.layout.world,),
         1,
     )
