@@ -150,7 +150,10 @@ def check_balancing_beside_graphs(name: str | None, key: QuantKey | None) -> Non
         torch.cuda.current_stream().synchronize()
         beside_messages += balancer.mover.is_sending
         for output, expected in zip(found, forwards(alone), strict=True):
-            torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+            # Numbers between two of a format's may go to either: of the largest that is a share.
+            size = 1.0 if key is None else max(float(expected.abs().amax()), 1.0)
+            atol = tolerance * size
+            torch.testing.assert_close(output, expected, rtol=tolerance, atol=atol)
         balancer.step()
     counted = torch.tensor(beside_messages)
     dist.all_reduce(counted)
