@@ -212,18 +212,19 @@ build(hopper_direct.down_kernel,
                "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
       maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
-step = {"BK": tiles.depth, "STAGES": tiles.stages, "GROUP": tiles.group}
+steps = tiles.depth, tiles.stages, tiles.group
 all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "own_ptr"))
-all_here |= {"WORLD": 1}
 weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
 assert runs_ahead(build(
     hopper_prefill.up_kernel,
     {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
-    sizes | formula | step | all_here, maxnreg=168))
+    all_here | {"CASE": hopper_prefill.Case(208, 272, *steps, "swigluoai", True, True, 4)},
+    maxnreg=168))
 types = {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)}
 types["bases_ptr"] = "*i64"
+case = {"CASE": hopper_prefill.Case(272, 208, *steps)}
 for stored_here in ({"bases_ptr": None}, {}):
-    built = build(hopper_prefill.down_kernel, types, sizes | step | stored_here, maxnreg=168)
+    built = build(hopper_prefill.down_kernel, types, case | stored_here, maxnreg=168)
     assert runs_ahead(built)
     assert stack_bytes(built) == 0
     assert ("st.global.v4" in built.asm["ptx"]) == (not stored_here)  # 16 bytes of a peer's row

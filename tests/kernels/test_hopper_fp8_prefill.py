@@ -14,14 +14,14 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.hopper_quantized_choice import can_prefill
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill, unmet_by_prefill
 from fusedmoe.kernels.hopper_prefill import align_rows, prefill_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
-from fusedmoe.kernels.quantize import quantize_rows_reference
+from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import Case, Scales
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -81,8 +81,9 @@ def device_function(name):
     function = getattr(hopper_fp8_prefill_common, name).fn
     numbers = {"int64": torch.int64, "float32": torch.float32}
     names = {"gl": type("gl", (OnTensors,), numbers), "TILE_N": 128}
-    if name == "load_weight_scales":
-        names["load_features"] = device_function("load_features")
+    inner = {"load_weight_scales": "load_both", "load_both": "load_features"}.get(name)
+    if inner is not None:
+        names[inner] = device_function(inner)
     return types.FunctionType(function.__code__, function.__globals__ | names)
 
 
@@ -99,7 +100,7 @@ def test_scales_lie_where_the_kernels_read_them(fmt, interleaved, I):  # noqa: E
     w = weights(fmt, 2, 2 * I, 384, shards=2, interleaved=interleaved)
     exact = w.dequantize(torch.float32)
     scale_row = device_function("scale_row")
-    scales = (Pointer(w.scale), *weight_addresses(w)[4:])
+    scales = Scales(Pointer(w.scale), *weight_addresses(w)[4:])
     columns = torch.arange(384) // STEP if fmt == "fp8_block" else torch.zeros(384).long()
     feature = torch.arange(I)
     for expert in range(2):
@@ -120,13 +121,13 @@ def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I)
     w = weights(fmt, 2, 2 * I, 64, shards=2, interleaved=interleaved)
     exact = w.dequantize(torch.float32)
     load = device_function("load_weight_scales")
-    by, to_high = (2, 1) if interleaved else (1, I)
+    given = {"STAGES": 4, "GROUP": 8, "STEPPED": False, "PROMOTED": 2, "PER_SCALE": 0}
+    given |= {"BY_FEATURE": w.scale.dim() == 3, "INTERLEAVED": interleaved}
+    case = Case(I, 64, GATED=True, **given)
     for expert in range(2):
         for column in range(0, I, 128):
             feature = torch.arange(column, min(column + 128, I))
-            found = load(
-                Pointer(w.scale), Number(expert), column, 0, by, to_high, 2, I, w.scale.dim() == 3
-            )
+            found = load(Pointer(w.scale), Number(expert), column, case)
             for shard, scale in enumerate(found):
                 scale = scale.expand(128)
                 if w.scale.dim() == 3:
@@ -145,8 +146,8 @@ def as_the_kernels_do(
 ):
     """(y [P, H], position [R]) by up_kernel's and down_kernel's own source, silu. ``late``: x in 8
     bits, not yet there, and its scales."""
-    (e, H, I), (T, K) = w2.shape, ids.shape  # noqa: E741
-    R, P = T * K, prefill_rows(T * K, e)
+    (e, H, I), R = w2.shape, ids.numel()  # noqa: E741
+    P = prefill_rows(R, e)
     rows, scales = late or quantize_rows_reference(x, key)
     _, tables, arrivals = align_rows(rows, ids, e, None)
     act, y = torch.full((P, I), 7.0).bfloat16(), torch.full((P, H), float("nan")).bfloat16()
@@ -168,11 +169,11 @@ def as_the_kernels_do(
     for name in ("up", "down"):
         kernel = getattr(kernels, f"{name}_kernel")
         monkeypatch.setattr(kernels, f"_launch_{name}", launcher(kernel))
+    given = LayerTensors(x, w1, w2, None, ids, y, act, y, programs)
     made = kernels.up(
-        rows, scales, w1, K, act, position, key, None,
-        device_activation(MoEActivation.SILU, None), None, tables, tiles, programs, arrivals,
-    )  # fmt: skip
-    kernels.down(*made, w2, y, R, None, tables, tiles, programs)
+        given, QuantizedRows(rows, scales), position, key, None, tables, tiles, arrivals
+    )
+    kernels.down(given, made, tables, tiles)
     return y.float(), position
 
 

@@ -14,12 +14,13 @@ down_kernel  grid (programs,): act in 8 bits with its scales, w2 -> y [P, H].
 sum_kernel   that of ``hopper_prefill``.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
@@ -28,8 +29,9 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
-from fusedmoe.kernels.triton.hopper_fp8_prefill_common import STEP
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import Case
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -77,6 +79,8 @@ def round_kernel(
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(Case)
 _launch_round = Launcher(round_kernel, chained=True)
 _ROUNDED_AT_ONCE = 4096  # elements of act
 
@@ -110,18 +114,15 @@ def prefill(
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``.
     ``room`` for rounded x was had before the alignment."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
-    R, K = topk_ids.numel(), topk_ids.shape[1]
-    q, q_scale = x, x_scale
-    if q_scale is None:
-        q, q_scale = quantize_rows(x, keys[0], scales[0], beside=room)
-    position = torch.empty(R, dtype=torch.int32, device=x.device)
-    act, act_scale = up(
-        q, q_scale, w1, K, act, position, keys[1], scales[1], layer.epilogue, layer.w1_bias, tables,
-        tiles, programs, arrivals,
-    )  # fmt: skip
+    x, _, w2, topk_weights, topk_ids, out, _, y, _ = layer[:9]
+    if x_scale is None:
+        rows = quantize_rows(x, keys[0], scales[0], beside=room)
+    else:
+        rows = QuantizedRows(x, x_scale)
+    position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
+    act = up(layer, rows, position, keys[1], scales[1], tables, tiles, arrivals)
     taker = taker_of_picks(out)
-    down(act, act_scale, w2, y, R, layer.w2_bias, tables, tiles, programs, taker)
+    down(layer, act, tables, tiles, taker)
     if taker is not None:
         taker.sent = taker.pushed = True
         return
@@ -129,24 +130,19 @@ def prefill(
 
 
 def up(
-    q: torch.Tensor,
-    q_scale: torch.Tensor,
-    w1: QuantizedTensor,
-    K: int,
-    act: torch.Tensor,
+    layer: LayerTensors[QuantizedTensor],
+    rows: QuantizedRows,
     position: torch.Tensor,
     key: QuantKey,
     scale: torch.Tensor | None,
-    activation: DeviceActivation,
-    bias: torch.Tensor | None,
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
-    programs: int,
     arrivals: Arrivals | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first product: act [P, I] as ``key`` says and its scales: one, [P], or [I / 128, P]. The
-    16-bit ``act`` is where it is put, or its first half."""
-    (P, I), H = act.shape, q.shape[1]  # noqa: E741
+) -> QuantizedRows:
+    """The first product, of the layer's x as ``rows`` have it: act [P, I] as ``key`` says and its
+    scales: one, [P], or [I / 128, P]. The layer's act is where it is put, or the first half."""
+    w1, act, activation = layer.w1, layer.act, layer.epilogue
+    (P, I), H = act.shape, rows.data.shape[1]  # noqa: E741
     own, rounded = rounds_by_tile(key, tiles), act
     if own or key.static:
         rounded = act.view(STORED[key.dtype]).view(-1)[: P * I].view(P, I)
@@ -155,19 +151,19 @@ def up(
         out_desc = matrix_descriptor(act, I, (tiles.box, TILE_N.value // 2))
     act_scale = scale
     if own:
-        act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=q.device)
+        act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=act.device)
     low, high, desc_rows = weight_descriptors(w1, TILE_N.value)
     waits, waiting, world = numbers_of(arrivals)
     _launch_up(
-        programs,
+        layer.programs,
         (low, high, out_desc),
         (
-            *(bias, q, q_scale, w1.scale, act_scale, position, *_read(tables)),
+            *(layer.w1_bias, *rows, w1.scale, act_scale, position, *_read(tables)),
             task_counters(tables.sorted_ids, P)[0],
             *waits,
         ),
         (
-            0 if q_scale.numel() == 1 else q_scale.stride(0),
+            0 if rows.scale.numel() == 1 else rows.scale.stride(0),
             *weight_addresses(w1)[4:],
             P,
             position.shape[0],
@@ -179,24 +175,26 @@ def up(
             activation.beta,
         ),
         (
-            *(H, I, K, world, activation.formula, activation.gated, w1.interleaved),
-            *(tiles.promoted[0], _steps_per_scale(w1), _by_feature(w1)),
-            *(own, key.scale_kind == "e8m0", tiles.stages, tiles.group),
+            _case(
+                *(I, H, tiles.stages, tiles.group, _steps_per_scale(w1) > 0),
+                *(tiles.promoted[0], _steps_per_scale(w1), _by_feature(w1)),
+                *(activation.formula, activation.gated, w1.interleaved),
+                *(layer.topk_ids.shape[1], world),
+                *(own, key.scale_kind == "e8m0"),
+            ),
         ),
         num_warps=4,
         maxnreg=168,
     )
     if own:
         assert act_scale is not None
-        return rounded, act_scale
+        return QuantizedRows(rounded, act_scale)
     if act_scale is None:
-        rounded, act_scale = _round_rows(act, tables.sorted_ids, position.shape[0])
-    return rounded, act_scale
+        return _round_rows(act, tables.sorted_ids, position.shape[0])
+    return QuantizedRows(rounded, act_scale)
 
 
-def _round_rows(
-    act: torch.Tensor, sorted_ids: torch.Tensor, R: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_rows(act: torch.Tensor, sorted_ids: torch.Tensor, R: int) -> QuantizedRows:
     P, I = act.shape  # noqa: E741
     q = torch.empty(P, I, dtype=torch.int8, device=act.device)
     scale = torch.empty(P, dtype=torch.float32, device=act.device)
@@ -204,48 +202,46 @@ def _round_rows(
     rows = min(max(_ROUNDED_AT_ONCE // block, 1), BLOCK_M.value)
     warps = max(4, min(16, block // 1024))
     _launch_round((P // rows, 1), (act, q, scale, sorted_ids), (R, I), (rows, block), warps)
-    return q, scale
+    return QuantizedRows(q, scale)
 
 
 def down(
-    act: torch.Tensor,
-    act_scale: torch.Tensor,
-    w2: QuantizedTensor,
-    y: torch.Tensor,
-    R: int,
-    bias: torch.Tensor | None,
+    layer: LayerTensors[QuantizedTensor],
+    act: QuantizedRows,
     tables: MoEAlignment,
     tiles: QuantizedPrefillTiles,
-    programs: int,
     taker: PeerSums | None = None,
 ) -> None:
-    """The second product: y [P, H], or rows that go to ``taker``."""
+    """The second product, of act as it was rounded: y [P, H], or rows that go to ``taker``."""
+    w2, P = layer.w2, act.data.shape[0]
     e, H, I = w2.shape  # noqa: E741
     weights = rows_descriptor(
         Memory(w2.data.data_ptr(), w2.data.dtype), e * H, I, I, 2 * TILE_N.value
     )
     stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
-    own = act_scale.dim() == 2
+    own = act.scale.dim() == 2
     bases, pushing = push_numbers_of(taker)
     _launch_down(
-        programs,
+        layer.programs,
         (
-            _bytes_descriptor(act, tiles.box),
+            _bytes_descriptor(act.data, tiles.box),
             weights,
-            matrix_descriptor(y, H, (tiles.box, TILE_N.value // 2)),
+            matrix_descriptor(layer.y, H, (tiles.box, TILE_N.value // 2)),
         ),
         (
-            *(bias, act_scale, w2.scale, *_read(tables)),
-            task_counters(tables.sorted_ids, act.shape[0])[1],
+            *(layer.w2_bias, act.scale, w2.scale, *_read(tables)),
+            task_counters(tables.sorted_ids, P)[1],
             *bases,
         ),
         (
-            *(0 if act_scale.numel() == 1 else 1, act.shape[0] // BLOCK_M.value),
-            *(stride_se, stride_sn, row_step, block, R, e, *pushing),
+            *(0 if act.scale.numel() == 1 else 1, P // BLOCK_M.value),
+            *(stride_se, stride_sn, row_step, block, layer.topk_ids.numel(), e, *pushing),
         ),
         (
-            *(H, I, tiles.promoted[1], _steps_per_scale(w2), _by_feature(w2), own),
-            *(tiles.stages, tiles.group),
+            _case(
+                *(H, I, tiles.stages, tiles.group, own),
+                *(tiles.promoted[1], _steps_per_scale(w2), _by_feature(w2)),
+            ),
         ),
         num_warps=4,
         maxnreg=168,

@@ -1,22 +1,21 @@
-"""What the kernels of ``hopper_fp8_prefill`` do beside products: rings, tasks, scales, stores."""
+"""What both kernels of ``hopper_fp8_prefill`` do beside products: the ring, tasks, scales."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
-from fusedmoe.kernels.triton.hopper_common import known, tile_of_run
-from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, SUM
-from fusedmoe.kernels.triton.hopper_prefill_common import (
-    BLOCK_M,
-    HALF_M,
-    TILE_N,
-    store_boxes,
-    store_tile,
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import (
+    STEP,
+    SUM,
+    multiply,
+    open_turns,
 )
-from fusedmoe.kernels.triton.quantize import quantized, scale_of
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, below_of
 
-STEP = gl.constexpr(128)
 BUFFER_WORDS = gl.constexpr(2048)  # an output buffer: 8 KiB
 IN_ORDER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 NO_TASK = gl.constexpr(-1)  # the word behind a program's last task
@@ -24,19 +23,65 @@ ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is constant in a launch: as ``hopper_prefill_common.Case``, and:
+
+    STEPPED: scales of rows change from step to step. PROMOTED: products of so many steps are added
+    to the sums at a time (0: all). PER_SCALE: so many steps share a scale of the weights; 0: all of
+    them, and scales belong to weight rows (BY_FEATURE) or shards. OWN: act gets scales of its own,
+    powers of two if E8M0."""
+
+    N: int
+    D: int
+    STAGES: int
+    GROUP: int
+    STEPPED: bool
+    PROMOTED: int
+    PER_SCALE: int
+    BY_FEATURE: bool
+    FORMULA: str = ""
+    GATED: bool = False
+    INTERLEAVED: bool = False
+    PICKS: int = 1
+    WORLD: int = 1
+    OWN: bool = False
+    E8M0: bool = False
+
+
+class Ring(NamedTuple):
+    """As ``hopper_prefill_common.Ring``; the scales of rows, of each step if STEPPED, or of each
+    word in the box; and the barriers of ``open_turns``."""
+
+    rows: gl.shared_memory_descriptor
+    weights: gl.shared_memory_descriptor
+    scales: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    turns: gl.shared_memory_descriptor
+
+
+class Scales(NamedTuple):
+    """Those of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
+
+    pointer: gl.tensor
+    stride_expert: gl.tensor
+    stride_row: gl.tensor
+    shard_step: gl.tensor
+    row_step: gl.tensor
+    block: gl.tensor
+
+
 @gluon.jit
-def open_rings(
-    w_desc, out_desc, STAGES: gl.constexpr, FILLERS: gl.constexpr, STEPPED: gl.constexpr
-):
-    """(rings, barriers, the output buffers of both warpgroups). Rings hold rows, weights and the
-    rows' scales, of each step if STEPPED, or of each word in the box; FILLERS threads copy beside
-    the TMA arrival. 8-bit results leave in one part per tile of 128 columns, others in two."""
+def open_ring(w_desc, out_desc, FILLERS: gl.constexpr, CASE: gl.constexpr):
+    """(ring, the output buffers of both warpgroups). FILLERS threads copy beside the TMA arrival.
+    8-bit results leave in one part per tile of 128 columns, others in two."""
+    STAGES: gl.constexpr = CASE.STAGES
+    SCALES: gl.constexpr = STAGES if CASE.STEPPED else 2
     dtype: gl.constexpr = w_desc.dtype
-    rings = (
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, STEP], w_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, STEP], w_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES if STEPPED else 2, BLOCK_M], IN_ORDER),
-    )
+    rows = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, STEP], w_desc.layout)
+    weights = gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, STEP], w_desc.layout)
+    scales = gl.allocate_shared_memory(gl.float32, [SCALES, BLOCK_M], IN_ORDER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kind: gl.constexpr = out_desc.dtype
@@ -47,24 +92,17 @@ def open_rings(
         mbarrier.init(full.index(i), count=1 + FILLERS)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    return rings, (full, empty), out0, out1
+    return Ring(rows, weights, scales, full, empty, open_turns(CASE)), out0, out1
 
 
 @gluon.jit
-def place(task, blocks, expert_ids_ptr, num_local, TILES: gl.constexpr, GROUP: gl.constexpr):
-    """(block, column tile, expert) of a task."""
-    block, tile, expert = tile_of_run(task, blocks, expert_ids_ptr, TILES, GROUP)
-    return block, tile, known(expert, num_local)
-
-
-@gluon.jit
-def filled(block, sorted_ptr, R):
+def filled(block, tables):
     """How far slots reach in a block, as n: no further than row 16 << n, 3: all of them. Places
     fill from the front."""
     n = 0
     for i in gl.static_range(3):
-        slot = gl.load(sorted_ptr + block * BLOCK_M + (16 << i))
-        n += gl.where((slot >= 0) & (slot < R), 1, 0)
+        slot = gl.load(tables.slots + block * BLOCK_M + (16 << i))
+        n += gl.where((slot >= 0) & (slot < tables.R), 1, 0)
     return n
 
 
@@ -101,9 +139,9 @@ def unpacked(word, WHICH: gl.constexpr):
 @gluon.jit
 def scale_row(scales, expert, shard, feature, WIDTH: gl.constexpr):
     """Where the scales of a weight row, or of many, begin; rows from WIDTH on repeat the last."""
-    pointer, stride_expert, stride_row, shard_step, row_step, block = scales
-    at = shard * shard_step + gl.minimum(feature, WIDTH - 1) // block * row_step
-    return pointer + expert.to(gl.int64) * stride_expert + at * stride_row
+    at = shard * scales.shard_step
+    at += gl.minimum(feature, WIDTH - 1) // scales.block * scales.row_step
+    return scales.pointer + expert.to(gl.int64) * scales.stride_expert + at * scales.stride_row
 
 
 @gluon.jit
@@ -114,22 +152,43 @@ def load_features(pointer, step, limit):
     return gl.load(pointer + step * n, mask=n < limit, other=0.0).to(gl.float32)
 
 
+@gluon.constexpr_function
+def shards_of(CASE):
+    return 2 if CASE.GATED else 1
+
+
+@gluon.constexpr_function
+def step_of(CASE):
+    """From a feature's number to the next one's, among those of all shards."""
+    return 2 if CASE.INTERLEAVED else 1
+
+
+@gluon.constexpr_function
+def to_high_of(CASE):
+    """From a feature of low to its partner of high."""
+    if CASE.GATED:
+        return 1 if CASE.INTERLEAVED else CASE.N
+    return TILE_N.value
+
+
 @gluon.jit
-def load_weight_scales(
-    scale_ptr, expert, column, apart,
-    STEP_BY: gl.constexpr, TO_HIGH: gl.constexpr, SHARDS: gl.constexpr,
-    WIDTH: gl.constexpr, BY_FEATURE: gl.constexpr,
-):  # fmt: skip
-    """The scales of a tile's weight rows or, not BY_FEATURE, of its shards: (low's, high's).
-    ``high`` lies ``apart`` columns further on; the scale of its column n is TO_HIGH behind that of
-    low's."""
-    at = scale_ptr + expert.to(gl.int64) * (SHARDS * (WIDTH if BY_FEATURE else 1))
-    if BY_FEATURE:
-        at += column * STEP_BY
-        low = load_features(at, STEP_BY, WIDTH - column)
-        return low, load_features(at + TO_HIGH, STEP_BY, WIDTH - column - apart)
+def load_both(pointer, column, CASE: gl.constexpr):
+    """``load_features`` of low and of high from ``column`` on; ``pointer`` is the expert's."""
+    at = pointer + column * step_of(CASE)
+    low = load_features(at, step_of(CASE), CASE.N - column)
+    at += to_high_of(CASE)
+    return low, load_features(at, step_of(CASE), CASE.N - column - below_of(CASE))
+
+
+@gluon.jit
+def load_weight_scales(pointer, expert, column, CASE: gl.constexpr):
+    """The scales of a tile's weight rows or, not BY_FEATURE, of its shards: (low's, high's)."""
+    EACH: gl.constexpr = CASE.N if CASE.BY_FEATURE else 1
+    at = pointer + expert.to(gl.int64) * (shards_of(CASE) * EACH)
+    if CASE.BY_FEATURE:
+        return load_both(at, column, CASE)
     else:
-        return gl.load(at).to(gl.float32), gl.load(at + (SHARDS - 1)).to(gl.float32)
+        return gl.load(at).to(gl.float32), gl.load(at + (shards_of(CASE) - 1)).to(gl.float32)
 
 
 @gluon.jit
@@ -148,26 +207,28 @@ def get_features(buffer, AT: gl.constexpr):
 
 
 @gluon.jit
-def finished(
-    low, high, row_scale, of_low, of_high, low_bias, high_bias, buffer,
-    SCALED: gl.constexpr, BY_FEATURE: gl.constexpr, BIASED: gl.constexpr,
-):  # fmt: skip
-    """Both sums with the scales of their rows (None: contained) and weights if SCALED, and biases
-    if BIASED: what ``load_features`` found, or one number each (not BY_FEATURE)."""
-    if BIASED or (SCALED and BY_FEATURE):
+def finished(low, high, row_scale, of_weights, biases, buffer, CASE: gl.constexpr):
+    """Both sums with the scales of their rows (None: contained) and of weights, unless the products
+    have them, and biases, if any: what ``load_features`` found of low and of high, or one number
+    each (not BY_FEATURE)."""
+    BIASED: gl.constexpr = len(biases) != 0
+    FEATURES: gl.constexpr = CASE.PER_SCALE == 0 and CASE.BY_FEATURE
+    if BIASED or FEATURES:
         tma.store_wait(0)
         barrier()
-        if SCALED and BY_FEATURE:
-            put_features(buffer, of_low, 0)
-            put_features(buffer, of_high, 1)
+        if FEATURES:
+            put_features(buffer, of_weights[0], 0)
+            put_features(buffer, of_weights[1], 1)
         if BIASED:
-            put_features(buffer, low_bias, 2)
-            put_features(buffer, high_bias, 3)
+            put_features(buffer, biases[0], 2)
+            put_features(buffer, biases[1], 3)
         barrier()
-    if SCALED:
-        if BY_FEATURE:
+    if CASE.PER_SCALE == 0:
+        if FEATURES:
             of_low = get_features(buffer, 0)
             of_high = get_features(buffer, 1)
+        else:
+            of_low, of_high = of_weights
         if row_scale is not None:
             of_low *= gl.expand_dims(row_scale, 1)
             of_high *= gl.expand_dims(row_scale, 1)
@@ -180,52 +241,27 @@ def finished(
 
 
 @gluon.jit
-def store_whole(desc, buffer, value, row, column, rows):
-    """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, by way of a
-    buffer that the store before has left."""
-    tma.store_wait(0)
-    barrier()
-    buffer.store(value)
-    fence_async_shared()
-    barrier()
-    store_boxes(desc, buffer, row, column, rows)
-
-
-@gluon.jit
-def store_rounded(
-    out, act, row, column, rows, WIDTH: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr
-):
-    """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
-    or with the given one, whose inverse stands for their pointer. Columns from WIDTH on do not
-    count."""
-    desc, buffers, scale_ptr, P = out
-    DTYPE: gl.constexpr = buffers.dtype
-    if OWN:
-        if WIDTH % TILE_N != 0:
-            inside = column + gl.arange(0, TILE_N, BY_COLUMN) < WIDTH
-            act = gl.where(gl.expand_dims(inside, 0), act, 0.0)
-        scale = scale_of(act, 1, DTYPE, E8M0)
-        at = (column // TILE_N).to(gl.int64) * P + row
-        gl.store(scale_ptr + at + gl.arange(0, HALF_M, BY_ROW), scale)
-        if gl.int8 == DTYPE:
-            stored = quantized(act, gl.expand_dims(scale, 1), DTYPE)
-        else:
-            # Conversion to fp8 saturates.
-            stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
-    elif gl.int8 == DTYPE:
-        stored = quantized(act * scale_ptr, 1.0, DTYPE)
-    else:
-        stored = (act * scale_ptr).to(DTYPE)
-    store_whole(desc, buffers.index(0), stored, row, column, rows)
-
-
-@gluon.jit
-def store_act(
-    out, act, row, column, rows,
-    WIDTH: gl.constexpr, ROUNDED: gl.constexpr, OWN: gl.constexpr, E8M0: gl.constexpr,
+def tile_sums(
+    ring, stage, phase, turn, scales, bias_ptr, row_scale, expert, column, buffer,
+    CASE: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    if ROUNDED:
-        if column < WIDTH:
-            store_rounded(out, act, row, column, rows, WIDTH, OWN, E8M0)
+    """(low, high) of one tile with all scales, those of rows from ``row_scale`` or (None) the ring,
+    and biases; what these need is asked for before the products."""
+    low_scales = None
+    high_scales = None
+    of_weights = ()
+    biases = ()
+    if CASE.PER_SCALE > 0:
+        SHARD: gl.constexpr = shards_of(CASE) - 1
+        low_scales = scale_row(scales, expert, 0, column, CASE.N)
+        high_scales = scale_row(scales, expert, SHARD, column + below_of(CASE), CASE.N)
     else:
-        store_tile(out[0], out[1], act, row, column, rows)
+        of_weights = load_weight_scales(scales.pointer, expert, column, CASE)
+    if bias_ptr is not None:
+        at = bias_ptr + expert.to(gl.int64) * (shards_of(CASE) * CASE.N)
+        biases = load_both(at, column, CASE)
+    low, high, stage, phase, turn = multiply(
+        ring, stage, phase, turn, low_scales, high_scales, CASE, WHICH
+    )
+    low, high = finished(low, high, row_scale, of_weights, biases, buffer, CASE)
+    return low, high, stage, phase, turn

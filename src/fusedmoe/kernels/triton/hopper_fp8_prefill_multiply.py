@@ -26,16 +26,29 @@ from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
 
 SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
 BY_ROW = gl.constexpr(gl.SliceLayout(1, SUM.value))
+STEP = gl.constexpr(128)
 WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32]))
 
 
+@gluon.constexpr_function
+def steps_of(CASE):
+    """Of a tile."""
+    return -(-CASE.D // STEP.value)
+
+
+@gluon.constexpr_function
+def takes_turns(CASE):
+    """Whether every step is promoted."""
+    return CASE.STEPPED or CASE.PROMOTED == 1
+
+
 @gluon.jit
-def open_turns(NEEDED: gl.constexpr):
+def open_turns(CASE: gl.constexpr):
     """Where every step is promoted, the warpgroups' products follow each other by turns, so that
     one adds to its sums while the other multiplies; left alone, both multiply and then both add.
     There are none elsewhere: memory of barriers that nobody uses would be used again, for the
     number of a drawn task, and such words are lost when the GPU turns to another process."""
-    if NEEDED:
+    if takes_turns(CASE):
         turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             mbarrier.init(turns.index(i), count=1)
@@ -52,146 +65,136 @@ def next_turn(turns, turn, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def skip(
-    bars, stage, phase, turns, turn,
-    KSTEPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """Give a tile's steps back unread, and the turns of their two products, if TURNS."""
-    full, empty = bars
-    for _ in range(KSTEPS):
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
-        if TURNS:
+def skip(ring, stage, phase, turn, CASE: gl.constexpr, WHICH: gl.constexpr):
+    """Give a tile's steps back unread, and the turns of their two products."""
+    for _ in range(steps_of(CASE)):
+        mbarrier.wait(ring.full.index(stage), phase)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
+        if takes_turns(CASE):
             for _ in gl.static_range(2):
-                mbarrier.wait(turns.index(WHICH), turn)
-                turn = next_turn(turns, turn, WHICH)
+                mbarrier.wait(ring.turns.index(WHICH), turn)
+                turn = next_turn(ring.turns, turn, WHICH)
     return stage, phase, turn
 
 
 @gluon.jit
-def product(rings, stage, part, FIRST: gl.constexpr, HIGH: gl.constexpr, WHICH: gl.constexpr):
+def product(ring, stage, part, FIRST: gl.constexpr, HIGH: gl.constexpr, WHICH: gl.constexpr):
     """Issue one step's product of 64 rows and the low or HIGH 128 weight rows, onto ``part`` unless
     it is the FIRST."""
-    a = rings[0].index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-    b = rings[1].index(stage).slice(HIGH * TILE_N, TILE_N, 0).permute((1, 0))
+    a = ring.rows.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+    b = ring.weights.index(stage).slice(HIGH * TILE_N, TILE_N, 0).permute((1, 0))
     return warpgroup_mma(a, b, part, use_acc=not FIRST, is_async=True)
 
 
 @gluon.jit
 def multiply_promoted(
-    rings, bars, stage, phase, turns, turn, low_scales, high_scales,
-    KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
+    ring, stage, phase, turn, low_scales, high_scales, CASE: gl.constexpr, WHICH: gl.constexpr
+):
     """One tile's (low, high), [HALF_M, TILE_N] fp32 each, every step promoted.
 
-    ROWS: the third ring brings scales of rows. ``low_scales`` and ``high_scales`` point to those of
-    the weights, one for PER_SCALE steps; None: no such scales.
+    ``low_scales`` and ``high_scales`` point to those of the weights, one for PER_SCALE steps; None:
+    no such scales.
     """
-    full, empty = bars
-    STAGES: gl.constexpr = rings[0].shape[0]
+    KSTEPS: gl.constexpr = steps_of(CASE)
     BLOCKS: gl.constexpr = low_scales is not None
-    NUMBER: gl.constexpr = gl.int32 if rings[0].dtype == gl.int8 else gl.float32
+    NUMBER: gl.constexpr = gl.int32 if ring.rows.dtype == gl.int8 else gl.float32
     low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     if BLOCKS:
         low_scale = gl.load(low_scales).to(gl.float32)
         high_scale = gl.load(high_scales).to(gl.float32)
     for k in range(KSTEPS):
-        mbarrier.wait(full.index(stage), phase)
-        mbarrier.wait(turns.index(WHICH), turn)
+        mbarrier.wait(ring.full.index(stage), phase)
+        mbarrier.wait(ring.turns.index(WHICH), turn)
         part = gl.zeros([HALF_M, TILE_N], NUMBER, SUM)
-        part = product(rings, stage, part, True, 0, WHICH)
-        turn = next_turn(turns, turn, WHICH)
-        if ROWS:
-            of_low = rings[2].index(stage).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
+        part = product(ring, stage, part, True, 0, WHICH)
+        turn = next_turn(ring.turns, turn, WHICH)
+        if CASE.STEPPED:
+            of_low = ring.scales.index(stage).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
             of_high = of_low
         if BLOCKS:
             of_high = of_low * high_scale
             of_low *= low_scale
             ahead = gl.minimum(k + 1, KSTEPS - 1)
-            low_scale = gl.load(low_scales + ahead // PER_SCALE).to(gl.float32)
-            high_scale = gl.load(high_scales + ahead // PER_SCALE).to(gl.float32)
+            low_scale = gl.load(low_scales + ahead // CASE.PER_SCALE).to(gl.float32)
+            high_scale = gl.load(high_scales + ahead // CASE.PER_SCALE).to(gl.float32)
         part = warpgroup_mma_wait(0, deps=(part,))
-        if ROWS:
+        if CASE.STEPPED:
             low += part.to(gl.float32) * gl.expand_dims(of_low, 1)
         else:
             low += part
-        mbarrier.wait(turns.index(WHICH), turn)
+        mbarrier.wait(ring.turns.index(WHICH), turn)
         part = gl.zeros([HALF_M, TILE_N], NUMBER, SUM)
-        part = product(rings, stage, part, True, 1, WHICH)
-        turn = next_turn(turns, turn, WHICH)
+        part = product(ring, stage, part, True, 1, WHICH)
+        turn = next_turn(ring.turns, turn, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
-        mbarrier.arrive(empty.index(stage), count=1)
-        if ROWS:
+        mbarrier.arrive(ring.empty.index(stage), count=1)
+        if CASE.STEPPED:
             high += part.to(gl.float32) * gl.expand_dims(of_high, 1)
         else:
             high += part
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     return low, high, stage, phase, turn
 
 
 @gluon.jit
-def multiply_in_pairs(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+def multiply_in_pairs(ring, stage, phase, CASE: gl.constexpr, WHICH: gl.constexpr):
     """As ``multiply_promoted`` without scales, two steps at a time."""
-    full, empty = bars
-    STAGES: gl.constexpr = rings[0].shape[0]
+    KSTEPS: gl.constexpr = steps_of(CASE)
     low = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     high = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
     for _ in range(KSTEPS // 2):
-        second, second_phase = next_stage(stage, phase, STAGES)
-        mbarrier.wait(full.index(stage), phase)
+        second, second_phase = next_stage(stage, phase, CASE.STAGES)
+        mbarrier.wait(ring.full.index(stage), phase)
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-        part = product(rings, stage, part, True, 0, WHICH)
-        mbarrier.wait(full.index(second), second_phase)
-        part = product(rings, second, part, False, 0, WHICH)
+        part = product(ring, stage, part, True, 0, WHICH)
+        mbarrier.wait(ring.full.index(second), second_phase)
+        part = product(ring, second, part, False, 0, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
         low += part
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-        part = product(rings, stage, part, True, 1, WHICH)
-        part = product(rings, second, part, False, 1, WHICH)
+        part = product(ring, stage, part, True, 1, WHICH)
+        part = product(ring, second, part, False, 1, WHICH)
         part = warpgroup_mma_wait(1, deps=(part,))
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         part = warpgroup_mma_wait(0, deps=(part,))
-        mbarrier.arrive(empty.index(second), count=1)
+        mbarrier.arrive(ring.empty.index(second), count=1)
         high += part
-        stage, phase = next_stage(second, second_phase, STAGES)
+        stage, phase = next_stage(second, second_phase, CASE.STAGES)
     if KSTEPS % 2 == 1:
-        mbarrier.wait(full.index(stage), phase)
+        mbarrier.wait(ring.full.index(stage), phase)
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-        part = product(rings, stage, part, True, 0, WHICH)
+        part = product(ring, stage, part, True, 0, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
         low += part
         part = gl.zeros([HALF_M, TILE_N], gl.float32, SUM)
-        part = product(rings, stage, part, True, 1, WHICH)
+        part = product(ring, stage, part, True, 1, WHICH)
         part = warpgroup_mma_wait(0, deps=(part,))
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         high += part
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     return low, high, stage, phase
 
 
 @gluon.jit
-def multiply_whole(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+def multiply_whole(ring, stage, phase, CASE: gl.constexpr, WHICH: gl.constexpr):
     """One tile's (low, high), [HALF_M, TILE_N] fp32 each, without scales. Each step is freed when
     the next one has been issued."""
-    a_ring, b_ring, _ = rings
-    full, empty = bars
-    STAGES: gl.constexpr = a_ring.shape[0]
     # Triton has no int8 product of 256 columns.
-    WHOLE: gl.constexpr = a_ring.dtype == gl.int8
+    WHOLE: gl.constexpr = ring.rows.dtype == gl.int8
     NUMBER: gl.constexpr = gl.int32 if WHOLE else gl.float32
     acc = gl.zeros([HALF_M, 2 * TILE_N], NUMBER, SUM if WHOLE else WIDE_SUM)
-    for k in range(KSTEPS):
-        mbarrier.wait(full.index(stage), phase)
-        a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-        acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+    for k in range(steps_of(CASE)):
+        mbarrier.wait(ring.full.index(stage), phase)
+        a = ring.rows.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+        acc = warpgroup_mma(a, ring.weights.index(stage).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        before = (stage + STAGES - 1) % STAGES
-        mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-        stage, phase = next_stage(stage, phase, STAGES)
+        before = (stage + CASE.STAGES - 1) % CASE.STAGES
+        mbarrier.arrive(ring.empty.index(before), count=1, pred=k > 0)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(ring.empty.index((stage + CASE.STAGES - 1) % CASE.STAGES), count=1)
     pairs = gl.permute(gl.reshape(acc.to(gl.float32), [HALF_M, 2, TILE_N]), [0, 2, 1])
     low, high = gl.split(pairs)
     low = gl.convert_layout(low, SUM, assert_trivial=True)
@@ -200,18 +203,15 @@ def multiply_whole(rings, bars, stage, phase, KSTEPS: gl.constexpr, WHICH: gl.co
 
 @gluon.jit
 def multiply(
-    rings, bars, stage, phase, turns, turn, low_scales, high_scales,
-    KSTEPS: gl.constexpr, PER_SCALE: gl.constexpr, ROWS: gl.constexpr, PROMOTED: gl.constexpr,
-    WHICH: gl.constexpr,
-):  # fmt: skip
+    ring, stage, phase, turn, low_scales, high_scales, CASE: gl.constexpr, WHICH: gl.constexpr
+):
     """As ``multiply_promoted``; without scales every PROMOTED steps (0: never)."""
-    if ROWS or PROMOTED == 1:
+    if takes_turns(CASE):
         low, high, stage, phase, turn = multiply_promoted(
-            rings, bars, stage, phase, turns, turn, low_scales, high_scales, KSTEPS, PER_SCALE,
-            ROWS, WHICH,
-        )  # fmt: skip
-    elif PROMOTED == 2:
-        low, high, stage, phase = multiply_in_pairs(rings, bars, stage, phase, KSTEPS, WHICH)
+            ring, stage, phase, turn, low_scales, high_scales, CASE, WHICH
+        )
+    elif CASE.PROMOTED == 2:
+        low, high, stage, phase = multiply_in_pairs(ring, stage, phase, CASE, WHICH)
     else:
-        low, high, stage, phase = multiply_whole(rings, bars, stage, phase, KSTEPS, WHICH)
+        low, high, stage, phase = multiply_whole(ring, stage, phase, CASE, WHICH)
     return low, high, stage, phase, turn

@@ -1,12 +1,19 @@
 """The first launch of ``hopper_fp8_prefill``: 8-bit x [T, H], w1 -> act [P, I], position [R]."""
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
+from fusedmoe.kernels.triton.gluon_names import barrier, cp_async
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
@@ -19,27 +26,31 @@ from fusedmoe.kernels.triton.hopper_drawn import (
     read,
 )
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
+    BY_COLUMN,
     NO_TASK,
     ONE_EACH,
-    STEP,
+    Scales,
     filled,
-    finished,
-    load_features,
-    load_weight_scales,
-    open_rings,
+    open_ring,
     packed,
-    place,
-    scale_row,
-    store_act,
+    tile_sums,
     unpacked,
 )
-from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, multiply, open_turns, skip
+from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import BY_ROW, STEP, skip
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
+    Tables,
+    below_of,
+    place,
+    store_boxes,
+    store_tile,
+    tiles_of,
+    wide_of,
 )
-from fusedmoe.kernels.triton.hopper_prefill_up import gather, rows_at
+from fusedmoe.kernels.triton.hopper_prefill_up import Source, load_step, rows_of_block
+from fusedmoe.kernels.triton.quantize import quantized, scale_of
 
 UNSPECIALIZED = (
     "stride_xs", "stride_se", "stride_sn", "scale_shard_step", "scale_row_step", "scale_block",
@@ -47,40 +58,76 @@ UNSPECIALIZED = (
 )  # fmt: skip
 
 
+class Out(NamedTuple):
+    """Where act goes: by way of ``buffers``, with a scale for each row and 128 columns (P apart),
+    times the inverse of the given one, or as it is (None)."""
+
+    desc: tma.tensor_descriptor
+    buffers: gl.shared_memory_descriptor
+    scales: gl.tensor | None
+    P: gl.tensor
+
+
+@gluon.jit
+def store_whole(desc, buffer, value, row, column, rows):
+    """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, by way of a
+    buffer that the store before has left."""
+    tma.store_wait(0)
+    barrier()
+    buffer.store(value)
+    fence_async_shared()
+    barrier()
+    store_boxes(desc, buffer, row, column, rows)
+
+
+@gluon.jit
+def store_rounded(out, act, row, column, rows, CASE: gl.constexpr):
+    """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
+    or with the given one, whose inverse stands for their pointer. Columns from N on do not
+    count."""
+    DTYPE: gl.constexpr = out.buffers.dtype
+    if CASE.OWN:
+        if CASE.N % TILE_N != 0:
+            inside = column + gl.arange(0, TILE_N, BY_COLUMN) < CASE.N
+            act = gl.where(gl.expand_dims(inside, 0), act, 0.0)
+        scale = scale_of(act, 1, DTYPE, CASE.E8M0)
+        at = (column // TILE_N).to(gl.int64) * out.P + row
+        gl.store(out.scales + at + gl.arange(0, HALF_M, BY_ROW), scale)
+        if gl.int8 == DTYPE:
+            stored = quantized(act, gl.expand_dims(scale, 1), DTYPE)
+        else:
+            # Conversion to fp8 saturates.
+            stored = (act * gl.expand_dims(1.0 / scale, 1)).to(DTYPE)
+    elif gl.int8 == DTYPE:
+        stored = quantized(act * out.scales, 1.0, DTYPE)
+    else:
+        stored = (act * out.scales).to(DTYPE)
+    store_whole(out.desc, out.buffers.index(0), stored, row, column, rows)
+
+
+@gluon.jit
+def store_act(out, act, row, column, rows, CASE: gl.constexpr):
+    if out.scales is not None:
+        if column < CASE.N:
+            store_rounded(out, act, row, column, rows, CASE)
+    else:
+        store_tile(out.desc, out.buffers, act, row, column, rows)
+
+
 @gluon.jit
 def up_producer(
-    descs,
-    box,
-    counter_ptr,
-    rings,
-    bars,
-    x,
-    x_scales,
-    position_ptr,
-    tables,
-    arrivals,
-    sizes,
-    H: gl.constexpr,
-    PICKS: gl.constexpr,
-    WORLD: gl.constexpr,
-    TILES: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    GROUP: gl.constexpr,
-    STEPPED: gl.constexpr,
-):
-    """As ``hopper_prefill_up.up_producer``, of bytes."""
-    a_ring, b_ring, scale_ring = rings
-    full, empty = bars
-    x_scale_ptr, stride_xs = x_scales
-    expert_ids_ptr, sorted_ptr, num_post_ptr = tables
-    R, num_local, desc_rows = sizes
-    STAGES: gl.constexpr = a_ring.shape[0]
+    descs, box, counter_ptr, ring, source, x_scales, tables, arrivals, desc_rows,
+    CASE: gl.constexpr,
+):  # fmt: skip
+    """As ``hopper_prefill_up.up_producer``, of bytes; ``x_scales``: a pointer, and from one row's
+    to the next one's."""
+    H: gl.constexpr = CASE.D
+    TILES: gl.constexpr = tiles_of(CASE)
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(0, layout)), 0)
 
-    blocks = gl.load(num_post_ptr) // BLOCK_M
+    blocks = gl.load(tables.num_post) // BLOCK_M
     stage = 0
     phase = 1
     number = 0
@@ -89,80 +136,43 @@ def up_producer(
     tasks = blocks * TILES
     coming = tasks
     while task < tasks:
-        block, tile, expert = place(task, blocks, expert_ids_ptr, num_local, TILES, GROUP)
-        all_here = await_rows(arrivals, block, all_here, WORLD)
-        n = filled(block, sorted_ptr, R)
-        at = block * BLOCK_M + row
-        x_rows, lives = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        at += HALF_M
-        x_rest, lives_rest = rows_at(at, tile == 0, x, position_ptr, sorted_ptr, R, PICKS)
-        slots = gl.load(sorted_ptr + block * BLOCK_M + gl.arange(0, BLOCK_M, ONE_EACH))
-        scaled = (slots >= 0) & (slots < R)
-        row_scales = x_scale_ptr + (slots // PICKS).to(gl.int64) * stride_xs
-        if STEPPED:
+        block, tile, expert = place(task, blocks, tables, CASE)
+        all_here = await_rows(arrivals, block, all_here, CASE.WORLD)
+        n = filled(block, tables)
+        rows = rows_of_block(block, tile == 0, source, tables, row, CASE.PICKS)
+        slots = gl.load(tables.slots + block * BLOCK_M + gl.arange(0, BLOCK_M, ONE_EACH))
+        scaled = (slots >= 0) & (slots < tables.R)
+        row_scales = x_scales[0] + (slots // CASE.PICKS).to(gl.int64) * x_scales[1]
+        if CASE.STEPPED:
             clear(box, number)
         else:
             row_scale = gl.load(row_scales, scaled, 0.0, cache_modifier=".cg")
             clear(box, number)
-            scale_ring.index(number % 2).store(row_scale)
+            ring.scales.index(number % 2).store(row_scale)
         post(box, number, packed(block, tile, expert, n))
         number += 1
-        weight_row = expert * desc_rows + tile * WIDE
+        weight_row = expert * desc_rows + tile * wide_of(CASE)
         for k in range(0, H, STEP):
             if k == H // STEP // 2 * STEP:  # early enough for its latency, as late as can be
-                coming = draw(counter_ptr, R)
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
+                coming = draw(counter_ptr, tables.R)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            bar = ring.full.index(stage)
             mbarrier.expect(bar, 2 * TILE_N * STEP)
-            low = b_ring.index(stage).slice(0, TILE_N, 0)
-            high = b_ring.index(stage).slice(TILE_N, TILE_N, 0)
-            tma_load(descs[0], [weight_row, k], bar, low)
-            tma_load(descs[1], [weight_row + BELOW, k], bar, high)
-            gather(a_ring.index(stage).slice(0, HALF_M, 0), x_rows, lives, k + column, H, STEP)
-            if n == 3:
-                rest = a_ring.index(stage).slice(HALF_M, HALF_M, 0)
-                gather(rest, x_rest, lives_rest, k + column, H, STEP)
-            if STEPPED:
-                cp_async(scale_ring.index(stage), row_scales + k // STEP, scaled)
+            load_step(ring, stage, descs, weight_row, k, rows, n == 3, column, below_of(CASE), H)
+            if CASE.STEPPED:
+                cp_async(ring.scales.index(stage), row_scales + k // STEP, scaled)
             async_copy.mbarrier_arrive(bar, increment_count=False)
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, CASE.STAGES)
         task = coming
     announce(box, number, NO_TASK)
 
 
 @gluon.jit
-def up_consumer(
-    out,
-    box,
-    bias_ptr,
-    scales,
-    rings,
-    bars,
-    turns,
-    numbers,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    PROMOTED: gl.constexpr,
-    PER_SCALE: gl.constexpr,
-    BY_FEATURE: gl.constexpr,
-    ROUNDED: gl.constexpr,
-    OWN: gl.constexpr,
-    E8M0: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    WHICH: gl.constexpr,
-):
+def up_consumer(out, box, bias_ptr, scales, ring, numbers, CASE: gl.constexpr, WHICH: gl.constexpr):
     limit, alpha, beta = numbers
-    KSTEPS: gl.constexpr = (H + STEP - 1) // STEP
-    SHARDS: gl.constexpr = 2 if GATED else 1
-    # From a feature to the next, and from one of low to its partner of high.
-    BY: gl.constexpr = 2 if INTERLEAVED else 1
-    TO_HIGH: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE_N
-    if ROUNDED and not OWN:
-        out = (out[0], out[1], 1.0 / gl.load(out[2]), out[3])
+    FORMULA: gl.constexpr = CASE.FORMULA
+    if out.scales is not None and not CASE.OWN:
+        out = Out(out.desc, out.buffers, 1.0 / gl.load(out.scales), out.P)
     stage = 0
     phase = 0
     turn = 1 - WHICH
@@ -171,49 +181,26 @@ def up_consumer(
     while word >= 0:
         row, tile, expert, rows = unpacked(word, WHICH)
         row_scale = None
-        if PER_SCALE == 0:
-            row_scale = rings[2].index(number % 2).slice(WHICH * HALF_M, HALF_M, 0).load(BY_ROW)
+        if not CASE.STEPPED:
+            own = ring.scales.index(number % 2).slice(WHICH * HALF_M, HALF_M, 0)
+            row_scale = own.load(BY_ROW)
         let_go(box, number)
-        column = tile * WIDE
+        column = tile * wide_of(CASE)
         if rows > 0:
-            low_scales = None
-            high_scales = None
-            of_low = None
-            of_high = None
-            low_bias = None
-            high_bias = None
-            if PER_SCALE > 0:
-                low_scales = scale_row(scales, expert, 0, column, I)
-                high_scales = scale_row(scales, expert, SHARDS - 1, column + BELOW, I)
-            else:
-                of_low, of_high = load_weight_scales(
-                    scales[0], expert, column, BELOW, BY, TO_HIGH, SHARDS, I, BY_FEATURE
-                )
-            if bias_ptr is not None:
-                at = bias_ptr + expert.to(gl.int64) * (SHARDS * I) + column * BY
-                low_bias = load_features(at, BY, I - column)
-                high_bias = load_features(at + TO_HIGH, BY, I - column - BELOW)
-            low, high, stage, phase, turn = multiply(
-                rings, bars, stage, phase, turns, turn, low_scales, high_scales, KSTEPS, PER_SCALE,
-                PER_SCALE > 0, PROMOTED, WHICH,
+            low, high, stage, phase, turn = tile_sums(
+                ring, stage, phase, turn, scales, bias_ptr, row_scale, expert, column,
+                out.buffers.index(0), CASE, WHICH,
             )  # fmt: skip
-            low, high = finished(
-                low, high, row_scale, of_low, of_high, low_bias, high_bias, out[1].index(0),
-                PER_SCALE == 0, BY_FEATURE, bias_ptr is not None,
-            )  # fmt: skip
-            if GATED:
+            if CASE.GATED:
                 act = hopper_activation(FORMULA, low, high, limit, alpha, beta)
-                store_act(out, act, row, column, rows, I, ROUNDED, OWN, E8M0)
+                store_act(out, act, row, column, rows, CASE)
             else:
                 low = plain_activation(FORMULA, low)
-                store_act(out, low, row, column, rows, I, ROUNDED, OWN, E8M0)
+                store_act(out, low, row, column, rows, CASE)
                 high = plain_activation(FORMULA, high)
-                store_act(out, high, row, column + TILE_N, rows, I, ROUNDED, OWN, E8M0)
+                store_act(out, high, row, column + TILE_N, rows, CASE)
         else:
-            stage, phase, turn = skip(
-                bars, stage, phase, turns, turn, KSTEPS, rings[0].shape[0],
-                PER_SCALE > 0 or PROMOTED == 1, WHICH,
-            )  # fmt: skip
+            stage, phase, turn = skip(ring, stage, phase, turn, CASE, WHICH)
         number += 1
         word = read(box, number)
     tma.store_wait(0)
@@ -253,63 +240,34 @@ def up_kernel(
     limit,
     alpha,
     beta,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    PICKS: gl.constexpr,
-    WORLD: gl.constexpr,
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    PROMOTED: gl.constexpr,
-    PER_SCALE: gl.constexpr,
-    BY_FEATURE: gl.constexpr,
-    OWN: gl.constexpr,
-    E8M0: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    CASE: gl.constexpr,
 ):
-    """Descriptors as in ``hopper_prefill_up``. PROMOTED: products of so many steps are added to the
-    sums at a time (0: all). PER_SCALE: so many steps share a scale of the weights; 0: all of them,
-    and scales belong to weight rows (BY_FEATURE) or shards.
-    act_scale_ptr: fp32 [I / 128, P], written (OWN), or one number, or None where act is 16-bit."""
-    WIDE: gl.constexpr = TILE_N if GATED else 2 * TILE_N
-    BELOW: gl.constexpr = 0 if GATED else TILE_N
-    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
-    ROUNDED: gl.constexpr = act_scale_ptr is not None
-    rings, bars, out0, out1 = open_rings(low_desc, out_desc, STAGES, 128, PER_SCALE > 0)
-    turns = open_turns(PER_SCALE > 0 or PROMOTED == 1)
+    """Descriptors as in ``hopper_prefill_up``. act_scale_ptr: fp32 [I / 128, P], written (OWN), or
+    one number, or None where act is 16-bit."""
+    ring, out0, out1 = open_ring(low_desc, out_desc, 128, CASE)
     box = open_box(2, gl.int64)
     gdc_wait()
     gdc_launch_dependents()
-    tables = (expert_ids_ptr, sorted_ptr, num_post_ptr)
+    tables = Tables(expert_ids_ptr, sorted_ptr, num_post_ptr, R, num_local)
     arrivals = (early_ptr, flags_ptr, state_ptr, error_ptr, me, max_polls)
-    sizes = (R, num_local, desc_rows)
+    H: gl.constexpr = CASE.D
+    x_scales = (x_scale_ptr, stride_xs)
+    scales = Scales(scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
+    first, second = (
+        Out(out_desc, out0, act_scale_ptr, P),
+        Out(out_desc, out1, act_scale_ptr, P),
+    )
+    descs = (low_desc, high_desc)
     numbers = (limit, alpha, beta)
-    scales = (scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
     gl.warp_specialize(
         [
-            (
-                up_consumer,
-                (
-                    (out_desc, out0, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
-                    turns, numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE,
-                    BY_FEATURE, ROUNDED, OWN, E8M0, WIDE, BELOW, 0,
-                ),
-            ),
-            (
-                up_consumer,
-                (
-                    (out_desc, out1, act_scale_ptr, P), box, bias_ptr, scales, rings, bars,
-                    turns, numbers, H, I, FORMULA, GATED, INTERLEAVED, PROMOTED, PER_SCALE,
-                    BY_FEATURE, ROUNDED, OWN, E8M0, WIDE, BELOW, 1,
-                ),
-            ),
+            (up_consumer, (first, box, bias_ptr, scales, ring, numbers, CASE, 0)),
+            (up_consumer, (second, box, bias_ptr, scales, ring, numbers, CASE, 1)),
             (
                 up_producer,
                 (
-                    (low_desc, high_desc), box, counter_ptr, rings, bars, (x_ptr, H, None),
-                    (x_scale_ptr, stride_xs), position_ptr, tables, arrivals, sizes, H, PICKS,
-                    WORLD, TILES, WIDE, BELOW, GROUP, PER_SCALE > 0,
+                    descs, box, counter_ptr, ring, Source(x_ptr, H, position_ptr), x_scales,
+                    tables, arrivals, desc_rows, CASE,
                 ),
             ),
         ],

@@ -58,32 +58,34 @@ def rows_of(tile, index, ROWS: gl.constexpr, GATED: gl.constexpr):
 
 
 @gluon.jit
-def words_of(w_ring, at, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr, GATED: gl.constexpr):
+def words_of(words, at, selector, INDEX: gl.constexpr, CASE: gl.constexpr):
     """The words of low and of high in product number INDEX of the step at ``at`` in the ring."""
-    ROWS: gl.constexpr = w_ring.shape[1]
-    low = loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 0), selector, ELEMENT)
-    return low, loaded(w_ring, at, place_of(INDEX, ROWS, GATED, 1), selector, ELEMENT)
+    ROWS: gl.constexpr = words.shape[1]
+    ELEMENT: gl.constexpr = CASE.ELEMENT
+    low = loaded(words, at, place_of(INDEX, ROWS, CASE.GATED, 0), selector, ELEMENT)
+    return low, loaded(words, at, place_of(INDEX, ROWS, CASE.GATED, 1), selector, ELEMENT)
 
 
 @gluon.jit
-def words_of_pair(
-    w_ring, stage, selector, INDEX: gl.constexpr, ELEMENT: gl.constexpr, GATED: gl.constexpr
-):
+def words_of_pair(words, stage, selector, INDEX: gl.constexpr, CASE: gl.constexpr):
     """``words_of`` both steps of a stage; where each has loads of its own, of the first and ():
     those of the second are read when they are needed."""
+    ELEMENT: gl.constexpr = CASE.ELEMENT
     if steps_of_load(ELEMENT, 2) == 2:
-        ROWS: gl.constexpr = w_ring.shape[1]
-        low = loaded_pair(w_ring, stage, place_of(INDEX, ROWS, GATED, 0), ELEMENT)
-        high = loaded_pair(w_ring, stage, place_of(INDEX, ROWS, GATED, 1), ELEMENT)
+        ROWS: gl.constexpr = words.shape[1]
+        low = loaded_pair(words, stage, place_of(INDEX, ROWS, CASE.GATED, 0), ELEMENT)
+        high = loaded_pair(words, stage, place_of(INDEX, ROWS, CASE.GATED, 1), ELEMENT)
         return (low[0], high[0]), (low[1], high[1])
     else:
-        return words_of(w_ring, stage * 2, selector, INDEX, ELEMENT, GATED), ()
+        return words_of(words, stage * 2, selector, INDEX, CASE), ()
 
 
 @gluon.jit
-def prepare(words, k, groups, units, selector, ELEMENT: gl.constexpr, GROUP: gl.constexpr):
+def prepare(words, k, groups, units, selector, CASE: gl.constexpr):
     """What ``operand`` makes a product of step k of, whose ``words_of`` these are: pairs and
     factors of both sides, and what sums become ``multiples`` of; then the units from there on."""
+    ELEMENT: gl.constexpr = CASE.ELEMENT
+    GROUP: gl.constexpr = CASE.GROUP
     COUNT: gl.constexpr = scales_of_step(GROUP)
     ZERO: gl.constexpr = 2 if GROUP != 0 else 0
     low_zero, high_zero = None, None
@@ -160,20 +162,15 @@ def waited(sums):
 
 @gluon.jit
 def multiply(
-    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
-    STEPS: gl.constexpr,
+    ring, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, INDEX: gl.constexpr,
+    CASE: gl.constexpr,
 ):  # fmt: skip
     """The sums [64, slots] of product INDEX of a tile, of the block's FIRST slots and of the
     REST behind them; ``pointers`` are its ``group_pointers``."""
-    if STEPS == 1:
-        return multiply_ahead(
-            rings, bars, stage, phase, pointers, FIRST, REST, D, ELEMENT, GROUP, GATED, INDEX
-        )
+    if CASE.STEPS == 1:
+        return multiply_ahead(ring, stage, phase, pointers, FIRST, REST, INDEX, CASE)
     else:
-        return multiply_pairs(
-            rings, bars, stage, phase, pointers, FIRST, REST, D, ELEMENT, GROUP, GATED, INDEX
-        )
+        return multiply_pairs(ring, stage, phase, pointers, FIRST, REST, INDEX, CASE)
 
 
 @gluon.jit
@@ -187,8 +184,8 @@ def in_new_units(sums, grown, k, GROUP: gl.constexpr):
 
 @gluon.jit
 def multiply_ahead(
-    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    ring, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, INDEX: gl.constexpr,
+    CASE: gl.constexpr,
 ):  # fmt: skip
     """``multiply`` with one step in a stage.
 
@@ -196,47 +193,47 @@ def multiply_ahead(
     themselves are made in between: ptxas does one product after the other where the registers of
     the next operand are written while a product runs.
     """
-    w_ring, x_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = x_ring.shape[0]
+    D: gl.constexpr = CASE.D
+    ELEMENT: gl.constexpr = CASE.ELEMENT
+    GROUP: gl.constexpr = CASE.GROUP
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     sums = no_sums(FIRST, REST)
     selector = selectors(ELEMENT, scales_of_step(GROUP))
     groups = groups_at(pointers, 0, D, ELEMENT, GROUP)
     units = first_units(groups, ELEMENT, GROUP)
-    mbarrier.wait(full.index(stage), phase)
-    words = words_of(w_ring, stage, selector, INDEX, ELEMENT, GATED)
-    ready, units = prepare(words, 0, groups, units, selector, ELEMENT, GROUP)
+    mbarrier.wait(ring.full.index(stage), phase)
+    words = words_of(ring.words, stage, selector, INDEX, CASE)
+    ready, units = prepare(words, 0, groups, units, selector, CASE)
     groups = groups_at(pointers, gl.minimum(1, KSTEPS - 1), D, ELEMENT, GROUP)
     for k in range(KSTEPS):
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
-        sums = products(a, x_ring.index(stage), sums, FIRST, REST)
+        sums = products(a, ring.rows.index(stage), sums, FIRST, REST)
         done = stage + 0
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
         if k + 1 < KSTEPS:
-            mbarrier.wait(full.index(stage), phase)
-            words = words_of(w_ring, stage, selector, INDEX, ELEMENT, GATED)
-            ready, units = prepare(words, k + 1, groups, units, selector, ELEMENT, GROUP)
+            mbarrier.wait(ring.full.index(stage), phase)
+            words = words_of(ring.words, stage, selector, INDEX, CASE)
+            ready, units = prepare(words, k + 1, groups, units, selector, CASE)
             groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         sums = waited(sums)
-        mbarrier.arrive(empty.index(done), count=1)
+        mbarrier.arrive(ring.empty.index(done), count=1)
     return all_multiples(sums, units[::2]), stage, phase
 
 
 @gluon.jit
 def multiply_pairs(
-    rings, bars, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, INDEX: gl.constexpr,
+    ring, stage, phase, pointers, FIRST: gl.constexpr, REST: gl.constexpr, INDEX: gl.constexpr,
+    CASE: gl.constexpr,
 ):  # fmt: skip
     """``multiply`` with two steps in a stage; the last one may be alone.
 
     The second operand is made while the first is multiplied; both have left their registers before
     the next ones are made.
     """
-    w_ring, x_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = full.shape[0]
+    D: gl.constexpr = CASE.D
+    ELEMENT: gl.constexpr = CASE.ELEMENT
+    GROUP: gl.constexpr = CASE.GROUP
     KSTEPS: gl.constexpr = (D + STEP - 1) // STEP
     sums = no_sums(FIRST, REST)
     selector = selectors(ELEMENT, scales_of_step(GROUP))
@@ -246,33 +243,33 @@ def multiply_pairs(
     for pair in range(KSTEPS // 2):
         k = 2 * pair
         first = stage * 2
-        mbarrier.wait(full.index(stage), phase)
-        words, later_words = words_of_pair(w_ring, stage, selector, INDEX, ELEMENT, GATED)
-        ready, units = prepare(words, k, groups, units, selector, ELEMENT, GROUP)
+        mbarrier.wait(ring.full.index(stage), phase)
+        words, later_words = words_of_pair(ring.words, stage, selector, INDEX, CASE)
+        ready, units = prepare(words, k, groups, units, selector, CASE)
         groups = groups_at(pointers, gl.minimum(k + 2, KSTEPS - 1), D, ELEMENT, GROUP)
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], k, GROUP)
-        sums = products(a, x_ring.index(first), sums, FIRST, REST)
+        sums = products(a, ring.rows.index(first), sums, FIRST, REST)
         if len(later_words) == 0:
-            later_words = words_of(w_ring, first + 1, selector, INDEX, ELEMENT, GATED)
-        other, units = prepare(later_words, k + 1, later, units, selector, ELEMENT, GROUP)
+            later_words = words_of(ring.words, first + 1, selector, INDEX, CASE)
+        other, units = prepare(later_words, k + 1, later, units, selector, CASE)
         later = groups_at(pointers, gl.minimum(k + 3, KSTEPS - 1), D, ELEMENT, GROUP)
         b = operand(other, FIRST, REST)
         if len(other[4]) != 0 and GROUP == STEP:
             sums = all_multiples(waited(sums), other[4])
-        sums = products(b, x_ring.index(first + 1), sums, FIRST, REST)
+        sums = products(b, ring.rows.index(first + 1), sums, FIRST, REST)
         sums = waited(sums)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     if KSTEPS % 2 != 0:
         first = stage * 2
-        mbarrier.wait(full.index(stage), phase)
-        words, _ = words_of_pair(w_ring, stage, selector, INDEX, ELEMENT, GATED)
-        ready, units = prepare(words, KSTEPS - 1, groups, units, selector, ELEMENT, GROUP)
+        mbarrier.wait(ring.full.index(stage), phase)
+        words, _ = words_of_pair(ring.words, stage, selector, INDEX, CASE)
+        ready, units = prepare(words, KSTEPS - 1, groups, units, selector, CASE)
         a = operand(ready, FIRST, REST)
         sums = in_new_units(sums, ready[4], KSTEPS - 1, GROUP)
-        sums = products(a, x_ring.index(first), sums, FIRST, REST)
+        sums = products(a, ring.rows.index(first), sums, FIRST, REST)
         sums = waited(sums)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     return all_multiples(sums, units[::2]), stage, phase

@@ -34,7 +34,6 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.column_orders import LANES
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
@@ -56,7 +55,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     loads_of_stage,
     words_of_step,
 )
-from fusedmoe.kernels.triton.hopper_mixed_prefill_common import room_of, unit_of
+from fusedmoe.kernels.triton.hopper_mixed_prefill_common import Case, room_of, unit_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
@@ -68,6 +67,8 @@ _REGISTERS = {128: 168, 192: 128, 256: 96}
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(Case)
 
 
 @lru_cache(maxsize=4096)
@@ -130,22 +131,18 @@ class Scales(NamedTuple):
 
 
 def up(
+    layer: LayerTensors[QuantizedTensor],
     x: torch.Tensor,
-    w1: QuantizedTensor,
     scales: Scales,
-    K: int,
-    act: torch.Tensor,
     position: torch.Tensor,
-    activation: DeviceActivation,
-    bias: torch.Tensor | None,
     tables: MoEAlignment,
     tile: MixedPrefillTile,
-    programs: int,
-    share: str = "all",
+    share: str,
     *,
     ordered: bool,
 ) -> None:
-    """act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R].
+    """The layer's act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R], of x
+    as it is or was rounded.
 
     ``share``: of "all" blocks or, where tables come from ``align_with_tails``, of those that are
     "large" or those that are "tails".
@@ -153,14 +150,15 @@ def up(
     Columns of x are in that order if w1 ``wants_lane_order``. ``task_counters`` says what the
     table of slots must have.
     """
+    w1, act, activation = layer.w1, layer.act, layer.epilogue
     H, I = x.shape[1], act.shape[1]  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
     counter = task_counters(sorted_ids, act.shape[0], 4)[share == "tails"]
     low, high, desc_rows = _weight_words(w1, tile)
     _launch_up(
-        programs,
+        layer.programs,
         (low, high, matrix_descriptor(act, I, (unit_of(tile.slots), SIDE.value))),
-        (*scales.tensors, bias, x, position, expert_ids, sorted_ids, num_post, counter),
+        (*scales.tensors, layer.w1_bias, x, position, expert_ids, sorted_ids, num_post, counter),
         (
             x.stride(0),
             *scales.steps,
@@ -172,9 +170,12 @@ def up(
             activation.beta,
         ),
         (
-            *(H, I, K, w1.format.element, scales.group),
-            *(activation.formula, activation.gated, w1.interleaved, ordered),
-            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
+            _case(
+                *(I, H, w1.format.element, scales.group),
+                *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
+                *(activation.formula, activation.gated, w1.interleaved, ordered),
+                layer.topk_ids.shape[1],
+            ),
         ),
         num_warps=4,
         maxnreg=_REGISTERS[tile.rows],
@@ -182,39 +183,38 @@ def up(
 
 
 def down(
+    layer: LayerTensors[QuantizedTensor],
     act: torch.Tensor,
-    w2: QuantizedTensor,
     scales: Scales,
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
     tables: MoEAlignment,
-    R: int,
     tile: MixedPrefillTile,
-    programs: int,
-    share: str = "all",
+    share: str,
 ) -> None:
-    """y [P, H], of tables that have served ``up`` of R slots.
+    """The layer's y [P, H], of act as it is or was rounded and tables that have served ``up``.
 
     Columns of act are in ``lane_order`` if w2 ``wants_lane_order``.
     """
+    w2 = layer.w2
     e, H, I = w2.shape  # noqa: E741
     sorted_ids, expert_ids, num_post = tables
     counter = task_counters(sorted_ids, act.shape[0], 4)[2 + (share == "tails")]
     low, high, _ = _weight_words(w2, tile)
     stride_expert, _, row_step, block = scales.steps
     _launch_down(
-        programs,
+        layer.programs,
         (
             low,
             high,
             matrix_descriptor(act, I, (unit_of(tile.slots), STEP.value)),
-            matrix_descriptor(y, H, (unit_of(tile.slots), SIDE.value)),
+            matrix_descriptor(layer.y, H, (unit_of(tile.slots), SIDE.value)),
         ),
-        (*scales.tensors, bias, expert_ids, sorted_ids, num_post, counter),
-        (stride_expert, row_step, block, R, e),
+        (*scales.tensors, layer.w2_bias, expert_ids, sorted_ids, num_post, counter),
+        (stride_expert, row_step, block, layer.topk_ids.numel(), e),
         (
-            *(H, I, w2.format.element, scales.group),
-            *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
+            _case(
+                *(H, I, w2.format.element, scales.group),
+                *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
+            ),
         ),
         num_warps=4,
         maxnreg=_REGISTERS[tile.rows],
@@ -238,9 +238,8 @@ def prefill(
 ) -> None:
     """Launch the three kernels, and where rows are rounded, what rounds them before each product;
     all as checked by ``kernels.hopper_mixed_prefill``."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
-    R, K = topk_ids.numel(), topk_ids.shape[1]
-    position = torch.empty(R, dtype=torch.int32, device=x.device)
+    x, w1, w2, topk_weights, topk_ids, out, act, y, _ = layer[:9]
+    position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     orders = [LANES if wants_lane_order(w) else "" for w in (w1, w2)]
     if keys[0] is not None:
         x = round_rows(x, keys[0], row_scales[0], order=orders[0])
@@ -251,13 +250,11 @@ def prefill(
         x = rows
     shares, scales = shares_of(tiles), Scales.of(w1)
     for share, (tile, _) in shares.items():
-        up(
-            x, w1, scales, K, act, position, layer.epilogue, layer.w1_bias, tables, tile, programs,
-            share, ordered=orders[1] != "" and keys[1] is None,
-        )  # fmt: skip
+        ordered = orders[1] != "" and keys[1] is None
+        up(layer, x, scales, position, tables, tile, share, ordered=ordered)
     if keys[1] is not None:
         act = round_rows(act, keys[1], row_scales[1], order=orders[1])
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
-        down(act, w2, scales, y, layer.w2_bias, tables, R, tile, programs, share)
+        down(layer, act, scales, tables, tile, share)
     sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])

@@ -1,6 +1,9 @@
 """What both kernels of ``hopper_mixed_prefill`` do besides products: the rings, what becomes of a
 product's sums."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -21,6 +24,51 @@ from fusedmoe.kernels.triton.hopper_mixed_planes import plane_column
 from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
 from fusedmoe.kernels.triton.quantized_common import float_scale
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is constant in a launch: products of D columns with ROWS of the weights of N features,
+    numbers of type ELEMENT, GROUP columns of which share a scale (0: a row does). GATED: half of
+    the rows are gate's, half up's. ORDERED: the results' columns are in ``lane_order``. The ring
+    has STAGES of STEPS steps. SHARE: "all" blocks, "large" ones or "tails"."""
+
+    N: int
+    D: int
+    ELEMENT: str
+    GROUP: int
+    ROWS: int
+    SLOTS: int
+    STAGES: int
+    STEPS: int
+    GROUP_M: int
+    SHARE: str
+    FORMULA: str = ""
+    GATED: bool = False
+    INTERLEAVED: bool = False
+    ORDERED: bool = False
+    PICKS: int = 1
+
+
+class Ring(NamedTuple):
+    """STAGES of words of weights and of rows in shared memory, and the barriers of each."""
+
+    words: gl.shared_memory_descriptor
+    rows: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@gluon.constexpr_function
+def wide_of(CASE):
+    """Features of a tile."""
+    return CASE.ROWS // 2 if CASE.GATED else CASE.ROWS
+
+
+@gluon.constexpr_function
+def tiles_of(CASE):
+    """Tiles that all features make."""
+    return -(-CASE.N // wide_of(CASE))
 
 
 @gluon.constexpr_function
@@ -56,47 +104,47 @@ def rest_of(SLOTS, KIND):
 
 
 @gluon.jit
-def wait_for_previous(SHARE: gl.constexpr):
+def wait_for_previous(CASE: gl.constexpr):
     """What tails read was complete before the launch of large blocks let theirs begin."""
-    if SHARE != "tails":
+    if CASE.SHARE != "tails":
         gdc_wait()
     gdc_launch_dependents()
 
 
 @gluon.jit
-def wait_at_the_end(SHARE: gl.constexpr):
+def wait_at_the_end(CASE: gl.constexpr):
     """The launch behind that of tails waits for that one alone."""
-    if SHARE == "tails":
+    if CASE.SHARE == "tails":
         gdc_wait()
 
 
 @gluon.jit
-def blocks_of(num_post_ptr, SLOTS: gl.constexpr, SHARE: gl.constexpr):
+def blocks_of(tables, CASE: gl.constexpr):
     """(first, how many) blocks a launch has to do with."""
-    used = gl.load(num_post_ptr) // SLOTS
-    if SHARE == "tails":
-        return used, gl.load(num_post_ptr + 1) // SLOTS - used
+    used = gl.load(tables.num_post) // CASE.SLOTS
+    if CASE.SHARE == "tails":
+        return used, gl.load(tables.num_post + 1) // CASE.SLOTS - used
     else:
         return used * 0, used
 
 
 @gluon.jit
-def expert_of(expert_ids_ptr, block, num_local, SHARE: gl.constexpr):
+def expert_of(tables, block, CASE: gl.constexpr):
     """The table has an entry for every 128 slots where large blocks are not all."""
-    return expert_at(expert_ids_ptr, block * 2 if SHARE == "large" else block, num_local)
+    at = block * 2 if CASE.SHARE == "large" else block
+    return expert_at(tables.experts, at, tables.num_local)
 
 
 @gluon.jit
-def find_task(
-    task, first_block, blocks, expert_ids_ptr, num_local,
-    TILES: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
-):  # fmt: skip
+def find_task(task, first_block, blocks, tables, CASE: gl.constexpr):
     """(place, block * TILES + column tile, of a task among this launch's; its block, column tile
     and expert)."""
-    ENTRIES: gl.constexpr = 2 if SHARE == "large" else 1
-    experts = expert_ids_ptr + first_block * ENTRIES
+    TILES: gl.constexpr = tiles_of(CASE)
+    GROUP: gl.constexpr = CASE.GROUP_M
+    ENTRIES: gl.constexpr = 2 if CASE.SHARE == "large" else 1
+    experts = tables.experts + first_block * ENTRIES
     block, tile, expert = tile_of_run(task, blocks, experts, TILES, GROUP, ENTRIES)
-    return block * TILES + tile, first_block + block, tile, known(expert, num_local)
+    return block * TILES + tile, first_block + block, tile, known(expert, tables.num_local)
 
 
 @gluon.constexpr_function
@@ -106,23 +154,20 @@ def room_of(ROWS):
 
 
 @gluon.jit
-def open_rings(
-    w_desc, out_desc, SLOTS: gl.constexpr, ROWS: gl.constexpr, LOADS: gl.constexpr,
-    STAGES: gl.constexpr, STEPS: gl.constexpr, FILLERS: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    """((weights, rows), barriers, the output buffers of each warpgroup); a stage's words come in
-    LOADS, and FILLERS threads gather beside the TMA arrival."""
-    CONSUMERS: gl.constexpr = ROWS // (2 * SIDE)
+def open_ring(w_desc, out_desc, FILLERS: gl.constexpr, CASE: gl.constexpr):
+    """(ring, the output buffers of each warpgroup); FILLERS threads gather beside the TMA
+    arrival."""
+    SLOTS: gl.constexpr = CASE.SLOTS
+    STAGES: gl.constexpr = CASE.STAGES
+    CONSUMERS: gl.constexpr = CASE.ROWS // (2 * SIDE)
     OUT: gl.constexpr = unit_of(SLOTS)
+    PARTS: gl.constexpr = 1 if CASE.GATED else 2
     BUFFERS: gl.constexpr = min(2, PARTS * (SLOTS // OUT))
-    ROOM: gl.constexpr = room_of(ROWS)
+    BOXES: gl.constexpr = STAGES * loads_of_stage(CASE.ELEMENT, CASE.STEPS)
+    shape: gl.constexpr = [BOXES, room_of(CASE.ROWS), w_desc.block_shape[1]]
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SLOTS, STEP], gl.bfloat16)
-    rings = (
-        gl.allocate_shared_memory(
-            gl.int32, [STAGES * LOADS, ROOM, w_desc.block_shape[1]], w_desc.layout
-        ),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES * STEPS, SLOTS, STEP], x_shared),
-    )
+    words = gl.allocate_shared_memory(gl.int32, shape, w_desc.layout)
+    rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CASE.STEPS, SLOTS, STEP], x_shared)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     out = ()
@@ -133,39 +178,40 @@ def open_rings(
         mbarrier.init(full.index(i), count=1 + FILLERS)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    return rings, (full, empty), out
+    return Ring(words, rows, full, empty), out
 
 
 @gluon.jit
-def kind_number(sorted_ptr, block, R, SLOTS: gl.constexpr):
+def kind_number(tables, block, SLOTS: gl.constexpr):
     """Which of ``kinds_of`` a block is: the last that holds its slots; they fill from the front."""
     found = block * 0
     for kind in gl.static_range(1, number_of_kinds(SLOTS)):
         held = first_of(SLOTS, kind) + rest_of(SLOTS, kind)
-        slot = gl.load(sorted_ptr + block * SLOTS + held)
-        found += gl.where((slot >= 0) & (slot < R), 0, 1)
+        slot = gl.load(tables.slots + block * SLOTS + held)
+        found += gl.where((slot >= 0) & (slot < tables.R), 0, 1)
     return found
 
 
 @gluon.jit
-def load_words(
-    descs, w_ring, stage, bar, row, below, k, ELEMENT: gl.constexpr, STEPS: gl.constexpr
-):
+def load_words(descs, ring, stage, row, k, CASE: gl.constexpr):
     """TMA of a stage's words, of the steps from k on of a tile's weight rows: half of the rows from
-    ``row`` on, half from ``row + below`` on."""
-    HALF: gl.constexpr = w_ring.shape[1] // 2
-    WORDS: gl.constexpr = w_ring.shape[2]
+    ``row`` on, half further below or, GATED, in the other view."""
+    ELEMENT: gl.constexpr = CASE.ELEMENT
+    HALF: gl.constexpr = ring.words.shape[1] // 2
+    BELOW: gl.constexpr = 0 if CASE.GATED else HALF
+    WORDS: gl.constexpr = ring.words.shape[2]
     BOXES: gl.constexpr = boxes_of_step(ELEMENT)
-    LOADS: gl.constexpr = loads_of_stage(ELEMENT, STEPS)
+    LOADS: gl.constexpr = loads_of_stage(ELEMENT, CASE.STEPS)
+    bar = ring.full.index(stage)
     for load in gl.static_range(LOADS):
-        words = w_ring.index(stage * LOADS + load)
+        words = ring.words.index(stage * LOADS + load)
         low, high = words.slice(0, HALF, 0), words.slice(HALF, HALF, 0)
         if has_minima(ELEMENT):
             column = plane_column(k + load // BOXES, load % BOXES, ELEMENT)
         else:
             column = k * words_of_step(ELEMENT) + load * WORDS
         tma_load(descs[0], [row, column], bar, low)
-        tma_load(descs[1], [row + below, column], bar, high)
+        tma_load(descs[1], [row + BELOW, column], bar, high)
 
 
 @gluon.jit
@@ -173,34 +219,40 @@ def load_bias(bias_ptr, at, inside):
     return gl.expand_dims(gl.load(bias_ptr + at, inside, 0.0).to(gl.float32), 1)
 
 
+@gluon.constexpr_function
+def bytes_of_stage(ring_shape, CASE):
+    """Of words, all rows of them."""
+    return loads_of_stage(CASE.ELEMENT, CASE.STEPS) * ring_shape[1] * ring_shape[2] * 4
+
+
 @gluon.jit
-def finished(
-    acc, scale_ptr, scale2_ptr, bias_ptr, scales, bias_steps, expert, first, N: gl.constexpr,
-    D: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
+def finished(acc, weights, expert, first, CASE: gl.constexpr):
     """(low, high) [32, SLOTS] of a product's sums with the scales of whole rows, the second scale
-    and the biases, whose steps from gate to up and from row to row are ``bias_steps``."""
+    and the biases."""
     low, high = sides(acc)
     by_row: gl.constexpr = gl.SliceLayout(1, low.type.layout)
     r = gl.arange(0, SIDE, by_row)
-    SHARD: gl.constexpr = 1 if GATED else 0
-    if GROUP == 0:
-        base, at_low = scale_rows(scales, expert, 0, first[0] + r, N, D, GROUP)
-        base, at_high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
-        low *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_low)), 1)
-        high *= gl.expand_dims(float_scale(gl.load(scale_ptr + base + at_high)), 1)
-    if rest_of_sums(ELEMENT) != 1:
-        low *= rest_of_sums(ELEMENT)
-        high *= rest_of_sums(ELEMENT)
-    if scale2_ptr is not None:
-        at = scale2_ptr + expert.to(gl.int64) * (SHARD + 1)
+    SHARD: gl.constexpr = 1 if CASE.GATED else 0
+    if CASE.GROUP == 0:
+        base, at_low = scale_rows(weights, expert, 0, first[0] + r, CASE)
+        base, at_high = scale_rows(weights, expert, SHARD, first[1] + r, CASE)
+        low *= gl.expand_dims(float_scale(gl.load(weights.scale + base + at_low)), 1)
+        high *= gl.expand_dims(float_scale(gl.load(weights.scale + base + at_high)), 1)
+    REST: gl.constexpr = rest_of_sums(CASE.ELEMENT)
+    if REST != 1:
+        low *= REST
+        high *= REST
+    if weights.scale2 is not None:
+        at = weights.scale2 + expert.to(gl.int64) * (SHARD + 1)
         low *= gl.load(at)
         high *= gl.load(at + SHARD)
-    if bias_ptr is not None:
-        to_shard, step = bias_steps
-        at = bias_ptr + expert.to(gl.int64) * ((SHARD + 1) * N)
-        low += load_bias(at, (first[0] + r) * step, first[0] + r < N)
-        high += load_bias(at + SHARD * to_shard, (first[1] + r) * step, first[1] + r < N)
+    if weights.bias is not None:
+        N: gl.constexpr = CASE.N
+        BY: gl.constexpr = 2 if CASE.INTERLEAVED else 1
+        TO_UP: gl.constexpr = 1 if CASE.INTERLEAVED else N
+        at = weights.bias + expert.to(gl.int64) * ((SHARD + 1) * N)
+        low += load_bias(at, (first[0] + r) * BY, first[0] + r < N)
+        high += load_bias(at + SHARD * TO_UP, (first[1] + r) * BY, first[1] + r < N)
     return low, high
 
 

@@ -1,7 +1,6 @@
-"""Where the scales and zero points of a step lie, for ``hopper_mixed_prefill``.
+"""Where the scales and zero points of a step lie, for ``hopper_mixed_prefill``."""
 
-``scales`` are (stride of experts, step from gate to up, step from row to row, rows that share one).
-"""
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,40 +15,52 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
 )
 
 
+class Weights(NamedTuple):
+    """What comes to the products: pointers to scales, zero points (or terms), second scales and
+    biases (None: there are none); of the scales, the stride of experts, the steps from gate to up
+    and from row to row, and how many rows share one."""
+
+    scale: gl.tensor
+    zero: gl.tensor | None
+    scale2: gl.tensor | None
+    bias: gl.tensor | None
+    stride_expert: gl.tensor
+    shard_step: gl.tensor
+    row_step: gl.tensor
+    block: gl.tensor
+
+
 @gluon.jit
-def scale_rows(scales, expert, shard, feature, N: gl.constexpr, D: gl.constexpr,
-               GROUP: gl.constexpr):  # fmt: skip
+def scale_rows(weights, expert, shard, feature, CASE: gl.constexpr):
     """(index of the expert's first scale, and from there of those of these features)."""
-    stride_expert, shard_step, row_step, block = scales
-    WIDTH: gl.constexpr = 1 if GROUP == 0 else (D + GROUP - 1) // GROUP
-    row = shard * shard_step + gl.minimum(feature, N - 1) // block * row_step
-    return expert.to(gl.int64) * stride_expert, row * WIDTH
+    GROUP: gl.constexpr = CASE.GROUP
+    WIDTH: gl.constexpr = 1 if GROUP == 0 else (CASE.D + GROUP - 1) // GROUP
+    row = shard * weights.shard_step
+    row += gl.minimum(feature, CASE.N - 1) // weights.block * weights.row_step
+    return expert.to(gl.int64) * weights.stride_expert, row * WIDTH
 
 
 @gluon.jit
-def group_pointers(
-    scale_ptr, zero_ptr, scales, expert, first, N: gl.constexpr, D: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
+def group_pointers(weights, expert, first, CASE: gl.constexpr):
     """``groups_at`` goes on from here, for the features from ``first`` (low, high) on."""
-    COUNT: gl.constexpr = scales_of_step(GROUP)
-    layout: gl.constexpr = gl.SliceLayout(1, by_scale(chunks_of_step(ELEMENT), COUNT))
+    COUNT: gl.constexpr = scales_of_step(CASE.GROUP)
+    layout: gl.constexpr = gl.SliceLayout(1, by_scale(chunks_of_step(CASE.ELEMENT), COUNT))
     r = gl.arange(0, SIDE, layout)
-    base, low = scale_rows(scales, expert, 0, first[0] + r, N, D, GROUP)
-    SHARD: gl.constexpr = 1 if GATED else 0
-    base, high = scale_rows(scales, expert, SHARD, first[1] + r, N, D, GROUP)
-    if GROUP == 0 and zero_ptr is None:
+    base, low = scale_rows(weights, expert, 0, first[0] + r, CASE)
+    SHARD: gl.constexpr = 1 if CASE.GATED else 0
+    base, high = scale_rows(weights, expert, SHARD, first[1] + r, CASE)
+    if CASE.GROUP == 0 and weights.zero is None:
         return ()
-    elif GROUP == 0:
-        return (zero_ptr + base) + low, (zero_ptr + base) + high
-    elif zero_ptr is None:
-        return (scale_ptr + base) + low, (scale_ptr + base) + high
+    elif CASE.GROUP == 0:
+        return (weights.zero + base) + low, (weights.zero + base) + high
+    elif weights.zero is None:
+        return (weights.scale + base) + low, (weights.scale + base) + high
     else:
         return (
-            (scale_ptr + base) + low,
-            (scale_ptr + base) + high,
-            (zero_ptr + base) + low,
-            (zero_ptr + base) + high,
+            (weights.scale + base) + low,
+            (weights.scale + base) + high,
+            (weights.zero + base) + low,
+            (weights.zero + base) + high,
         )
 
 

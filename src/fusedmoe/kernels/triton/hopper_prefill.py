@@ -17,6 +17,8 @@ an expert's blocks, GROUP at most, that share weights in the L2. The producer an
 consumers. Of a block with at most 64 rows the second half is not loaded.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +37,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     matrix_descriptor,
     task_counters,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N
+from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N, Case
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
@@ -138,6 +140,8 @@ def sum_few_kernel(
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(Case)
 _launch_sum = Launcher(sum_kernel, chained=True)
 _launch_sum_few = Launcher(sum_few_kernel, chained=True)
 
@@ -242,10 +246,10 @@ def prefill_gemms(
             *(x.stride(0), R, e, desc_rows, *waiting),
             *(activation.limit, activation.alpha, activation.beta),
         ),
-        (H, I, K, world, activation.formula, activation.gated, activation.interleaved, *steps),
+        (_case(I, H, *steps, *activation[:3], K, world),),
         num_warps=4,
         maxnreg=168,
-    )  # fmt: skip
+    )
     _launch_down(
         programs,
         (
@@ -255,7 +259,7 @@ def prefill_gemms(
         ),
         (w2_bias, expert_ids, sorted_ids, num_post, down_counter, *bases),
         (R, e, *pushing),
-        (H, I, *steps),
+        (_case(H, I, *steps),),
         num_warps=4,
         maxnreg=168,
     )

@@ -1,5 +1,8 @@
 """What both kernels of ``hopper_prefill`` do: the order of tiles, products, stores, the rings."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -11,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fusedmoe.kernels.triton.gluon_names import barrier, tma_store
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import known, next_stage, tile_of_run
 from fusedmoe.kernels.triton.hopper_drawn import announce, hear
 
 BLOCK_M = gl.constexpr(128)
@@ -20,6 +23,73 @@ TILE_N = gl.constexpr(128)
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 PART_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is constant in a launch: products of D columns with the weights of N features, in tiles
+    of their own for gate and up if GATED, otherwise in two of neighbours.
+
+    No tuple, which Triton would take apart into numbers of run time. A string of it needs a name of
+    its own where it is passed on.
+    """
+
+    N: int
+    D: int
+    BK: int
+    STAGES: int
+    GROUP: int
+    FORMULA: str = ""
+    GATED: bool = False
+    INTERLEAVED: bool = False
+    PICKS: int = 1
+    WORLD: int = 1
+
+
+class Tables(NamedTuple):
+    """Where blocks of slots stand: pointers to the expert of each, to the slot of each place and to
+    the number of places; R slots of ``num_local`` experts."""
+
+    experts: gl.tensor
+    slots: gl.tensor
+    num_post: gl.tensor
+    R: gl.tensor
+    num_local: gl.tensor
+
+
+class Ring(NamedTuple):
+    """STAGES steps of rows and of weights in shared memory, and the barriers of each step."""
+
+    rows: gl.shared_memory_descriptor
+    weights: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@gluon.constexpr_function
+def wide_of(CASE):
+    """Features of a tile."""
+    return TILE_N.value if CASE.GATED else 2 * TILE_N.value
+
+
+@gluon.constexpr_function
+def below_of(CASE):
+    """Features between both weight tiles of a tile."""
+    return 0 if CASE.GATED else TILE_N.value
+
+
+@gluon.constexpr_function
+def tiles_of(CASE):
+    """Tiles that all features make."""
+    return -(-CASE.N // wide_of(CASE))
+
+
+@gluon.jit
+def place(task, blocks, tables, CASE: gl.constexpr):
+    """(block, column tile, expert) of a task."""
+    TILES: gl.constexpr = tiles_of(CASE)
+    block, tile, expert = tile_of_run(task, blocks, tables.experts, TILES, CASE.GROUP)
+    return block, tile, known(expert, tables.num_local)
 
 
 @gluon.jit
@@ -36,30 +106,28 @@ def hear_half(box, number, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def multiply(rings, bars, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
+def multiply(ring, stage, phase, live, KSTEPS: gl.constexpr, WHICH: gl.constexpr):
     """Products of one tile, [HALF_M, 2 * TILE_N]: rows of this warpgroup times both weight tiles.
 
     Each step is freed when the next one has been issued.
     """
-    a_ring, b_ring = rings
-    full, empty = bars
-    STAGES: gl.constexpr = a_ring.shape[0]
+    STAGES: gl.constexpr = ring.rows.shape[0]
     acc = gl.zeros([HALF_M, 2 * TILE_N], gl.float32, ACC)
     if live:
         for k in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            a = a_ring.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
-            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            mbarrier.wait(ring.full.index(stage), phase)
+            a = ring.rows.index(stage).slice(WHICH * HALF_M, HALF_M, 0)
+            acc = warpgroup_mma(a, ring.weights.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             before = (stage + STAGES - 1) % STAGES
-            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
+            mbarrier.arrive(ring.empty.index(before), count=1, pred=k > 0)
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(ring.empty.index((stage + STAGES - 1) % STAGES), count=1)
     else:
         for _ in range(KSTEPS):
-            mbarrier.wait(full.index(stage), phase)
-            mbarrier.arrive(empty.index(stage), count=1)
+            mbarrier.wait(ring.full.index(stage), phase)
+            mbarrier.arrive(ring.empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
     return acc, stage, phase
 
@@ -107,10 +175,10 @@ def store_boxes(desc, buffer, row, column, rows):
 
 
 @gluon.jit
-def is_whole(block, sorted_ptr, R):
+def is_whole(block, tables):
     """Whether both halves of a block hold slots: places fill from the front."""
-    slot = gl.load(sorted_ptr + block * BLOCK_M + HALF_M)
-    return (slot >= 0) & (slot < R)
+    slot = gl.load(tables.slots + block * BLOCK_M + HALF_M)
+    return (slot >= 0) & (slot < tables.R)
 
 
 @gluon.jit
@@ -129,17 +197,15 @@ def load_bias(bias_ptr, step, limit):
 
 
 @gluon.jit
-def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
-    """(rings, barriers, the output buffers of both warpgroups); FILLERS threads gather beside the
-    TMA arrival."""
+def open_ring(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
+    """(ring, the output buffers of both warpgroups); FILLERS threads gather beside the TMA
+    arrival."""
     dtype: gl.constexpr = desc.dtype
     a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BK], dtype)
     PART: gl.constexpr = TILE_N // 2
     out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, PART], dtype)
-    rings = (
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared),
-        gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout),
-    )
+    rows = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BK], a_shared)
+    weights = gl.allocate_shared_memory(dtype, [STAGES, 2 * TILE_N, BK], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     out0 = gl.allocate_shared_memory(dtype, [2, HALF_M, PART], out_shared)
@@ -148,4 +214,4 @@ def open_rings(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constex
         mbarrier.init(full.index(i), count=1 + FILLERS)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    return rings, (full, empty), out0, out1
+    return Ring(rows, weights, full, empty), out0, out1
