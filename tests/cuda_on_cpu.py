@@ -12,6 +12,7 @@ from fusedmoe.kernels.cuda.program import source_of
 
 HEADER = Path(__file__).with_suffix(".hpp")
 LAUNCH = """
+extern "C" int argument_bytes() { return sizeof(Arguments); }
 extern "C" void launch(const Arguments* a, int blocks, int threads, int shared, int cluster) {
   gridDim.x = blocks;
   for (int first = 0; first < blocks; first += cluster)
@@ -38,5 +39,6 @@ class KernelOnCpu:
         self._sizes, self._cluster = (threads, shared), None if cooperative else cluster
 
     def launch(self, blocks, parameters, device):
+        assert ctypes.sizeof(parameters) == self._library.argument_bytes()
         together = self._cluster or blocks
         self._library.launch(ctypes.byref(parameters), blocks, *self._sizes, together)

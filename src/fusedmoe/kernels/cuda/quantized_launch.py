@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 SCALES[torch.float8_e4m3fn] = 4
 BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FORMULAS = ("", "silu", "gelu", "gelu_tanh", "relu2", "swigluoai", "swiglustep", "situ")
+MAP_BYTES, MAP_ALIGNMENT = 128, 64  # of CUtensorMap
 # Shared memory of a multiprocessor, and what every program costs beside its own.
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 
@@ -52,18 +53,32 @@ class Product(NamedTuple):
         return self.blocks.topk_ids if isinstance(self.blocks, LoneSlots) else None
 
 
+def structure_of(
+    maps: tuple[str, ...], others: tuple[tuple[str, Any], ...]
+) -> type[ctypes.Structure]:
+    """A kernel's one parameter, field by field as its source has it: tensor maps, then ``others``.
+
+    C++ rounds its size up to the alignment of maps, and the driver reads all of that.
+    """
+    fields = (*((name, ctypes.c_char * MAP_BYTES) for name in maps), *others)
+    size = ctypes.sizeof(type("Fields", (ctypes.Structure,), {"_fields_": fields}))
+    rest = -size % MAP_ALIGNMENT if maps else 0
+    if rest:
+        fields += (("rest", ctypes.c_char * rest),)
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
 def arguments_of(
     maps: tuple[str, ...], tensors: tuple[str, ...], numbers: tuple[str, ...]
 ) -> type[ctypes.Structure]:
-    """A kernel's one parameter, field by field as its source has it; ``filled`` knows the names."""
-    fields = (
-        *((name, ctypes.c_char * 128) for name in maps),
+    """The parameter of a kernel for one product; ``filled`` knows the names."""
+    others = (
         *((name, ctypes.c_void_p) for name in tensors),
         ("stride_x", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in numbers),
         *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
     )
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    return structure_of(maps, others)
 
 
 def filled(arguments: type[ctypes.Structure], product: Product) -> ctypes.Structure:

@@ -8,7 +8,15 @@ import torch
 
 from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.cuda.quantized_decode import tile_map
-from fusedmoe.kernels.cuda.quantized_launch import BIASES, ELEMENTS, FORMULAS, SCALES, launch
+from fusedmoe.kernels.cuda.quantized_launch import (
+    BIASES,
+    ELEMENTS,
+    FORMULAS,
+    MAP_BYTES,
+    SCALES,
+    launch,
+    structure_of,
+)
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.token_tiles import TILE_ROWS, TokenCut
@@ -21,11 +29,9 @@ OF_BOXES = ("quantized_digits.cuh", "quantized_token_steps.cuh", "quantized_toke
 OF_ROWS = ("quantized_token_ring.cuh", "quantized_token_rows.cu")
 
 
-class Arguments(ctypes.Structure):
-    """The kernel's one parameter, field by field as its source has it."""
-
-    _fields_ = (
-        *((name, ctypes.c_char * 128) for name in ("first", "second")),
+Arguments = structure_of(
+    ("first", "second"),
+    (
         *((name, ctypes.c_void_p) for name in ("first_rows", "second_rows")),
         *((name, ctypes.c_void_p) for name in ("first_scale", "second_scale")),
         *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias")),
@@ -33,7 +39,8 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pick_weights", "ids", "map")),
         *((name, ctypes.c_int32) for name in ("R", "num_mapped", "num_local")),
         *((name, ctypes.c_float) for name in ("limit", "alpha", "beta")),
-    )
+    ),
+)
 
 
 def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
@@ -69,7 +76,7 @@ def run_token(layer: LayerTensors[QuantizedTensor], cut: TokenCut) -> None:
     boxes = (w1, I, shards, TILE_ROWS // shards), (w2, H, 1, TILE_ROWS // 2)
     for i, (w, features, parts, box) in enumerate(() if cut.whole_rows else boxes):
         size = w.data.data_ptr(), w.shape[0], features, parts, w.data.shape[-1]
-        ctypes.memmove(address + 128 * i, tile_map(*size, w.interleaved, box), 128)
+        ctypes.memmove(address + MAP_BYTES * i, tile_map(*size, w.interleaved, box), MAP_BYTES)
     sources = (*COMMON, *(OF_ROWS if cut.whole_rows else OF_BOXES))
     launch(
         *(sources, _constants(layer, cut), cut.threads, cut.shared, given, 1, layer.programs),
