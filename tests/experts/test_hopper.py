@@ -215,11 +215,11 @@ tiles = PrefillTiles()
 steps = tiles.depth, tiles.stages, tiles.group
 all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "own_ptr"))
 weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
-assert runs_ahead(build(
-    hopper_prefill.up_kernel,
-    {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64)},
-    all_here | {"CASE": hopper_prefill.Case(208, 272, *steps, "swigluoai", True, True, 4)},
-    maxnreg=168))
+up_types = {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64),
+            "own_ptr": "*bf16"}
+case = {"CASE": hopper_prefill.Case(208, 272, *steps, "swigluoai", True, True, 4)}
+for late in (all_here, {}):
+    assert runs_ahead(build(hopper_prefill.up_kernel, up_types, case | late, maxnreg=168))
 types = {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)}
 types["bases_ptr"] = "*i64"
 case = {"CASE": hopper_prefill.Case(272, 208, *steps)}

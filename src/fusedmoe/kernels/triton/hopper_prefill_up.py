@@ -64,7 +64,8 @@ def rows_at(place, store, source, tables, PICKS: gl.constexpr):
     if source.own is not None:
         own = (token >= source.own_first) & (token < source.own_first + source.own_rows)
         own_rows = source.own + (token - source.own_first) * source.stride
-        x_rows = gl.where(own, own_rows, x_rows)
+        # Triton 3.9 does not see the alignment of a choice, and copies of 16 bytes ask for it.
+        x_rows = gl.multiple_of(gl.where(own, own_rows, x_rows), 16)
     return gl.expand_dims(x_rows, 1), gl.expand_dims(live, 1)
 
 
