@@ -27,13 +27,12 @@ from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_fp8_prefill import fp8_prefill
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.quantize import quantize_rows
+from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -83,24 +82,20 @@ def parts(
     flops = shape.flops(T)
     calls: Calls = {"quantize x": (lambda: quantize_rows(x, key, scale)[0], 0.0)}
 
-    def first(tiles: QuantizedPrefillTiles) -> tuple[torch.Tensor, torch.Tensor]:
-        counters.fill_(R)
-        return up(
-            q, q_scale, w1, K, act, position, key, scale, device_activation(activation), None,
-            tables, tiles, programs,
-        )  # fmt: skip
+    given = LayerTensors(
+        x, w1, w2, one.topk_weights, one.topk_ids, out, act, y, programs, activation
+    )
 
-    def second(
-        made: tuple[torch.Tensor, torch.Tensor], tiles: QuantizedPrefillTiles
-    ) -> torch.Tensor:
+    def first(tiles: QuantizedPrefillTiles) -> QuantizedRows:
         counters.fill_(R)
-        down(*made, w2, y, R, None, tables, tiles, programs)
+        return up(given, QuantizedRows(q, q_scale), position, key, scale, tables, tiles)
+
+    def second(made: QuantizedRows, tiles: QuantizedPrefillTiles) -> torch.Tensor:
+        counters.fill_(R)
+        down(given, made, tables, tiles)
         return y
 
     def everything(tiles: QuantizedPrefillTiles) -> torch.Tensor:
-        given = LayerTensors(
-            x, w1, w2, one.topk_weights, one.topk_ids, out, act, y, programs, activation
-        )
         fp8_prefill(given, (key, key), (scale, scale), tiles)
         return out
 

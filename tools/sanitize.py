@@ -423,7 +423,8 @@ def ranks() -> None:
                     push_rows(view, rows, layer)
                 elif way == "pushed":
                     inboxes = [one.received(rows).picks for one in views]
-                    push_rows_reference(inboxes, y, got.topk_ids, layout, rows)
+                    held = [inbox for inbox in inboxes if inbox is not None]
+                    push_rows_reference(held, y, got.topk_ids, layout, rows)
                 elif way == "sent":
                     send_sums(PeerSums.make(view, rows), y, got.topk_weights, got.topk_ids)
                 else:
@@ -433,12 +434,17 @@ def ranks() -> None:
             for view, mine in zip(views, ids, strict=True):
                 out = torch.empty(mine.shape[0], H, device="cuda", dtype=torch.bfloat16)
                 wait_for_outputs(view, timeout_us=10**6)
-                waiting = {"timeout_us": 10**6, "announce": False}
                 if way == "pushed":
                     weights = torch.rand(mine.shape, device="cuda")
-                    add_picks(out, mine, weights, owners, view, rows, pushed=True, **waiting)
+                    add_picks(
+                        out, mine, weights, owners, view, rows,
+                        pushed=True, timeout_us=10**6, announce=False,
+                    )  # fmt: skip
                 else:
-                    combine(out, mine, owners, view, rows, sent=way == "sent", **waiting)
+                    sent = way == "sent"
+                    combine(
+                        out, mine, owners, view, rows, sent=sent, timeout_us=10**6, announce=False
+                    )
         torch.cuda.synchronize()
         assert not any(view.error.item() for view in views)
         print("ranks", key, flush=True)

@@ -189,11 +189,13 @@ sizes = {"H": 272, "I": 208}
 formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
 tiles = decode_tiles_of(8, 64, 128)
 weights = desc(tiles.up.rows, tiles.up.depth)
+no_gate = formula | {"FORMULA": "relu2", "GATED": False, "INTERLEAVED": False, "bias_ptr": None}
 for stages, rows, depth, drawn in (2, 64, 128, True), (6, 64, 128, False), (6, 32, 256, False):
     box = desc(rows, depth)
-    build(hopper_decode.up_kernel, {"gate_desc": box, "up_desc": box},
-          sizes | formula | {"TILE": rows, "BN": 8, "BK": depth, "STAGES": stages, "GROUP": 4,
-                             "DRAWN": drawn, "COUNTED": drawn})
+    for given in (formula, no_gate):
+        build(hopper_decode.up_kernel, {"gate_desc": box, "up_desc": box},
+              sizes | given | {"TILE": rows, "BN": 8, "BK": depth, "STAGES": stages, "GROUP": 4,
+                               "DRAWN": drawn, "COUNTED": drawn})
 step = {"TILE": tiles.down.rows, "BN": 8, "BK": 128}
 weights = {"desc": desc(tiles.down.rows, 128)}
 build(hopper_decode.down_kernel, weights,
@@ -202,10 +204,11 @@ for stages in (3, tiles.down.stages):
     build(hopper_decode.dealt_kernel, weights, sizes | step | {"STAGES": stages})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
-build(hopper_direct.up_kernel,
-      {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
-      sizes | formula | {"SLOTS": 4, "TILE": tiles.up_rows, "VALID": tiles.up_valid, "BK": 128,
-                         "STAGES": tiles.up_stages}, maxnreg=hopper_direct.MAX_REGISTERS)
+for given in (formula, no_gate):
+    build(hopper_direct.up_kernel,
+          {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
+          sizes | given | {"SLOTS": 4, "TILE": tiles.up_rows, "VALID": tiles.up_valid, "BK": 128,
+                           "STAGES": tiles.up_stages}, maxnreg=hopper_direct.MAX_REGISTERS)
 build(hopper_direct.down_kernel,
       {"desc": desc(tiles.down_box, tiles.depth), "act_desc": desc(8, tiles.depth)},
       sizes | {"PICKS": 4, "SLOTS": 4, "TILE": tiles.down_rows, "SHARE": tiles.down_rows // 4,
@@ -217,9 +220,10 @@ all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "o
 weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
 up_types = {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64),
             "own_ptr": "*bf16"}
-case = {"CASE": hopper_prefill.Case(208, 272, *steps, "swigluoai", True, True, 4)}
-for late in (all_here, {}):
-    assert runs_ahead(build(hopper_prefill.up_kernel, up_types, case | late, maxnreg=168))
+for shape in ("swigluoai", True, True, 4), ("relu2", False, False, 4):
+    case = {"CASE": hopper_prefill.Case(208, 272, *steps, *shape)}
+    for late in (all_here, {}):
+        assert runs_ahead(build(hopper_prefill.up_kernel, up_types, case | late, maxnreg=168))
 types = {"act_desc": rows, "w_desc": desc(256, tiles.depth), "out_desc": desc(64, 64)}
 types["bases_ptr"] = "*i64"
 case = {"CASE": hopper_prefill.Case(272, 208, *steps)}

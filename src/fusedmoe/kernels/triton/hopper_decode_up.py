@@ -105,8 +105,8 @@ def store_up(
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Biases, activation and store of a task; numbers: (limit, alpha, beta)."""
+    TILE: gl.constexpr = gate.shape[0]
     if bias_ptr is not None:
-        TILE: gl.constexpr = gate.shape[0]
         layout: gl.constexpr = gate.type.layout
         STEP: gl.constexpr = 2 if INTERLEAVED else 1
         BELOW: gl.constexpr = 0 if GATED else TILE
