@@ -126,6 +126,13 @@ def slots_of(block, sorted_ptr, BN: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def rows_of(ptr, slots, R, stride, PICKS: gl.constexpr):
+    """(where the rows of these slots begin, PICKS slots a row, and which slots live)."""
+    live = (slots >= 0) & (slots < R)
+    return ptr + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * stride, live
+
+
+@gluon.jit
 def issue_tiles(descs, ring, rows, bars, stage, k):
     """One step's TMA tiles, one below the other in the ring; they and the arrivals of others open
     the barrier."""

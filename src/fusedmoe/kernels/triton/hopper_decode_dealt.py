@@ -26,6 +26,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     next_step,
     open_barriers,
     rows_layout,
+    rows_of,
     slots_of,
     store_columns,
 )
@@ -43,8 +44,7 @@ def look_up(task, most, tables, BN: gl.constexpr, TILES: gl.constexpr, LAYOUT: g
 
 @gluon.jit
 def issue_act(act_ptr, slots, R, x_ring, bars, stage, k, I: gl.constexpr):  # noqa: E741
-    live = (slots >= 0) & (slots < R)
-    rows = act_ptr + gl.where(live, slots, 0).to(gl.int64) * I
+    rows, live = rows_of(act_ptr, slots, R, I, 1)
     issue_rows(rows, live, x_ring, bars, stage, k, I)
 
 

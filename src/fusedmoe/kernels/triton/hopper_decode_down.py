@@ -18,6 +18,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     next_stage,
     open_barriers,
     rows_layout,
+    rows_of,
     slots_of,
     store_columns,
 )
@@ -44,8 +45,7 @@ def find_down(
     block, tile, expert, slots = find_task(
         task, blocks, tables, num_local, BN, TILES, GROUP, True, LAYOUT
     )
-    live = (slots >= 0) & (slots < R)
-    x_rows = act_ptr + gl.where(live, slots, 0).to(gl.int64) * I
+    x_rows, live = rows_of(act_ptr, slots, R, I, 1)
     return x_rows, live, block, tile, expert
 
 

@@ -20,6 +20,7 @@ from fusedmoe.kernels.triton.hopper_common import (
     next_stage,
     open_barriers,
     rows_layout,
+    rows_of,
     slots_of,
     store_columns,
     upper_and_lower,
@@ -48,8 +49,7 @@ def find_up(
     block, tile, expert, slots = find_task(
         task, blocks, tables, sizes[1], BN, TILES, GROUP, TOGETHER, layout
     )
-    live = (slots >= 0) & (slots < sizes[0])
-    x_rows = x[0] + (gl.where(live, slots, 0) // PICKS).to(gl.int64) * x[1]
+    x_rows, live = rows_of(x[0], slots, sizes[0], x[1], PICKS)
     return x_rows, live, block, tile, expert
 
 
