@@ -166,14 +166,20 @@ def test_half_empty_blocks_give_the_bits_of_streamed_ones(counts, name):
         assert run(layer, tensors, tiles).equal(expected)
 
 
+def tensors_picking(layer, counts):
+    """A layer's tensors whose tokens pick each of the experts so many times, in their order."""
+    tensors = layer.tensors()
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    tensors["topk_ids"].fill_(-1)
+    tensors["topk_ids"][: len(ids)] = ids[:, None]
+    return tensors
+
+
 @pytest.mark.parametrize("counts", SKEWED.values(), ids=SKEWED)
 def test_tasks_drawn_and_dealt_give_the_same_bits(counts):
     """Rings as long as a task or shorter draw the next one; longer ones are dealt theirs."""
     layer = replace(GPU, T=max(1, sum(counts)), K=1, E=8, H=272, I=272, bias=True)
-    tensors = layer.tensors()
-    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
-    tensors["topk_ids"].fill_(-1)
-    tensors["topk_ids"][: len(ids)] = ids[:, None]
+    tensors = tensors_picking(layer, counts)
     tiles = decode_tiles_of(16, 64, 64)
     expected = run(layer, tensors, tiles)
     assert_right(expected, layer, tensors)
@@ -190,10 +196,7 @@ def test_tiles_of_fewer_rows_give_the_same_bits(counts, activation):
     layer = replace(
         GPU, T=max(1, sum(counts)), K=1, E=8, H=1040, I=208, bias=True, activation=activation
     )
-    tensors = layer.tensors()
-    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
-    tensors["topk_ids"].fill_(-1)
-    tensors["topk_ids"][: len(ids)] = ids[:, None]
+    tensors = tensors_picking(layer, counts)
     tiles = decode_tiles_of(16, 64, 128)
     expected = run(layer, tensors, tiles)
     assert_right(expected, layer, tensors)
