@@ -49,9 +49,10 @@ class BlockForward(Replacement):
         self.stack = weights.stack if isinstance(weights, StackedWeights) else None
         self.width: int = at(self.router.module, family.router.weight).shape[1]
         self.output_scale: float = resolve(family.output_scale, block)
-        self.replay = GraphReplay(self.compute, self._can_be_captured, max_rows=replay_rows)
+        self.replay = GraphReplay(self._returned_parts, self._can_be_captured, max_rows=replay_rows)
         self.inner_modules = tuple(block.modules())[1:]
         self.owners, self.names = owners_in(block)
+        self.few_tensors = sum(len(held) for _, held in self.names) <= _MAX_REPLAYED_TENSORS
         self.returns = family.returns
         self.number = new_number(self)
 
@@ -62,8 +63,8 @@ class BlockForward(Replacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
             x = args[0].reshape(-1, args[0].shape[-1])
-            output, beside = accelerated_block(x, tensors_of(self.owners, self.names), self.number)
-            return self._as_returned(output, beside, args[0])
+            parts = accelerated_block(x, tensors_of(self.owners, self.names), self.number)
+            return self._as_returned(parts, args[0])
         return super().forward(*args, **kwargs)
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -116,13 +117,14 @@ class BlockForward(Replacement):
         if self.stack is not None and not torch.compiler.is_compiling():
             self.stack.refresh()
         x = hidden_states.reshape(-1, self.width)
+        parts: tuple[torch.Tensor, ...]
         if router.must_be_called:
-            output, beside = self._run_asking(x, input_ids)
+            parts = self._run_asking(x, input_ids)
         elif self._replays(input_ids):
-            output, beside = self.replay((x,), tensors_of(self.owners, self.names))
+            parts = self.replay((x,), tensors_of(self.owners, self.names))
         else:
-            output, beside = self.compute(x, input_ids)
-        return self._as_returned(output, beside, hidden_states)
+            parts = self.compute(x, input_ids)
+        return self._as_returned(parts, hidden_states)
 
     def compute(
         self, x: torch.Tensor, input_ids: torch.Tensor | None = None, *, one_stream: bool = False
@@ -131,6 +133,11 @@ class BlockForward(Replacement):
         logits = self.router.logits(x)
         output = self._after(self.runner(x, logits, input_ids, one_stream=one_stream))
         return output, self._beside(logits)
+
+    def _returned_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of ``compute``, what the block returns: nothing else is copied out of a graph."""
+        parts = self.compute(x)
+        return parts[:1] if self.returns == "hidden" else parts
 
     def _beside(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [T, E], or the chosen experts' weights [T, K] where the family asks."""
@@ -154,7 +161,7 @@ class BlockForward(Replacement):
             input_ids is None
             and not watched
             and self.stack is None
-            and sum(len(held) for _, held in self.names) <= _MAX_REPLAYED_TENSORS
+            and self.few_tensors
             and not is_hooked(self.inner_modules)
         )
 
@@ -182,17 +189,18 @@ class BlockForward(Replacement):
         return output
 
     def _as_returned(
-        self, output: torch.Tensor, beside: torch.Tensor, hidden_states: torch.Tensor
-    ) -> Any:
+        self, parts: tuple[torch.Tensor, ...], hidden_states: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """``parts``: the output [T, H] and, unless that is all, what stands beside it."""
         returns = self.returns
+        if returns == "hidden":
+            return parts[0].view(hidden_states.shape)
+        output, beside = parts
         if returns == "flat_and_logits":
             return output, beside
         if returns == "flattened_and_logits":
             return output.flatten(), beside.flatten()
-        output = output.view(hidden_states.shape)
-        if returns in ("hidden_and_logits", "hidden_and_weights"):
-            return output, beside
-        return output
+        return output.view(hidden_states.shape), beside
 
 
 class ExpertsForward(Replacement):
