@@ -19,7 +19,8 @@ from fusedmoe.bench import (
     run,
     run_layer_bench,
 )
-from fusedmoe.bench.replays import calls_per_graph
+from fusedmoe.bench.contestants import Contestant, Prepared
+from fusedmoe.bench.replays import FEWEST_SAMPLES, Replays, calls_per_graph
 from fusedmoe.bench.report import Percentiles, limit_us
 from fusedmoe.bench.timing import SLOW_RUNS, time_on_cpu
 
@@ -193,6 +194,7 @@ def test_without_peers_there_are_none():
         ({"routings": ["zipf"]}, "zipf"),
         ({"scope": "model"}, "model"),
         ({"device": "meta"}, "meta"),
+        ({"peers": ["transformers_magic"]}, "unknown peer 'transformers_magic'; known: trans"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_measured(changes, message):
@@ -279,6 +281,28 @@ def test_turns_are_shared_fairly_and_the_slow_leave_early(monkeypatch: pytest.Mo
     # A timed call follows an untimed one of the same contestant in another situation.
     assert order[3:9] == ["a1", "a0", "b0", "b1", "z1", "z0"]
     assert order[9][0] == "b"
+
+
+def test_ours_has_all_of_its_samples_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    def call() -> torch.Tensor:
+        return torch.zeros(())
+
+    def turns(contestants: dict[str, Replays], rest: float) -> dict[str, list[float]]:
+        return {name: [1.0] * one.at_least for name, one in contestants.items()}
+
+    monkeypatch.setattr(measure, "record", lambda calls, us, repeats: Replays(calls, 1, repeats))
+    monkeypatch.setattr(measure, "time_in_turns", turns)
+    problem = problems.Problem.of(problems.Cell(TINY, torch.bfloat16, "uniform", 2), 1, "cpu")
+    running = {
+        name: (Contestant(name, lambda *_: None, "layer", name != "fusedmoe"), [Prepared(call)])
+        for name in ("fusedmoe", "transformers_grouped_mm")
+    }
+    found = measure._run_on_cuda(problem, running, measure.Effort(50), BenchReport(CEILINGS))
+    assert [len(samples) for samples, _, _ in found.values()] == [50, FEWEST_SAMPLES]
+
+
+def test_nobody_in_turns_takes_no_time() -> None:
+    assert time_on_cpu({}, 8) == {}
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +54,7 @@ def test_long_ones_are_sampled_less_but_never_too_little(clock):
         "short": calls_of(clock, 1.0),
         "long": calls_of(clock, 30.0),
         "longer": calls_of(clock, 400.0),
+        "all": replace(calls_of(clock, 400.0), at_least=50),
         "few": calls_of(clock, 400.0, repeats=5),
     }
     found = time_in_turns(contestants)
@@ -59,5 +62,6 @@ def test_long_ones_are_sampled_less_but_never_too_little(clock):
         "short": 50,
         "long": 17,
         "longer": 12,
+        "all": 50,
         "few": 5,
     }

@@ -199,6 +199,37 @@ def test_what_could_not_be_measured_is_a_note(cli) -> None:
     assert "note: custom: fusedmoe:triton left out" in out
 
 
+def test_nothing_measured_says_why(cli, tmp_path: Path) -> None:
+    """Of a table that no kernel of this machine reads, with nobody else to measure."""
+    entry = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+    table = tmp_path / "E=4,N=16,device_name=NVIDIA_H200.json"
+    table.write_text(json.dumps({"1": entry | {"num_warps": 4, "num_stages": 2}}))
+    code, out, err = cli(
+        *("bench", *SIZES, "--tokens", "1", "--device", "cpu", "--no-peers"),
+        *("--repeats", "5", "--tuned-table", table),
+    )
+    assert (code, out) == (2, "")
+    assert "nothing was measured: custom: fusedmoe left out" in err
+
+
+def test_peers_by_name_and_rows_as_csv(cli, tmp_path: Path) -> None:
+    csv_file = tmp_path / "new" / "layer.csv"
+    code, out, err = cli(
+        *("bench", *SIZES, "--tokens", "3", "--dtypes", "bf16", "--repeats", "1"),
+        *("--device", "cpu", "--peers", "torch_grouped_mm_alone", "torch_reference"),
+        *("--csv", csv_file),
+    )
+    assert code == 0, err
+    names, *rows = csv_file.read_text().splitlines()
+    assert names.startswith("impl,shape,E,")
+    assert [row.split(",")[0] for row in rows] == [
+        "fusedmoe",
+        "torch_grouped_mm_alone",
+        "torch_reference",
+    ]
+    assert "torch_reference" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -213,6 +244,9 @@ def test_what_could_not_be_measured_is_a_note(cli) -> None:
         ([*SIZES, "--routings", "chaos"], "chaos"),
         ([*SIZES, "--scope", "model"], "unknown scope 'model'"),
         ([*SIZES, "--experts", "warp-drive"], "'warp-drive'; known:"),
+        ([*SIZES, "--peers", "warp-drive"], "unknown peer 'warp-drive'; known: transformers"),
+        ([*SIZES, "--no-peers", "--peers", "torch_mm"], "--peers would have no effect"),
+        ([*SIZES, "--csv", "/dev/null/x.csv"], "/dev/null is no folder to write into"),
         ([*SIZES, "--output", "/dev/null/x.json"], "/dev/null is no folder to write into"),
         ([*SIZES, "--output", "/dev"], "/dev is a folder"),
         ([*SIZES, "--plot", "/dev/null/x.png"], "/dev/null is no folder to write into"),

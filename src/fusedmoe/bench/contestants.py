@@ -303,5 +303,14 @@ def peer(
     raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
 
 
-DEFAULT_PEERS: Sequence[str] = tuple(f"transformers_{name}" for name in TRANSFORMERS_EXPERTS)
-PEERS: Sequence[str] = (*DEFAULT_PEERS, "torch_reference", "torch_grouped_mm_alone", "torch_mm")
+_OF_TRANSFORMERS = tuple(f"transformers_{name}" for name in TRANSFORMERS_EXPERTS)
+PEERS: Sequence[str] = (*_OF_TRANSFORMERS, "torch_reference", "torch_grouped_mm_alone", "torch_mm")
+
+
+def default_peers(device: torch.device) -> tuple[str, ...]:
+    """Transformers' ways; on a GPU its loop, which reads ids on the host, makes place for torch's
+    products alone and our reference."""
+    if device.type == "cpu":
+        return _OF_TRANSFORMERS
+    graphs = tuple(name for name in _OF_TRANSFORMERS if not name.endswith("eager"))
+    return (*graphs, "torch_grouped_mm_alone", "torch_reference")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -108,7 +108,8 @@ def _run_on_cuda(
             recorded[name] = launched(calls, min(repeats, _LAUNCHED_REPEATS))
             continue
         try:
-            recorded[name] = record(calls, expected_us, repeats)
+            replays = record(calls, expected_us, repeats)
+            recorded[name] = replays if one.is_peer else replace(replays, at_least=repeats)
         except RuntimeError as error:  # also torch.cuda.OutOfMemoryError
             why = _first_line(error)
             report.notes.append(f"{problem.cell}: {name} left out, not captured: {why}")

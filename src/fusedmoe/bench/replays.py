@@ -17,12 +17,14 @@ _GRAPH_US = 2000.0
 _LONG_CALL_US = 1000.0
 _MAX_CALLS = 80
 # Slow peers are not sampled for longer, once they have been sampled often enough for a median.
-_LONG_MS, _FEWEST_SAMPLES = 500.0, 12
+# What is ours has all of its samples, however long it takes.
+_LONG_MS, FEWEST_SAMPLES = 500.0, 12
 
 
 @dataclass(frozen=True)
 class Replays:
-    """``graphs`` (or plain launches) to run in turns, each of ``calls`` calls, ``repeats`` in all.
+    """``graphs`` (or plain launches) to run in turns, each of ``calls`` calls, ``repeats`` in all;
+    no fewer than ``at_least``, however long they take.
 
     Each returns the output of its first call; the first one's is that of the first situation.
     """
@@ -30,6 +32,7 @@ class Replays:
     graphs: Sequence[Call]
     calls: int
     repeats: int
+    at_least: int = FEWEST_SAMPLES
 
 
 def record(calls: Sequence[Call], expected_us: float, repeats: int) -> Replays:
@@ -75,7 +78,7 @@ def time_in_turns(contestants: Mapping[str, Replays], rest: float = 0.0) -> dict
     """Microseconds per call, from CUDA events around each replay, one of each in turn.
 
     After each replay the GPU idles for ``rest`` times as long as it took. What takes long gets
-    fewer samples than it asks for.
+    fewer samples than it asks for, but ``at_least`` as many as it says.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     spent_ms = dict.fromkeys(contestants, 0.0)
@@ -85,7 +88,7 @@ def time_in_turns(contestants: Mapping[str, Replays], rest: float = 0.0) -> dict
     torch.cuda.synchronize()
     for turn in range(max((one.repeats for one in contestants.values()), default=0)):
         for name, one in contestants.items():
-            is_long = turn >= _FEWEST_SAMPLES and spent_ms[name] > _LONG_MS
+            is_long = turn >= one.at_least and spent_ms[name] > _LONG_MS
             if turn >= one.repeats or is_long:
                 continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -11,7 +11,14 @@ from itertools import groupby
 import torch
 
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.contestants import DEFAULT_PEERS, Contestant, contestant_name, our_layer, peer
+from fusedmoe.bench.contestants import (
+    PEERS,
+    Contestant,
+    contestant_name,
+    default_peers,
+    our_layer,
+    peer,
+)
 from fusedmoe.bench.measure import MEMORY_SHARE, Effort, measure
 from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, random_weights
 from fusedmoe.bench.report import BenchReport, make_header
@@ -48,17 +55,17 @@ def run_layer_bench(
     """Time the layer from router logits to output on random data.
 
     ``experts``: implementations by name or class (None is what selection chooses); ``peers``:
-    names of ``contestants.PEERS``, or True for Transformers' batched_mm, grouped_mm and (on a CPU)
-    eager. ``repeats``: samples per implementation (default 20 on a CPU, 50 on a GPU). ``scope``
-    "experts" begins at given picks. ``options`` are those of this library's layer, but for
-    ``experts``. ``formats``: also with experts rounded to these ("int4_g32", "fp8_block", "mxfp4",
-    ...); their ``error`` is against the float weights. On a GPU every sample replays a CUDA graph
-    over several sets of weights; what cannot be captured or does not fit becomes a note.
+    names of ``contestants.PEERS``, or True for ``contestants.default_peers``. ``repeats``: samples
+    per implementation (default 20 on a CPU, 50 on a GPU). ``scope`` "experts" begins at given
+    picks. ``options`` are those of this library's layer, but for ``experts``. ``formats``: also
+    with experts rounded to these ("int4_g32", "fp8_block", "mxfp4", ...); their ``error`` is
+    against the float weights. On a GPU every sample replays a CUDA graph over several sets of
+    weights; what cannot be captured or does not fit becomes a note.
 
-    Raises ValueError for an empty list, unknown routing, scope, device, dtype or format.
+    Raises ValueError for an empty list, unknown routing, scope, device, dtype, format or peer.
     """
     device = torch.device(device)
-    check_request(shapes, tokens, dtypes, routings, device, scope, formats)
+    check_request(shapes, tokens, dtypes, routings, device, scope, formats, peers)
     cells = [
         Cell(shape, dtype, routing, T, scope)
         for shape in shapes
@@ -66,9 +73,7 @@ def run_layer_bench(
         for routing in routings
         for T in tokens
     ]
-    if peers is True:
-        peers = [name for name in DEFAULT_PEERS if device.type == "cpu" or "eager" not in name]
-    names = tuple(peers or ())
+    names = default_peers(device) if peers is True else tuple(peers or ())
     report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
     run = run_cells(
         *(cells, report, device, experts, lambda cell: names, Effort(repeats), options, formats)
@@ -87,6 +92,7 @@ def check_request(
     device: torch.device,
     scope: str,
     formats: Sequence[str] = (),
+    peers: bool | Sequence[str] = True,
 ) -> None:
     """What ``run_layer_bench`` raises, before anything is measured."""
     if not (shapes and tokens and dtypes and routings):
@@ -103,6 +109,9 @@ def check_request(
         format_named(name)
     for routing in routings:
         routing_logits(routing, 0, 1, 1)
+    for name in () if isinstance(peers, bool) else peers:
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
 
 
 def run_cells(

@@ -29,7 +29,7 @@ def time_on_cpu(contestants: Mapping[str, Sequence[Call]], repeats: int) -> dict
     short = {name: _seconds(calls[0]) < _SHORT_SECONDS for name, calls in contestants.items()}
     names = list(contestants)
     for turn in range(repeats):
-        if turn == SLOW_RUNS:
+        if turn == SLOW_RUNS and names:
             best = min(min(taken) for taken in samples.values())
             names = [name for name in names if min(samples[name]) <= SLOW_FACTOR * best]
         for place in range(len(names)):

@@ -28,7 +28,8 @@ DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
 # Over ranks, layers are timed as they are.
 _NOT_OVER_RANKS = (
-    *("scope", "experts", "formats", "tuned_table", "max_workspace_bytes", "no_peers", "plot"),
+    *("scope", "experts", "formats", "tuned_table", "max_workspace_bytes"),
+    *("peers", "no_peers", "csv", "plot"),
 )
 
 
@@ -72,7 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bound the layer's scratch memory: tokens then run in passes",
     )
-    parser.add_argument("--no-peers", action="store_true", help="leave Transformers' experts out")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="these in turns with ours: transformers_grouped_mm, torch_grouped_mm_alone, "
+        "torch_reference, ...; without it Transformers' ways, and on a GPU torch's two as well",
+    )
+    parser.add_argument("--no-peers", action="store_true", help="measure ours alone")
     parser.add_argument(
         "--ep",
         action="store_true",
@@ -80,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write its rows as CSV")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw speed against batch and the roofline (PNG)"
     )
@@ -92,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-    check_writable(args.output, args.plot)
+    check_writable(args.output, args.csv, args.plot)
+    if args.no_peers:
+        refuse_unused(args, ("peers",), "with --no-peers")
     if args.plot:
         check_can_draw(args.plot)
     options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
@@ -104,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     experts = (None, *map(experts_of, args.experts))
     for one in experts:
         check_forced_names(MoEOptions(experts=one))
-    check_request(*(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats))
+    peers = not args.no_peers and (args.peers or True)
+    check_request(
+        *(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats, peers)
+    )
     _check_memory(shapes, dtypes, device)
     total = len(shapes) * len(args.tokens) * len(dtypes) * len(args.routings)
     with progress(total, "measuring the machine", delay=0.0) as bar:
@@ -120,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             dtypes,
             args.routings,
             device,
-            peers=not args.no_peers,
+            peers=peers,
             repeats=args.repeats,
             progress=show,
             experts=experts,
@@ -135,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     record = report.to_json()
     if args.output:
         report.write(args.output)
+    if args.csv:
+        report.write_csv(args.csv)
     if args.plot:
         write_plot(record, args.plot)
     if args.json:
