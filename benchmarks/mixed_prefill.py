@@ -29,7 +29,6 @@ from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.problems import Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_mixed_prefill import (
@@ -98,13 +97,8 @@ def parts(
         whole = partial(mixed_prefill, given, tiles)
         share = w1.shards / (w1.shards + 1)
         for blocks, (first_tile, second_tile) in shares_of(tiles).items():
-            first = (
-                x, w1, scales[0], K, act, position, device_activation(activation), config.w1_bias,
-                tables, first_tile, programs, blocks,
-            )  # fmt: skip
-            second = (
-                act, w2, scales[1], y, config.w2_bias, tables, T * K, second_tile, programs, blocks,
-            )  # fmt: skip
+            first = given, x, scales[0], position, tables, first_tile, blocks
+            second = given, act, scales[1], tables, second_tile, blocks
             begin = partial(up, ordered=wants_lane_order(w2))
             calls[f"up {label} {blocks}"] = (
                 partial(recounted, tables, T * K, begin, *first), flops * share,
