@@ -8,10 +8,9 @@ from types import FunctionType, SimpleNamespace
 import pytest
 import torch
 
-from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.tuning.hopper_tiles import PrefillTiles
 
 pytest.importorskip("triton")
@@ -113,9 +112,10 @@ def test_a_table_without_room_for_counters_is_refused():
     tables = align_local_slots(ids, PREFILL_BLOCK, 2, None, whole_blocks=True)
     rows = prefill_rows(6, 2)
     assert tables.sorted_ids.shape == (rows,)
+    layer = LayerTensors(
+        x, w1, w2, None, ids, torch.zeros(6, 16), torch.zeros(rows, 16), torch.zeros(rows, 16), 132
+    )
     with pytest.raises(ValueError, match=f"{rows} slots for {rows} rows"):
         hopper_prefill.prefill_gemms(
-            x, w1, w2, 1, torch.zeros(rows, 16), torch.zeros(rows, 16),
-            torch.zeros(6, dtype=torch.int32), device_activation(MoEActivation.SILU, None),
-            None, None, tables, PrefillTiles(), 132,
-        )  # fmt: skip
+            layer, torch.zeros(6, dtype=torch.int32), tables, PrefillTiles()
+        )

@@ -19,13 +19,13 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.hopper_support import missing_gluon
 from fusedmoe.experts.triton import shared_memory_of
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align
 from fusedmoe.kernels.bounded_gemm import bounded_gemm, programs_for
 from fusedmoe.kernels.bounded_sum import bounded_sum
 from fusedmoe.kernels.device import device_of, multiprocessors_of
 from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS, decode_table
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
+from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, MAX_DECODE_MEAN, PrefillTiles, decode_tiles
 from fusedmoe.tuning.tiles import layer_tiles
 
@@ -145,23 +145,24 @@ def hopper_products(
 
     K, (e, H, I) = routing.routing_map.shape[1], w2.shape  # noqa: E741
     slots, here = expected.tokens * K, expected.slots_here(K)
-    programs, act_kind = multiprocessors_of(x.device), device_activation(activation)
+    many = here > MAX_DECODE_MEAN * e
+    P = prefill_rows(routing.R, e) if many else routing.R
+    act, rows = x.new_empty(P, I), x.new_empty(P, H)
+    # Nothing is summed here, so ``out`` is nobody's.
+    layer = LayerTensors(
+        x, w1, w2, None, routing.routing_map, rows, act, rows, multiprocessors_of(x.device),
+        activation,
+    )  # fmt: skip
     with device_of(x):
-        if here > MAX_DECODE_MEAN * e:
-            P = prefill_rows(routing.R, e)
-            act, rows = x.new_empty(P, I), x.new_empty(P, H)
+        if many:
             position = torch.empty(routing.R, dtype=torch.int32, device=x.device)
             tables = bounded_align(routing, PREFILL_BLOCK, slots, spare_slots=COUNTER_SLOTS)
-            prefill_gemms(
-                x, w1, w2, K, act, rows, position, act_kind, None, None, tables, PrefillTiles(),
-                programs,
-            )  # fmt: skip
+            prefill_gemms(layer, position, tables, PrefillTiles())
             return Products(rows, position)
-        act, rows = x.new_empty(routing.R, I), x.new_empty(routing.R, H)
         tiles = decode_tiles(max(1, round(here)), e, H, I)
         spare = decode_table(routing.R, tiles.block, e)[1]
         tables = bounded_align(routing, tiles.block, slots, spare_slots=spare)
-        decode_gemms(x, w1, w2, K, act, rows, act_kind, None, None, tables, tiles, programs)
+        decode_gemms(layer, tables, tiles)
         return Products(rows, None)
 
 

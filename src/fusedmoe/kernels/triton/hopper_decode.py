@@ -27,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.hopper_decode import decode_counters, decode_table
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -99,14 +98,13 @@ _launch_sum = Launcher(sum_kernel, chained=True)
 
 def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles) -> None:
     """Launch the three kernels; the layer as checked by ``kernels.hopper_decode``."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
-    (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
-    biases = layer.w1_bias, layer.w2_bias
-    decode_gemms(x, w1, w2, K, act, y, layer.epilogue, *biases, tables, tiles, programs)
+    y, out, topk_ids, expert_map = layer.y, layer.out, layer.topk_ids, layer.expert_map
+    (T, K), (e, H, _) = topk_ids.shape, layer.w2.shape
+    decode_gemms(layer, tables, tiles)
     warps = 1 if T <= 512 else 4
     _launch_sum(
         (T, -(-H // (256 * warps))),
-        (y, topk_weights, topk_ids, expert_map, out),
+        (y, layer.topk_weights, topk_ids, expert_map, out),
         (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], e),
         (K, 1, power_of_2(K), 256 * warps, may_discard(y, T * K)),
         warps,
@@ -114,21 +112,13 @@ def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: Decod
 
 
 def decode_gemms(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    K: int,
-    act: torch.Tensor,
-    y: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    tables: MoEAlignment,
-    tiles: DecodeTiles,
-    programs: int,
+    layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles
 ) -> None:
-    """up_kernel and down_kernel alone: the rows of y [R, H] whose slots the tables name, which are
-    as long as ``decode_table`` says and serve once."""
+    """up_kernel and down_kernel alone: the rows of the layer's y [R, H] whose slots the tables
+    name, which are as long as ``decode_table`` says and serve once. What would weight and sum them
+    is not looked at."""
+    x, w1, w2, _, topk_ids, _, act, y, programs = layer[:9]
+    activation, K = layer.epilogue, topk_ids.shape[1]
     e, H, I = w2.shape  # noqa: E741
     R = y.shape[0]
     sorted_ids, expert_ids, num_post = tables
@@ -140,7 +130,7 @@ def decode_gemms(
     _launch_up(
         programs,
         (gate, up),
-        (w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
+        (layer.w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
         (x.stride(0), R, e, most, desc_rows, activation.limit, activation.alpha, activation.beta),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
@@ -152,7 +142,7 @@ def decode_gemms(
     matrix = matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth))
     sizes = (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages)
     if deals:
-        tensors = (w2_bias, act, y, expert_ids, sorted_ids, num_post)
+        tensors = (layer.w2_bias, act, y, expert_ids, sorted_ids, num_post)
         numbers = (R, e, most)
         _launch_dealt(programs, (matrix,), tensors, numbers, sizes, num_warps=tiles.down.warps)
     else:
@@ -160,7 +150,7 @@ def decode_gemms(
         _launch_down(
             programs,
             (matrix,),
-            (w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
+            (layer.w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
             (R, e, most),
             (*sizes, GROUP, up_tiles),
             num_warps=tiles.down.warps,

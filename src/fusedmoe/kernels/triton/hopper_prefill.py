@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -153,17 +152,15 @@ def prefill(
     arrivals: Arrivals | None = None,
 ) -> None:
     """Launch the three kernels; the layer as checked by ``kernels.hopper_prefill``."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
-    position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
-    prefill_gemms(
-        x, w1, w2, topk_ids.shape[1], act, y, position, layer.epilogue, layer.w1_bias,
-        layer.w2_bias, tables, tiles, programs, arrivals, taker := taker_of_picks(out),
-    )  # fmt: skip
+    y, ids, out = layer.y, layer.topk_ids, layer.out
+    position = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    taker = taker_of_picks(out)
+    prefill_gemms(layer, position, tables, tiles, arrivals, taker)
     if taker is not None:
         taker.sent = taker.pushed = True
         return
-    e, H, _ = w2.shape
-    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, e, sum_passes(H))
+    e, H, _ = layer.w2.shape
+    sum_rows(y, layer.topk_weights, position, ids, layer.expert_map, out, e, sum_passes(H))
 
 
 def sum_rows(
@@ -207,26 +204,19 @@ def sum_rows(
 
 
 def prefill_gemms(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    K: int,
-    act: torch.Tensor,
-    y: torch.Tensor,
+    layer: LayerTensors[torch.Tensor],
     position: torch.Tensor,
-    activation: DeviceActivation,
-    w1_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
     tables: MoEAlignment,
     tiles: PrefillTiles,
-    programs: int,
     arrivals: Arrivals | None = None,
     taker: PeerSums | None = None,
 ) -> None:
-    """up_kernel and down_kernel alone: rows of y [P, H] in the order of the tables, and position
-    [R], where each slot's row is. ``task_counters`` says what the table of slots must have.
-    ``arrivals``: rows of x may be on their way. With ``taker`` rows go there instead of into y.
-    """
+    """up_kernel and down_kernel alone: the layer's y [P, H], rows in the order of the tables, and
+    position int32 [R], where each slot's row is. ``task_counters`` says what the table of slots
+    must have. ``arrivals``: rows of x may be on their way. With ``taker`` rows go there instead of
+    into y. What would weight and sum them is not looked at."""
+    x, w1, w2, _, topk_ids, _, act, y, programs = layer[:9]
+    activation = layer.epilogue
     e, H, I = w2.shape  # noqa: E741
     R = position.shape[0]
     sorted_ids, expert_ids, num_post = tables
@@ -241,12 +231,12 @@ def prefill_gemms(
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),
-        (w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits, own),
+        (layer.w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits, own),
         (
             *(x.stride(0), R, e, desc_rows, *waiting),
             *(activation.limit, activation.alpha, activation.beta),
         ),
-        (_case(I, H, *steps, *activation[:3], K, world),),
+        (_case(I, H, *steps, *activation[:3], topk_ids.shape[1], world),),
         num_warps=4,
         maxnreg=168,
     )
@@ -257,7 +247,7 @@ def prefill_gemms(
             matrix_descriptor(w2, I, (2 * TILE_N.value, tiles.depth)),
             matrix_descriptor(y, H, stored),
         ),
-        (w2_bias, expert_ids, sorted_ids, num_post, down_counter, *bases),
+        (layer.w2_bias, expert_ids, sorted_ids, num_post, down_counter, *bases),
         (R, e, *pushing),
         (_case(H, I, *steps),),
         num_warps=4,
