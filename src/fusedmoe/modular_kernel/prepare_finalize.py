@@ -121,12 +121,8 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
 
         The arguments are ``PrepareWork``'s. ``a1`` itself is not written.
         """
-        return self.dispatch(
-            PrepareWork(
-                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input,
-                quant_config, defer_input_quant,
-            )
-        )  # fmt: skip
+        tokens = a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input
+        return self.dispatch(PrepareWork(*tokens, quant_config, defer_input_quant))
 
     def dispatch(self, work: PrepareWork) -> PrepareResult:
         """As ``prepare``."""
@@ -144,12 +140,8 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         defer_input_quant: bool = False,
     ) -> Receiver | tuple[Hook, Receiver]:
         """Start ``prepare``; the receiver (after the hook, if there is one) returns its result."""
-        return self.start_dispatch(
-            PrepareWork(
-                a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input,
-                quant_config, defer_input_quant,
-            )
-        )  # fmt: skip
+        tokens = a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input
+        return self.start_dispatch(PrepareWork(*tokens, quant_config, defer_input_quant))
 
     def start_dispatch(self, work: PrepareWork) -> Receiver | tuple[Hook, Receiver]:
         """As ``prepare_async``."""
@@ -166,12 +158,8 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> None:
         """Weight, sum over K and combine into ``output`` [T, H], in place: ``FinalizeWork``."""
-        self.combine(
-            FinalizeWork(
-                output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input,
-                weight_and_reduce_impl,
-            )
-        )  # fmt: skip
+        routed = fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        self.combine(FinalizeWork(output, *routed, weight_and_reduce_impl))
 
     def combine(self, work: FinalizeWork) -> None:
         """As ``finalize``."""
@@ -187,12 +175,8 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         weight_and_reduce_impl: TopKWeightAndReduce,
     ) -> Receiver | tuple[Hook, Receiver]:
         """Start ``finalize``; ``output`` is valid once the receiver has returned."""
-        return self.start_combine(
-            FinalizeWork(
-                output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input,
-                weight_and_reduce_impl,
-            )
-        )  # fmt: skip
+        routed = fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input
+        return self.start_combine(FinalizeWork(output, *routed, weight_and_reduce_impl))
 
     def start_combine(self, work: FinalizeWork) -> Receiver | tuple[Hook, Receiver]:
         """As ``finalize_async``."""
