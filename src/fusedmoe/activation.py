@@ -41,9 +41,12 @@ class MoEActivation(Enum):
         return f"{self.value}_and_mul" if self.is_gated else self.value.removesuffix("_no_mul")
 
     @classmethod
-    def from_str(cls, s: str) -> MoEActivation:
-        """Parse a name; Hugging Face's spellings of the same functions are understood."""
-        aliases = {
+    def from_str(cls, s: str | MoEActivation) -> MoEActivation:
+        """Parse a name; Hugging Face's spellings of the same functions are understood.
+
+        A member is itself. ValueError for a name that is not known.
+        """
+        aliases: dict[object, str] = {
             "swish": "silu",
             "gelu_pytorch_tanh": "gelu_tanh",
             "gelu_new": "gelu_tanh",

@@ -1,4 +1,8 @@
-"""FusedMoE(): from a layer's arguments to the MoERunner that runs it."""
+"""FusedMoE(): from a layer's arguments to the MoERunner that runs it.
+
+In this order: where the rank stands among others, the router, which rank has which expert, the
+config, the format's method, whether all ranks build the same layer, the weights, the forward.
+"""
 
 from __future__ import annotations
 
@@ -150,6 +154,7 @@ def FusedMoE(
         {"tp": tp_size, "dp": dp_size, "pcp": pcp_size},
         {"tp": tp_rank, "dp": dp_rank, "pcp": pcp_rank},
     )
+    parallel_config = FusedMoEParallelConfig.around(place, groups, is_sequence_parallel)
     routing = RoutingArguments(
         top_k=top_k,
         num_experts=num_experts,
@@ -170,15 +175,17 @@ def FusedMoE(
         skip_padding=skip_padding,
     )
     layer_router = routing.make_router(router)
-    if num_redundant_experts and not enable_eplb:
-        raise ValueError(f"{num_redundant_experts} redundant experts need enable_eplb")
-    if enable_eplb and not hasattr(layer_router, "set_eplb_state"):
-        raise ValueError(f"{type(layer_router).__name__} cannot be balanced: no set_eplb_state")
-    if n_shared_experts and shared_experts is not None:
-        raise ValueError(
-            f"{n_shared_experts} shared experts as routed ids and a shared_experts module: "
-            "give one of the two"
-        )
+    around: dict[str, Any] = {
+        "shared_experts": shared_experts,
+        "shared_experts_sharded": shared_experts_sharded,
+        "routed_input_transform": routed_input_transform,
+        "routed_output_transform": routed_output_transform,
+        "routed_scaling_factor": routed_scaling_factor if apply_routed_scale_to_output else 1.0,
+        "expert_substitution": expert_substitution,
+        "enable_eplb": enable_eplb,
+        "prefix": prefix,
+    }
+    _check_shared(n_shared_experts, shared_experts)
     stored = num_experts
     if expert_substitution is not None:
         beside = {
@@ -187,18 +194,10 @@ def FusedMoE(
             "batch_invariant": options.batch_invariant,
         }
         stored = expert_substitution.left_of(num_experts, hidden_size, beside)
-    act = activation
-    if not isinstance(act, MoEActivation):
-        act = MoEActivation.from_str(act)
     counts = determine_expert_counts(stored, num_redundant_experts, n_shared_experts)
-    parallel_config = FusedMoEParallelConfig.around(place, groups, is_sequence_parallel)
-    placement = ExpertMapManager(
-        counts.physical,
-        num_redundant_experts,
-        parallel_config.ep_size,
-        parallel_config.ep_rank,
-        expert_placement,
-    )
+    ep = parallel_config.ep_size, parallel_config.ep_rank
+    placement = ExpertMapManager(counts.physical, num_redundant_experts, *ep, expert_placement)
+    act = MoEActivation.from_str(activation)
     dtype = params_dtype or torch.get_default_dtype()
     moe_config = FusedMoEConfig(
         num_experts=counts.physical,
@@ -233,27 +232,10 @@ def FusedMoE(
         options=options,
     )
     method = _make_method(moe_config, quant_config, prefix, groups)
-    if enable_eplb and not method.supports_eplb:
-        raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
-    if groups.connected:
-        around = {
-            "prefix": prefix,
-            "enable_eplb": enable_eplb,
-            "intermediate_size": intermediate_size,
-            "router": repr(getattr(layer_router, "spec", type(layer_router).__name__)),
-            "placement": expert_placement,
-            "removed_experts": expert_substitution and expert_substitution.removed,
-            "shared_experts": shared_experts is not None,
-            "shared_experts_sharded": shared_experts_sharded,
-            "routed_input_transform": routed_input_transform is not None,
-            "routed_output_transform": routed_output_transform is not None,
-            "transformed before the sum": commutes_with_sum(routed_output_transform),
-            "output scale": routed_scaling_factor if apply_routed_scale_to_output else 1.0,
-            "reduce_results": reduce_results,
-        }
-        check_layer_agreement(
-            method, groups, around, f"the layer {prefix}" if prefix else "this layer"
-        )
+    _check_balancing(enable_eplb, num_redundant_experts, layer_router, method)
+    stored_as = {"placement": expert_placement, "intermediate_size": intermediate_size}
+    facts = around | stored_as | {"reduce_results": reduce_results}
+    _check_ranks_agree(method, groups, layer_router, facts)
     routed_experts = (routed_experts_cls or RoutedExperts)(
         method.moe_config,
         method,
@@ -273,21 +255,36 @@ def FusedMoE(
         layer_router,
         routed_experts,
         gate=gate,
-        shared_experts=shared_experts,
         shared_expert_gate=shared_expert_gate,
-        routed_input_transform=routed_input_transform,
-        routed_output_transform=routed_output_transform,
-        routed_scaling_factor=routed_scaling_factor if apply_routed_scale_to_output else 1.0,
         router_logits_dtype=router_logits_dtype,
         num_router_logits=None if router is not None else routing.num_logits,
         rank_sum=RankSum.around(place, groups, is_sequence_parallel, enabled=reduce_results),
-        shared_experts_sharded=shared_experts_sharded,
         skip_padding=skip_padding,
-        enable_eplb=enable_eplb,
-        expert_substitution=expert_substitution,
-        prefix=prefix,
+        **around,
         **(runner_args or {}),
     )
+
+
+def _check_shared(n_shared_experts: int | None, shared_experts: nn.Module | None) -> None:
+    if n_shared_experts and shared_experts is not None:
+        raise ValueError(
+            f"{n_shared_experts} shared experts as routed ids and a shared_experts module: "
+            "give one of the two"
+        )
+
+
+def _check_balancing(
+    enable_eplb: bool,
+    num_redundant_experts: int,
+    router: FusedMoERouter,
+    method: FusedMoEMethodBase,
+) -> None:
+    if num_redundant_experts and not enable_eplb:
+        raise ValueError(f"{num_redundant_experts} redundant experts need enable_eplb")
+    if enable_eplb and not hasattr(router, "set_eplb_state"):
+        raise ValueError(f"{type(router).__name__} cannot be balanced: no set_eplb_state")
+    if enable_eplb and not method.supports_eplb:
+        raise ValueError(f"{type(method).__name__} cannot be balanced (enable_eplb)")
 
 
 def _make_method(
@@ -316,3 +313,23 @@ def _make_method(
         moe_config, hidden_dim=hidden, intermediate_size_per_partition=intermediate
     )
     return method
+
+
+def _check_ranks_agree(
+    method: FusedMoEMethodBase,
+    groups: ParallelGroups,
+    router: FusedMoERouter,
+    given: dict[str, Any],
+) -> None:
+    """Raise ValueError on every rank of ``groups`` where they were ``given`` different arguments:
+    of modules it is compared whether there is one."""
+    modules = ("shared_experts", "routed_input_transform", "routed_output_transform")
+    removed = given["expert_substitution"] and given["expert_substitution"].removed
+    facts = given | {name: given[name] is not None for name in modules}
+    facts |= {
+        "router": repr(getattr(router, "spec", type(router).__name__)),
+        "expert_substitution": removed,
+        "transformed before the sum": commutes_with_sum(given["routed_output_transform"]),
+    }
+    prefix = given["prefix"]
+    check_layer_agreement(method, groups, facts, f"the layer {prefix}" if prefix else "this layer")

@@ -63,7 +63,7 @@ def check_disagreement() -> None:
         ("input_transform is", {"routed_input_transform": shared if odd else None}),
         ("output_transform is", {"routed_output_transform": shared if odd else None}),
         ("before the sum is True, True, False", {"routed_output_transform": transform}),
-        ("output scale is 2.5, 2.5, 2.0", scale | {"routed_scaling_factor": 2.5 - odd / 2}),
+        ("scaling_factor is 2.5, 2.5, 2.0", scale | {"routed_scaling_factor": 2.5 - odd / 2}),
         ("reduce_results is", {"reduce_results": odd}),
     ):
         sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}

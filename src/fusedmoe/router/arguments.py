@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fusedmoe.router.base import FusedMoERouter
-from fusedmoe.router.factory import create_fused_moe_router
+from fusedmoe.router.factory import count_zero_experts, create_fused_moe_router
 from fusedmoe.router.routers import CustomRoutingFunction
 
 
@@ -43,9 +43,7 @@ class RoutingArguments:
     @property
     def num_zero_experts(self) -> int:
         bias = self.e_score_correction_bias
-        if self.zero_expert_type is None or bias is None:
-            return 0
-        return max(bias.numel() - self.num_experts, 0)
+        return count_zero_experts(self.zero_expert_type, bias, self.num_experts)
 
     def make_router(self, given: FusedMoERouter | None) -> FusedMoERouter:
         """``given`` where the caller has one (the rest must then be at its defaults)."""

@@ -82,7 +82,7 @@ def create_fused_moe_router(
             num_expert_group=groups[0],
             topk_group=groups[1],
             group_score="max" if e_score_correction_bias is None else "top2_sum",
-            num_zero_experts=_num_zero_experts(
+            num_zero_experts=count_zero_experts(
                 zero_expert_type, e_score_correction_bias, num_experts
             ),
             num_fused_shared_experts=num_fused_shared_experts,
@@ -95,9 +95,10 @@ def create_fused_moe_router(
     return router
 
 
-def _num_zero_experts(
+def count_zero_experts(
     zero_expert_type: str | None, bias: torch.Tensor | None, num_experts: int
 ) -> int:
+    """How many experts ``bias`` [E + Z] has beyond E; ValueError where that makes no sense."""
     if zero_expert_type is None:
         return 0
     if zero_expert_type != "identity":

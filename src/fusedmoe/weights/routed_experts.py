@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusedmoe.activation import MoEActivation
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, SharedExpertsCallback
 from fusedmoe.weights.expert_map import ExpertMapManager
@@ -23,7 +24,6 @@ from fusedmoe.weights.params_mapping import (
 )
 
 if TYPE_CHECKING:
-    from fusedmoe.activation import MoEActivation
     from fusedmoe.router.base import FusedMoERouter
 
 
@@ -242,8 +242,6 @@ class RoutedExperts(LoadableExperts):
 
 def expert_sizes(moe_config: FusedMoEConfig, intermediate_size: int | None) -> ExpertSizes:
     """The sizes of one expert's tensors; ``intermediate_size`` None: what this rank has is all."""
-    from fusedmoe.activation import MoEActivation
-
     parallel = moe_config.moe_parallel_config
     stored = moe_config.intermediate_size_per_partition
     return ExpertSizes(
