@@ -10,7 +10,7 @@ from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
-from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
 from fusedmoe.experts.hopper_quantized_choice import runs_decode
 from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill_rows
@@ -27,8 +27,12 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
+    MXFP8_DYNAMIC,
+    NVFP4_DYNAMIC,
     GroupShape,
 )
+from fusedmoe.testing import assert_no_worse
+from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from fusedmoe.tuning.quantized_tiles import expected_slots
 from quantized_experts import Quantized
@@ -82,6 +86,15 @@ ELSEWHERE = {
 }
 
 
+ROUNDED = {
+    "nvfp4": Quantized("nvfp4", NVFP4_DYNAMIC, WIDE),
+    "mxfp8_map": Quantized("mxfp8", MXFP8_DYNAMIC, replace(WIDE, E=8, local=3)),
+    "one_scale": Quantized("int4_channel", FP8_STATIC_TENSOR, replace(WIDE, bias=True)),
+    "first_rows_alone": Quantized("mxfp4", MXFP8_DYNAMIC, WIDE, only="w1"),
+    "second_rows_alone": Quantized("mxfp4", MXFP8_DYNAMIC, WIDE, only="w2"),
+}
+
+
 @pytest.fixture
 def streamed(monkeypatch):
     """Which of the launchers ran."""
@@ -111,6 +124,25 @@ def test_few_rows_stream(name, streamed):
     tolerance = 6e-3 if case.rows is None else 3e-2
     assert error(case, case.layer.tensors()) < tolerance
     assert streamed == ["quantized_decode" if case.rows is None else "w8a8_decode"]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_few_rounded_rows_stream_as_floats(name, streamed):
+    """Those that enter one product, or both: neither is left as it comes."""
+    case = ROUNDED[name]
+    tensors = case.layer.tensors()
+    out, computed = case.run(tensors, HopperEmulatedExperts), case.expected(tensors)
+    exact = replace(case, rows=None).expected(tensors)
+    assert streamed == ["quantized_decode"]
+    assert_no_worse(name, out, computed.to(out.dtype), exact)
+    assert relative_error(out, computed).frobenius < 0.8 * relative_error(out, exact).frobenius
+
+
+@pytest.mark.parametrize(("T", "ran"), [(12, ["quantized_decode"]), (13, [])])
+def test_rounded_rows_stream_as_long_as_they_are_taken_in_their_order(T, ran, streamed):
+    case = replace(ROUNDED["nvfp4"], layer=replace(WIDE, T=T))  # of 4 experts, 2 picks each
+    assert not case.run(case.layer.tensors(), HopperEmulatedExperts).isnan().any()
+    assert streamed == ran
 
 
 @pytest.mark.parametrize("name", FILLED)

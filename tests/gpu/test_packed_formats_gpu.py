@@ -11,6 +11,8 @@ import torch
 from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
+from fusedmoe.experts import hopper_quantized
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,
@@ -21,12 +23,14 @@ from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
     MXFP4_DYNAMIC,
     MXFP6_E2M3_DYNAMIC,
     MXFP6_E3M2_DYNAMIC,
     MXFP8_DYNAMIC,
     NVFP4_DYNAMIC,
+    NVFP4_STATIC,
 )
 from quantized_experts import Quantized
 
@@ -198,6 +202,55 @@ def test_emulated_rows(fmt, rows, experts):
     exact = replace(case, rows=None).expected(tensors)
     allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR
     assert error(case.run(tensors, experts), exact) <= allowed
+
+
+FEW = replace(LAYER, T=17, H=1024, I=512)
+STREAMED = {
+    "nvfp4": Quantized("nvfp4", NVFP4_DYNAMIC, FEW),
+    "nvfp4_static": Quantized("nvfp4", NVFP4_STATIC, FEW),
+    "mxfp8": Quantized("mxfp8", MXFP8_DYNAMIC, FEW),
+    "lone_mxfp4": Quantized("mxfp4", MXFP4_DYNAMIC, replace(FEW, T=1, E=64)),
+    "lone_nvfp4": Quantized("nvfp4", NVFP4_DYNAMIC, replace(FEW, T=2, E=64)),
+    "whole_rows": Quantized("mxfp4", MXFP4_DYNAMIC, replace(FEW, E=32, H=2880, I=2880)),
+    "interleaved": Quantized(
+        "mxfp4", MXFP4_DYNAMIC, replace(FEW, activation=MoEActivation.SWIGLUOAI, bias=True)
+    ),
+    "no_gate_map": Quantized(
+        *("int4_channel_zp", FP8_STATIC_TENSOR),
+        replace(FEW, activation=MoEActivation.RELU2_NO_MUL, bias=True, E=32, local=9),
+    ),
+    "second_rows_alone": Quantized("mxfp4", MXFP8_DYNAMIC, FEW, only="w2"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_few_rounded_rows_are_streamed(name, monkeypatch):
+    """No worse than a torch computation on the same rounded rows; the same bits in graphs, in which
+    a row of NaN is its own, and so is a token without an expert."""
+    ran, decode = [], hopper_quantized.quantized_decode
+    monkeypatch.setattr(
+        hopper_quantized, "quantized_decode", lambda *given: (ran.append(1), decode(*given))
+    )
+    case = STREAMED[name]
+    tensors = case.layer.tensors()
+    run = case.runner(tensors, HopperEmulatedExperts)
+    clean = run().clone()
+    exact = replace(case, rows=None).expected(tensors)
+    allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR
+    assert error(clean, exact) <= allowed
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    assert len(ran) == 2
+    tensors["topk_ids"][0] = -1
+    if case.layer.T > 1:
+        tensors["hidden_states"][-1] = NAN
+    for _ in range(3):
+        out.fill_(NAN)
+        graph.replay()
+        assert out[1:-1].equal(clean[1:-1])
+        assert not out[0].any()
 
 
 @pytest.mark.parametrize("experts", [TritonQuantizedExperts, BatchedTritonQuantizedExperts])

@@ -14,8 +14,14 @@ from fusedmoe.kernels.hopper_quantized import quantized_decode, unmet_by_weights
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
-from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS
+from fusedmoe.quantization.keys import (
+    FP8_DYNAMIC_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4_DYNAMIC,
+)
+from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS, CudaDecodeTiles, CudaStreamTile
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 from hopper_compiler import run_program
 
@@ -235,6 +241,17 @@ def test_what_the_kernels_cannot_read_is_named():
     call = LayerTensors(x, w1, w2, None, many, **given)
     with pytest.raises(ValueError, match="table"):
         quantized_decode(call, LoneSlots(many.flatten()))
+
+
+def test_rows_that_cannot_be_rounded_here_are_refused():
+    w1, w2 = layer("mxfp4")
+    x, ids = torch.zeros(4, 64).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
+    call = LayerTensors(x, w1, w2, torch.ones(4, 2), ids, programs=1, **scratch(4, 2, 64, 32))
+    with pytest.raises(ValueError, match="one by one"):
+        quantized_decode(call, keys=(None, FP8_DYNAMIC_TENSOR))
+    tile = CudaStreamTile(16, 16, 4, 1)
+    with pytest.raises(ValueError, match="order"):
+        quantized_decode(call, None, CudaDecodeTiles(tile, tile), (None, MXFP4_DYNAMIC))
 
 
 @pytest.mark.parametrize("rows", [None, FP8_DYNAMIC_TOKEN])

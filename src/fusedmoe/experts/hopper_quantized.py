@@ -191,7 +191,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
         bits; None: plain Triton."""
         e, num_experts = experts
-        width = 2 if operands.a1 is None else 1  # of the second GEMM's rows: fp32, or 16 bits
+        width = 2 if operands.floating_rows else 1  # of the second GEMM's rows: fp32, or 16 bits
         streams = room >= width * R and runs_decode(R, num_experts, operands, *rows)
         if streams and streams_longest(R, num_experts, operands):
             return self._decode
@@ -209,13 +209,16 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     def _decode(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         R, (_, H, I) = layer.topk_ids.numel(), layer.w2.shape  # noqa: E741
         act = scratch(layer.act, R, I)
-        if operands.a1 is None or operands.a2 is None:
+        a1, a2, scales = operands.a1, operands.a2, (operands.a1_scale, operands.a2_scale)
+        if operands.floating_rows:
             y = scratch(layer.y, R, 2 * H).view(torch.float32)
-            quantized_decode(layer._replace(act=act, y=y), tiles=self.decode_tiles)
+            layer = layer._replace(act=act, y=y)
+            quantized_decode(layer, None, self.decode_tiles, (a1, a2), scales)
             return
-        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
+        assert a1 is not None
+        assert a2 is not None
         layer = layer._replace(act=act, y=scratch(layer.y, R, H))
-        w8a8_decode(layer, keys, scales, self.stream_tiles, x_scale)
+        w8a8_decode(layer, (a1, a2), scales, self.stream_tiles, x_scale)
 
     def _prefill(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         e, H, I = layer.w2.shape  # noqa: E741
@@ -244,8 +247,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
 
 class HopperEmulatedExperts(HopperQuantizedExperts):
     """As ``HopperQuantizedExperts`` where rows have a format that these kernels do not multiply:
-    they are rounded to it, and multiplied as bf16 where slots are many. Of few slots plain Triton
-    does the same. Rows of int8 are left to it: act is in bf16 before it is rounded, which int8,
+    they are rounded to it, and multiplied as bf16, by plain Triton where slots are neither few nor
+    many. Rows of int8 are left to it: act is in bf16 before it is rounded, which int8,
     unlike fewer bits, would notice (1.06 times the error)."""
 
     name = "hopper_emulated"

@@ -13,6 +13,7 @@ from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.tuning.cuda_tiles import EIGHT_MEAN
 from fusedmoe.tuning.mixed_tiles import (
     MixedPrefillTiles,
     mixed_prefill_tiles,
@@ -31,17 +32,18 @@ def runs_decode(
     should; rows rounded already or not."""
     if MAX_DECODE_MEAN * num_experts < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
         return False
-    if operands.emulate:
-        return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
-    if (a1 is None) != (a2 is None):
+    if operands.emulate:
+        if EIGHT_MEAN * num_experts < R or x_scale is not None:
+            return False
+    elif (a1 is None) != (a2 is None):
         return False
     if x_scale is not None:
         if x.dtype != w1.data.dtype or not (x.is_contiguous() and x_scale.is_contiguous()):
             return False
     elif x.dtype != torch.bfloat16:
         return False
-    if a1 is None or a2 is None:
+    if operands.emulate or a1 is None or a2 is None:
         return x.stride(0) % 8 == 0 and unmet_by_stream(w1, w2) is None
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
 

@@ -17,11 +17,10 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
 )
 from fusedmoe.kernels.hopper_decode import check_biases
-from fusedmoe.kernels.hopper_quantized import check_plain_rows
+from fusedmoe.kernels.hopper_quantized import check_one_by_one, check_plain_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows_reference
-from fusedmoe.quantization.keys import PER_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
@@ -98,8 +97,7 @@ def mixed_prefill(
     tiles.check()
     _check(layer, tiles)
     check_biases(layer)
-    if PER_TENSOR in {key.group_shape for key in keys if key is not None and not key.static}:
-        raise ValueError("the Hopper kernel rounds rows one by one, not all by one dynamic scale")
+    check_one_by_one(keys)
     if not layer.x.is_cuda:
         mixed_prefill_reference(layer, tiles, keys, scales)
         return

@@ -23,9 +23,12 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows, round_rows_reference
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
+from fusedmoe.quantization.keys import PER_TENSOR
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
+    EIGHT_MEAN,
     MAX_LONE_SLOTS,
     CudaDecodeTiles,
     CudaRowsTile,
@@ -177,33 +180,43 @@ def quantized_decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
     tiles: CudaDecodeTiles | None = None,
+    keys: RowKeys = (None, None),
+    scales: RowScales = (None, None),
 ) -> None:
     """Run a layer of few slots: x and out bf16; scratch act [R, I] bf16 and y [R, H] fp32,
     R = T * K.
 
     ``blocks`` hold the tiles' slots, or are ids (``LoneSlots``, ``tiles.made`` at most); both are
-    chosen here where they are not given. Raises ValueError for weights that the kernel cannot read
-    and for tensors that do not fit.
+    chosen here where they are not given. ``keys``: how the rows that enter each product are rounded
+    before (``round_rows``), with the ``scales`` fp32 [1] of those that are static; not with one
+    dynamic scale for all rows. Raises ValueError for weights that the kernel cannot read and for
+    tensors that do not fit.
     """
     w1, w2, topk_ids, expert_map = layer.w1, layer.w2, layer.topk_ids, layer.expert_map
     reason = unmet_by_stream(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     R, e = topk_ids.numel(), w2.shape[0]
-    one_launch = token_cut_for(layer) if tiles is None and blocks is None else None
+    check_one_by_one(keys)
+    chosen = tiles is None and blocks is None and keys == (None, None)
+    one_launch = token_cut_for(layer) if chosen else None
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
             raise ValueError("a table of blocks comes with the tiles it was made for")
         lone, likely = blocks is not None or lone_slots(R, e, expert_map), R
         if not lone and expert_map is not None:
             likely = expected_slots(R, e, expert_map.shape[0])
+        if keys[1] is not None:  # tiles of more slots take rows in an order of their own
+            likely = min(likely, EIGHT_MEAN * e)
         tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
     if blocks is None and tiles.made >= R and e < MOST_NAMED:
         blocks = LoneSlots.of(topk_ids, expert_map)
+    if tiles.paired and keys[1] is not None:
+        raise ValueError(f"rows are not rounded in the order in which {tiles.gemm2} takes them")
     check_decode(layer, blocks, tiles.made)
     check_layer(layer)
     if not layer.x.is_cuda:
-        quantized_decode_reference(layer, blocks)
+        quantized_decode_reference(layer, blocks, keys, scales)
         return
     from fusedmoe.kernels.cuda.quantized_decode import decode
 
@@ -214,6 +227,8 @@ def quantized_decode(
 
         run_token(layer, one_launch)
         return
+    if keys[0] is not None:
+        layer = layer._replace(x=round_rows(layer.x, keys[0], scales[0]))
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:
             order = PairedOrder.of(w1.format)
@@ -221,14 +236,19 @@ def quantized_decode(
             layer = layer._replace(x=x)
         else:
             blocks = align_local_slots(topk_ids, tiles.slots, e, expert_map)
-    decode(layer, blocks, tiles)
+    decode(layer, blocks, tiles, keys[1], scales[1])
 
 
 def quantized_decode_reference(
-    layer: LayerTensors[QuantizedTensor], blocks: MoEAlignment | LoneSlots | None = None
+    layer: LayerTensors[QuantizedTensor],
+    blocks: MoEAlignment | LoneSlots | None = None,
+    keys: RowKeys = (None, None),
+    scales: RowScales = (None, None),
 ) -> None:
     """The definition, in plain torch."""
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
+    if keys[0] is not None:
+        x = round_rows_reference(x, keys[0], scales[0])
     (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
     # The definition knows no tiles: its blocks are of eight slots, or its caller's.
     if not isinstance(blocks, LoneSlots):
@@ -238,10 +258,17 @@ def quantized_decode_reference(
         x, w1, act, blocks, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
         activation_config=layer.activation_config,
     )  # fmt: skip
-    quantized_gemm_reference(act, w2, y, blocks, tile, top_k=1, bias=layer.w2_bias)
+    rows = act if keys[1] is None else round_rows_reference(act, keys[1], scales[1])
+    quantized_gemm_reference(rows, w2, y, blocks, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
         y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )
+
+
+def check_one_by_one(keys: RowKeys) -> None:
+    """Raise ValueError for rows that share one dynamic scale."""
+    if PER_TENSOR in {key.group_shape for key in keys if key is not None and not key.static}:
+        raise ValueError("the Hopper kernel rounds rows one by one, not all by one dynamic scale")
 
 
 def check_decode(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
+import torch
+
 from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.align_pair import PairedOrder
@@ -17,6 +19,8 @@ from fusedmoe.kernels.cuda.quantized_launch import (
     launch,
 )
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.round_rows import round_rows
+from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     STEP,
@@ -76,8 +80,11 @@ def decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots,
     tiles: CudaDecodeTiles,
+    key: QuantKey | None,
+    scale: torch.Tensor | None,
 ) -> None:
-    """Both GEMMs and the sum; the layer as checked by ``kernels.hopper_quantized``."""
+    """Both GEMMs, between which rows are rounded to ``key``, and the sum; the layer as checked by
+    ``kernels.hopper_quantized``."""
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
@@ -87,9 +94,11 @@ def decode(
         parts = tiles.gemm2.parts
         y = y.new_empty(parts * y.shape[0], y.shape[1])
     first = Product(x, w1, act, layer.w1_bias, layer.epilogue, blocks, K, programs)
-    second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _multiply(first, tiles.gemm1, guess=guess, following=order)
+    if key is not None:
+        act = round_rows(act, key, scale)
+    second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     _multiply(second, tiles.gemm2)
     weighted_sum(y, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)
 
