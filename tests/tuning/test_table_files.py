@@ -161,6 +161,10 @@ NAME = "E=128,N=768,device_name=NVIDIA_H200.json"
             *(16, 1024, "NVIDIA_H100_SXM", "fp8_w8a8[128,64]"),
         ),
         (
+            "E=8,N=512,device_name=NVIDIA_B200,dtype=fp8_w8a8,per_channel_quant=True.json",
+            *(8, 512, "NVIDIA_B200", "fp8_w8a8[channel]"),
+        ),
+        (
             "E=10,N=512,device_name=Intel(R)_Arc(TM)_Pro.json",
             *(10, 512, "Intel(R)_Arc(TM)_Pro", "16bit"),
         ),
@@ -187,6 +191,13 @@ def test_names_of_other_engines_tables(
 def test_other_names_are_refused(name: str, file: Any) -> None:
     with pytest.raises(ValueError, match="is not named"):
         read_table(file({"1": ENTRY}, name))
+
+
+@pytest.mark.parametrize("rest", ["", ",dtype=fp8_w8a8", ",dtype=fp8_w8a8,block_shape=[128, 128]"])
+def test_tables_of_one_gemm_are_refused(rest: str, file: Any) -> None:
+    """Their columns are those of the second one: as a whole table they would be misread."""
+    with pytest.raises(ValueError, match="second GEMM alone"):
+        read_table(file({"1": ENTRY}, f"E=8,N=512,device_name=NVIDIA_H200{rest}_down.json"))
 
 
 def test_devices_have_one_name() -> None:

@@ -2,7 +2,8 @@
 
 Their name says what they are for and their keys are token counts:
 
-    E=128,N=768,device_name=NVIDIA_H200[,dtype=fp8_w8a8][,block_shape=[128,128]].json
+    E=128,N=768,device_name=NVIDIA_H200[,dtype=fp8_w8a8][,block_shape=[128,128]]
+        [,per_channel_quant=True].json
     {"triton_version": "3.5.0", "1": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128,
      "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 4}, "2": ...}
 
@@ -27,8 +28,10 @@ from fusedmoe.tuning.tuned_table import SIXTEEN_BIT, Curve, LayerKey, TunedTable
 
 _NAME = re.compile(
     r"E=(?P<E>\d{1,6}),N=(?P<N>\d{1,8}),device_name=(?P<device>[^,=/\\]{1,80})"
-    r"(,dtype=(?P<dtype>\w{1,32}))?(,block_shape=\[(?P<n>\d{1,5}), ?(?P<k>\d{1,5})\])?\.json"
+    r"(,dtype=(?P<dtype>\w{1,32}))?(,block_shape=\[(?P<n>\d{1,5}), ?(?P<k>\d{1,5})\])?"
+    r"(?P<channel>,per_channel_quant=True)?\.json"
 )
+_OF_ONE_GEMM = "_down.json"
 _SIZES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
 _NEEDED = (*_SIZES, "num_warps", "num_stages")
 # Of other GPUs and other kernels; a tile record of ours has no place for them.
@@ -45,12 +48,13 @@ class ForeignName(NamedTuple):
     device: str
     dtype: str | None
     block_shape: tuple[int, int] | None
+    per_channel: bool = False
 
     @property
     def weights(self) -> str:
         """The format as ``LayerKey.weights`` has it."""
         if self.block_shape is None:
-            return self.dtype or SIXTEEN_BIT
+            return (self.dtype or SIXTEEN_BIT) + "[channel]" * self.per_channel
         n, k = self.block_shape
         return f"{self.dtype or 'block'}[{n},{k}]"
 
@@ -62,16 +66,23 @@ def device_key(name: str) -> str:
 
 
 def parse_name(name: str) -> ForeignName:
-    """ValueError where a file is not named like a tile table."""
+    """ValueError where a file is not named like a tile table of both GEMMs."""
+    if name.endswith(_OF_ONE_GEMM):
+        raise ValueError(f"{name!r:.100} has tiles for the second GEMM alone: give the other table")
     found = _NAME.fullmatch(name)
     if found is None:
         raise ValueError(
             f"{name!r:.100} is not named E=..,N=..,device_name=..[,dtype=..][,block_shape=[n,k]]"
-            ".json"
+            "[,per_channel_quant=True].json"
         )
     block = None if found["n"] is None else (int(found["n"]), int(found["k"]))
     return ForeignName(
-        int(found["E"]), int(found["N"]), device_key(found["device"]), found["dtype"], block
+        int(found["E"]),
+        int(found["N"]),
+        device_key(found["device"]),
+        found["dtype"],
+        block,
+        found["channel"] is not None,
     )
 
 
