@@ -17,7 +17,7 @@ from small_reports import columns, new_report, timed
 from fusedmoe import GateLinear, MoEOptions
 from fusedmoe.bench import SHAPES, BenchReport, LayerShape
 from fusedmoe.bench.contestants import build_layer
-from fusedmoe.bench.problems import Cell, Problem, Weights, random_weights
+from fusedmoe.bench.problems import Cell, Problem, Weights, pick, random_weights
 from fusedmoe.bench.report import limit_us
 
 TOKENS = (1, 2, 8, 32, 64, 128, 512, 2048, 4096)
@@ -57,10 +57,9 @@ def measure(
     repeats: int,
 ) -> None:
     """A row for the default and one for the invariant layer."""
-    problem = Problem.of(Cell(shape, torch.bfloat16, "uniform", T), 1, device)
-    limit = limit_us(problem, report.header["read_gbs"], report.header["bf16_tflops"])
+    cell = Cell(shape, torch.bfloat16, "uniform", T)
     xs = [torch.randn(T, shape.H, device=device).to(torch.bfloat16) for _ in weights]
-    variants = {}
+    variants, problems = {}, {}
     for invariant in (False, True):
         with device:
             gate = GateLinear(
@@ -78,13 +77,23 @@ def measure(
         ]
         name = "fusedmoe[batch_invariant]" if invariant else "fusedmoe"
         variants[name] = [partial(layer, x) for layer, x in zip(layers, xs, strict=True)]
-    times = timed(variants, limit, repeats, device)
+        problems[name] = Problem(cell, xs[0], [pick(gate(x), shape.k) for x in xs])
+    limits = {
+        name: limit_us(one, report.header["read_gbs"], report.header["bf16_tflops"])
+        for name, one in problems.items()
+    }
+    times = timed(variants, min(limits.values()), repeats, device)
+    with torch.inference_mode():
+        outputs = {name: calls[0]() for name, calls in variants.items()}
     base, invariant_us = (times[name].us for name in variants)
     for name, taken in times.items():
         report.rows.append(
             {"impl": name, "shape": shape.name, "E": shape.E, "k": shape.k, "H": shape.H}
             | {"I": shape.I, "T": T, "format": "bf16", "routing": "uniform", "scope": "layer"}
-            | columns(taken)
+            | columns(
+                *(taken, limits[name], problems[name].flops),
+                problems[name].error(weights[0], outputs[name]),
+            )
             | {"ratio": round(taken.us / base, 3)}
         )
     ratio = invariant_us / base

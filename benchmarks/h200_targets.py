@@ -12,7 +12,7 @@ from verdicts import Verdict, words_of
 Row = dict[str, Any]
 
 PEER_CELLS = Path(__file__).with_name("peers_h200_bf16.json")
-OURS = "fusedmoe"
+OURS, PLAIN = "fusedmoe", "fusedmoe:triton"
 SKEWED = "power_law_1.2"
 SKEWED_TOKENS = (2048, 4096, 8192, 16384)
 SKEW_LOSS = 0.08
@@ -76,6 +76,7 @@ def verdicts(rows: list[Row], runs: list[dict[str, Any]]) -> list[Verdict]:
         *_on_skew(problems),
         *_on_peers(problems),
         *_on_own_paths(problems),
+        *_on_accuracy(problems),
         *_on_measured_peers(experts),
     ]
 
@@ -152,6 +153,18 @@ def _on_own_paths(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[
                     "own paths", shape, routing, T, ">= 0.98x", f"{ratio:.2f}x", ratio >= 0.98, best
                 )
             )
+    return found
+
+
+def _on_accuracy(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdict]:
+    """Ours, whichever kernel that is, against the plain Triton one: errors against fp64."""
+    found = []
+    for (shape, routing, T), impls in problems.items():
+        if not {OURS, PLAIN} <= impls.keys():
+            continue
+        ours, plain = impls[OURS]["error"], impls[PLAIN]["error"]
+        asked, measured = f"<= {plain:.3g}", f"{ours:.3g}"
+        found.append(Verdict("accuracy", shape, routing, T, asked, measured, ours <= plain, PLAIN))
     return found
 
 

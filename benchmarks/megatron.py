@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from small_reports import new_report
 
 from fusedmoe.bench import SHAPES
-from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.replays import record, time_in_turns
-from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, make_header
+from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
@@ -160,7 +161,10 @@ def measure(problem: Problem, report: BenchReport, weights: list[Weights], repea
     active = sum(make_batch(problem, seed, problem.T).ids.unique().numel() for seed in range(SETS))
     limit = problem.limit_us(active / SETS, report.header)
     runs = contestants(problem, weights)  # holds the inputs that the graphs read
-    graphs = {name: record(calls, limit, repeats) for name, calls in runs.items()}
+    graphs = {
+        name: replace(record(calls, limit, repeats), at_least=repeats)
+        for name, calls in runs.items()
+    }
     for name, taken in time_in_turns(graphs).items():
         found = error(problem, weights[0], graphs[name].graphs[0]())
         report.add(row_of(problem, name, taken, found, active / SETS, limit))
@@ -220,13 +224,13 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(args.warm, maxtasksperchild=1) as pool:
             pool.map(warm, [problem for several in groups for problem in several], 1)
         return
-    report = BenchReport(make_header(DEVICE, measure_ceilings(DEVICE, (torch.bfloat16,))))
+    report = new_report(DEVICE)
     with torch.inference_mode():
         for several in groups:
             torch.manual_seed(0)
             weights = make_weights(several[0])
             for problem in several:
-                measure(problem, report, weights, args.repeats if problem.T <= 512 else 20)
+                measure(problem, report, weights, args.repeats)
             del weights
             torch.cuda.empty_cache()
     for row in report.rows:

@@ -28,18 +28,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from h200_ceilings import ceilings_of
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fusedmoe
-from fusedmoe.bench.report import source_commit
+from fusedmoe.bench.report import make_header
 from fusedmoe.integrations.transformers.static_caches import keep_static_caches
-from fusedmoe.words import device_name
 
 # The published sizes of Qwen3-30B-A3B.
 QWEN3_30B = {
@@ -226,19 +224,13 @@ def main() -> None:
         Path(args.out).write_text(json.dumps(joined(args.join), indent=1) + "\n")
         return
     fusedmoe.register()
+    device = torch.device(args.device)
+    header = make_header(device, ceilings_of(device))
+    torch.cuda.empty_cache()
     sizes = TINY if args.tiny else QWEN3_30B
     model = build_model(sizes, args.layers, args.device, args.router_gain)
     bytes_of_model = sum(p.numel() * p.element_size() for p in model.parameters())
-    report = {
-        "device": device_name(torch.device(args.device)),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "fusedmoe": fusedmoe.__version__,
-        },
-        "commit": source_commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
+    report = header | {
         "model": f"{'tiny' if args.tiny else 'Qwen3-30B-A3B'} sizes, {args.layers} layers, "
         "random bf16 weights",
         "model_gigabytes": round(bytes_of_model / 1e9, 2),

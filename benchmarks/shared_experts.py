@@ -10,6 +10,7 @@ either order, ``chosen`` is what the layer does by itself.
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.contestants import build_layer
 from fusedmoe.bench.problems import Cell, Problem, random_weights
 from fusedmoe.bench.report import limit_us
+from fusedmoe.testing.tolerances import relative_error
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 SITUATIONS = 4
@@ -60,6 +62,12 @@ class SharedExperts(nn.Module):
         return self.down(torch.nn.functional.silu(gate) * up)
 
 
+def exact_shared(shared: nn.Module, gate: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """What the shared experts add, in fp64: [T, H]."""
+    found: torch.Tensor = deepcopy(shared).double()(x.double())
+    return found if gate is None else found * deepcopy(gate).double()(x.double()).sigmoid()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
@@ -80,7 +88,7 @@ def main() -> None:
 def measure(
     report: BenchReport, model: Model, tokens: list[int], device: torch.device, repeats: int
 ) -> None:
-    """Three rows per token count."""
+    """Four rows per token count."""
     shape = model.layer
     (weights,) = random_weights(shape, torch.bfloat16, device, 1)
     with device:
@@ -111,16 +119,29 @@ def measure(
             for order, layer in (layers | {"routed_alone": plain}).items()
         }
         times = timed(variants, limit, repeats, device)
-        first = [layers[order](problem.x, problem.situations[0].logits) for order in layers]
-        if not all(torch.equal(first[0], other) for other in first[1:]):
+        outputs = {name: calls[0]() for name, calls in variants.items()}
+        if not all(torch.equal(outputs["sequence"], outputs[order]) for order in layers):
             raise RuntimeError(f"{shape.name} T={T}: the orders give different bits")
+        tokens, exact = problem.exact(weights)
+        sums = {"routed_alone": exact}
+        sums |= dict.fromkeys(layers, exact + exact_shared(shared, gate, problem.x[tokens]))
+        shared_flops = 6.0 * T * shape.H * model.shared
+        shared_us = max(
+            6.0 * shape.H * model.shared / report.header["read_gbs"] / 1e3,
+            shared_flops / report.header["bf16_tflops"] / 1e6,
+        )
         base = times["sequence"].us
         for order, taken in times.items():
             report.rows.append(
                 {"impl": f"fusedmoe[{order}]", "shape": shape.name, "E": shape.E, "k": shape.k}
                 | {"H": shape.H, "I": shape.I, "shared_I": model.shared, "T": T, "format": "bf16"}
                 | {"routing": "uniform", "scope": "layer"}
-                | columns(taken)
+                | columns(
+                    taken,
+                    limit + (shared_us if order in layers else 0.0),
+                    problem.flops + (shared_flops if order in layers else 0.0),
+                    relative_error(outputs[order][tokens], sums[order]).frobenius,
+                )
                 | {"gain": round(base / taken.us, 3)}
             )
         mark = "met   " if times["chosen"].us <= base * NOISE else "MISSED"

@@ -87,7 +87,7 @@ def test_a_slow_machine_is_thrown_away(scripts, tmp_path, monkeypatch):
 def row(impl: str, us: float, **changes: object) -> dict[str, object]:
     values = {
         "impl": impl, "shape": "mixtral", "routing": "balanced", "T": 4096, "scope": "layer",
-        "us": us, "fraction_of_limit": 0.5, "tflops": 1000.0 / us, "run": 0,
+        "us": us, "fraction_of_limit": 0.5, "tflops": 1000.0 / us, "run": 0, "error": 2e-3,
     }  # fmt: skip
     return values | changes
 
@@ -103,6 +103,8 @@ def test_verdicts(scripts):
         row("torch_mm", 1.0, scope="dense"),
         row("fusedmoe", 2.1, routing="power_law_1.2"),
         row("fusedmoe", 150.0, T=1),
+        row("fusedmoe", 150.0, T=2, error=2.1e-3),
+        row("fusedmoe:triton", 150.0, T=2, error=2.0e-3),
         row("fusedmoe", 999.0, T=64, fraction_of_limit=0.96),
         row("fusedmoe", 500.0, T=64, scope="experts", routing="uniform"),
         row("fusedmoe", 650.0, T=8, scope="experts", routing="uniform", fraction_of_limit=0.98),
@@ -119,6 +121,9 @@ def test_verdicts(scripts):
         ("skew", "power_law_1.2", 4096): True,
         ("peers", "balanced", 4096): False,
         ("own paths", "balanced", 4096): True,
+        ("own paths", "balanced", 2): True,
+        ("accuracy", "balanced", 4096): True,
+        ("accuracy", "balanced", 2): False,
         ("measured peers", "uniform", 1): False,
         ("measured peers", "uniform", 8): True,
         ("measured peers", "uniform", 64): True,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedmoe.bench import ceilings
 
@@ -37,14 +38,45 @@ def test_a_script_writes_its_rows(name, tmp_path, monkeypatch):
         module.main()
     finally:
         sys.modules.pop(name)
-    rows = json.loads(out.read_text())["rows"]
+    report = json.loads(out.read_text())
+    rows = report["rows"]
     assert len(rows) == ROWS[name]
-    speed = "tokens_per_s" if name == "model_generate" else "us"
-    assert all(row[speed] > 0 for row in rows)
+    assert all(report[key] > 0 for key in ("read_gbs", "copy_gbs", "bf16_tflops"))
+    assert {"device", "versions", "commit", "command", "date"} <= report.keys()
+    if name == "model_generate":
+        assert all(row["tokens_per_s"] > 0 and row["batch"] == 1 for row in rows)
+        return
+    for row in rows:
+        assert row["p10_us"] <= row["us"] <= row["p90_us"]
+        assert {"shape", "format", "scope", "T", "E", "H", "tflops"} <= row.keys()
+        assert row["fraction_of_limit"] == pytest.approx(row["limit_us"] / row["us"], abs=0.01)
+        assert row["error"] < 0.02
+
+
+def test_an_h200_that_is_slow_is_thrown_away(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("h200_ceilings")
+    found = {"read_gbs": 4299.0, "copy_gbs": 4000.0, "bf16_tflops": 750.0}
+    monkeypatch.setattr(module, "measure_ceilings", lambda device, dtypes: found)
+    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H200")
+    with pytest.raises(SystemExit, match="reads 4299 GB/s"):
+        module.ceilings_of(torch.device("cuda"))
+    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H100")
+    assert module.ceilings_of(torch.device("cuda")) == found
+
+
+def test_every_script_is_on_the_page():
+    """Those that are started, by whatever has options."""
+    page = (BENCHMARKS / "README.md").read_text()
+    scripts = [p.name for p in BENCHMARKS.glob("*.py") if "ArgumentParser(" in p.read_text()]
+    assert len(scripts) > 15
+    assert [name for name in scripts if f"{name}`" not in page] == []
 
 
 def test_another_batch_size_is_appended(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(ceilings, "_ELEMENTS", {"cpu": 1 << 12})
+    monkeypatch.setattr(ceilings, "_MATMUL", {"cpu": 64})
     out = tmp_path / "result.json"
     words = ["model_generate.py", *SCRIPTS["model_generate"].split(), "--out", str(out), "--append"]
     words += ["--implementations", "fusedmoe"]

@@ -122,13 +122,18 @@ class Problem:
 
     def error(self, weights: Weights, out: torch.Tensor) -> float:
         """Relative Frobenius error of a few tokens of the first situation, against fp64."""
+        tokens, exact = self.exact(weights)
+        return relative_error(out[tokens], exact).frobenius
+
+    def exact(self, weights: Weights) -> tuple[list[int], torch.Tensor]:
+        """A few tokens, and what the first situation makes of them, in fp64."""
         cell, first = self.cell, self.situations[0]
         shape = cell.shape
         checked = min(cell.T, max(3, _CHECKED_PAIRS * shape.ranks // shape.k))
         tokens = sorted({round(i * (cell.T - 1) / checked) for i in range(checked)})
         limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
         ids = first.topk_ids[tokens].long()
-        reference = experts_reference(
+        return tokens, experts_reference(
             self.x[tokens].double(),
             weights.w1,
             weights.w2,
@@ -140,4 +145,3 @@ class Problem:
             w2_bias=weights.b2,
             compute_dtype=torch.float64,
         )
-        return relative_error(out[tokens], reference).frobenius
