@@ -9,13 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.triton import hopper_launch
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    gate_up_descriptors,
     matrix_descriptor,
+    weight_views,
 )
 
 E, I, H = 3, 32, 48  # noqa: E741
@@ -29,23 +27,31 @@ def assert_views(descriptor, matrix):
     assert tuple(descriptor.strides) == matrix.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize(
-    ("activation", "halves"),
+    ("shards", "interleaved", "halves"),
     [
-        (MoEActivation.SILU, lambda w, rows: (rows, rows[I:], 2 * I)),
-        (MoEActivation.SWIGLUOAI, lambda w, rows: (rows[0::2], rows[1::2], I)),
-        (MoEActivation.RELU2_NO_MUL, lambda w, rows: (rows, rows, I)),
+        (2, False, lambda rows: (rows, rows[I:], 2 * I)),
+        (2, True, lambda rows: (rows[0::2], rows[1::2], I)),
+        (1, False, lambda rows: (rows, rows, I)),
     ],
 )
-def test_gate_and_up_have_the_same_row_number(activation, halves):
-    width = 2 * I if activation.is_gated else I
-    w1 = torch.empty(E, width, H, dtype=torch.bfloat16)
-    gate, up, rows = gate_up_descriptors(w1, I, device_activation(activation), (16, 32))
-    first, second, expected = halves(w1, w1.view(-1, H))
+def test_gate_and_up_have_the_same_row_number(shards, interleaved, halves, dtype):
+    w1 = torch.empty(E, shards * I, H, dtype=dtype)
+    gate, up, rows = weight_views(w1, shards, interleaved, (16, 32))
+    first, second, expected = halves(w1.view(-1, H))
     assert rows == expected
     assert_views(gate, first)
     assert_views(up, second)
     assert gate.block_shape == [16, 32]
+
+
+def test_bytes_are_viewed_as_words():
+    w1 = torch.empty(E, 2 * I, H, dtype=torch.uint8)
+    gate, up, _ = weight_views(w1, 2, True, (16, 4), torch.int32)
+    words = w1.view(-1, H).view(torch.int32)
+    assert_views(gate, words[0::2])
+    assert_views(up, words[1::2])
 
 
 def test_rows_further_apart_than_they_are_long():

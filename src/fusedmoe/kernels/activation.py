@@ -34,6 +34,11 @@ class DeviceActivation(NamedTuple):
     alpha: float = 1.0
     beta: float = 0.0
 
+    @property
+    def shards(self) -> int:
+        """Of the weights that make what it takes."""
+        return 2 if self.gated else 1
+
 
 NO_ACTIVATION = DeviceActivation(formula="", gated=False)
 

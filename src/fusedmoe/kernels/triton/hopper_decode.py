@@ -36,8 +36,8 @@ from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    gate_up_descriptors,
     matrix_descriptor,
+    weight_views,
 )
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
@@ -125,8 +125,8 @@ def decode_gemms(
     counters = decode_counters(sorted_ids, R, tiles.block, e)
     deals = tiles.down.outlasts(I)
     most = max(1, decode_table(R, tiles.block, e)[0] // tiles.block)
-    tile = (tiles.up.rows, tiles.up.depth)
-    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
+    kind = activation.shards, activation.interleaved
+    gate, up, desc_rows = weight_views(w1, *kind, (tiles.up.rows, tiles.up.depth))
     _launch_up(
         programs,
         (gate, up),

@@ -24,8 +24,8 @@ from fusedmoe.kernels.triton.hopper_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_direct_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    gate_up_descriptors,
     matrix_descriptor,
+    weight_views,
 )
 from fusedmoe.tuning.hopper_tiles import DirectTiles
 
@@ -52,8 +52,8 @@ def direct(layer: LayerTensors[torch.Tensor], tiles: DirectTiles) -> None:
     activation, expert_map = layer.epilogue, layer.expert_map
     (e, H, I), K = w2.shape, topk_ids.shape[1]  # noqa: E741
     R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
-    tile = (tiles.up_box, tiles.depth)
-    gate, up, desc_rows = gate_up_descriptors(w1, I, activation, tile)
+    kind = activation.shards, activation.interleaved
+    gate, up, desc_rows = weight_views(w1, *kind, (tiles.up_box, tiles.depth))
     _launch_up(
         programs,
         (gate, up, matrix_descriptor(x, H, (8, tiles.depth), stride=x.stride(0))),

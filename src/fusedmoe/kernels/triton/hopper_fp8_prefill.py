@@ -19,7 +19,6 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.align_arrivals import Arrivals
@@ -35,14 +34,13 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    Memory,
     matrix_descriptor,
     task_counters,
+    weight_views,
 )
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, TILE_N
 from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
-from fusedmoe.kernels.triton.hopper_quantized_tasks import rows_descriptor, weight_descriptors
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.quantization.keys import QuantKey
@@ -83,13 +81,6 @@ _launch_down = HopperLauncher(down_kernel)
 _case = lru_cache(maxsize=4096)(Case)
 _launch_round = Launcher(round_kernel, chained=True)
 _ROUNDED_AT_ONCE = 4096  # elements of act
-
-
-def _bytes_descriptor(matrix: torch.Tensor, tile_rows: int) -> TensorDescriptor:
-    """TMA view of dense 8-bit [rows, columns] in tiles of so many rows by 128 columns."""
-    rows, columns = matrix.shape
-    memory = Memory(matrix.data_ptr(), matrix.dtype)
-    return rows_descriptor(memory, rows, columns, columns, tile_rows)
 
 
 def _steps_per_scale(w: QuantizedTensor) -> int:
@@ -146,13 +137,14 @@ def up(
     own, rounded = rounds_by_tile(key, tiles), act
     if own or key.static:
         rounded = act.view(STORED[key.dtype]).view(-1)[: P * I].view(P, I)
-        out_desc = _bytes_descriptor(rounded, tiles.box)
+        out_desc = matrix_descriptor(rounded, I, (tiles.box, STEP.value))
     else:
         out_desc = matrix_descriptor(act, I, (tiles.box, TILE_N.value // 2))
     act_scale = scale
     if own:
         act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=act.device)
-    low, high, desc_rows = weight_descriptors(w1, TILE_N.value)
+    kind = w1.shards, w1.interleaved
+    low, high, desc_rows = weight_views(w1.data, *kind, (TILE_N.value, STEP.value))
     waits, waiting, world = numbers_of(arrivals)
     _launch_up(
         layer.programs,
@@ -215,17 +207,14 @@ def down(
     """The second product, of act as it was rounded: y [P, H], or rows that go to ``taker``."""
     w2, P = layer.w2, act.data.shape[0]
     e, H, I = w2.shape  # noqa: E741
-    weights = rows_descriptor(
-        Memory(w2.data.data_ptr(), w2.data.dtype), e * H, I, I, 2 * TILE_N.value
-    )
     stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
     own = act.scale.dim() == 2
     bases, pushing = push_numbers_of(taker)
     _launch_down(
         layer.programs,
         (
-            _bytes_descriptor(act.data, tiles.box),
-            weights,
+            matrix_descriptor(act.data, I, (tiles.box, STEP.value)),
+            matrix_descriptor(w2.data, I, (2 * TILE_N.value, STEP.value)),
             matrix_descriptor(layer.y, H, (tiles.box, TILE_N.value // 2)),
         ),
         (

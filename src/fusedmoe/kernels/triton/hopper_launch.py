@@ -15,12 +15,19 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.capture import loads_code
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
+_ELEMENTS = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.int32: gl.int32,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 class Memory(NamedTuple):
@@ -37,9 +44,8 @@ class Memory(NamedTuple):
 def _descriptor(
     memory: Memory, rows: int, columns: int, stride: int, tile_rows: int, tile_columns: int
 ) -> TensorDescriptor:
-    dtypes = {torch.float16: gl.float16, torch.float32: gl.float32}
     tile = [tile_rows, tile_columns]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, dtypes.get(memory.dtype, gl.bfloat16))
+    layout = gl.NVMMASharedLayout.get_default_for(tile, _ELEMENTS[memory.dtype])
     return TensorDescriptor(memory, [rows, columns], [stride, 1], tile, layout)
 
 
@@ -51,35 +57,41 @@ def matrix_descriptor(
     first: int = 0,
     step: int = 1,
     stride: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TensorDescriptor:
     """TMA view, in tiles of [rows, columns], of a tensor as a matrix of so many ``columns``.
 
     It has the rows first, first + step, ..., with ``stride`` elements from one row of the tensor to
-    the next (default: ``columns``).
+    the next (default: ``columns``). Elements are of ``dtype`` (default: the tensor's).
     """
-    stride = columns if stride is None else stride
-    rows = tensor.shape[0] if tensor.dim() == 2 else tensor.numel() // columns
-    address = tensor.data_ptr() + first * stride * tensor.element_size()
-    memory = Memory(address, tensor.dtype)
+    stride, dtype = columns if stride is None else stride, dtype or tensor.dtype
+    rows = tensor.shape[0] if tensor.dim() == 2 else tensor.nbytes // (columns * dtype.itemsize)
+    memory = Memory(tensor.data_ptr() + first * stride * dtype.itemsize, dtype)
     return _descriptor(memory, -((first - rows) // step), columns, stride * step, *tile)
 
 
-def gate_up_descriptors(
-    w1: torch.Tensor,
-    I: int,  # noqa: E741
-    activation: DeviceActivation,
+def weight_views(
+    data: torch.Tensor,
+    shards: int,
+    interleaved: bool,
     tile: tuple[int, int],
+    dtype: torch.dtype | None = None,
 ) -> tuple[TensorDescriptor, TensorDescriptor, int]:
-    """Two views of w1 [e, S * I, H] in which gate and up of a column have the same row number, and
-    how many rows one expert has in them. Without a gate, w1 twice."""
-    width, H = w1.shape[1:]
-    if not activation.gated:
-        both = matrix_descriptor(w1, H, tile)
-        return both, both, I
-    if activation.interleaved:
-        gate = matrix_descriptor(w1, H, tile, step=2)
-        return gate, matrix_descriptor(w1, H, tile, first=1, step=2), I
-    return matrix_descriptor(w1, H, tile), matrix_descriptor(w1, H, tile, first=I), width
+    """Two views of weights [e, shards * N, D], contiguous, in which gate and up of a feature have
+    the same row number, and how many rows one expert has in them; of a single shard, the same view
+    twice. Elements are of ``dtype`` (default: the data's)."""
+    dtype, rows = dtype or data.dtype, data.shape[1]
+    columns = data.shape[2] * data.itemsize // dtype.itemsize
+
+    def view(first: int, step: int) -> TensorDescriptor:
+        return matrix_descriptor(data, columns, tile, first=first, step=step, dtype=dtype)
+
+    if shards == 1:
+        both = view(0, 1)
+        return both, both, rows
+    if interleaved:
+        return view(0, 2), view(1, 2), rows // 2
+    return view(0, 1), view(rows // 2, 1), rows
 
 
 def task_counters(sorted_ids: torch.Tensor, rows: int, launches: int = 2) -> Sequence[torch.Tensor]:

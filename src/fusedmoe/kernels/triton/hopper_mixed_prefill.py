@@ -31,7 +31,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.align import MoEAlignment
@@ -43,9 +42,9 @@ from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows
 from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    Memory,
     matrix_descriptor,
     task_counters,
+    weight_views,
 )
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
@@ -71,35 +70,14 @@ _launch_down = HopperLauncher(down_kernel)
 _case = lru_cache(maxsize=4096)(Case)
 
 
-@lru_cache(maxsize=4096)
-def _words(
-    address: int, rows: int, width: int, stride: int, tile: tuple[int, int]
-) -> TensorDescriptor:
-    """TMA view of [rows, width] words of 32 bits, ``stride`` words apart."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(tile), gl.int32)
-    memory = Memory(address, torch.int32)
-    return TensorDescriptor(memory, [rows, width], [stride, 1], list(tile), layout)
-
-
 def _weight_words(
     w: QuantizedTensor, tile: MixedPrefillTile
 ) -> tuple[TensorDescriptor, TensorDescriptor, int]:
-    """Two views of the data in which gate and up of a feature have the same row number, and how
-    many rows one expert has in them; of a single shard, the same view twice."""
-    address, width = w.data.data_ptr(), w.data.shape[-1] // 4
-    e, N = w.shape[:2]
+    """``weight_views`` in words of 32 bits."""
     element = w.format.element
     words = words_of_step(element) * tile.steps // loads_of_stage(element, tile.steps)
     box = room_of(tile.rows) // 2, words
-    if w.shards == 1:
-        both = _words(address, e * N, width, width, box)
-        return both, both, N
-    row = 4 * width
-    if w.interleaved:
-        gate = _words(address, e * N // 2, width, 2 * width, box)
-        return gate, _words(address + row, e * N // 2, width, 2 * width, box), N // 2
-    gate = _words(address, e * N, width, width, box)
-    return gate, _words(address + N // 2 * row, e * N - N // 2, width, width, box), N
+    return weight_views(w.data, w.shards, w.interleaved, box, torch.int32)
 
 
 def wants_lane_order(w: QuantizedTensor) -> bool:

@@ -32,9 +32,9 @@ from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
-    gate_up_descriptors,
     matrix_descriptor,
     task_counters,
+    weight_views,
 )
 from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N, Case
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
@@ -222,8 +222,8 @@ def prefill_gemms(
     sorted_ids, expert_ids, num_post = tables
     up_counter, down_counter = task_counters(sorted_ids, act.shape[0])
     stored = (HALF_M.value, TILE_N.value // 2)
-    weights = (TILE_N.value, tiles.depth)
-    low, high, desc_rows = gate_up_descriptors(w1, I, activation, weights)
+    kind = activation.shards, activation.interleaved
+    low, high, desc_rows = weight_views(w1, *kind, (TILE_N.value, tiles.depth))
     steps = (tiles.depth, tiles.stages, tiles.group)
     waits, waiting, world = numbers_of(arrivals)
     own = None if arrivals is None else arrivals.rows.own

@@ -14,9 +14,9 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.quantize import QuantizedRows
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
-from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, weight_views
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import gemm_kernel
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
 
@@ -68,7 +68,7 @@ def gemm(
     """One launch, as in ``gemm_kernel``."""
     (R, N), D = out.shape, w.shape[2]
     row_shard_step, row_step, *of_scales = weight_addresses(w)[2:]
-    low, high, desc_rows = weight_descriptors(w, tile.box)
+    low, high, desc_rows = weight_views(w.data, w.shards, w.interleaved, (tile.box, STEP.value))
     below = tile.valid if w.shards == 1 else 0
     columns = w.format.group.col
     scale_count = 0 if w.scale is None else w.scale.numel()

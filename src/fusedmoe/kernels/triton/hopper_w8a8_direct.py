@@ -14,10 +14,14 @@ import torch
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.hopper_direct import direct_sizes
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher
-from fusedmoe.kernels.triton.hopper_quantized_tasks import weight_descriptors
+from fusedmoe.kernels.triton.hopper_launch import (
+    HopperLauncher,
+    matrix_descriptor,
+    weight_views,
+)
 from fusedmoe.kernels.triton.hopper_w8a8_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_w8a8_direct_up import up_kernel
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DirectTiles
 
@@ -47,7 +51,8 @@ def direct(
     activation, expert_map = layer.epilogue, layer.expert_map
     (e, H, I), K = w2.shape, topk_ids.shape[1]  # noqa: E741
     R, num_mapped, slots, picks = direct_sizes(topk_ids, expert_map)
-    low, high, desc_rows = weight_descriptors(w1, tiles.up_box)
+    kind = w1.shards, w1.interleaved
+    low, high, desc_rows = weight_views(w1.data, *kind, (tiles.up_box, STEP.value))
     shard_step, row_step, *of_scales = weight_addresses(w1)[2:]
     _launch_up(
         programs,
@@ -65,11 +70,10 @@ def direct(
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    desc, _, _ = weight_descriptors(w2, tiles.down_box)
     _, row_step, *of_scales = weight_addresses(w2)[2:]
     _launch_down(
         programs,
-        (desc,),
+        (matrix_descriptor(w2.data, I, (tiles.down_box, STEP.value)),),
         (
             act, roundings[1].scale, w2.scale, layer.w2_bias, topk_weights, out, topk_ids,
             expert_map,

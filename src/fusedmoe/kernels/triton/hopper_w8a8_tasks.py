@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import known
-from fusedmoe.kernels.triton.hopper_quantized_tasks import STEP_BYTES
+from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 
 LINE_WORDS = gl.constexpr(32)
 
@@ -82,12 +82,12 @@ def fill(
         expert = gl.where(later == i, experts[i], expert)
     if task < tasks:
         row = known(expert, num_local) * desc_rows + task % TILES * WIDE
-        byte = stages % KSTEPS * (DEPTH * STEP_BYTES)
+        byte = stages % KSTEPS * (DEPTH * STEP)
         bar = bars.index(stage)
-        mbarrier.expect(bar, DEPTH * 2 * VALID * STEP_BYTES)
+        mbarrier.expect(bar, DEPTH * 2 * VALID * STEP)
         for step in gl.static_range(DEPTH):
             part = ring.index(stage * DEPTH + step)
-            at = byte + step * STEP_BYTES
+            at = byte + step * STEP
             for first in gl.static_range(0, VALID, BOX):
                 low, high = part.slice(first, BOX, 0), part.slice(HALF + first, BOX, 0)
                 tma_load(descs[0], [row + first, at], bar, low)
@@ -151,7 +151,7 @@ def load_scales(
     layout: gl.constexpr = scales_layout(TILE, gl.num_warps())
     shard, feature = tile_features(task % TILES, N, TILE, VALID, GATED, gl.SliceLayout(0, layout))
     at = shard * steps[0] + feature // steps[2] * steps[1]
-    column = (first + gl.arange(0, SPAN, gl.SliceLayout(1, layout))) * STEP_BYTES
+    column = (first + gl.arange(0, SPAN, gl.SliceLayout(1, layout))) * STEP
     group = gl.minimum(column, D - 1) // GROUP
     row = scale_ptr + expert.to(gl.int64) * strides[0] + gl.expand_dims(at * strides[1], 0)
     return gl.load(row + gl.expand_dims(group, 1))
