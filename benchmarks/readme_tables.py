@@ -1,4 +1,4 @@
-"""The numbers of README, docs/scaling.md and docs/formats.md, from files in benchmarks/results.
+"""The numbers of README and of pages in docs/, from files in benchmarks/results.
 
     python benchmarks/readme_tables.py [--check]
 
@@ -23,7 +23,8 @@ from wire_targets import as_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("scaling.md", "formats.md")))
+IN_DOCS = ("scaling.md", "formats.md", "megatron.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in IN_DOCS))
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -35,6 +36,15 @@ LAYERS = {
     "mixtral": "Mixtral-8x7B",
     "llama4-scout": "Llama-4-Scout",
 }
+MEGATRON = (
+    ("qwen3-30b", "megatron", "Qwen3-30B (E 128, K 8, H 2048, I 768): this function"),
+    ("qwen3-30b", "megatron_wide", "the same in buffers of 8192 rows"),
+    ("qwen3-30b", "triton", "Triton experts"),
+    ("qwen3-30b-squared-relu", "megatron", "the same with squared ReLU: this function"),
+    ("qwen3-30b-squared-relu", "triton", "Triton experts"),
+    ("mixtral", "megatron", "Mixtral-8x7B (E 8, K 2, H 4096, I 14336): this function"),
+    ("mixtral", "triton", "Triton experts"),
+)
 QUANTIZED = (
     ("qwen3-30b", "fp8_block", "Qwen3-30B, fp8 blocks", (1, 8, 64, 8192)),
     ("qwen3-30b", "int4_g128", "Qwen3-30B, int4 groups of 128", (1, 8, 64, 8192)),
@@ -67,6 +77,10 @@ def rows_of(name: str) -> list[Row]:
 
 def time_of(us: float) -> str:
     return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
+
+
+def microseconds(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 
 
 def cell_of(row: Row) -> str:
@@ -119,6 +133,17 @@ def formats_section() -> str:
         error = max(found[fmt, T]["error"] for T in tokens)
         body.append([f"`{weights}`", rounded or "as they come", *cells, f"{error:.1e}"])
     return table(["weights", "rows", *(f"T = {T}" for T in tokens), "error"], body)
+
+
+def megatron_section() -> str:
+    rows = rows_of("h200/megatron.json")
+    tokens = sorted({row["T"] for row in rows})
+    found = {(row["shape"], row["impl"], row["T"]): row["us"] for row in rows}
+    body = []
+    for shape, way, title in MEGATRON:
+        times = [found.get((shape, f"fusedmoe:{way}", T)) for T in tokens]
+        body.append([title, *("-" if us is None else microseconds(us) for us in times)])
+    return table(["bf16, tokens", *map(str, tokens)], body)
 
 
 def wire_section() -> str:
@@ -188,6 +213,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "layer": layer_section,
     "quantized": quantized_section,
     "formats": formats_section,
+    "megatron": megatron_section,
     "wire": wire_section,
     "cpu": cpu_section,
     "model": model_section,

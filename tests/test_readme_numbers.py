@@ -21,7 +21,7 @@ def tables():
         return importlib.import_module("readme_tables")
 
 
-PAGES = {"README.md": 5, "docs/scaling.md": 4, "docs/formats.md": 1}
+PAGES = {"README.md": 5, "docs/scaling.md": 4, "docs/formats.md": 1, "docs/megatron.md": 1}
 
 
 @pytest.mark.parametrize("page", PAGES)
