@@ -149,6 +149,11 @@ CALLS = {
         r"or \[e\], got none",
     ),
     "a product into a scalar": (partial(grouped_product, C=torch.zeros(())), r"\[R, N\] or"),
+    "a product into uneven slots": (
+        partial(grouped_product, C=torch.zeros(K, 5, I).transpose(0, 1)),
+        r"\(5, 2, 96\) has strides",
+    ),
+    "tiles for no experts": (partial(megatron._get_default_config, 5, 0, K), "E must be positive"),
     "a product into nothing": (partial(grouped_product, C=torch.zeros(10, 0)), r"\(10, 0\)"),
     "logits elsewhere": (
         lambda: layer()(torch.randn(5, H), torch.empty(5, E, device="meta")),

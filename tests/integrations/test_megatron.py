@@ -302,6 +302,8 @@ def test_default_tiles(M, E, tiles):
         ({"valid_tokens": torch.tensor(-1)}, "-1"),
         ({"valid_tokens": torch.zeros((), dtype=torch.int32, device="meta")}, "meta"),
         ({"activation_type": "swiglu"}, "swiglu"),
+        ({"num_tokens_hint": 2.5}, "num_tokens_hint must be a whole number or None, got 2.5"),
+        ({"num_experts": "6"}, "num_experts must be a whole number"),
         ({"out": torch.zeros(9, 39)}, "39"),
         ({"out": torch.zeros(9, 40, dtype=torch.int32)}, "int32"),
         ({"out": torch.zeros(9, 40, device="meta")}, "meta"),
@@ -316,6 +318,13 @@ def test_sums_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match="18, 40"):
         _moe_sum(torch.zeros(17, 40), torch.zeros(9, 2), 9, 2, 40, torch.tensor(1),
                  torch.zeros(9, 2, dtype=torch.int32), 0, 3)  # fmt: skip
+
+
+def test_sums_are_not_cut_to_integers():
+    with pytest.raises(ValueError, match="int32"):
+        _moe_sum(torch.zeros(18, 40), torch.zeros(9, 2), 9, 2, 40, torch.tensor(1),
+                 torch.zeros(9, 2, dtype=torch.int32), 0, 3,
+                 out=torch.zeros(9, 40, dtype=torch.int32))  # fmt: skip
 
 
 def test_the_reference_takes_the_same_arguments():

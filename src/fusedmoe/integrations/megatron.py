@@ -18,7 +18,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts.bounded import bounded_experts, bounded_experts_op
-from fusedmoe.integrations.megatron_checks import check_layer, check_routing
+from fusedmoe.integrations.megatron_checks import check_hints, check_layer, check_routing
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align, bounded_ids
 from fusedmoe.kernels.bounded_gemm import bounded_gemm
@@ -84,6 +84,7 @@ def vllm_fused_moe(
         hidden_states, probs, fc1_weight, fc2_weight, routing_map, out,
         gated=activation_type.moe_activation.is_gated, num_local_experts=num_local_experts,
     )  # fmt: skip
+    check_hints(num_tokens_hint=num_tokens_hint, num_experts=num_experts)
     if out is None:
         out = hidden_states.new_empty(hidden_states.shape, dtype=torch.float32)
     if not hidden_states.is_cuda:
@@ -148,7 +149,10 @@ def _get_default_config(M: int, E: int, top_k: int) -> dict[str, int]:
 
     A rule of thumb of M alone, for callers of ``_invoke_fused_moe_kernel`` who have no better one;
     ``vllm_fused_moe`` itself asks ``tuning.tiles``, which also looks at widths.
+    Raises ValueError where there are no experts.
     """
+    if E < 1:
+        raise ValueError(f"E must be positive, got {E}")
     low = M <= 64
     return {
         "BLOCK_SIZE_M": 16 if M <= 32 else 32 if M <= 96 else 64 if M <= 512 else 128,
@@ -206,6 +210,11 @@ def _invoke_fused_moe_kernel(
     """
     if C.dim() < 2:
         raise ValueError(f"C must be [R, N] or [T, K, N], got {tuple(C.shape)}")
+    try:
+        slots = C.view(math.prod(C.shape[:-1]), C.shape[-1])
+    except RuntimeError:
+        shape, strides = tuple(C.shape), C.stride()
+        raise ValueError(f"C's slots must lie evenly, {shape} has strides {strides}") from None
     weights = None
     if mul_routed_weight:
         if topk_weights is None:
@@ -214,7 +223,7 @@ def _invoke_fused_moe_kernel(
     bounded_gemm(
         A,
         B,
-        C.view(math.prod(C.shape[:-1]), C.shape[-1]),
+        slots,
         MoEAlignment(sorted_token_ids, expert_ids, num_tokens_post_padded),
         _tile_config(config),
         top_k=top_k,
@@ -240,7 +249,8 @@ def _moe_sum(
 
     input [max_tokens * topk, K] (K is the hidden size here), topk_weights [max_tokens, topk]. fp32
     sums, rounded once to ``out``'s dtype (None: a new fp32 tensor). Slots of other ranks' experts
-    are not read, rows past valid_tokens not written. Raises ValueError where shapes disagree.
+    are not read, rows past valid_tokens not written. Raises ValueError where shapes disagree, and
+    for an ``out`` of integers.
     """
     check_routing(routing_map, valid_tokens, num_local_experts, local_expert_start)
     if input.shape != (max_tokens * topk, K):
@@ -250,6 +260,8 @@ def _moe_sum(
         )
     if out is None:
         out = input.new_empty(max_tokens, K, dtype=torch.float32)
+    if not out.is_floating_point():
+        raise ValueError(f"out must be of a float dtype, got {out.dtype}")
     routing = _routing(routing_map, valid_tokens, local_expert_start, num_local_experts)
     return bounded_sum(input, topk_weights, routing, out)
 

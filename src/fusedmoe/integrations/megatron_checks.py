@@ -38,6 +38,13 @@ def check_routing(
         )
 
 
+def check_hints(**hints: int | None) -> None:
+    """Raise ValueError unless each is a whole number or None."""
+    for name, hint in hints.items():
+        if hint is not None and not isinstance(hint, int):
+            raise ValueError(f"{name} must be a whole number or None, got {hint!r:.40}")
+
+
 def check_layer(
     hidden_states: torch.Tensor,
     probs: torch.Tensor,
