@@ -158,6 +158,21 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
     assert "tiny fp32 uniform T=3: transformers_batched_mm left out: needs" in second
 
 
+@pytest.mark.parametrize("sets", [2, 3])
+def test_too_few_sets_of_weights_are_a_note(sets: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "_copies", lambda *_: sets)
+    monkeypatch.setattr(run, "random_weights", lambda *given: [None] * given[-1])
+    monkeypatch.setattr(run.Problem, "of", lambda *_: None)
+    for step in ("_contestants", "measure", "_free_unused"):
+        monkeypatch.setattr(run, step, lambda *_: [])
+    report = BenchReport(CEILINGS)
+    cell = problems.Cell(TINY, torch.bfloat16, "uniform", 1)
+    list(run.run_cells([cell], report, torch.device("cuda")))
+    assert ["memory holds 2 sets of weights" in note for note in report.notes] == [True] * (
+        3 - sets
+    )
+
+
 def test_a_peer_that_fails_is_a_note_and_not_a_row():
     """grouped_mm wants rows of whole 16 bytes, which 3 numbers are not."""
     odd = LayerShape("odd", 4, 2, 64, 3)

@@ -32,7 +32,7 @@ Progress = Callable[[int, int, str], None]
 """Called before each problem: how many are done, of how many, and what comes next."""
 
 _SITUATIONS_ON_CPU = 5
-_COPIES_ON_CUDA = 4
+_COPIES_ON_CUDA, LEAST_COPIES_ON_CUDA = 4, 3
 _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_EFFORT = Effort()
 
@@ -133,6 +133,11 @@ def run_cells(
     for (shape, dtype), group in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
         torch.manual_seed(0)
         weights = random_weights(shape, dtype, device, _copies(shape, dtype, device))
+        if device.type == "cuda" and len(weights) < LEAST_COPIES_ON_CUDA:
+            report.notes.append(
+                f"{shape.name}: memory holds {len(weights)} sets of weights, not the "
+                f"{LEAST_COPIES_ON_CUDA} that keep caches cold at any size"
+            )
         built: dict[tuple[str, Scope], Contestant | None] = {}
         for cell in group:
             yield cell
