@@ -215,7 +215,7 @@ build(hopper_direct.down_kernel,
                "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
       maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
-steps = tiles.depth, tiles.stages, tiles.group
+steps = tiles.stages, tiles.group
 all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "own_ptr"))
 weights, rows = desc(128, tiles.depth), desc(64, tiles.depth)
 up_types = {"low_desc": weights, "high_desc": weights, "out_desc": desc(64, 64),

@@ -21,7 +21,7 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
-from fusedmoe.kernels.triton.hopper_fp8_prefill_common import Case, Scales
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import BytesCase, Scales
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
@@ -121,9 +121,9 @@ def test_scales_of_whole_rows_lie_where_epilogues_read_them(fmt, interleaved, I)
     w = weights(fmt, 2, 2 * I, 64, shards=2, interleaved=interleaved)
     exact = w.dequantize(torch.float32)
     load = device_function("load_weight_scales")
-    given = {"STAGES": 4, "GROUP": 8, "STEPPED": False, "PROMOTED": 2, "PER_SCALE": 0}
+    given = {"STAGES": 4, "GROUP_M": 8, "STEPPED": False, "PROMOTED": 2, "PER_SCALE": 0}
     given |= {"BY_FEATURE": w.scale.dim() == 3, "INTERLEAVED": interleaved}
-    case = Case(I, 64, GATED=True, **given)
+    case = BytesCase(I, 64, GATED=True, **given)
     for expert in range(2):
         for column in range(0, I, 128):
             feature = torch.arange(column, min(column + 128, I))

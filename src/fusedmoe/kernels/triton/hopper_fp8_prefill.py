@@ -28,7 +28,7 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
-from fusedmoe.kernels.triton.hopper_fp8_prefill_common import Case
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import BytesCase
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
@@ -78,7 +78,7 @@ def round_kernel(
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 # A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(Case)
+_case = lru_cache(maxsize=4096)(BytesCase)
 _launch_round = Launcher(round_kernel, chained=True)
 _ROUNDED_AT_ONCE = 4096  # elements of act
 
@@ -168,11 +168,14 @@ def up(
         ),
         (
             _case(
-                *(I, H, tiles.stages, tiles.group, _steps_per_scale(w1) > 0),
-                *(tiles.promoted[0], _steps_per_scale(w1), _by_feature(w1)),
-                *(activation.formula, activation.gated, w1.interleaved),
-                *(layer.topk_ids.shape[1], world),
-                *(own, key.scale_kind == "e8m0"),
+                *(I, H, tiles.stages, tiles.group, activation.formula, activation.gated),
+                *(w1.interleaved, layer.topk_ids.shape[1], world),
+                STEPPED=_steps_per_scale(w1) > 0,
+                PROMOTED=tiles.promoted[0],
+                PER_SCALE=_steps_per_scale(w1),
+                BY_FEATURE=_by_feature(w1),
+                OWN=own,
+                E8M0=key.scale_kind == "e8m0",
             ),
         ),
         num_warps=4,
@@ -228,8 +231,11 @@ def down(
         ),
         (
             _case(
-                *(H, I, tiles.stages, tiles.group, own),
-                *(tiles.promoted[1], _steps_per_scale(w2), _by_feature(w2)),
+                *(H, I, tiles.stages, tiles.group),
+                STEPPED=own,
+                PROMOTED=tiles.promoted[1],
+                PER_SCALE=_steps_per_scale(w2),
+                BY_FEATURE=_by_feature(w2),
             ),
         ),
         num_warps=4,

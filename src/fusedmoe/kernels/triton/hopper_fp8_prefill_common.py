@@ -14,7 +14,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import (
     multiply,
     open_turns,
 )
-from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, below_of
+from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, HALF_M, TILE_N, Case, below_of
 
 BUFFER_WORDS = gl.constexpr(2048)  # an output buffer: 8 KiB
 IN_ORDER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -23,28 +23,17 @@ ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 BY_COLUMN = gl.constexpr(gl.SliceLayout(0, SUM.value))
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is constant in a launch: as ``hopper_prefill_common.Case``, and:
+@dataclass(frozen=True, kw_only=True)
+class BytesCase(Case):
+    """STEPPED: scales of rows change from step to step. PROMOTED: products of so many steps are
+    added to the sums at a time (0: all). PER_SCALE: so many steps share a scale of the weights; 0:
+    all of them, and scales belong to weight rows (BY_FEATURE) or shards. OWN: act gets scales of
+    its own, powers of two if E8M0."""
 
-    STEPPED: scales of rows change from step to step. PROMOTED: products of so many steps are added
-    to the sums at a time (0: all). PER_SCALE: so many steps share a scale of the weights; 0: all of
-    them, and scales belong to weight rows (BY_FEATURE) or shards. OWN: act gets scales of its own,
-    powers of two if E8M0."""
-
-    N: int
-    D: int
-    STAGES: int
-    GROUP: int
     STEPPED: bool
     PROMOTED: int
     PER_SCALE: int
     BY_FEATURE: bool
-    FORMULA: str = ""
-    GATED: bool = False
-    INTERLEAVED: bool = False
-    PICKS: int = 1
-    WORLD: int = 1
     OWN: bool = False
     E8M0: bool = False
 

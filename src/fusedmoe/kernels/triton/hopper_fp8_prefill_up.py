@@ -6,14 +6,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     mbarrier,
     tma,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.gluon_names import barrier, cp_async
+from fusedmoe.kernels.triton.gluon_names import cp_async
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
 from fusedmoe.kernels.triton.hopper_common import hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
@@ -43,6 +42,7 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     TILE_N,
     Tables,
     below_of,
+    fill_buffer,
     place,
     store_boxes,
     store_tile,
@@ -69,18 +69,6 @@ class Out(NamedTuple):
 
 
 @gluon.jit
-def store_whole(desc, buffer, value, row, column, rows):
-    """TMA store of the first ``rows`` of [HALF_M, TILE_N], whole boxes of ``desc``, by way of a
-    buffer that the store before has left."""
-    tma.store_wait(0)
-    barrier()
-    buffer.store(value)
-    fence_async_shared()
-    barrier()
-    store_boxes(desc, buffer, row, column, rows)
-
-
-@gluon.jit
 def store_rounded(out, act, row, column, rows, CASE: gl.constexpr):
     """act [HALF_M, TILE_N] in 8 bits: with scales OWN to these rows and columns, which are stored,
     or with the given one, whose inverse stands for their pointer. Columns from N on do not
@@ -102,7 +90,8 @@ def store_rounded(out, act, row, column, rows, CASE: gl.constexpr):
         stored = quantized(act * out.scales, 1.0, DTYPE)
     else:
         stored = (act * out.scales).to(DTYPE)
-    store_whole(out.desc, out.buffers.index(0), stored, row, column, rows)
+    fill_buffer(out.buffers.index(0), stored, 0)
+    store_boxes(out.desc, out.buffers.index(0), row, column, rows)
 
 
 @gluon.jit

@@ -28,7 +28,7 @@ is left follow those of large blocks, and begin while they end.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -54,7 +54,7 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     loads_of_stage,
     words_of_step,
 )
-from fusedmoe.kernels.triton.hopper_mixed_prefill_common import Case, room_of, unit_of
+from fusedmoe.kernels.triton.hopper_mixed_prefill_common import MixedCase, room_of, unit_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_mixed_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
@@ -67,7 +67,7 @@ _REGISTERS = {128: 168, 192: 128, 256: 96}
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 # A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(Case)
+_case = lru_cache(maxsize=4096)(MixedCase)
 
 
 def _weight_words(
@@ -106,6 +106,16 @@ class Scales(NamedTuple):
         stride_expert, _, *steps = weight_addresses(w)[4:]
         tensors = w.scale, w.zero_point, w.scale2
         return cls(tensors, (stride_expert, *steps), 0 if whole else group)
+
+
+def _of_tile(
+    w: QuantizedTensor, scales: Scales, tile: MixedPrefillTile, share: str
+) -> dict[str, Any]:
+    """What cases of both launches are told alike."""
+    return {
+        **{"ELEMENT": w.format.element, "GROUP": scales.group, "SHARE": share},
+        **{"ROWS": tile.rows, "SLOTS": tile.slots, "STEPS": tile.steps},
+    }
 
 
 def up(
@@ -149,10 +159,10 @@ def up(
         ),
         (
             _case(
-                *(I, H, w1.format.element, scales.group),
-                *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
-                *(activation.formula, activation.gated, w1.interleaved, ordered),
-                layer.topk_ids.shape[1],
+                *(I, H, tile.stages, tile.group, activation.formula, activation.gated),
+                *(w1.interleaved, layer.topk_ids.shape[1]),
+                **_of_tile(w1, scales, tile, share),
+                ORDERED=ordered,
             ),
         ),
         num_warps=4,
@@ -188,12 +198,7 @@ def down(
         ),
         (*scales.tensors, layer.w2_bias, expert_ids, sorted_ids, num_post, counter),
         (stride_expert, row_step, block, layer.topk_ids.numel(), e),
-        (
-            _case(
-                *(H, I, w2.format.element, scales.group),
-                *(tile.rows, tile.slots, tile.stages, tile.steps, tile.group, share),
-            ),
-        ),
+        (_case(H, I, tile.stages, tile.group, **_of_tile(w2, scales, tile, share)),),
         num_warps=4,
         maxnreg=_REGISTERS[tile.rows],
     )

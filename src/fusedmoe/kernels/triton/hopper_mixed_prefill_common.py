@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedmoe.kernels.triton.gluon_names import barrier, tma_load, tma_store
+from fusedmoe.kernels.triton.gluon_names import tma_load, tma_store
 from fusedmoe.kernels.triton.hopper_common import expert_at, known, tile_of_run
 from fusedmoe.kernels.triton.hopper_mixed_numbers import (
     SIDE,
@@ -23,31 +23,24 @@ from fusedmoe.kernels.triton.hopper_mixed_numbers import (
 from fusedmoe.kernels.triton.hopper_mixed_planes import plane_column
 from fusedmoe.kernels.triton.hopper_mixed_scales import scale_rows
 from fusedmoe.kernels.triton.hopper_mixed_sums import sides
+from fusedmoe.kernels.triton.hopper_prefill_common import Case, fill_buffer
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is constant in a launch: products of D columns with ROWS of the weights of N features,
-    numbers of type ELEMENT, GROUP columns of which share a scale (0: a row does). GATED: half of
-    the rows are gate's, half up's. ORDERED: the results' columns are in ``lane_order``. The ring
-    has STAGES of STEPS steps. SHARE: "all" blocks, "large" ones or "tails"."""
+@dataclass(frozen=True, kw_only=True)
+class MixedCase(Case):
+    """Products of ROWS of the weights with SLOTS slots; GATED: half of the rows are gate's, half
+    up's. Numbers are of type ELEMENT, GROUP columns of which share a scale (0: a row does). A stage
+    has STEPS steps. SHARE: "all" blocks, "large" ones or "tails". ORDERED: the results' columns are
+    in ``lane_order``."""
 
-    N: int
-    D: int
     ELEMENT: str
     GROUP: int
     ROWS: int
     SLOTS: int
-    STAGES: int
     STEPS: int
-    GROUP_M: int
     SHARE: str
-    FORMULA: str = ""
-    GATED: bool = False
-    INTERLEAVED: bool = False
     ORDERED: bool = False
-    PICKS: int = 1
 
 
 class Ring(NamedTuple):
@@ -281,9 +274,5 @@ def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr, IN_LANE_O
 @gluon.jit
 def store_unit(desc, buffer, part, value, row, column, BUFFERS: gl.constexpr):
     """The part before the last has left its buffer when a part is written."""
-    tma.store_wait(BUFFERS - 1)
-    barrier()
-    part.store(gl.permute(value, [1, 0]))
-    fence_async_shared()
-    barrier()
+    fill_buffer(part, gl.permute(value, [1, 0]), BUFFERS - 1)
     tma_store(desc, [row, column], buffer)

@@ -224,7 +224,7 @@ def prefill_gemms(
     stored = (HALF_M.value, TILE_N.value // 2)
     kind = activation.shards, activation.interleaved
     low, high, desc_rows = weight_views(w1, *kind, (TILE_N.value, tiles.depth))
-    steps = (tiles.depth, tiles.stages, tiles.group)
+    steps = tiles.stages, tiles.group
     waits, waiting, world = numbers_of(arrivals)
     own = None if arrivals is None else arrivals.rows.own
     bases, pushing = push_numbers_of(taker)

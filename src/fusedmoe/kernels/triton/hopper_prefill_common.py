@@ -28,7 +28,8 @@ HALF_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
 @dataclass(frozen=True)
 class Case:
     """What is constant in a launch: products of D columns with the weights of N features, in tiles
-    of their own for gate and up if GATED, otherwise in two of neighbours.
+    of their own for gate and up if GATED, otherwise in two of neighbours. The ring has STAGES;
+    GROUP_M blocks share weights in the L2.
 
     No tuple, which Triton would take apart into numbers of run time. A string of it needs a name of
     its own where it is passed on.
@@ -36,9 +37,8 @@ class Case:
 
     N: int
     D: int
-    BK: int
     STAGES: int
-    GROUP: int
+    GROUP_M: int
     FORMULA: str = ""
     GATED: bool = False
     INTERLEAVED: bool = False
@@ -88,7 +88,7 @@ def tiles_of(CASE):
 def place(task, blocks, tables, CASE: gl.constexpr):
     """(block, column tile, expert) of a task."""
     TILES: gl.constexpr = tiles_of(CASE)
-    block, tile, expert = tile_of_run(task, blocks, tables.experts, TILES, CASE.GROUP)
+    block, tile, expert = tile_of_run(task, blocks, tables.experts, TILES, CASE.GROUP_M)
     return block, tile, known(expert, tables.num_local)
 
 
@@ -157,12 +157,18 @@ def store_tile(desc, buffers, value, row, column, rows=HALF_M):
 
 @gluon.jit
 def store_part(desc, buffer, value, row, column, rows):
-    tma.store_wait(1)
+    fill_buffer(buffer, value, 1)
+    store_boxes(desc, buffer, row, column, rows)
+
+
+@gluon.jit
+def fill_buffer(buffer, value, PENDING: gl.constexpr):
+    """Write what TMA will store, once all but the last PENDING stores have left their buffers."""
+    tma.store_wait(PENDING)
     barrier()
     buffer.store(value)
     fence_async_shared()
     barrier()
-    store_boxes(desc, buffer, row, column, rows)
 
 
 @gluon.jit
@@ -197,10 +203,11 @@ def load_bias(bias_ptr, step, limit):
 
 
 @gluon.jit
-def open_ring(desc, BK: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
+def open_ring(desc, STAGES: gl.constexpr, FILLERS: gl.constexpr):
     """(ring, the output buffers of both warpgroups); FILLERS threads gather beside the TMA
     arrival."""
     dtype: gl.constexpr = desc.dtype
+    BK: gl.constexpr = desc.block_shape[1]
     a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BK], dtype)
     PART: gl.constexpr = TILE_N // 2
     out_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_M, PART], dtype)

@@ -31,7 +31,8 @@ def consumer(
     (limit, alpha, beta), to ``out_desc`` or, unless its first is None, where ``push`` says, as
     ``hopper_pushed.lines_of`` takes it."""
     TILES: gl.constexpr = tiles_of(CASE)
-    KSTEPS: gl.constexpr = (CASE.D + CASE.BK - 1) // CASE.BK
+    BK: gl.constexpr = ring.rows.shape[2]
+    KSTEPS: gl.constexpr = (CASE.D + BK - 1) // BK
     FORMULA: gl.constexpr = CASE.FORMULA
     blocks = gl.load(tables.num_post) // BLOCK_M
     stage = 0

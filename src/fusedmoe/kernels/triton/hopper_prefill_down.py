@@ -94,7 +94,7 @@ def down_kernel(
 ):
     """``act_desc`` views tiles of 64 rows. With ``bases_ptr`` rows are pushed to the tokens' ranks
     instead of stored: int64 [ranks], see ``hopper_pushed``."""
-    ring, out0, out1 = open_ring(w_desc, CASE.BK, CASE.STAGES, 0)
+    ring, out0, out1 = open_ring(w_desc, CASE.STAGES, 0)
     box = open_box(2)
     tables = Tables(expert_ids_ptr, sorted_ptr, num_post_ptr, R, num_local)
     push = (bases_ptr, picks_at, share)

@@ -180,7 +180,7 @@ def up_kernel(
     CASE: gl.constexpr,
 ):
     """Descriptors as in ``hopper_decode.up_kernel``: gate and up, or w1 twice without a gate."""
-    ring, out0, out1 = open_ring(low_desc, CASE.BK, CASE.STAGES, 128)
+    ring, out0, out1 = open_ring(low_desc, CASE.STAGES, 128)
     box = open_box(2)
     gdc_wait()
     gdc_launch_dependents()
