@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 from writers import CASES
 
 import fusedmoe
-from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.checkpoint import CheckpointError, read_checkpoint
 from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.packed import PackedExperts
+from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -349,29 +351,95 @@ def test_the_quantization_may_stand_in_a_file_of_its_own(
     compare(model, eager(folders.floats), max(1e-2, tolerance_of(model)))
 
 
-def test_experts_in_one_tensor_under_bare_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    [
+        ("deepseek", ("weight_scale_inv",)),
+        ("fp8 per tensor by Transformers' names", ("weight_scale_inv", "activation_scale")),
+    ],
+)
+def test_experts_in_one_tensor_under_bare_names(
+    name: str, suffixes: tuple[str, ...], tmp_path: Path
+) -> None:
     """``experts.gate_up_proj`` and ``experts.gate_up_proj_scale_inv``, gate and up joined."""
-    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["deepseek"])
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES[name])
     tensors = read_tensors(folders.packed)
+
+    def joined(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.cat(pair) if pair[0].dim() else torch.stack(pair)
+
     for layer in range(2):
         base = f"model.layers.{layer}.mlp.experts"
-        for suffix, tail in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+        for suffix in ("weight", *suffixes):
+            tail = f"_{suffix}".removeprefix("_weight")
             taken = {
                 name: [tensors.pop(f"{base}.{e}.{name}.{suffix}") for e in range(4)]
                 for name in ("gate_proj", "up_proj", "down_proj")
             }
             pairs = zip(taken["gate_proj"], taken["up_proj"], strict=True)
-            tensors[f"{base}.gate_up_proj{tail}"] = torch.stack([torch.cat(p) for p in pairs])
+            tensors[f"{base}.gate_up_proj{tail}"] = torch.stack([joined(p) for p in pairs])
             tensors[f"{base}.down_proj{tail}"] = torch.stack(taken["down_proj"])
     packed = write_folder(
-        tmp_path / "stacked",
-        folders.packed,
-        tensors,
-        quantization_config=CASES["deepseek"].config,
+        tmp_path / "stacked", folders.packed, tensors, quantization_config=CASES[name].config
     )
     model, same = fusedmoe.from_pretrained(packed), fusedmoe.from_pretrained(folders.packed)
     with torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, same(PROMPT).logits)
+    checkpoint = read_checkpoint(packed)
+    layer = fusedmoe.FusedMoE(
+        *(4, 2, 64, 64),
+        params_dtype=torch.float32,
+        quant_config=CheckpointExperts.read(checkpoint).quantization,
+        prefix="model.layers.0.mlp.experts",
+    )
+    assert fusedmoe.load_local_experts(layer.routed_experts, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("down_proj_scales", None, "lacks {}, which gpt-oss mxfp4"),
+        ("gate_up_proj_blocks", None, "lacks {}, which gpt-oss mxfp4"),
+        ("down_proj_blocks", lambda t: t[:, :, :1], r"{}: expected shape \(64, 2, 16\)"),
+        ("gate_up_proj_scales", lambda t: t | 255, "{}: expected finite scales, found nan"),
+    ],
+)
+def test_tensors_under_bare_names_are_named_as_in_the_file(
+    name: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    folder = write_gpt_oss(tmp_path).packed
+    tensors, full = read_tensors(folder), f"model.layers.1.mlp.experts.{name}"
+    tensor = tensors.pop(full)
+    if change is not None:
+        tensors[full] = change(tensor).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message.format(re.escape(full))):
+        fusedmoe.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
+def test_what_transformers_itself_quantized_and_saved(
+    scale_fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer as Fp8
+
+    # What it asks of the machine is for running, not for writing.
+    monkeypatch.setattr(Fp8, "validate_environment", lambda self, *_, **__: None)
+    monkeypatch.setattr(Fp8, "update_device_map", lambda self, device_map: device_map)
+    plain = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).floats
+    config = transformers.FineGrainedFP8Config(weight_block_size=(32, 32), scale_fmt=scale_fmt)
+    transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=config, dtype=torch.float32
+    ).save_pretrained(tmp_path / "saved")
+    values = read_tensors(tmp_path / "saved")
+    for name in [name for name in values if name.endswith("_scale_inv")]:
+        scale, weight = values.pop(name).float(), values[name.removesuffix("_scale_inv")].float()
+        grid = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        values[name.removesuffix("_scale_inv")] = weight * grid
+    model = fusedmoe.from_pretrained(tmp_path / "saved", options=REFERENCE)
+    assert model.model.layers[0].mlp.experts.schemes.name == "fp8_block_32x32"
+    floats = eager(write_folder(tmp_path / "values", plain, values))
+    compare(model, floats, ROUNDED["fp8"])
 
 
 def test_a_bad_scale_outside_the_experts_is_named(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def gptq(
     return write
 
 
-def awq(size: int = 32) -> Writer:
+def awq(size: int = 32, *, sym: bool = False) -> Writer:
     def interleave(numbers: torch.Tensor) -> torch.Tensor:
         """Columns 0, 2, 4, 6, 1, 3, 5, 7 of each eight, from the lowest nibble on."""
         return torch.cat(
@@ -130,7 +130,7 @@ def awq(size: int = 32) -> Writer:
         )
 
     def write(weight: torch.Tensor) -> Stored:
-        q = round_integers(weight, 4, size, symmetric=False)
+        q = round_integers(weight, 4, size, sym)
         tensors = {
             "qweight": pack_words(interleave(q.numbers.T), 4),
             "qzeros": pack_words(interleave(q.zero.T), 4),
@@ -183,6 +183,7 @@ def fp8(
     power_of_two: bool = False,
     scale_dtype: torch.dtype = torch.float32,
     input_scale: float | None = None,
+    input_leaf: str = "input_scale",
 ) -> Writer:
     """e4m3 with one scale per block of (rows, columns), -1 for the whole extent."""
 
@@ -209,7 +210,7 @@ def fp8(
         )
         tensors = {"weight": numbers, leaf: stored}
         if input_scale is not None:
-            tensors["input_scale"] = torch.tensor(input_scale)
+            tensors[input_leaf] = torch.tensor(input_scale)
         return Stored(tensors, values)
 
     return write
@@ -406,6 +407,17 @@ CASES: dict[str, Case] = {
         fp8(shape="scalar", input_scale=0.02),
         "fp8_tensor",
     ),
+    "fp8 per tensor by Transformers' names": Case(
+        _DEEPSEEK
+        | {"activation_scheme": "static", "weight_block_size": None, "scale_fmt": "float"},
+        fp8(
+            leaf="weight_scale_inv",
+            shape="scalar",
+            input_scale=0.02,
+            input_leaf="activation_scale",
+        ),
+        "fp8_tensor",
+    ),
     "fbgemm": Case({"quant_method": "fbgemm_fp8"}, fp8((1, -1)), "fp8_channel"),
     "ct w4a16": Case(_compressed(_INT4, None, "pack-quantized"), packed_integers(), "int4_g32"),
     "ct w4a16 zero points": Case(
@@ -494,6 +506,11 @@ CASES: dict[str, Case] = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         awq(),
         "int4_g32_zp",
+    ),
+    "awq symmetric": Case(
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False},
+        awq(sym=True),
+        "int4_g32",
     ),
     "modelopt fp8": Case(
         {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]},

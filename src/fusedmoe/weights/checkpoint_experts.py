@@ -13,6 +13,7 @@ import torch
 
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
 from fusedmoe.quantization.dialects import CheckpointQuantization, LayerSchemes, read_quantization
+from fusedmoe.quantization.dialects.base import stored_name
 from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, Part, family_of, read_sizes
 from fusedmoe.weights.param_spec import ShardId
 
@@ -139,23 +140,25 @@ class CheckpointExperts:
         if schemes is None:
             self.check_floats(tensor.name for tensor in layer.tensors)
             return
-        found: dict[tuple[str, bool], set[str]] = {}
+        found: dict[tuple[str, bool], dict[str, str]] = {}
         for tensor in layer.tensors:
-            found.setdefault((tensor.matrix, tensor.part == "down"), set()).add(tensor.suffix)
-        for (matrix, is_down), suffixes in found.items():
-            scheme = schemes.w2 if is_down else schemes.w13
-            suffixes = {scheme.suffix(suffix) for suffix in suffixes}
+            scheme = schemes.w2 if tensor.part == "down" else schemes.w13
+            names = found.setdefault((tensor.matrix, tensor.part == "down"), {})
+            names[scheme.suffix(tensor.suffix)] = tensor.name
+        for (matrix, is_down), names in found.items():
+            scheme, suffixes = schemes.w2 if is_down else schemes.w13, names.keys()
             what = f"{scheme.dialect} {scheme.name} experts"
             unknown = sorted(suffixes - scheme.known)
             missing = sorted(scheme.missing(frozenset(suffixes)))
             if missing:
+                lacking = stored_name(matrix, missing[0], names.values())
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: lacks {matrix}.{missing[0]}, which {what} have; "
+                    f"{self.checkpoint.folder}: lacks {lacking}, which {what} have; "
                     f"found {', '.join(sorted(suffixes))}"
                 )
             if unknown:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: {matrix}.{unknown[0]} is no tensor of {what}, "
+                    f"{self.checkpoint.folder}: {names[unknown[0]]} is no tensor of {what}, "
                     f"which have {', '.join(sorted(scheme.known))}"
                 )
 

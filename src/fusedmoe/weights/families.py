@@ -33,7 +33,8 @@ Part = Literal[
 
 EXPERT_PARTS = ("gate", "up", "down", "gate_up")
 # Fused tensors carry what others call ".weight" or ".weight_scale" after an underscore.
-_TAIL = r"(?P<tail>\..+|_(?:blocks|scales|bias|scale|scale_inv|packed))?"
+_BARE = r"blocks|scales|bias|packed|scale|scale_inv|weight_scale(?:_2)?|(?:input|activation)_scale"
+_TAIL = rf"(?P<tail>\..+|_(?:{_BARE}))?"
 _LAYER = re.compile(r"^(?P<prefix>.*?)(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 
 

@@ -38,7 +38,7 @@ def _load(layer: RoutedExperts, reader: TensorReader, name: str, short: str) -> 
     if not experts:
         return 0
     shape = reader.checkpoint.tensors[name].shape
-    by_expert = len(shape) >= 2 and shape[0] == layer.expert_map_manager.num_logical_experts
+    by_expert = len(shape) >= 1 and shape[0] == layer.expert_map_manager.num_logical_experts
     if not (is_stack and by_expert):
         tensor = reader(name)  # one expert's, or rows of all experts below each other
         layer.load_tensor(short, tensor)

@@ -164,9 +164,9 @@ class ExpertLoader:
                 f"{name}: expected {count} experts along the first axis, found shape "
                 f"{tuple(tensor.shape)}"
             )
-        matrix = key.matrix(name.removesuffix(suffix).rstrip("._"), layer.sizes)
-        written = set()
-        for rule, tensors in self._stored.add(key, matrix.name, suffix, tensor):
+        base, written = name.removesuffix(suffix).rstrip("._"), set()
+        matrix = key.matrix(base, layer.sizes, self._stored.names(key))
+        for rule, tensors in self._stored.add(key, base, suffix, name, tensor):
             if physical is not None:
                 written |= self._convert(rule, matrix, key.shards, tensors, name, physical)
                 continue

@@ -5,7 +5,7 @@ A dialect's rule may need several stored tensors at once, and they arrive in any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,14 +22,15 @@ class MatrixKey(NamedTuple):
     expert: int | None
     shards: tuple[ShardId, ...]
 
-    def matrix(self, name: str, sizes: ExpertSizes) -> Matrix:
+    def matrix(self, name: str, sizes: ExpertSizes, names: Mapping[str, str]) -> Matrix:
         """Its logical size, which the checkpoint has whole and unpadded."""
         from fusedmoe.quantization.dialects.base import Matrix
 
-        if self.shards == ("w2",):
-            return Matrix(name=name, N=sizes.hidden, K=sizes.intermediate)
         count = len(self.shards)
-        return Matrix(name=name, N=count * sizes.intermediate, K=sizes.hidden, shards=count)
+        N, K = count * sizes.intermediate, sizes.hidden
+        if self.shards == ("w2",):
+            N, K = sizes.hidden, sizes.intermediate
+        return Matrix(name=name, N=N, K=K, shards=count, names=names)
 
 
 class Waiting(NamedTuple):
@@ -51,15 +52,21 @@ class StoredTensors:
         self._pending: dict[MatrixKey, dict[str, Waiting]] = {}
         # What has come of a matrix, and what of that has come again without its weight.
         self._seen: dict[MatrixKey, tuple[set[str], set[str]]] = {}
-        self._names: dict[MatrixKey, str] = {}
+        self._names: dict[MatrixKey, dict[str, str]] = {}
+        self._bases: dict[MatrixKey, str] = {}
 
     def scheme(self, key: MatrixKey) -> Scheme:
         return self.schemes.w2 if key.shards == ("w2",) else self.schemes.w13
 
+    def names(self, key: MatrixKey) -> Mapping[str, str]:
+        """Full names of the tensors that have come of a matrix, by what its rules call them."""
+        return self._names.get(key, {})
+
     def add(
-        self, key: MatrixKey, base: str, suffix: str, tensor: torch.Tensor
+        self, key: MatrixKey, base: str, suffix: str, name: str, tensor: torch.Tensor
     ) -> Iterator[tuple[Rule, tuple[torch.Tensor, ...]]]:
-        """The rules that ``tensor`` completes, with what they need. ``base`` is the matrix's name.
+        """The rules that ``tensor`` completes, with what they need. ``base`` is the matrix's name,
+        ``name`` the tensor's.
 
         Raises ValueError for a tensor that the dialect does not know.
         """
@@ -67,10 +74,11 @@ class StoredTensors:
         suffix = scheme.suffix(suffix)
         if suffix not in scheme.known:
             raise ValueError(
-                f"{base}.{suffix}: {scheme.dialect} {scheme.name} weights are stored as "
+                f"{name}: {scheme.dialect} {scheme.name} weights are stored as "
                 f"{', '.join(sorted(scheme.known))}, not {suffix}"
             )
-        self._names[key] = base
+        self._bases[key] = base
+        self._names.setdefault(key, {})[suffix] = name
         self._note(key, scheme, suffix)
         pending = self._pending.setdefault(key, {})
         users = {i for i, rule in enumerate(scheme.rules) if suffix in rule.needs}
@@ -93,8 +101,10 @@ class StoredTensors:
 
     def missing(self) -> list[str]:
         """Full names of the stored tensors that matrices which arrived in part still lack."""
+        from fusedmoe.quantization.dialects.base import stored_name
+
         return [
-            f"{self._names[key]}{'' if key.expert is None else '.'}{suffix}"
+            stored_name(self._bases[key], suffix, self._names[key].values())
             for key, (seen, _) in self._seen.items()
             for suffix in sorted(self.scheme(key).missing(frozenset(seen)))
         ]

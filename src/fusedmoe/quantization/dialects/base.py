@@ -11,8 +11,8 @@ N output features, K input features of one matrix; S shards (gate, up) stacked a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,17 +33,29 @@ Leaves = Mapping[str, torch.dtype]
 class Matrix:
     """The matrix that stored tensors belong to: its name in the files and its logical size.
 
-    N rows in all, of ``shards`` matrices stacked (gate and up in one tensor).
+    N rows in all, of ``shards`` matrices stacked (gate and up in one tensor). ``names`` are the
+    full names of its tensors by suffix, where they are known.
     """
 
     name: str
     N: int
     K: int
     shards: int = 1
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, suffix: str) -> str:
         """The full name of a stored tensor, for messages."""
-        return f"{self.name}{'' if suffix.startswith('_') else '.'}{suffix}"
+        return self.names.get(suffix) or stored_name(self.name, suffix, self.names.values())
+
+
+def stored_name(matrix: str, suffix: str, others: Iterable[str] = ()) -> str:
+    """What a tensor of ``matrix`` is called, for messages, beside ``others`` of the same matrix.
+
+    Of all experts in one tensor the names may be bare: gate_up_proj, gate_up_proj_scales.
+    """
+    if all(name.startswith(f"{matrix}.") for name in others):
+        return f"{matrix}.{suffix}"
+    return matrix if suffix == "weight" else f"{matrix}_{suffix.removeprefix('weight_')}"
 
 
 @dataclass(frozen=True, kw_only=True)

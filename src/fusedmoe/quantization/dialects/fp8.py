@@ -3,8 +3,9 @@
     weight            float8_e4m3fn [N, K]
     weight_scale_inv  one multiplier per block (weight_block_size, usually 128 x 128): fp32, bf16 or
                       e8m0 (scale_fmt ue8m0, whose fp32 form holds powers of two too)
-    weight_scale      one number (no block size), or [N, 1] (fbgemm_fp8)
-    input_scale       one number, where activation_scheme is static
+    weight_scale      one number (no block size; Transformers and Mistral call it weight_scale_inv),
+                      or [N, 1] (fbgemm_fp8)
+    input_scale       one number, where activation_scheme is static (there: activation_scale)
 
 With ``expert_dtype: fp4`` (DeepSeek-V4) the experts alone are MXFP4: weight int8 [N, K / 2] and
 scale e8m0 [N, K / 32].
@@ -41,7 +42,15 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.quantization.tensor import QuantFormat
 
-_SCALE_LEAVES = ("weight_scale_inv", "scale", "weight_scale")
+# Of all experts in one tensor the names are bare: gate_up_proj_scale_inv.
+_SCALE_LEAVES = {
+    "weight_scale_inv": "weight_scale_inv",
+    "scale_inv": "weight_scale_inv",
+    "scale": "scale",
+    "weight_scale": "weight_scale",
+}
+_FLOAT_SCALES = ("float", "float32", "fp32")
+_INPUT_LEAVES = ("input_scale", "activation_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,7 @@ class Fp8Quantization(CheckpointQuantization):
     mx: bool = False
     fp4_experts: bool = False
     scale_leaf: str = "weight_scale_inv"
+    input_leaf: str = "input_scale"
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> Fp8Quantization:
@@ -78,10 +88,13 @@ class Fp8Quantization(CheckpointQuantization):
             dialect="mxfp8" if mx else "fp8",
             block=GroupShape(*sizes) if sizes and not mx else None,
             static=static,
-            ue8m0=one_of(config, "scale_fmt", None, "ue8m0", "float32", "fp32") == "ue8m0",
+            ue8m0=one_of(config, "scale_fmt", None, "ue8m0", *_FLOAT_SCALES) == "ue8m0",
             mx=mx,
             fp4_experts=config.get("expert_dtype") == "fp4",
-            scale_leaf=next((leaf for leaf in _SCALE_LEAVES if leaf in leaves), default),
+            scale_leaf=next(
+                (_SCALE_LEAVES[leaf] for leaf in _SCALE_LEAVES if leaf in leaves), default
+            ),
+            input_leaf=next((leaf for leaf in _INPUT_LEAVES if leaf in leaves), _INPUT_LEAVES[0]),
             not_converted=names_of(config, "modules_to_not_convert", "ignored_layers"),
         )
 
@@ -99,7 +112,8 @@ class Fp8Quantization(CheckpointQuantization):
             FP8_WEIGHT,
             scale_rule(self.scale_leaf, group, torch.float32),
             activation=self._activation(),
-            ignored=() if self.static else ("input_scale", "input_scale_ub"),
+            input_scale=self.input_leaf,
+            ignored=() if self.static else (*_INPUT_LEAVES, "input_scale_ub"),
         )
 
     def _activation(self) -> QuantKey:

@@ -20,15 +20,16 @@ def make_scheme(
     format: QuantFormat,
     *rules: Rule,
     activation: QuantKey | None = None,
+    input_scale: str = "input_scale",
     ignored: tuple[str, ...] = (),
 ) -> Scheme:
     """A scheme of ``rules``, and of what every one has: biases, and stored scales of activations
-    where those are static."""
+    (``input_scale``) where those are static."""
     static = activation is not None and activation.static
     return Scheme(
         dialect=dialect,
         format=format,
-        rules=(*rules, BIAS, *[INPUT_SCALE] * static),
+        rules=(*rules, BIAS, *[scalar_rule(input_scale, "input_scale")] * static),
         activation=activation,
         ignored=ignored,
     )
@@ -93,7 +94,7 @@ def _transposed_scale(
     matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     expect(matrix, suffix, scale, (groups_in(matrix, columns), matrix.N), *FLOATS)
-    return check_finite(matrix, suffix, scale.T.to(dtype))
+    return check_finite(matrix, suffix, scale.to(dtype)).T
 
 
 def group_index_rule(suffix: str, columns: int) -> Rule:
@@ -130,9 +131,8 @@ def _repeated_scale(
     matrix: Matrix, scale: torch.Tensor, *, suffix: str, dtype: torch.dtype
 ) -> torch.Tensor:
     expect(matrix, suffix, scale, None, *FLOATS)
-    numbers = shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype).reshape(-1, 1)
-    rows = numbers.repeat_interleave(matrix.N // matrix.shards, 0)
-    return check_finite(matrix, suffix, rows)
+    numbers = check_finite(matrix, suffix, shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype))
+    return numbers.reshape(-1, 1).repeat_interleave(matrix.N // matrix.shards, 0)
 
 
 def shape_scale(
@@ -254,5 +254,4 @@ def _as_it_is(matrix: Matrix, tensor: torch.Tensor) -> torch.Tensor:
 
 
 BIAS = Rule(needs=("bias",), gives="bias", convert=_as_it_is, optional=True)
-INPUT_SCALE = scalar_rule("input_scale", "input_scale")
 FP8_WEIGHT = plain_weight_rule("weight", torch.float8_e4m3fn)
