@@ -217,3 +217,25 @@ def test_stored_scales_of_nvfp4_rows_are_checked_and_not_used(case: str, suffix:
     assert all(torch.equal(one[name].float(), other[name].float()) for name in one)
     with pytest.raises(ValueError, match=rf"up_proj\.{suffix}: expected finite scales, found nan"):
         read_matrix(scheme, tensors | {suffix: torch.tensor(torch.nan)}, matrix)
+
+
+def test_zero_points_of_symmetric_awq_are_half_the_range_or_left_out() -> None:
+    message = refusal("awq symmetric", "qzeros", lambda zeros: zeros - 0x11111111)
+    assert message == "up_proj.qzeros: expected 8 everywhere as zero_point is false, found 7"
+    assert "qzeros" not in read_quantization(CASES["awq symmetric"].config).scheme(MODULE).required
+
+
+@pytest.mark.parametrize("layout", [1, 3])
+def test_int8_in_the_order_of_one_kernel_is_not_read_as_rows(layout: int) -> None:
+    message = refusal("bitsandbytes int8", "weight_format", lambda zero: zero + layout)
+    assert message == f"up_proj.weight_format: expected 0 (row by row), found {layout}"
+
+
+@pytest.mark.parametrize(("case", "suffix"), [("gptq", "scales"), ("awq", "scales")])
+def test_the_place_of_a_bad_scale_is_the_one_in_the_file(case: str, suffix: str) -> None:
+    def change(scale: torch.Tensor) -> torch.Tensor:
+        scale[1, 40] = torch.inf
+        return scale
+
+    message = refusal(case, suffix, change)
+    assert message == f"up_proj.{suffix}: expected finite scales, found inf at [1, 40]"

@@ -1,7 +1,7 @@
 """``quant_method: awq`` (version gemm): 4-bit integers packed along the output features.
 
     qweight  int32 [K, N / 8]     scales  [K / g, N]
-    qzeros   int32 [K / g, N / 8] (where zero_point is true)
+    qzeros   int32 [K / g, N / 8] (where zero_point is true; else 8 everywhere, if there)
 
 Within a word, columns lie in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble on.
 """
@@ -50,7 +50,7 @@ class AwqQuantization(CheckpointQuantization):
         zeros = Rule(
             needs=("qzeros",),
             gives="weight_zero_point" if self.zero_point else "",
-            convert=self._zeros if self.zero_point else _nothing,
+            convert=self._zeros if self.zero_point else self._check_zeros,
             optional=not self.zero_point,
         )
         return make_scheme(
@@ -68,9 +68,14 @@ class AwqQuantization(CheckpointQuantization):
         expect(matrix, "qzeros", qzeros, shape, torch.int32)
         return unpack_awq(qzeros, matrix.N).T
 
-
-def _nothing(matrix: Matrix, qzeros: torch.Tensor) -> None:
-    """Symmetric weights have none, whatever their files hold."""
+    def _check_zeros(self, matrix: Matrix, qzeros: torch.Tensor) -> None:
+        """Zero points of a symmetric matrix, where there are any, are all half the range."""
+        zeros = self._zeros(matrix, qzeros)
+        if bool((zeros != 8).any()):
+            raise ValueError(
+                f"{matrix.path('qzeros')}: expected 8 everywhere as zero_point is false, found "
+                f"{int(zeros[zeros != 8][0])}"
+            )
 
 
 def _size(qweight: tuple[int, ...]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ nf4   weight uint8 [N * K / 2, 1]: the flattened matrix, the first number in the
           weight.nested_absmax (one per 256), plus nested_offset
       (or these bytes as bnb_4bit_quant_storage, with fewer rows)
       weight.quant_map [16], weight.quant_state.bitsandbytes__nf4: JSON (blocksize, shape, ...)
-int8  weight int8 [N, K], SCB [N]: what 127 stands for; weight_format
+int8  weight int8 [N, K], SCB [N]: what 127 stands for; weight_format: 0, row by row
 
 LLM.int8 rounds rows but for the columns where one lies past llm_int8_threshold (6 by default),
 which meet the weights as floats: here all of them do, unless the threshold is 0, for none.
@@ -174,11 +174,20 @@ def _int8_scale(matrix: Matrix, largest: torch.Tensor) -> torch.Tensor:
     return (check_finite(matrix, "SCB", largest) / 127).reshape(matrix.N, 1)
 
 
+def _check_layout(matrix: Matrix, layout: torch.Tensor) -> None:
+    """Older versions could save the order that one GPU's kernels read, as 1, 2 or 3."""
+    expect(matrix, "weight_format", layout, None, torch.uint8)
+    if layout.numel() != 1 or layout.any():
+        raise ValueError(
+            f"{matrix.path('weight_format')}: expected 0 (row by row), found {layout.tolist()}"
+        )
+
+
 _INT8 = make_scheme(
     "bitsandbytes int8",
     INT8_CHANNEL,
     plain_weight_rule("weight", torch.int8),
     Rule(needs=("SCB",), gives="weight_scale", convert=_int8_scale),
+    Rule(needs=("weight_format",), gives="", convert=_check_layout, optional=True),
     activation=INT8_DYNAMIC_TOKEN,
-    ignored=("weight_format",),
 )
