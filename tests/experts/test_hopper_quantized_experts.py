@@ -48,6 +48,8 @@ STREAMED = {
     ),
     "no_gate": Quantized("nvfp4", layer=replace(BF16, activation=MoEActivation.RELU2_NO_MUL)),
     "weight_on_input": Quantized("int8_channel", layer=replace(BF16, K=1, weight_on_input=True)),
+    "nf4": Quantized("nf4", layer=WIDE),
+    "nf4_by_int4": Quantized("nf4", layer=replace(WIDE, bias=True), down="int4_g32"),
     "fp8_block": Quantized("fp8_block", FP8_DYNAMIC_128, WIDE),
     "fp8_token": Quantized("fp8_channel", FP8_DYNAMIC_TOKEN, replace(WIDE, E=8, local=3)),
     "int8_token": Quantized("int8_channel", INT8_DYNAMIC_TOKEN, replace(BF16, bias=True)),

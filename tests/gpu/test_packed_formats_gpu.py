@@ -12,7 +12,7 @@ from expert_layers import Layer
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
-from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts
+from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,
@@ -220,20 +220,29 @@ STREAMED = {
         replace(FEW, activation=MoEActivation.RELU2_NO_MUL, bias=True, E=32, local=9),
     ),
     "second_rows_alone": Quantized("mxfp4", MXFP8_DYNAMIC, FEW, only="w2"),
+    "nf4": Quantized("nf4", None, FEW),
+    "nf4_one_token": Quantized("nf4", None, replace(FEW, T=1, E=64, H=2048, I=768)),
+    "iq4_nl": Quantized("iq4_nl", None, replace(FEW, bias=True, E=32, local=9, I=544)),
+    "nf4_by_int4": Quantized("nf4", None, replace(FEW, T=30), "int4_g32_zp"),
+    "nf4_by_mxfp8": Quantized(
+        "nf4", MXFP8_DYNAMIC, replace(FEW, activation=MoEActivation.SWIGLUOAI, bias=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_few_rounded_rows_are_streamed(name, monkeypatch):
-    """No worse than a torch computation on the same rounded rows; the same bits in graphs, in which
-    a row of NaN is its own, and so is a token without an expert."""
+def test_few_rows_are_streamed(name, monkeypatch):
+    """Rows that are rounded to a format, and numbers from a table: no worse than a torch
+    computation on the same rows; the same bits in graphs, in which a row of NaN is its own, and so
+    is a token without an expert."""
     ran, decode = [], hopper_quantized.quantized_decode
     monkeypatch.setattr(
         hopper_quantized, "quantized_decode", lambda *given: (ran.append(1), decode(*given))
     )
     case = STREAMED[name]
     tensors = case.layer.tensors()
-    run = case.runner(tensors, HopperEmulatedExperts)
+    experts = HopperQuantizedExperts if case.rows is None else HopperEmulatedExperts
+    run = case.runner(tensors, experts)
     clean = run().clone()
     exact = replace(case, rows=None).expected(tensors)
     allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR

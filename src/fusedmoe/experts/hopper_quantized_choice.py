@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.experts.quantized_operands import Operands
-from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS
+from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, TABLES
 from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import MINIMA, unmet_by_mixed_prefill, wide_rows
 from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat
-from fusedmoe.tuning.cuda_tiles import EIGHT_MEAN
+from fusedmoe.tuning.cuda_tiles import EIGHT_MEAN, TABLE_MEAN
 from fusedmoe.tuning.mixed_tiles import (
     MixedPrefillTiles,
     mixed_prefill_tiles,
@@ -44,6 +44,8 @@ def runs_decode(
     elif x.dtype != torch.bfloat16:
         return False
     if operands.emulate or a1 is None or a2 is None:
+        if {w1.format.element, w2.format.element} & TABLES and TABLE_MEAN * num_experts < R:
+            return False
         return x.stride(0) % 8 == 0 and unmet_by_stream(w1, w2) is None
     return unmet_by_pairs((w1, a1), (w2, a2)) is None
 

@@ -17,6 +17,7 @@ from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair
 from fusedmoe.kernels.grouped_gemm_quantized import (
     ELEMENTS,
+    TABLES,
     check_weights,
     quantized_gemm_reference,
 )
@@ -32,9 +33,12 @@ from fusedmoe.tuning.cuda_tiles import (
     MAX_LONE_SLOTS,
     CudaDecodeTiles,
     CudaRowsTile,
+    CudaWarpsTile,
     cuda_decode_tiles,
+    eights_tile,
     int4_rows_tile,
     rows_tile,
+    table_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 from fusedmoe.tuning.token_tiles import TokenCut, TokenShape, token_cut, token_rows_cut
@@ -53,7 +57,8 @@ def unmet_by_weights(*weights: QuantizedTensor) -> str | None:
     """Why the kernel cannot read these, None where it can: formats, contiguity, TMA's alignment."""
     for w in weights:
         fmt = w.format
-        if fmt.element not in ELEMENTS or fmt.act_order or fmt.scale_dtype is None:
+        known = fmt.element in ELEMENTS or fmt.element in TABLES
+        if not known or fmt.act_order or fmt.scale_dtype is None:
             return f"does not read {fmt.name}"
         if fmt.element not in ("int4", "e2m1") and not fmt.symmetric:
             return f"does not read {fmt.name}"
@@ -100,6 +105,9 @@ def decode_tiles_for(
 ) -> CudaDecodeTiles:
     """Tiles for R slots and these weights; ``lone``: every slot is a block. ``programs``: the
     number of multiprocessors."""
+    if {w1.format.element, w2.format.element} & TABLES:
+        blocks = min(R, w2.shape[0])
+        return CudaDecodeTiles(*(_of_eight(w, blocks, programs) for w in (w1, w2)))
     rows, row_bytes = (w1.shape[1], w2.shape[1]), (w1.data.shape[-1], w2.data.shape[-1])
     tiles = cuda_decode_tiles(R, w2.shape[0], rows, row_bytes, lone, programs)
     slots = 1 if lone else 8 if tiles.slots == 8 else 16
@@ -111,6 +119,11 @@ def decode_tiles_for(
     if first is not None and second is not None:
         return CudaDecodeTiles(first, second)
     return tiles
+
+
+def _of_eight(w: QuantizedTensor, blocks: int, programs: int) -> CudaWarpsTile:
+    tile = table_tile if w.format.element in TABLES else eights_tile
+    return tile(blocks, w.shape[1], w.data.shape[-1], programs)
 
 
 def _in_one_piece(*row_bytes: int) -> bool:

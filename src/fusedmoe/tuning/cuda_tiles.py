@@ -13,6 +13,9 @@ WARPS = 4  # of a program whose warps work by themselves
 LONE_STAGES, LONE_PROGRAMS = 3, 3
 # Blocks of eight slots, up to how many slots per expert on average.
 EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
+# The same of numbers that are entries of a table: one program, as each has its own table.
+TABLE_WARPS, TABLE_STAGES, TABLE_BYTES = 16, 3, 32 * 1024
+TABLE_STEP, TABLE_MEAN = 64, 8
 # Whole rows: bytes that one matrix instruction takes of each; warps of a program, and how many such
 # pairs of chunks each has registers for, of x for one or two eights of slots; bytes of ring and
 # sums, and how many steps are on their way at a time.
@@ -154,13 +157,25 @@ def cuda_decode_tiles(
         )
     if EIGHT_MEAN * e >= R:
         blocks = min(R, e)
-        first, second = (_along(blocks, *size, EIGHT_PROGRAMS * programs) for size in sizes)
-        return CudaDecodeTiles(
-            CudaWarpsTile(2, first, WARPS // first, EIGHT_STAGES, EIGHT_PROGRAMS),
-            CudaWarpsTile(2, second, WARPS // second, EIGHT_STAGES, EIGHT_PROGRAMS),
-        )
+        return CudaDecodeTiles(*(eights_tile(blocks, *size, programs) for size in sizes))
     tile = next((tile for most, tile in STREAM_TILES if most * e >= R), STREAM_TILES[-1][1])
     return CudaDecodeTiles(tile, tile)
+
+
+def eights_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWarpsTile:
+    """For so many blocks of eight slots and a matrix of so many rows of so many bytes;
+    ``programs``: the number of multiprocessors."""
+    along = _along(blocks, rows, row_bytes, EIGHT_PROGRAMS * programs)
+    return CudaWarpsTile(2, along, WARPS // along, EIGHT_STAGES, EIGHT_PROGRAMS)
+
+
+@lru_cache(maxsize=4096)
+def table_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWarpsTile:
+    """For so many blocks of eight slots and a matrix of entries of a table, of so many rows of so
+    many bytes; ``programs``: the number of multiprocessors."""
+    choices = [n for n in (1, 2, 4, 8) if n == 1 or n * TABLE_STEP <= row_bytes]
+    along = _fullest(blocks, rows, choices, TABLE_WARPS, programs)
+    return CudaWarpsTile(2, along, TABLE_WARPS // along, TABLE_STAGES, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -260,11 +275,16 @@ def scale_boxes(row: int, parts: int) -> tuple[int, int]:
 
 def _along(blocks: int, rows: int, row_bytes: int, resident: int) -> int:
     """As few warps along a task's columns as fill the ``resident`` programs."""
+    choices = [along for along in (1, 2, 4) if along == 1 or along * STEP <= row_bytes]
+    return _fullest(blocks, rows, choices, WARPS, resident)
+
+
+def _fullest(blocks: int, rows: int, choices: list[int], warps: int, resident: int) -> int:
+    """The first of ``choices`` whose programs, of so many warps, fill the ``resident`` ones."""
 
     def fullness(along: int) -> float:
-        rounds = blocks * -(-rows // (32 * (WARPS // along))) / resident
+        rounds = blocks * -(-rows // (32 * (warps // along))) / resident
         return rounds / -(-rounds // 1)
 
-    choices = [along for along in (1, 2, 4) if along == 1 or along * STEP <= row_bytes]
     along = next((n for n in choices if fullness(n) >= FULL_ENOUGH), None)
     return along or max(choices, key=lambda n: (fullness(n), n))

@@ -80,8 +80,8 @@ def decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots,
     tiles: CudaDecodeTiles,
-    key: QuantKey | None,
-    scale: torch.Tensor | None,
+    key: QuantKey | None = None,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Both GEMMs, between which rows are rounded to ``key``, and the sum; the layer as checked by
     ``kernels.hopper_quantized``."""

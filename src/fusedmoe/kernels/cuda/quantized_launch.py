@@ -14,7 +14,7 @@ from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.quantization.tensor import QuantizedTensor
 
-ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3}
+ELEMENTS = {"int4": 0, "e2m1": 1, "int8": 2, "e4m3": 3, "nf4": 4, "iq4_nl": 4}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 SCALES[torch.float8_e4m3fn] = 4
 BIASES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -4,13 +4,17 @@
 // two bf16 each: columns (i, i + XR) in register i. What a type leaves out of its numbers, UNIT
 // makes up for in the epilogue; RAISED ones need x times 2^64, or sums would pass below fp32.
 
-constexpr int INT4 = 0, E2M1 = 1, INT8 = 2, E4M3 = 3;
-constexpr bool FOUR = ELEMENT <= E2M1;
+#ifndef TABLE_LIFT
+#define TABLE_LIFT 65536
+#endif
+constexpr int INT4 = 0, E2M1 = 1, INT8 = 2, E4M3 = 3, TABLE = 4;
+constexpr bool FOUR = ELEMENT <= E2M1 || ELEMENT == TABLE;
 constexpr int XR = FOUR ? 4 : 2;
 // Groups of 16 (nvfp4) scale the weights: e2m1 times e4m3 is exact in bf16.
 constexpr bool SCALED = ELEMENT == E2M1 && GROUP == 16;
-constexpr bool RAISED = ELEMENT != INT8 && !SCALED;
-constexpr float UNIT = ELEMENT == INT4   ? 0x1p69f
+constexpr bool RAISED = ELEMENT != INT8 && ELEMENT != TABLE && !SCALED;
+constexpr float UNIT = ELEMENT == TABLE  ? 65536.0f / TABLE_LIFT
+                       : ELEMENT == INT4 ? 0x1p69f
                        : SCALED          ? 0x1p63f
                        : ELEMENT == E2M1 ? 0x1p62f
                        : ELEMENT == E4M3 ? 0x1p56f
@@ -55,10 +59,14 @@ DEVICE void scale_numbers(u32 (&v)[XR], u32 e4m3) {
   for (int i = 0; i < XR; i++) v[i] = multiply2(v[i], two);
 }
 
-// x of 8 or 4 neighbouring columns in the order of numbers().
+// x of 8 or 4 neighbouring columns in the order of numbers(), or of look_up().
 DEVICE void pair_up(u32 (&to)[XR], const u32* x) {
 #pragma unroll
   for (int i = 0; i < XR; i++) {
+    if (ELEMENT == TABLE) {
+      to[i] = x[i];
+      continue;
+    }
     const u32 two = __byte_perm(x[i / 2], x[i / 2 + XR / 2], i % 2 ? 0x7632 : 0x5410);
     to[i] = RAISED ? multiply2(two, ELEMENT == INT4 && i % 2 ? 0x5D805D80u : 0x5F805F80u) : two;
   }

@@ -16,6 +16,7 @@
 //
 // EARLY: the launch before is the first GEMM; weights and tables are read before it has ended. The
 // launch that wrote the tables has, because the first GEMM waits for it before it lets this begin.
+// Before the first of them numbers that are entries of a TABLE have it in shared memory.
 // Other constants come from the launcher as macros; quantized_warps.py names them, and the files
 // whose text stands before this one.
 
@@ -48,7 +49,7 @@ DEVICE void fold(Accumulators& acc, const Accumulators& part, const float (&sums
 
 // The products of one beat: 64 bytes of this warp's rows in the ring with x, paired already.
 DEVICE void multiply(Accumulators& acc, const u32 (&x)[NT][4][XR], const Place& p, u32 tile,
-                     int beat, const Scales& scales, int group) {
+                     int beat, const Scales& scales, int group, u32 table) {
   const int swizzle = STEP == 64 ? p.lane >> 1 & 3 : p.lane & 7;
   Accumulators part;
   float sums[NT][4];  // of x times what takes 128 and the zero point away
@@ -79,7 +80,10 @@ DEVICE void multiply(Accumulators& acc, const u32 (&x)[NT][4][XR], const Place& 
       u32 v[2][XR];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        numbers(v[half], w[mt][c % 2 * 2 + half]);
+        if (ELEMENT == TABLE)
+          look_up(v[half], w[mt][c % 2 * 2 + half], table);
+        else
+          numbers(v[half], w[mt][c % 2 * 2 + half]);
         if (SCALED) {
           const int own = group + (beat * 4 + c) * 2 + (p.t >> 1);
           scale_numbers(v[half], shared_u8(scales.at[mt][half] + own));
@@ -139,7 +143,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
 quantized_warps(const __grid_constant__ Arguments a) {
   DYNAMIC_SHARED(memory);
   const Place p = find_place();
-  const u32 ring = shared_address(memory) + p.warp * RING_BYTES;
+  const u32 table = shared_address(memory) + p.lane * 4;
+  const u32 ring = shared_address(memory) + TABLE_BYTES + p.warp * RING_BYTES;
+  if (ELEMENT == TABLE) write_table(p, shared_address(memory));
   if (!EARLY) {
     wait_for_previous();
     let_next_begin();
@@ -177,12 +183,12 @@ quantized_warps(const __grid_constant__ Arguments a) {
         for (int i = 0; i < NT * 4; i++) pair_up(x[i / 4][i % 4], rows.x[i / 4][i % 4]);
         if (beat == BEATS - 1) rows.proceed();
         rows.load(beat == BEATS - 1 ? 0 : beat + 1);
-        multiply(acc, x, p, ring + stage * TILE_BYTES, beat, scales, first_group(k));
+        multiply(acc, x, p, ring + stage * TILE_BYTES, beat, scales, first_group(k), table);
       }
       stage = turn(stage, STAGES);
     }
     // Two buffers in turns: whoever writes one again has met the others at the barrier between.
-    finish(p, tasks, task, acc, (float4*)(memory + WARPS * RING_BYTES) + parity);
+    finish(p, tasks, task, acc, (float4*)(memory + TABLE_BYTES + WARPS * RING_BYTES) + parity);
     parity ^= WARPS * MT * NT * 32;
   }
   wait_groups<0>();

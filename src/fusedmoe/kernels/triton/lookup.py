@@ -7,10 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.quantization.formats.lookup import CODECS
+from fusedmoe.quantization.formats.lookup import CODECS, LIFTS
 
-NF4_LIFT = tl.constexpr(1.4367218017578125)
-"""Times this, nf4's entries lose least when they become bf16: 0.8e-3 of their norm, not 1.4e-3."""
+NF4_LIFT = tl.constexpr(LIFTS["nf4"])
 _NF4 = tl.constexpr(CODECS["nf4"].table)
 _IQ4_NL = tl.constexpr(CODECS["iq4_nl"].table)
 

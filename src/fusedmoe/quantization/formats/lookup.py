@@ -62,6 +62,9 @@ IQ4_NL_TABLE = tuple(
 )
 
 CODECS = {"nf4": LookUp(NF4_TABLE), "iq4_nl": LookUp(IQ4_NL_TABLE)}
+# Times this, in 2^-16, entries lose least when they become bf16: nf4's 0.8e-3 of their norm, not
+# 1.4e-3.
+LIFTS = {"nf4": 1.4367218017578125, "iq4_nl": 1.0}
 
 
 def nf4_group(columns: int = 64) -> QuantFormat:
