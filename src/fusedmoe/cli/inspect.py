@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_gguf(path: Path, as_json: bool) -> int:
     """The layers of a GGUF file, as loading would understand them."""
-    source = GgufSource(path)
+    source = GgufSource(path, any_architecture=True)
     rows: list[dict[str, Any]] = []
     for layer in source.layers.values():
         found = [source.file.tensors[tensor.name] for tensor in layer.tensors]
@@ -49,7 +49,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
             "experts": found[0].shape[0],
             "format": " + ".join(dict.fromkeys(tensor.type.name.lower() for tensor in found)),
             "dialect": "gguf",
-            "problem": None,
+            "problem": source.problem,
             "expert_bytes": sum(tensor.nbytes for tensor in found),
         }
         try:

@@ -111,17 +111,20 @@ def gguf_of(path: Path) -> Path | None:
 class GgufSource:
     """A checked GGUF file, or all parts of one.
 
-    Raises CheckpointError where it is no model that we know.
+    Raises CheckpointError where it is no model that we know; ``any_architecture``: only where it
+    has no experts. ``problem`` then says what keeps it from being loaded as a model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, any_architecture: bool = False) -> None:
         self.file = GgufParts(path)
         name = self.file.metadata.get("general.architecture")
+        self.name = str(name)
+        self.problem: str | None = None
         if not isinstance(name, str) or name not in ARCHITECTURES:
-            raise CheckpointError(
-                f"{path}: the architecture is {name!r}; known: {', '.join(ARCHITECTURES)}"
-            )
-        self.name, self.architecture = name, ARCHITECTURES[name]
+            known = ", ".join(ARCHITECTURES)
+            self.problem = f"{path}: the architecture is {name!r}; known: {known}"
+            if not any_architecture:
+                raise CheckpointError(self.problem)
         self.layers = self._expert_layers()
         types = {
             tensor.name.rpartition(".")[0]: tensor.type.name
@@ -172,8 +175,9 @@ class GgufSource:
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        values: dict[str, Any] = dict(self.architecture.fixed)
-        for name, key in {**_SIZES, **self.architecture.sizes}.items():
+        architecture = ARCHITECTURES[self.name]
+        values: dict[str, Any] = dict(architecture.fixed)
+        for name, key in {**_SIZES, **architecture.sizes}.items():
             value = self.file.metadata.get(f"{self.name}.{key}")
             if value is None and name == "head_dim":
                 continue
@@ -192,7 +196,7 @@ class GgufSource:
         for name in ("bos", "eos", "pad"):
             key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
             values[f"{name}_token_id"] = self.file.metadata.get(key)
-        return CONFIG_MAPPING[self.architecture.model_type](
+        return CONFIG_MAPPING[architecture.model_type](
             **values,
             vocab_size=embedding.shape[0],
             rope_parameters={"rope_type": "default", "rope_theta": float(base)},
