@@ -91,6 +91,13 @@ def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None
     assert gpu.calls > 0
 
 
+def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:
+    (tmp_path / "of-something-else.json").write_text("{}")
+    code, out, err = cli("tune", *SIZES, "--tokens", "4", "--output", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"tables": [str(tmp_path / NAME)]}
+
+
 def test_an_interrupted_run_goes_on(cli, gpu, tmp_path: Path) -> None:
     words = ("tune", *SIZES, "--tokens", "1", "64", "--output", tmp_path)
     gpu.stop_after = 5

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             _write_json(args.measurements, measured)
             _write_json(args.report, header | {"rows": report, "notes": []})
     if args.json:
-        print_json({"tables": [str(p) for p in sorted(Path(args.output).glob("*.json"))]})
+        print_json({"tables": [str(_path(args, shape, dtype)) for shape in shapes]})
     elif report:
         _print_report(report)
     return 0
@@ -120,14 +120,13 @@ def _tuned(
     tokens: tuple[int, ...],
 ) -> tuple[TunedTable, list[dict[str, Any]]]:
     """The table of one layer: the one that is there already, or a new one, written."""
-    from fusedmoe.tuning.choice import table_name
     from fusedmoe.tuning.foreign import read_table
     from fusedmoe.tuning.table_file import write_atomically
     from fusedmoe.tuning.tuner.gemms import key_of
     from fusedmoe.tuning.tuner.run import tune
 
     key = key_of(shape, dtype)
-    path = Path(args.output) / table_name(key)
+    path = _path(args, shape, dtype)
     if path.exists() and not args.again:
         table = read_table(path)
         reason = table.unfit(key)
@@ -139,6 +138,14 @@ def _tuned(
     write_atomically(path, found.table.text)
     journal.unlink(missing_ok=True)
     return found
+
+
+def _path(args: argparse.Namespace, shape: LayerShape, dtype: torch.dtype) -> Path:
+    """The file of a layer's table."""
+    from fusedmoe.tuning.choice import table_name
+    from fusedmoe.tuning.tuner.gemms import key_of
+
+    return Path(args.output) / table_name(key_of(shape, dtype))
 
 
 def _compared(
