@@ -27,8 +27,9 @@ from fusedmoe.kernels.cuda import (
 )
 from fusedmoe.kernels.cuda.quantized_launch import Product
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
-from fusedmoe.kernels.hopper_quantized import quantized_decode_reference, unmet_by_stream
+from fusedmoe.kernels.hopper_quantized import quantized_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.quantized_checks import unmet_by_stream
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.formats.lookup import CODECS
 from fusedmoe.tuning.cuda_tiles import (

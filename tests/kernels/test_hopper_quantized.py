@@ -10,9 +10,10 @@ import torch
 
 from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
-from fusedmoe.kernels.hopper_quantized import quantized_decode, unmet_by_weights
+from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.quantized_checks import unmet_by_weights
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,

@@ -3,9 +3,8 @@
 Few slots per expert stream the weights through ``kernels.hopper_quantized`` or, where rows are
 quantized too, ``kernels.hopper_w8a8``; more of them run ``kernels.hopper_mixed_prefill`` or, with
 both in 8 bits, ``kernels.hopper_fp8_prefill``. Rows of other formats are rounded to them and
-multiplied as bf16 (``HopperEmulatedExperts``). Weights that TMA cannot view, few slots with MXFP6,
-superblocks or entries of a table, traced code and batch invariance take the quantized Triton
-experts' way.
+multiplied as bf16 (``HopperEmulatedExperts``). Weights that TMA cannot view, few slots with MXFP6
+or superblocks, traced code and batch invariance take the quantized Triton experts' way.
 """
 
 from __future__ import annotations

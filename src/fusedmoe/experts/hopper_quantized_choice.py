@@ -9,8 +9,8 @@ from fusedmoe.experts.quantized_operands import Operands
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, TABLES
 from fusedmoe.kernels.hopper_fp8_prefill import unmet_by_prefill
 from fusedmoe.kernels.hopper_mixed_prefill import MINIMA, unmet_by_mixed_prefill, wide_rows
-from fusedmoe.kernels.hopper_quantized import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.kernels.hopper_w8a8 import STEP, unmet_by_pairs
+from fusedmoe.kernels.quantized_checks import ALIGNED_BYTES, unmet_by_stream
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat
 from fusedmoe.tuning.cuda_tiles import EIGHT_MEAN, TABLE_MEAN

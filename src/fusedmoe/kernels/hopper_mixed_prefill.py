@@ -17,9 +17,9 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     quantized_gemm_reference,
 )
 from fusedmoe.kernels.hopper_decode import check_biases
-from fusedmoe.kernels.hopper_quantized import check_one_by_one, check_plain_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
+from fusedmoe.kernels.quantized_checks import check_one_by_one, check_plain_rows
 from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows_reference
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS

@@ -11,10 +11,10 @@ import torch
 from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align_quantize import align_and_quantize
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
-from fusedmoe.kernels.hopper_quantized import check_layer, unmet_by_weights
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
+from fusedmoe.kernels.quantized_checks import check_layer, unmet_by_weights
 from fusedmoe.kernels.tensor_checks import check_contiguous, check_quantized_rows
 from fusedmoe.quantization.keys import PER_TENSOR, PER_TOKEN, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
