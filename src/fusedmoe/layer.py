@@ -22,7 +22,7 @@ from fusedmoe.config import (
     ParallelPlace,
     shard_size,
 )
-from fusedmoe.distributed.agreement import check_layer_agreement
+from fusedmoe.distributed.agreement import built_together, check_layer_agreement
 from fusedmoe.quantization.method_base import FusedMoEMethodBase, QuantizationConfig
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.router.arguments import RoutingArguments
@@ -36,6 +36,7 @@ from fusedmoe.weights.params_mapping import DEFAULT_CHECKPOINT_NAMES, Checkpoint
 from fusedmoe.weights.routed_experts import RoutedExperts
 
 
+@built_together
 def FusedMoE(
     num_experts: int,
     top_k: int,
@@ -138,7 +139,7 @@ def FusedMoE(
     is stored here, and the output is this rank's summand. ``reduce_results=False`` leaves the sum
     to the caller as well. ``is_sequence_parallel``: the tensor-parallel ranks hold different
     tokens. Where groups are given, every rank of them builds the layer; ranks that build different
-    layers get a ValueError naming the difference. ``shared_experts_sharded``: each rank's shared
+    layers, or of which one fails, get a ValueError naming the difference. ``shared_experts_sharded``: each rank's shared
     experts give one summand of theirs. ``enable_eplb`` allows ``set_eplb_state``,
     ``num_redundant_experts`` adds copies for it; ``expert_placement`` is linear or round_robin.
 
@@ -176,7 +177,9 @@ def FusedMoE(
     )
     layer_router = routing.make_router(router)
     around: dict[str, Any] = {
+        "gate": gate,
         "shared_experts": shared_experts,
+        "shared_expert_gate": shared_expert_gate,
         "shared_experts_sharded": shared_experts_sharded,
         "routed_input_transform": routed_input_transform,
         "routed_output_transform": routed_output_transform,
@@ -254,8 +257,6 @@ def FusedMoE(
         method.moe_config,
         layer_router,
         routed_experts,
-        gate=gate,
-        shared_expert_gate=shared_expert_gate,
         router_logits_dtype=router_logits_dtype,
         num_router_logits=None if router is not None else routing.num_logits,
         rank_sum=RankSum.around(place, groups, is_sequence_parallel, enabled=reduce_results),
@@ -323,7 +324,10 @@ def _check_ranks_agree(
 ) -> None:
     """Raise ValueError on every rank of ``groups`` where they were ``given`` different arguments:
     of modules it is compared whether there is one."""
-    modules = ("shared_experts", "routed_input_transform", "routed_output_transform")
+    modules = (
+        *("gate", "shared_experts", "shared_expert_gate"),
+        *("routed_input_transform", "routed_output_transform"),
+    )
     removed = given["expert_substitution"] and given["expert_substitution"].removed
     facts = given | {name: given[name] is not None for name in modules}
     facts |= {

@@ -297,6 +297,7 @@ def check_refusals() -> None:
         ),
         ("layers is 1, 2, 1", [fewer] * (1 + odd), {}),
         (r"must be \(1, 12\), got \(12,\)", [fewer], {"physical_to_logical": torch.arange(E)}),
+        ("at least one layer", [] if odd else [fewer], {}),
     ):
         with pytest.raises(ValueError, match=message):
             ExpertBalancer(layers, groups.ep, **given)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from rank_layers import E, H, I, K, Layout, build, linear, make_groups, rows
 from rank_micro_batches import kernel_of
 
-from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, ParallelGroups
+from fusedmoe.distributed.agreement import RanksDisagreeError
 from fusedmoe.distributed.collectives import (
     all_gather_rows,
     exchange_rows,
@@ -65,11 +66,49 @@ def check_disagreement() -> None:
         ("before the sum is True, True, False", {"routed_output_transform": transform}),
         ("scaling_factor is 2.5, 2.5, 2.0", scale | {"routed_scaling_factor": 2.5 - odd / 2}),
         ("reduce_results is", {"reduce_results": odd}),
+        ("gate is False, False, True", {"gate": linear(1, width=H) if odd else None}),
+        (
+            "shared_expert_gate is",
+            {"shared_experts": shared, "shared_expert_gate": shared if odd else None},
+        ),
     ):
         sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}
         with pytest.raises(ValueError, match=message):
             FusedMoE(**(sizes | common | changed))
     FusedMoE(E, K, H, I, **common)
+
+
+def failing_runner(*_: Any, **__: Any) -> Any:
+    raise MemoryError("no room")
+
+
+def check_failures() -> None:
+    """One rank cannot build its layer, before or after the ranks have compared theirs."""
+    groups, _ = make_groups(Layout(dp=2, tp=2, ep=True))
+    odd = dist.get_rank() == 2
+    ep_of_rank_2 = replace(
+        make_groups(Layout(dp=2, tp=2, ep=True, spanning=True))[0], enable_expert_parallel=not odd
+    )
+    for own, told, changed in (
+        (ValueError, "ValueError: .*top_k", {"top_k": 99 if odd else K}),
+        (ValueError, "ValueError: the ep group has size 4", {"parallel": ep_of_rank_2}),
+        (MemoryError, "MemoryError: no room", {"runner_cls": failing_runner if odd else None}),
+    ):
+        arguments: dict[str, Any] = {"top_k": K, "parallel": groups} | changed
+        told = rf"what went wrong is nothing, nothing, {told}.*, nothing$"
+        expected = (own, None) if odd else (RanksDisagreeError, told)
+        with pytest.raises(expected[0], match=expected[1]):
+            FusedMoE(num_experts=E, hidden_size=H, intermediate_size=I, **arguments)
+    FusedMoE(E, K, H, I, parallel=groups)
+
+
+def check_overlapping_groups() -> None:
+    """The same ranks along two dimensions: all but four of sixteen experts would be nowhere."""
+    whole = dist.group.WORLD
+    for flag in (True, False):
+        groups = ParallelGroups(dp=whole, tp=whole, enable_expert_parallel=flag)
+        with pytest.raises(ValueError, match=r"sizes \[4, 4\], .* only \[0, 5, 10, 15\] are there"):
+            FusedMoE(16, K, H, 16, torch.float32, parallel=groups)
 
 
 def check_peers_of_two_hosts() -> None:
@@ -78,6 +117,24 @@ def check_peers_of_two_hosts() -> None:
     with (
         mock.patch("socket.gethostname", return_value=host),
         pytest.raises(ValueError, match=r"peer memory .* host is one, one, two, two"),
+    ):
+        PeerMemory(dist.group.WORLD, PeerLayout(4, 8, 64, 2, torch.bfloat16))
+
+
+def check_memory_of_one_rank() -> None:
+    """A rank that cannot make its buffer: one has another size in mind, one has no room."""
+    odd = dist.get_rank() == 1
+    own = "layout is for 2 ranks, the group has 4"
+    with pytest.raises(ValueError, match=own if odd else f"nothing, ValueError: the {own}"):
+        PeerMemory(dist.group.WORLD, PeerLayout(2 if odd else 4, 8, 64, 2, torch.bfloat16))
+    no_room = MemoryError("no room") if odd else None
+    with (
+        mock.patch("torch.cuda.current_device", return_value=0),
+        mock.patch("torch.distributed._symmetric_memory.empty", side_effect=no_room),
+        pytest.raises(
+            MemoryError if odd else RanksDisagreeError,
+            match="no room" if odd else "nothing, MemoryError: no room, nothing, nothing",
+        ),
     ):
         PeerMemory(dist.group.WORLD, PeerLayout(4, 8, 64, 2, torch.bfloat16))
 

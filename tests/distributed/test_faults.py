@@ -10,8 +10,20 @@ def test_layers_that_differ_are_found_when_they_are_built(ranks):
     ranks.run(rank_faults.check_disagreement)
 
 
+def test_a_rank_that_fails_is_not_waited_for(ranks):
+    ranks.run(rank_faults.check_failures)
+
+
+def test_a_rank_stands_in_one_place(ranks):
+    ranks.run(rank_faults.check_overlapping_groups)
+
+
 def test_memory_is_not_shared_between_hosts(ranks):
     ranks.run(rank_faults.check_peers_of_two_hosts)
+
+
+def test_memory_that_one_rank_cannot_make(ranks):
+    ranks.run(rank_faults.check_memory_of_one_rank)
 
 
 @pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])

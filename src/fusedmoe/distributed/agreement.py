@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
@@ -17,10 +19,14 @@ from fusedmoe.distributed.groups import TokenRanks, communication_device
 if TYPE_CHECKING:
     from fusedmoe.quantization.method_base import FusedMoEMethodBase
 
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
 # What may differ from rank to rank, or follows from what is compared.
 _OWN = {"num_local_experts", "moe_parallel_config", "device", "options"}
 _OWN_OF_PARALLEL = {"tp_rank", "pcp_rank", "dp_rank", "ep_rank"}
 _LONGEST = 200
+_FAILURE = "what went wrong"
 
 
 class RanksDisagreeError(ValueError):
@@ -63,6 +69,7 @@ def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str)
 
     A collective over the dp, pcp and tp groups that are given: every rank has to come here. The
     message names each fact that differs and every rank's value. Nothing is sent but text.
+    ValueError where the groups are no dimensions of one grid: a rank would stand for several.
     """
     axes = [ParallelGroups.process_group(group) for group in (groups.dp, groups.pcp, groups.tp)]
     ranks = TokenRanks(tuple(axis for axis in axes if axis is not None and axis.size() > 1))
@@ -70,10 +77,16 @@ def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str)
         return
     text = json.dumps(dict(facts), sort_keys=True).encode()
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
-    told = gather_vectors([len(text), digest], ranks)
-    if all(values == told[0] for values in told):
+    told = gather_vectors([len(text), digest, ranks.rank], ranks)
+    places = [place for *_, place in told]
+    if sorted(places) != list(range(ranks.size)):
+        raise ValueError(
+            f"the dp, pcp and tp groups have sizes {[axis.size() for axis in ranks.axes]}, but of "
+            f"{ranks.size} ranks only {sorted(set(places))} are there: the groups overlap"
+        )
+    if all(values[:2] == told[0][:2] for values in told):
         return
-    lengths = [length for length, _ in told]
+    lengths = [length for length, *_ in told]
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     mine = mine[:, None].to(communication_device(ranks.axes[0]))
     everyones = bytes(all_gather_rows(mine, lengths, ranks)().flatten().tolist())
@@ -82,6 +95,40 @@ def check_agreement(facts: Mapping[str, str], groups: ParallelGroups, what: str)
         texts.append(json.loads(everyones[start : start + length]))
         start += length
     raise RanksDisagreeError(f"{what} is not the same on all ranks: {_differences(texts)}")
+
+
+@contextlib.contextmanager
+def failures_told(groups: ParallelGroups, what: str) -> Iterator[None]:
+    """What is raised in this block is told to the other ranks, which come to ``check_agreement``
+    next: they raise RanksDisagreeError instead of waiting for this one."""
+    try:
+        yield
+    except RanksDisagreeError:
+        raise
+    except Exception as error:
+        # Groups that nothing can be told over may be what went wrong.
+        with contextlib.suppress(Exception):
+            check_agreement({_FAILURE: f"{type(error).__name__}: {error}"}, groups, what)
+        raise
+
+
+def built_together(build: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """``build(..., parallel=groups)``, which succeeds on all ranks of the groups or on none.
+
+    A rank that fails raises its own error, the others RanksDisagreeError.
+    """
+
+    @functools.wraps(build)
+    def together(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        groups = kwargs.get("parallel")
+        if not isinstance(groups, ParallelGroups) or not groups.connected:
+            return build(*args, **kwargs)
+        with failures_told(groups, "this layer"):
+            made = build(*args, **kwargs)
+        check_agreement({}, groups, "this layer")
+        return made
+
+    return together
 
 
 def check_layer_agreement(
@@ -97,8 +144,10 @@ def check_layer_agreement(
 
 def _differences(facts: list[dict[str, str]]) -> str:
     found = []
-    for name in sorted({name for one in facts for name in one}):
-        values = [one.get(name, "missing") for one in facts]
+    failed = any(_FAILURE in one for one in facts)
+    names = {_FAILURE} if failed else {name for one in facts for name in one}
+    for name in sorted(names):
+        values = [one.get(name, "nothing" if failed else "missing") for one in facts]
         if len(set(values)) > 1:
             found.append(f"{name} is {', '.join(value[:_LONGEST] for value in values)}")
     return "; ".join(found)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fusedmoe.config import ParallelGroups
-from fusedmoe.distributed.agreement import check_agreement
+from fusedmoe.distributed.agreement import check_agreement, failures_told
 from fusedmoe.kernels.peer_all_to_all import copy_rows
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
@@ -61,7 +61,8 @@ class PeerMemory:
     that made this object, at its next Python instruction. That also happens while a captured graph
     is replayed.
 
-    Raises RanksDisagreeError where ranks disagree about the layout, or are on several hosts.
+    Raises RanksDisagreeError where ranks disagree about the layout, are on several hosts, or
+    another rank has no room for its buffer.
     """
 
     def __init__(
@@ -77,20 +78,24 @@ class PeerMemory:
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        if not 0 < timeout_s <= _LONGEST_S:
-            raise ValueError(f"timeout_s must lie in (0, {_LONGEST_S:.0f}], got {timeout_s}")
-        if layout.world != group.size():
-            raise ValueError(
-                f"the layout is for {layout.world} ranks, the group has {group.size()}"
-            )
+        ranks, what = ParallelGroups(dp=group), "the peer memory"
+        with failures_told(ranks, what):
+            if not 0 < timeout_s <= _LONGEST_S:
+                raise ValueError(f"timeout_s must lie in (0, {_LONGEST_S:.0f}], got {timeout_s}")
+            if layout.world != group.size():
+                raise ValueError(
+                    f"the layout is for {layout.world} ranks, the group has {group.size()}"
+                )
         facts = {one.name: str(getattr(layout, one.name)) for one in fields(layout)}
         facts["host"] = socket.gethostname()
         facts["send_sums_from"] = str(send_sums_from)
         facts["push_rows_from"] = str(push_rows_from)
         facts["copy_rows_from"] = str(copy_rows_from)
-        check_agreement(facts, ParallelGroups(dp=group), "the peer memory")
-        device = torch.device("cuda", torch.cuda.current_device())
-        own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        check_agreement(facts, ranks, what)
+        with failures_told(ranks, what):
+            device = torch.device("cuda", torch.cuda.current_device())
+            own = symmetric_memory.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        check_agreement({}, ranks, what)
         self._handle: Any = symmetric_memory.rendezvous(own, group)
         bases = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self.group, self._device = group, device

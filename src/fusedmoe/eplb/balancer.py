@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.agreement import check_agreement
+from fusedmoe.distributed.agreement import check_agreement, failures_told
 from fusedmoe.distributed.groups import communication_device
 from fusedmoe.eplb.executor import ExpertMover, expert_bytes
 from fusedmoe.eplb.maps import balancedness, compute_logical_maps, rank_loads
@@ -86,12 +86,14 @@ class ExpertBalancer:
         self.layers = list(layers)
         self.group = group
         self.config = config or EPLBConfig()
-        first = _check(self.layers, group)
-        L, P, E = len(self.layers), first.num_experts, first.num_logical_experts
-        if physical_to_logical is not None and tuple(physical_to_logical.shape) != (L, P):
-            raise ValueError(
-                f"physical_to_logical must be {(L, P)}, got {tuple(physical_to_logical.shape)}"
-            )
+        ranks, what = ParallelGroups(dp=group), "the balancer"
+        with failures_told(ranks, what):
+            first = _check(self.layers, group)
+            L, P, E = len(self.layers), first.num_experts, first.num_logical_experts
+            if physical_to_logical is not None and tuple(physical_to_logical.shape) != (L, P):
+                raise ValueError(
+                    f"physical_to_logical must be {(L, P)}, got {tuple(physical_to_logical.shape)}"
+                )
         self.physical_to_logical = (
             (torch.arange(P) % E).repeat(L, 1)
             if physical_to_logical is None
@@ -100,7 +102,7 @@ class ExpertBalancer:
         facts = {name: str(value) for name, value in asdict(self.config).items()}
         facts |= {"layers": str(L), "physical_to_logical": str(self.physical_to_logical.tolist())}
         facts["transfer_group"] = str(transfer_group is not None)
-        check_agreement(facts, ParallelGroups(dp=group), "the balancer")
+        check_agreement(facts, ranks, what)
         device = self.layers[0].routed_experts.w13_weight.device
         self.expert_load = torch.zeros(L, P, dtype=torch.int32, device=device)
         self.logical_to_physical = torch.full(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from fusedmoe.config import FusedMoEConfig, FusedMoEParallelConfig, ParallelGroups, ParallelPlace
-from fusedmoe.distributed.agreement import RanksDisagreeError, check_agreement
+from fusedmoe.distributed.agreement import check_agreement, failures_told
 from fusedmoe.runner.reduction import RankSum
 from fusedmoe.weights.expert_map import ExpertMapManager
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from fusedmoe.integrations.transformers.borrowed import ExpertWeights
 
 Made = TypeVar("Made")
-_FAILURE = "what went wrong"
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,7 @@ def make_together(
     A rank that fails raises its own error; the others, which would wait for it in the first
     forward, raise RanksDisagreeError.
     """
-    try:
+    with failures_told(ranks.groups, "the model"):
         made = make()
-    except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        with contextlib.suppress(RanksDisagreeError):
-            check_agreement({_FAILURE: told}, ranks.groups, "the model")
-        raise
-    check_agreement({_FAILURE: "nothing"}, ranks.groups, "the model")
     check_agreement(facts_of(made), ranks.groups, "the model")
     return made
