@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,26 @@ def check_memory_of_one_rank() -> None:
         ),
     ):
         PeerMemory(dist.group.WORLD, PeerLayout(4, 8, 64, 2, torch.bfloat16))
+
+
+def check_closing_without_a_rank() -> None:
+    """Where rank 1 was missed, the others close their memory without it; it may come later."""
+    group, rank = dist.new_group(), dist.get_rank()
+    memory: Any = PeerMemory.__new__(PeerMemory)
+    memory.group, memory.timeout_us, memory._device = group, 500_000, None
+    memory._handle, memory._watchdog = object(), SimpleNamespace(stop=lambda: None)
+    memory._view = SimpleNamespace(error=torch.tensor([0 if rank == 1 else 2]))
+    start = time.monotonic()
+    with mock.patch("torch.cuda.synchronize"):
+        if rank == 1:
+            dist.barrier()
+        memory.close()
+        if rank != 1:
+            assert 0.4 < time.monotonic() - start < 5
+            dist.barrier()
+    with pytest.raises(ValueError, match="closed"):
+        memory.view  # noqa: B018
+    dist.barrier()
 
 
 def check_too_many_tokens(mover: str) -> None:

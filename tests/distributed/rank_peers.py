@@ -505,9 +505,10 @@ def check_batched(name: str, tokens: list[int]) -> None:
 
 
 def check_missing_rank(timeout_s: float) -> None:
-    """The others learn who is missing within 5 s, also while a graph replays; nothing hangs."""
+    """The others learn who is missing within 5 s, also while a graph replays; nothing hangs, nor
+    do they wait for that rank where they close the memory and make another."""
     rank = dist.get_rank()
-    memory = memory_for(4, timeout_s=timeout_s)
+    memory = memory_for(4, timeout_s=timeout_s, group=dist.new_group())
     owners = torch.zeros(E, dtype=torch.int32, device="cuda")
     x, ids, weights = picks(4, 0)
     out = torch.empty_like(x)
@@ -534,8 +535,13 @@ def check_missing_rank(timeout_s: float) -> None:
         assert "rank 1 of" in str(caught)
         took = time.monotonic() - start
         assert timeout_s / 2 < took < 5, f"told after {took:.2f} s"
+        start = time.monotonic()
+        memory.close()
+        took = time.monotonic() - start
+        assert took < timeout_s + 1, f"closed after {took:.2f} s"
     dist.barrier()
     memory.close()
+    memory_for(4).close()
 
 
 def check_disagreement() -> None:

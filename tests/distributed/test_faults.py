@@ -26,6 +26,10 @@ def test_memory_that_one_rank_cannot_make(ranks):
     ranks.run(rank_faults.check_memory_of_one_rank)
 
 
+def test_memory_is_closed_without_a_rank_that_was_missed(ranks):
+    ranks.run(rank_faults.check_closing_without_a_rank)
+
+
 @pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
 def test_more_tokens_than_there_is_room_for(ranks, mover):
     ranks.run(rank_faults.check_too_many_tokens, mover)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from fusedmoe.config import ParallelGroups
 from fusedmoe.distributed.agreement import check_agreement, failures_told
+from fusedmoe.distributed.groups import communication_device
 from fusedmoe.kernels.peer_all_to_all import copy_rows
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
@@ -185,15 +188,32 @@ class PeerMemory:
             )
 
     def close(self) -> None:
-        """Give the memory back, once all ranks have finished; the object is of no use then."""
+        """Give the memory back, once all ranks have finished; the object is of no use then.
+
+        A rank that was missed is waited for no longer than ``timeout_s``: what other ranks have
+        mapped of this memory is theirs until they close it, too.
+        """
         self._watchdog.stop()
         if self._handle is None:
             return
-        torch.cuda.synchronize(self._device)
-        dist.barrier(self.group)
+        self._meet()
         self._handle = None
         self.buffers = []
         self._view = None
+
+    def _meet(self) -> None:
+        torch.cuda.synchronize(self._device)
+        device, missed = communication_device(self.group), bool(self.view.error[0])
+        if missed and device.type != "cpu":
+            return  # a GPU would wait for that rank
+        come = dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
+        assert come is not None
+        if not missed:
+            come.wait()
+            torch.cuda.synchronize(self._device)
+            return
+        with contextlib.suppress(RuntimeError):
+            come.wait(timedelta(microseconds=self.timeout_us))
 
 
 def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor) -> PeerView:
