@@ -42,19 +42,25 @@ E, K, H, I = 16, 3, 256, 128  # noqa: E741
 
 
 def layouts(world: int) -> dict[str, Layout]:
-    """Beside plain data parallel: every way in which ranks may hold different tokens, and one in
-    which some hold the same."""
+    """Every way in which ranks may hold different tokens, over all of them and over pairs, and one
+    in which some hold the same."""
     found = {
+        "dp": Layout(dp=world, ep=True),
         "sp": Layout(tp=world, ep=True, sp=True),
         "pcp": Layout(pcp=world, ep=True),
         "dp_sp": Layout(dp=world // 2, tp=2, ep=True, sp=True, spanning=True),
     }
     if world > 2:
-        found["dp_tp"] = Layout(dp=world // 2, tp=2, ep=True)
+        found |= {
+            "dp_tp": Layout(dp=world // 2, tp=2, ep=True),
+            "dp_pairs": Layout(dp=2, ep=True),
+            "sp_pairs": Layout(tp=2, ep=True, sp=True),
+            "pcp_pairs": Layout(pcp=2, ep=True),
+        }
     return found
 
 
-LAYOUTS = ("sp", "pcp", "dp_sp", "dp_tp")
+LAYOUTS = tuple(layouts(4))
 KEYS = {
     "as they are": None,
     "fp8 blocks": FP8_DYNAMIC_128,
@@ -201,21 +207,22 @@ def check_model() -> None:
     memory.close()
 
 
-def check_layouts(name: str) -> None:
+def check_layouts(name: str, mover: str = "peer") -> None:
     """Uneven ranks, some without tokens, all tokens on one or to one; twice, for the same bits."""
     layout = layouts(dist.get_world_size()).get(name)
     if layout is None:
         return
     groups, token_rank = make_groups(layout)
-    over = {"sp": groups.tp, "pcp": groups.pcp, "dp_sp": groups.ep, "dp_tp": groups.dp}[name]
-    memory = memory_for(16, group=over)
+    memory = memory_for(
+        16, group=groups.ep or (groups.tp if layout.sp else groups.dp or groups.pcp)
+    )
     experts = Experts.random(E, H, I)
     made = []
     for arguments in (
         {
             "parallel": replace(groups, peers=memory),
             "is_sequence_parallel": layout.sp,
-            "options": MoEOptions(prepare_finalize="peer"),
+            "options": MoEOptions(prepare_finalize=mover),
         },
         {},
     ):

@@ -53,6 +53,15 @@ def test_all_to_all(ranks, name):
     ranks.run(check_layout, EXCHANGING[name], "all_to_all")
 
 
+@pytest.mark.parametrize("name", [n for n, one in EVERYWHERE.items() if one.token_ranks == 1])
+def test_rows_by_expert_where_ranks_hold_the_same_tokens(ranks, name):
+    arguments = {"mover": "batched", "max_num_tokens": 9}
+    ranks.run(run_with, EVERYWHERE[name], arguments | {"spreads": SPREADS})
+    if EVERYWHERE[name].ep:
+        to_one = {"to_one_rank": True, "top_k": 1, "renormalize": False}
+        ranks.run(run_with, EVERYWHERE[name], arguments | to_one)
+
+
 @pytest.mark.parametrize(
     ("name", "mover"),
     [(n, "") for n, one in EVERYWHERE.items() if one.ep] + [(n, "all_to_all") for n in EXCHANGING],

@@ -26,9 +26,10 @@ def test_rows_stand_with_their_experts(gpu_ranks, key):
     gpu_ranks.run(rank_peers.check_batched, key, [33, 0, 5, 1])
 
 
+@pytest.mark.parametrize("mover", ["peer", "peer_batched"])
 @pytest.mark.parametrize("layout", rank_peers.LAYOUTS)
-def test_wherever_tokens_are(gpu_ranks, layout):
-    gpu_ranks.run(rank_peers.check_layouts, layout)
+def test_wherever_tokens_are(gpu_ranks, layout, mover):
+    gpu_ranks.run(rank_peers.check_layouts, layout, mover)
 
 
 @pytest.mark.parametrize("tokens", [[5, 5, 5, 5], [70, 0, 33, 1], [600, 513, 700, 1]])

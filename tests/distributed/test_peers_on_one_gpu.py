@@ -20,6 +20,7 @@ CHECKS = (
     (rank_peers.check_rounded_layer, "fp8 blocks", UNEVEN),
     (rank_peers.check_batched, "as they are", [33, 0, 5, 1]),
     (rank_peers.check_layouts, "dp_tp"),
+    (rank_peers.check_layouts, "sp_pairs", "peer_batched"),
     (rank_peers.check_model,),
     (rank_peers.check_missing_rank, 2.0),
     (rank_peers.check_disagreement,),
