@@ -64,7 +64,8 @@ class MoEOptions:
     same input gives the same bits from run to run; False also allows experts that do not promise
     that (``ExpertsCapabilities``; all of ours do). ``max_workspace_bytes`` bounds the scratch
     memory of the experts, which then take the tokens in passes. ``debug_checks``: ids out of range
-    raise on a GPU too, which waits for it.
+    raise on a GPU too, which waits for it; ranks compare how many tokens they bring with what they
+    were told, and with those that share them.
 
     ``experts`` and ``prepare_finalize`` force an implementation: a name that
     ``fusedmoe.explain`` prints, or a class of your own. ``tuned_table`` are measured tiles for this

@@ -139,9 +139,10 @@ def FusedMoE(
     is stored here, and the output is this rank's summand. ``reduce_results=False`` leaves the sum
     to the caller as well. ``is_sequence_parallel``: the tensor-parallel ranks hold different
     tokens. Where groups are given, every rank of them builds the layer; ranks that build different
-    layers, or of which one fails, get a ValueError naming the difference. ``shared_experts_sharded``: each rank's shared
-    experts give one summand of theirs. ``enable_eplb`` allows ``set_eplb_state``,
-    ``num_redundant_experts`` adds copies for it; ``expert_placement`` is linear or round_robin.
+    layers, or of which one fails, get a ValueError naming the difference.
+    ``shared_experts_sharded``: each rank's shared experts give one summand of theirs.
+    ``enable_eplb`` allows ``set_eplb_state``, ``num_redundant_experts`` adds copies for it;
+    ``expert_placement`` is linear or round_robin.
 
     ``runner_cls(..., **runner_args)`` and ``routed_experts_cls(..., **routed_experts_args)``
     replace or parametrise the two modules; ``options`` say how to run. ``max_num_tokens`` is how

@@ -191,6 +191,7 @@ def test_an_unknown_activation(cli, broken: Path, verb: str) -> None:
             "not complete: give --num-experts, --hidden-size, --intermediate",
         ),
         (["bench", "--ep", "--scope", "experts", "--no-peers"], "--no-peers would have no effect"),
+        (["bench", "--ep", "--tokens", "-3"], "token counts must be at least 1, got -3"),
         (["bench", "--max-workspace-bytes", "0"], "max_workspace_bytes must be positive, got 0"),
         ([], "VERB"),
         (["fly"], "invalid choice: 'fly'"),

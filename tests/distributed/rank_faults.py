@@ -201,6 +201,21 @@ def check_counts_that_differ(mover: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(*rows(T, rank), tokens_per_rank=given)
     assert layer(*rows(T, rank), tokens_per_rank=[2, 2, 2, 3]).isfinite().all()
+    known = {"tokens_per_rank": [2, 2, 2, 3]} if rank else {}  # not given to all
+    assert layer(*rows(T, rank), **known).isfinite().all()
+
+
+def check_shared_tokens_that_differ() -> None:
+    """Ranks that should hold the same tokens bring different numbers of them."""
+    groups, rank = make_groups(Layout(dp=2, tp=2, ep=True))
+    layer = build(parallel=groups, options=MoEOptions(debug_checks=True))
+    T = 2 + (dist.get_rank() == 3)
+    if rank == 1:
+        with pytest.raises(ValueError, match=r"share their tokens, but bring \[2, 3\]"):
+            layer(*rows(T, 0))
+    else:
+        layer(*rows(T, 0))
+    assert layer(*rows(2, 0)).isfinite().all()
 
 
 def check_failing_experts(mover: str) -> None:

@@ -195,6 +195,22 @@ def run_with(layout: Layout, arguments: dict[str, Any]) -> None:
     check_layout(layout, **named)
 
 
+def check_fewer_experts(layout: Layout, mover: str) -> None:
+    """Ranks without an expert send their tokens away, and have nothing to give to others."""
+    groups, token_rank = make_groups(layout)
+    options = MoEOptions(prepare_finalize=mover or None)
+    alone, layer = (
+        FusedMoE(3, 2, H, I, torch.float32, **arguments)
+        for arguments in ({}, {"parallel": groups, "options": options})
+    )
+    for one in (alone, layer):
+        one.load_weights(Experts.random(3, H, I).named())
+    x, logits = rows(2 + token_rank, token_rank, columns=3)
+    torch.testing.assert_close(layer(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
+    here = int(groups.size_and_rank(groups.dp or groups.tp)[1] < 3)
+    assert all(row.shape[0] == here for row in layer.routed_experts.get_expert_weights())
+
+
 def check_batch_invariance(layout: Layout) -> None:
     """A rank's tokens have the same bits whatever else it and the others bring."""
     groups, token_rank = make_groups(layout)

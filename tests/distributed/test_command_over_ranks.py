@@ -95,6 +95,14 @@ def test_bench_under_torchrun(tmp_path):
     assert "note: peer: needs GPUs" in done.stdout  # one rank has printed
 
 
+def test_bench_with_fewer_experts_than_ranks(ranks):
+    sizes = ("--num-experts", "3", "--top-k", "2", "--hidden-size", "32")
+    more = ("--intermediate-size", "16", "--tokens", "2", "--dtypes", "fp32", "--repeats", "1")
+    words = ("bench", "--ep", *sizes, *more, "--device", "cpu", "--json")
+    rows = json.loads(on_ranks(ranks, *words))["rows"]
+    assert [row["E"] for row in rows] == [1] * 6  # on rank 0
+
+
 @pytest.mark.parametrize("option", ["--ep", "--tp"])
 def test_several_processes_need_torchrun(option, qwen, capsys, monkeypatch):
     from fusedmoe.cli import main

@@ -44,6 +44,10 @@ def test_ranks_that_were_given_different_counts(ranks, mover):
     ranks.run(rank_faults.check_counts_that_differ, mover)
 
 
+def test_ranks_whose_shared_tokens_differ(ranks):
+    ranks.run(rank_faults.check_shared_tokens_that_differ)
+
+
 @pytest.mark.parametrize("mover", ["naive_dp_ep", "all_to_all"])
 def test_experts_that_fail(ranks, mover):
     ranks.run(rank_faults.check_failing_experts, mover)

@@ -8,6 +8,7 @@ from rank_layers import (
     Layout,
     check_batch_invariance,
     check_compiled,
+    check_fewer_experts,
     check_layout,
     check_one_operator,
     run_with,
@@ -69,6 +70,11 @@ def test_rows_by_expert_where_ranks_hold_the_same_tokens(ranks, name):
 def test_all_tokens_go_to_one_rank(ranks, name, mover):
     arguments = {"mover": mover, "to_one_rank": True, "top_k": 1, "renormalize": False}
     ranks.run(run_with, EVERYWHERE[name], arguments)
+
+
+@pytest.mark.parametrize(("name", "mover"), [("ep4", ""), ("dp4_ep", ""), ("dp4_ep", "all_to_all")])
+def test_ranks_without_experts(ranks, name, mover):
+    ranks.run(check_fewer_experts, EVERYWHERE[name], mover)
 
 
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])

@@ -168,9 +168,11 @@ def _run_over_ranks(
     device: torch.device,
 ) -> int:
     """The layers with their experts spread over the processes of torchrun."""
+    from fusedmoe.bench import check_request
     from fusedmoe.bench.over_ranks import run_ranks_bench
 
     refuse_unused(args, _NOT_OVER_RANKS, "with --ep")
+    check_request(shapes, args.tokens, dtypes, args.routings, device, args.scope)
     check_launched("--ep")
     with launched_ranks(device) as ranks:
         reports = [

@@ -42,6 +42,13 @@ def gather_counts(count: int, ranks: TokenRanks) -> list[int]:
     return [values[0] for values in gather_vectors([count], ranks)]
 
 
+def captures() -> bool:
+    """Whether launches are recorded as a CUDA graph; a compiler could not ask."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def all_gather_rows(x: torch.Tensor, sizes: Sequence[int], ranks: TokenRanks) -> Pending:
     """x [sizes[rank], ...] of every rank, one after the other: [sum(sizes), ...]."""
     if x.shape[0] != sizes[ranks.rank] or len(sizes) != ranks.size:

@@ -61,8 +61,8 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
     def _plan(self, goes: torch.Tensor) -> _Journey:
         """goes bool [ranks, T] -> who sends how many rows to whom, agreed by all."""
         T, rank = goes.shape[1], self.ranks.rank
-        if self._given_sizes is not None:
-            self.given_sizes(self._given_sizes, T)
+        if self._given_sizes is not None or self.compares_sizes:
+            self.sizes_for(T)
         told = gather_vectors([T, *goes.sum(dim=1).tolist()], self.ranks)
         tokens = [counts[0] for counts in told]
         self.check_room(tokens)

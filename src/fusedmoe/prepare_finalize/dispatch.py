@@ -8,7 +8,12 @@ from typing import ClassVar, NamedTuple, Self, cast
 import torch
 
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
-from fusedmoe.distributed.collectives import all_gather_rows, gather_counts, gather_vectors
+from fusedmoe.distributed.collectives import (
+    all_gather_rows,
+    captures,
+    gather_counts,
+    gather_vectors,
+)
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.modular_kernel import (
     FinalizeWork,
@@ -123,7 +128,9 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
             sizes = self.given_sizes(self._given_sizes, num_tokens)
         elif self.ranks.size == 1:
             sizes = [num_tokens]
-        elif _captures():
+        elif self._may_compare_sizes():
+            sizes = self._compared_sizes([], num_tokens)
+        elif captures():
             raise ValueError("a CUDA graph cannot ask other ranks: give tokens_per_rank")
         else:
             sizes = gather_counts(num_tokens, self.ranks)
@@ -132,18 +139,26 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
 
     def given_sizes(self, sizes: Sequence[int], num_tokens: int) -> list[int]:
         """``sizes``, checked against this rank's tokens, and if asked for against all ranks'."""
-        if not self.compares_sizes or _captures() or torch.compiler.is_compiling():
-            return check_sizes(sizes, self.ranks, num_tokens)
+        if self._may_compare_sizes():
+            self._compared_sizes(sizes, num_tokens)
+        return check_sizes(sizes, self.ranks, num_tokens)
+
+    def _may_compare_sizes(self) -> bool:
+        return self.compares_sizes and not captures() and not torch.compiler.is_compiling()
+
+    def _compared_sizes(self, sizes: Sequence[int], num_tokens: int) -> list[int]:
+        """Tokens of every rank, as it says itself; ``sizes`` is empty on a rank that was given
+        none. Raises ValueError, on all of them, where one was given others."""
         known = [int(size) for size in sizes][: self.ranks.size]
         padding = [-1] * (self.ranks.size - len(known))
         told = gather_vectors([num_tokens, *known, *padding], self.ranks)
         brought = [tokens for tokens, *_ in told]
         for rank, (_, *theirs) in enumerate(told):
-            if theirs != brought:
+            if theirs != brought and max(theirs) >= 0:
                 raise ValueError(
                     f"ranks bring {brought} tokens, but tokens_per_rank of rank {rank} is {theirs}"
                 )
-        return check_sizes(sizes, self.ranks, num_tokens)
+        return brought
 
     def hosts_of(self, num_experts: int, expert_map: torch.Tensor | None) -> Hosts:
         """Asks the other ranks the first time, and again where the map is another tensor.
@@ -153,7 +168,7 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
         """
         expert_map = self.checked_map(num_experts, expert_map)
         if not self._learnt or self._learnt[0].expert_map is not expert_map:
-            if _captures():
+            if captures():
                 raise ValueError(
                     f"a CUDA graph cannot ask other ranks which of {num_experts} experts they "
                     "have: run the layer once before"
@@ -214,10 +229,3 @@ class DispatchingModular(Dispatching, FusedMoEPrepareAndFinalizeModular):
     def send_back(self, sums: torch.Tensor, output: torch.Tensor) -> Receiver:
         """Start to send [rows, H] to where they came from; ``output`` is valid once received."""
         raise NotImplementedError
-
-
-def _captures() -> bool:
-    """Whether launches are recorded as a CUDA graph; a compiler could not ask."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():
-        return False
-    return torch.cuda.is_current_stream_capturing()

@@ -83,8 +83,12 @@ class MoERunner(CompiledLayer):
         self.routed_scaling_factor = routed_scaling_factor
         self.router_logits_dtype = router_logits_dtype
         self.num_router_logits = num_router_logits
-        in_order = moe_config.options.batch_invariant
-        self.rank_sum = replace(rank_sum or RankSum(), in_order=in_order)
+        options = moe_config.options
+        self.rank_sum = replace(
+            rank_sum or RankSum(),
+            in_order=options.batch_invariant,
+            compares_counts=options.debug_checks,
+        )
         self.shared_experts_sharded = shared_experts_sharded
         self.skip_padding = skip_padding
         self.enable_eplb = enable_eplb
@@ -96,7 +100,7 @@ class MoERunner(CompiledLayer):
         wanted: Any = gate
         if router_logits_dtype is not None and hasattr(gate, "set_out_dtype"):
             wanted.set_out_dtype(router_logits_dtype)
-        if moe_config.options.batch_invariant and hasattr(gate, "batch_invariant"):
+        if options.batch_invariant and hasattr(gate, "batch_invariant"):
             wanted.batch_invariant = True
         self._check()
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fusedmoe.distributed.collectives import all_gather_rows, sum_in_order
+from fusedmoe.distributed.collectives import (
+    all_gather_rows,
+    captures,
+    gather_counts,
+    sum_in_order,
+)
 from fusedmoe.distributed.groups import TokenRanks
 from fusedmoe.parallel_config import ParallelGroups, ParallelPlace
 
@@ -45,6 +50,7 @@ class RankSum:
 
     ``in_order``: ranks' summands are added in fp32 one after the other. A backend's own all-reduce
     moves less, but the order in which it adds an element's summands depends on where that lies.
+    ``compares_counts``: ask first whether all ranks bring as many tokens, which share them.
     """
 
     size: int = 1
@@ -52,6 +58,7 @@ class RankSum:
     group: ProcessGroup | None = None
     enabled: bool = True
     in_order: bool = False
+    compares_counts: bool = False
 
     @classmethod
     def around(
@@ -83,6 +90,8 @@ class RankSum:
         if summand.extent is Extent.WHOLE or not self.communicates:
             return summand
         value = summand.value.contiguous()
+        if self.compares_counts:
+            self._check_counts(value.shape[0])
         if self.in_order:
             assert self.group is not None
             everyones = all_gather_rows(
@@ -92,6 +101,14 @@ class RankSum:
             return Summand(sum_in_order(parts), Extent.WHOLE)
         torch.distributed.all_reduce(value, group=self.group)
         return Summand(value, Extent.WHOLE)
+
+    def _check_counts(self, num_tokens: int) -> None:
+        if captures() or torch.compiler.is_compiling():
+            return
+        assert self.group is not None
+        counts = gather_counts(num_tokens, TokenRanks((self.group,)))
+        if len(set(counts)) > 1:
+            raise ValueError(f"tensor-parallel ranks share their tokens, but bring {counts}")
 
     def add(self, left: Summand, right: Summand) -> Summand:
         """left + right with one communication at most. May overwrite ``left``, never ``right``."""

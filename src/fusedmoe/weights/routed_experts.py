@@ -189,7 +189,7 @@ class RoutedExperts(LoadableExperts):
             tensor = getattr(self, name)
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} with strides {tensor.stride()} has no flat view")
-            rows.append(tensor.view(tensor.shape[0], -1))
+            rows.append(tensor.view(tensor.shape[0], tensor.shape[1:].numel()))
         return rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
