@@ -30,7 +30,7 @@ def everyone() -> Layout:
     return Layout(dp=dist.get_world_size(), ep=True, spanning=True)
 
 
-def build(layer: int, parallel: ParallelGroups | None, **arguments: Any):
+def build(layer: int, parallel: ParallelGroups | None = None, **arguments: Any):
     made = FusedMoE(E, K, H, I, torch.float32, parallel=parallel, has_bias=True, **arguments)
     made.load_weights(Experts.random(E, H, I, bias=True, seed=layer).named())
     return made
@@ -86,6 +86,23 @@ def check_balancing(use_async: bool, device: str = "cpu", tolerance: float = 1e-
     after = imbalance(rank_loads(load, placement, world))
     # Two ranks begin almost even: nothing there is a third as uneven as before.
     assert after < max(1 + (before - 1) / 3, 1.05), (before, after)
+
+
+def check_balancing_elsewhere(layout: Layout, mover: str | None) -> None:
+    """As ``check_balancing``, however tokens reach the experts: also where ranks share them."""
+    groups, token_rank = make_groups(layout)
+    arguments: dict[str, Any] = {"enable_eplb": True, "num_redundant_experts": REDUNDANT}
+    arguments |= {"is_sequence_parallel": layout.sp, "parallel": groups}
+    layer = build(0, options=MoEOptions(prepare_finalize=mover), **arguments)
+    alone = build(0, None)
+    config = EPLBConfig(window_size=3, step_interval=4, planning_steps=2)
+    balancer = ExpertBalancer([layer], groups.ep, config)
+    start = balancer.physical_to_logical.clone()
+    for step in range(10):
+        x, logits = tokens(token_rank, step)
+        torch.testing.assert_close(layer(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
+        balancer.step()
+    assert not torch.equal(balancer.physical_to_logical, start)
 
 
 def hold_back_messages(mover: ExpertMover, cycles: int = 200_000_000) -> None:
@@ -301,6 +318,16 @@ def check_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ExpertBalancer(layers, groups.ep, **given)
+    here, there = [[0], [1], [2], [3]], [[1], [0], [2], [3]]
+    plans = [make_transfer_plan(here, after) for after in (here, there)]
+    one, two = [torch.zeros(1, 4)], [torch.zeros(1, 8)]
+    for message, (source, target, plan) in (
+        ("plan is TransferPlan.*, TransferPlan", (one, one, plans[odd])),
+        ("bytes of an expert is 16, 32, 16", (one, two if odd else one, plans[0])),
+        ("neither experts before nor after", ([] if odd else one, [], plans[0])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reshard_experts(source, target, plan, groups.ep)
     for wrong in ({"window_size": 0}, {"window_size": 9, "step_interval": 5}):
         with pytest.raises(ValueError, match="window_size"):
             EPLBConfig(**wrong)

@@ -77,6 +77,28 @@ def check_different_models() -> None:
     peers: Any = object() if dist.get_rank() == 3 else None
     with pytest.raises(ValueError, match="peers is False, False, False, True"):
         fusedmoe.accelerate(model(), ep_group=group, peers=peers)
+    odd = dist.get_rank() == 1
+    for told, arguments in (
+        ("ValueError: .*nonsense", {"options": MoEOptions(experts="nonsense" if odd else None)}),
+        ("ValueError: accelerate takes a model", {"model": "a folder" if odd else model()}),
+    ):
+        own = told.removeprefix("ValueError: ")
+        with pytest.raises(
+            ValueError, match=own if odd else f"wrong is nothing, {told}.*, nothing"
+        ):
+            fusedmoe.accelerate(**({"model": model(), "ep_group": group} | arguments))
+    fewer, hooked, other = model(), model(), model()
+    if odd:
+        fewer.model.layers[1].mlp = torch.nn.Identity()
+        hooked.model.layers[0].mlp.forward = hooked.model.layers[0].mlp.forward
+        other.model.layers[1].mlp.experts.act_fn = torch.nn.Tanh()
+    for changed, message in (
+        (fewer, "model.layers.1.mlp is .*, missing, "),
+        (hooked, "model.layers.0.mlp is .*, its forward was replaced"),
+        (other, "went wrong is nothing, the activation of .* is none of ours, nothing, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusedmoe.accelerate(changed, ep_group=group)
     for given in ({}, {"ep_group": group, "same_tokens": True}):
         with pytest.raises(ValueError, match="whose batches differ"):
             fusedmoe.accelerate(model(), peers=object(), **given)

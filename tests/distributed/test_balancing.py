@@ -5,11 +5,26 @@ from __future__ import annotations
 import pytest
 import rank_eplb
 import torch
+from rank_layers import Layout
 
 
 @pytest.mark.parametrize("use_async", [True, False])
 def test_outputs_stay_while_experts_move(ranks, use_async):
     ranks.run(rank_eplb.check_balancing, use_async)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mover"),
+    [
+        (Layout(dp=4, ep=True, spanning=True), "all_to_all"),
+        (Layout(tp=4, ep=True, sp=True, spanning=True), "all_to_all"),
+        (Layout(tp=4, ep=True, spanning=True), None),
+        (Layout(dp=2, tp=2, ep=True, spanning=True), None),
+    ],
+    ids=str,
+)
+def test_however_tokens_reach_the_experts(ranks, layout, mover):
+    ranks.run(rank_eplb.check_balancing_elsewhere, layout, mover)
 
 
 def test_placing_anew_on_request(ranks):

@@ -24,6 +24,8 @@ EVERYWHERE = {
     "dp_ep": Layout(dp=2, ep=True),
     "dp4_ep": Layout(dp=4, ep=True),
     "dp4_ep_given": Layout(dp=4, ep=True, spanning=True),
+    "pcp": Layout(pcp=2),
+    "pcp_tp": Layout(pcp=2, tp=2),
     "pcp_ep": Layout(pcp=2, ep=True),
     "pcp4_ep": Layout(pcp=4, ep=True),
     "dp_pcp_ep": Layout(dp=2, pcp=2, ep=True),

@@ -26,7 +26,8 @@ Made = TypeVar("Made")
 _OWN = {"num_local_experts", "moe_parallel_config", "device", "options"}
 _OWN_OF_PARALLEL = {"tp_rank", "pcp_rank", "dp_rank", "ep_rank"}
 _LONGEST = 200
-_FAILURE = "what went wrong"
+FAILURE = "what went wrong"
+"""A fact in the place of all others, where a rank has none."""
 
 
 class RanksDisagreeError(ValueError):
@@ -108,7 +109,7 @@ def failures_told(groups: ParallelGroups, what: str) -> Iterator[None]:
     except Exception as error:
         # Groups that nothing can be told over may be what went wrong.
         with contextlib.suppress(Exception):
-            check_agreement({_FAILURE: f"{type(error).__name__}: {error}"}, groups, what)
+            check_agreement({FAILURE: f"{type(error).__name__}: {error}"}, groups, what)
         raise
 
 
@@ -144,8 +145,8 @@ def check_layer_agreement(
 
 def _differences(facts: list[dict[str, str]]) -> str:
     found = []
-    failed = any(_FAILURE in one for one in facts)
-    names = {_FAILURE} if failed else {name for one in facts for name in one}
+    failed = any(FAILURE in one for one in facts)
+    names = {FAILURE} if failed else {name for one in facts for name in one}
     for name in sorted(names):
         values = [one.get(name, "nothing" if failed else "missing") for one in facts]
         if len(set(values)) > 1:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusedmoe.config import ParallelGroups
+from fusedmoe.distributed.agreement import check_agreement, failures_told
 from fusedmoe.eplb.transfer import TransferPlan
 
 
@@ -140,11 +142,15 @@ def reshard_experts(
 
     ``group`` has the ranks before and after; one that joins has no source (``[]``), one that
     leaves no target. What a ``FusedMoE`` built for the new groups holds is then what the plan
-    says. At most as many experts are held twice as the rank has afterwards.
+    says. At most as many experts are held twice as the rank has afterwards. Raises
+    RanksDisagreeError where ranks were given different plans, or their experts differ in size.
     """
-    rows = target or source
-    if not rows:
-        raise ValueError("a rank has neither experts before nor after")
+    rows, ranks = target or source, ParallelGroups(dp=group)
+    with failures_told(ranks, "the transfer"):
+        if not rows:
+            raise ValueError("a rank has neither experts before nor after")
+        facts = {"bytes of an expert": str(expert_bytes(rows)), "plan": str(plan)}
+    check_agreement(facts, ranks, "the transfer")
     slots = target[0].shape[0] if target else 0
     mover = ExpertMover(group, expert_bytes(rows), slots, rows[0].device)
     mover.start(source, plan)

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from fusedmoe.config import MoEOptions
-from fusedmoe.distributed.agreement import RanksDisagreeError
+from fusedmoe.config import MoEOptions, ParallelGroups
+from fusedmoe.distributed.agreement import (
+    FAILURE,
+    RanksDisagreeError,
+    check_agreement,
+    failures_told,
+)
 from fusedmoe.integrations.transformers.blocks import BlockForward, ExpertsForward
 from fusedmoe.integrations.transformers.families import Family, at, find_family
 from fusedmoe.integrations.transformers.generic import (
@@ -106,19 +111,15 @@ def accelerate(
     Raises ValueError for ``options`` that force an implementation that does not exist, for what is
     no model, and where ranks have different models.
     """
-    check_forced_names(options)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"accelerate takes a model, not a {type(model).__name__}; "
-            "fusedmoe.from_pretrained loads a folder"
-        )
     ranks = BlockRanks.make(ep_group, same_tokens, peers)
+    blocks = _planned_together(model, options, ranks)
     handled = []
-    for block in plan(model):
+    for block in blocks:
         handled.append(block.path)
         if block.family is None:
             logger.warning("%s is left as it is: %s", block.path, block.reason)
             continue
+        reason = ""
         try:
             replacements = make_replacements(
                 block.module, block.family, options, replay_rows, ranks
@@ -126,7 +127,11 @@ def accelerate(
         except RanksDisagreeError:
             raise
         except ValueError as error:
-            logger.warning("%s is left as it is: %s", block.path, error)
+            reason = str(error)
+        if ranks is not None:
+            check_agreement({FAILURE: reason} if reason else {}, ranks.groups, block.path)
+        if reason:
+            logger.warning("%s is left as it is: %s", block.path, reason)
             continue
         for replacement in replacements:
             _install(replacement)
@@ -138,6 +143,24 @@ def accelerate(
     elif not any(isinstance(module, PackedExperts) for module in model.modules()):
         logger.warning("nothing in this %s runs through fusedmoe", type(model).__name__)
     return model
+
+
+def _planned_together(
+    model: nn.Module, options: MoEOptions | None, ranks: BlockRanks | None
+) -> list[PlannedBlock]:
+    """``plan``, the same on all ranks; ValueError on each of them where it is not."""
+    groups = ParallelGroups() if ranks is None else ranks.groups
+    with failures_told(groups, "the model"):
+        check_forced_names(options)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"accelerate takes a model, not a {type(model).__name__}; "
+                "fusedmoe.from_pretrained loads a folder"
+            )
+        blocks = plan(model)
+    facts = {one.path: one.family.name if one.family else str(one.reason) for one in blocks}
+    check_agreement(facts, groups, "the model")
+    return blocks
 
 
 def run_whole_blocks(
