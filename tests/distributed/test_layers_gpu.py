@@ -21,6 +21,14 @@ LAYOUTS = {
     "sp_ep": Layout(tp=WORLD, ep=True, sp=True),
     "dp_tp_ep": Layout(dp=2, tp=WORLD // 2, ep=True),
 }
+if WORLD == 4:
+    LAYOUTS |= {
+        "tp_pairs": Layout(tp=2),
+        "ep_pairs": Layout(tp=2, ep=True),
+        "dp_pairs_ep": Layout(dp=2, ep=True),
+        "pcp_pairs_ep": Layout(pcp=2, ep=True),
+        "sp_pairs_ep": Layout(tp=2, ep=True, sp=True),
+    }
 EXCHANGING = [name for name in LAYOUTS if name.endswith("_ep")]
 
 
@@ -38,7 +46,21 @@ def run(layout, mover, spreads, given, arguments):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_chosen_way(gpu_ranks, name):
-    on_gpus(gpu_ranks, LAYOUTS[name], "" if name in ("tp", "ep") else "naive_dp_ep")
+    on_gpus(gpu_ranks, LAYOUTS[name], way_of(name))
+
+
+def way_of(name):
+    return "naive_dp_ep" if LAYOUTS[name].token_ranks > 1 else ""
+
+
+@pytest.mark.parametrize(
+    ("name", "mover"),
+    [(name, way_of(name)) for name, layout in LAYOUTS.items() if layout.ep]
+    + [(name, "all_to_all") for name in EXCHANGING],
+)
+def test_all_tokens_go_to_one_rank(gpu_ranks, name, mover):
+    to_one = {"to_one_rank": True, "top_k": 1, "renormalize": False}
+    on_gpus(gpu_ranks, LAYOUTS[name], mover, **to_one)
 
 
 @pytest.mark.parametrize("name", EXCHANGING)
