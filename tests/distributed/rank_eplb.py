@@ -98,11 +98,17 @@ def check_balancing_elsewhere(layout: Layout, mover: str | None) -> None:
     config = EPLBConfig(window_size=3, step_interval=4, planning_steps=2)
     balancer = ExpertBalancer([layer], groups.ep, config)
     start = balancer.physical_to_logical.clone()
-    for step in range(10):
+    step = 0
+    while not balancer.mover.is_moving:
         x, logits = tokens(token_rank, step)
         torch.testing.assert_close(layer(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
         balancer.step()
+        step += 1
+    assert torch.equal(balancer.physical_to_logical, start)
+    balancer.finish()
+    assert not balancer.is_rearranging
     assert not torch.equal(balancer.physical_to_logical, start)
+    torch.testing.assert_close(layer(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)
 
 
 def hold_back_messages(mover: ExpertMover, cycles: int = 200_000_000) -> None:

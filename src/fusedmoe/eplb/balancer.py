@@ -154,16 +154,22 @@ class ExpertBalancer:
 
     def rearrange(self) -> None:
         """Place all experts anew at once, from the load counted so far."""
-        self._finish_moving()
+        self.finish()
         self._targets = self._plan(self.logical_load())
-        self._finish_moving()
+        self.finish()
         self._reset()
 
-    def _finish_moving(self) -> None:
+    def finish(self) -> None:
+        """Put in place at once what is being planned or on its way; every rank calls it alike.
+
+        Before a balancer is given up, for other ranks say: its messages would meet those of the
+        next one over the same group.
+        """
         if self._planning is not None:
             self._targets, self._planning = self._planning.result(), None
         while self._targets is not None:
             self._advance()
+        self._set_recording()
 
     def logical_load(self) -> torch.Tensor:
         """Picks of each logical expert over all ranks since counting began: int64 [L, E], CPU."""
