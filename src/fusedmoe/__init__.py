@@ -26,6 +26,7 @@ _HOME = {
     "FusedMoEExpertsMonolithic": "fusedmoe.modular_kernel",
     "FusedMoEPrepareAndFinalizeModular": "fusedmoe.modular_kernel",
     "FusedMoEPrepareAndFinalizeMonolithic": "fusedmoe.modular_kernel",
+    "FUSED_MOE_UNQUANTIZED_CONFIG": "fusedmoe.quantization.config",
     "FusedMoEQuantConfig": "fusedmoe.quantization.config",
     "FusedMoEQuantDesc": "fusedmoe.quantization.config",
     "QuantFormat": "fusedmoe.quantization.quant_format",

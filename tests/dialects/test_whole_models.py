@@ -18,6 +18,7 @@ import fusedmoe
 from fusedmoe.checkpoint import CheckpointError, read_checkpoint
 from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.packed import PackedExperts
+from fusedmoe.quantization import keys
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -188,6 +189,20 @@ def test_floats_are_rounded_while_they_are_read(
     compare(model, eager(folders.floats), tolerance)
     with pytest.raises(CheckpointError, match=r"is quantized already \(awq\)"):
         fusedmoe.from_pretrained(folders.packed, quantize=quantize)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("fp8", keys.FP8_DYNAMIC_TOKEN), ("fp8_block_32x32", keys.fp8_dynamic_group(32))],
+)
+def test_rows_may_be_rounded_with_weights_that_were_floats(
+    name: str, activation: keys.QuantKey, tmp_path: Path
+) -> None:
+    folder = write_folders(tmp_path, "tiny-mixtral", CASES["awq"]).floats
+    online = fusedmoe.OnlineQuantization.of(name, activation=activation)
+    model = fusedmoe.from_pretrained(folder, quantize=online)
+    assert model.model.layers[0].mlp.experts.schemes.activation == activation
+    compare(model, eager(folder), 0.08)
 
 
 def broken(tmp_path: Path, **changes: Any) -> Path:

@@ -15,6 +15,7 @@ from fusedmoe.distributed.agreement import RanksDisagreeError
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.sources import FolderSource
+from fusedmoe.quantization.keys import FP8_DYNAMIC_TOKEN
 from fusedmoe.weights.expert_map import ExpertMapManager
 
 NEW_TOKENS = 4
@@ -100,6 +101,9 @@ def check_different_arguments(folder: str) -> None:
     quantize = "int8" if rank == 1 else "int4_g32"
     with pytest.raises(RanksDisagreeError, match="format is int4_g32, int8_channel, int4_g32, int"):
         fusedmoe.from_pretrained(folder, quantize=quantize, ep_group=group)
+    rounded = fusedmoe.OnlineQuantization.of("fp8", activation=FP8_DYNAMIC_TOKEN)
+    with pytest.raises(RanksDisagreeError, match="rows is as they come, float8"):
+        fusedmoe.from_pretrained(folder, quantize=rounded if rank == 1 else "fp8", ep_group=group)
 
 
 def check_packed_stays_where_it_is(folder: str) -> None:

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fusedmoe
-from fusedmoe import FusedMoEQuantConfig
+from fusedmoe import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from fusedmoe.quantization import keys
-from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from fusedmoe.quantization.formats import format_named
 from quantized_layers import draw
 

@@ -54,7 +54,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
-    quantize: str | None = None,
+    quantize: str | OnlineQuantization | None = None,
     options: MoEOptions | None = None,
     ep_group: ProcessGroup | DeviceMesh | None = None,
     same_tokens: bool = False,
@@ -66,9 +66,10 @@ def from_pretrained(
     Quantized experts stay as they are stored, in any dialect that ``fusedmoe inspect`` names;
     quantized layers outside the experts become ``dtype``. ``quantize`` names a format
     ("fp8_channel", "int8_channel", "int4_g128", "mxfp4", ...) to which experts stored as floats are
-    rounded while they are read, one matrix at a time. ``dtype`` may be a name ("bf16"), "auto" is
-    the checkpoint's; ``device`` None is the CPU, ``options`` are for the experts. A checkpoint of
-    floats that stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``;
+    rounded while they are read, one matrix at a time; ``OnlineQuantization.of(name,
+    activation=...)`` in its place also has rows rounded. ``dtype`` may be a name ("bf16"), "auto"
+    is the checkpoint's; ``device`` None is the CPU, ``options`` are for the experts. A checkpoint
+    of floats that stays so keeps Transformers' modules, with ``experts_implementation="fusedmoe"``;
     with ``options``, which these have no place for, its experts are ours too, holding floats.
 
     With ``ep_group``, every rank of it calls this with the same arguments and reads its share of
@@ -99,7 +100,7 @@ def _load(
     path: str | Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    quantize: str | None,
+    quantize: str | OnlineQuantization | None,
     options: MoEOptions | None,
     ranks: BlockRanks | None,
     progress: Progress | None,
@@ -143,12 +144,16 @@ def _facts(model: Any) -> dict[str, str]:
             known = facts_of(module.routed_experts.moe_config)
             if module.ranks is not None:
                 known |= facts_of_groups(module.ranks.groups)
-            known["format"] = "floats" if module.schemes is None else module.schemes.name
+            stored = module.schemes
+            known["format"] = "floats" if stored is None else stored.name
+            known["rows"] = str((stored and stored.activation) or "as they come")
             facts |= {f"{path}: {name}": value for name, value in known.items()}
     return facts
 
 
-def open_source(path: str | Path, quantize: str | None = None) -> Source | Checkpoint:
+def open_source(
+    path: str | Path, quantize: str | OnlineQuantization | None = None
+) -> Source | Checkpoint:
     """The checked folder or GGUF file ``path``; a folder with nothing but one GGUF file is that.
 
     A Checkpoint is one of floats that are to stay so.
@@ -160,7 +165,7 @@ def open_source(path: str | Path, quantize: str | None = None) -> Source | Check
             raise CheckpointError(f"{gguf}: is quantized already (gguf)")
         return GgufSource(gguf)
     checkpoint = read_checkpoint(path)
-    online = None if quantize is None else OnlineQuantization.of(quantize)
+    online = OnlineQuantization.of(quantize) if isinstance(quantize, str) else quantize
     if online is None and read_quantization_config(path, checkpoint.config) is None:
         return checkpoint
     return FolderSource(CheckpointExperts.read(checkpoint), online)
