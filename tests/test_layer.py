@@ -423,6 +423,16 @@ def test_custom_routing_function_refuses_what_it_would_not_use(arguments):
         ({"tp_size": 2, "tp_rank": 2}, "tp_rank 2"),
         ({"tp_size": 0}, "0"),
         ({"is_sequence_parallel": True, "tp_size": 2}, "is_sequence_parallel"),
+        (
+            {
+                "is_sequence_parallel": True,
+                "tp_size": 2,
+                "parallel": ParallelGroups(enable_expert_parallel=True),
+                "shared_experts": nn.Linear(H, H),
+                "shared_experts_sharded": True,
+            },
+            "a summand on each of 2 ranks",
+        ),
         ({"quant_config": object()}, "get_quant_method"),
         ({"options": MoEOptions(experts="no such")}, "no such"),
         ({"options": MoEOptions(prepare_finalize="no such")}, "no such"),

@@ -189,7 +189,7 @@ def FusedMoE(
         "enable_eplb": enable_eplb,
         "prefix": prefix,
     }
-    _check_shared(n_shared_experts, shared_experts)
+    _check_shared(n_shared_experts, shared_experts, shared_experts_sharded, parallel_config)
     stored = num_experts
     if expert_substitution is not None:
         beside = {
@@ -267,11 +267,21 @@ def FusedMoE(
     )
 
 
-def _check_shared(n_shared_experts: int | None, shared_experts: nn.Module | None) -> None:
+def _check_shared(
+    n_shared_experts: int | None,
+    shared_experts: nn.Module | None,
+    sharded: bool,
+    parallel: FusedMoEParallelConfig,
+) -> None:
     if n_shared_experts and shared_experts is not None:
         raise ValueError(
             f"{n_shared_experts} shared experts as routed ids and a shared_experts module: "
             "give one of the two"
+        )
+    if sharded and parallel.is_sequence_parallel:
+        raise ValueError(
+            f"shared_experts_sharded gives a summand on each of {parallel.sp_size} ranks, but with "
+            "is_sequence_parallel these hold different tokens"
         )
 
 

@@ -135,6 +135,17 @@ def test_sums_come_back_from_where_they_were_left(sends_sums, counts):
             started[rank].memory.check()
 
 
+def test_more_tokens_than_there_are_rows_for():
+    """An error on every rank, and nothing has been written anywhere."""
+    everyone, maps = movers()
+    before = [one.memory.view.own.clone() for one in everyone]
+    counts = [2, 11]
+    for rank, one in enumerate(everyone):
+        with pytest.raises(ValueError, match=r"bring \[2, 11\] tokens, but max_num_tokens is 10"):
+            one.begin(counts).prepare(*batch(counts[rank], rank), E, maps[rank], False, PLAIN)
+        assert torch.equal(one.memory.view.own, before[rank])
+
+
 def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):
     """Experts that leave every pick's output [rows, K, H] behind them."""
     everyone, maps = movers()
