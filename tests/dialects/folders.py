@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from writers import Case, mxfp4
+from writers import CASES, Case, mxfp4
 
 from fusedmoe.presets import write_preset
 
@@ -97,4 +97,29 @@ def write_gpt_oss(path: Path) -> Folders:
     return Folders(
         write_folder(path / "packed", plain, packed, quantization_config=config),
         write_folder(path / "floats", plain, floats),
+    )
+
+
+def write_with_one_scale(path: Path) -> Folders:
+    """fp8 experts of a layer in one tensor with one scale for all, and each by itself (as
+    ``floats``) with the same scale."""
+    case, scale = CASES["fp8 per tensor by Transformers' names"], torch.tensor(2.0**-11)
+    folder = write_folders(path, "tiny-qwen3-moe", case).packed
+    single = {
+        name: scale.clone() if ".experts." in name and not tensor.dim() else tensor
+        for name, tensor in read_tensors(folder).items()
+    }
+    stacked = {name: tensor for name, tensor in single.items() if ".experts." not in name}
+    for layer in range(2):
+        base = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([single[f"{base}.{e}.{name}.weight"] for e in range(4)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        for name, weight in (("gate_up_proj", torch.cat([gate, up], 1)), ("down_proj", down)):
+            stacked |= {f"{base}.{name}": weight, f"{base}.{name}_scale_inv": scale.clone()}
+            stacked[f"{base}.{name}_activation_scale"] = scale.clone()
+    return Folders(
+        write_folder(path / "stacked", folder, stacked, quantization_config=case.config),
+        write_folder(path / "single", folder, single, quantization_config=case.config),
     )

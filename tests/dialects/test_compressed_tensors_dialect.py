@@ -36,7 +36,15 @@ FORMATS = {
     "MXFP4A16": "mxfp4",
     "MXFP8": "mxfp8",
     "MXFP6A16": "mxfp6_e2m3",
+    "MXFP4XFP8": "mxfp4",
+    "MXFP6A8": "mxfp6_e2m3",
+    "MXFP8A16": "mxfp8",
+    "W8A8": "int8_channel",
+    **dict.fromkeys(("W2A16", "W2A8", "W3A8"), "int4_g128"),
+    **dict.fromkeys(("W5A16", "W5A8", "W6A8", "W7A16", "W7A8"), "int8_g128"),
 }
+# Rows of 4-bit integers, and no quantization.
+OTHERS = {"W2A4", "W3A4", "W4A4", "UNQUANTIZED"}
 
 
 def grouped(weight: torch.Tensor, scheme: QuantizationScheme) -> torch.Tensor:
@@ -107,6 +115,15 @@ def test_values_are_those_of_the_package(name: str) -> None:
     torch.testing.assert_close(ours.dequantize(torch.float32), values.float(), rtol=1e-2, atol=0)
     exact = ours.dequantize(torch.float32).to(values.dtype)
     assert (exact == values).float().mean() > 0.9, "the package rounds to its dtype on the way"
+
+
+def test_every_scheme_that_the_package_names_is_here() -> None:
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    assert set(PRESET_SCHEMES) == {*FORMATS, *OTHERS}
+    for name in OTHERS - {"UNQUANTIZED"}:
+        with pytest.raises(ValueError, match="unknown scheme: dynamic 4-bit int activations"):
+            read_quantization(stored(name)[0])
 
 
 @pytest.mark.parametrize("name", ["FP8", "NVFP4"])

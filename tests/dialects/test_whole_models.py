@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import read_tensors, write_folder, write_folders, write_gpt_oss
+from folders import (
+    read_tensors,
+    write_folder,
+    write_folders,
+    write_gpt_oss,
+    write_with_one_scale,
+)
 from safetensors.torch import save_file
 from writers import CASES
 
@@ -401,6 +407,21 @@ def test_experts_in_one_tensor_under_bare_names(
     with torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, same(PROMPT).logits)
     checkpoint = read_checkpoint(packed)
+    layer = fusedmoe.FusedMoE(
+        *(4, 2, 64, 64),
+        params_dtype=torch.float32,
+        quant_config=CheckpointExperts.read(checkpoint).quantization,
+        prefix="model.layers.0.mlp.experts",
+    )
+    assert fusedmoe.load_local_experts(layer.routed_experts, checkpoint)
+
+
+def test_one_scale_may_stand_for_all_experts_of_a_tensor(tmp_path: Path) -> None:
+    folders = write_with_one_scale(tmp_path)
+    models = [fusedmoe.from_pretrained(folder) for folder in folders]
+    with torch.inference_mode():
+        assert torch.equal(*(model(PROMPT).logits for model in models))
+    checkpoint = read_checkpoint(folders.packed)
     layer = fusedmoe.FusedMoE(
         *(4, 2, 64, 64),
         params_dtype=torch.float32,

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import rank_packed
 import torch
-from folders import Folders, read_tensors, write_folder, write_folders, write_gpt_oss
+from folders import (
+    Folders,
+    read_tensors,
+    write_folder,
+    write_folders,
+    write_gpt_oss,
+    write_with_one_scale,
+)
 from writers import CASES
 
 import fusedmoe
@@ -42,6 +49,13 @@ def test_each_rank_reads_its_share_and_all_give_the_same_tokens(ranks, name, tmp
         arguments = (str(folder), size, same_tokens, expected, quantize)
         read = ranks.run(rank_packed.check, *arguments)
         assert read == [stored // size] * 4
+
+
+def test_ranks_share_the_one_scale_of_all_experts(ranks, tmp_path):
+    folder = write_with_one_scale(tmp_path).packed
+    alone = fusedmoe.from_pretrained(folder, dtype=torch.float32)
+    expected = [rank_packed.tokens(alone, ids) for ids in rank_packed.prompts(4, False)]
+    ranks.run(rank_packed.check, str(folder), 4, False, expected)
 
 
 def test_a_gguf_file_with_fewer_experts_than_ranks(ranks, tmp_path):

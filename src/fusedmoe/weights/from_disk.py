@@ -40,8 +40,9 @@ def _load(layer: RoutedExperts, reader: TensorReader, name: str, short: str) -> 
     shape = reader.checkpoint.tensors[name].shape
     by_expert = len(shape) >= 1 and shape[0] == layer.expert_map_manager.num_logical_experts
     if not (is_stack and by_expert):
-        tensor = reader(name)  # one expert's, or rows of all experts below each other
-        layer.load_tensor(short, tensor)
+        tensor = reader(name)  # one expert's, one for all, or rows of all below each other
+        for expert in experts if is_stack and not shape else (None,):
+            layer.load_tensor(short, tensor, expert=expert)
         return _bytes(tensor)
     unread, count = reader.slice(name), 0
     for expert in experts:

@@ -159,7 +159,9 @@ class ExpertLoader:
         assert self._stored is not None
         layer = self._layer
         count = layer.expert_map_manager.num_logical_experts
-        if physical is None and (tensor.dim() == 0 or tensor.shape[0] != count):
+        if physical is None and tensor.dim() == 0:
+            tensor = tensor.expand(count)  # one scale for all experts
+        if physical is None and tensor.shape[0] != count:
             raise ValueError(
                 f"{name}: expected {count} experts along the first axis, found shape "
                 f"{tuple(tensor.shape)}"

@@ -135,6 +135,9 @@ class PackedExperts(nn.Module):
         if tensor.expert is not None:
             if tensor.expert in own:
                 yield tensor.expert, source.read(tensor.name)
+        elif not source.shape(tensor.name):  # one number for all experts
+            value = source.read(tensor.name)
+            yield from ((expert, value) for expert in own)
         elif source.shape(tensor.name)[:1] != (self.num_experts,):
             yield None, source.read(tensor.name)  # rows of all experts below each other
         elif own:
