@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_quantization_config(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The ``quantization_config`` of a checkpoint: in config.json, in a section of it, or beside.
 
-    None where there is none; CheckpointError where it is no object.
+    Older files of compressed-tensors call it ``compression_config``. None where there is none;
+    CheckpointError where it is no object.
     """
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for section in sections:
-        found = section.get("quantization_config")
+    for key, section in product(("quantization_config", "compression_config"), sections):
+        found = section.get(key)
         if found is None:
             continue
         if not isinstance(found, dict):
-            raise CheckpointError(f"{folder / CONFIG_NAME}: quantization_config is {found!r}")
+            raise CheckpointError(f"{folder / CONFIG_NAME}: {key} is {found!r}")
         return found
     for name in QUANTIZATION_FILES:
         if (folder / name).is_file():

@@ -372,6 +372,15 @@ def test_the_quantization_may_stand_in_a_file_of_its_own(
     compare(model, eager(folders.floats), max(1e-2, tolerance_of(model)))
 
 
+def test_the_older_key_of_compressed_tensors(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", CASES["ct w4a16"])
+    path = folders.packed / "config.json"
+    config = json.loads(path.read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    compare(fusedmoe.from_pretrained(folders.packed), eager(folders.floats), 1e-2)
+
+
 @pytest.mark.parametrize(
     ("name", "suffixes"),
     [
