@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers.utils.quantization_config
 from writers import CASES, Case, mxfp4
 
 import fusedmoe
@@ -170,6 +172,27 @@ def test_the_newer_key_for_the_version_of_gptq() -> None:
     scheme = read_quantization(config).scheme(MODULE)
     assert scheme is not None
     assert scheme.dialect == "gptq v2"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FineGrainedFP8Config", {}),
+        ("FbgemmFp8Config", {}),
+        ("GPTQConfig", {"bits": 4}),
+        ("AwqConfig", {}),
+        ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("AutoRoundConfig", {}),
+    ],
+)
+def test_records_of_transformers_are_read_as_the_json_that_it_writes(
+    name: str, settings: dict[str, object]
+) -> None:
+    record = getattr(transformers.utils.quantization_config, name)(**settings)
+    written = json.loads(record.to_json_string(use_diff=False))
+    scheme = read_quantization(record).scheme(MODULE)
+    assert scheme is not None
+    assert scheme.describe() == read_quantization(written).scheme(MODULE).describe()
 
 
 @pytest.mark.parametrize("group", [-1, 2, 1 << 30])

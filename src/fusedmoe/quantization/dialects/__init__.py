@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from importlib import import_module
 from typing import Any
 
@@ -34,17 +35,18 @@ _HOME = {
 }
 
 
-def read_quantization(
-    config: Mapping[str, Any], leaves: Leaves | None = None
-) -> CheckpointQuantization:
-    """What a ``quantization_config`` means.
+def read_quantization(config: Any, leaves: Leaves | None = None) -> CheckpointQuantization:
+    """What a ``quantization_config`` means: an object of JSON, or Transformers' own record of one.
 
     ``leaves`` are the dtypes of the expert tensors in the files, by the last part of their names;
     without them the usual ones are assumed. Raises ValueError for a method that is not known.
     """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
     if not isinstance(config, Mapping):
         raise ValueError(f"quantization_config must be an object, got {type(config).__name__}")
     method = config.get("quant_method")
+    method = method.value if isinstance(method, Enum) else method
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = "bitsandbytes"
     if method is None:
