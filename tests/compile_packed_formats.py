@@ -107,5 +107,6 @@ x = torch.zeros(T, D, dtype=BF16)
 for element, group, e8m0 in (("e4m3", 0, False), ("e2m1", 16, False), ("e3m2", 32, True)):
     round_rows.launch(x, x, None, element, group, e8m0, "halves")
 order = torch.zeros(E, D, dtype=torch.int32)
-gather_columns.launch(x, order, torch.zeros(T * K, D, dtype=BF16), ids, None)
+for orders, position in ((("", ""), None), (("halves", "lanes"), ids)):
+    gather_columns.launch(x, order, torch.zeros(T * K, D, dtype=BF16), ids, None, orders, position)
 print("compiled")

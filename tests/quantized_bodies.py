@@ -84,11 +84,13 @@ def triton_gather(
     out: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None = None,
+    orders: tuple[str, str] = ("", ""),
+    position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``gather_columns_reference``."""
     from fusedmoe.kernels.triton.gather_columns import launch
 
-    launch(x, order, out, topk_ids, expert_map)
+    launch(x, order, out, topk_ids, expert_map, orders, position)
     return out
 
 

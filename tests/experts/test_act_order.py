@@ -13,6 +13,7 @@ from fusedmoe.experts.act_order import sorted_operands
 from fusedmoe.experts.quantized_operands import TABLES, Operands
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import BatchedTritonQuantizedExperts
+from fusedmoe.kernels.column_orders import ordered
 from fusedmoe.kernels.gather_columns import gather_columns, gather_columns_reference
 from fusedmoe.quantization.formats.act_order import sort_columns
 from fusedmoe.quantization.keys import fp8_dynamic_group
@@ -273,6 +274,27 @@ def test_compiled_without_graph_breaks(experts):
     assert case.runner(tensors, experts, compiled=True, prepare=True)().equal(eager())
 
 
+def test_gathering_from_one_order_into_another():
+    """Rows that lie where they were put, of a table in the order of weights."""
+    ids = torch.tensor([0, 5, 9, -1, 3, 2], dtype=torch.int32)
+    here = torch.tensor([2, 0, 1, -1, 0, 3], dtype=torch.int32)
+    x, raw = torch.randn(9, 64), torch.stack([torch.randperm(64) for _ in range(4)]).int()
+    position = torch.tensor([4, 1, 8, 0, 6, 2], dtype=torch.int32)
+    found, wanted = torch.full((2, 9, 64), 7.0)
+    given = ordered(raw, "halves").contiguous(), found, ids, here
+    triton_gather(x, *given, ("halves", "lanes"), position)
+    for slot, expert in enumerate(here[ids.clamp(0, 5).long()].tolist()):
+        if 0 <= ids[slot] < 6 and expert >= 0:
+            row = x[position[slot], raw[expert].long()]
+            wanted[position[slot]] = ordered(row[None], "lanes")[0]
+    assert found.equal(wanted)
+    assert gather_columns(
+        *(x, given[0], torch.full((9, 64), 7.0), ids, here),
+        orders=("halves", "lanes"),
+        position=position,
+    ).equal(wanted)
+
+
 def test_gathering_and_its_errors():
     x, order = torch.randn(3, 70), torch.stack([torch.randperm(70) for _ in range(4)]).int()
     ids = torch.tensor([0, 5, 9, -1, 3, 2], dtype=torch.int32)
@@ -293,3 +315,7 @@ def test_gathering_and_its_errors():
     refused(r"expected \(6, 70\)", out=found[:5])
     refused("dense", x=x.t().contiguous().t())
     refused("no multiple", x=x[:2].repeat(2, 1), out=found, ids=ids)
+    with pytest.raises(ValueError, match="none of the orders"):
+        gather_columns(x, order, found, ids, orders=("halves", "lanes"))
+    with pytest.raises(ValueError, match="position"):
+        gather_columns(x, order, x.clone(), ids, position=ids[:2])

@@ -97,6 +97,18 @@ ROUNDED = {
 }
 
 
+ORDERED = {
+    "int4": Quantized("int4_g32_act_order", layer=WIDE, one_order=True),
+    "zero_points_map": Quantized(
+        "int4_g32_zp_act_order", layer=replace(WIDE, E=8, local=3, bias=True), one_order=True
+    ),
+    "bytes": Quantized("int8_g32_act_order", layer=WIDE, one_order=True),
+    "up_alone": Quantized("int4_g32_act_order", layer=WIDE, down="int8_channel", one_order=True),
+    "down_alone": Quantized("nf4", layer=WIDE, down="int4_g32_act_order"),
+    "rounded": Quantized("int4_g32_act_order", MXFP8_DYNAMIC, WIDE, one_order=True),
+}
+
+
 @pytest.fixture
 def streamed(monkeypatch):
     """Which of the launchers ran."""
@@ -138,6 +150,26 @@ def test_few_rounded_rows_stream_as_floats(name, streamed):
     assert streamed == ["quantized_decode"]
     assert_no_worse(name, out, computed.to(out.dtype), exact)
     assert relative_error(out, computed).frobenius < 0.8 * relative_error(out, exact).frobenius
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_few_rows_follow_sorted_columns(name, streamed):
+    case = ORDERED[name]
+    tensors = case.layer.tensors()
+    experts = HopperQuantizedExperts if case.rows is None else HopperEmulatedExperts
+    out = case.runner(tensors, experts, prepare=True)().double()
+    expected = case.expected(tensors)
+    assert streamed == ["quantized_decode"]
+    assert float((out - expected).norm() / expected.norm()) < (6e-3 if case.rows is None else 3e-2)
+
+
+def test_columns_that_cannot_be_sorted_go_the_triton_experts_way(streamed):
+    case = Quantized("int4_g32_act_order", layer=WIDE)  # gate and up have orders of their own
+    tensors = case.layer.tensors()
+    out = case.runner(tensors, HopperQuantizedExperts, prepare=True)().double()
+    expected = case.expected(tensors)
+    assert not streamed
+    assert float((out - expected).norm() / expected.norm()) < 6e-3
 
 
 @pytest.mark.parametrize(("T", "ran"), [(12, ["quantized_decode"]), (13, [])])

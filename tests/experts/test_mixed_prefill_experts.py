@@ -120,6 +120,25 @@ def test_many_rounded_rows_fill_tiles_as_floats(name, prefilled):
     assert relative_error(out, computed).frobenius < 0.8 * relative_error(out, exact).frobenius
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Quantized("int4_g32_act_order", layer=MANY, one_order=True),
+        Quantized("int8_g32_act_order", layer=replace(MANY, E=8, local=3, T=300), one_order=True),
+        Quantized("int4_g128", layer=MANY, down="int4_g32_zp_act_order"),
+        Quantized("int4_g128_act_order", keys.MXFP8_DYNAMIC, MANY, one_order=True),
+    ],
+    ids=["int4", "bytes_map", "down_alone", "rounded"],
+)
+def test_many_rows_follow_sorted_columns(case, prefilled):
+    tensors = case.layer.tensors()
+    experts = HopperQuantizedExperts if case.rows is None else HopperEmulatedExperts
+    out = case.runner(tensors, experts, prepare=True)().double()
+    expected = case.expected(tensors)
+    assert len(prefilled) == 1
+    assert float((out - expected).norm() / expected.norm()) < (6e-3 if case.rows is None else 3e-2)
+
+
 @pytest.mark.parametrize("fmt", ["fp8_tensor", "int4_g128"])
 def test_one_dynamic_scale_for_all_rows_goes_another_way(fmt, prefilled):
     case = Quantized(fmt, keys.FP8_DYNAMIC_TENSOR, MANY)

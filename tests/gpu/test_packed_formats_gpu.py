@@ -227,22 +227,49 @@ STREAMED = {
     "nf4_by_mxfp8": Quantized(
         "nf4", MXFP8_DYNAMIC, replace(FEW, activation=MoEActivation.SWIGLUOAI, bias=True)
     ),
+    "sorted": Quantized("int4_g128_act_order", None, FEW, one_order=True),
+    "sorted_lone": Quantized(
+        *("int4_g32_zp_act_order", None, replace(FEW, T=2, E=64)), one_order=True
+    ),
+    "sorted_bytes_map": Quantized(
+        *("int8_g32_act_order", None, replace(FEW, bias=True, E=32, local=9)), one_order=True
+    ),
+    "sorted_by_mxfp8": Quantized("int4_g128_act_order", MXFP8_DYNAMIC, FEW, one_order=True),
+}
+# Of more rows: sorted columns are followed in blocks of rows, too.
+FILLED = {
+    "many_sorted": Quantized(
+        "int4_g128_act_order", None, replace(FEW, T=700, E=8, K=2), one_order=True
+    ),
+    "many_sorted_tails": Quantized(
+        *("int4_g32_zp_act_order", None, replace(FEW, T=3000, E=8, K=2, bias=True)), one_order=True
+    ),
+    "many_sorted_bytes_map": Quantized(
+        *("int8_g32_act_order", None, replace(FEW, T=500, E=8, local=3, K=2)), one_order=True
+    ),
+    "many_down_alone": Quantized(
+        *("int4_g128", None, replace(FEW, T=700, E=8, K=2), "int4_g128_act_order")
+    ),
+    "many_by_mxfp8": Quantized(
+        *("int4_g128_act_order", MXFP8_DYNAMIC, replace(FEW, T=700, E=8, K=2)), one_order=True
+    ),
 }
 
 
-@pytest.mark.parametrize("name", STREAMED)
-def test_few_rows_are_streamed(name, monkeypatch):
-    """Rows that are rounded to a format, and numbers from a table: no worse than a torch
-    computation on the same rows; the same bits in graphs, in which a row of NaN is its own, and so
-    is a token without an expert."""
-    ran, decode = [], hopper_quantized.quantized_decode
+@pytest.mark.parametrize("name", STREAMED | FILLED)
+def test_rows_on_hoppers_own_units(name, monkeypatch):
+    """Rows that are rounded to a format, rows whose columns follow sorted ones, and numbers from a
+    table: no worse than a torch computation on the same rows; the same bits in graphs, in which a
+    row of NaN is its own, and so is a token without an expert."""
+    launcher = "quantized_decode" if name in STREAMED else "mixed_prefill"
+    ran, launch = [], getattr(hopper_quantized, launcher)
     monkeypatch.setattr(
-        hopper_quantized, "quantized_decode", lambda *given: (ran.append(1), decode(*given))
+        hopper_quantized, launcher, lambda *given, **more: (ran.append(1), launch(*given, **more))
     )
-    case = STREAMED[name]
+    case = (STREAMED | FILLED)[name]
     tensors = case.layer.tensors()
     experts = HopperQuantizedExperts if case.rows is None else HopperEmulatedExperts
-    run = case.runner(tensors, experts)
+    run = case.runner(tensors, experts, prepare=True)
     clean = run().clone()
     exact = replace(case, rows=None).expected(tensors)
     allowed = 1.05 * error(case.expected(tensors), exact) + WEIGHT_ONLY_ERROR

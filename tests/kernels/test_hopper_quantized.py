@@ -14,6 +14,7 @@ from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantized_checks import unmet_by_weights
+from fusedmoe.kernels.row_steps import RowSteps
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (
     FP8_DYNAMIC_128,
@@ -249,10 +250,11 @@ def test_rows_that_cannot_be_rounded_here_are_refused():
     x, ids = torch.zeros(4, 64).bfloat16(), torch.zeros(4, 2, dtype=torch.int32)
     call = LayerTensors(x, w1, w2, torch.ones(4, 2), ids, programs=1, **scratch(4, 2, 64, 32))
     with pytest.raises(ValueError, match="one by one"):
-        quantized_decode(call, keys=(None, FP8_DYNAMIC_TENSOR))
+        quantized_decode(call, steps=(RowSteps(), RowSteps(FP8_DYNAMIC_TENSOR)))
     tile = CudaStreamTile(16, 16, 4, 1)
+    steps = RowSteps(), RowSteps(MXFP4_DYNAMIC)
     with pytest.raises(ValueError, match="order"):
-        quantized_decode(call, None, CudaDecodeTiles(tile, tile), (None, MXFP4_DYNAMIC))
+        quantized_decode(call, tiles=CudaDecodeTiles(tile, tile), steps=steps)
 
 
 @pytest.mark.parametrize("rows", [None, FP8_DYNAMIC_TOKEN])

@@ -67,9 +67,10 @@ _BY_FLOATS = (
 
 
 def _has_kernels(weight: QuantKey, rows: QuantKey | None) -> bool:
-    """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes."""
+    """Whether any kernel of Hopper's own multiplies this pair, whatever its shapes; act-order
+    weights once their columns are sorted."""
     known = _BY_FLOATS if rows is None else _BY_ROUNDED
-    return weight.dtype in known and not weight.act_order
+    return weight.dtype in known and (rows is None or not weight.act_order)
 
 
 def _is_int8(rows: QuantKey | None) -> bool:
@@ -148,7 +149,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         operands = run = None
         plain = torch.compiler.is_compiling() or self.moe_config.options.batch_invariant
         if not plain and too_many_picks(K) is None:
-            operands = self.operands(work.w1, work.w2, work.activation, work.output.dtype)
+            given = work.w1, work.w2, work.activation, work.output.dtype
+            operands = self.operands_to_run(*given)
         if operands is not None:
             assert work.workspace2 is not None
             room, experts = work.workspace2.numel() // H, (e, work.global_num_experts)
@@ -208,16 +210,16 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
     def _decode(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         R, (_, H, I) = layer.topk_ids.numel(), layer.w2.shape  # noqa: E741
         act = scratch(layer.act, R, I)
-        a1, a2, scales = operands.a1, operands.a2, (operands.a1_scale, operands.a2_scale)
         if operands.floating_rows:
             y = scratch(layer.y, R, 2 * H).view(torch.float32)
             layer = layer._replace(act=act, y=y)
-            quantized_decode(layer, None, self.decode_tiles, (a1, a2), scales)
+            quantized_decode(layer, tiles=self.decode_tiles, steps=operands.steps)
             return
-        assert a1 is not None
-        assert a2 is not None
+        assert operands.a1 is not None
+        assert operands.a2 is not None
+        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
         layer = layer._replace(act=act, y=scratch(layer.y, R, H))
-        w8a8_decode(layer, (a1, a2), scales, self.stream_tiles, x_scale)
+        w8a8_decode(layer, keys, scales, self.stream_tiles, x_scale)
 
     def _prefill(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         e, H, I = layer.w2.shape  # noqa: E741
@@ -240,8 +242,8 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         wide = wide_rows(layer.w1.format, layer.w2.format)
         y = scratch(layer.y, P, 2 * H if wide else H)
         y = y.view(torch.float32) if wide else y
-        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
-        mixed_prefill(layer._replace(act=scratch(layer.act, P, I), y=y), tiles, keys, scales)
+        layer = layer._replace(act=scratch(layer.act, P, I), y=y)
+        mixed_prefill(layer, tiles, operands.steps)
 
 
 class HopperEmulatedExperts(HopperQuantizedExperts):

@@ -33,7 +33,7 @@ def runs_decode(
     if MAX_DECODE_MEAN * num_experts < R or x.stride(1) != 1 or x.data_ptr() % ALIGNED_BYTES:
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
-    if operands.emulate:
+    if operands.emulate or operands.rows_follow:
         if EIGHT_MEAN * num_experts < R or x_scale is not None:
             return False
     elif (a1 is None) != (a2 is None):

@@ -10,6 +10,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.row_steps import BothSteps, RowSteps
 from fusedmoe.quantization.config import (
     FusedMoEQuantConfig,
     FusedMoEQuantDesc,
@@ -80,6 +81,14 @@ class Operands:
     def rows_follow(self) -> bool:
         """Whether rows are rearranged as their experts' columns lie."""
         return self.order is not None or self.places is not None
+
+    @property
+    def steps(self) -> BothSteps:
+        """What rows in floating point go through before each product."""
+        return (
+            RowSteps(self.a1, self.a1_scale, self.order),
+            RowSteps(self.a2, self.a2_scale, self.down_order),
+        )
 
     @property
     def columns(self) -> tuple[int, int]:

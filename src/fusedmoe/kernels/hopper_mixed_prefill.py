@@ -19,8 +19,8 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
-from fusedmoe.kernels.quantized_checks import check_one_by_one, check_plain_rows
-from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows_reference
+from fusedmoe.kernels.quantized_checks import check_plain_rows
+from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps, check_steps
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
@@ -80,14 +80,12 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
 def mixed_prefill(
     layer: LayerTensors[QuantizedTensor],
     tiles: MixedPrefillTiles,
-    keys: RowKeys = (None, None),
-    scales: RowScales = (None, None),
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
     """Run a layer of many slots: x and out bf16, weights in 4, 6 or 8 bits; scratch act [P, I] bf16
     and y [P, H] bf16, fp32 for ``wide_rows``, P = ``mixed_prefill_rows``.
 
-    ``keys``: how the rows that enter each product are rounded before (``round_rows``), with the
-    ``scales`` fp32 [1] of those that are static; not with one dynamic scale for all rows.
+    ``steps``: of the rows that enter each product; none are rounded with one dynamic scale for all.
 
     Raises ValueError for weights that the kernels cannot read and for tensors that do not fit.
     """
@@ -97,16 +95,16 @@ def mixed_prefill(
     tiles.check()
     _check(layer, tiles)
     check_biases(layer)
-    check_one_by_one(keys)
+    check_steps(steps)
     if not layer.x.is_cuda:
-        mixed_prefill_reference(layer, tiles, keys, scales)
+        mixed_prefill_reference(layer, tiles, steps)
         return
     from fusedmoe.kernels.triton.hopper_mixed_prefill import prefill
 
     ids, e = layer.topk_ids, layer.w1.shape[0]
     if ids.numel() > 0:
         tables = mixed_prefill_tables(ids, e, layer.expert_map, tiles)
-        prefill(layer, tables, tiles, keys, scales)
+        prefill(layer, tables, tiles, steps)
 
 
 def mixed_prefill_tables(
@@ -123,25 +121,21 @@ def mixed_prefill_tables(
 def mixed_prefill_reference(
     layer: LayerTensors[QuantizedTensor],
     tiles: MixedPrefillTiles,
-    keys: RowKeys = (None, None),
-    scales: RowScales = (None, None),
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
     """The definition, in plain torch; rows of act and y are slots."""
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
-    if keys[0] is not None:
-        x = round_rows_reference(x, keys[0], scales[0])
+    x = steps[0].taken(x, w1, layer)
     (T, K), (e, H, _) = topk_ids.shape, w2.shape
     R, slots, expert_map = T * K, tiles.gemm1.slots, layer.expert_map
     tables = align_local_slots(topk_ids, slots, e, expert_map, whole_blocks=True)
     tile = QuantizedTile(64, slots, 64, 1, 4, 2)
     y[:R] = 0
     quantized_gemm_reference(
-        x, w1, act[:R], tables, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
-        activation_config=layer.activation_config,
+        x, w1, act[:R], tables, tile, top_k=steps[0].top_k(K), bias=layer.w1_bias,
+        activation=layer.activation, activation_config=layer.activation_config,
     )  # fmt: skip
-    rows = act[:R]
-    if keys[1] is not None:
-        rows = round_rows_reference(rows, keys[1], scales[1])
+    rows = steps[1].taken(act[:R], w2, layer)
     quantized_gemm_reference(rows, w2, y[:R], tables, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e

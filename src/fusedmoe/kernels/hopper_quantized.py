@@ -25,10 +25,9 @@ from fusedmoe.kernels.quantized_checks import (
     ALIGNED_BYTES,
     check_decode,
     check_layer,
-    check_one_by_one,
     unmet_by_stream,
 )
-from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows, round_rows_reference
+from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps, check_steps, in_slots
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     EIGHT_MEAN,
@@ -150,25 +149,23 @@ def quantized_decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
     tiles: CudaDecodeTiles | None = None,
-    keys: RowKeys = (None, None),
-    scales: RowScales = (None, None),
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
     """Run a layer of few slots: x and out bf16; scratch act [R, I] bf16 and y [R, H] fp32,
     R = T * K.
 
     ``blocks`` hold the tiles' slots, or are ids (``LoneSlots``, ``tiles.made`` at most); both are
-    chosen here where they are not given. ``keys``: how the rows that enter each product are rounded
-    before (``round_rows``), with the ``scales`` fp32 [1] of those that are static; not with one
-    dynamic scale for all rows. Raises ValueError for weights that the kernel cannot read and for
-    tensors that do not fit.
+    chosen here where they are not given. ``steps``: of the rows that enter each product; none are
+    rounded with one dynamic scale for all. Raises ValueError for weights that the kernel cannot
+    read and for tensors that do not fit.
     """
     w1, w2, topk_ids, expert_map = layer.w1, layer.w2, layer.topk_ids, layer.expert_map
     reason = unmet_by_stream(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     R, e = topk_ids.numel(), w2.shape[0]
-    check_one_by_one(keys)
-    chosen = tiles is None and blocks is None and keys == (None, None)
+    check_steps(steps)
+    chosen = tiles is None and blocks is None and all(step.none for step in steps)
     one_launch = token_cut_for(layer) if chosen else None
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
@@ -176,17 +173,17 @@ def quantized_decode(
         lone, likely = blocks is not None or lone_slots(R, e, expert_map), R
         if not lone and expert_map is not None:
             likely = expected_slots(R, e, expert_map.shape[0])
-        if keys[1] is not None:  # tiles of more slots take rows in an order of their own
+        if in_slots(steps):  # tiles of more slots take rows in an order of their own
             likely = min(likely, EIGHT_MEAN * e)
         tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
     if blocks is None and tiles.made >= R and e < MOST_NAMED:
         blocks = LoneSlots.of(topk_ids, expert_map)
-    if tiles.paired and keys[1] is not None:
-        raise ValueError(f"rows are not rounded in the order in which {tiles.gemm2} takes them")
+    if tiles.paired and in_slots(steps):
+        raise ValueError(f"no steps lead to the order in which {tiles.gemm2} takes rows")
     check_decode(layer, blocks, tiles.made)
     check_layer(layer)
     if not layer.x.is_cuda:
-        quantized_decode_reference(layer, blocks, keys, scales)
+        quantized_decode_reference(layer, blocks, steps)
         return
     from fusedmoe.kernels.cuda.quantized_decode import decode
 
@@ -197,8 +194,8 @@ def quantized_decode(
 
         run_token(layer, one_launch)
         return
-    if keys[0] is not None:
-        layer = layer._replace(x=round_rows(layer.x, keys[0], scales[0]))
+    # y is written after the first product has read its rows.
+    layer = layer._replace(x=steps[0].taken(layer.x, w1, layer, room=layer.y))
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:
             order = PairedOrder.of(w1.format)
@@ -206,29 +203,27 @@ def quantized_decode(
             layer = layer._replace(x=x)
         else:
             blocks = align_local_slots(topk_ids, tiles.slots, e, expert_map)
-    decode(layer, blocks, tiles, keys[1], scales[1])
+    decode(layer, blocks, tiles, steps)
 
 
 def quantized_decode_reference(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots | None = None,
-    keys: RowKeys = (None, None),
-    scales: RowScales = (None, None),
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
     """The definition, in plain torch."""
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
-    if keys[0] is not None:
-        x = round_rows_reference(x, keys[0], scales[0])
+    x = steps[0].taken(x, w1, layer)
     (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
     # The definition knows no tiles: its blocks are of eight slots, or its caller's.
     if not isinstance(blocks, LoneSlots):
         blocks = align_local_slots(topk_ids, 8, e, expert_map)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     quantized_gemm_reference(
-        x, w1, act, blocks, tile, top_k=K, bias=layer.w1_bias, activation=layer.activation,
-        activation_config=layer.activation_config,
+        x, w1, act, blocks, tile, top_k=steps[0].top_k(K), bias=layer.w1_bias,
+        activation=layer.activation, activation_config=layer.activation_config,
     )  # fmt: skip
-    rows = act if keys[1] is None else round_rows_reference(act, keys[1], scales[1])
+    rows = steps[1].taken(act, w2, layer)
     quantized_gemm_reference(rows, w2, y, blocks, tile, top_k=1, bias=layer.w2_bias)
     moe_fused_mul_sum_reference(
         y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e

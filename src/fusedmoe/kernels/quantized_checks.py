@@ -9,9 +9,7 @@ from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, TABLES, check_weights
 from fusedmoe.kernels.hopper_decode import check_biases, check_picks
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.round_rows import RowKeys
 from fusedmoe.kernels.tensor_checks import check_quantized_rows
-from fusedmoe.quantization.keys import PER_TENSOR
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 ALIGNED_BYTES = 16
@@ -59,12 +57,6 @@ def unmet_by_stream(*weights: QuantizedTensor) -> str | None:
             if not part.is_contiguous() or part.data_ptr() % 4 or part.nbytes % 4:
                 return "wants scales and zero points that are contiguous, of whole 4-byte words"
     return None
-
-
-def check_one_by_one(keys: RowKeys) -> None:
-    """Raise ValueError for rows that share one dynamic scale."""
-    if PER_TENSOR in {key.group_shape for key in keys if key is not None and not key.static}:
-        raise ValueError("the Hopper kernel rounds rows one by one, not all by one dynamic scale")
 
 
 def check_decode(

@@ -13,11 +13,6 @@ from fusedmoe.kernels.quantize import check_rounding, live_rows
 from fusedmoe.quantization.activations import fake_quantize, quantize_activation
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
-RowKeys = tuple[QuantKey | None, QuantKey | None]
-"""Of the rows that enter each of two products; None: they come as they are."""
-RowScales = tuple[torch.Tensor | None, torch.Tensor | None]
-"""fp32 [1] of those keys that are static."""
-
 ELEMENTS: dict[torch.dtype | str, str] = {
     torch.float8_e4m3fn: "e4m3",
     torch.int8: "int8",

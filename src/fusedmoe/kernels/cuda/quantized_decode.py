@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
-import torch
-
 from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.align_pair import PairedOrder
@@ -19,8 +17,7 @@ from fusedmoe.kernels.cuda.quantized_launch import (
     launch,
 )
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.round_rows import round_rows
-from fusedmoe.quantization.keys import QuantKey
+from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import (
     STEP,
@@ -80,11 +77,10 @@ def decode(
     layer: LayerTensors[QuantizedTensor],
     blocks: MoEAlignment | LoneSlots,
     tiles: CudaDecodeTiles,
-    key: QuantKey | None = None,
-    scale: torch.Tensor | None = None,
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
-    """Both GEMMs, between which rows are rounded to ``key``, and the sum; the layer as checked by
-    ``kernels.hopper_quantized``."""
+    """Both GEMMs and the sum; the layer as checked by ``kernels.hopper_quantized``, its x after the
+    first of the ``steps``."""
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
@@ -93,11 +89,11 @@ def decode(
     if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
         parts = tiles.gemm2.parts
         y = y.new_empty(parts * y.shape[0], y.shape[1])
-    first = Product(x, w1, act, layer.w1_bias, layer.epilogue, blocks, K, programs)
+    top_k = steps[0].top_k(K)
+    first = Product(x, w1, act, layer.w1_bias, layer.epilogue, blocks, top_k, programs)
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _multiply(first, tiles.gemm1, guess=guess, following=order)
-    if key is not None:
-        act = round_rows(act, key, scale)
+    act = steps[1].taken(act, w2, layer)
     second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     _multiply(second, tiles.gemm2)
     weighted_sum(y, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)

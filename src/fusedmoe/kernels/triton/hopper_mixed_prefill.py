@@ -38,7 +38,7 @@ from fusedmoe.kernels.column_orders import LANES
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.round_rows import RowKeys, RowScales, round_rows
+from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps
 from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -128,9 +128,10 @@ def up(
     share: str,
     *,
     ordered: bool,
+    top_k: int,
 ) -> None:
-    """The layer's act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R], of x
-    as it is or was rounded.
+    """The layer's act [P, I], its columns in ``lane_order`` if ``ordered``, and position [R], of
+    rows x, of which ``top_k`` slots share one.
 
     ``share``: of "all" blocks or, where tables come from ``align_with_tails``, of those that are
     "large" or those that are "tails".
@@ -160,7 +161,7 @@ def up(
         (
             _case(
                 *(I, H, tile.stages, tile.group, activation.formula, activation.gated),
-                *(w1.interleaved, layer.topk_ids.shape[1]),
+                *(w1.interleaved, top_k),
                 **_of_tile(w1, scales, tile, share),
                 ORDERED=ordered,
             ),
@@ -216,27 +217,24 @@ def prefill(
     layer: LayerTensors[QuantizedTensor],
     tables: MoEAlignment,
     tiles: MixedPrefillTiles,
-    keys: RowKeys = (None, None),
-    row_scales: RowScales = (None, None),
+    steps: BothSteps = AS_THEY_COME,
 ) -> None:
-    """Launch the three kernels, and where rows are rounded, what rounds them before each product;
-    all as checked by ``kernels.hopper_mixed_prefill``."""
+    """Launch the three kernels, and what rows go through before each product; all as checked by
+    ``kernels.hopper_mixed_prefill``."""
     x, w1, w2, topk_weights, topk_ids, out, act, y, _ = layer[:9]
     position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     orders = [LANES if wants_lane_order(w) else "" for w in (w1, w2)]
-    if keys[0] is not None:
-        x = round_rows(x, keys[0], row_scales[0], order=orders[0])
-    elif orders[0]:
-        # In memory that nobody needs before the second launch.
+    # In memory that nobody needs before the second launch.
+    if orders[0] and steps[0].none:
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
         x = rows
-    shares, scales = shares_of(tiles), Scales.of(w1)
+    x = steps[0].taken(x, w1, layer, order=orders[0], room=y)
+    shares, scales, top_k = shares_of(tiles), Scales.of(w1), steps[0].top_k(topk_ids.shape[1])
     for share, (tile, _) in shares.items():
-        ordered = orders[1] != "" and keys[1] is None
-        up(layer, x, scales, position, tables, tile, share, ordered=ordered)
-    if keys[1] is not None:
-        act = round_rows(act, keys[1], row_scales[1], order=orders[1])
+        ordered = orders[1] != "" and steps[1].none
+        up(layer, x, scales, position, tables, tile, share, ordered=ordered, top_k=top_k)
+    act = steps[1].taken(act, w2, layer, order=orders[1], position=position)
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
         down(layer, act, scales, tables, tile, share)
