@@ -38,28 +38,34 @@ LAYERS: tuple[Layer, ...] = (
 )
 
 
-def run(name: str, rows: QuantKey | None) -> None:
+def run(name: str, rows: QuantKey | None, experts: list[str] | None = None) -> None:
+    """Weights are packed on the CPU: a tool patches every kernel that it sees."""
     for layer in LAYERS:
         case = case_of(name, rows, layer)
-        tensors = case.layer.tensors()
+        on_cpu = replace(case, layer=replace(case.layer, device="cpu"))
+        tensors = on_cpu.layer.tensors()
+        weights = tuple(one.to(layer.device) for one in on_cpu.weights(tensors))
+        tensors = {n: None if t is None else t.to(layer.device) for n, t in tensors.items()}
         if layer.T > 3:
             tensors = with_ids_of_no_expert(tensors)
-        for cls in serving(case):
-            case.runner(tensors, cls, prepare=True)()
-            torch.cuda.synchronize()
-            print(name, rows, cls.name, layer.T, flush=True)
+        for cls in serving(on_cpu):
+            if experts is None or cls.name in experts:
+                case.runner(tensors, cls, weights=weights, prepare=True)()
+                torch.cuda.synchronize()
+                print(name, rows, cls.name, layer.T, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", help="of the weights, these alone")
+    parser.add_argument("--experts", nargs="+", help="these alone, by name")
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("NUMBER", "PARTS"))
     args = parser.parse_args()
     torch.manual_seed(0)
     part, parts = args.part
-    for name, rows in MATRIX[part::parts]:
-        if args.formats is None or name in args.formats:
-            run(name, rows)
+    chosen = [case for case in MATRIX if args.formats is None or case[0] in args.formats]
+    for name, rows in chosen[part::parts]:
+        run(name, rows, args.experts)
     print("all kernels ran")
 
 
