@@ -175,3 +175,18 @@ def test_few_tasks_of_narrow_experts_come_out_even(T, I, up, down):  # noqa: E74
     tiles = decode_tiles(8 * T, 128, 2048, I)
     assert (tiles.up.rows, tiles.down.rows) == (up, down)
     assert tiles.up.depth == (256 if up == 32 else 128)
+
+
+@pytest.mark.parametrize(
+    ("R", "E", "H", "I", "up"),
+    [
+        (2, 8, 4096, 14336, 32),  # 896 tasks in seven rounds; 64 rows make 448 in four
+        (4, 16, 4096, 6400, 32),
+        (2, 32, 6144, 9216, 32),
+        (4, 8, 4096, 14336, 64),  # seven rounds: what is left at the end is little
+        (24, 128, 2048, 768, 64),  # short tasks: down's first ones fill the gap
+        (40, 256, 2048, 512, 64),
+    ],
+)
+def test_few_long_tasks_come_out_even(R, E, H, I, up):  # noqa: E741
+    assert decode_tiles(R, E, H, I).up.rows == up

@@ -12,6 +12,7 @@ ELEMENT_BYTES = 2
 HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 LEAST_RING_BYTES = 128 * 1024  # of weights on their way to a multiprocessor
 MAX_DEALT_ROUNDS = 10
+LONG_ROWS = 4096  # columns of weights: so many that a task of 64 of them is long
 MOST_NARROW = 384  # columns of act: so few that it tells how even the tasks are
 
 
@@ -70,7 +71,7 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
     one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
     down = (128, 256, 64) if one_round else (256, 128, 64)
     tiles = decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
-    return _drawn(tiles, blocks, H, I)
+    return drawn(tiles, blocks, H, I)
 
 
 def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
@@ -79,22 +80,25 @@ def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # no
     dealt. Then up's are small: all of down waits for the last of them."""
     few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_PROGRAMS
     little = 256 * I * ELEMENT_BYTES < LEAST_RING_BYTES
-    large = decode_tiles_of(block, 32 if few or little or _uneven(blocks, I) else 64, 256)
+    large = decode_tiles_of(block, 32 if few or little or _uneven(blocks, H, I) else 64, 256)
     if large.down.stages >= -(-I // 128) + few and blocks * -(-H // 256) >= HOPPER_PROGRAMS:
-        return _drawn(large, blocks, H, I, draws_down=not (few or little))
+        return drawn(large, blocks, H, I, draws_down=not (few or little))
     down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_PROGRAMS else 128
-    return _drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
+    return drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
 
 
-def _uneven(blocks: int, I: int) -> bool:  # noqa: E741
-    """Whether tasks of 64 rows of gate and of up, at most three for each program, leave so many
-    without a last one that tasks of 32 end sooner."""
+def _uneven(blocks: int, H: int, I: int) -> bool:  # noqa: E741
+    """Whether tasks of 64 rows of gate and of up, three for each program, or four where one takes
+    long, leave so many without a last one that tasks of 32 end sooner. Elsewhere down's first
+    tasks fill the gap."""
     rounds = -(-blocks * -(-I // 64) // HOPPER_PROGRAMS)
     half_rounds = -(-blocks * -(-I // 32) // HOPPER_PROGRAMS)
-    return 128 * I * ELEMENT_BYTES < LEAST_RING_BYTES and rounds <= 3 and half_rounds < 2 * rounds
+    narrow = 128 * I * ELEMENT_BYTES < LEAST_RING_BYTES
+    most = 3 if narrow else 4 if H >= LONG_ROWS else 0
+    return rounds <= most and half_rounds < 2 * rounds
 
 
-def _drawn(
+def drawn(
     tiles: DecodeTiles,
     blocks: int,
     H: int,
