@@ -1,58 +1,104 @@
-"""What each optional field of the Hopper tiles is worth: every variant against the plain tiles, in
-turns, in one call, with its result checked.
+"""What other tiles would bring: the Hopper kernel and the tiles that a layer takes ("plain"), which
+follow from its sizes alone, against others, in turns, in one call, with the results checked.
 
     python benchmarks/hopper_variants.py [--cells qwen3:8192 scout:2048:uniform qwen3-235b/8:8192]
         [--only group8 group16] [--pause 1] [--workers 14] [--out F]
 
 A cell is shape[/ranks]:tokens[:routing]. From router logits, CUDA-graph replay, weights cold;
-microseconds. Every variant must give the bits of the plain tiles, and those are held against fp64
-on 8 tokens. ``/n``: the first of n ranks that hold E / n experts each, with the ids of the whole
-group. ``--pause``: rest after each sample as long as it took, times this, so that the card's power
-limit stays away. ``--workers``: processes that compile everything first.
+microseconds. ``loss`` is how much longer the plain tiles take than the fastest here. Decode's and
+prefill's kernels must all give the same bits, and the plain tiles are held against fp64 on 8
+tokens. ``/n``: the first of n ranks that hold E / n experts each, with the ids of the whole group.
+``--pause``: rest after each sample as long as it took, times this, so that the card's power limit
+stays away. ``--workers``: processes that compile everything first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from h200_ceilings import ceilings_of
 from hopper_kernels import (
     DEVICE,
     SHAPES,
     Layer,
     Shape,
     balanced_ids,
-    ceilings,
     error,
     graph_times,
     halves,
 )
 
 from fusedmoe.activation import ApplyMoEActivationConfig
+from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.experts.hopper import hopper_experts, scratch_rows
 from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.routing import routing
 from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
-from fusedmoe.tuning.hopper_tiles import HopperTiles, PrefillTiles, hopper_tiles
+from fusedmoe.tuning.hopper_tiles import (
+    DecodeTiles,
+    DirectTiles,
+    HopperTiles,
+    PrefillTiles,
+    decode_tiles,
+    decode_tiles_of,
+    drawn,
+    hopper_tiles,
+)
+from fusedmoe.tuning.table_file import write_atomically
 
 NUMBERS = ApplyMoEActivationConfig()
-SHAPES_HERE = SHAPES | {"qwen3-235b": Shape("qwen3-235b", 128, 8, 4096, 1536)}
+# Beside those that the rules were adjusted on, some that they were not.
+SHAPES_HERE = SHAPES | {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-235b", 128, 8, 4096, 1536),
+        Shape("qwen2-57b", 64, 8, 3584, 2560),
+        Shape("deepseek-v2", 160, 6, 5120, 1536),
+        Shape("glm-4.5-air", 128, 8, 4096, 1408),
+        Shape("phi-3.5", 16, 2, 4096, 6400),
+        Shape("minimax-01", 32, 2, 6144, 9216),
+        Shape("dbrx", 16, 4, 6144, 10752),
+        Shape("arctic", 128, 2, 7168, 4864),
+    )
+}
 CHECKED_TOKENS = 8
+CEILINGS = ("read_gbs", "copy_gbs", "bf16_tflops")
+# Slots per expert between which both the streaming and the other kernel are worth a try.
+LEAST_PREFILL_MEAN, MOST_DECODE_MEAN = 16, 96
 
 
-def variants_of(plain: HopperTiles) -> dict[str, HopperTiles]:
-    """The plain tiles, each field by itself, and what is expected to be best."""
+def variants_of(plain: HopperTiles, shape: Shape, ranks: int, T: int) -> dict[str, HopperTiles]:
+    """The plain tiles, tiles of other sizes, and the kernels for fewer and for more tokens."""
+    local, mean = shape.E // ranks, T * shape.k / shape.E
     out: dict[str, HopperTiles] = {"plain": plain}
+    slots = max(1, round(mean * local))
+    streaming = decode_tiles(slots, local, shape.H, shape.I)
+    if mean <= MOST_DECODE_MEAN:
+        out["decode"] = streaming
+    if mean >= LEAST_PREFILL_MEAN:
+        out["prefill"] = PrefillTiles()
+    if isinstance(plain, DecodeTiles):
+        for up, down in itertools.product((32, 64, 128), (64, 128, 256)):
+            tiles = decode_tiles_of(plain.block, up, down)
+            out[f"up{up}-down{down}"] = drawn(tiles, min(slots, local), shape.H, shape.I)
+        out["drawn" if not plain.draws_up else "dealt"] = replace(
+            plain, draws_up=not plain.draws_up
+        )
     if isinstance(plain, PrefillTiles):
         out |= {f"group{n}": replace(plain, group=n) for n in (8, 16, 64)}
-    return out
+    return {name: tiles for name, tiles in out.items() if name == "plain" or tiles != plain}
 
 
 class Rank:
@@ -75,7 +121,7 @@ class Rank:
         self.out = torch.empty_like(self.x)
         sizes = (T, shape.k, shape.E, self.local, shape.H, shape.I)
         self.plain = hopper_tiles(*sizes)
-        rows = scratch_rows(self.plain, T * shape.k, self.local)
+        rows = scratch_rows(PrefillTiles(), T * shape.k, self.local)
         self.first = self.x.new_empty(rows, shape.I)
         self.second = self.x.new_empty(rows, shape.H)
 
@@ -102,7 +148,7 @@ class Rank:
         """In fp64, the first tokens alone."""
         layer, chosen, few = self.layers[0], self.routed(0), slice(CHECKED_TOKENS)
         return experts_reference(
-            self.x[few].double(), layer.w1.double(), layer.w2.double(),
+            self.x[few].double(), layer.w1, layer.w2,
             chosen.topk_weights[few], chosen.topk_ids[few], activation=self.shape.activation,
             expert_map=self.map, w1_bias=layer.b1, w2_bias=layer.b2,
             compute_dtype=torch.float64,
@@ -113,33 +159,58 @@ class Rank:
         counts = [(self.routed(i).topk_ids < self.local).sum() for i in range(len(self.logits))]
         return float(torch.stack(counts).float().mean())
 
+    def active_experts(self) -> float:
+        """Experts here that have a slot, in the mean."""
+        ids = [self.routed(i).topk_ids for i in range(len(self.logits))]
+        return sum(one[one < self.local].unique().numel() for one in ids) / len(ids)
+
+    def limit_us(self, flops: float, peak: dict[str, float]) -> float:
+        """As ``bench.report.limit_us``."""
+        weights = self.active_experts() * halves(self.shape) * self.shape.H * self.shape.I
+        moved = 2 * (weights + 2 * self.T * self.shape.H)
+        return max(moved / peak["read_gbs"] / 1e3, flops / peak["bf16_tflops"] / 1e6)
+
 
 def compare(
-    rank: Rank, routing_name: str, kinds: dict[str, HopperTiles], pause: float, rounds: int
+    rank: Rank,
+    routing_name: str,
+    kinds: dict[str, HopperTiles],
+    peak: dict[str, float],
+    pause: float,
+    rounds: int,
 ) -> list[dict[str, object]]:
     """A row for each variant of this size."""
     shape = rank.shape
-    right = rank.result(rank.plain)
-    wrong = error(right[:CHECKED_TOKENS], rank.reference())
-    same = {name: rank.result(tiles).equal(right) for name, tiles in kinds.items()}
+    outputs = {name: rank.result(tiles) for name, tiles in kinds.items()}
+    exact = rank.reference()
+    wrong = {name: error(out[:CHECKED_TOKENS], exact) for name, out in outputs.items()}
+    same = {name: out.equal(outputs["plain"]) for name, out in outputs.items()}
+    if isinstance(rank.plain, DirectTiles):  # which round less often
+        same = dict.fromkeys(kinds, True)
     flops = halves(shape) * 2 * rank.local_slots() * shape.H * shape.I
     sets = range(len(rank.layers))
     calls = {name: [partial(rank.call, tiles, i) for i in sets] for name, tiles in kinds.items()}
     rows: list[dict[str, object]] = []
     times = graph_times(calls, rounds, pause=pause)
+    best, limit = min(us for us, _, _ in times.values()), rank.limit_us(flops, peak)
     for name, (us, p10, p90) in times.items():
         gain = times["plain"][0] / us - 1
         print(
-            f"{shape.name:10} T={rank.T:5} {routing_name:13} {name:8} {us:8.1f} us "
-            f"{flops / us / 1e6:6.1f} TF  {100 * gain:+5.1f} %  error {wrong:.1e}"
+            f"{shape.name:11} T={rank.T:5} {routing_name:9} {name:13} {us:8.1f} us "
+            f"{flops / us / 1e6:6.1f} TF  {limit / us:6.1%}  {100 * gain:+5.1f} %"
+            + (f"  loses {us / best - 1:.1%}, error {wrong[name]:.1e}" if name == "plain" else "")
             + ("" if same[name] else "  OTHER BITS"),
             flush=True,
         )
         rows.append({
-            "impl": f"hopper:{name}", "shape": shape.name, "ranks": rank.ranks, "T": rank.T,
-            "routing": routing_name, "us": us, "p10_us": p10, "p90_us": p90, "gain": gain,
-            "tflops": flops / us / 1e6, "tiles": asdict(kinds[name]), "same_bits": same[name],
-            "error": wrong,
+            "impl": f"fusedmoe:hopper[{name}]", "shape": shape.name, "E": rank.local,
+            "num_experts": shape.E, "k": shape.k, "H": shape.H, "I": shape.I, "T": rank.T,
+            "format": "bf16", "routing": routing_name, "scope": "layer", "us": round(us, 2),
+            "p10_us": round(p10, 2), "p90_us": round(p90, 2), "limit_us": round(limit, 2),
+            "fraction_of_limit": round(limit / us, 4), "tflops": round(flops / us / 1e6, 2),
+            "error": float(f"{wrong[name]:.3g}"), "loss": round(us / best - 1, 4),
+            "tiles": {"kind": type(kinds[name]).__name__} | asdict(kinds[name]),
+            "same_bits": same[name],
         })  # fmt: skip
     return rows
 
@@ -161,7 +232,7 @@ def tiles_of(cell: Cell, only: list[str] | None) -> dict[str, HopperTiles]:
     name, ranks, T, _ = cell
     shape = SHAPES_HERE[name]
     plain = hopper_tiles(T, shape.k, shape.E, shape.E // ranks, shape.H, shape.I)
-    kinds = variants_of(plain)
+    kinds = variants_of(plain, shape, ranks, T)
     return {n: kinds[n] for n in kinds if n == "plain" or only is None or n in only}
 
 
@@ -170,7 +241,7 @@ def compile_part(jobs: list[tuple[str, HopperTiles]]) -> None:
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     for name, tiles in jobs:
         layer = Layer(replace(SHAPES_HERE[name], E=2))
-        T = 16
+        T = 1 if isinstance(tiles, DirectTiles) else 16
         layer.run(balanced_ids(T, 2, layer.shape.k), tiles, programs, layer.scratch(T))
         torch.cuda.synchronize()
 
@@ -188,6 +259,17 @@ def compile_all(cells: list[Cell], only: list[str] | None, workers: int) -> None
         process.join()
 
 
+def joined(paths: Sequence[str]) -> dict[str, Any]:
+    """One report of several of the same commit and device; each row says which run it is of."""
+    reports = [json.loads(Path(path).read_text()) for path in paths]
+    for name in ("device", "versions", "commit"):
+        if any(report[name] != reports[0][name] for report in reports):
+            raise ValueError(f"reports of several: {[report[name] for report in reports]}")
+    runs = [{key: report[key] for key in ("command", "date", *CEILINGS)} for report in reports]
+    rows = [row | {"run": run} for run, report in enumerate(reports) for row in report["rows"]]
+    return reports[0] | {"runs": runs, "rows": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", nargs="+", type=parse_cell, default=[parse_cell("qwen3:8192")])
@@ -196,22 +278,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out")
+    parser.add_argument("--join", nargs="+", help="measure nothing: reports of several GPUs")
     args = parser.parse_args()
+    if args.join:
+        write_atomically(args.out, json.dumps(joined(args.join), indent=1) + "\n")
+        return 0
     if args.workers:
         compile_all(args.cells, args.only, args.workers)
-    peak = ceilings()
+    peak = ceilings_of(DEVICE)
     print({name: round(value) for name, value in peak.items()}, flush=True)
-    rows = []
+    report = BenchReport(make_header(DEVICE, peak))
     for cell in args.cells:
         name, ranks, T, routing_name = cell
         rank = Rank(SHAPES_HERE[name], ranks, T, routing_name, 3 if T <= 1024 else 2)
-        rows += compare(rank, routing_name, tiles_of(cell, args.only), args.pause, args.rounds)
+        kinds = tiles_of(cell, args.only)
+        report.rows += compare(rank, routing_name, kinds, peak, args.pause, args.rounds)
         del rank
         torch.cuda.empty_cache()
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(peak | {"rows": rows}, file, indent=1)
-    return 0 if all(row["same_bits"] for row in rows) else 1
+        if args.out:
+            report.write(args.out)
+    return 0 if all(row["same_bits"] for row in report.rows) else 1
 
 
 if __name__ == "__main__":

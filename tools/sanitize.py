@@ -17,6 +17,9 @@ among them follows, and one arrives for all where the consumers wait.
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -83,6 +86,7 @@ from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
     HopperTiles,
     PrefillTiles,
+    decode_tiles,
     decode_tiles_of,
     direct_tiles,
 )
@@ -141,7 +145,8 @@ def long_gate() -> None:
 
 
 def slots() -> None:
-    for T in (1, 5, 300):
+    """Sorted at once, by small chunks, and by so many that their counts are summed before."""
+    for T in (1, 5, 300, 700, 20_000):
         ids = torch.randint(-1, E + 2, (T, K), device="cuda", dtype=torch.int32)
         expert_map = torch.full((E,), -1, dtype=torch.int32, device="cuda")
         expert_map[3:9] = torch.arange(6, dtype=torch.int32, device="cuda")
@@ -157,7 +162,7 @@ def slots() -> None:
         moe_fused_mul_sum(torch.randn(T, K, 40, device="cuda"), weights, None, ids, expert_map)
 
 
-def hopper() -> None:
+def hopper(tokens: Sequence[int] = (1, 5, 300)) -> None:
     """Every kernel of the Hopper experts, wherever one runs: each has its barriers."""
     if torch.cuda.get_device_capability()[0] != 9 or missing_gluon():
         print("no Hopper kernels here")
@@ -173,19 +178,24 @@ def hopper() -> None:
         normal(e, 2 * width),
         normal(e, H),
     )
-    for T in (1, 5, 300):
+    for T in tokens:
         kinds: list[HopperTiles] = [
             decode_tiles_of(8, 64, 64),
             DecodeTiles(16, DecodeGemmTile(64, 128, 2), DecodeGemmTile(64, 128, 2)),
             decode_tiles_of(8, 32, 256),
             decode_tiles_of(64, 128, 256),
+            decode_tiles(T * picks, e, H, width),
+            replace(decode_tiles_of(8, 64, 64), draws_up=True),
             PrefillTiles(),
             PrefillTiles(stages=2, group=2),
         ]
         if T <= 5:
             kinds.append(direct_tiles(T, picks, H, width))
         ids = torch.randint(-1, e + 1, (T, picks), device="cuda", dtype=torch.int32)
-        for tiles in kinds:
+        homes = torch.full((4 * e,), -1, dtype=torch.int32, device="cuda")
+        homes[e : 2 * e] = torch.arange(e, dtype=torch.int32, device="cuda")
+        spread = torch.randint(-1, 4 * e + 1, (T, picks), device="cuda", dtype=torch.int32)
+        for tiles, mapped in itertools.product(kinds, (False, True)):
             rows = scratch_rows(tiles, T * picks, e)
             work = ExpertsWork(
                 torch.empty(T, H, device="cuda", dtype=torch.bfloat16),
@@ -193,15 +203,16 @@ def hopper() -> None:
                 w1,
                 w2,
                 torch.rand(T, picks, device="cuda"),
-                ids,
+                spread if mapped else ids,
                 MoEActivation.SWIGLUOAI,
-                e,
+                4 * e if mapped else e,
+                homes if mapped else None,
                 workspace13=torch.empty(rows, width, device="cuda", dtype=torch.bfloat16),
                 workspace2=torch.empty(rows, H, device="cuda", dtype=torch.bfloat16),
             )
             hopper_experts(work, ApplyMoEActivationConfig(), w1_bias, w2_bias, tiles=tiles)
             torch.cuda.synchronize()
-            print("hopper", T, type(tiles).__name__, flush=True)
+            print("hopper", T, type(tiles).__name__, "mapped" * mapped, flush=True)
 
 
 def quantized(H: int, width: int, formats: list[str] | None) -> None:
@@ -351,7 +362,10 @@ def bounded() -> None:
     e, picks, first = 6, 3, 5
     for activation in ActivationType:
         ups = 2 if activation is ActivationType.SWIGLU else 1
-        for T, H, hint in ((1, 272, 1), (7, 250, 1), (7, 272, 7), (300, 250, 9), (900, 272, 900)):
+        for T, H, hint in (
+            *((1, 272, 1), (7, 250, 1), (7, 272, 7), (300, 250, 9), (900, 272, 900)),
+            (1500, 250, 1500),
+        ):
             width = H - 64
             x, w1, w2 = (
                 torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
@@ -501,11 +515,12 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("hopper", "quantized", "ranks", "others"), help="these alone"
     )
+    parser.add_argument("--tokens", nargs="+", type=int, default=(1, 5, 300), help="of hopper's")
     parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only in (None, "hopper"):
-        hopper()
+        hopper(args.tokens)
     if args.only in (None, "quantized"):
         for sizes in ((288, 160), (256, 256)):  # masked loads; whole steps
             quantized(*sizes, args.formats)
