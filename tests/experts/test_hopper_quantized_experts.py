@@ -102,7 +102,7 @@ ORDERED = {
     "zero_points_map": Quantized(
         "int4_g32_zp_act_order", layer=replace(WIDE, E=8, local=3, bias=True), one_order=True
     ),
-    "bytes": Quantized("int8_g32_act_order", layer=WIDE, one_order=True),
+    "bytes": Quantized("int8_g32_act_order", layer=replace(WIDE, T=2, K=2, E=8), one_order=True),
     "up_alone": Quantized("int4_g32_act_order", layer=WIDE, down="int8_channel", one_order=True),
     "down_alone": Quantized("nf4", layer=WIDE, down="int4_g32_act_order"),
     "rounded": Quantized("int4_g32_act_order", MXFP8_DYNAMIC, WIDE, one_order=True),

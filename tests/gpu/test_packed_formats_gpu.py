@@ -232,7 +232,7 @@ STREAMED = {
         *("int4_g32_zp_act_order", None, replace(FEW, T=2, E=64)), one_order=True
     ),
     "sorted_bytes_map": Quantized(
-        *("int8_g32_act_order", None, replace(FEW, bias=True, E=32, local=9)), one_order=True
+        *("int8_g32_act_order", None, replace(FEW, T=3, bias=True, E=32, local=9)), one_order=True
     ),
     "sorted_by_mxfp8": Quantized("int4_g128_act_order", MXFP8_DYNAMIC, FEW, one_order=True),
 }

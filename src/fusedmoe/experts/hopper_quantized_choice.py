@@ -23,6 +23,8 @@ from fusedmoe.tuning.mixed_tiles import (
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
 INT4_DECODE_MEAN = 16
+# Where columns of bytes are followed, two more launches are dearer than plain Triton's products.
+BYTES_FOLLOWED_MEAN = 0.5
 
 
 def runs_decode(
@@ -34,7 +36,8 @@ def runs_decode(
         return False
     w1, w2, a1, a2 = operands.w1, operands.w2, operands.a1, operands.a2
     if operands.emulate or operands.rows_follow:
-        if EIGHT_MEAN * num_experts < R or x_scale is not None:
+        most = BYTES_FOLLOWED_MEAN if operands.rows_follow and w1.format.values == 1 else EIGHT_MEAN
+        if most * num_experts < R or x_scale is not None:
             return False
     elif (a1 is None) != (a2 is None):
         return False

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.triton.ids import local_expert
-from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2, stand_between
 from fusedmoe.kernels.triton.quantized_common import place_of
 
 
@@ -33,7 +33,7 @@ def gather_columns_kernel(
     CHAINED: tl.constexpr,
 ):
     """FROM, TO: the orders of the table's and of out's columns (``kernels/column_orders.py``)."""
-    follow_previous(CHAINED)
+    stand_between(CHAINED)
     slot = tl.program_id(0).to(tl.int64)
     expert = local_expert(tl.load(ids_ptr + slot), map_ptr, num_mapped, e)
     if expert < 0:

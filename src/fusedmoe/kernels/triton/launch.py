@@ -44,14 +44,23 @@ def follow_previous(CHAINED: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def stand_between(CHAINED: tl.constexpr):
+    """As ``follow_previous``, for a short kernel between two long ones: the launch after it, which
+    waits for it, may begin beside it."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
 class Launcher:
     """``kernel`` with its parameters in this order: tensors, numbers, constants (constexpr).
 
     Tensors may be None. The first one says on which device to run. Unaligned tensors, kernels under
     the interpreter and other devices than the current one take Triton's own way.
 
-    ``chained``: the kernel has one more constant, CHAINED, and hands it to ``follow_previous``;
-    where the GPU can, the kernel is set up while the launch before it ends.
+    ``chained``: the kernel has one more constant, CHAINED, and hands it to ``follow_previous`` (or
+    ``stand_between``); where the GPU can, the kernel is set up while the launch before it ends.
     """
 
     def __init__(self, kernel: Any, *, chained: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, power_of_2, stand_between
 from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, largest_magnitude, scale_from
 from fusedmoe.kernels.triton.quantized_common import float_scale, place_of
 
@@ -84,7 +84,7 @@ def round_rows_kernel(
     CHAINED: tl.constexpr,
 ):
     """ORDER: of out's columns (``kernels/column_orders.py``)."""
-    follow_previous(CHAINED)
+    stand_between(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     at = tl.arange(0, BLOCK)
