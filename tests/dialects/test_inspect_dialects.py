@@ -84,6 +84,22 @@ def test_generate_runs_a_quantized_folder(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("route", ["experts", "accelerate"])
+@pytest.mark.parametrize("name", ["deepseek", "modelopt nvfp4"])
+def test_generate_refuses_packed_weights_of_which_the_config_says_nothing(
+    name: str, route: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers in fp8 without their scales would give text, too."""
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES[name]).packed
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    words = ["generate", str(folder), "--device", "cpu", "--max-new-tokens", "1"]
+    assert main([*words, "--route", route]) == 2
+    assert "but config.json names no quantization for it" in capsys.readouterr().err
+
+
 def test_a_comparison_with_nothing_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

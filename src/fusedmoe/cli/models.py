@@ -33,8 +33,11 @@ def check_transformers(verb: str) -> None:
 def check_model(folder: Path) -> bool:
     """Whether the experts in a checkpoint folder or GGUF file are packed; quiets Transformers.
 
-    CheckpointError where its config.json promises what the files do not have.
+    CheckpointError where its config.json promises what the files do not have, or the other way
+    round.
     """
+    from fusedmoe.integrations.transformers.from_pretrained import check_floats
+
     gguf = gguf_of(folder)
     if gguf is not None:
         quiet_transformers(bars=GgufSource(gguf).file.nbytes >= QUIET_BYTES)
@@ -44,7 +47,10 @@ def check_model(folder: Path) -> bool:
     check_activation(facts, folder)
     check_counts(checkpoint, facts)
     quiet_transformers(bars=checkpoint.nbytes >= QUIET_BYTES)
-    return read_quantization_config(folder, checkpoint.config) is not None
+    packed = read_quantization_config(folder, checkpoint.config) is not None
+    if not packed:
+        check_floats(checkpoint)
+    return packed
 
 
 def quiet_transformers(*, bars: bool) -> None:

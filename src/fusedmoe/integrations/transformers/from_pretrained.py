@@ -171,15 +171,23 @@ def open_source(
     return FolderSource(CheckpointExperts.read(checkpoint), online)
 
 
-def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """A model without packed experts, as Transformers loads it, with our experts function."""
-    from fusedmoe.integrations.transformers import EXPERTS_IMPLEMENTATION, register
+def check_floats(checkpoint: Checkpoint) -> None:
+    """CheckpointError for weights that are packed where config.json names no quantization.
 
+    Transformers would take numbers in fp8 for the weights themselves.
+    """
     if family_of(checkpoint.config) is not None:
         experts = CheckpointExperts.read(checkpoint)
         for layer in experts.model_layers.values():
             experts.check(layer, None)
         experts.check_floats(name for name in checkpoint.tensors if is_linear(name))
+
+
+def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """A model without packed experts, as Transformers loads it, with our experts function."""
+    from fusedmoe.integrations.transformers import EXPERTS_IMPLEMENTATION, register
+
+    check_floats(checkpoint)
     register()
     folder = checkpoint.folder
     try:
