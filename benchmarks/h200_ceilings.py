@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.words import device_name
+from fusedmoe.bench.ceilings import LEAST_CEILINGS, sound_ceilings
 
-LEAST_READ_GBS, LEAST_BF16_TFLOPS = 4300.0, 710.0
-ATTEMPTS = 3  # what ran on the card before may still be ending
+LEAST_READ_GBS = LEAST_CEILINGS["H200"]["read_gbs"]
+LEAST_BF16_TFLOPS = LEAST_CEILINGS["H200"]["bf16_tflops"]
 
 
 def ceilings_of(device: torch.device) -> dict[str, float]:
     """The ceilings of any machine; SystemExit for an H200 that is slow."""
-    if "H200" in device_name(device).split():
-        return h200_ceilings(device)
-    return measure_ceilings(device, (torch.bfloat16,))
+    return _or_exit(device)
 
 
 def h200_ceilings(
@@ -24,14 +21,11 @@ def h200_ceilings(
     least_rate: float = LEAST_BF16_TFLOPS,
 ) -> dict[str, float]:
     """The best of each ceiling in a few attempts. SystemExit where they stay low."""
-    best: dict[str, float] = {}
-    for _ in range(ATTEMPTS):
-        found = measure_ceilings(device, (torch.bfloat16,))
-        best = {name: max(value, best.get(name, 0.0)) for name, value in found.items()}
-        if best["read_gbs"] >= least_read and best["bf16_tflops"] >= least_rate:
-            return best
-    raise SystemExit(
-        f"thrown away: this GPU reads {best['read_gbs']:.0f} GB/s and multiplies at "
-        f"{best['bf16_tflops']:.0f} TFLOP/s, at least {least_read:.0f} and {least_rate:.0f} are "
-        "asked"
-    )
+    return _or_exit(device, {"read_gbs": least_read, "bf16_tflops": least_rate})
+
+
+def _or_exit(device: torch.device, least: dict[str, float] | None = None) -> dict[str, float]:
+    try:
+        return sound_ceilings(device, (torch.bfloat16,), least)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -25,6 +25,7 @@ from fusedmoe.bench.report import Percentiles, limit_us
 from fusedmoe.bench.timing import SLOW_RUNS, time_on_cpu
 
 TINY = LayerShape("tiny", 8, 2, 64, 48)
+REAL_LEAST = ceilings.LEAST_CEILINGS
 CEILINGS = {"read_gbs": 40.0, "copy_gbs": 40.0, "fp32_tflops": 0.5, "bf16_tflops": 1.0}
 
 
@@ -33,6 +34,7 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real ones need half a gigabyte."""
     monkeypatch.setattr(ceilings, "_ELEMENTS", {"cpu": 1 << 16, "cuda": 1 << 20})
     monkeypatch.setattr(ceilings, "_MATMUL", {"cpu": 64, "cuda": 256})
+    monkeypatch.setattr(ceilings, "LEAST_CEILINGS", {})
 
 
 def row(impl: str, us: float, **changes: object) -> BenchRow:
@@ -156,6 +158,22 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
     assert "tiny: fusedmoe:triton left out" in first
     assert "triton: runs on cuda, not cpu" in first
     assert "tiny fp32 uniform T=3: transformers_batched_mm left out: needs" in second
+
+
+def test_a_slow_machine_is_refused_or_noted(monkeypatch: pytest.MonkeyPatch):
+    least = {"H200": {"read_gbs": 4300.0, "bf16_tflops": 710.0}}
+    assert least == REAL_LEAST
+    monkeypatch.setattr(ceilings, "LEAST_CEILINGS", least)
+    monkeypatch.setattr(ceilings, "device_name", lambda device: "NVIDIA H200 NVL")
+    with pytest.raises(ValueError, match=r"read_gbs is .*, at least 4300 is asked, bf16_tf"):
+        run_layer_bench([TINY], [1], [torch.bfloat16], peers=False, repeats=1)
+    report = run_layer_bench(
+        [TINY], [1], [torch.float32], peers=False, repeats=1, slow_machine=True
+    )
+    assert len(report.rows) == 1
+    (note,) = report.notes
+    assert note.startswith("this machine is slow: read_gbs is")
+    assert "bf16" not in note, "not measured"
 
 
 @pytest.mark.parametrize("sets", [2, 3])

@@ -55,14 +55,16 @@ def test_a_script_writes_its_rows(name, tmp_path, monkeypatch):
 
 def test_an_h200_that_is_slow_is_thrown_away(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("h200_ceilings")
+    module, device = importlib.import_module("h200_ceilings"), torch.device("cuda")
     found = {"read_gbs": 4299.0, "copy_gbs": 4000.0, "bf16_tflops": 750.0}
-    monkeypatch.setattr(module, "measure_ceilings", lambda device, dtypes: found)
-    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H200")
-    with pytest.raises(SystemExit, match="reads 4299 GB/s"):
-        module.ceilings_of(torch.device("cuda"))
-    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA H100")
-    assert module.ceilings_of(torch.device("cuda")) == found
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, dtypes: found)
+    monkeypatch.setattr(ceilings, "device_name", lambda device: "NVIDIA H200")
+    with pytest.raises(SystemExit, match="read_gbs is 4299, at least 4300 is asked"):
+        module.ceilings_of(device)
+    monkeypatch.setattr(ceilings, "device_name", lambda device: "NVIDIA H100")
+    assert module.ceilings_of(device) == found
+    with pytest.raises(SystemExit, match="bf16_tflops is 750"):
+        module.h200_ceilings(device, 0.0, 751.0)
 
 
 def test_every_script_is_on_the_page():

@@ -26,6 +26,7 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes seconds, and here nobody wants to know."""
     monkeypatch.setattr("fusedmoe.bench.ceilings._ELEMENTS", dict.fromkeys(DEVICES, 1 << 12))
     monkeypatch.setattr("fusedmoe.bench.ceilings._MATMUL", dict.fromkeys(DEVICES, 64))
+    monkeypatch.setattr("fusedmoe.bench.ceilings.LEAST_CEILINGS", {})
 
 
 def test_a_report_as_table_file_and_picture(cli, tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from itertools import groupby
 
 import torch
 
-from fusedmoe.bench.ceilings import measure_ceilings
+from fusedmoe.bench.ceilings import (
+    least_ceilings,
+    lower_than,
+    measure_ceilings,
+    sound_ceilings,
+)
 from fusedmoe.bench.contestants import (
     PEERS,
     Contestant,
@@ -51,6 +56,7 @@ def run_layer_bench(
     scope: Scope = "layer",
     options: MoEOptions = _DEFAULT_OPTIONS,
     formats: Sequence[str] = (),
+    slow_machine: bool = False,
 ) -> BenchReport:
     """Time the layer from router logits to output on random data.
 
@@ -60,9 +66,11 @@ def run_layer_bench(
     picks. ``options`` are those of this library's layer, but for ``experts``. ``formats``: also
     with experts rounded to these ("int4_g32", "fp8_block", "mxfp4", ...); their ``error`` is
     against the float weights. On a GPU every sample replays a CUDA graph over several sets of
-    weights; what cannot be captured or does not fit becomes a note.
+    weights; what cannot be captured or does not fit becomes a note. ``slow_machine``: a GPU whose
+    ceilings are lower than they should be is a note, too, and not refused.
 
-    Raises ValueError for an empty list, unknown routing, scope, device, dtype, format or peer.
+    Raises ValueError for an empty list, unknown routing, scope, device, dtype, format or peer,
+    and for a slow machine (``ceilings.LEAST_CEILINGS``).
     """
     device = torch.device(device)
     check_request(shapes, tokens, dtypes, routings, device, scope, formats, peers)
@@ -74,7 +82,10 @@ def run_layer_bench(
         for T in tokens
     ]
     names = default_peers(device) if peers is True else tuple(peers or ())
-    report = BenchReport(make_header(device, measure_ceilings(device, tuple(dtypes))))
+    ceilings = (measure_ceilings if slow_machine else sound_ceilings)(device, tuple(dtypes))
+    report = BenchReport(make_header(device, ceilings))
+    if (low := lower_than(least_ceilings(device), ceilings)) is not None:
+        report.notes.append(f"this machine is slow: {low}")
     run = run_cells(
         *(cells, report, device, experts, lambda cell: names, Effort(repeats), options, formats)
     )

@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.9
 # Over ranks, layers are timed as they are.
 _NOT_OVER_RANKS = (
     *("scope", "experts", "formats", "tuned_table", "max_workspace_bytes"),
-    *("peers", "no_peers", "csv", "plot"),
+    *("peers", "no_peers", "slow_machine", "csv", "plot"),
 )
 
 
@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="under torchrun: the experts over its processes, dispatch and combine also alone",
     )
+    parser.add_argument(
+        "--slow-machine",
+        action="store_true",
+        help="go on where an H200 is slower than they are",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="samples per implementation")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--csv", metavar="FILE", help="write its rows as CSV")
@@ -142,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             scope=args.scope,
             options=options,
             formats=args.formats,
+            slow_machine=args.slow_machine,
         )
     if not report.rows:
         raise ValueError("nothing was measured: " + "; ".join(report.notes))
