@@ -10,6 +10,7 @@ import torch
 from expert_layers import Layer
 from fusedmoe.experts.cutlass_fp8 import CutlassBatchedExpertsFp8, CutlassExpertsFp8
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR
+from gpu_marks import needs_hopper
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.gpu
@@ -24,12 +25,11 @@ CASES = {
 }
 
 
+@needs_hopper
 @pytest.mark.parametrize("experts", [CutlassExpertsFp8, CutlassBatchedExpertsFp8])
 @pytest.mark.parametrize("name", CASES)
 def test_cutlass_fp8(name, experts):
     case = CASES[name]
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("torch multiplies groups with row scales on compute capability 9")
     if experts is CutlassBatchedExpertsFp8 and case.rows == FP8_DYNAMIC_TENSOR:
         pytest.skip("one scale for all rows has no batched form")
     tensors = case.layer.tensors()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedmoe import FusedMoE, GateLinear, MoEOptions
+from gpu_marks import needs_hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -49,10 +50,9 @@ def test_a_token_alone_and_in_every_batch(shape, dtype, experts):
         assert torch.equal(layer(others)[17], whole[17])
 
 
+@needs_hopper
 def test_the_default_may_differ_so_that_this_says_something():
     """Hopper's kernel for one token rounds less often than the one for many."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("about Hopper's kernels")
     layer = make_layer("fine", torch.bfloat16, None)
     free = FusedMoE(64, 8, 2048, 768, params_dtype=torch.bfloat16, device="cuda")
     for name in ("w13_weight", "w2_weight"):

@@ -12,14 +12,9 @@ from fusedmoe.kernels.hopper_w8a8 import w8a8_decode, w8a8_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TOKEN
+from gpu_marks import needs_hopper
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs Hopper",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 
 
 def forget_launches():

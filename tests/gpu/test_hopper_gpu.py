@@ -32,14 +32,9 @@ from gpu_layers import (
     rows_past_two_to_the_31,
     weights_past_two_to_the_31,
 )
+from gpu_marks import needs_hopper
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="written for compute capability 9",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 NAN = float("nan")
 LAYERS = {
     "one_token": replace(GPU, T=1),

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.cuda.quantized_token import run_token
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import (
@@ -18,16 +17,9 @@ from fusedmoe.kernels.hopper_quantized import (
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.testing.tolerances import relative_error
+from gpu_marks import needs_hopper, needs_nvrtc
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available()
-        or torch.cuda.get_device_capability()[0] != 9
-        or missing_nvrtc() is not None,
-        reason="needs a Hopper GPU and its compiler",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper, needs_nvrtc]
 SILU, OAI = MoEActivation.SILU, MoEActivation.SWIGLUOAI
 RELU2 = MoEActivation.RELU2_NO_MUL
 

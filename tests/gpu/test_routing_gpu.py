@@ -6,20 +6,12 @@ import pytest
 import torch
 
 from fusedmoe.kernels.cuda import routing_warp
-from fusedmoe.kernels.cuda.program import missing_nvrtc
 from fusedmoe.kernels.routing import PICKS_IN_TURN, routing_reference
 from fusedmoe.router.functional import route
 from fusedmoe.router.spec import RoutingSpec, RoutingTensors
+from gpu_marks import needs_hopper, needs_nvrtc
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available()
-        or torch.cuda.get_device_capability()[0] != 9
-        or missing_nvrtc() is not None,
-        reason="needs a Hopper GPU and its compiler",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper, needs_nvrtc]
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

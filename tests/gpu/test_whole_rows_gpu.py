@@ -19,14 +19,9 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.testing.tolerances import relative_error
 from fusedmoe.tuning.cuda_tiles import CudaDecodeTiles, CudaRowsTile
+from gpu_marks import needs_hopper
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a Hopper GPU",
-    ),
-]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 
 # format, experts, picks, H, I, tokens; slots that share a block
 CASES = {

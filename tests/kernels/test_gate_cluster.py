@@ -11,6 +11,7 @@ import torch
 from cuda_on_cpu import KernelOnCpu
 from fusedmoe.kernels.cuda import gate_cluster
 from fusedmoe.kernels.gate import CLUSTER, PIECE, cluster_tile, fits_cluster, gate_linear
+from gpu_marks import needs_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -91,11 +92,10 @@ def test_rows_that_are_too_long_have_no_tile():
 
 
 @pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("T", [5, 16, 64])
 def test_a_gate_on_hopper_goes_through_it(T, dtype, monkeypatch):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("for Hopper")
     x, weight = torch.randn(T, 2048, device=DEVICE).to(dtype), torch.randn(128, 2048, device=DEVICE)
     weight = weight.to(dtype)
     launched = []
