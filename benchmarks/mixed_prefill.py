@@ -101,11 +101,13 @@ def parts(
             second = given, act, scales[1], tables, second_tile, blocks
             begin = partial(up, ordered=wants_lane_order(w2))
             calls[f"up {label} {blocks}"] = (
-                partial(recounted, tables, T * K, begin, *first), flops * share,
-            )  # fmt: skip
+                partial(recounted, tables, T * K, begin, *first),
+                flops * share,
+            )
             calls[f"down {label} {blocks}"] = (
-                partial(recounted, tables, T * K, down, *second), flops * (1 - share),
-            )  # fmt: skip
+                partial(recounted, tables, T * K, down, *second),
+                flops * (1 - share),
+            )
         calls[f"whole {label}"] = whole, flops
     return calls
 
@@ -135,8 +137,11 @@ def measure(shape: LayerShape, name: str, T: int, routing: str, report: BenchRep
         timed = Percentiles.of(samples[label])
         row = {"shape": shape.name, "format": name, "T": T, "routing": routing, "part": label}
         report.rows.append(row | {"us": timed.us, "tflops": flops / timed.us / 1e6})
-        print(f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
-              f"{flops / timed.us / 1e6:7.1f} TF", flush=True)  # fmt: skip
+        print(
+            f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
+            f"{flops / timed.us / 1e6:7.1f} TF",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -203,9 +203,13 @@ def errors(
 
 
 def limit_us(
-    shape: LayerShape, weights: tuple[QuantizedTensor, ...], key: QuantKey | None, active: float,
-    T: int, peak: dict[str, float],
-) -> float:  # fmt: skip
+    shape: LayerShape,
+    weights: tuple[QuantizedTensor, ...],
+    key: QuantKey | None,
+    active: float,
+    T: int,
+    peak: dict[str, float],
+) -> float:
     """As the reports have it, with weights and scales as they are stored."""
     stored = sum(w.nbytes for w in weights) / shape.E * active + 4 * T * shape.H
     rate = (
@@ -217,9 +221,12 @@ def limit_us(
 
 
 def measure(
-    shape: LayerShape, name: str, cells: Sequence[Cell], experts: Sequence[str | None],
+    shape: LayerShape,
+    name: str,
+    cells: Sequence[Cell],
+    experts: Sequence[str | None],
     report: BenchReport,
-) -> None:  # fmt: skip
+) -> None:
     """All problems of one shape and format; results are checked where a layer is measured."""
     copies = [build(shape, name, experts[0])]
     free, _ = torch.cuda.mem_get_info()

@@ -72,10 +72,14 @@ def parts(
     position = torch.empty(R, dtype=torch.int32, device=DEVICE)
     tables = MoEAlignment(
         *moe_align_block_size(
-            one.topk_ids, PREFILL_BLOCK, e, pad_sorted_ids=True, num_local_experts=e,
+            one.topk_ids,
+            PREFILL_BLOCK,
+            e,
+            pad_sorted_ids=True,
+            num_local_experts=e,
             spare_slots=COUNTER_SLOTS,
         )[:3]
-    )  # fmt: skip
+    )
     counters = tables.sorted_ids[-COUNTER_SLOTS:]
     programs = multiprocessors_of(DEVICE)
     q, q_scale = quantize_rows(x, key, scale)
@@ -149,8 +153,11 @@ def measure(shape: LayerShape, name: str, T: int, report: BenchReport) -> None:
         timed = Percentiles.of(samples[label])
         row = {"shape": shape.name, "format": name, "T": T, "part": label, "us": timed.us}
         report.rows.append(row | {"tflops": flops / timed.us / 1e6})
-        print(f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
-              f"{flops / timed.us / 1e6:7.1f} TF", flush=True)  # fmt: skip
+        print(
+            f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
+            f"{flops / timed.us / 1e6:7.1f} TF",
+            flush=True,
+        )
     print(f"error {found:.1e} (rows alone {rounding:.1e})", flush=True)
     accuracy = {"part": "error", "error": found, "rounding_error": rounding}
     report.rows.append({"shape": shape.name, "format": name, "T": T} | accuracy)

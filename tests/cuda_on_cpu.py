@@ -33,8 +33,11 @@ class KernelOnCpu:
             command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
             subprocess.run(
                 [*command, *flags, "-xc++", "-", "-o", str(library)],
-                input=text, text=True, check=True, capture_output=True,
-            )  # fmt: skip
+                input=text,
+                text=True,
+                check=True,
+                capture_output=True,
+            )
         self._library = ctypes.CDLL(str(library))
         self._sizes, self._cluster = (threads, shared), None if cooperative else cluster
 

@@ -79,13 +79,15 @@ class Layer:
     def expected(self, tensors: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """The definition in fp64."""
         return experts_reference(
-            **{n: t.double() if t is not None and t.is_floating_point() else t
-               for n, t in tensors.items()},
+            **{
+                n: t.double() if t is not None and t.is_floating_point() else t
+                for n, t in tensors.items()
+            },
             activation=self.activation,
             activation_config=self.numbers,
             apply_router_weight_on_input=self.weight_on_input,
             compute_dtype=torch.float64,
-        )  # fmt: skip
+        )
 
     def run(self, experts_class: type, prepare_finalize: object, tensors: dict) -> torch.Tensor:
         """The experts between a prepare and a finalize, scratch memory poisoned."""

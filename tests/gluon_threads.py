@@ -20,9 +20,13 @@ from triton.runtime.jit import ConstexprFunction, JITFunction
 
 PATIENCE = 20.0
 DTYPES = {
-    real.float32: torch.float32, real.bfloat16: torch.bfloat16, real.int32: torch.int32,
-    real.int64: torch.int64, real.int8: torch.int8, real.int1: torch.bool,
-}  # fmt: skip
+    real.float32: torch.float32,
+    real.bfloat16: torch.bfloat16,
+    real.int32: torch.int32,
+    real.int64: torch.int64,
+    real.int8: torch.int8,
+    real.int1: torch.bool,
+}
 
 
 class Block(torch.Tensor):
@@ -291,10 +295,12 @@ LANGUAGE: dict[str, Any] = {
     "BlockedLayout": lambda *a: None, "NVMMADistributedLayout": lambda *a: None,
 }  # fmt: skip
 MBARRIER = types.SimpleNamespace(
-    MBarrierLayout=lambda: "barriers", init=init, wait=lambda bar, phase: bar.wait(phase),
+    MBarrierLayout=lambda: "barriers",
+    init=init,
+    wait=lambda bar, phase: bar.wait(phase),
     expect=lambda bar, size, pred=True: bar.move(1, size) if pred else None,
     arrive=lambda bar, count, pred=True: bar.move(count, 0) if pred else None,
-)  # fmt: skip
+)
 
 
 def wait_products(n: int, deps: tuple[Any, ...]) -> Any:

@@ -55,11 +55,16 @@ class Quantized:
         w1, w2 = weights or self.weights(tensors)
         descs = [
             FusedMoEQuantDesc(
-                dtype=w.format.key_dtype, format=w.format, scale=w.scale, scale2=w.scale2,
-                zp=w.zero_point, group_index=w.group_index, bias=bias,
+                dtype=w.format.key_dtype,
+                format=w.format,
+                scale=w.scale,
+                scale2=w.scale2,
+                zp=w.zero_point,
+                group_index=w.group_index,
+                bias=bias,
             )
             for w, bias in ((w1, tensors["w1_bias"]), (w2, tensors["w2_bias"]))
-        ]  # fmt: skip
+        ]
         rows = self.rows_desc(tensors["hidden_states"].device)
         a1, a2 = (rows if self.only in ("", name) else FusedMoEQuantDesc() for name in ("w1", "w2"))
         config = FusedMoEQuantConfig(a1=a1, a2=a2, w1=descs[0], w2=descs[1])
@@ -119,12 +124,16 @@ class Quantized:
 
         def apply(x, first, second, weights, ids):
             return kernel.apply(
-                x, first, second, weights, ids,
+                x,
+                first,
+                second,
+                weights,
+                ids,
                 activation=layer.activation,
                 global_num_experts=layer.E,
                 expert_map=tensors["expert_map"],
                 apply_router_weight_on_input=layer.weight_on_input,
-            )  # fmt: skip
+            )
 
         if compiled:
             torch.compiler.reset()

@@ -57,7 +57,7 @@ FORMULAS = {
     A.GELU_NO_MUL: gelu,
     A.GELU_TANH_NO_MUL: gelu_tanh,
     A.RELU2_NO_MUL: lambda v: max(v, 0.0) ** 2,
-}  # fmt: skip
+}
 NUMBERS = {
     A.SWIGLUOAI_UNINTERLEAVE: ApplyMoEActivationConfig(clamp_limit=LIMIT, alpha=ALPHA, beta=BETA),
     A.SITU: ApplyMoEActivationConfig(situ_beta=2.0),

@@ -52,10 +52,14 @@ def row(impl: str, us: float, **changes: object) -> BenchRow:
 def test_a_run_on_a_cpu_fills_the_schema(tmp_path):
     seen = []
     report = run_layer_bench(
-        [TINY], [1, 5], [torch.float32, torch.bfloat16], ["uniform", "one_expert"],
-        repeats=4, progress=lambda done, total, what: seen.append((done, total, what)),
+        [TINY],
+        [1, 5],
+        [torch.float32, torch.bfloat16],
+        ["uniform", "one_expert"],
+        repeats=4,
+        progress=lambda done, total, what: seen.append((done, total, what)),
         experts=(None, "torch"),
-    )  # fmt: skip
+    )
     assert seen[0] == (0, 8, "tiny fp32 uniform T=1")
     assert [done for done, _, _ in seen] == list(range(8))
     names = {"fusedmoe", "fusedmoe:torch"} | {
@@ -131,9 +135,13 @@ def test_a_rank_counts_its_own_experts_alone():
 
 def test_yardsticks_and_the_experts_scope_have_rows_of_their_own():
     report = run_layer_bench(
-        [TINY], [4], [torch.float32], scope="experts", repeats=2,
+        [TINY],
+        [4],
+        [torch.float32],
+        scope="experts",
+        repeats=2,
         peers=["torch_reference", "torch_grouped_mm_alone", "torch_mm"],
-    )  # fmt: skip
+    )
     scopes = {r["impl"]: r["scope"] for r in report.rows}
     assert scopes == {
         "fusedmoe": "experts",
@@ -152,8 +160,10 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
     monkeypatch.setattr(measure, "free_memory", lambda device: 100_000)
     report = run_layer_bench([TINY], [3], [torch.float32], repeats=1, experts=(None, "triton"))
     assert {r["impl"] for r in report.rows} == {
-        "fusedmoe", "transformers_eager", "transformers_grouped_mm",
-    }  # fmt: skip
+        "fusedmoe",
+        "transformers_eager",
+        "transformers_grouped_mm",
+    }
     first, second = report.notes
     assert "tiny: fusedmoe:triton left out" in first
     assert "triton: runs on cuda, not cpu" in first

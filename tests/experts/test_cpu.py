@@ -204,11 +204,15 @@ def test_scratch_is_bounded_and_holds_at_least_one_token():
 def test_the_workspace_limit_of_a_layer_is_kept(experts):
     layers = [
         FusedMoE(
-            8, 2, 64, 48, params_dtype=torch.float32,
+            8,
+            2,
+            64,
+            48,
+            params_dtype=torch.float32,
             options=MoEOptions(experts=experts, max_workspace_bytes=limit),
         )
         for limit in (None, 5 * 64 * 4)
-    ]  # fmt: skip
+    ]
     for parameter in layers[0].parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     layers[1].load_state_dict(layers[0].state_dict())

@@ -27,11 +27,16 @@ class TestPacked:
         """The same weights, plain and packed."""
         plain, packed = (
             FusedMoE(
-                4, 2, 64, 96, has_bias=True, params_dtype=torch.bfloat16,
+                4,
+                2,
+                64,
+                96,
+                has_bias=True,
+                params_dtype=torch.bfloat16,
                 options=MoEOptions(experts=name),
             )
             for name in ("cpu", "cpu_packed")
-        )  # fmt: skip
+        )
         for parameter in plain.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         packed.load_state_dict(plain.state_dict())

@@ -285,12 +285,16 @@ def test_products_collected_are_products_one_by_one(name, rows):
     encode = cpu_int8.byte_rows if "_by_" in name else cpu_quantized.row_encoder(q, exact=False)
     if q.format.element == "int8":
         weights, linear, linears = (
-            cpu_int8.int8_weights(q), cpu_int8.int8_linear, cpu_int8.int8_linears,
-        )  # fmt: skip
+            cpu_int8.int8_weights(q),
+            cpu_int8.int8_linear,
+            cpu_int8.int8_linears,
+        )
     else:
         weights, linear, linears = (
-            cpu_int4.int4_weights(q), cpu_int4.int4_linear, cpu_int4.int4_linears,
-        )  # fmt: skip
+            cpu_int4.int4_weights(q),
+            cpu_int4.int4_linear,
+            cpu_int4.int4_linears,
+        )
     for some in (weights, weights[:1]) if rows == 1 else (weights,):
         expected = torch.empty(len(some), 48)
         for k, weight in enumerate(some):

@@ -93,8 +93,10 @@ def scaled_grouped_mm(
         assert offs.dtype is torch.int32
         assert ends == sorted(ends)
         assert ends[-1] <= mat_a.shape[0]
-        spans = [(g, slice(start, end)) for g, (start, end) in
-                 enumerate(zip([0, *ends[:-1]], ends, strict=True))]  # fmt: skip
+        spans = [
+            (g, slice(start, end))
+            for g, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        ]
     for g, rows in spans:
         dot = mat_a[rows].float() @ mat_b[g].float()
         out[rows] = (dot * scale_a[rows][:, None] * scale_b[g]).to(BF16)

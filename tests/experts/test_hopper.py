@@ -115,10 +115,14 @@ def test_biases_and_maps_may_be_strided(T, monkeypatch):
     tiles = hopper.hopper_tiles(T, layer.K, layer.E, 2, layer.H, layer.I)
     rows = hopper.scratch_rows(tiles, T * layer.K, 2)
     work = ExpertsWork(
-        out, *(tensors[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
-        layer.activation, layer.E, tensors["expert_map"],
-        workspace13=out.new_empty(rows, layer.I), workspace2=out.new_empty(rows, layer.H),
-    )  # fmt: skip
+        out,
+        *(tensors[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
+        layer.activation,
+        layer.E,
+        tensors["expert_map"],
+        workspace13=out.new_empty(rows, layer.I),
+        workspace2=out.new_empty(rows, layer.H),
+    )
     biases = tensors["w1_bias"], tensors["w2_bias"]
     hopper.hopper_experts(work, layer.numbers, *biases, tiles=tiles)
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)

@@ -132,9 +132,11 @@ def test_other_values_take_the_place_of_packed_ones_twice(name, how):
                     experts.load_weights(
                         (f"experts.{e}.{proj}_proj.{part}", tensor)
                         for proj, tensor in (
-                            ("gate", gate), ("up", up), ("down", state[f"w2_{part}"][e]),
+                            ("gate", gate),
+                            ("up", up),
+                            ("down", state[f"w2_{part}"][e]),
                         )
-                    )  # fmt: skip
+                    )
         else:
             experts.load_state_dict(state, assign=how == "assign")
         state = None
@@ -215,8 +217,13 @@ def test_moves_and_casts_take_the_numbers_along():
     layer.to("meta")
     assert experts.w13_weight.is_meta
     layer.to_empty(device="cpu")
-    fill(layer, *(draw("int8_channel", E, *s, shards=n, seed=i)
-                  for i, (s, n) in enumerate((((2 * I, H), 2), ((H, I), 1)))))  # fmt: skip
+    fill(
+        layer,
+        *(
+            draw("int8_channel", E, *s, shards=n, seed=i)
+            for i, (s, n) in enumerate((((2 * I, H), 2), ((H, I), 1)))
+        ),
+    )
     assert torch.equal(layer(*rows()), first)
     assert is_packed(experts)
     assert torch.equal(experts.w2_weight, written[1])

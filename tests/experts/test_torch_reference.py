@@ -82,9 +82,14 @@ def test_sixteen_bit_inputs_are_summed_in_fp32():
     w1 = torch.full((1, 1, 2048), 1.0078125, dtype=torch.bfloat16)
     w2 = torch.ones(1, 2048, 1, dtype=torch.bfloat16)
     found = experts_reference(
-        x, w1, w2, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long),
-        activation=MoEActivation.RELU2_NO_MUL, compute_dtype=torch.float32,
-    )  # fmt: skip
+        x,
+        w1,
+        w2,
+        torch.ones(1, 1),
+        torch.zeros(1, 1, dtype=torch.long),
+        activation=MoEActivation.RELU2_NO_MUL,
+        compute_dtype=torch.float32,
+    )
     assert found[0, 0].item() == torch.tensor((2048 * 1.0078125) ** 2).bfloat16().item()
 
 

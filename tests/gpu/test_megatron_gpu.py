@@ -73,9 +73,11 @@ def check(given, **options):
     with nan_poison():
         out = vllm_fused_moe(**given, out=poisoned(given), **options)
     expected = vllm_fused_moe_reference(
-        **{n: t.double() if torch.is_tensor(t) and t.dtype == torch.bfloat16 else t
-           for n, t in given.items()}
-    )  # fmt: skip
+        **{
+            n: t.double() if torch.is_tensor(t) and t.dtype == torch.bfloat16 else t
+            for n, t in given.items()
+        }
+    )
     assert_close("out", out[:valid], expected[:valid], "bf16")
     assert out[valid:].isnan().all()
     return out

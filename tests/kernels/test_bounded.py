@@ -268,8 +268,10 @@ def test_sums_without_weights_and_with_strides():
 )
 def test_sums_that_do_not_fit_are_refused(broken):
     sound = {
-        "rows": torch.zeros(27, 4), "topk_weights": None, "routing": ROUTINGS["all_valid"],
+        "rows": torch.zeros(27, 4),
+        "topk_weights": None,
+        "routing": ROUTINGS["all_valid"],
         "out": torch.zeros(9, 4),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="T 9, K 3, H 4"):
         bounded_sum(**(sound | broken))

@@ -59,10 +59,14 @@ def test_blocks_of_one_expert_take_turns(counts, column_tiles, entries, again):
     table = torch.full(((blocks + group) * entries,), -1)
     table[::entries] = torch.cat([experts, experts[-1:].expand(group)])
     namespace = SimpleNamespace(
-        arange=lambda start, end, layout: torch.arange(start, end), BlockedLayout=lambda *a: None,
-        load=lambda table, **given: table.load(**given), num_warps=lambda: 4, where=torch.where,
-        min=lambda x, axis: x.min(), max=lambda x, axis: x.max(),
-    )  # fmt: skip
+        arange=lambda start, end, layout: torch.arange(start, end),
+        BlockedLayout=lambda *a: None,
+        load=lambda table, **given: table.load(**given),
+        num_warps=lambda: 4,
+        where=torch.where,
+        min=lambda x, axis: x.min(),
+        max=lambda x, axis: x.max(),
+    )
     run = FunctionType(tile_of_run.fn.__code__, {"gl": namespace})
     order = [
         tuple(int(found) for found in run(task, blocks, Table(table), column_tiles, group, entries))

@@ -28,9 +28,12 @@ def test_it_gives_the_bits_of_the_definition(score, renormalize, T, E, K, dtype)
     )
     logits = (logits * 0.11 - 3).to(dtype)
     spec = RoutingSpec(
-        top_k=K, num_experts=E, score_function=score, renormalize=renormalize,
+        top_k=K,
+        num_experts=E,
+        score_function=score,
+        renormalize=renormalize,
         routed_scaling_factor=1.5,
-    )  # fmt: skip
+    )
     expected = routing_reference(logits, spec, NO_TENSORS)
     found = plain(logits, spec)
     if found is None:  # scores may tie in bf16

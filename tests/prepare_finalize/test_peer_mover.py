@@ -310,9 +310,14 @@ def test_the_memory_is_that_of_the_ranks_whose_tokens_differ():
 
 @pytest.mark.parametrize(
     ("world", "picks", "key", "copied"),
-    [(2, 8, None, True), (2, 8, FP8_DYNAMIC_128, False), (4, 8, FP8_DYNAMIC_128, True),
-     (8, 8, None, False), (4, 2, None, False)],
-)  # fmt: skip
+    [
+        (2, 8, None, True),
+        (2, 8, FP8_DYNAMIC_128, False),
+        (4, 8, FP8_DYNAMIC_128, True),
+        (8, 8, None, False),
+        (4, 2, None, False),
+    ],
+)
 def test_rows_are_copied_where_few_are_wasted(world, picks, key, copied):
     memory: Any = object.__new__(PeerMemory)
     layout = PeerLayout(world, 8192, 256, picks, torch.bfloat16, key)

@@ -26,13 +26,17 @@ class Honest(TorchExperts):
 
     def compute(self, x, w1, w2, weights, ids, expert_map, config):
         return experts_reference(
-            x, w1, w2, weights, ids,
+            x,
+            w1,
+            w2,
+            weights,
+            ids,
             activation=self.moe_config.activation,
             activation_config=config,
             w1_bias=self.quant_config.w1_bias,
             w2_bias=self.quant_config.w2_bias,
             expert_map=expert_map,
-        )  # fmt: skip
+        )
 
     def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *rest):
         expert_map = rest[2]

@@ -148,11 +148,9 @@ def hopper_products(
     many = here > MAX_DECODE_MEAN * e
     P = prefill_rows(routing.R, e) if many else routing.R
     act, rows = x.new_empty(P, I), x.new_empty(P, H)
+    ids, programs = routing.routing_map, multiprocessors_of(x.device)
     # Nothing is summed here, so ``out`` is nobody's.
-    layer = LayerTensors(
-        x, w1, w2, None, routing.routing_map, rows, act, rows, multiprocessors_of(x.device),
-        activation,
-    )  # fmt: skip
+    layer = LayerTensors(x, w1, w2, None, ids, rows, act, rows, programs, activation)
     with device_of(x):
         if many:
             position = torch.empty(routing.R, dtype=torch.int32, device=x.device)

@@ -55,10 +55,9 @@ def floating_products(layer: SlotProducts) -> None:
     follows = operands.down_order is not None
     scattered = follows and a2 is None and not many
     written = "" if follows else act_order
-    _product(
-        a, w1, act, blocks, tiles.gemm1, (x_order, written if a2 is None else ""),
-        top_k=top_k, c_places=operands.places if scattered else None, **layer.epilogue,
-    )  # fmt: skip
+    orders = x_order, written if a2 is None else ""
+    rest = layer.epilogue | {"c_places": operands.places if scattered else None}
+    _product(a, w1, act, blocks, tiles.gemm1, orders, top_k=top_k, **rest)
     if a2 is not None:
         act = round_rows(
             act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **layer.live

@@ -80,25 +80,21 @@ def vllm_fused_moe(
     if not isinstance(activation_type, ActivationType):
         raise ValueError(f"activation_type must be an ActivationType, got {activation_type!r}")
     check_routing(routing_map, valid_tokens, num_local_experts, local_expert_start)
-    check_layer(
-        hidden_states, probs, fc1_weight, fc2_weight, routing_map, out,
-        gated=activation_type.moe_activation.is_gated, num_local_experts=num_local_experts,
-    )  # fmt: skip
+    tensors = hidden_states, probs, fc1_weight, fc2_weight
+    gated = activation_type.moe_activation.is_gated
+    check_layer(*tensors, routing_map, out, gated=gated, num_local_experts=num_local_experts)
     check_hints(num_tokens_hint=num_tokens_hint, num_experts=num_experts)
     if out is None:
         out = hidden_states.new_empty(hidden_states.shape, dtype=torch.float32)
     if not hidden_states.is_cuda:
-        return vllm_fused_moe_reference(
-            hidden_states, probs, fc1_weight, fc2_weight, activation_type, num_local_experts,
-            local_expert_start, valid_tokens, routing_map, out,
-        )  # fmt: skip
+        routing = num_local_experts, local_expert_start, valid_tokens, routing_map
+        return vllm_fused_moe_reference(*tensors, activation_type, *routing, out)
     tokens = hidden_states.shape[0] if num_tokens_hint is None else num_tokens_hint
     experts = num_local_experts if num_experts is None else num_experts
     run = bounded_experts_op if torch.compiler.is_compiling() else bounded_experts
-    run(
-        out, hidden_states, fc1_weight, fc2_weight, probs, routing_map, valid_tokens.reshape(1),
-        local_expert_start, activation_type.moe_activation.value, tokens, experts,
-    )  # fmt: skip
+    valid, act = valid_tokens.reshape(1), activation_type.moe_activation.value
+    layer = hidden_states, fc1_weight, fc2_weight, probs, routing_map
+    run(out, *layer, valid, local_expert_start, act, tokens, experts)
     return out
 
 
