@@ -29,7 +29,7 @@ _HOME = {
     "FUSED_MOE_UNQUANTIZED_CONFIG": "fusedmoe.quantization.config",
     "FusedMoEQuantConfig": "fusedmoe.quantization.config",
     "FusedMoEQuantDesc": "fusedmoe.quantization.config",
-    "QuantFormat": "fusedmoe.quantization.quant_format",
+    "QuantFormat": "fusedmoe.quantization.tensor",
     "QuantizedTensor": "fusedmoe.quantization.tensor",
     "QuantizedFusedMoEMethod": "fusedmoe.quantization.quantized",
     "quantize_layer": "fusedmoe.quantization.quantize_layer",

@@ -8,23 +8,44 @@ from pathlib import Path
 
 import torch
 
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What rows, and scales that are no codes, may be in."""
+SHORT_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
 }
+STORED_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""By their names in safetensors, which are those of GGUF where that has them."""
+STORED_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """The dtype called ``name``; None for "auto". ValueError for others."""
-    if name == "auto":
-        return None
-    if name not in _DTYPES:
+    """The one of ``FLOATS`` called ``name``, such as bf16 or bfloat16; None for "auto".
+
+    ValueError for others.
+    """
+    for dtype in FLOATS:
+        if name in (SHORT_NAMES[dtype], str(dtype).removeprefix("torch.")):
+            return dtype
+    if name != "auto":
         raise ValueError(f"unsupported dtype {name!r}; choose auto, fp32, fp16 or bf16")
-    return _DTYPES[name]
+    return None
 
 
 def device_named(name: str | torch.device | None) -> torch.device:

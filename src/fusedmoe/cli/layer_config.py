@@ -15,12 +15,10 @@ from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf_source import GgufSource
 from fusedmoe.weights.families import EXPERT_PARTS, config_value
-from fusedmoe.words import device_named
+from fusedmoe.words import FLOATS, STORED_DTYPES, device_named
 
 if TYPE_CHECKING:
     from fusedmoe.bench.shapes import LayerShape
-
-STORED_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +99,7 @@ def note_on_format(folder: str) -> str | None:
     """What to say where experts of a checkpoint are measured in another format than theirs."""
     checkpoint = read_checkpoint(folder)
     stored = moe_layers(checkpoint, model_facts(checkpoint))[0].format
-    if stored in STORED_DTYPES:
+    if _floats(stored):
         return None
     what = "floats of their shape were measured (--formats rounds them)"
     return f"{checkpoint.folder} stores experts as {stored}; {what}"
@@ -111,7 +109,7 @@ def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, A
     """Sizes, activation, bias and dtype as the files have them."""
     facts = model_facts(checkpoint)
     layer = moe_layers(checkpoint, facts)[0]
-    if layer.format not in STORED_DTYPES and not (quantized_too and layer.dialect):
+    if not _floats(layer.format) and not (quantized_too and layer.dialect):
         what = f"{checkpoint.folder}: the experts are stored as {layer.format}"
         wanted = "of no known dialect" if quantized_too else "floats are wanted"
         raise CheckpointError(layer.problem or f"{what}; {wanted}")
@@ -137,4 +135,10 @@ def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
     named = config_value(checkpoint.config, ("dtype", "torch_dtype"))
     found = getattr(torch, named, None) if isinstance(named, str) else None
     default = found if isinstance(found, torch.dtype) else torch.bfloat16
-    return STORED_DTYPES.get(stored, default)
+    return _floats(stored) or default
+
+
+def _floats(stored: str) -> torch.dtype | None:
+    """The dtype of experts stored as "f32", "f16" or "bf16"; None where they are not."""
+    dtype = STORED_DTYPES.get(stored.upper())
+    return dtype if dtype in FLOATS else None

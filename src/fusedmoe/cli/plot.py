@@ -17,7 +17,6 @@ import torch
 
 Row = dict[str, Any]
 
-ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
 LOAD_WIDTH, LOAD_HEIGHT, LOAD_DOTS_PER_INCH = 4.0, 3.2, 110
 
@@ -131,4 +130,4 @@ def intensity(row: Row) -> float:
     """
     picked = row.get("active_experts") or min(row["E"], row["T"] * row["k"])
     elements = picked * 3 * row["H"] * row["I"] + 2 * row["T"] * row["H"]
-    return flops(row) / (elements * ITEMSIZES.get(row["format"], 2))
+    return flops(row) / (elements * (4 if row["format"] == "fp32" else 2))

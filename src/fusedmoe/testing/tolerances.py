@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.words import SHORT_NAMES
+
 
 class Tolerance(NamedTuple):
     """Bounds on |out - ref|: its Frobenius norm over that of ref, its maximum over max |ref|."""
@@ -28,19 +30,12 @@ TOLERANCES: dict[str, Tolerance] = {
 NO_WORSE = 1.05
 """Of the error of the same computation in torch: what quantized activations may add to it."""
 
-_NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
-
 
 def format_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``"bf16"``; ValueError for a dtype without a tolerance."""
-    if dtype not in _NAMES:
+    if dtype not in SHORT_NAMES:
         raise ValueError(f"no tolerance is known for {dtype}")
-    return _NAMES[dtype]
+    return SHORT_NAMES[dtype]
 
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> Tolerance:

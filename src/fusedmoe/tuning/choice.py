@@ -21,11 +21,10 @@ from fusedmoe.tuning.table_file import table_from_json
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
 from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
+from fusedmoe.words import SHORT_NAMES
 
 if TYPE_CHECKING:
     from fusedmoe.config import FusedMoEConfig
-
-_WEIGHT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class DeviceFacts(NamedTuple):
@@ -60,7 +59,7 @@ def layer_key(
     activation: MoEActivation,
 ) -> LayerKey:
     """The key of an unquantized layer of E local experts."""
-    weights = _WEIGHT_NAMES.get(dtype, str(dtype))
+    weights = SHORT_NAMES.get(dtype, str(dtype))
     return LayerKey(E=E, K=K, H=H, I=I, weights=weights, form=gemm1_form(activation))
 
 

@@ -5,34 +5,16 @@ From config.json and the headers of the files alone; no tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
 from fusedmoe.quantization.dialects import CheckpointQuantization, LayerSchemes, read_quantization
 from fusedmoe.quantization.dialects.base import stored_name
 from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, Part, family_of, read_sizes
 from fusedmoe.weights.param_spec import ShardId
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+from fusedmoe.words import STORED_DTYPES, STORED_FLOATS
 
 
 @dataclass(frozen=True)
@@ -104,10 +86,10 @@ class CheckpointExperts:
             )
         layers = layers_of(checkpoint, family)
         leaves = {
-            tensor.suffix: TORCH_DTYPES[entry.dtype]
+            tensor.suffix: STORED_DTYPES[entry.dtype]
             for layer in layers.values()
             for tensor in layer.tensors
-            if (entry := checkpoint.tensors[tensor.name]).dtype in TORCH_DTYPES
+            if (entry := checkpoint.tensors[tensor.name]).dtype in STORED_DTYPES
         }
         config = read_quantization_config(checkpoint.folder, checkpoint.config)
         if config is not None and "expert_dtype" in checkpoint.config:
@@ -166,7 +148,7 @@ class CheckpointExperts:
         """CheckpointError for tensors that are stored as something else."""
         for name in names:
             entry = self.checkpoint.tensors[name]
-            if entry.dtype not in FLOAT_DTYPES:
+            if entry.dtype not in STORED_FLOATS:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} is {entry.dtype}, but config.json names no "
                     "quantization for it"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.safetensors_header import CheckpointError, StoredBytes, check_ranges
+from fusedmoe.words import STORED_DTYPES, STORED_FLOATS
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -74,7 +75,6 @@ TYPES: Mapping[int, GgufType] = {
     30: GgufType("BF16", 1, 2),
     39: GgufType("MXFP4", 32, 17),
 }
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,13 @@ class GgufTensor(StoredBytes):
     type: GgufType
 
     @property
+    def is_floats(self) -> bool:
+        return self.type.name in STORED_FLOATS
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """In bytes along the last axis; of floats, in numbers."""
-        if self.type.name in FLOATS:
+        if self.is_floats:
             return self.shape
         return (*self.shape[:-1], self.shape[-1] // self.type.values * self.type.nbytes)
 
@@ -229,5 +233,5 @@ class GgufFile:
         if self._bytes is None:
             self._bytes = torch.from_file(str(self.path), size=self.size, dtype=torch.uint8)
         raw = self._bytes[tensor.begin : tensor.end]
-        dtype = FLOATS.get(tensor.type.name)
-        return (raw if dtype is None else raw.view(dtype)).view(tensor.stored_shape)
+        floats = raw.view(STORED_DTYPES[tensor.type.name]) if tensor.is_floats else raw
+        return floats.view(tensor.stored_shape)

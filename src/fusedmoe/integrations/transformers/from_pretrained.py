@@ -31,12 +31,12 @@ from fusedmoe.integrations.transformers.packed_quantizer import (
     register_packed_experts,
 )
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
-from fusedmoe.integrations.transformers.sources import DTYPE_NAMES, FolderSource, Source, is_linear
+from fusedmoe.integrations.transformers.sources import FolderSource, Source, is_linear
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
 from fusedmoe.weights.families import family_of
-from fusedmoe.words import device_named, dtype_named
+from fusedmoe.words import FLOATS, device_named, dtype_named
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -250,7 +250,7 @@ def _dtype(config: Any, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return found if found in DTYPE_NAMES else torch.bfloat16
+    return found if found in FLOATS else torch.bfloat16
 
 
 def _model_class(config: Any) -> Any:

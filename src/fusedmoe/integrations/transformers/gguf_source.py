@@ -19,7 +19,7 @@ from fusedmoe.quantization.dialects import LayerSchemes, Matrix
 from fusedmoe.quantization.dialects.gguf import GgufQuantization
 from fusedmoe.weights.checkpoint_experts import ExpertLayer, ExpertTensor
 from fusedmoe.weights.families import Part
-from fusedmoe.weights.gguf_file import FLOATS, ArrayOf
+from fusedmoe.weights.gguf_file import ArrayOf
 from fusedmoe.weights.gguf_parts import GgufParts, paths_of
 
 # Field of a Transformers configuration: key of the header, below the architecture's name.
@@ -225,7 +225,7 @@ class GgufSource:
 
     def _value(self, name: str, dtype: torch.dtype) -> Any:
         tensor = self.file.tensors[name]
-        if tensor.type.name in FLOATS:
+        if tensor.is_floats:
             value = self.file.read(name)
             return value[None] if "ffn_gate_inp_shexp" in name and value.dim() == 1 else value
         base = name.rpartition(".")[0]

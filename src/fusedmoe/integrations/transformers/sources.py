@@ -17,10 +17,11 @@ from fusedmoe.checkpoint import CheckpointError, TensorReader
 from fusedmoe.quantization.dialects import LayerSchemes, Matrix, Scheme
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.online import OnlineQuantization
-from fusedmoe.weights.checkpoint_experts import FLOAT_DTYPES, CheckpointExperts, ExpertLayer
+from fusedmoe.weights.checkpoint_experts import CheckpointExperts, ExpertLayer
 from fusedmoe.weights.families import read_sizes
+from fusedmoe.words import STORED_DTYPES, STORED_FLOATS
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class Source(Protocol):
@@ -58,7 +59,7 @@ class LazyMatrix:
     dtype: torch.dtype
 
     def get_dtype(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+        return _STORED_NAMES[self.dtype]
 
     def get_shape(self) -> list[int]:
         return [self.matrix.N, self.matrix.K]
@@ -85,7 +86,7 @@ def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
     found: set[str] = set()
     for tensor in stacks:
         entry = entries[tensor.name]
-        if tensor.suffix not in ("", "weight") or entry.dtype not in (*FLOAT_DTYPES, "F8_E4M3"):
+        if tensor.suffix not in ("", "weight") or entry.dtype not in (*STORED_FLOATS, "F8_E4M3"):
             continue
         *_, rows, columns = (0, 0, *entry.shape)
         here, there = (rows, columns) if tensor.part == "down" else (columns, rows)
@@ -189,7 +190,7 @@ class FolderSource:
             module: (scheme, stored)
             for module, (scheme, stored) in found.items()
             if not all(suffix in ("weight", "bias") for suffix in stored)
-            or tensors[stored.get("weight", stored.get("bias", ""))].dtype not in FLOAT_DTYPES
+            or tensors[stored.get("weight", stored.get("bias", ""))].dtype not in STORED_FLOATS
         }
 
     def _matrix(

@@ -56,7 +56,7 @@ from fusedmoe.quantization.keys import (
     QuantKey,
     fp8_dynamic_group,
 )
-from fusedmoe.quantization.quant_format import QuantFormat
+from fusedmoe.quantization.tensor import QuantFormat
 
 _LINEAR = ("Linear", "FusedMoE")
 _PACKINGS = (

@@ -33,7 +33,7 @@ from fusedmoe.quantization.keys import (
     GroupShape,
     QuantKey,
 )
-from fusedmoe.quantization.quant_format import QuantFormat
+from fusedmoe.quantization.tensor import QuantFormat
 
 DIALECT = "compressed-tensors"
 _STRATEGIES = ("token", "tensor", "channel", "group", "block", "tensor_group")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.rules import FLOATS, expect, make_scheme
+from fusedmoe.quantization.dialects.rules import expect, make_scheme
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
+from fusedmoe.words import FLOATS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ import torch
 from fusedmoe.quantization.dialects.base import Matrix, Rule, Scheme
 from fusedmoe.quantization.keys import PER_TENSOR, GroupShape, QuantKey
 from fusedmoe.quantization.tensor import QuantFormat
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from fusedmoe.words import FLOATS
 
 
 def make_scheme(
