@@ -7,7 +7,6 @@ import pytest
 from fusedmoe.tuning.hopper_tiles import (
     ELEMENT_BYTES,
     MAX_DIRECT_SLOTS,
-    SHARED_BYTES,
     DecodeTiles,
     DirectTiles,
     PrefillTiles,
@@ -16,6 +15,7 @@ from fusedmoe.tuning.hopper_tiles import (
     hopper_tiles,
     sum_passes,
 )
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 # name: experts, picks, hidden and intermediate size
 SHAPES = {
@@ -59,7 +59,7 @@ def test_tiles_fit_and_tokens_only_make_them_larger(name, share):
     kinds, blocks = [], []
     for T in itertools.chain(range(1, 70), (100, 128, 500, 1024, 2048, 8192, 100_000)):
         tiles = hopper_tiles(T, K, E, max(1, E // share), H, I)
-        assert max(shared_bytes(tiles)) < SHARED_BYTES
+        assert max(shared_bytes(tiles)) < HOPPER_SHARED_MEMORY
         kinds.append(order.index(type(tiles)))
         if isinstance(tiles, DecodeTiles):
             assert min(tiles.up.stages, tiles.down.stages) >= 2

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from fusedmoe.tuning.w8a8_tiles import MULTIPROCESSORS, StreamTile, stream_tiles
+from fusedmoe.tuning.tiles import HOPPER_MULTIPROCESSORS
+from fusedmoe.tuning.w8a8_tiles import StreamTile, stream_tiles
 
 SHAPES = [(128, 2048, 768), (8, 4096, 14336), (256, 4096, 2048), (384, 7168, 256), (64, 2048, 1408)]
 
@@ -22,7 +23,7 @@ def test_tiles_fit_the_problem(R, E, H, I):  # noqa: E741
         empty = -(-features // tile.valid) * tile.valid - features
         assert empty <= features / 3 or tile.valid <= 64
         if tile.rows == 256:
-            assert min(R, E) * features / tile.valid >= 2 * MULTIPROCESSORS
+            assert min(R, E) * features / tile.valid >= 2 * HOPPER_MULTIPROCESSORS
 
 
 def test_a_token_occupies_more_multiprocessors():

@@ -5,11 +5,12 @@ T tokens, K picks, R = T * K slots, H hidden, I intermediate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-SHARED_BYTES = 227 * 1024  # what one program may have on compute capability 9.0
+from fusedmoe.tuning.tiles import HOPPER_MULTIPROCESSORS, HOPPER_SHARED_MEMORY
+
 ELEMENT_BYTES = 2
-HOPPER_PROGRAMS = 132  # one per multiprocessor of an H100 or H200
 LEAST_RING_BYTES = 128 * 1024  # of weights on their way to a multiprocessor
 MAX_DEALT_ROUNDS = 10
 LONG_ROWS = 4096  # columns of weights: so many that a task of 64 of them is long
@@ -59,7 +60,7 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
         return _tiles_of_few(block, blocks, H, I)
 
     def cost(width: int, rows: int, weight_rows: int) -> float:
-        rounds = -(-num_local * -(-width // rows) // HOPPER_PROGRAMS)
+        rounds = -(-num_local * -(-width // rows) // HOPPER_MULTIPROCESSORS)
         # Measured: token rows cost nothing up to a quarter of the weight rows, short loads do.
         short = 0.06 if weight_rows == 64 else 0.0
         return rounds * rows * (1 + short + 0.7 * max(0.0, block / weight_rows - 0.25))
@@ -68,7 +69,7 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
     if block <= 16 and I <= MOST_NARROW:
         up = 32 if I <= 96 and 0 < I % 64 <= 32 else 64  # half of a tile of 64 would be empty
     # Of equals the largest, but where it has one round of tasks: a block more would make it two.
-    one_round = num_local * -(-H // 256) <= HOPPER_PROGRAMS
+    one_round = num_local * -(-H // 256) <= HOPPER_MULTIPROCESSORS
     down = (128, 256, 64) if one_round else (256, 128, 64)
     tiles = decode_tiles_of(block, up, min(down, key=lambda rows: cost(H, rows, rows)))
     return drawn(tiles, blocks, H, I)
@@ -78,12 +79,12 @@ def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # no
     """Tiles where hardly a block is full. Down's tasks of up to three steps are as large as can be,
     but where that leaves programs without one; those of few tokens, or that bring little, are
     dealt. Then up's are small: all of down waits for the last of them."""
-    few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_PROGRAMS
+    few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_MULTIPROCESSORS
     little = 256 * I * ELEMENT_BYTES < LEAST_RING_BYTES
     large = decode_tiles_of(block, 32 if few or little or _uneven(blocks, H, I) else 64, 256)
-    if large.down.stages >= -(-I // 128) + few and blocks * -(-H // 256) >= HOPPER_PROGRAMS:
+    if large.down.stages >= -(-I // 128) + few and blocks * -(-H // 256) >= HOPPER_MULTIPROCESSORS:
         return drawn(large, blocks, H, I, draws_down=not (few or little))
-    down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_PROGRAMS else 128
+    down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_MULTIPROCESSORS else 128
     return drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
 
 
@@ -91,8 +92,8 @@ def _uneven(blocks: int, H: int, I: int) -> bool:  # noqa: E741
     """Whether tasks of 64 rows of gate and of up, three for each program, or four where one takes
     long, leave so many without a last one that tasks of 32 end sooner. Elsewhere down's first
     tasks fill the gap."""
-    rounds = -(-blocks * -(-I // 64) // HOPPER_PROGRAMS)
-    half_rounds = -(-blocks * -(-I // 32) // HOPPER_PROGRAMS)
+    rounds = -(-blocks * -(-I // 64) // HOPPER_MULTIPROCESSORS)
+    half_rounds = -(-blocks * -(-I // 32) // HOPPER_MULTIPROCESSORS)
     narrow = 128 * I * ELEMENT_BYTES < LEAST_RING_BYTES
     most = 3 if narrow else 4 if H >= LONG_ROWS else 0
     return rounds <= most and half_rounds < 2 * rounds
@@ -114,7 +115,7 @@ def drawn(
         enough = steps * tile.depth * tile.rows * count * ELEMENT_BYTES >= LEAST_RING_BYTES
         return replace(tile, stages=min(tile.stages, steps)) if enough else tile
 
-    rounds = blocks * -(-I // tiles.up.rows) / HOPPER_PROGRAMS
+    rounds = blocks * -(-I // tiles.up.rows) / HOPPER_MULTIPROCESSORS
     up, down = within(tiles.up, H, 2), within(tiles.down, I, 1) if draws_down else tiles.down
     return DecodeTiles(tiles.block, up, down, rounds > MAX_DEALT_ROUNDS)
 
@@ -137,7 +138,7 @@ def decode_tiles_of(block: int, up_rows: int, down_rows: int) -> DecodeTiles:
 def deepest_ring(rows: int, tiles: int, block: int, depth: int = 128) -> int:
     """How many stages of ``depth`` columns fit beside the buffer of the transposed store."""
     stage = (tiles * rows + block) * depth * ELEMENT_BYTES
-    return (SHARED_BYTES - rows * block * ELEMENT_BYTES - 512) // stage
+    return (HOPPER_SHARED_MEMORY - rows * block * ELEMENT_BYTES - 512) // stage
 
 
 @dataclass(frozen=True)
@@ -196,26 +197,33 @@ MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_PICKS = 16
 
 
-def direct_tiles(T: int, K: int, H: int, I: int) -> DirectTiles:  # noqa: E741
-    """Tiles for T tokens of K picks."""
-    depth = 128
-    room = SHARED_BYTES - 2048
+def are_direct(T: int, K: int, num_experts: int) -> bool:
+    """Whether T tokens of K picks need no tables: one, or two that rarely share an expert."""
+    alone = T == 1 or (T == 2 and num_experts >= 16 * K)
+    return alone and T * K <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS
+
+
+def _stages(rows: int, slots: int, columns: int) -> int:
+    """Steps of so many weight rows and slots in 16 bits, however many columns they have."""
+    return (HOPPER_SHARED_MEMORY - 2048) // ((rows + slots) * DirectTiles.depth * ELEMENT_BYTES)
+
+
+def direct_tiles(
+    T: int,
+    K: int,
+    H: int,
+    I: int,  # noqa: E741
+    stages: Callable[[int, int, int], int] = _stages,
+) -> DirectTiles:
+    """Tiles for T tokens of K picks. ``stages`` of a ring, by the weight rows and slots of a step
+    and the columns of a row."""
     picks = 1 << (K - 1).bit_length()
     up = even_width(T * K, I, (16, 32, 48, 64))
     up_rows = 32 if up <= 32 else 64
     down = even_width(T, H, tuple(range(8, 128 // picks + 1, 8)))
-    share = 1 << (down - 1).bit_length()
-    down_rows = max(64, share * picks)
-    row = depth * ELEMENT_BYTES
-    return DirectTiles(
-        up_rows,
-        up,
-        room // ((2 * up_rows + 8) * row),
-        down_rows,
-        down,
-        room // ((down_rows + max(8, picks)) * row),
-        depth,
-    )
+    down_rows = max(64, (1 << (down - 1).bit_length()) * picks)
+    up_stages, down_stages = stages(2 * up_rows, 8, H), stages(down_rows, max(8, picks), I)
+    return DirectTiles(up_rows, up, up_stages, down_rows, down, down_stages)
 
 
 def even_width(rows: int, columns: int, widths: tuple[int, ...]) -> int:
@@ -223,7 +231,7 @@ def even_width(rows: int, columns: int, widths: tuple[int, ...]) -> int:
     they go round robin over the programs; of equals the one that loads in the largest boxes."""
 
     def cost(width: int) -> tuple[int, int, int]:
-        rounds = -(-rows * -(-columns // width) // HOPPER_PROGRAMS)
+        rounds = -(-rows * -(-columns // width) // HOPPER_MULTIPROCESSORS)
         return rounds * width, -(width & -width), -width
 
     return min(widths, key=cost)
@@ -251,11 +259,9 @@ def hopper_tiles(
     weights; many are bound by the products. ``batch_invariant`` leaves out the first, which rounds
     less often than the other two; those agree to the bit.
     """
-    R = T * K
-    alone = T == 1 or (T == 2 and num_experts >= 16 * K)
-    if alone and not batch_invariant and R <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS:
+    if are_direct(T, K, num_experts) and not batch_invariant:
         return direct_tiles(T, K, H, I)
-    mean = R / num_experts
+    mean = T * K / num_experts
     if mean > MAX_DECODE_MEAN:
         return PrefillTiles()
     return decode_tiles(max(1, round(mean * num_local)), num_local, H, I)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -284,27 +284,9 @@ def layer_tiles(
     shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> LayerTiles:
     """Both tiles of a layer of E local experts, H hidden, N intermediate, T tokens of K picks."""
+    rest: dict[str, Any] = {"batch_invariant": batch_invariant, "shared_memory": shared_memory}
+    shards = 2 if gated else 1
     return LayerTiles(
-        gemm1_tiles(
-            T,
-            K,
-            E,
-            N,
-            H,
-            dtype,
-            weight_tiles=2 if gated else 1,
-            interleaved=interleaved,
-            batch_invariant=batch_invariant,
-            shared_memory=shared_memory,
-        ),
-        gemm2_tiles(
-            T,
-            K,
-            E,
-            H,
-            N,
-            dtype,
-            batch_invariant=batch_invariant,
-            shared_memory=shared_memory,
-        ),
+        gemm1_tiles(T, K, E, N, H, dtype, weight_tiles=shards, interleaved=interleaved, **rest),
+        gemm2_tiles(T, K, E, H, N, dtype, **rest),
     )

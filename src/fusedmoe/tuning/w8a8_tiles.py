@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from fusedmoe.tuning.hopper_tiles import (
-    MAX_DIRECT_PICKS,
-    MAX_DIRECT_SLOTS,
-    SHARED_BYTES,
-    DirectTiles,
-    even_width,
-)
+from fusedmoe.tuning.hopper_tiles import DirectTiles, are_direct, direct_tiles
+from fusedmoe.tuning.tiles import HOPPER_MULTIPROCESSORS, HOPPER_SHARED_MEMORY
 
-MULTIPROCESSORS = 132
 STEP = 128  # columns of a product, bytes of a row
 MAX_DIRECT_STEPS = 64
 
@@ -83,14 +77,14 @@ def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
     tiles = blocks * -(-features // (64 * halves))
     wide = 128 * halves
     mostly_full = 3 * wide * -(-features // wide) <= 4 * features
-    large = mostly_full and tiles >= 4 * MULTIPROCESSORS
+    large = mostly_full and tiles >= 4 * HOPPER_MULTIPROCESSORS
     if slots == 32:
         rows, programs = (256, 1) if large else (128, 2)
         return StreamTile(rows, rows // 2, slots, 1, 4, 5, programs)
     span = 8 if slots == 8 else 2
-    if tiles <= MULTIPROCESSORS and halves == 1:
+    if tiles <= HOPPER_MULTIPROCESSORS and halves == 1:
         return StreamTile(128, 32, slots, 2, span, 3, 2)
-    if tiles <= MULTIPROCESSORS:
+    if tiles <= HOPPER_MULTIPROCESSORS:
         return StreamTile(128, 64, slots, 2, span, 3, 1)
     if large:
         return StreamTile(256, 128, slots, 2, 8, 3, 1)
@@ -106,25 +100,9 @@ def direct_stream_tiles(
 ) -> DirectTiles | None:
     """Tiles for one token of K picks, or two that rarely share one of E experts; None where there
     are more of them, or rows so long that shared memory cannot hold all of their steps."""
-    R, longest = T * K, STEP * MAX_DIRECT_STEPS
-    if T > 2 or (T == 2 and E < 16 * K) or max(H, I) > longest:
+    if not are_direct(T, K, E) or max(H, I) > STEP * MAX_DIRECT_STEPS:
         return None
-    if R > MAX_DIRECT_SLOTS or K > MAX_DIRECT_PICKS:
-        return None
-    picks = 1 << (K - 1).bit_length()
-    up = even_width(R, I, (16, 32, 48, 64))
-    up_rows = 32 if up <= 32 else 64
-    down = even_width(T, H, tuple(range(8, 128 // picks + 1, 8)))
-    down_rows = max(64, (1 << (down - 1).bit_length()) * picks)
-    return DirectTiles(
-        up_rows,
-        up,
-        _direct_stages(2 * up_rows, 8, H),
-        down_rows,
-        down,
-        _direct_stages(down_rows, max(8, picks), I),
-        STEP,
-    )
+    return direct_tiles(T, K, H, I, _direct_stages)
 
 
 def _direct_stages(rows: int, slots: int, columns: int) -> int:
@@ -132,4 +110,4 @@ def _direct_stages(rows: int, slots: int, columns: int) -> int:
     steps = -(-columns // STEP)
     padded = 1 << (steps - 1).bit_length()
     other = padded * (slots * (STEP + 4) + rows * 4) + rows * slots * 4 + 4096
-    return (SHARED_BYTES - other) // (rows * STEP)
+    return (HOPPER_SHARED_MEMORY - other) // (rows * STEP)

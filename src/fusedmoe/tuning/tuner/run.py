@@ -12,11 +12,11 @@ from fusedmoe.bench.problems import Problem
 from fusedmoe.bench.report import Percentiles, limit_us
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.testing.tolerances import format_name
-from fusedmoe.tuning.choice import DeviceFacts
+from fusedmoe.tuning.choice import DeviceFacts, tiles_for
 from fusedmoe.tuning.table_file import make_table
-from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
+from fusedmoe.tuning.tiles import LayerTiles, TileConfig
 from fusedmoe.tuning.tuned_kernels import TRITON
-from fusedmoe.tuning.tuned_table import TunedTable, gemm1_form
+from fusedmoe.tuning.tuned_table import TunedTable
 from fusedmoe.tuning.tuner.gemms import activation_of, key_of
 from fusedmoe.tuning.tuner.journal import Journal, subject
 from fusedmoe.tuning.tuner.measure import ROUTING, tuned_layer
@@ -92,18 +92,8 @@ def tune(
 
 def default_tiles(shape: LayerShape, dtype: torch.dtype, facts: DeviceFacts, T: int) -> LayerTiles:
     """What a layer of this shape uses that has no table."""
-    activation = activation_of(shape)[0]
-    return layer_tiles(
-        T,
-        shape.k,
-        shape.E,
-        shape.H,
-        shape.I,
-        dtype,
-        gated=activation.is_gated,
-        interleaved=gemm1_form(activation) == "interleaved",
-        shared_memory=facts.shared_memory,
-    )
+    sizes = T, shape.k, shape.E, shape.H, shape.I
+    return tiles_for(*sizes, dtype, activation_of(shape)[0], facts._replace(triton=None))
 
 
 def compare(

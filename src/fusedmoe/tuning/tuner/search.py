@@ -168,7 +168,6 @@ def _lowest(curves: Sequence[Curve], place: int) -> float:
     """The time of the best pair at one of the token counts."""
     best: dict[tuple[int, str], float] = {}
     for stage, tile, cost in curves:
-        assert isinstance(tile, TileConfig)
         key = tile.block_m, stage
         best[key] = min(best.get(key, math.inf), cost[place])
     heights = {block_m for block_m, _ in best}
