@@ -30,12 +30,26 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intermediate-size", type=int, metavar="I", help="of one expert")
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), fp32, fp16, bf16")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+
+
+def as_options(names: Iterable[str]) -> str:
+    """What arguments are called on the command line: "--top-k, --tokens"."""
+    return ", ".join(
+        name if name == "checkpoint" else "--" + name.replace("_", "-") for name in names
+    )
+
+
 def sizes_of(known: Mapping[str, int | None]) -> LayerSizes:
     """The four sizes out of ``known``; ValueError names the options that are missing."""
     missing = [name for name in SIZES if known.get(name) is None]
     if missing:
-        options = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"the layer's sizes are not complete: give {options}")
+        raise ValueError(f"the layer's sizes are not complete: give {as_options(missing)}")
     return LayerSizes(**{name: known[name] for name in SIZES})  # type: ignore[arg-type]
 
 
@@ -43,10 +57,7 @@ def refuse_unused(args: argparse.Namespace, names: Iterable[str], where: str) ->
     """ValueError for options among ``names`` that were given and that nothing reads ``where``."""
     given = [name for name in names if getattr(args, name) != args.default_of(name)]
     if given:
-        options = ", ".join(
-            name if name == "checkpoint" else "--" + name.replace("_", "-") for name in given
-        )
-        raise ValueError(f"{options} would have no effect {where}")
+        raise ValueError(f"{as_options(given)} would have no effect {where}")
 
 
 def experts_of(name: str | None) -> str | type | None:

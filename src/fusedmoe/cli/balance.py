@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusedmoe.checkpoint import CheckpointError
-from fusedmoe.cli.arguments import refuse_unused
+from fusedmoe.cli.arguments import add_device, add_dtype, as_options, refuse_unused
 from fusedmoe.cli.models import (
     PROMPT,
     check_model,
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder or GGUF file; or give the sizes")
     parser.add_argument("--prompt", default=PROMPT, help="whose picks are counted")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), fp32, fp16, bf16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+    add_dtype(parser)
+    add_device(parser)
     parser.add_argument("--routing", choices=ROUTINGS, default="power_law_1.2", help="by sizes")
     parser.add_argument("--num-experts", type=int, metavar="E")
     parser.add_argument("--top-k", type=int, metavar="K")
@@ -89,8 +89,7 @@ def _simulated(args: argparse.Namespace) -> torch.Tensor:
     refuse_unused(args, OF_MODELS, "without a checkpoint")
     missing = [name for name in ("num_experts", "top_k") if getattr(args, name) is None]
     if missing:
-        options = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(f"give a checkpoint, or the sizes: {options}")
+        raise ValueError(f"give a checkpoint, or the sizes: {as_options(missing)}")
     E, K, T, L = args.num_experts, args.top_k, args.tokens, args.layers
     if min(K, T, L) < 1 or K > E:
         raise ValueError(f"{T} tokens, {L} layers and top {K} of {E} experts make no load")

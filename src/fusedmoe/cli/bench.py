@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import experts_of, refuse_unused
+from fusedmoe.cli.arguments import add_device, experts_of, refuse_unused
 from fusedmoe.cli.layer_config import add_layer_arguments, note_on_format, shapes_asked
 from fusedmoe.cli.output import (
     check_writable,
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope", default="layer", help="layer: from router logits; experts: with the picks given"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+    add_device(parser)
     parser.add_argument(
         "--experts",
         nargs="+",

@@ -11,7 +11,7 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import Checkpoint, read_checkpoint, read_quantization_config
-from fusedmoe.cli.arguments import experts_of
+from fusedmoe.cli.arguments import add_device, add_dtype, experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, layer_config
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="a folder or GGUF file; or give the sizes")
     add_layer_arguments(parser)
-    parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+    add_dtype(parser)
+    add_device(parser)
     parser.add_argument(
         "--experts", metavar="NAME", help="force an implementation, by name or module:Class"
     )

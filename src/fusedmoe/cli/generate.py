@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedmoe.cli.arguments import refuse_unused
-from fusedmoe.cli.generations import Generation, report
+from fusedmoe.cli.arguments import add_device, add_dtype, refuse_unused
 from fusedmoe.cli.models import (
     PROMPT,
     check_model,
@@ -23,13 +23,26 @@ from fusedmoe.cli.models import (
     quiet_transformers,
     with_fusedmoe,
 )
-from fusedmoe.cli.output import Progress, progress, steps
+from fusedmoe.cli.output import Progress, print_json, print_table, printable, progress, steps
 from fusedmoe.cli.ranks import Ranks, check_launched, is_first_rank, launched_ranks
 from fusedmoe.presets import PRESETS, find_preset, write_preset
 from fusedmoe.words import device_named, dtype_named
 
 WARM_UP_TOKENS = 2
 PEERS = ("eager", "grouped_mm")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One run: the new tokens, and their speed after a warm-up (prompt included in the time)."""
+
+    implementation: str
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.tokens) / self.seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--large", action="store_true", help="allow a preset that writes gigabytes")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), fp32, fp16, bf16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; cuda where there is one")
+    add_dtype(parser)
+    add_device(parser)
     parser.add_argument(
         "--route",
         choices=("experts", "accelerate"),
@@ -156,7 +169,7 @@ def _generate(
             *(prompt, args.max_new_tokens, "fusedmoe", bar),
         )
     runs.append(ours)
-    return report(args, tokenizer, runs, skipped)
+    return _report(args, tokenizer, runs, skipped)
 
 
 def _timed(
@@ -167,3 +180,47 @@ def _timed(
     start = time.perf_counter()
     tokens = greedy(model, prompt, max_new_tokens, bar)
     return Generation(name, tokens, time.perf_counter() - start)
+
+
+def _first_difference(left: list[int], right: list[int]) -> int | None:
+    """Where two token lists part; None where they are the same."""
+    if left == right:
+        return None
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _report(
+    args: argparse.Namespace, tokenizer: Any, runs: list[Generation], skipped: dict[str, str]
+) -> int:
+    """Print what was generated and, for a comparison, how it compares; returns the exit code."""
+    text = tokenizer.decode(runs[-1].tokens, skip_special_tokens=True)
+    differs: dict[str, int | None] = {}
+    if args.compare and len(runs) > 1:
+        differs = {r.implementation: _first_difference(runs[0].tokens, r.tokens) for r in runs}
+    agree = differs.get("fusedmoe") is None
+    if args.json:
+        print_json(
+            {
+                "checkpoint": args.preset or args.checkpoint,
+                "route": args.route,
+                "prompt": args.prompt,
+                "text": text,
+                "runs": [asdict(run) | {"tokens_per_s": run.tokens_per_s} for run in runs],
+                "first_difference_from_eager": differs,
+                "skipped": skipped,
+                "tokens_agree": agree if differs else None,
+            }
+        )
+        return 0 if agree else 1
+    print(printable(args.prompt + text) + "\n")
+    columns = ["experts", "tokens", "tokens/s"]
+    rows: list[list[Any]] = [[r.implementation, len(r.tokens), r.tokens_per_s] for r in runs]
+    if differs:
+        columns.append("against eager")
+        for row, where in zip(rows, differs.values(), strict=True):
+            row.append("same" if where is None else f"differs at token {where}")
+    print_table(columns, rows)
+    for name, why in skipped.items():
+        print(f"{name} was not run: {why}")
+    return 0 if agree else 1

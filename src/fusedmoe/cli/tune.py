@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedmoe.cli.arguments import SIZES, refuse_unused
+from fusedmoe.cli.arguments import SIZES, add_dtype, refuse_unused
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import check_writable, print_json, print_table, steps
 from fusedmoe.words import device_named, dtype_named
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="tune for the layer of this folder")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="layers of known models")
     add_layer_arguments(parser)
-    parser.add_argument("--dtype", default="auto", help="fp32, fp16, bf16; auto: the checkpoint's")
+    add_dtype(parser)
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="1, 2, 4, ... 8192")
     parser.add_argument("--device", help="cuda, cuda:1, ...")
     parser.add_argument(
