@@ -223,15 +223,19 @@ class ParallelPlace:
 
     @classmethod
     def of(
-        cls, groups: ParallelGroups, sizes: dict[str, int | None], ranks: dict[str, int | None]
+        cls,
+        groups: ParallelGroups,
+        sizes: dict[str, int | None] | None = None,
+        ranks: dict[str, int | None] | None = None,
     ) -> ParallelPlace:
         """From groups, and sizes and ranks by group name where no group is given.
 
         A size or rank that contradicts its group is a ValueError; what is not said is 1 and 0.
         """
+        sizes, ranks = sizes or {}, ranks or {}
         found: dict[str, int] = {}
-        for name, size in sizes.items():
-            group, rank = getattr(groups, name), ranks[name]
+        for name in ("tp", "dp", "pcp"):
+            group, size, rank = getattr(groups, name), sizes.get(name), ranks.get(name)
             actual = ParallelGroups.size_and_rank(group)
             if group is None:
                 actual = 1 if size is None else size, 0 if rank is None else rank

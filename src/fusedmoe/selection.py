@@ -55,7 +55,7 @@ EXPERTS: tuple[str, ...] = (
     "fusedmoe.experts.cutlass_fp8:CutlassBatchedExpertsFp8",
     "fusedmoe.experts.cpu_quantized:CpuQuantizedExperts",
     "fusedmoe.experts.torch_quantized:TorchQuantizedExperts",
-    "fusedmoe.experts.torch_quantized_batched:BatchedTorchQuantizedExperts",
+    "fusedmoe.experts.torch_quantized:BatchedTorchQuantizedExperts",
 )
 PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.no_ep:MoEPrepareAndFinalizeNoDPEPModular",

@@ -11,7 +11,7 @@ from fusedmoe import FusedMoEParallelConfig, MoEOptions
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.experts.quantized_operands import Operands
-from fusedmoe.experts.torch_quantized_batched import BatchedTorchQuantizedExperts
+from fusedmoe.experts.torch_quantized import BatchedTorchQuantizedExperts
 from fusedmoe.experts.triton_quantized import TritonEmulatedExperts, TritonQuantizedExperts
 from fusedmoe.experts.triton_quantized_batched import (
     BatchedTritonEmulatedExperts,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from format_matrix import FEATURES, INVARIANT, MATRIX, case_of, serving, with_ids_of_no_expert
-from fusedmoe.experts.torch_quantized_batched import BatchedTorchQuantizedExperts
+from fusedmoe.experts.torch_quantized import BatchedTorchQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEActivationFormat
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
 from fusedmoe.testing import assert_close, assert_no_worse

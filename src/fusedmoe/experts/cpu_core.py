@@ -11,8 +11,7 @@ from fusedmoe.experts.cpu_plan import Route
 from fusedmoe.experts.cpu_run import Layer, Products, run_layer
 from fusedmoe.modular_kernel.checks import check_picks, check_weights
 from fusedmoe.quantization.config import biased_moe_quant_config
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from fusedmoe.words import FLOATS
 
 
 def cpu_fused_experts(
@@ -47,7 +46,7 @@ def cpu_fused_experts(
     """
     check_weights(hidden_states, w1, w2, activation, w1_bias, w2_bias)
     check_picks(hidden_states, topk_weights, topk_ids)
-    if hidden_states.dtype not in _DTYPES:
+    if hidden_states.dtype not in FLOATS:
         raise ValueError(f"hidden_states must be fp32, fp16 or bf16, got {hidden_states.dtype}")
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(

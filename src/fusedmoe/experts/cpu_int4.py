@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.experts.cpu_act_order import Order, sorted_columns, stored_columns
-from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
+from fusedmoe.experts.cpu_run import one_by_one, sizes_in_parts
 from fusedmoe.quantization.formats.int4 import OFFSET, pack_nibbles, unpack_nibbles
 from fusedmoe.quantization.tensor import QuantizedTensor
 
@@ -195,7 +195,8 @@ def int4_linears(rows: FloatRows, weights: Sequence[Int4Weight]) -> torch.Tensor
     """[n, N] fp32: each of n weights times its row, or times the only one; see ``int8_linears``."""
     n = len(weights)
     if any(part is not None for w in weights for part in (w.rest, w.offset, w.factor, w.order)):
-        return one_by_one(int4_linear, rows, weights, weights[0].scales.shape[1])
+        out = torch.empty(n, weights[0].scales.shape[1])
+        return one_by_one(int4_linear, rows, rows.rows, weights, out)
     pieces = rows.x.split(rows.parts) if rows.rows == n else (rows.x,) * n
     product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
     y = torch.cat(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.experts.cpu_act_order import Order, sorted_columns, stored_columns
-from fusedmoe.experts.cpu_rows import one_by_one, sizes_in_parts
+from fusedmoe.experts.cpu_run import one_by_one, sizes_in_parts
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 _LEAST_AMAX = 1e-10
@@ -194,7 +194,8 @@ def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     n = len(weights)
     first = weights[0]
     if first.scales.shape[0] > 1 or first.offset is not None or first.order is not None:
-        return one_by_one(int8_linear, rows, weights, weights[0].zeros.shape[0])
+        out = torch.empty(n, first.zeros.shape[0])
+        return one_by_one(int8_linear, rows, rows.rows, weights, out)
     codes = rows.codes.split(rows.parts) if rows.rows == n else (rows.codes,) * n
     product = torch.ops.onednn.qlinear_pointwise.default
     rest: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")

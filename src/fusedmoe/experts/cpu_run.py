@@ -34,6 +34,11 @@ class Rows(Protocol):
     def split(self, counts: Any, /) -> Sequence[Any]: ...
 
 
+def sizes_in_parts(counts: int | Sequence[int], parts: int) -> int | list[int]:
+    """Where rows are stored as ``parts`` rows each: what to split those by."""
+    return counts * parts if isinstance(counts, int) else [count * parts for count in counts]
+
+
 class Products(NamedTuple):
     """What multiplies rows by an expert's weight; ``up`` and ``down`` hold e weights each.
 
@@ -203,9 +208,20 @@ def _one_row_each(
     if products.linears is not None:
         return products.linears(rows, mine)
     out = like.new_empty(len(mine), width)
-    pieces = rows.split(1) if like.shape[0] == len(mine) else [rows] * len(mine)
-    for row, weight, target in zip(pieces, mine, out.split(1), strict=True):
-        products.linear(row, weight, target)
+    return one_by_one(products.linear, rows, like.shape[0], mine, out)
+
+
+def one_by_one(
+    linear: Callable[[Any, Any, torch.Tensor], None],
+    rows: Any,
+    num_rows: int,
+    weights: Sequence[Any],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """``out`` [n, N], filled: each of n weights times its row, or times the only row."""
+    pieces = rows.split(1) if num_rows == len(weights) else [rows] * len(weights)
+    for row, weight, target in zip(pieces, weights, out.split(1), strict=True):
+        linear(row, weight, target)
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.quantized_operands import quantized_pair
+from fusedmoe.experts.torch_batched import BatchedTorchExperts
 from fusedmoe.experts.torch_reference import TorchExperts
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import ExpertsCapabilities
@@ -124,3 +125,9 @@ class TorchQuantizedExperts(TorchExperts):
         ):
             return max(1, T)  # all tokens together make the scale
         return super().tokens_at_once(T, K, w1, w2)
+
+
+class BatchedTorchQuantizedExperts(BatchedTorchExperts, TorchQuantizedExperts):
+    """``TorchQuantizedExperts``, which defines what is computed, on batched rows."""
+
+    name = "torch_quantized_batched"

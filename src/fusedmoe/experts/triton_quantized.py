@@ -35,7 +35,7 @@ from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.tuning.quantized_tiles import QuantizedTiles
 
 
-class QuantizedTritonExperts(FusedMoEExpertsModular):
+class TritonQuantizedBase(FusedMoEExpertsModular):
     """What standard and batched rows share. ``tiles``, if set, replaces the tuned choice."""
 
     tiles: QuantizedTiles | None = None
@@ -113,7 +113,7 @@ class QuantizedTritonExperts(FusedMoEExpertsModular):
         return (*tensors_and_words(config), tables)
 
 
-class TritonQuantizedExperts(QuantizedTritonExperts):
+class TritonQuantizedExperts(TritonQuantizedBase):
     """Standard rows; the sum over K is made here. On one rank rows are rounded where they are read;
     rows that travel are rounded before, where their scales can travel with them."""
 

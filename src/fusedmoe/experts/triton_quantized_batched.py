@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.triton_quantized import QuantizedTritonExperts
+from fusedmoe.experts.triton_quantized import TritonQuantizedBase
 from fusedmoe.experts.triton_quantized_formats import capabilities, emulated_capabilities
 from fusedmoe.experts.triton_quantized_ops import batched_op
 from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
@@ -21,7 +21,7 @@ from fusedmoe.modular_kernel import (
 )
 
 
-class BatchedTritonQuantizedExperts(QuantizedTritonExperts):
+class BatchedTritonQuantizedExperts(TritonQuantizedBase):
     """Batched rows; what moved the rows also weights and sums them."""
 
     name = "triton_quantized_batched"

@@ -181,25 +181,9 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         Biases come in ``quant_config``. With ``apply_router_weight_on_input`` the input is weighted
         already and weights are not used.
         """
-        self.run(
-            ExpertsWork(
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
-        )
+        rows = output, hidden_states, w1, w2, topk_weights, topk_ids, activation
+        beside = global_num_experts, expert_map, a1q_scale, a2_scale, workspace13, workspace2
+        self.run(ExpertsWork(*rows, *beside, expert_tokens_meta, apply_router_weight_on_input))
 
     def run(self, work: ExpertsWork) -> None:
         """Write ``work.output``, as ``apply``."""

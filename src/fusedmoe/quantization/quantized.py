@@ -138,8 +138,9 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
     def _make_param_specs(self) -> tuple[ParamSpec, ...]:
         self._check_sizes()
         specs = [
-            *_weight_specs("w13", self.format("w13"), self._file_formats["w13"]),
-            *_weight_specs("w2", self.format("w2"), self._file_formats["w2"]),
+            spec
+            for owner in OWNERS
+            for spec in _weight_specs(owner, self.format(owner), self._file_formats[owner])
         ]
         if self.activation_key is not None and self.activation_key.static:
             specs += [
@@ -154,8 +155,8 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         """Raise ValueError where the layer's sizes cannot be held in these formats."""
         moe = self.moe_config
         hidden, width = moe.hidden_dim, moe.intermediate_size_per_partition
-        for owner, N, K in (("w13", width, hidden), ("w2", hidden, width)):
-            fmt = self.format("w13" if owner == "w13" else "w2")
+        for owner, (N, K) in zip(OWNERS, ((width, hidden), (hidden, width)), strict=True):
+            fmt = self.format(owner)
             try:
                 fmt.data_columns(K)
                 if not fmt.act_order:

@@ -16,10 +16,9 @@ from fusedmoe.integrations.transformers.gates import Gate, gate_of
 from fusedmoe.integrations.transformers.gradients import NoBackward
 from fusedmoe.quantization.config import FusedMoEQuantConfig, biased_moe_quant_config
 from fusedmoe.runner.replay import GraphReplay
+from fusedmoe.words import FLOATS
 
 _REPLAY = "_fusedmoe_replay"
-# What the Triton experts take; float64 runs on the torch experts, which wait for the device.
-_CAPTURED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ExpertTensors(NamedTuple):
@@ -117,7 +116,8 @@ class _ExpertsCall:
         return (run_experts(hidden_states, tensors, topk_weights, topk_ids, self.gate),)
 
     def can_be_captured(self) -> bool:
-        return self.experts.down_proj.dtype in _CAPTURED_DTYPES
+        """Not so float64, which runs on the torch experts: they wait for the device."""
+        return self.experts.down_proj.dtype in FLOATS
 
 
 def _replay_of(experts: Any, gate: Gate) -> GraphReplay:

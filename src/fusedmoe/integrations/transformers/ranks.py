@@ -50,14 +50,13 @@ class BlockRanks:
         group = ParallelGroups.process_group(ep_group)
         if group is None:
             return None
-        nothing: dict[str, int | None] = dict.fromkeys(("tp", "dp", "pcp"))
         if same_tokens:
             groups = ParallelGroups(tp=group, enable_expert_parallel=True)
         else:
             groups = ParallelGroups(dp=group, ep=group, enable_expert_parallel=True, peers=peers)
-        place = ParallelPlace.of(groups, nothing, nothing)
-        parallel = FusedMoEParallelConfig.make(place.tp_size, 1, place.dp_size, 1, place)
-        return cls(groups, parallel, RankSum(place.tp_size, place.tp_rank, groups.tp))  # type: ignore[arg-type]
+        place = ParallelPlace.of(groups)
+        parallel = FusedMoEParallelConfig.around(place, groups, False)
+        return cls(groups, parallel, RankSum.around(place, groups, False))
 
     def place(self, num_experts: int) -> ExpertMapManager:
         return ExpertMapManager(num_experts, 0, self.parallel.ep_size, self.parallel.ep_rank)
