@@ -10,8 +10,9 @@ Paths are attribute paths from the block. T tokens, K picks, E experts, H hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -141,6 +142,30 @@ class Unsupported(Block):
     """One that is left alone, and why."""
 
     reason: str
+
+
+def family(
+    module: str,
+    prefix: str,
+    rule: Mapping[str, Setting],
+    *,
+    block: str = "SparseMoeBlock",
+    router: str = "TopKRouter",
+    experts: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Family:
+    """The row of a block, a router and experts whose classes have one ``prefix``.
+
+    ``experts`` are fields of ``Experts``, ``more`` those of ``Router`` and of ``Family``.
+    """
+    of_router = {one.name: more.pop(one.name) for one in fields(Router) if one.name in more}
+    return Family(
+        module=module,
+        block=f"{prefix}{block}",
+        router=Router(cls=f"{prefix}{router}", rule=rule, **of_router),
+        experts=Experts(cls=f"{prefix}Experts", **experts),
+        **more,
+    )
 
 
 def rule_of(router: str, **fields: Setting) -> Mapping[str, Setting]:

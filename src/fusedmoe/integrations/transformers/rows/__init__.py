@@ -5,7 +5,7 @@ Read off the modelling files: hard-coded score functions and ignored config fiel
 
 from __future__ import annotations
 
-from fusedmoe.integrations.transformers.families import Experts, Family, Router, Unsupported
+from fusedmoe.integrations.transformers.families import Family, Unsupported, family
 from fusedmoe.integrations.transformers.rows.logits_first import LOGITS_FIRST
 from fusedmoe.integrations.transformers.rows.sigmoid import SIGMOID
 from fusedmoe.integrations.transformers.rows.softmax import SOFTMAX
@@ -13,21 +13,9 @@ from fusedmoe.integrations.transformers.rows.softmax import SOFTMAX
 # Their routers do more than a rule can say; they keep them, and their experts run through us.
 OWN_ROUTER = (
     # The router carries a state from layer to layer.
-    Family(
-        module="zaya",
-        block="ZayaSparseMoeBlock",
-        router=Router(cls="ZayaRouter"),
-        experts=Experts(cls="ZayaExperts"),
-        whole=False,
-    ),
+    family("zaya", "Zaya", {}, router="Router", whole=False),
     # The chosen and the shared experts are normalised together.
-    Family(
-        module="inkling",
-        block="InklingMoE",
-        router=Router(cls="InklingTopkRouter"),
-        experts=Experts(cls="InklingExperts"),
-        whole=False,
-    ),
+    family("inkling", "Inkling", {}, block="MoE", router="TopkRouter", whole=False),
 )
 
 FAMILIES: tuple[Family, ...] = SOFTMAX + LOGITS_FIRST + SIGMOID + OWN_ROUTER

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from fusedmoe.integrations.transformers.families import Experts, Family, Router, read, rule_of
+from fusedmoe.integrations.transformers.families import (
+    Experts,
+    Family,
+    Router,
+    family,
+    read,
+    rule_of,
+)
 
 
 def _one_over_top_k(block: Any) -> float:
@@ -24,46 +31,37 @@ def _silu(experts: Any) -> Any:
 _CHOSEN_SOFTMAX = rule_of("router", score_after_topk=True)
 
 
+_TRANSPOSED_WITH_BIAS = {
+    "w13_bias": "gate_up_proj_bias",
+    "w2_bias": "down_proj_bias",
+    "layout": "transposed",
+}
+
+
 def _granite(module: str, prefix: str, returned: tuple[int, int, int] = (2, 1, 0)) -> Family:
-    return Family(
-        module=module,
-        block=f"{prefix}MoE",
-        router=Router(
-            cls=f"{prefix}TopKRouter", at="router", rule=_CHOSEN_SOFTMAX, returned=returned
-        ),
-        experts=Experts(cls=f"{prefix}Experts"),
-    )
+    return family(module, prefix, _CHOSEN_SOFTMAX, block="MoE", at="router", returned=returned)
 
 
 LOGITS_FIRST = (
-    Family(
-        module="gpt_oss",
-        block="GptOssMLP",
-        router=Router(cls="GptOssTopKRouter", at="router", rule=_CHOSEN_SOFTMAX, bias="bias"),
-        experts=Experts(
-            cls="GptOssExperts",
-            w13_bias="gate_up_proj_bias",
-            w2_bias="down_proj_bias",
-            layout="transposed",
-        ),
+    family(
+        "gpt_oss",
+        "GptOss",
+        _CHOSEN_SOFTMAX,
+        block="MLP",
+        at="router",
+        bias="bias",
+        experts=_TRANSPOSED_WITH_BIAS,
         returns="hidden_and_weights",
     ),
-    Family(
-        module="openai_privacy_filter",
-        block="OpenAIPrivacyFilterMLP",
-        router=Router(
-            cls="OpenAIPrivacyFilterTopKRouter",
-            at="router",
-            rule=rule_of("router", score_after_topk=True, routed_scaling_factor=_one_over_top_k),
-            bias="bias",
-            fp32_logits=True,
-        ),
-        experts=Experts(
-            cls="OpenAIPrivacyFilterExperts",
-            w13_bias="gate_up_proj_bias",
-            w2_bias="down_proj_bias",
-            layout="transposed",
-        ),
+    family(
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilter",
+        rule_of("router", score_after_topk=True, routed_scaling_factor=_one_over_top_k),
+        block="MLP",
+        at="router",
+        bias="bias",
+        fp32_logits=True,
+        experts=_TRANSPOSED_WITH_BIAS,
         output_scale=read("num_experts"),
         returns="hidden_and_weights",
     ),
@@ -89,9 +87,7 @@ LOGITS_FIRST = (
     Family(
         module="aria",
         block="AriaTextMoELayer",
-        router=Router(
-            cls="AriaTextTopKRouter", at="router", rule=rule_of("router", score_after_topk=True)
-        ),
+        router=Router(cls="AriaTextTopKRouter", at="router", rule=_CHOSEN_SOFTMAX),
         experts=Experts(cls="AriaExperts", layout="transposed"),
         shared="shared_experts",
     ),
@@ -136,11 +132,10 @@ LOGITS_FIRST = (
         output_bias="bias",
     ),
     *(
-        Family(
-            module="cohere2_moe",
-            block="Cohere2MoeSparseMoeBlock",
-            router=Router(cls="Cohere2MoeTopKRouter", rule=rule_of("gate", **rule)),
-            experts=Experts(cls="Cohere2MoeExperts"),
+        family(
+            "cohere2_moe",
+            "Cohere2Moe",
+            rule_of("gate", **rule),
             shared="shared_experts",
             output_scale=scale,
             when=(
@@ -161,19 +156,15 @@ LOGITS_FIRST = (
         )
         for combination, scale in (("sum", 1.0), ("average", _average_with_shared))
     ),
-    Family(
-        module="phimoe",
-        block="PhimoeSparseMoeBlock",
-        router=Router(
-            cls="PhimoeTopKRouter",
-            at="router",
-            rule=rule_of(
-                "router",
-                selection="sparsemixer",
-                sparsemixer_epsilon=read("router.router_jitter_noise"),
-            ),
+    family(
+        "phimoe",
+        "Phimoe",
+        rule_of(
+            "router",
+            selection="sparsemixer",
+            sparsemixer_epsilon=read("router.router_jitter_noise"),
         ),
-        experts=Experts(cls="PhimoeExperts"),
+        at="router",
         noisy=True,
     ),
 )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fusedmoe.integrations.transformers.families import (
     INPUT_IDS,
     Experts,
     Family,
-    Router,
     Setting,
     by_best_groups,
+    family,
     read,
     rule_of,
 )
@@ -21,23 +22,28 @@ def _softcap(block: Any) -> float:
     return max(block.gate.router_logit_softcapping, 0.0)
 
 
+_GATE_BIAS = "gate.e_score_correction_bias"
+_OWN_BIAS: dict[str, Any] = {  # the block's, which it hands to its router
+    "correction_bias": "e_score_correction_bias",
+    "arguments": ("e_score_correction_bias",),
+}
+
+
 def _deepseek_v3(
     module: str, prefix: str, block: str = "MoE", shared: str | None = "shared_experts", **more: Any
 ) -> Family:
-    more.setdefault("experts", Experts(cls=f"{prefix}Experts"))
-    return Family(
-        module=module,
-        block=f"{prefix}{block}",
-        router=Router(
-            cls=f"{prefix}TopkRouter",
-            rule=by_best_groups(
-                score_function="sigmoid",
-                renormalize=read("gate.norm_topk_prob"),
-                routed_scaling_factor=read("gate.routed_scaling_factor"),
-            ),
-            fp32_logits=True,
-            correction_bias="gate.e_score_correction_bias",
+    return family(
+        module,
+        prefix,
+        by_best_groups(
+            score_function="sigmoid",
+            renormalize=read("gate.norm_topk_prob"),
+            routed_scaling_factor=read("gate.routed_scaling_factor"),
         ),
+        block=block,
+        router="TopkRouter",
+        fp32_logits=True,
+        correction_bias=_GATE_BIAS,
         shared=shared,
         **more,
     )
@@ -58,7 +64,7 @@ SIGMOID = (
     _deepseek_v3("glm_moe_dsa", "GlmMoeDsa"),
     _deepseek_v3("glm5_next", "Glm5NextText"),
     _deepseek_v3("dots1", "Dots1"),
-    _deepseek_v3("dots3_note", "Dots3NoteText", experts=Experts(cls="Dots3NoteExperts")),
+    replace(_deepseek_v3("dots3_note", "Dots3NoteText"), experts=Experts(cls="Dots3NoteExperts")),
     _deepseek_v3("bailing_hybrid", "BailingHybrid"),
     _deepseek_v3("hy_v4", "HYV4"),
     _deepseek_v3("kimi_linear", "KimiLinear"),
@@ -68,166 +74,123 @@ SIGMOID = (
     _deepseek_v3("axk1", "AXK1", output_norm="post_mlp_layernorm"),
     _deepseek_v3("axk2", "AXK2", when=(("gate.num_group", (None, 1)),)),
     # Groups here leave their experts a choice score of 0, which can beat a negative one.
-    Family(
-        module="axk2",
-        block="AXK2MoE",
-        router=Router(cls="AXK2TopkRouter", rule=rule_of("gate"), decides=True),
-        experts=Experts(cls="AXK2Experts"),
+    family(
+        "axk2",
+        "AXK2",
+        rule_of("gate"),
+        block="MoE",
+        router="TopkRouter",
+        decides=True,
         shared="shared_experts",
     ),
     _deepseek_v3(
         "nemotron_h",
         "NemotronH",
-        experts=Experts(cls="NemotronHExperts", w13="up_proj"),
+        experts={"w13": "up_proj"},
         input_projection="fc1_latent_proj",
         output_projection="fc2_latent_proj",
     ),
     *(
-        Family(
-            module="deepseek_v4",
-            block="DeepseekV4SparseMoeBlock",
-            router=Router(
-                cls=router,
-                rule=rule_of(
-                    "gate",
-                    score_function="sqrtsoftplus",
-                    renormalize=True,
-                    renormalize_epsilon=1e-20,
-                    routed_scaling_factor=read("gate.routed_scaling_factor"),
-                ),
-                correction_bias=bias,
-                hash_table=table,
-                arguments=arguments,
+        family(
+            "deepseek_v4",
+            "DeepseekV4",
+            rule_of(
+                "gate",
+                score_function="sqrtsoftplus",
+                renormalize=True,
+                renormalize_epsilon=1e-20,
+                routed_scaling_factor=read("gate.routed_scaling_factor"),
             ),
-            experts=Experts(cls="DeepseekV4Experts"),
+            router=router,
+            correction_bias=bias,
+            hash_table=table,
+            arguments=arguments,
             shared="shared_experts",
             takes_input_ids=True,
             when=(("gate.score_fn.__class__.__name__", ("SqrtSoftplusActivation",)),),
         )
         for router, bias, table, arguments in (
-            ("DeepseekV4TopKRouter", "gate.e_score_correction_bias", None, ()),
-            ("DeepseekV4HashRouter", None, "gate.tid2eid", (INPUT_IDS,)),
+            ("TopKRouter", _GATE_BIAS, None, ()),
+            ("HashRouter", None, "gate.tid2eid", (INPUT_IDS,)),
         )
     ),
-    Family(
-        module="afmoe",
-        block="AfmoeSparseMoeBlock",
-        router=Router(
-            cls="AfmoeTokenChoiceRouter",
-            at="router",
-            rule=_sigmoid("router", 1e-20, routed_scaling_factor=read("router.route_scale")),
-            weight="gate.weight",
-            correction_bias="expert_bias",
-            arguments=("expert_bias",),
-            takes_3d=True,
-        ),
-        experts=Experts(cls="AfmoeExperts"),
+    family(
+        "afmoe",
+        "Afmoe",
+        _sigmoid("router", 1e-20, routed_scaling_factor=read("router.route_scale")),
+        router="TokenChoiceRouter",
+        at="router",
+        weight="gate.weight",
+        correction_bias="expert_bias",
+        arguments=("expert_bias",),
+        takes_3d=True,
         shared="shared_experts",
     ),
-    Family(
-        module="beam",
-        block="BeamMoE",
-        router=Router(
-            cls="BeamTopKRouter",
-            rule=by_best_groups(score_function="sigmoid", renormalize=read("gate.norm_topk_prob")),
-            fp32_logits=True,
-            correction_bias="gate.e_score_correction_bias",
-        ),
-        experts=Experts(cls="BeamExperts"),
+    family(
+        "beam",
+        "Beam",
+        by_best_groups(score_function="sigmoid", renormalize=read("gate.norm_topk_prob")),
+        block="MoE",
+        fp32_logits=True,
+        correction_bias=_GATE_BIAS,
         output_scale=read("routed_scaling_factor"),
     ),
-    Family(
-        module="flint",
-        block="FlintSparseMoeBlock",
-        router=Router(
-            cls="FlintTopKRouter",
-            rule=rule_of("gate", score_function="sigmoid", renormalize=read("gate.norm_topk_prob")),
-            fp32_logits=True,
-        ),
-        experts=Experts(cls="FlintExperts"),
+    family(
+        "flint",
+        "Flint",
+        rule_of("gate", score_function="sigmoid", renormalize=read("gate.norm_topk_prob")),
+        fp32_logits=True,
         shared="shared_expert",
     ),
-    Family(  # chosen by logits and a bias, weighted by the logits' sigmoid
-        module="kolibri1",
-        block="Kolibri1SparseMoeBlock",
-        router=Router(cls="Kolibri1TopKRouter", rule=rule_of("gate"), decides=True),
-        experts=Experts(cls="Kolibri1Experts"),
-        shared="shared_experts",
-    ),
-    Family(
-        module="hy_v3",
-        block="HYV3MoE",
-        router=Router(
-            cls="HYV3TopKRouter",
-            rule=_sigmoid("gate", 1e-20, routed_scaling_factor=read("gate.router_scaling_factor")),
-            fp32_logits=True,
-            correction_bias="e_score_correction_bias",
-            arguments=("e_score_correction_bias",),
-        ),
-        experts=Experts(cls="HYV3Experts"),
+    # Chosen by logits and a bias, weighted by the logits' sigmoid.
+    family("kolibri1", "Kolibri1", rule_of("gate"), decides=True, shared="shared_experts"),
+    family(
+        "hy_v3",
+        "HYV3",
+        _sigmoid("gate", 1e-20, routed_scaling_factor=read("gate.router_scaling_factor")),
+        block="MoE",
+        fp32_logits=True,
+        **_OWN_BIAS,
         shared="shared_experts",
     ),
     *(
-        Family(
-            module="lfm2_moe",
-            block="Lfm2MoeSparseMoeBlock",
-            router=Router(
-                cls="Lfm2MoeTopKRouter",
-                rule=rule_of(
-                    "gate",
-                    score_function="sigmoid",
-                    renormalize=read("gate.norm_topk_prob"),
-                    renormalize_epsilon=1e-6,
-                    routed_scaling_factor=read("gate.routed_scaling_factor"),
-                ),
-                correction_bias=bias,
-                arguments=() if bias is None else (bias,),
+        family(
+            "lfm2_moe",
+            "Lfm2Moe",
+            rule_of(
+                "gate",
+                score_function="sigmoid",
+                renormalize=read("gate.norm_topk_prob"),
+                renormalize_epsilon=1e-6,
+                routed_scaling_factor=read("gate.routed_scaling_factor"),
             ),
-            experts=Experts(cls="Lfm2MoeExperts"),
+            correction_bias=bias,
+            arguments=() if bias is None else (bias,),
             when=(("use_expert_bias", (bias is not None,)),),
         )
         for bias in ("expert_bias", None)
     ),
-    Family(
-        module="minimax_m2",
-        block="MiniMaxM2SparseMoeBlock",
-        router=Router(
-            cls="MiniMaxM2TopKRouter",
-            rule=_sigmoid("gate", 0.0),
-            correction_bias="e_score_correction_bias",
-            arguments=("e_score_correction_bias",),
-        ),
-        experts=Experts(cls="MiniMaxM2Experts"),
-        noisy=True,
-    ),
+    family("minimax_m2", "MiniMaxM2", _sigmoid("gate", 0.0), **_OWN_BIAS, noisy=True),
     *(
-        Family(
-            module=module,
-            block=f"{prefix}SparseMoeBlock",
-            router=Router(
-                cls=f"{prefix}TopKRouter",
-                rule=_sigmoid("gate", 0.0, routed_scaling_factor=read("routed_scaling_factor")),
-                correction_bias="gate.e_score_correction_bias",
-            ),
-            experts=Experts(cls=f"{prefix}Experts"),
+        family(
+            module,
+            prefix,
+            _sigmoid("gate", 0.0, routed_scaling_factor=read("routed_scaling_factor")),
+            correction_bias=_GATE_BIAS,
             shared="shared_experts",
         )
         for module, prefix in (("minimax_m3_vl", "MiniMaxM3VL"), ("step3p7", "Step3p7"))
     ),
-    Family(
-        module="laguna",
-        block="LagunaSparseMoeBlock",
-        router=Router(
-            cls="LagunaTopKRouter",
-            rule=_sigmoid(
-                "gate",
-                0.0,
-                routed_scaling_factor=read("routed_scaling_factor"),
-                logit_softcap=_softcap,
-            ),
-            correction_bias="gate.e_score_correction_bias",
+    family(
+        "laguna",
+        "Laguna",
+        _sigmoid(
+            "gate",
+            0.0,
+            routed_scaling_factor=read("routed_scaling_factor"),
+            logit_softcap=_softcap,
         ),
-        experts=Experts(cls="LagunaExperts"),
+        correction_bias=_GATE_BIAS,
         shared="shared_experts",
     ),
 )

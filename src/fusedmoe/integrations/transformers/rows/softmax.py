@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from fusedmoe.integrations.transformers.families import (
     Experts,
     Family,
     Router,
-    Setting,
     by_best_groups,
+    family,
     read,
     rule_of,
 )
@@ -32,49 +31,30 @@ _NORM_IF_ASKED = rule_of("gate", renormalize=read("gate.norm_topk_prob"))
 _ALWAYS_NORM = rule_of("gate", renormalize=True)
 
 
-def _softmax(
-    module: str,
-    prefix: str,
-    rule: Mapping[str, Setting],
-    block: str = "SparseMoeBlock",
-    **more: Any,
-) -> Family:
-    return Family(
-        module=module,
-        block=f"{prefix}{block}",
-        router=Router(cls=f"{prefix}TopKRouter", rule=rule),
-        experts=Experts(cls=f"{prefix}Experts"),
-        **more,
-    )
-
-
 SOFTMAX = (
-    _softmax("mixtral", "Mixtral", _ALWAYS_NORM, noisy=True),
-    _softmax("minimax", "MiniMax", _ALWAYS_NORM, noisy=True),
-    _softmax("qwen2_moe", "Qwen2Moe", _NORM_IF_ASKED, **GATED_SHARED),
-    _softmax("qwen3_moe", "Qwen3Moe", _NORM_IF_ASKED),
-    _softmax("qwen3_next", "Qwen3Next", _NORM_IF_ASKED, **GATED_SHARED),
-    _softmax("qwen3_5_moe", "Qwen3_5Moe", _ALWAYS_NORM, **GATED_SHARED),
-    _softmax("qwen4_exp", "Qwen4ExpText", _NORM_IF_ASKED, **GATED_SHARED),
-    _softmax("qwen3_vl_moe", "Qwen3VLMoeText", _ALWAYS_NORM),
-    _softmax("qwen3_omni_moe", "Qwen3OmniMoeThinkerText", _NORM_IF_ASKED),
-    _softmax("qwen3_omni_moe", "Qwen3OmniMoeTalkerText", _NORM_IF_ASKED, **GATED_SHARED),
-    _softmax("olmoe", "Olmoe", _NORM_IF_ASKED),
-    _softmax("flex_olmo", "FlexOlmo", _NORM_IF_ASKED),
-    _softmax("mellum", "Mellum", _NORM_IF_ASKED),
-    Family(
-        module="hunyuan_v1_moe",
-        block="HunYuanMoEV1Moe",
-        router=Router(cls="HunYuanMoEV1Gate", rule=_ALWAYS_NORM, weight="wg.weight"),
-        experts=Experts(cls="HunYuanMoEV1Experts"),
+    family("mixtral", "Mixtral", _ALWAYS_NORM, noisy=True),
+    family("minimax", "MiniMax", _ALWAYS_NORM, noisy=True),
+    family("qwen2_moe", "Qwen2Moe", _NORM_IF_ASKED, **GATED_SHARED),
+    family("qwen3_moe", "Qwen3Moe", _NORM_IF_ASKED),
+    family("qwen3_next", "Qwen3Next", _NORM_IF_ASKED, **GATED_SHARED),
+    family("qwen3_5_moe", "Qwen3_5Moe", _ALWAYS_NORM, **GATED_SHARED),
+    family("qwen4_exp", "Qwen4ExpText", _NORM_IF_ASKED, **GATED_SHARED),
+    family("qwen3_vl_moe", "Qwen3VLMoeText", _ALWAYS_NORM),
+    family("qwen3_omni_moe", "Qwen3OmniMoeThinkerText", _NORM_IF_ASKED),
+    family("qwen3_omni_moe", "Qwen3OmniMoeTalkerText", _NORM_IF_ASKED, **GATED_SHARED),
+    family("olmoe", "Olmoe", _NORM_IF_ASKED),
+    family("flex_olmo", "FlexOlmo", _NORM_IF_ASKED),
+    family("mellum", "Mellum", _NORM_IF_ASKED),
+    family(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1",
+        _ALWAYS_NORM,
+        block="Moe",
+        router="Gate",
+        weight="wg.weight",
         shared="shared_mlp",
     ),
-    Family(
-        module="jamba",
-        block="JambaSparseMoeBlock",
-        router=Router(cls="JambaTopKRouter", at="router", rule=rule_of("router")),
-        experts=Experts(cls="JambaExperts"),
-    ),
+    family("jamba", "Jamba", rule_of("router"), at="router"),
     Family(  # as older releases have it
         module="jamba",
         block="JambaSparseMoeBlock",
@@ -85,61 +65,56 @@ SOFTMAX = (
         ),
         experts=Experts(cls="JambaExperts"),
     ),
-    Family(
-        module="dbrx",
-        block="DbrxFFN",
-        router=Router(
-            cls="DbrxRouter",
-            at="router",
-            rule={
-                "top_k": read("top_k"),
-                "num_experts": read("experts.num_experts"),
-                "renormalize": _has_norm,
-                "renormalize_norm": read("moe_normalize_expert_weights"),
-            },
-            weight="layer.weight",
-        ),
-        experts=Experts(
-            cls="DbrxExperts",
-            w13=("mlp.w1", "mlp.v1"),
-            w2="mlp.w2",
-            layout="rows",
-            activation=read("mlp.activation_fn"),
-        ),
+    family(
+        "dbrx",
+        "Dbrx",
+        {
+            "top_k": read("top_k"),
+            "num_experts": read("experts.num_experts"),
+            "renormalize": _has_norm,
+            "renormalize_norm": read("moe_normalize_expert_weights"),
+        },
+        block="FFN",
+        router="Router",
+        at="router",
+        weight="layer.weight",
+        experts={
+            "w13": ("mlp.w1", "mlp.v1"),
+            "w2": "mlp.w2",
+            "layout": "rows",
+            "activation": read("mlp.activation_fn"),
+        },
         noisy=True,
     ),
-    Family(
-        module="longcat_flash",
-        block="LongcatFlashMoE",
-        router=Router(
-            cls="LongcatFlashTopkRouter",
-            at="router",
-            rule={
-                "top_k": read("router.top_k"),
-                "num_experts": read("experts.num_routed_experts"),
-                "num_zero_experts": read("experts.zero_expert_num"),
-                "routed_scaling_factor": read("router.routed_scaling_factor"),
-            },
-            weight="classifier.weight",
-            fp32_logits=True,
-            correction_bias="router.e_score_correction_bias",
-            returned=(None, 0, 1),
-        ),
-        experts=Experts(cls="LongcatFlashExperts", activation=read("act_fn")),
+    family(
+        "longcat_flash",
+        "LongcatFlash",
+        {
+            "top_k": read("router.top_k"),
+            "num_experts": read("experts.num_routed_experts"),
+            "num_zero_experts": read("experts.zero_expert_num"),
+            "routed_scaling_factor": read("router.routed_scaling_factor"),
+        },
+        block="MoE",
+        router="TopkRouter",
+        at="router",
+        weight="classifier.weight",
+        fp32_logits=True,
+        correction_bias="router.e_score_correction_bias",
+        returned=(None, 0, 1),
+        experts={"activation": read("act_fn")},
     ),
     *(
-        Family(
-            module=module,
-            block=f"{prefix}MoE",
-            router=Router(
-                cls=f"{prefix}TopkRouter",
-                rule=by_best_groups(
-                    renormalize=renormalize,
-                    routed_scaling_factor=read("gate.routed_scaling_factor"),
-                ),
-                fp32_logits=fp32_logits,
+        family(
+            module,
+            prefix,
+            by_best_groups(
+                renormalize=renormalize,
+                routed_scaling_factor=read("gate.routed_scaling_factor"),
             ),
-            experts=Experts(cls=f"{prefix}Experts"),
+            block="MoE",
+            router="TopkRouter",
+            fp32_logits=fp32_logits,
             shared="shared_experts",
         )
         for module, prefix, renormalize, fp32_logits in (
@@ -148,17 +123,13 @@ SOFTMAX = (
         )
     ),
     *(
-        Family(
-            module=module,
-            block=f"{prefix}Moe",
-            router=Router(
-                cls=f"{prefix}TopkRouter",
-                rule=rule_of(
-                    "gate", routed_scaling_factor=read("gate.routed_scaling_factor"), **groups
-                ),
-                fp32_logits=True,
-            ),
-            experts=Experts(cls=f"{prefix}Experts"),
+        family(
+            module,
+            prefix,
+            rule_of("gate", routed_scaling_factor=read("gate.routed_scaling_factor"), **groups),
+            block="Moe",
+            router="TopkRouter",
+            fp32_logits=True,
             when=(("gate.topk_method", (method,)),),
             shared="shared_experts",
         )
@@ -175,16 +146,12 @@ SOFTMAX = (
             ),
         )
     ),
-    Family(
-        module="ernie4_5_moe",
-        block="Ernie4_5_MoeSparseMoeBlock",
-        router=Router(
-            cls="Ernie4_5_MoeTopKRouter",
-            rule=rule_of("gate", renormalize=True, renormalize_floor=read("gate.norm_min")),
-            fp32_logits=True,
-            correction_bias="gate.moe_statics.e_score_correction_bias",
-        ),
-        experts=Experts(cls="Ernie4_5_MoeExperts"),
+    family(
+        "ernie4_5_moe",
+        "Ernie4_5_Moe",
+        rule_of("gate", renormalize=True, renormalize_floor=read("gate.norm_min")),
+        fp32_logits=True,
+        correction_bias="gate.moe_statics.e_score_correction_bias",
         shared="shared_experts",
     ),
     # The block around the text and the vision experts keeps its own forward.
