@@ -10,7 +10,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What rows, and scales that are no codes, may be in."""
-SHORT_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -41,7 +41,7 @@ def dtype_named(name: str) -> torch.dtype | None:
     ValueError for others.
     """
     for dtype in FLOATS:
-        if name in (SHORT_NAMES[dtype], str(dtype).removeprefix("torch.")):
+        if name in (DTYPE_NAMES[dtype], str(dtype).removeprefix("torch.")):
             return dtype
     if name != "auto":
         raise ValueError(f"unsupported dtype {name!r}; choose auto, fp32, fp16 or bf16")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedmoe.words import SHORT_NAMES
+from fusedmoe.words import DTYPE_NAMES
 
 
 class Tolerance(NamedTuple):
@@ -33,9 +33,9 @@ NO_WORSE = 1.05
 
 def format_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` -> ``"bf16"``; ValueError for a dtype without a tolerance."""
-    if dtype not in SHORT_NAMES:
+    if dtype not in DTYPE_NAMES:
         raise ValueError(f"no tolerance is known for {dtype}")
-    return SHORT_NAMES[dtype]
+    return DTYPE_NAMES[dtype]
 
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> Tolerance:

@@ -21,7 +21,7 @@ from fusedmoe.tuning.table_file import table_from_json
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
 from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
-from fusedmoe.words import SHORT_NAMES
+from fusedmoe.words import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from fusedmoe.config import FusedMoEConfig
@@ -59,7 +59,7 @@ def layer_key(
     activation: MoEActivation,
 ) -> LayerKey:
     """The key of an unquantized layer of E local experts."""
-    weights = SHORT_NAMES.get(dtype, str(dtype))
+    weights = DTYPE_NAMES.get(dtype, str(dtype))
     return LayerKey(E=E, K=K, H=H, I=I, weights=weights, form=gemm1_form(activation))
 
 

@@ -23,7 +23,7 @@ from fusedmoe.integrations.transformers.gates import Gate, gate_of, recognise_ga
 from fusedmoe.integrations.transformers.ranks import BlockRanks, RankWeights
 from fusedmoe.quantization.unquantized import UnquantizedFusedMoEMethod
 from fusedmoe.weights.routed_experts import RoutedExperts
-from fusedmoe.words import SHORT_NAMES
+from fusedmoe.words import DTYPE_NAMES
 
 
 class ExpertWeights(Protocol):
@@ -91,7 +91,7 @@ def check_tensors(tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}, not a plain Parameter")
-        if tensor.dtype not in SHORT_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is stored as {tensor.dtype}")
         if tensor.device.type == "meta":
             raise ValueError(f"{name} has no storage yet (it is on the meta device)")

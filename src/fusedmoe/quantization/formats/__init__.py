@@ -32,6 +32,7 @@ from fusedmoe.quantization.formats.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from fusedmoe.quantization.formats.mxfp8 import MXFP8
 from fusedmoe.quantization.formats.nvfp4 import NVFP4, swizzle_scales, unswizzle_scales
 from fusedmoe.quantization.formats.superblocks import superblock_format
+from fusedmoe.quantization.keys import PER_ROW, PER_TENSOR
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
 __all__ = [
@@ -145,7 +146,7 @@ def scale_values(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torc
     if grid.group.row == -1:
         scale = grid.spread(scale, N, 1)
     if q.scale2 is not None:
-        whole = grid._replace(group=fp8.FP8_TENSOR.group)
+        whole = grid._replace(group=PER_TENSOR)
         scale = scale * whole.spread(q.scale2.to(dtype), N, 1)
     return scale
 
@@ -157,7 +158,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.
     if scale is None:
         return values
     N, K = q.shape[-2:]
-    group = fp8.FP8_CHANNEL.group if q.format.group.row == -1 else q.format.group
+    group = PER_ROW if q.format.group.row == -1 else q.format.group
     grid = Grid(group, q.shards, q.interleaved)
     if q.zero_point is not None:
         zero = q.zero_point.to(dtype)
@@ -168,7 +169,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.
     if q.group_index is None:
         return values
     places = columns_of(q.group_index).argsort(-1)
-    shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(N, values.device)
+    shard = grid._replace(group=PER_TENSOR).row_index(N, values.device)
     return values.gather(-1, places[..., shard, :])
 
 
@@ -215,7 +216,7 @@ def quantize(
     )
     scale = scale_values(q, values.dtype)
     assert scale is not None
-    group = fp8.FP8_CHANNEL.group if fmt.group.row == -1 else fmt.group
+    group = PER_ROW if fmt.group.row == -1 else fmt.group
     spread = grid._replace(group=group).spread
     values = values / spread(scale, N, K, group_index)
     if q.zero_point is not None:
@@ -238,7 +239,7 @@ def _scales(
     fmt.scale_shape(N, K, grid.shards)  # raises where the groups do not fit
     if group_index is not None:
         order = columns_by_group(group_index, fmt.group.col)
-        shard = grid._replace(group=fp8.FP8_TENSOR.group).row_index(N, values.device)
+        shard = grid._replace(group=PER_TENSOR).row_index(N, values.device)
         values = values.gather(-1, order[..., shard, :])
     groups = grid.split(values)
     if fmt.element in ("int4", "int8"):
@@ -246,7 +247,7 @@ def _scales(
         return {"scale": _of_tensor(scale, fmt), "zero_point": zero, "scale2": None}
     amax = groups.abs().amax(-1)
     if fmt.second_scale:
-        whole = grid._replace(group=fp8.FP8_TENSOR.group)
+        whole = grid._replace(group=PER_TENSOR)
         scale2 = nvfp4.global_scale_for(whole.split(values).abs().amax(-1).squeeze(-1))
         rows = whole.spread(scale2, N, 1)
         return {"scale": nvfp4.scales_for(amax, rows), "scale2": scale2, "zero_point": None}
