@@ -12,6 +12,7 @@ from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.modular_kernel import FusedMoEKernel
 from fusedmoe.quantization.config import biased_moe_quant_config
+from fusedmoe.testing.tolerances import relative_error
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,20 @@ class Layer:
             expert_map=tensors["expert_map"],
             apply_router_weight_on_input=self.weight_on_input,
         )
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative Frobenius norm of what they differ by; NaN must be in the same places."""
+    assert torch.equal(out.isnan(), expected.isnan())
+    return relative_error(out.nan_to_num(), expected.nan_to_num()).frobenius
+
+
+def assert_right(out: torch.Tensor, layer: Layer, tensors: dict) -> None:
+    """As near to the definition as experts without rounded weights come."""
+    tolerance = 5e-3 if layer.dtype == torch.float16 else 2e-5
+    torch.testing.assert_close(
+        out.double(), layer.expected(tensors), rtol=tolerance, atol=tolerance
+    )
 
 
 def use_triton_bodies(monkeypatch: Any) -> None:

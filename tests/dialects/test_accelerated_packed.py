@@ -14,6 +14,7 @@ from torch import nn
 from writers import CASES, fp8
 
 import fusedmoe
+from expert_layers import error
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 from fusedmoe.presets import preset_config, write_preset
 
@@ -70,10 +71,6 @@ def test_autocast_may_give_rows_another_dtype(whole_blocks: bool, tmp_path: Path
     with torch.autocast("cpu", dtype=torch.float16):
         got = logits(model)
     assert float((got - wanted).norm() / wanted.norm()) < 0.05
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 @pytest.mark.parametrize("case", ["ct w4a16", "fp8 per tensor", "gptq act-order"])

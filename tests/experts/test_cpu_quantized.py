@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from expert_layers import error
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod, explain
 from fusedmoe.experts import cpu_int4, cpu_int8, cpu_quantized
 from fusedmoe.experts.copies import Memory
@@ -39,10 +40,6 @@ def pair(name, activation=None, **arguments):
     reference.load_state_dict(layer.state_dict())
     reference.routed_experts.process_weights_after_loading()
     return layer, lambda *inputs: reference(inputs[0].double(), *inputs[1:])
-
-
-def error(out, ref):
-    return float((out.double() - ref.double()).norm() / ref.double().norm())
 
 
 @pytest.mark.parametrize("T", [1, 2, 33])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expert_layers import error
 from format_matrix import CLASSES, FEATURES, MATRIX, case_of, with_ids_of_no_expert
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEActivationFormat
@@ -57,11 +58,6 @@ def classes_of(name, rows):
 
 
 CASES = [(name, rows, cls) for name, rows in MATRIX for cls in classes_of(name, rows)]
-
-
-def error(out, expected):
-    assert torch.equal(out.isnan(), expected.isnan())
-    return float((out.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("name", "rows", "experts"), CASES, ids=str)

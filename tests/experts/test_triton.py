@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, assert_right
 from fusedmoe import MoEOptions, fused_experts
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.experts.triton import TritonExperts, triton_experts
@@ -38,13 +38,6 @@ LAYERS = {
 def run(layer, tensors=None):
     tensors = tensors or layer.tensors()
     return layer.run(TritonExperts, MoEPrepareAndFinalizeNoDPEPModular(), tensors)
-
-
-def assert_right(out, layer, tensors):
-    tolerance = 5e-3 if layer.dtype == torch.float16 else 2e-5
-    torch.testing.assert_close(
-        out.double(), layer.expected(tensors), rtol=tolerance, atol=tolerance
-    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, assert_right
 from fusedmoe import BatchedTritonExperts, MoEOptions
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.modular_kernel import ExpertTokensMetadata, FusedMoEKernel
@@ -31,13 +31,6 @@ LAYERS = {
 def run(layer, tensors, room=11):
     mover = BatchedPrepareAndFinalize(room, layer.local or layer.E)
     return layer.run(BatchedTritonExperts, mover, tensors)
-
-
-def assert_right(out, layer, tensors):
-    tolerance = 5e-3 if layer.dtype == torch.float16 else 2e-5
-    torch.testing.assert_close(
-        out.double(), layer.expected(tensors), rtol=tolerance, atol=tolerance
-    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

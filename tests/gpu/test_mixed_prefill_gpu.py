@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, error
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
@@ -67,11 +67,6 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(hopper_quantized, "mixed_prefill", run)
     return launches
-
-
-def error(out, expected):
-    assert torch.equal(out.isnan(), expected.isnan())
-    return float((out.double() - expected).nan_to_num().norm() / expected.nan_to_num().norm())
 
 
 def tiles_of(mean, *formats):

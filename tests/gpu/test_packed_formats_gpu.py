@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, error
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
@@ -75,12 +75,6 @@ MATRIX = [
 def case_of(fmt, layer):
     up, down, one_order = FORMATS[fmt]
     return Quantized(up, None, layer, down, one_order)
-
-
-def error(out, expected):
-    assert torch.equal(out.isnan(), expected.isnan())
-    apart = float((out.double() - expected).norm())
-    return apart / float(expected.norm()) if apart else 0.0
 
 
 def runner(case, tensors, experts=TritonQuantizedExperts):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, error
 from fusedmoe import MoEOptions
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
@@ -83,12 +83,6 @@ def fitting(case):
         return case
     H, I = (-(-size // group) * group for size in (layer.H, layer.I))  # noqa: E741
     return replace(case, layer=replace(layer, H=H, I=I))
-
-
-def error(out, expected):
-    assert torch.equal(out.isnan(), expected.isnan())
-    apart = float((out.double() - expected).norm())
-    return apart / float(expected.norm()) if apart else 0.0
 
 
 def exact(case, tensors):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expert_layers import Layer
+from expert_layers import Layer, error
 from fusedmoe.activation import MoEActivation
 from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
@@ -55,12 +55,6 @@ TILES = [
     *(StreamTile(128, 64, 8, 2, 8, 3, 2), StreamTile(128, 64, 8, 1, 8, 6, 2)),
     *(StreamTile(256, 128, 8, 2, 8, 3, 1), StreamTile(128, 48, 8, 2, 2, 2, 2)),
 ]
-
-
-def error(out, expected):
-    assert torch.equal(out.isnan(), expected.isnan())
-    apart = float((out.double() - expected).nan_to_num().norm())
-    return apart / float(expected.nan_to_num().norm()) if apart else 0.0
 
 
 def assert_right(case, out, tensors):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusedmoe
+from expert_layers import error
 from fusedmoe.integrations.transformers.packed import PackedExperts
 
 pytest.importorskip("transformers")
@@ -32,11 +33,6 @@ REFUSED = {
     "switch_transformers": "no family in the table has model_type",
 }
 NAMES = [row.name for row in tiny_models.ROWS if REFUSED.get(row.name, "") is not None]
-
-
-def error(got, wanted):
-    """Of all numbers together: where rounding changes a choice of experts, some are far off."""
-    return float((got - wanted).norm() / wanted.norm())
 
 
 def logits(row, model):
