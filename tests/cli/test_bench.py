@@ -157,8 +157,10 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(
     assert "pip install 'fusedmoe[bench]'" in err
 
 
-def test_experts_in_fewer_bits_beside_floats(cli) -> None:
+def test_experts_in_fewer_bits_beside_floats(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of fewer bytes and with the error of rounding; what forced experts do not run is a note."""
+    machine = {"read_gbs": 10.0, "copy_gbs": 10.0, "fp32_tflops": 1.0}
+    monkeypatch.setattr("fusedmoe.bench.ceilings.measure_ceilings", lambda *_: machine)
     code, out, err = cli(
         *("bench", *SIZES, "--tokens", "3", "--dtypes", "fp32", "--repeats", "1"),
         *("--device", "cpu", "--formats", "int8_channel", "int4_g16", "--experts", "torch"),
