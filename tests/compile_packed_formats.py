@@ -7,8 +7,8 @@ spills its sums, or flushes subnormal numbers (the floats of six bits start as s
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.triton import (
     gather_columns,
     grouped_gemm_packed,
@@ -66,23 +66,18 @@ FEW, SOME, MANY = (
 )
 
 
-def arguments(name, tile, dtype, act):
-    act = device_activation(act)
-    w = pack(
-        torch.randn(E, N * (2 if act.gated else 1), D),
-        name,
-        shards=2 if act.gated else 1,
-        interleaved=act.interleaved,
-    )
+def product_of(name, tile, dtype, act):
+    shards, interleaved = 2 if act.is_gated else 1, act is MoEActivation.SWIGLUOAI
+    w = pack(torch.randn(E, N * shards, D), name, shards=shards, interleaved=interleaved)
     blocks = LoneSlots(ids, None) if tile.slots == 8 else MoEAlignment(ids, ids[:50], ids[:1])
-    return torch.zeros(T, D, dtype=dtype), w, torch.zeros(T * K, N, dtype=dtype), blocks, act
+    a, c = torch.zeros(T, D, dtype=dtype), torch.zeros(T * K, N, dtype=dtype)
+    return QuantizedProduct(a, w, c, blocks, tile, K, None, act)
 
 
 def packed(name, tile, dtype=BF16, act=MoEActivation.SILU, orders=(False, "", None)):
-    a, w, c, blocks, act = arguments(name, tile, dtype, act)
-    fitting = packed_tile(tile, w.format.element)
-    native = dtype == BF16
-    grouped_gemm_packed.launch(a, w, c, blocks, fitting, K, None, act, *orders, native)
+    product = product_of(name, tile, dtype, act)
+    product = product._replace(tile=packed_tile(tile, product.w.format.element))
+    grouped_gemm_packed.launch(product, *orders, dtype == BF16)
 
 
 packed("q4_k", FEW)
@@ -97,12 +92,12 @@ packed("mxfp6_e2m3", SOME, torch.float16, MoEActivation.RELU2_NO_MUL)
 packed("int4_g32_zp_act_order", SOME)
 packed("int8_g32_act_order", FEW, orders=(False, "", torch.zeros(E, N, dtype=torch.int32)))
 for name in ("nf4", "iq4_nl"):
-    a, w, c, blocks, act = arguments(name, SOME, BF16, MoEActivation.SILU)
-    grouped_gemm_quantized.launch(a, w, c, blocks, SOME, K, None, act, False, "halves", None, True)
+    product = product_of(name, SOME, BF16, MoEActivation.SILU)
+    grouped_gemm_quantized.launch(product, False, "halves", None, True)
 for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 64, 128, 4, 4, 4))):
-    a, w, c, blocks, act = arguments(name, tile, BF16, MoEActivation.SILU)
-    rows, scale = a.to(torch.float8_e4m3fn), torch.ones(T, 1)
-    grouped_gemm_w4a8.launch(rows, scale, w, c, blocks, tile, K, None, act, True)
+    product = product_of(name, tile, BF16, MoEActivation.SILU)
+    product = product._replace(a=product.a.to(torch.float8_e4m3fn))
+    grouped_gemm_w4a8.launch(product, torch.ones(T, 1), True)
 x = torch.zeros(T, D, dtype=BF16)
 for element, group, e8m0 in (("e4m3", 0, False), ("e2m1", 16, False), ("e3m2", 32, True)):
     round_rows.launch(x, x, None, element, group, e8m0, "halves")

@@ -6,24 +6,16 @@ from typing import Any
 
 import torch
 
-from fusedmoe.kernels.activation import device_activation
 from fusedmoe.kernels.grouped_gemm_packed import is_packed
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.round_rows import ELEMENTS
 from fusedmoe.quantization.activations import quantize_activation
 from fusedmoe.quantization.keys import PER_TENSOR
 
 
 def triton_gemm(
-    a: torch.Tensor,
-    w: Any,
-    c: torch.Tensor,
-    blocks: Any,
-    tile: Any,
+    product: QuantizedProduct,
     *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: Any = None,
-    activation_config: Any = None,
     a_ordered: bool = False,
     c_order: str = "",
     c_places: torch.Tensor | None = None,
@@ -31,37 +23,23 @@ def triton_gemm(
     """As ``quantized_gemm_reference``."""
     from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
-    module = grouped_gemm_packed if is_packed(w.format) else grouped_gemm_quantized
-    act = device_activation(activation, activation_config)
-    orders = a_ordered, c_order, c_places
-    module.launch(a, w, c, blocks, tile, top_k, bias, act, *orders, False)
-    return c
+    packed = is_packed(product.w.format)
+    module = grouped_gemm_packed if packed else grouped_gemm_quantized
+    module.launch(product, a_ordered, c_order, c_places, False)
+    return product.c
 
 
 def triton_w8a8(
-    a: torch.Tensor,
-    scale: torch.Tensor | None,
-    w: Any,
-    c: torch.Tensor,
-    c_scale: torch.Tensor | None,
-    blocks: Any,
-    tile: Any,
+    product: QuantizedProduct,
+    a_scale: torch.Tensor | None,
     key: Any,
-    *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: Any = None,
-    activation_config: Any = None,
+    c_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``w8a8_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
 
-    act = device_activation(activation, activation_config)
-    launch(
-        a, scale, w, c, c_scale, blocks, tile, top_k, bias, act, key.group_shape.col,
-        key.scale_kind == "e8m0",
-    )  # fmt: skip
-    return c
+    launch(product, a_scale, c_scale, key.group_shape.col, key.scale_kind == "e8m0")
+    return product.c
 
 
 def triton_round(
@@ -94,22 +72,9 @@ def triton_gather(
     return out
 
 
-def triton_w4a8(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    w: Any,
-    c: torch.Tensor,
-    blocks: Any,
-    tile: Any,
-    *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: Any = None,
-    activation_config: Any = None,
-) -> torch.Tensor:
+def triton_w4a8(product: QuantizedProduct, a_scale: torch.Tensor) -> torch.Tensor:
     """As ``w4a8_gemm_reference``."""
     from fusedmoe.kernels.triton.grouped_gemm_w4a8 import launch
 
-    act = device_activation(activation, activation_config)
-    launch(a, a_scale, w, c, blocks, tile, top_k, bias, act, False)
-    return c
+    launch(product, a_scale, False)
+    return product.c

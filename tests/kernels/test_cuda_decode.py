@@ -26,7 +26,7 @@ from fusedmoe.kernels.cuda import (
     quantized_warps,
 )
 from fusedmoe.kernels.cuda.quantized_launch import Product
-from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, quantized_gemm_reference
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantized_checks import unmet_by_stream
@@ -226,7 +226,7 @@ def test_one_gemm(name, on_cpu):
     out = torch.full((T * K, N), NAN, dtype=torch.float32 if act is None else torch.bfloat16)
     expected = out.clone()
     eight = QuantizedTile(64, 8, 64, 1, 4, 2)
-    quantized_gemm_reference(x, w, expected, of_eight, eight, top_k=K, bias=bias, activation=act)
+    quantized_gemm_reference(QuantizedProduct(x, w, expected, of_eight, eight, K, bias, act))
     if isinstance(cut, CudaStreamTile):
         x = paired_reference(x, PairedOrder.of(w.format))
     activation = device_activation(act)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedmoe.kernels.align import LoneSlots
-from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, quantized_gemm_reference
 from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -214,7 +214,7 @@ def test_the_reference_is_two_products_and_a_weighted_sum():
     quantized_decode(LayerTensors(x, w1, w2, weights, ids, programs=1, **given), blocks)
     rows = torch.zeros(8, 64)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
-    quantized_gemm_reference(given["act"], w2, rows, blocks, tile, top_k=1)
+    quantized_gemm_reference(QuantizedProduct(given["act"], w2, rows, blocks, tile, 1))
     picked = rows.view(T, K, 64) * weights[:, :, None] * (ids >= 0)[:, :, None]
     torch.testing.assert_close(given["out"].float(), picked.sum(1), rtol=1e-2, atol=1e-2)
 

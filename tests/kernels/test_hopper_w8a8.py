@@ -7,6 +7,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.activation import NO_ACTIVATION, device_activation
 from fusedmoe.kernels.align import align_reference, padded_slots
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.quantize import quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_w8a8
@@ -74,10 +75,10 @@ def up(fmt, key, ids, tile, launched, H=400, I=144):  # noqa: E741
     given = Rows(x, scale, 1, "given") if key.static else Rows.stored(rows, 1)
     hopper_w8a8.gemm(given, w, out, None, act, blocks, tile, 3, largest=largest, guess=True)
     expected = torch.full((len(ids), I), 7.0).bfloat16()
-    w8a8_gemm_reference(
-        *rows, w, expected, None, blocks, QuantizedTile(64, tile.slots, 128, 1, 4, 2), key,
-        top_k=1, activation=MoEActivation.SILU,
-    )  # fmt: skip
+    like = QuantizedTile(64, tile.slots, 128, 1, 4, 2)
+    silu = None, MoEActivation.SILU
+    product = QuantizedProduct(rows.data, w, expected, blocks, like, 1, *silu)
+    w8a8_gemm_reference(product, rows.scale, key)
     return out, expected, largest
 
 
@@ -129,9 +130,8 @@ def test_down(fmt, key, tile, launched):
     if key.group_shape.col == -1:
         rows = Rows(act, largest, 1, "largest")
     hopper_w8a8.gemm(rows, w, y, None, NO_ACTIVATION, blocks, TILES[tile], 3, early=True)
-    w8a8_gemm_reference(
-        *quantize_rows_reference(act, key), w, expected, None, blocks,
-        QuantizedTile(64, 8, 128, 1, 4, 2), key, top_k=1,
-    )  # fmt: skip
+    q, scale = quantize_rows_reference(act, key)
+    eight = QuantizedTile(64, 8, 128, 1, 4, 2)
+    w8a8_gemm_reference(QuantizedProduct(q, w, expected, blocks, eight, 1), scale, key)
     # A value within rounding of a tie may take the other neighbour.
     assert float((y - expected).norm() / expected.norm()) < 5e-3

@@ -8,7 +8,11 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
-from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm, quantized_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import (
+    QuantizedProduct,
+    quantized_gemm,
+    quantized_gemm_reference,
+)
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.superblocks import CODECS
@@ -51,7 +55,8 @@ def test_every_format_is_read(function, fmt, K):
     w, tile = weights(fmt, K), tile_for(fmt)
     a, ids = rows_and_ids(K)
     out = torch.full((ids.numel(), N), NAN)
-    function(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K))
     assert_right(out, by_slot(a, w, ids))
 
 
@@ -68,10 +73,8 @@ def test_shards_and_biases_in_the_epilogue(function, fmt, activation):
     config = ApplyMoEActivationConfig(clamp_limit=0.8)
     bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
-    function(
-        a, w, out, moe_align_block_size(ids, 8, E), tile, top_k=TOP_K, bias=bias,
-        activation=activation, activation_config=config,
-    )  # fmt: skip
+    blocks = moe_align_block_size(ids, 8, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K, bias, activation, config))
     assert_right(out, by_slot(a, w, ids, activation, config, bias))
 
 
@@ -83,7 +86,7 @@ def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
     ids = torch.tensor([[0, 4], [9, -1], [5, 2], [1, 1], [3, -7]], dtype=torch.int32)
     here = torch.tensor([2, -1, 0, -1, 1, 7], dtype=torch.int32)
     out = torch.full((ids.numel(), N), NAN, dtype=torch.float16)
-    function(a, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K)
+    function(QuantizedProduct(a, w, out, LoneSlots(ids.flatten(), here), tile, TOP_K))
     assert_right(out, by_slot(a, w, local_ids(ids, E, here)), 3e-3)
 
 
@@ -94,10 +97,9 @@ def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
     w, tile = weights(fmt, 768), replace(tile_for(fmt, slots), depth=256 if fmt == "q6_k" else 128)
     a, ids = rows_and_ids(768, T=20)
     out = torch.full((ids.numel(), N), NAN)
-    function(
-        ordered(a, order_for(w.format, 768)), w, out, moe_align_block_size(ids, slots, E), tile,
-        top_k=TOP_K, a_ordered=True, c_order="halves",
-    )  # fmt: skip
+    a_ordered, blocks = ordered(a, order_for(w.format, 768)), moe_align_block_size(ids, slots, E)
+    product = QuantizedProduct(a_ordered, w, out, blocks, tile, TOP_K)
+    function(product, a_ordered=True, c_order="halves")
     assert_right(unordered(out, "halves"), by_slot(a, w, ids))
 
 
@@ -112,8 +114,9 @@ def test_columns_are_written_in_the_order_that_the_next_product_wants(function, 
     a, ids = rows_and_ids(256)
     blocks = moe_align_block_size(ids, tile.slots, E)
     straight, out = torch.full((2, ids.numel(), width), NAN)
-    function(a, w, straight, blocks, tile, top_k=TOP_K)
-    function(a, w, out, blocks, tile, top_k=TOP_K, c_order=order)
+    product = QuantizedProduct(a, w, straight, blocks, tile, TOP_K)
+    function(product)
+    function(product._replace(c=out), c_order=order)
     assert torch.equal(unordered(out, order).nan_to_num(), straight.nan_to_num())
 
 
@@ -135,13 +138,13 @@ def test_features_are_written_where_a_table_says(fmt):
     for slot, expert in enumerate(local_ids(ids, E, None).flatten().tolist()):
         expected[slot, places[expert].long()] = expected[slot].clone()
     blocks = moe_align_block_size(ids, tile.slots, E)
-    act = {"top_k": TOP_K, "activation": MoEActivation.SILU}
     for function in (triton_gemm, quantized_gemm):
         out = torch.full((ids.numel(), N), NAN)
-        function(a, w, out, blocks, tile, c_places=places, **act)
+        product = QuantizedProduct(a, w, out, blocks, tile, TOP_K, None, MoEActivation.SILU)
+        function(product, c_places=places)
         assert_right(out, expected)
     with pytest.raises(ValueError, match=r"c_places \(3, 23\)"):
-        quantized_gemm(a, w, out, blocks, tile, c_places=places[:, 1:].contiguous(), **act)
+        quantized_gemm(product, c_places=places[:, 1:].contiguous())
 
 
 @pytest.mark.parametrize("fmt", ONE_OF_EACH)
@@ -150,10 +153,11 @@ def test_a_nan_row_harms_its_own_slots_alone_also_among_many(fmt):
     a, ids = rows_and_ids(256, T=70)
     out, dirty = torch.full((2, ids.numel(), N), NAN)
     blocks = moe_align_block_size(ids, tile.slots, E)
-    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    product = QuantizedProduct(a, w, out, blocks, tile, TOP_K, None, MoEActivation.SILU)
+    triton_gemm(product)
     assert_right(out, by_slot(a, w, ids, MoEActivation.SILU))
     a[2] = NAN
-    triton_gemm(a, w, dirty, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    triton_gemm(product._replace(c=dirty))
     others = torch.arange(ids.numel()) // TOP_K != 2
     assert torch.equal(dirty[others].nan_to_num(), out[others].nan_to_num())
     assert dirty[~others].isnan().all()
@@ -166,10 +170,10 @@ def test_groups_out_of_range_read_nothing_outside():
     blocks = moe_align_block_size(ids, tile.slots, E)
     expected, out = torch.full((2, ids.numel(), N), NAN)
     w.group_index[:, :, :50] = 2
-    triton_gemm(a, w, expected, blocks, tile, top_k=TOP_K)
+    triton_gemm(QuantizedProduct(a, w, expected, blocks, tile, TOP_K))
     w.group_index[:, :, :40] = 2**31 - 1
     w.group_index[:, :, 40:50] = -(2**31)
-    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K)
+    triton_gemm(QuantizedProduct(a, w, out, blocks, tile, TOP_K))
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
@@ -178,8 +182,9 @@ def test_what_the_kernel_cannot_read_is_named():
     blocks, c = moe_align_block_size(ids, 16, E), torch.zeros(ids.numel(), N)
 
     def refused(message, fmt="q4_k", tile=None, w=None, a=a):
+        weight, tile = w or weights(fmt, 256), tile or tile_for(fmt)
         with pytest.raises(ValueError, match=message):
-            quantized_gemm(a, w or weights(fmt, 256), c, blocks, tile or tile_for(fmt), top_k=TOP_K)
+            quantized_gemm(QuantizedProduct(a, weight, c, blocks, tile, TOP_K))
 
     refused("steps of 128 columns do not fit q4_k", tile=QuantizedTile(32, 16, 128, 1, 4, 2))
     refused("steps of 32 columns", "mxfp6_e2m3", tile=QuantizedTile(32, 16, 32, 1, 4, 2))

@@ -6,7 +6,11 @@ import torch
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
 from fusedmoe.kernels.column_orders import ordered, unordered
-from fusedmoe.kernels.grouped_gemm_quantized import quantized_gemm, quantized_gemm_reference
+from fusedmoe.kernels.grouped_gemm_quantized import (
+    QuantizedProduct,
+    quantized_gemm,
+    quantized_gemm_reference,
+)
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm, w8a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.quantize import quantize_rows
@@ -92,7 +96,8 @@ def test_every_format_is_read(function, fmt, K, depth):
     w, tile = weights(fmt, K), tile_of(depth)
     a, ids = rows_and_ids(K)
     out = torch.full((ids.numel(), N), NAN)
-    function(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K))
     assert_right(out, by_slot(a, w, ids))
 
 
@@ -125,10 +130,8 @@ def test_shards_and_biases_in_the_epilogue(function, fmt, activation):
     config = ApplyMoEActivationConfig(clamp_limit=0.8)
     bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
-    function(
-        a, w, out, moe_align_block_size(ids, 8, E), tile, top_k=TOP_K, bias=bias,
-        activation=activation, activation_config=config,
-    )  # fmt: skip
+    blocks = moe_align_block_size(ids, 8, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K, bias, activation, config))
     assert_right(out, by_slot(a, w, ids, activation, config, bias))
 
 
@@ -139,10 +142,9 @@ def test_planes_are_the_same_numbers_in_another_order(function, fmt):
     a, ids = rows_and_ids(96)
     blocks = moe_align_block_size(ids, tile.slots, E)
     out = torch.full((ids.numel(), N), NAN)
-    function(
-        ordered(a, "halves"), w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU,
-        a_ordered=True, c_order="halves",
-    )  # fmt: skip
+    halves = ordered(a, "halves")
+    product = QuantizedProduct(halves, w, out, blocks, tile, TOP_K, None, MoEActivation.SILU)
+    function(product, a_ordered=True, c_order="halves")
     assert_right(unordered(out, "halves"), by_slot(a, w, ids, MoEActivation.SILU))
 
 
@@ -153,7 +155,7 @@ def test_slots_without_a_table_and_with_an_expert_map(function):
     ids = torch.tensor([[0, 4], [9, -1], [5, 2], [1, 1], [3, -7]], dtype=torch.int32)
     here = torch.tensor([2, -1, 0, -1, 1, 7], dtype=torch.int32)
     out = torch.full((ids.numel(), N), NAN)
-    function(a, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K)
+    function(QuantizedProduct(a, w, out, LoneSlots(ids.flatten(), here), tile, TOP_K))
     assert_right(out, by_slot(a, w, local_ids(ids, E, here)))
 
 
@@ -167,7 +169,7 @@ def test_many_slots_in_a_block(fmt, depth):
     a, ids = rows_and_ids(256, T=90)
     out = torch.full((ids.numel(), N), NAN)
     blocks = moe_align_block_size(ids, tile.slots, E)
-    triton_gemm(a, w, out, blocks, tile, top_k=TOP_K, activation=MoEActivation.SILU)
+    triton_gemm(QuantizedProduct(a, w, out, blocks, tile, TOP_K, None, MoEActivation.SILU))
     assert_right(out, by_slot(a, w, ids, MoEActivation.SILU))
 
 
@@ -176,7 +178,8 @@ def test_fp16_rows(function):
     w, tile = weights("int4_g32", 128), tile_of(64)
     a, ids = rows_and_ids(128, dtype=torch.float16)
     out = torch.full((ids.numel(), N), NAN, dtype=torch.float16)
-    function(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K))
     assert_right(out, by_slot(a, w, ids), 3e-3)
 
 
@@ -185,7 +188,8 @@ def test_a_nan_row_harms_its_own_slots_alone():
     a, ids = rows_and_ids(64)
     a[2] = NAN
     out = torch.full((ids.numel(), N), 0.0)
-    triton_gemm(a, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    triton_gemm(QuantizedProduct(a, w, out, blocks, tile, TOP_K))
     dead = local_ids(ids, E, None).flatten() < 0
     expected = (torch.arange(10) // TOP_K == 2) & ~dead
     assert torch.equal(out.isnan().any(1), expected)
@@ -202,9 +206,7 @@ def test_both_operands_in_eight_bits(function, fmt, key, K, depth, activation):
     bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
     blocks = moe_align_block_size(ids, tile.slots, E)
-    function(
-        a, scale, w, out, None, blocks, tile, key, top_k=TOP_K, bias=bias, activation=activation
-    )
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K, bias, activation), scale, key)
     assert_right(out, by_slot(fake_quantize(x, key, given), w, ids, activation, None, bias))
 
 
@@ -216,7 +218,7 @@ def test_shapes_formats_and_groups_that_disagree_are_named():
 
     def refused(message, a=a, w=w, c=c, tile=tile, **rest):
         with pytest.raises(ValueError, match=message):
-            quantized_gemm(a, w, c, blocks, tile, top_k=TOP_K, **rest)
+            quantized_gemm(QuantizedProduct(a, w, c, blocks, tile, TOP_K, **rest))
 
     refused("does not fit weights", a=a[:, :32])
     refused("dense", a=a[:, ::1].t().contiguous().t())
@@ -241,8 +243,9 @@ def test_pairs_and_scales_that_disagree_are_named():
     blocks, c = moe_align_block_size(ids, 16, E), torch.zeros(ids.numel(), N)
 
     def refused(message, a=a, scale=scale, w=w, c_scale=None, depth=128, key=FP8_DYNAMIC_128):
+        product = QuantizedProduct(a, w, c, blocks, tile_of(depth), TOP_K)
         with pytest.raises(ValueError, match=message):
-            w8a8_gemm(a, scale, w, c, c_scale, blocks, tile_of(depth), key, top_k=TOP_K)
+            w8a8_gemm(product, scale, key, c_scale)
 
     refused("int8", key=INT8_DYNAMIC_TOKEN)
     refused("steps of 256", depth=256)

@@ -6,6 +6,7 @@ from test_packed_gemm import TOP_K, E, N, assert_right, by_slot, rows_and_ids, w
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.kernels.align import LoneSlots, moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm, w4a8_gemm_reference
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.kernels.quantize import quantize_rows
@@ -41,7 +42,8 @@ def test_scales_of_rows_and_groups(function, fmt, K, depth, key):
     given = torch.tensor([0.02]) if key.static else None
     a, scale = quantize_rows(x, key, given)
     out = torch.full((ids.numel(), N), NAN)
-    function(a, scale, w, out, moe_align_block_size(ids, tile.slots, E), tile, top_k=TOP_K)
+    blocks = moe_align_block_size(ids, tile.slots, E)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K), scale)
     assert_right(out, by_slot(fake_quantize(x, key, given), w, ids))
 
 
@@ -55,10 +57,8 @@ def test_shards_biases_and_an_expert_map_without_a_table(function, activation):
     here = torch.tensor([2, -1, 0, -1, 1, 7], dtype=torch.int32)
     bias = torch.randn(E, w.shape[1])
     out = torch.full((ids.numel(), N), NAN)
-    function(
-        a, scale, w, out, LoneSlots(ids.flatten(), here), tile, top_k=TOP_K, bias=bias,
-        activation=activation,
-    )  # fmt: skip
+    blocks = LoneSlots(ids.flatten(), here)
+    function(QuantizedProduct(a, w, out, blocks, tile, TOP_K, bias, activation), scale)
     rows = fake_quantize(x, FP8_DYNAMIC_TOKEN)
     expected = by_slot(rows, w, local_ids(ids, E, here), activation, None, bias)
     assert_right(out, expected)
@@ -81,8 +81,9 @@ def test_what_does_not_fit_is_named():
     blocks, c = moe_align_block_size(ids, 16, E), torch.zeros(ids.numel(), N)
 
     def refused(message, fmt="int4_g128", depth=128, a=a, scale=scale):
+        product = QuantizedProduct(a, weights(fmt, 256), c, blocks, tile_of(depth), TOP_K)
         with pytest.raises(ValueError, match=message):
-            w4a8_gemm(a, scale, weights(fmt, 256), c, blocks, tile_of(depth), top_k=TOP_K)
+            w4a8_gemm(product, scale)
 
     refused("int8_g32", "int8_g32")
     refused("act_order", "int4_g32_act_order")

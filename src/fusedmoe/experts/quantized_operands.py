@@ -121,10 +121,9 @@ class SlotProducts(NamedTuple):
     batch_invariant: bool = False
 
     @property
-    def epilogue(self) -> dict[str, Any]:
-        """What the first product does to its sums, as the GEMMs take it."""
-        given = {"activation": self.activation, "activation_config": self.config}
-        return given | {"bias": self.operands.w1_bias}
+    def epilogue(self) -> tuple[torch.Tensor | None, MoEActivation, ApplyMoEActivationConfig]:
+        """What the first product does to its sums: bias, activation and its numbers."""
+        return self.operands.w1_bias, self.activation, self.config
 
     @property
     def live(self) -> dict[str, Any]:

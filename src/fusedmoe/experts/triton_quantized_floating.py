@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from fusedmoe.experts.quantized_operands import Operands, SlotProducts
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import SIXES, UNITS, order_for, ordered
 from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import is_packed
-from fusedmoe.kernels.grouped_gemm_quantized import NIBBLES, TABLES, quantized_gemm
+from fusedmoe.kernels.grouped_gemm_quantized import (
+    NIBBLES,
+    TABLES,
+    QuantizedProduct,
+    quantized_gemm,
+)
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import (
@@ -55,9 +59,12 @@ def floating_products(layer: SlotProducts) -> None:
     follows = operands.down_order is not None
     scattered = follows and a2 is None and not many
     written = "" if follows else act_order
-    orders = x_order, written if a2 is None else ""
-    rest = layer.epilogue | {"c_places": operands.places if scattered else None}
-    _product(a, w1, act, blocks, tiles.gemm1, orders, top_k=top_k, **rest)
+    quantized_gemm(
+        QuantizedProduct(a, w1, act, blocks, tiles.gemm1, top_k, *layer.epilogue),
+        a_ordered=x_order != "",
+        c_order=written if a2 is None else "",
+        c_places=operands.places if scattered else None,
+    )
     if a2 is not None:
         act = round_rows(
             act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **layer.live
@@ -66,8 +73,8 @@ def floating_products(layer: SlotProducts) -> None:
         assert layer.ids is not None
         room = torch.empty_like(act)
         act = gather_columns(act, operands.down_order, room, layer.ids, layer.expert_map)
-    orders = act_order, ""
-    _product(act, w2, rows, blocks, tiles.gemm2, orders, top_k=1, bias=operands.w2_bias)
+    second = QuantizedProduct(act, w2, rows, blocks, tiles.gemm2, 1, operands.w2_bias)
+    quantized_gemm(second, a_ordered=act_order != "")
 
 
 def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:
@@ -75,20 +82,6 @@ def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:
     of their order are short."""
     order = order_for(w.format, D)
     return "" if order == UNITS and tile.slots < LEAST_ORDERED_SLOTS else order
-
-
-def _product(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    orders: tuple[str, str],
-    **rest: Any,
-) -> None:
-    """``orders``: of the columns of a and of c."""
-    given = rest | {"a_ordered": orders[0] != "", "c_order": orders[1]}
-    quantized_gemm(a, w, c, blocks, tile, **given)
 
 
 def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> QuantizedTiles:

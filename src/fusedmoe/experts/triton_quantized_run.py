@@ -13,7 +13,6 @@ T tokens, K picks, e local experts, H hidden, I intermediate, R = T * K slots, S
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -21,16 +20,15 @@ from fusedmoe.activation import ApplyMoEActivationConfig
 from fusedmoe.experts.quantized_operands import Operands, SlotProducts
 from fusedmoe.experts.triton import slot_blocks
 from fusedmoe.experts.triton_quantized_floating import floating_products, floating_tiles
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.counts import batched_moe_align_block_size
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import QUANTIZED_GROUP, w8a8_gemm
 from fusedmoe.kernels.grouped_gemm_w4a8 import w4a8_gemm
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum
 from fusedmoe.kernels.quantize import live_rows, quantize_rows
 from fusedmoe.modular_kernel import ExpertsWork, scratch
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR, QuantKey
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTile, QuantizedTiles, slots_block, w8a8_tiles
+from fusedmoe.tuning.quantized_tiles import QuantizedTiles, slots_block, w8a8_tiles
 
 _FP8 = torch.float8_e4m3fn
 _FEW_SLOTS = 32
@@ -43,17 +41,16 @@ def two_gemms(layer: SlotProducts) -> None:
     if operands.floating_rows:
         floating_products(layer)
         return
-    first: dict[str, Any] = {"top_k": top_k, **layer.epilogue}
-    second: dict[str, Any] = {"top_k": 1, "bias": operands.w2_bias}
-    x_scale = layer.x_scale
-    w1, w2, key, second_key = operands.w1, operands.w2, operands.a1, operands.a2
+    w1, key, second_key, x_scale = operands.w1, operands.a1, operands.a2, layer.x_scale
+    first = QuantizedProduct(x, w1, act, blocks, tiles.gemm1, top_k, *layer.epilogue)
+    second = QuantizedProduct(act, operands.w2, rows, blocks, tiles.gemm2, 1, operands.w2_bias)
     assert key is not None
     assert second_key is not None
     columns = key.group_shape.col, second_key.group_shape.col
     on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not layer.batch_invariant and x_scale is None
     if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
-        w8a8_gemm(x, None, w1, act, None, blocks, tiles.gemm1, key, **first)
-        w8a8_gemm(act, None, w2, rows, None, blocks, tiles.gemm2, second_key, **second)
+        w8a8_gemm(first, None, key)
+        w8a8_gemm(second, None, second_key)
         return
     a, a_scale = quantize_rows(x, key, operands.a1_scale) if x_scale is None else (x, x_scale)
     width = tiles.gemm1.rows // (2 if layer.activation.is_gated else 1)
@@ -61,29 +58,20 @@ def two_gemms(layer: SlotProducts) -> None:
         q = torch.empty(act.shape, dtype=_FP8, device=x.device)
         groups = -(-act.shape[1] // QUANTIZED_GROUP)
         scale = torch.empty(act.shape[0], groups, dtype=torch.float32, device=x.device)
-        w8a8_gemm(a, a_scale, w1, q, scale, blocks, tiles.gemm1, key, **first)
+        w8a8_gemm(first._replace(a=a, c=q), a_scale, key, scale)
     else:
-        _rounded_product(a, a_scale, w1, act, blocks, tiles.gemm1, key, **first)
+        _rounded_product(first._replace(a=a), a_scale, key)
         q, scale = quantize_rows(
             act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **layer.live
         )
-    _rounded_product(q, scale, w2, rows, blocks, tiles.gemm2, second_key, **second)
+    _rounded_product(second._replace(a=q), scale, second_key)
 
 
-def _rounded_product(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    key: QuantKey,
-    **rest: Any,
-) -> None:
-    if w.format.element == "int4":
-        w4a8_gemm(a, a_scale, w, c, blocks, tile, **rest)
+def _rounded_product(product: QuantizedProduct, a_scale: torch.Tensor, key: QuantKey) -> None:
+    if product.w.format.element == "int4":
+        w4a8_gemm(product, a_scale)
     else:
-        w8a8_gemm(a, a_scale, w, c, None, blocks, tile, key, **rest)
+        w8a8_gemm(product, a_scale, key)
 
 
 def as_run(

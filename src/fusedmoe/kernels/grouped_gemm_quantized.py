@@ -9,11 +9,12 @@ more than a mask to become numbers; tiles: ``tuning/quantized_tiles.py``.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
-from fusedmoe.kernels.activation import device_activation
+from fusedmoe.kernels.activation import DeviceActivation, device_activation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.column_orders import REPEATS, order_for, ordered, unordered
 from fusedmoe.kernels.grouped_gemm import blocks_on_host
@@ -33,26 +34,38 @@ def has_packed_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+class QuantizedProduct(NamedTuple):
+    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+
+    a [rows, D] with dense rows, w logically [e, S * N, D] (S = 2 shards where the activation is
+    gated), c [R, N] with R <= rows * top_k, bias [e, S * N]. ``blocks`` hold ``tile.slots`` slots
+    each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
+    """
+
+    a: torch.Tensor
+    w: QuantizedTensor
+    c: torch.Tensor
+    blocks: MoEAlignment | LoneSlots
+    tile: QuantizedTile
+    top_k: int
+    bias: torch.Tensor | None = None
+    activation: MoEActivation | None = None
+    activation_config: ApplyMoEActivationConfig | None = None
+
+    @property
+    def epilogue(self) -> DeviceActivation:
+        """The activation as kernels are told."""
+        return device_activation(self.activation, self.activation_config)
+
+
 def quantized_gemm(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
+    product: QuantizedProduct,
     *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: MoEActivation | None = None,
-    activation_config: ApplyMoEActivationConfig | None = None,
     a_ordered: bool = False,
     c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
-
-    a [rows, D] with dense rows, w logically [e, S * N, D] (S = 2 shards where the activation is
-    gated), c [R, N] with R <= rows * top_k, bias [e, S * N]. ``blocks`` hold
-    ``tile.slots`` slots each, or one (``LoneSlots``). The rest is as in ``grouped_gemm``.
+    """``product`` with rows in floating point; c.
 
     ``a_ordered``: the columns of a lie as ``order_for`` these weights says, which spares them an
     unzipping; ``c_order``: of those of c. Or ``c_places`` int32 [e, N]: where each feature of an
@@ -62,8 +75,8 @@ def quantized_gemm(
     the dtype of a before it is multiplied. Raises ValueError where shapes, dtypes or steps
     disagree.
     """
-    check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias)
+    a, w, c, _, tile, *_ = product
+    check_product(product)
     check_orders(a, w, c, a_ordered, c_order, c_places)
     packed, group = is_packed(w.format), w.format.group.col
     if packed:
@@ -74,41 +87,27 @@ def quantized_gemm(
         from fusedmoe.kernels.triton import grouped_gemm_packed, grouped_gemm_quantized
 
         launch = (grouped_gemm_packed if packed else grouped_gemm_quantized).launch
-        act = device_activation(activation, activation_config)
         native = a.dtype == torch.bfloat16 and has_packed_bf16(a.device)
-        orders = a_ordered, c_order, c_places
-        launch(a, w, c, blocks, tile, top_k, bias, act, *orders, native)
+        launch(product, a_ordered, c_order, c_places, native)
         return c
     return quantized_gemm_reference(
-        a, w, c, blocks, tile, top_k=top_k, bias=bias, activation=activation,
-        activation_config=activation_config, a_ordered=a_ordered, c_order=c_order,
-        c_places=c_places,
-    )  # fmt: skip
+        product, a_ordered=a_ordered, c_order=c_order, c_places=c_places
+    )
 
 
 def quantized_gemm_reference(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
+    product: QuantizedProduct,
     *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: MoEActivation | None = None,
-    activation_config: ApplyMoEActivationConfig | None = None,
     a_ordered: bool = False,
     c_order: str = "",
     c_places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch, on dequantized weights; walks the blocks on the host."""
+    a, w, c, blocks, tile, top_k, *_ = product
     rows = unordered(a, order_for(w.format, a.shape[1])) if a_ordered else a
     weights = w.dequantize(torch.float32)
     for slots, expert in blocks_on_host(blocks, tile.slots, c.shape[0], w.shape[0]):
-        sums = rows[slots // top_k].float() @ weights[expert].T
-        if bias is not None:
-            sums = sums + bias[expert].float()
-        sums = activate_sums(sums, w, activation, activation_config)
+        sums = finished_sums(rows[slots // top_k].float() @ weights[expert].T, expert, product)
         sums = ordered(sums, c_order)
         if c_places is not None:
             sums = sums[:, c_places[expert].long().argsort()]
@@ -116,13 +115,11 @@ def quantized_gemm_reference(
     return c
 
 
-def activate_sums(
-    sums: torch.Tensor,
-    w: QuantizedTensor,
-    activation: MoEActivation | None,
-    config: ApplyMoEActivationConfig | None,
-) -> torch.Tensor:
-    """The activation of sums whose columns are the rows of ``w``."""
+def finished_sums(sums: torch.Tensor, expert: int, product: QuantizedProduct) -> torch.Tensor:
+    """The bias and the activation of sums whose columns are the rows of an expert's weights."""
+    _, w, _, _, _, _, bias, activation, config = product
+    if bias is not None:
+        sums = sums + bias[expert].float()
     if activation is None:
         return sums
     if w.interleaved == (activation is MoEActivation.SWIGLUOAI) or not activation.is_gated:
@@ -185,15 +182,10 @@ def check_orders(
             )
 
 
-def check_rows(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    top_k: int,
-    bias: torch.Tensor | None,
-) -> None:
-    """Raise ValueError where rows, slots and what is added to them do not fit."""
+def check_product(product: QuantizedProduct) -> None:
+    """Raise ValueError where weights, rows, slots and what is added to them do not fit."""
+    a, w, c, blocks, _, top_k, bias, activation, _ = product
+    check_weights(w, c, activation)
     if a.dim() != 2 or a.shape[1] != w.shape[2]:
         raise ValueError(f"a {tuple(a.shape)} does not fit weights {tuple(w.shape)}")
     if a.stride(1) != 1 or c.stride(1) != 1:

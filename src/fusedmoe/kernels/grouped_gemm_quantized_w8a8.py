@@ -8,93 +8,60 @@ from __future__ import annotations
 
 import torch
 
-from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
-from fusedmoe.kernels.activation import device_activation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm import blocks_on_host
 from fusedmoe.kernels.grouped_gemm_quantized import (
-    activate_sums,
-    check_rows,
-    check_weights,
+    QuantizedProduct,
+    check_product,
+    finished_sums,
 )
 from fusedmoe.kernels.quantize import STORED, quantize_rows_reference
 from fusedmoe.quantization.activations import spread
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 QUANTIZED_GROUP = 128
 
 
 def w8a8_gemm(
-    a: torch.Tensor,
+    product: QuantizedProduct,
     a_scale: torch.Tensor | None,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    c_scale: torch.Tensor | None,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
     key: QuantKey,
-    *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: MoEActivation | None = None,
-    activation_config: ApplyMoEActivationConfig | None = None,
+    c_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """c[slot] = act(a[slot // top_k] @ w[expert].T + bias[expert]) for each slot.
+    """``product`` with both operands in 8 bits; c.
 
     a [rows, D] of the key's dtype with a_scale fp32 [rows, groups] or [1], as ``quantize_rows``
     makes them; or 16-bit rows and a_scale None, where the key has groups of ``tile.depth`` columns:
     they are quantized on the way in, once per tile. c [R, N] in floating point; or, where c_scale
     fp32 [R, ceil(N / 128)] is given, fp8 in groups of 128 features, with scales as the key has
-    them. Everything else is as in ``quantized_gemm``.
+    them.
 
     fp8 products are summed by steps of ``tile.depth`` columns where scales change with them, and
     the steps' sums in fp32. Raises ValueError where shapes, dtypes or groups disagree.
     """
-    check_weights(w, c, activation)
-    check_rows(a, w, c, blocks, top_k, bias)
-    _check_scales(a, a_scale, w, c, c_scale, tile, key, activation)
-    if a.is_cuda:
+    check_product(product)
+    _check_scales(product, a_scale, key, c_scale)
+    if product.a.is_cuda:
         from fusedmoe.kernels.triton.grouped_gemm_quantized_w8a8 import launch
 
-        act = device_activation(activation, activation_config)
-        launch(
-            a, a_scale, w, c, c_scale, blocks, tile, top_k, bias, act, key.group_shape.col,
-            key.scale_kind == "e8m0",
-        )  # fmt: skip
-        return c
-    return w8a8_gemm_reference(
-        a, a_scale, w, c, c_scale, blocks, tile, key, top_k=top_k, bias=bias,
-        activation=activation, activation_config=activation_config,
-    )  # fmt: skip
+        launch(product, a_scale, c_scale, key.group_shape.col, key.scale_kind == "e8m0")
+        return product.c
+    return w8a8_gemm_reference(product, a_scale, key, c_scale)
 
 
 def w8a8_gemm_reference(
-    a: torch.Tensor,
+    product: QuantizedProduct,
     a_scale: torch.Tensor | None,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    c_scale: torch.Tensor | None,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
     key: QuantKey,
-    *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    activation: MoEActivation | None = None,
-    activation_config: ApplyMoEActivationConfig | None = None,
+    c_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch, on dequantized operands; walks the blocks on the host."""
+    a, w, c, blocks, tile, top_k, *_ = product
     if a_scale is None:
         a, a_scale = quantize_rows_reference(a, key)
     rows = a.float() * spread(a_scale, key, a.shape[1])
     weights = w.dequantize(torch.float32)
     for slots, expert in blocks_on_host(blocks, tile.slots, c.shape[0], w.shape[0]):
-        sums = rows[slots // top_k] @ weights[expert].T
-        if bias is not None:
-            sums = sums + bias[expert].float()
-        sums = activate_sums(sums, w, activation, activation_config)
+        sums = finished_sums(rows[slots // top_k] @ weights[expert].T, expert, product)
         if c_scale is None:
             c[slots] = sums.to(c.dtype)
         else:
@@ -103,15 +70,12 @@ def w8a8_gemm_reference(
 
 
 def _check_scales(
-    a: torch.Tensor,
+    product: QuantizedProduct,
     a_scale: torch.Tensor | None,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    c_scale: torch.Tensor | None,
-    tile: QuantizedTile,
     key: QuantKey,
-    activation: MoEActivation | None,
+    c_scale: torch.Tensor | None,
 ) -> None:
+    a, w, c, _, tile, *_ = product
     fmt, stored = w.format, STORED.get(key.dtype)
     if fmt.element not in ("e4m3", "int8") or not fmt.symmetric or fmt.dtype != stored:
         raise ValueError(f"w8a8_gemm takes no weights {fmt.name} with activations {key}")
@@ -136,8 +100,7 @@ def _check_scales(
             )
     if c_scale is None:
         return
-    gated = activation is not None and activation.is_gated
-    width = tile.rows // 2 if gated else tile.rows
+    width = tile.rows // w.shards
     groups = -(-c.shape[1] // QUANTIZED_GROUP)
     if width != QUANTIZED_GROUP or columns != QUANTIZED_GROUP:
         raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from fusedmoe.kernels.align import align_local_slots
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.hopper_decode import check_biases
 from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, align_rows, prefill_rows
@@ -114,10 +115,9 @@ def fp8_prefill_reference(
     if scale is None:
         rows, scale = quantize_rows_reference(x, keys[0], scales[0])
     exact = torch.zeros(R, I, dtype=torch.float32, device=x.device)
-    w8a8_gemm_reference(
-        rows, scale, w1, exact, None, tables, tile, keys[0], top_k=K, bias=layer.w1_bias,
-        activation=layer.activation, activation_config=layer.activation_config,
-    )  # fmt: skip
+    epilogue = layer.w1_bias, layer.activation, layer.activation_config
+    first = QuantizedProduct(rows, w1, exact, tables, tile, K, *epilogue)
+    w8a8_gemm_reference(first, scale, keys[0])
     act[:R] = exact.to(act.dtype)
     key = keys[1]
     if rounds_by_tile(key, tiles):
@@ -125,8 +125,8 @@ def fp8_prefill_reference(
     in_the_epilogue = key.static or rounds_by_tile(key, tiles)
     rows, scale = quantize_rows_reference(exact if in_the_epilogue else act[:R], key, scales[1])
     y[:R] = 0
-    bias = layer.w2_bias
-    w8a8_gemm_reference(rows, scale, w2, y[:R], None, tables, tile, key, top_k=1, bias=bias)
+    second = QuantizedProduct(rows, w2, y[:R], tables, tile, 1, layer.w2_bias)
+    w8a8_gemm_reference(second, scale, key)
     moe_fused_mul_sum_reference(
         y[:R].view(T, K, H), topk_weights, out, topk_ids, layer.expert_map, num_local_experts=e
     )

@@ -10,21 +10,16 @@ import torch
 
 from fusedmoe.kernels.align import MoEAlignment, align_local_slots, padded_slots
 from fusedmoe.kernels.align_tails import align_with_tails, tails_rows
-from fusedmoe.kernels.grouped_gemm_quantized import (
-    ELEMENTS,
-    NIBBLES,
-    TABLES,
-    quantized_gemm_reference,
-)
+from fusedmoe.kernels.grouped_gemm_quantized import ELEMENTS, NIBBLES, TABLES
 from fusedmoe.kernels.hopper_decode import check_biases
+from fusedmoe.kernels.hopper_quantized import quantized_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
 from fusedmoe.kernels.quantized_checks import check_plain_rows
 from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps, check_steps
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
-from fusedmoe.tuning.quantized_tiles import SEXTETS, QuantizedTile
+from fusedmoe.tuning.quantized_tiles import SEXTETS
 
 ALIGNED_BYTES = 16
 ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
@@ -123,23 +118,10 @@ def mixed_prefill_reference(
     tiles: MixedPrefillTiles,
     steps: BothSteps = AS_THEY_COME,
 ) -> None:
-    """The definition, in plain torch; rows of act and y are slots."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
-    x = steps[0].taken(x, w1, layer)
-    (T, K), (e, H, _) = topk_ids.shape, w2.shape
-    R, slots, expert_map = T * K, tiles.gemm1.slots, layer.expert_map
-    tables = align_local_slots(topk_ids, slots, e, expert_map, whole_blocks=True)
-    tile = QuantizedTile(64, slots, 64, 1, 4, 2)
-    y[:R] = 0
-    quantized_gemm_reference(
-        x, w1, act[:R], tables, tile, top_k=steps[0].top_k(K), bias=layer.w1_bias,
-        activation=layer.activation, activation_config=layer.activation_config,
-    )  # fmt: skip
-    rows = steps[1].taken(act[:R], w2, layer)
-    quantized_gemm_reference(rows, w2, y[:R], tables, tile, top_k=1, bias=layer.w2_bias)
-    moe_fused_mul_sum_reference(
-        y[:R].view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
-    )
+    """The definition, in plain torch: that of few slots. Rows of act and y are slots."""
+    R = layer.topk_ids.numel()
+    layer = layer._replace(act=layer.act[:R], y=layer.y[:R])
+    quantized_decode_reference(layer, steps=steps)
 
 
 def _check(layer: LayerTensors[QuantizedTensor], tiles: MixedPrefillTiles) -> None:

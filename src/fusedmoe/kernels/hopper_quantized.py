@@ -17,6 +17,7 @@ from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair
 from fusedmoe.kernels.grouped_gemm_quantized import (
     TABLES,
+    QuantizedProduct,
     quantized_gemm_reference,
 )
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -219,12 +220,10 @@ def quantized_decode_reference(
     if not isinstance(blocks, LoneSlots):
         blocks = align_local_slots(topk_ids, 8, e, expert_map)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
-    quantized_gemm_reference(
-        x, w1, act, blocks, tile, top_k=steps[0].top_k(K), bias=layer.w1_bias,
-        activation=layer.activation, activation_config=layer.activation_config,
-    )  # fmt: skip
+    epilogue, top_k = (layer.w1_bias, layer.activation, layer.activation_config), steps[0].top_k(K)
+    quantized_gemm_reference(QuantizedProduct(x, w1, act, blocks, tile, top_k, *epilogue))
     rows = steps[1].taken(act, w2, layer)
-    quantized_gemm_reference(rows, w2, y, blocks, tile, top_k=1, bias=layer.w2_bias)
+    quantized_gemm_reference(QuantizedProduct(rows, w2, y, blocks, tile, 1, layer.w2_bias))
     moe_fused_mul_sum_reference(
         y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )

@@ -10,6 +10,7 @@ import torch
 
 from fusedmoe.kernels.activation import NO_ACTIVATION
 from fusedmoe.kernels.align_quantize import align_and_quantize
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.grouped_gemm_quantized_w8a8 import w8a8_gemm_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.mul_sum import moe_fused_mul_sum_reference
@@ -156,15 +157,14 @@ def w8a8_decode_reference(
     blocks, (rows, scale), _ = align_and_quantize(
         topk_ids, 8, expert_map, e, _rows(x, x_scale), keys[0], scales[0]
     )
-    w8a8_gemm_reference(
-        rows, scale, w1, act, None, blocks, tile, keys[0], top_k=K, bias=layer.w1_bias,
-        activation=layer.activation, activation_config=layer.activation_config,
-    )  # fmt: skip
+    epilogue = layer.w1_bias, layer.activation, layer.activation_config
+    first = QuantizedProduct(rows, w1, act, blocks, tile, K, *epilogue)
+    w8a8_gemm_reference(first, scale, keys[0])
     rows, scale = quantize_rows(
         act, keys[1], scales[1], topk_ids=topk_ids, expert_map=expert_map, num_local_experts=e
     )
-    bias = layer.w2_bias
-    w8a8_gemm_reference(rows, scale, w2, y, None, blocks, tile, keys[1], top_k=1, bias=bias)
+    second = QuantizedProduct(rows, w2, y, blocks, tile, 1, layer.w2_bias)
+    w8a8_gemm_reference(second, scale, keys[1])
     moe_fused_mul_sum_reference(
         y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e
     )

@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
@@ -33,8 +32,6 @@ from fusedmoe.kernels.triton.packed_products import (
     sum_groups,
 )
 from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -147,14 +144,7 @@ _PRECISION = {torch.float32: "ieee"}
 
 
 def launch(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    top_k: int,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
+    product: QuantizedProduct,
     a_ordered: bool,
     c_order: str,
     c_places: torch.Tensor | None,
@@ -162,7 +152,8 @@ def launch(
 ) -> None:
     """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
     bf16."""
-    (R, N), D = c.shape, a.shape[1]
+    a, w, c, blocks, tile, top_k, bias, *_ = product
+    (R, N), D, act = c.shape, a.shape[1], product.epilogue
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return

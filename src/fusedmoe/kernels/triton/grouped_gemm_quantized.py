@@ -18,9 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.lookup import NF4_LIFT
@@ -32,7 +31,6 @@ from fusedmoe.kernels.triton.quantized_common import (
     tile_rows,
 )
 from fusedmoe.kernels.triton.stored_numbers import load_groups, scaled_numbers, stored_numbers
-from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 # What e2m1_nibbles_bf16 leaves out, in two halves: one goes with the scales, one with the sum.
@@ -215,14 +213,7 @@ def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
 
 
 def launch(
-    a: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    top_k: int,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
+    product: QuantizedProduct,
     a_ordered: bool,
     c_order: str,
     c_places: torch.Tensor | None,
@@ -230,7 +221,8 @@ def launch(
 ) -> None:
     """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
     bf16."""
-    (R, N), D = c.shape, a.shape[1]
+    a, w, c, blocks, tile, top_k, bias, *_ = product
+    (R, N), D, act = c.shape, a.shape[1], product.epilogue
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return

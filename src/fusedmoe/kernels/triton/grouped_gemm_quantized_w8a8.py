@@ -17,9 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
@@ -30,8 +28,6 @@ from fusedmoe.kernels.triton.quantized_common import (
     store_features,
     tile_rows,
 )
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 
 @triton.jit
@@ -174,21 +170,15 @@ _launch = Launcher(w8a8_gemm_kernel, chained=True)
 
 
 def launch(
-    a: torch.Tensor,
+    product: QuantizedProduct,
     a_scale: torch.Tensor | None,
-    w: QuantizedTensor,
-    c: torch.Tensor,
     c_scale: torch.Tensor | None,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    top_k: int,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
     a_group: int,
     e8m0: bool,
 ) -> None:
     """As ``w8a8_gemm``, unchecked."""
-    (R, N), D = c.shape, a.shape[1]
+    a, w, c, blocks, tile, top_k, bias, *_ = product
+    (R, N), D, act = c.shape, a.shape[1], product.epilogue
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return

@@ -13,14 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.activation import DeviceActivation
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
-from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
 
 def _nibbles_asm() -> str:
@@ -168,20 +165,10 @@ def w4a8_gemm_kernel(
 _launch = Launcher(w4a8_gemm_kernel, chained=True)
 
 
-def launch(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    w: QuantizedTensor,
-    c: torch.Tensor,
-    blocks: MoEAlignment | LoneSlots,
-    tile: QuantizedTile,
-    top_k: int,
-    bias: torch.Tensor | None,
-    act: DeviceActivation,
-    native: bool,
-) -> None:
+def launch(product: QuantizedProduct, a_scale: torch.Tensor, native: bool) -> None:
     """As ``w4a8_gemm``, unchecked. ``native``: not under the interpreter."""
-    (R, N), D = c.shape, a.shape[1]
+    a, w, c, blocks, tile, top_k, bias, *_ = product
+    (R, N), D, act = c.shape, a.shape[1], product.epilogue
     num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
     if R == 0 or N == 0 or num_blocks == 0:
         return
