@@ -35,6 +35,10 @@ class DeviceActivation(NamedTuple):
     beta: float = 0.0
 
     @property
+    def numbers(self) -> tuple[float | None, float, float]:
+        return self.limit, self.alpha, self.beta
+
+    @property
     def shards(self) -> int:
         """Of the weights that make what it takes."""
         return 2 if self.gated else 1

@@ -28,6 +28,12 @@ class MoEAlignment(NamedTuple):
     expert_ids: torch.Tensor
     num_tokens_post_pad: torch.Tensor
 
+    @classmethod
+    def empty(cls, P: int, block_size: int, device: torch.device, counts: int = 1) -> MoEAlignment:
+        """Room for P slots."""
+        sizes = P, -(-P // block_size), counts
+        return cls(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
+
 
 class MoEAlignmentWithScatter(NamedTuple):
     """``MoEAlignment``, and scatter_idx int32 [R, 1]: the slot itself, -1 if it has no expert."""

@@ -76,9 +76,6 @@ def align_and_pair(
         launch(x, paired, order)
         return blocks, paired
     P = padded_slots(topk_ids.numel(), block_size, num_local_experts, False)
-    sizes = P, -(-P // block_size), 1
-    blocks = MoEAlignment(
-        *(torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
-    )
+    blocks = MoEAlignment.empty(P, block_size, x.device)
     launch(x, paired, order, topk_ids, expert_map, num_local_experts, block_size, blocks)
     return blocks, paired

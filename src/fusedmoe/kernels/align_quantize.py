@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.kernels.align import MoEAlignment, align_local_slots, dense, padded_slots
-from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
+from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows, room_for_rows
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 
 ONE_LAUNCH_SLOTS = 2048
@@ -47,18 +47,11 @@ def align_and_quantize(
         return AlignedRows(alignment, rows, largest)
     from fusedmoe.kernels.triton.align_quantize import align_and_quantize as launch
 
-    T, D = x.shape
     P = padded_slots(topk_ids.numel(), block_size, num_local_experts, False)
-    integers = {"dtype": torch.int32, "device": x.device}
-    tables = MoEAlignment(
-        *(torch.empty(size, **integers) for size in (P, -(-P // block_size), 1))  # type: ignore[call-overload]
-    )
+    tables = MoEAlignment.empty(P, block_size, x.device)
     group = -1 if key.static else max(key.group_shape.col, 0)
-    if scale is None:
-        groups = -(-D // group) if group else 1
-        scale = torch.empty(T, groups, dtype=torch.float32, device=x.device)
-    rows = QuantizedRows(torch.empty(T, D, dtype=STORED[key.dtype], device=x.device), scale)
-    largest = torch.empty(topk_ids.shape, **integers) if with_largest else None  # type: ignore[call-overload]
+    rows = room_for_rows(x, key, scale)
+    largest = torch.empty_like(topk_ids, dtype=torch.int32) if with_largest else None
     launch(
         topk_ids, tables, block_size, num_local_experts, dense(expert_map), x, *rows, group,
         key.scale_kind == "e8m0", largest,

@@ -81,8 +81,7 @@ def w8a8_decode(
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
     _two_gemms(layer, keys, scales, x_scale, tiles)
-    weights, expert_map = layer.topk_weights, layer.expert_map
-    weighted_sum(layer.y, weights, topk_ids, expert_map, layer.out, w2.shape[0])
+    weighted_sum(layer)
 
 
 def _tiles(

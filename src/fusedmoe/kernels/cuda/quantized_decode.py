@@ -83,7 +83,7 @@ def decode(
     first of the ``steps``."""
     from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 
-    x, w1, w2, topk_weights, topk_ids, out, act, y, programs = layer[:9]
+    x, w1, w2, _, topk_ids, _, act, y, programs = layer[:9]
     K, parts = topk_ids.shape[1], 1
     guess = topk_ids.numel() >= LIKELY_MEAN * layer.num_experts
     if isinstance(tiles.gemm2, CudaRowsTile) and tiles.gemm2.parts > 1:
@@ -96,7 +96,7 @@ def decode(
     act = steps[1].taken(act, w2, layer)
     second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     _multiply(second, tiles.gemm2)
-    weighted_sum(y, topk_weights, topk_ids, layer.expert_map, out, w2.shape[0], parts)
+    weighted_sum(layer._replace(y=y), parts)
 
 
 def _multiply(

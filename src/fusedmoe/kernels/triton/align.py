@@ -178,9 +178,7 @@ def align(
 ) -> tuple[MoEAlignment, torch.Tensor | None]:
     """As ``align_reference``, on the device; ``out`` are tensors to write into."""
     R, B = ids.numel(), -(-P // block_size)
-    sorted_ids, expert_ids, num_post = out or (
-        torch.empty(size, dtype=torch.int32, device=ids.device) for size in (P, B, 1)
-    )
+    out = out or MoEAlignment.empty(P, block_size, ids.device)
     scatter = torch.empty(R, 1, dtype=torch.int32, device=ids.device) if with_scatter else None
     count_map, label_map = (expert_map, None) if drop_remote else (None, expert_map)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
@@ -189,24 +187,24 @@ def align(
         block_r = min(1024, max(32, power_of_2(R)))
         _launch_once(
             (groups, 1),
-            (ids, count_map, label_map, sorted_ids, expert_ids, num_post, scatter),
+            (ids, count_map, label_map, *out, scatter),
             (R, P, B, groups, num_mapped, block_size),
             (block_r, block_g),
             max(1, min(8, block_r // 128)),
         )
-        return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
+        return out, scatter
 
     totals, chunk, most = None, SMALL_CHUNK, few_chunks(R, groups)
     if most:
-        counts = chunk_counts(ids, count_map, groups, num_mapped, sorted_ids, chunk)
+        counts = chunk_counts(ids, count_map, groups, num_mapped, out.sorted_ids, chunk)
     else:
         chunk, most = CHUNK, 1
-        counts, totals = chunk_prefixes(ids, count_map, groups, num_mapped, sorted_ids)
+        counts, totals = chunk_prefixes(ids, count_map, groups, num_mapped, out.sorted_ids)
     _launch_place(
         (-(-R // chunk), 1),
-        (ids, count_map, label_map, counts, totals, sorted_ids, expert_ids, num_post, scatter),
+        (ids, count_map, label_map, counts, totals, *out, scatter),
         (R, B, groups, num_mapped, block_size),
         (chunk, block_g, 8, most),
         chunk // 32,
     )
-    return MoEAlignment(sorted_ids, expert_ids, num_post), scatter
+    return out, scatter

@@ -88,16 +88,14 @@ _launch_place = Launcher(place_tails_kernel, chained=True)
 def align(ids: torch.Tensor, groups: int, P: int, expert_map: torch.Tensor | None) -> MoEAlignment:
     """As ``align_with_tails_reference``, on the device."""
     R, B = ids.numel(), -(-P // SMALL)
-    sorted_ids, expert_ids, num_post = (
-        torch.empty(size, dtype=torch.int32, device=ids.device) for size in (P, B, 2)
-    )
+    tables = MoEAlignment.empty(P, SMALL, ids.device, counts=2)
     num_mapped = 0 if expert_map is None else expert_map.shape[0]
-    counts, totals = chunk_prefixes(ids, expert_map, groups, num_mapped, sorted_ids)
+    counts, totals = chunk_prefixes(ids, expert_map, groups, num_mapped, tables.sorted_ids)
     _launch_place(
         (counts.shape[1], 1),
-        (ids, expert_map, counts, totals, sorted_ids, expert_ids, num_post),
+        (ids, expert_map, counts, totals, *tables),
         (R, B, groups, num_mapped),
         (LARGE, SMALL, CHUNK, power_of_2(groups), 8),
         8,
     )
-    return MoEAlignment(sorted_ids, expert_ids, num_post)
+    return tables

@@ -108,12 +108,7 @@ _LOCALIZE_BLOCK = 1024
 
 def align_at_once(routing: BoundedRouting, block_size: int, P: int) -> MoEAlignment:
     ids = routing.routing_map
-    alignment = MoEAlignment(
-        *(
-            torch.empty(size, dtype=torch.int32, device=ids.device)
-            for size in (P, P // block_size, 1)
-        )
-    )
+    alignment = MoEAlignment.empty(P, block_size, ids.device)
     block_r = min(1024, max(32, power_of_2(max(1, routing.R))))
     _launch_at_once(
         (routing.num_local, 1),

@@ -21,18 +21,9 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.bounded_align import BoundedRouting
 from fusedmoe.kernels.triton.activation import gated_activation, plain_activation
 from fusedmoe.kernels.triton.bounded_align import expert_here, valid_slots
+from fusedmoe.kernels.triton.grouped_gemm import store_rows, tile_at
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.tuning.tiles import TileConfig
-
-
-@triton.jit
-def _tile_at(position, num_m, num_n, GROUP_M: tl.constexpr):
-    """(block of slots, tile of columns), blocks fastest inside a group of GROUP_M."""
-    per_group = GROUP_M * num_n
-    first_m = position // per_group * GROUP_M
-    size = tl.minimum(num_m - first_m, GROUP_M)
-    within = position % per_group
-    return first_m + within % size, within // size
 
 
 @triton.jit(do_not_specialize=["R", "P"])
@@ -81,7 +72,7 @@ def bounded_gemm_kernel(
     row = tl.arange(0, BLOCK_M)
     depth = tl.arange(0, BLOCK_K)
     for position in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        tile_m, tile_n = _tile_at(position, num_m, num_n, GROUP_M)
+        tile_m, tile_n = tile_at(position, num_m, num_n, GROUP_M)
         expert = expert_here(tl.load(experts_ptr + tile_m), first_expert, e).to(tl.int64)
         if sorted_ptr is None:
             slots = (tile_m + row).to(tl.int64)
@@ -121,9 +112,7 @@ def bounded_gemm_kernel(
             total = plain_activation(FORMULA, total)
         if weights_ptr is not None:
             total *= tl.load(weights_ptr + slots, row_ok, 0.0).to(tl.float32)[:, None]
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        c_ptrs = c_ptr + slots[:, None] * stride_cm + column[None, :].to(tl.int64) * stride_cn
-        tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
+        store_rows(total, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N)
 
 
 _launch = Launcher(bounded_gemm_kernel, chained=True)

@@ -101,12 +101,8 @@ def remap(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
 def batched_align(
     max_tokens: int, block_size: int, expert_num_tokens: torch.Tensor, P: int
 ) -> MoEAlignment:
-    E, device = expert_num_tokens.shape[0], expert_num_tokens.device
-    alignment = MoEAlignment(
-        torch.empty(P, dtype=torch.int32, device=device),
-        torch.empty(P // block_size, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-    )
+    E = expert_num_tokens.shape[0]
+    alignment = MoEAlignment.empty(P, block_size, expert_num_tokens.device)
     _launch_batched_align(
         (E, 1),
         (expert_num_tokens, *alignment),

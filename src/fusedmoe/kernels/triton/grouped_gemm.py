@@ -24,15 +24,19 @@ from fusedmoe.tuning.tiles import TileConfig
 
 
 @triton.jit
-def tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(block of slots, tile of columns) of this program, blocks fastest inside a group."""
-    program = tl.program_id(0)
-    num_n = tl.cdiv(N, BLOCK_N)
+def tile_at(position, num_m, num_n, GROUP_M: tl.constexpr):
+    """(block of slots, tile of columns), blocks fastest inside a group of GROUP_M."""
     per_group = GROUP_M * num_n
-    first_m = program // per_group * GROUP_M
+    first_m = position // per_group * GROUP_M
     size = tl.minimum(num_m - first_m, GROUP_M)
-    within = program % per_group
+    within = position % per_group
     return first_m + within % size, within // size
+
+
+@triton.jit
+def tile_of(num_m, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """``tile_at`` this program's number."""
+    return tile_at(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
 
 
 @triton.jit
@@ -50,7 +54,8 @@ def block_of(tile_m, sorted_ptr, experts_ptr, map_ptr, num_mapped, R, e, BLOCK_M
 
 
 @triton.jit
-def _store(rows, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N: tl.constexpr):
+def store_rows(rows, c_ptr, slots, row_ok, tile_n, N, stride_cm, stride_cn, BLOCK_N: tl.constexpr):
+    """c[slot, BLOCK_N columns of a tile] = rows, of the slots that are real."""
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c_ptrs = c_ptr + slots[:, None] * stride_cm + column[None, :].to(tl.int64) * stride_cn
     tl.store(c_ptrs, rows.to(c_ptr.dtype.element_ty), row_ok[:, None] & (column < N)[None, :])
@@ -145,10 +150,22 @@ def grouped_gemm_kernel(
         total = gated_activation(FORMULA, total, up, limit, alpha, beta)
     elif FORMULA is not None:
         total = plain_activation(FORMULA, total)
-    _store(total, c_ptr, slots, row_ok, tile_n, columns, stride_cm, stride_cn, WIDTH)
+    store_rows(total, c_ptr, slots, row_ok, tile_n, columns, stride_cm, stride_cn, WIDTH)
 
 
 _launch = Launcher(grouped_gemm_kernel)
+
+
+def block_tables(
+    blocks: MoEAlignment | LoneSlots, R: int, size: int
+) -> tuple[int, tuple[torch.Tensor | None, ...], int]:
+    """How many blocks of so many slots there are at most, the tables as the kernels take them,
+    mapped ids."""
+    if isinstance(blocks, LoneSlots):
+        expert_map = blocks.expert_map
+        mapped = 0 if expert_map is None else expert_map.shape[0]
+        return R, (None, blocks.topk_ids, None, expert_map), mapped
+    return blocks.sorted_ids.shape[0] // size, (*blocks, None), 0
 
 
 def launch(
@@ -164,21 +181,16 @@ def launch(
     """As ``grouped_gemm``, unchecked. Tile widths count columns of c."""
     R, N = c.shape
     D = a.shape[1]
-    tables: tuple[torch.Tensor | None, ...]
-    expert_map = blocks.expert_map if isinstance(blocks, LoneSlots) else None
-    if isinstance(blocks, LoneSlots):
-        num_blocks, tables = R, (None, blocks.topk_ids, None)
-    else:
-        num_blocks, tables = blocks.sorted_ids.shape[0] // tiles.block_m, blocks
+    num_blocks, tables, mapped = block_tables(blocks, R, tiles.block_m)
     if R == 0 or N == 0 or num_blocks == 0:
         return
     gate = "interleaved" if act.interleaved else "halves" if act.gated else ""
     width = 2 if act.interleaved else 1
     _launch(
         (num_blocks * -(-N // tiles.block_n), 1),
-        (a, b, c, bias, *tables, expert_map),
+        (a, b, c, bias, *tables),
         (
-            0 if expert_map is None else expert_map.shape[0],
+            mapped,
             R,
             b.shape[0],
             N * width,
@@ -187,9 +199,7 @@ def launch(
             *b.stride(),
             *c.stride(),
             *((0, 0) if bias is None else bias.stride()),
-            act.limit,
-            act.alpha,
-            act.beta,
+            *act.numbers,
             N * b.stride(1) if gate == "halves" else 0,
         ),
         (

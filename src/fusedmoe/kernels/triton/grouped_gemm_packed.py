@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
-from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
+from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.packed_products import (
     add_ordered,
@@ -175,9 +174,7 @@ def launch(
             *steps,
             c.stride(0),
             *((0, 0) if bias is None else bias.stride()),
-            act.limit,
-            act.alpha,
-            act.beta,
+            *act.numbers,
         ),
         (
             top_k,

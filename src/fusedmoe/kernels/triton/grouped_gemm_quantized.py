@@ -18,9 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.align import LoneSlots, MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
-from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
+from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import (
@@ -189,17 +188,6 @@ _launch = Launcher(quantized_gemm_kernel, chained=True)
 _PRECISION = {torch.float32: "ieee"}
 
 
-def block_tables(
-    blocks: MoEAlignment | LoneSlots, R: int, slots: int
-) -> tuple[int, tuple[torch.Tensor | None, ...], int]:
-    """How many blocks there are at most, the tables as the kernels take them, mapped ids."""
-    if isinstance(blocks, LoneSlots):
-        expert_map = blocks.expert_map
-        mapped = 0 if expert_map is None else expert_map.shape[0]
-        return R, (None, blocks.topk_ids, None, expert_map), mapped
-    return blocks.sorted_ids.shape[0] // slots, (*blocks, None), 0
-
-
 def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
     """Where the scales of groups of ``group`` columns go (SCALING)."""
     if element == "e2m1":
@@ -248,9 +236,7 @@ def launch(
             *weight_addresses(w),
             c.stride(0),
             *((0, 0) if bias is None else bias.stride()),
-            act.limit,
-            act.alpha,
-            act.beta,
+            *act.numbers,
         ),
         (
             top_k,

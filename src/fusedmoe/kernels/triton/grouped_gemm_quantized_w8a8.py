@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
-from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
+from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.kernels.triton.quantized_common import (
@@ -205,9 +204,7 @@ def launch(
             c.stride(0),
             0 if c_scale is None else c_scale.stride(0),
             *((0, 0) if bias is None else bias.stride()),
-            act.limit,
-            act.alpha,
-            act.beta,
+            *act.numbers,
         ),
         (
             top_k,

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
-from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
-from fusedmoe.kernels.triton.grouped_gemm_quantized import block_tables
+from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
 
@@ -192,9 +191,7 @@ def launch(product: QuantizedProduct, a_scale: torch.Tensor, native: bool) -> No
             *steps,
             c.stride(0),
             *((0, 0) if bias is None else bias.stride()),
-            act.limit,
-            act.alpha,
-            act.beta,
+            *act.numbers,
         ),
         (
             top_k,

@@ -14,8 +14,7 @@ down_kernel  grid (programs,): act [R, I], w2 -> y [R, H], row = slot. It begins
              act alone, whose tiles are counted: weights depend on nothing.
 dealt_kernel the same where a ring holds more than a task: it waits for all of up_kernel, which then
              counts nothing.
-sum_kernel   grid (T, cdiv(H, BLOCK)): y, weights -> out [T, H], in fp32, in one fixed order; y may
-             be undefined afterwards (``discarded``).
+sum_kernel   that of ``weighted_sum``.
 
 A task is (block, tile of weight rows), an expert's blocks side by side (``find_task``): all but one
 find its weights in the L2. Tasks of down_kernel are drawn from a counter, those of up_kernel where
@@ -24,13 +23,11 @@ expert belong to no block, and their rows of act and y are neither written nor r
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.hopper_decode import decode_counters, decode_table
 from fusedmoe.kernels.layer_tensors import LayerTensors
-from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
+from fusedmoe.kernels.triton.discarded import may_discard
 from fusedmoe.kernels.triton.hopper_decode_dealt import dealt_kernel
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
@@ -39,76 +36,21 @@ from fusedmoe.kernels.triton.hopper_launch import (
     matrix_descriptor,
     weight_views,
 )
-from fusedmoe.kernels.triton.ids import local_expert
-from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.weighted_sum import weighted_sum
 from fusedmoe.tuning.hopper_tiles import DecodeTiles
-
-
-@triton.jit
-def sum_kernel(
-    y_ptr,
-    weights_ptr,
-    ids_ptr,
-    map_ptr,
-    out_ptr,
-    H,
-    stride_out,
-    num_mapped,
-    num_local,
-    PICKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DISCARD: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """One pass: rows, PARTS for each pick, are loaded before it is known which of them live, unless
-    an expert map says that most of them do not. DISCARD: with one part for each pick."""
-    follow_previous(CHAINED)
-    token = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, PADDED)
-    pick = row // PARTS
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < H
-    slot = token * PICKS + pick
-    at = (token * (PICKS * PARTS) + row)[:, None] * H + column[None, :]
-    wanted = (pick < PICKS)[:, None] & inside[None, :]
-    expert = tl.load(ids_ptr + slot, pick < PICKS, -1, cache_modifier=".cg")
-    live = local_expert(expert, map_ptr, num_mapped, num_local) >= 0
-    if map_ptr is not None:
-        wanted &= live[:, None]
-    rows = tl.load(y_ptr + at, wanted, 0.0, cache_modifier=".cg").to(tl.float32)
-    if weights_ptr is not None:
-        weight = tl.load(weights_ptr + slot, pick < PICKS, 0.0, cache_modifier=".cg")
-        rows *= weight.to(tl.float32)[:, None]
-    total = tl.sum(tl.where(live[:, None], rows, 0.0), 0)
-    tl.store(out_ptr + token * stride_out + column, total, inside)
-    if DISCARD:
-        tl.debug_barrier()
-        discard_rows(y_ptr, slot, live, tl.program_id(1) * BLOCK, H, BLOCK)
-
 
 GROUP = 8  # of one expert's blocks, that share its weights
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 _launch_dealt = HopperLauncher(dealt_kernel)
-_launch_sum = Launcher(sum_kernel, chained=True)
 
 
 def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles) -> None:
     """Launch the three kernels; the layer as checked by ``kernels.hopper_decode``."""
-    y, out, topk_ids, expert_map = layer.y, layer.out, layer.topk_ids, layer.expert_map
-    (T, K), (e, H, _) = topk_ids.shape, layer.w2.shape
     decode_gemms(layer, tables, tiles)
-    warps = 1 if T <= 512 else 4
-    _launch_sum(
-        (T, -(-H // (256 * warps))),
-        (y, layer.topk_weights, topk_ids, expert_map, out),
-        (H, out.stride(0), 0 if expert_map is None else expert_map.shape[0], e),
-        (K, 1, power_of_2(K), 256 * warps, may_discard(y, T * K)),
-        warps,
-    )
+    discard = may_discard(layer.y, layer.topk_ids.numel())
+    weighted_sum(layer, few_tokens=512, discard=discard)
 
 
 def decode_gemms(
@@ -131,7 +73,7 @@ def decode_gemms(
         programs,
         (gate, up),
         (layer.w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
-        (x.stride(0), R, e, most, desc_rows, activation.limit, activation.alpha, activation.beta),
+        (x.stride(0), R, e, most, desc_rows, *activation.numbers),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved,
             tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP,

@@ -58,7 +58,7 @@ def direct(layer: LayerTensors[torch.Tensor], tiles: DirectTiles) -> None:
         programs,
         (gate, up, matrix_descriptor(x, H, (8, tiles.depth), stride=x.stride(0))),
         (layer.w1_bias, act, topk_ids, expert_map),
-        (R, num_mapped, e, desc_rows, activation.limit, activation.alpha, activation.beta),
+        (R, num_mapped, e, desc_rows, *activation.numbers),
         (
             H, I, K, activation.formula, activation.gated, activation.interleaved, slots,
             tiles.up_rows, tiles.up_valid, tiles.depth, tiles.up_stages,

@@ -162,9 +162,7 @@ def up(
             w1.shape[0],
             desc_rows,
             *waiting,
-            activation.limit,
-            activation.alpha,
-            activation.beta,
+            *activation.numbers,
         ),
         (
             _case(

@@ -154,9 +154,7 @@ def up(
             position.shape[0],
             w1.shape[0],
             desc_rows,
-            activation.limit,
-            activation.alpha,
-            activation.beta,
+            *activation.numbers,
         ),
         (
             _case(

@@ -234,7 +234,7 @@ def prefill_gemms(
         (layer.w1_bias, x, position, expert_ids, sorted_ids, num_post, up_counter, *waits, own),
         (
             *(x.stride(0), R, e, desc_rows, *waiting),
-            *(activation.limit, activation.alpha, activation.beta),
+            *activation.numbers,
         ),
         (_case(I, H, *steps, *activation[:3], topk_ids.shape[1], world),),
         num_warps=4,

@@ -84,7 +84,7 @@ def gemm(
         (
             R, blocks.sorted_ids.shape[0] // tile.slots, w.shape[0], desc_rows, below, *x.strides,
             *of_scales, row_shard_step, row_step, scale_count,
-            act.limit, act.alpha, act.beta,
+            *act.numbers,
         ),
         (
             N, D, x.top_k, x.rounding, w.format.element != "int8" or by_groups, group, x.e8m0,

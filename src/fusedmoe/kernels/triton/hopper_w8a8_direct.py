@@ -60,7 +60,7 @@ def direct(
         (x, roundings[0].scale, w1.scale, layer.w1_bias, act, topk_ids, expert_map),
         (
             R, num_mapped, e, desc_rows, x.stride(0), *of_scales, shard_step, row_step,
-            activation.limit, activation.alpha, activation.beta,
+            *activation.numbers,
         ),
         (
             I, H, K, roundings[0].how, *_sums(w1, roundings[0]), roundings[0].e8m0,
