@@ -129,7 +129,7 @@ def sum_in_order(parts: torch.Tensor) -> torch.Tensor:
     """parts [n, ...] added up one after the other in fp32 (fp64 stays), in the dtype of parts."""
     if _in_one_launch(parts):
         return moe_fused_mul_sum(parts.transpose(0, 1), None)
-    total = parts[0].to(_wide(parts.dtype), copy=True)
+    total = parts[0].to(sum_dtype(parts.dtype), copy=True)
     for part in parts[1:]:
         total += part
     return total.to(parts.dtype)
@@ -145,7 +145,8 @@ def _in_one_launch(parts: torch.Tensor) -> bool:
     return parts.is_cuda and known and small and not torch.compiler.is_compiling()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows of ``dtype`` are added up in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusedmoe.distributed.collectives import exchange_rows, gather_vectors
+from fusedmoe.distributed.collectives import exchange_rows, gather_vectors, sum_dtype
 from fusedmoe.modular_kernel import PrepareResult, PrepareWork
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular
 
@@ -85,7 +85,7 @@ class AllToAllPrepareAndFinalize(DispatchingModular):
 
 def _sum_copies(rows: torch.Tensor, journey: _Journey) -> torch.Tensor:
     """Each token's copies [sum(sent), H] added up in the order of the ranks, fp32: [T, H]."""
-    wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    wide = sum_dtype(rows.dtype)
     total = rows.new_zeros(journey.num_tokens, *rows.shape[1:], dtype=wide)
     assert journey.token is not None
     tokens = journey.token.split(journey.sent)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fusedmoe.distributed.collectives import captures
 from fusedmoe.modular_kernel import ExpertTokensMetadata, PrepareResult, PrepareWork
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
 from fusedmoe.prepare_finalize.luggage import quantize_input
@@ -26,7 +27,7 @@ class DeepEPHTPrepareAndFinalize(DeepEPDispatching):
     low_latency = False
 
     def start_dispatch(self, work: PrepareWork) -> Callable[[], PrepareResult]:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if captures():
             raise ValueError(f"{self.name} waits for counts of rows: it has no CUDA graphs")
         self.check_tokens(work.a1.shape[0])
         placement = self.placement(work.num_experts, work.expert_map)
