@@ -160,6 +160,33 @@ def test_layers_left_out_are_floats_and_unquantized_checkpoints_load(tmp_path: P
     compare(plain, floats, 1e-5)
 
 
+LEAVE_OUT: dict[str, dict[str, Any]] = {
+    "ct w4a16": {"ignore": ["lm_head", "re:.*experts.*", "re:.*mlp\\.gate$"]},
+    "ct fp8 channel": {"ignore": ["lm_head", "re:.*experts.*", "re:.*mlp\\.gate$"]},
+    "bitsandbytes nf4": {"llm_int8_skip_modules": ["lm_head", "experts"]},
+    "bitsandbytes nf4 plain": {"llm_int8_skip_modules": ["lm_head", "experts"]},
+    "gptq v2 zero points": {"modules_to_not_convert": ["experts"]},
+    "fp8 per tensor by Transformers' names": {"modules_to_not_convert": ["experts", "gate"]},
+    "modelopt nvfp4": {"exclude_modules": ["lm_head", "*experts*", "*mlp.gate"]},
+}
+
+
+@pytest.mark.parametrize("name", LEAVE_OUT)
+def test_experts_may_be_floats_where_attention_is_packed(name: str, tmp_path: Path) -> None:
+    """As where a quantizer passes over experts in one tensor."""
+    case = CASES[name]
+    folders = write_folders(tmp_path, "tiny-qwen3-moe", case, linear_too=True)
+    tensors = {
+        key: tensor
+        for folder, of_experts in zip(folders, (False, True), strict=True)
+        for key, tensor in read_tensors(folder).items()
+        if (".experts." in key) == of_experts
+    }
+    config = case.config | LEAVE_OUT[name]
+    packed = write_folder(tmp_path / "half", folders.packed, tensors, quantization_config=config)
+    compare(fusedmoe.from_pretrained(packed), eager(folders.floats), 1e-5)
+
+
 @pytest.mark.parametrize("case", ["ct w4a16", "deepseek"])
 def test_layers_behind_the_last_may_be_stored_otherwise(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

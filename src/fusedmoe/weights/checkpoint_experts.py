@@ -16,6 +16,8 @@ from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, Part, fami
 from fusedmoe.weights.param_spec import ShardId
 from fusedmoe.words import STORED_DTYPES, STORED_FLOATS
 
+_PLAIN = frozenset(("", "weight", "bias"))
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -85,12 +87,7 @@ class CheckpointExperts:
                 f"{checkpoint.folder}: no family in the table has model_type {model_type!r}"
             )
         layers = layers_of(checkpoint, family)
-        leaves = {
-            tensor.suffix: STORED_DTYPES[entry.dtype]
-            for layer in layers.values()
-            for tensor in layer.tensors
-            if (entry := checkpoint.tensors[tensor.name]).dtype in STORED_DTYPES
-        }
+        leaves = _leaves(checkpoint, layers.values())
         config = read_quantization_config(checkpoint.folder, checkpoint.config)
         if config is not None and "expert_dtype" in checkpoint.config:
             config = {"expert_dtype": checkpoint.config["expert_dtype"]} | config
@@ -153,6 +150,25 @@ class CheckpointExperts:
                     f"{self.checkpoint.folder}: {name} is {entry.dtype}, but config.json names no "
                     "quantization for it"
                 )
+
+
+def _leaves(checkpoint: Checkpoint, layers: Iterable[ExpertLayer]) -> dict[str, torch.dtype]:
+    """Of the experts, or, where these are floats, of whatever else is packed."""
+    suffixes = {tensor.name: tensor.suffix for layer in layers for tensor in layer.tensors}
+    if _PLAIN.issuperset(suffixes.values()):
+        others: dict[str, dict[str, str]] = {}
+        for name in checkpoint.tensors.keys() - suffixes.keys():
+            head, inside, tail = name.partition(".weight.")
+            module, suffix = (head, f"weight.{tail}") if inside else name.rpartition(".")[::2]
+            others.setdefault(module, {})[name] = suffix
+        for found in others.values():
+            if not _PLAIN.issuperset(found.values()):
+                suffixes |= found
+    return {
+        suffix: STORED_DTYPES[entry.dtype]
+        for name, suffix in suffixes.items()
+        if (entry := checkpoint.tensors[name]).dtype in STORED_DTYPES
+    }
 
 
 def layers_of(
