@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from folders import (
     write_with_one_scale,
 )
 from safetensors.torch import save_file
-from writers import CASES
+from writers import CASES, packed_integers
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError, read_checkpoint
@@ -95,7 +96,9 @@ def test_a_loaded_model_survives_a_pickle(name: str, accelerated: bool, tmp_path
 
 
 def test_down_projections_may_have_a_format_of_their_own(tmp_path: Path) -> None:
+    """And scales of a dtype of their own, which are not rounded to the others'."""
     four, eight = CASES["ct w4a16"], CASES["ct w8a16"]
+    eight = replace(eight, write=packed_integers(8, -1, dtype=torch.float32))
     folders = write_folders(tmp_path, "tiny-qwen3-moe", four)
     group = eight.config["config_groups"]["group_0"] | {"targets": ["re:.*down_proj"]}
     config = four.config | {"config_groups": four.config["config_groups"] | {"group_1": group}}
@@ -185,6 +188,37 @@ def test_experts_may_be_floats_where_attention_is_packed(name: str, tmp_path: Pa
     config = case.config | LEAVE_OUT[name]
     packed = write_folder(tmp_path / "half", folders.packed, tensors, quantization_config=config)
     compare(fusedmoe.from_pretrained(packed), eager(folders.floats), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("experts", "attention"), [("ct w4a16", "ct w8a8"), ("ct w8a8", "ct w4a16")]
+)
+def test_each_group_of_layers_has_its_own_way_of_packing(
+    experts: str, attention: str, tmp_path: Path
+) -> None:
+    groups, written = {}, {}
+    for name, target in ((experts, "re:.*experts.*"), (attention, "re:.*self_attn.*")):
+        case = CASES[name]
+        group = case.config["config_groups"]["group_0"] | {"targets": [target]}
+        groups[name] = group | {"format": case.config["format"]}
+        written[name] = write_folders(tmp_path / name, "tiny-qwen3-moe", case, linear_too=True)
+    config = CASES[experts].config | {
+        "format": "mixed-precision", "config_groups": groups, "ignore": ["lm_head"]
+    }  # fmt: skip
+    tensors, floats = (
+        {
+            key: tensor
+            for name, folders in written.items()
+            for key, tensor in read_tensors(folders[which]).items()
+            if (".self_attn." in key) == (name == attention)
+        }
+        for which in (0, 1)
+    )
+    like = written[experts].packed
+    packed = write_folder(tmp_path / "packed", like, tensors, quantization_config=config)
+    plain = write_folder(tmp_path / "plain", written[experts].floats, floats)
+    model = fusedmoe.from_pretrained(packed, options=REFERENCE)
+    compare(model, eager(plain), tolerance_of(model))
 
 
 @pytest.mark.parametrize("case", ["ct w4a16", "deepseek"])

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_quantization_config
 from fusedmoe.quantization.dialects import CheckpointQuantization, LayerSchemes, read_quantization
 from fusedmoe.quantization.dialects.base import stored_name
 from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, Part, family_of, read_sizes
 from fusedmoe.weights.param_spec import ShardId
-from fusedmoe.words import STORED_DTYPES, STORED_FLOATS
+from fusedmoe.words import FLOATS, STORED_DTYPES, STORED_FLOATS
 
 _PLAIN = frozenset(("", "weight", "bias"))
 
@@ -164,11 +166,14 @@ def _leaves(checkpoint: Checkpoint, layers: Iterable[ExpertLayer]) -> dict[str, 
         for found in others.values():
             if not _PLAIN.issuperset(found.values()):
                 suffixes |= found
-    return {
-        suffix: STORED_DTYPES[entry.dtype]
-        for name, suffix in suffixes.items()
-        if (entry := checkpoint.tensors[name]).dtype in STORED_DTYPES
-    }
+    leaves: dict[str, torch.dtype] = {}
+    for name, suffix in suffixes.items():
+        dtype = STORED_DTYPES.get(checkpoint.tensors[name].dtype)
+        if dtype is not None:
+            known = leaves.setdefault(suffix, dtype)
+            if known in FLOATS and dtype in FLOATS:  # scales: one dtype that holds them all
+                leaves[suffix] = torch.promote_types(known, dtype)
+    return leaves
 
 
 def layers_of(

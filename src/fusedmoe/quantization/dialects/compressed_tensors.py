@@ -75,8 +75,11 @@ class CompressedTensorsQuantization(CheckpointQuantization):
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> CompressedTensorsQuantization:
         _check_whole(config)
-        found = []
-        for name, group in section(config, "config_groups").items():
+        found, groups = [], section(config, "config_groups")
+        if len({group.get("format") for group in groups.values() if isinstance(group, dict)}) > 1:
+            # Experts, whose names these are, are not all that is packed.
+            leaves = {n: t for n, t in leaves.items() if n not in ("weight", "weight_packed")}
+        for name, group in groups.items():
             if not isinstance(group, dict):
                 raise ValueError(
                     f"quantization_config: group {name!r} is the preset {group!r}, not an object"

@@ -81,7 +81,13 @@ def _scale(
 ) -> torch.Tensor:
     expect(matrix, suffix, scale, None, *FLOATS, torch.float8_e8m0fnu)
     shaped = shape_scale(matrix, suffix, scale, group)
-    return check_finite(matrix, suffix, shaped.to(dtype))
+    return check_finite(matrix, suffix, _widened(shaped, dtype))
+
+
+def _widened(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``scale`` in ``dtype``, unless its own holds more: nothing is rounded here."""
+    own = scale.dtype if scale.dtype in FLOATS else dtype
+    return scale.to(torch.promote_types(own, dtype))
 
 
 def transposed_scale_rule(suffix: str, columns: int, dtype: torch.dtype) -> Rule:
@@ -93,7 +99,7 @@ def _transposed_scale(
     matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     expect(matrix, suffix, scale, (groups_in(matrix, columns), matrix.N), *FLOATS)
-    return check_finite(matrix, suffix, scale.to(dtype)).T
+    return check_finite(matrix, suffix, _widened(scale, dtype)).T
 
 
 def group_index_rule(suffix: str, columns: int) -> Rule:
@@ -130,7 +136,8 @@ def _repeated_scale(
     matrix: Matrix, scale: torch.Tensor, *, suffix: str, dtype: torch.dtype
 ) -> torch.Tensor:
     expect(matrix, suffix, scale, None, *FLOATS)
-    numbers = check_finite(matrix, suffix, shape_scale(matrix, suffix, scale, PER_TENSOR).to(dtype))
+    whole = shape_scale(matrix, suffix, scale, PER_TENSOR)
+    numbers = check_finite(matrix, suffix, _widened(whole, dtype))
     return numbers.reshape(-1, 1).repeat_interleave(matrix.N // matrix.shards, 0)
 
 
