@@ -54,6 +54,8 @@ ROUNDED: tuple[tuple[str, QuantKey], ...] = (
 EMULATED: tuple[tuple[str, QuantKey], ...] = (
     ("mxfp4", keys.MXFP4_DYNAMIC),
     ("mxfp4", keys.MXFP8_DYNAMIC),
+    ("mxfp4", keys.FP8_STATIC_TENSOR),
+    ("int4_g128", keys.INT8_DYNAMIC_TOKEN),
     ("mxfp6_e3m2", keys.MXFP6_E3M2_DYNAMIC),
     ("mxfp6_e2m3", keys.MXFP6_E2M3_DYNAMIC),
     ("nvfp4", keys.NVFP4_DYNAMIC),
