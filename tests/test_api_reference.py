@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fusedmoe
+import fusedmoe.integrations.megatron
 
 _FINALIZE = (
     "output fused_expert_output topk_weights topk_ids apply_router_weight_on_input "
@@ -26,8 +27,19 @@ _MAPPING = (
     "num_redundant_experts=0 routed_experts_prefix='routed_experts'"
 )
 
+_BOUNDED = "integrations.megatron."
+
 # FusedMoE itself is in test_layer.py, with a test for every argument. "=" is a default.
 CALLABLES = {
+    _BOUNDED + "vllm_fused_moe": "hidden_states probs fc1_weight fc2_weight activation_type "
+    "num_local_experts local_expert_start valid_tokens routing_map out=None num_tokens_hint=None",
+    _BOUNDED + "_get_default_config": "M E top_k",
+    _BOUNDED + "_moe_align_block_size_cuda_graphable": "routing_map block_size num_local_experts "
+    "local_expert_start valid_tokens",
+    _BOUNDED + "_invoke_fused_moe_kernel": "A B C topk_weights sorted_token_ids expert_ids "
+    "num_tokens_post_padded mul_routed_weight top_k config grid_size fuse_squared_relu=False",
+    _BOUNDED + "_moe_sum": "input topk_weights max_tokens topk K valid_tokens routing_map "
+    "local_expert_start num_local_experts out=None",
     "activation_without_mul": "activation",
     "apply_moe_activation": "activation output input",
     "fused_experts": "hidden_states w1 w2 topk_weights topk_ids activation=MoEActivation.SILU "
