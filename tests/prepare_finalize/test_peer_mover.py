@@ -16,7 +16,7 @@ from fusedmoe.distributed.peer_memory import PeerMemory, first_view
 from fusedmoe.kernels.peer_all_to_all import combine_reference
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerSums, PeerView
 from fusedmoe.kernels.peer_picks import push_rows_reference
-from fusedmoe.modular_kernel import FinalizeWork, PrepareWork
+from fusedmoe.modular_kernel import FinalizeWork, FusedMoEKernel, PrepareWork
 from fusedmoe.modular_kernel.forward import finish
 from fusedmoe.prepare_finalize.batched import rows_by_expert
 from fusedmoe.prepare_finalize.dispatch import Hosts
@@ -144,6 +144,26 @@ def test_more_tokens_than_there_are_rows_for():
         with pytest.raises(ValueError, match=r"bring \[2, 11\] tokens, but max_num_tokens is 10"):
             one.begin(counts).prepare(*batch(counts[rank], rank), E, maps[rank], False, PLAIN)
         assert torch.equal(one.memory.view.own, before[rank])
+
+
+def test_rows_in_another_format_are_refused_when_the_layer_is_built():
+    """On a GPU: one that is built on a CPU may be moved to where other experts run it."""
+    [mover, _], _ = movers()
+    experts: Any = SimpleNamespace(
+        activation_format=lambda: PeerPrepareAndFinalize.row_format,
+        takes_late_rows=False,
+        expects_unquantized_inputs=False,
+        quant_config=SimpleNamespace(a1=SimpleNamespace(key=FP8_DYNAMIC_128)),
+        moe_config=SimpleNamespace(device=torch.device("cpu")),
+    )
+    FusedMoEKernel(mover, experts)
+    experts.moe_config.device = torch.device("cuda")
+    with pytest.raises(
+        ValueError, match=r"take rows in .*, the buffers .* hold torch.float32"
+    ):
+        FusedMoEKernel(mover, experts)
+    experts.expects_unquantized_inputs = True
+    FusedMoEKernel(mover, experts)
 
 
 def test_outputs_elsewhere_are_weighted_into_the_buffer(sends_sums):

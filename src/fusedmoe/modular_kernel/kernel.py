@@ -32,13 +32,17 @@ _MAX_PLANS = 1024
 class FusedMoEKernel:
     """Experts that take ids, between a prepare and a finalize.
 
-    Raises ValueError where their activation formats differ.
+    Raises ValueError where their activation formats differ, and on a GPU, where rows can be
+    brought in one number format alone, if that is not the experts'.
     """
 
     def __init__(
         self, prepare_finalize: FusedMoEPrepareAndFinalizeModular, experts: FusedMoEExpertsModular
     ) -> None:
         _check_formats(prepare_finalize, experts)
+        if experts.moe_config.device.type != "cpu":  # a layer may be built there and moved
+            unquantized = experts.expects_unquantized_inputs
+            prepare_finalize.check_rows_as(None if unquantized else experts.quant_config.a1.key)
         prepare_finalize.rows_may_be_late = experts.takes_late_rows
         self.prepare_finalize = prepare_finalize
         self.experts = experts

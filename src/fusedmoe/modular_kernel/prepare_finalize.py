@@ -19,6 +19,7 @@ from fusedmoe.modular_kernel.records import (
     Receiver,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
+from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.topk_weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceContiguous,
@@ -105,6 +106,10 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
     """
 
     rows_may_be_late: bool = False
+
+    def check_rows_as(self, key: QuantKey | None) -> None:
+        """Raise ValueError where it cannot bring rows in the format ``key`` (None: as they are)."""
+        return
 
     def prepare(
         self,

@@ -21,7 +21,7 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.modular_kernel.records import Hook
 from fusedmoe.prepare_finalize.deepep import BLOCK_FP8, DeepEPDispatching
 from fusedmoe.prepare_finalize.luggage import quantize_input
-from fusedmoe.quantization.keys import FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TENSOR
+from fusedmoe.quantization.keys import FP8_DYNAMIC_128_UE8M0, FP8_DYNAMIC_TENSOR, QuantKey
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduceDelegate
 
 LOW_LATENCY_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
@@ -52,6 +52,10 @@ class DeepEPLLPrepareAndFinalize(DeepEPDispatching):
             return f"has kernels for hidden sizes of {sizes}, not {moe.hidden_dim}"
         return None
 
+    def check_rows_as(self, key: QuantKey | None) -> None:
+        if key == FP8_DYNAMIC_TENSOR:
+            raise ValueError("one scale for all rows would count rows that are in no use")
+
     def max_num_tokens_per_rank(self) -> int | None:
         return self.max_num_tokens
 
@@ -60,8 +64,7 @@ class DeepEPLLPrepareAndFinalize(DeepEPDispatching):
         placement = self.placement(work.num_experts, work.expert_map)
         x = work.weighted_input.contiguous()
         self._ids = placement.positions_of(work.topk_ids)
-        if work.key == FP8_DYNAMIC_TENSOR:
-            raise ValueError("one scale for all rows would count rows that are in no use")
+        self.check_rows_as(work.key)
         blocks = work.key in BLOCK_FP8
         rows, counts, self._handle, _, hook = self.buffer.low_latency_dispatch(
             x,

@@ -33,6 +33,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.modular_kernel.records import Hook, Receiver
 from fusedmoe.prepare_finalize.dispatch import Dispatching
+from fusedmoe.quantization.keys import QuantKey
 
 _ALIGNED_BYTES = 16
 
@@ -97,6 +98,14 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
         made.compares_sizes = moe.options.debug_checks
         return made
 
+    def check_rows_as(self, key: QuantKey | None) -> None:
+        layout = self.memory.layout
+        if key != layout.key:
+            raise ValueError(
+                f"the experts take rows in {key or layout.dtype}, the buffers of the peer memory "
+                f"hold {layout.key or layout.dtype}: give PeerLayout(..., key=...)"
+            )
+
     def abandon(self) -> None:
         """The other ranks wait for this forward's sums, and get none."""
         self.memory.give_up()
@@ -137,12 +146,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     def _send(self, work: PrepareWork, wait: bool) -> torch.Tensor:
         """The rows that are sent, weighted where asked."""
         self.memory.check()
-        layout = self.memory.layout
-        if work.key != layout.key:
-            raise ValueError(
-                f"the experts take rows in {work.key or work.a1.dtype}, the buffers hold "
-                f"{layout.key or layout.dtype}"
-            )
+        self.check_rows_as(work.key)
         x = work.weighted_input
         rows = max(max(self.sizes_for(x.shape[0])), 1)
         self._owners = self.hosts_of(work.num_experts, work.expert_map).owners
