@@ -204,6 +204,27 @@ def check_rearrange_now() -> None:
     assert balancer.balancedness() > before
 
 
+def check_another_default_device() -> None:
+    """What ranks tell each other and plan is on the CPU, wherever new tensors are by default."""
+    groups, rank = make_groups(LAYOUT)
+    redundant = {"enable_eplb": True, "num_redundant_experts": REDUNDANT}
+    with torch.device("meta"):
+        layer = FusedMoE(E, K, H, I, torch.float32, parallel=groups, has_bias=True, **redundant)
+    layer.to_empty(device="cpu")
+    layer.load_weights(Experts.random(E, H, I, bias=True, seed=0).named())
+    config = EPLBConfig(window_size=100, step_interval=100)
+    with torch.device("meta"):
+        balancer = ExpertBalancer([layer], groups.ep, config)
+    start = balancer.physical_to_logical.clone()
+    x, logits = tokens(rank, 0)
+    expected = build(0)(x, logits)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x, logits), expected, rtol=1e-5, atol=1e-5)
+        with torch.device("meta"):
+            balancer.rearrange()
+    assert not torch.equal(balancer.physical_to_logical, start)
+
+
 def check_all_dtypes_travel_together() -> None:
     """Weights, scales and codes of a made-up format, four slots per rank."""
     group, rank = make_groups(LAYOUT)[0].ep, dist.get_rank()

@@ -31,6 +31,10 @@ def test_placing_anew_on_request(ranks):
     ranks.run(rank_eplb.check_rearrange_now)
 
 
+def test_another_default_device(ranks):
+    ranks.run(rank_eplb.check_another_default_device)
+
+
 def test_an_expert_travels_with_all_of_its_tensors(ranks):
     ranks.run(rank_eplb.check_all_dtypes_travel_together)
 

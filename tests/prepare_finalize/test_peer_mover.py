@@ -158,9 +158,7 @@ def test_rows_in_another_format_are_refused_when_the_layer_is_built():
     )
     FusedMoEKernel(mover, experts)
     experts.moe_config.device = torch.device("cuda")
-    with pytest.raises(
-        ValueError, match=r"take rows in .*, the buffers .* hold torch.float32"
-    ):
+    with pytest.raises(ValueError, match=r"take rows in .*, the buffers .* hold torch.float32"):
         FusedMoEKernel(mover, experts)
     experts.expects_unquantized_inputs = True
     FusedMoEKernel(mover, experts)

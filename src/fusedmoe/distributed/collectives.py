@@ -28,7 +28,7 @@ _all_gather: Callable[..., Any] = (
 
 def gather_vectors(values: Sequence[int], ranks: TokenRanks) -> list[list[int]]:
     """Every rank's ``values``, equally many. Waits for the ranks and the device: no CUDA graph."""
-    found = torch.tensor([list(values)], dtype=torch.int64)
+    found = torch.tensor([list(values)], dtype=torch.int64, device="cpu")
     for axis in reversed(ranks.axes):
         mine = found.to(communication_device(axis))
         everyones = mine.new_empty(axis.size() * mine.shape[0], mine.shape[1])

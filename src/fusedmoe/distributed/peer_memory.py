@@ -223,7 +223,7 @@ def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Te
     """
     own[layout.dispatch_flags_at :].zero_()
     state = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=own.device)
-    error = torch.zeros(1, dtype=torch.int32, pin_memory=own.is_cuda)
+    error = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=own.is_cuda)
     return PeerView(layout, rank, bases, own, state, error)
 
 

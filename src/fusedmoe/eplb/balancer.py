@@ -95,7 +95,7 @@ class ExpertBalancer:
                     f"physical_to_logical must be {(L, P)}, got {tuple(physical_to_logical.shape)}"
                 )
         self.physical_to_logical = (
-            (torch.arange(P) % E).repeat(L, 1)
+            (torch.arange(P, device="cpu") % E).repeat(L, 1)
             if physical_to_logical is None
             else physical_to_logical.long().cpu().clone()
         )
@@ -174,7 +174,7 @@ class ExpertBalancer:
     def logical_load(self) -> torch.Tensor:
         """Picks of each logical expert over all ranks since counting began: int64 [L, E], CPU."""
         E = self.replica_count.shape[1]
-        mine = torch.zeros(len(self.layers), E, dtype=torch.int64)
+        mine = torch.zeros(len(self.layers), E, dtype=torch.int64, device="cpu")
         mine.scatter_add_(1, self.physical_to_logical, self.expert_load.cpu().long())
         total = mine.to(communication_device(self.group))
         dist.all_reduce(total, group=self.group)
@@ -241,7 +241,7 @@ class ExpertBalancer:
             self.physical_to_logical[layer : layer + 1], self.replica_count.shape[1]
         )
         table = self.logical_to_physical[layer]
-        new = torch.full(table.shape, -1, dtype=table.dtype)
+        new = torch.full(table.shape, -1, dtype=table.dtype, device="cpu")
         new[:, : maps.logical_to_physical.shape[2]] = maps.logical_to_physical[0]
         table.copy_(new)
         self.replica_count[layer].copy_(maps.replica_count[0])

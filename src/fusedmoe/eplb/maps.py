@@ -44,8 +44,8 @@ def compute_logical_maps(physical_to_logical: torch.Tensor, num_logical: int) ->
     order = ids.argsort(dim=1, stable=True)
     sorted_ids = ids.gather(1, order)
     first = count.cumsum(1) - count
-    place = torch.arange(P).to(ids.device)[None] - first.gather(1, sorted_ids)
-    table[torch.arange(L).to(ids.device)[:, None], sorted_ids, place] = order
+    place = torch.arange(P, device=ids.device)[None] - first.gather(1, sorted_ids)
+    table[torch.arange(L, device=ids.device)[:, None], sorted_ids, place] = order
     dtype = physical_to_logical.dtype
     return LogicalMaps(table.to(dtype), count.to(dtype))
 

@@ -43,7 +43,7 @@ def rebalance_experts(
         if before is not None:
             slots = keep_slots(before, slots, num_ranks // num_nodes)
         rows.append([expert for one in slots for expert in one])
-    return torch.tensor(rows, dtype=torch.int64).view(load.shape[0], num_physical)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(load.shape[0], num_physical)
 
 
 def published_placement(

@@ -42,8 +42,8 @@ def refine(
 
 class _Work:
     def __init__(self, slots: Slots, load: Sequence[float]) -> None:
-        self.slots = torch.tensor(slots)
-        self.load = torch.tensor(load, dtype=torch.float64)
+        self.slots = torch.tensor(slots, device="cpu")
+        self.load = torch.tensor(load, dtype=torch.float64, device="cpu")
         self.count = torch.bincount(self.slots.flatten(), minlength=len(load))
 
     def _per_copy(self) -> torch.Tensor:
@@ -82,7 +82,7 @@ class _Work:
             of_lost = self.load[lost] / (self.count[lost] - 1)
             copies = (self.slots[None] == lost[:, None, None]).sum(2)  # [candidate, rank]
             after = eased[None] + copies * (of_lost - per_copy[lost])[:, None]
-            after[torch.arange(len(where)), where[:, 0]] += each - of_lost
+            after[torch.arange(len(where), device="cpu"), where[:, 0]] += each - of_lost
             worst = after.amax(1)
             at = int(worst.argmin())
             if float(worst[at]) < best[0]:

@@ -31,7 +31,7 @@ class ExpertTokensMetadata:
 
     @classmethod
     def make_from_list(cls, counts: Sequence[int], device: torch.device) -> ExpertTokensMetadata:
-        host = torch.tensor(list(counts), dtype=torch.int32)
+        host = torch.tensor(list(counts), dtype=torch.int32, device="cpu")
         return cls(host.to(device), host)
 
 
