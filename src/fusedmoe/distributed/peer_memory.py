@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import socket
 import threading
@@ -206,14 +205,15 @@ class PeerMemory:
         device, missed = communication_device(self.group), bool(self.view.error[0])
         if missed and device.type != "cpu":
             return  # a GPU would wait for that rank
-        come = dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
-        assert come is not None
-        if not missed:
-            come.wait()
-            torch.cuda.synchronize(self._device)
-            return
-        with contextlib.suppress(RuntimeError):
-            come.wait(timedelta(microseconds=self.timeout_us))
+        most = timedelta(microseconds=self.timeout_us)
+        try:
+            come = dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
+            assert come is not None
+            come.wait(most) if missed else come.wait()
+        except RuntimeError:
+            if not missed:
+                raise
+        torch.cuda.synchronize(self._device)
 
 
 def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor) -> PeerView:
