@@ -211,6 +211,38 @@ def check_fewer_experts(layout: Layout, mover: str) -> None:
     assert all(row.shape[0] == here for row in layer.routed_experts.get_expert_weights())
 
 
+def check_companions(layout: Layout, mover: str) -> None:
+    """Padding, token ids, a gate, transforms: what is beside a rank's tokens stays with them."""
+    groups, token_rank = make_groups(layout)
+    T = 4 + token_rank
+    x, logits = rows(T, token_rank)
+    place = torch.arange(T)
+    table = torch.stack([(torch.arange(K) + i) % E for i in range(20)]).int()
+    gate = nn.Linear(H, E, bias=False)
+    with torch.no_grad():
+        gate.weight.copy_(rows(E, 3)[0])
+    around = {
+        "gate": gate,
+        "routed_input_transform": linear(2, bias=False),
+        "routed_output_transform": linear(3),
+    }
+    calls: tuple[tuple[dict[str, Any], tuple[torch.Tensor, ...], dict[str, Any]], ...] = (
+        ({"skip_padding": True}, (x, logits), {"is_padding": place % 2 == token_rank % 2}),
+        ({"hash_indices_table": table, "scoring_func": "sqrtsoftplus"}, (x, logits, place), {}),
+        (around, (x,), {}),
+    )
+    for arguments, given, named in calls:
+        arguments = {"shared_experts": linear(1)} | arguments
+        spread = build(
+            parallel=groups,
+            is_sequence_parallel=layout.sp,
+            options=MoEOptions(prepare_finalize=mover or None),
+            **arguments,
+        )
+        found, expected = spread(*given, **named), build(**arguments)(*given, **named)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def check_batch_invariance(layout: Layout) -> None:
     """A rank's tokens have the same bits whatever else it and the others bring."""
     groups, token_rank = make_groups(layout)

@@ -7,6 +7,7 @@ from rank_layers import (
     SPREADS,
     Layout,
     check_batch_invariance,
+    check_companions,
     check_compiled,
     check_fewer_experts,
     check_layout,
@@ -77,6 +78,13 @@ def test_all_tokens_go_to_one_rank(ranks, name, mover):
 @pytest.mark.parametrize(("name", "mover"), [("ep4", ""), ("dp4_ep", ""), ("dp4_ep", "all_to_all")])
 def test_ranks_without_experts(ranks, name, mover):
     ranks.run(check_fewer_experts, EVERYWHERE[name], mover)
+
+
+@pytest.mark.parametrize(
+    ("name", "mover"), [("tp4", ""), ("sp4_ep", ""), ("dp_tp_ep", ""), ("dp4_ep", "all_to_all")]
+)
+def test_what_is_beside_the_tokens(ranks, name, mover):
+    ranks.run(check_companions, EVERYWHERE[name], mover)
 
 
 @pytest.mark.parametrize("name", ["dp4_ep", "dp_sp_ep", "dp_tp"])
