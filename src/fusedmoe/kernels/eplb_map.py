@@ -32,23 +32,13 @@ def eplb_map_to_physical_and_record(
     load nothing. Rows from ``num_unpadded_tokens`` (one integer on the device) on are mapped but
     not counted; nothing is counted where ``should_record`` (one element on the device) is zero.
     """
-    _check(
-        topk_ids,
-        logical_to_physical_map,
-        logical_replica_count,
-        expert_load_view,
-        should_record,
-        num_unpadded_tokens,
+    given = (
+        *(topk_ids, logical_to_physical_map, logical_replica_count, expert_load_view),
+        *(should_record, num_unpadded_tokens),
     )
+    _check(*given)
     run = torch.ops.fusedmoe.eplb_map if torch.compiler.is_compiling() else _eplb_map
-    return run(
-        topk_ids,
-        logical_to_physical_map,
-        logical_replica_count,
-        expert_load_view,
-        should_record,
-        num_unpadded_tokens,
-    )
+    return run(*given)
 
 
 def _eplb_map(
@@ -59,26 +49,13 @@ def _eplb_map(
     should_record: torch.Tensor | None,
     num_unpadded_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
+    tables = logical_to_physical_map, logical_replica_count, expert_load_view
     if topk_ids.is_cuda:
         from fusedmoe.kernels.triton.eplb_map import eplb_map_triton
 
         with device_of(topk_ids):
-            return eplb_map_triton(
-                topk_ids,
-                logical_to_physical_map,
-                logical_replica_count,
-                expert_load_view,
-                should_record=should_record,
-                num_unpadded_tokens=num_unpadded_tokens,
-            )
-    return eplb_map_reference(
-        topk_ids,
-        logical_to_physical_map,
-        logical_replica_count,
-        expert_load_view,
-        should_record=should_record,
-        num_unpadded_tokens=num_unpadded_tokens,
-    )
+            return eplb_map_triton(topk_ids, *tables, should_record, num_unpadded_tokens)
+    return eplb_map_reference(topk_ids, *tables, should_record, num_unpadded_tokens)
 
 
 _eplb_map_op = torch.library.custom_op(
@@ -96,7 +73,6 @@ def eplb_map_reference(
     logical_to_physical_map: torch.Tensor,
     logical_replica_count: torch.Tensor,
     expert_load_view: torch.Tensor,
-    *,
     should_record: torch.Tensor | None = None,
     num_unpadded_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -54,25 +54,17 @@ def routing(
                 if result is not None:
                     return result
             return routing_triton(
-                logits,
-                spec,
-                tensors,
-                input_ids=input_ids,
-                is_padding=is_padding,
+                logits, spec, tensors, input_ids=input_ids, is_padding=is_padding,
                 indices_dtype=indices_dtype,
-            )
+            )  # fmt: skip
     if logits.device.type == "cpu":
         plain = plain_routing(logits, spec, tensors, is_padding, indices_dtype)
         if plain is not None:
             return plain
     return routing_reference(
-        logits,
-        spec,
-        tensors,
-        input_ids=input_ids,
-        is_padding=is_padding,
+        logits, spec, tensors, input_ids=input_ids, is_padding=is_padding,
         indices_dtype=indices_dtype,
-    )
+    )  # fmt: skip
 
 
 @lru_cache
@@ -117,14 +109,8 @@ def routing_reference(
         zero_expert_weight = weights.masked_fill(~identity, 0.0).sum(dim=-1)
         ids, weights = ids.masked_fill(identity, -1), weights.masked_fill(identity, 0.0)
     if spec.num_fused_shared_experts:
-        weights, ids = append_shared_experts(
-            weights,
-            ids,
-            spec.num_experts,
-            spec.num_fused_shared_experts,
-            spec.shared_expert_weight,
-            is_padding,
-        )
+        shared = spec.num_experts, spec.num_fused_shared_experts, spec.shared_expert_weight
+        weights, ids = append_shared_experts(weights, ids, *shared, is_padding)
     return RoutingResult(weights, ids.to(indices_dtype), zero_expert_weight)
 
 
@@ -153,11 +139,8 @@ def _choose(
     is_padding: torch.Tensor | None,
 ) -> torch.Tensor:
     """ids int64 [T, K], -1 where no expert is left to choose."""
-    bias, vision_bias, table = (
-        tensors.correction_bias,
-        tensors.vision_bias,
-        tensors.hash_indices_table,
-    )
+    bias, vision_bias = tensors.correction_bias, tensors.vision_bias
+    table = tensors.hash_indices_table
     choice = scores if bias is None else _add_bias(scores, bias)
     is_vision = None
     if vision_bias is not None and spec.image_sentinel_lo > 0:

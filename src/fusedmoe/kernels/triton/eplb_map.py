@@ -60,7 +60,6 @@ def eplb_map_triton(
     logical_to_physical_map: torch.Tensor,
     logical_replica_count: torch.Tensor,
     expert_load_view: torch.Tensor,
-    *,
     should_record: torch.Tensor | None = None,
     num_unpadded_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:

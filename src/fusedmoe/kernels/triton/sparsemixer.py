@@ -77,28 +77,10 @@ def sparsemixer_kernel(
     ids = tl.where(slot == 0, first[:, None], tl.where(slot == 1, second[:, None], -1))
     weights = tl.where(slot == 0, first_weight[:, None], second_weight[:, None])
     finish_rows(
-        weights,
-        ids,
-        scale_ptr,
-        padding_ptr,
-        weights_ptr,
-        ids_ptr,
-        zero_weight_ptr,
-        rows,
-        row_mask,
-        stride_padding,
-        NUM_EXPERTS,
-        NUM_ZERO,
-        NUM_SHARED,
-        K,
-        BLOCK_K,
-        RENORMALIZE,
-        EPSILON,
-        FLOOR,
-        NORM,
-        SCALE,
-        SHARED_WEIGHT,
-    )
+        weights, ids, scale_ptr, padding_ptr, weights_ptr, ids_ptr, zero_weight_ptr, rows, row_mask,
+        stride_padding, NUM_EXPERTS, NUM_ZERO, NUM_SHARED, K, BLOCK_K, RENORMALIZE, EPSILON, FLOOR,
+        NORM, SCALE, SHARED_WEIGHT,
+    )  # fmt: skip
 
 
 def launch_sparsemixer(
