@@ -89,6 +89,10 @@ def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None
     assert gpu.calls == 0, "what is there already is not measured again"
     assert cli(*words, "--again")[0] == 0
     assert gpu.calls > 0
+    gpu.calls = 0
+    assert cli("tune", *SIZES, "--tokens", "1", "64", "512", "--output", folder)[0] == 0
+    assert gpu.calls > 0, "nothing is known of 512 tokens"
+    assert read_table(folder / NAME).tokens == (1, 8, 64, 181, 512)
 
 
 def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def _tuned(
     timer: LayerTimer,
     tokens: tuple[int, ...],
 ) -> tuple[TunedTable, list[dict[str, Any]]]:
-    """The table of one layer: the one that is there already, or a new one, written."""
+    """The table of one layer: the one that is there already, if it was measured here and at these
+    token counts, or a new one, written."""
     from fusedmoe.tuning.foreign import read_table
     from fusedmoe.tuning.table_file import write_atomically
     from fusedmoe.tuning.tuner.gemms import key_of
@@ -129,8 +130,8 @@ def _tuned(
     path = _path(args, shape, dtype)
     if path.exists() and not args.again:
         table = read_table(path)
-        reason = table.unfit(key)
-        if reason is None and (table.device, table.triton) == (facts.name, facts.triton):
+        here = (table.device, table.triton) == (facts.name, facts.triton)
+        if here and table.unfit(key) is None and set(tokens) <= set(table.tokens):
             return table, []
     journal = path.with_name(path.name + PARTIAL)
     with steps(shape.name, 0.0, lines=True) as show:
