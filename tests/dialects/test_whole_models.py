@@ -188,6 +188,9 @@ def test_experts_may_be_floats_where_attention_is_packed(name: str, tmp_path: Pa
     config = case.config | LEAVE_OUT[name]
     packed = write_folder(tmp_path / "half", folders.packed, tensors, quantization_config=config)
     compare(fusedmoe.from_pretrained(packed), eager(folders.floats), 1e-5)
+    rounded = fusedmoe.from_pretrained(packed, quantize="int8")
+    assert rounded.model.layers[0].mlp.experts.schemes.name == "int8_channel"
+    compare(rounded, eager(folders.floats), 0.05)
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,11 @@ class FolderSource:
     ) -> None:
         self.experts, self.online = experts, online
         self.reader = TensorReader(experts.checkpoint)
-        if online is not None and experts.quantization is not None:
+        packed = (experts.schemes(layer) for layer in experts.model_layers.values())
+        if online and experts.quantization and any(scheme is not None for scheme in packed):
             raise CheckpointError(
                 f"{self.where}: is quantized already ({experts.quantization.dialect}); rounding to "
-                f"{online.format.name} is for checkpoints of floats"
+                f"{online.format.name} is for experts of floats"
             )
         self._turned = {
             name for layer in experts.layers.values() for name in turned_tensors(experts, layer)
