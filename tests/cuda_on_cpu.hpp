@@ -201,6 +201,8 @@ inline void store_shared(u32 address, u32 first, u32 second) {
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
 template <typename T>
 T load_past_l1(const T* from) { return *from; }
+template <typename T>
+void store_kept(T* to, T value) { *to = value; }
 inline uint4 load_once(const void* from, bool inside) {
   uint4 v = {0, 0, 0, 0};
   if (inside) memcpy(&v, from, 16);

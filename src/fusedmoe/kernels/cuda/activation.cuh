@@ -37,12 +37,12 @@ template <class Launch>
 DEVICE void store_features(const Launch& a, int slot, int f, float low, float high) {
   const i64 at = (i64)slot * FEATURES + f;
   if (GATED) {
-    ((u16*)a.out)[at] = float_bf16(gated(low, high, a.limit, a.alpha, a.beta));
+    store_kept((u16*)a.out + at, float_bf16(gated(low, high, a.limit, a.alpha, a.beta)));
   } else if (WIDE) {
-    ((float*)a.out)[at] = plain(low);
-    ((float*)a.out)[at + 8] = plain(high);
+    store_kept((float*)a.out + at, plain(low));
+    store_kept((float*)a.out + at + 8, plain(high));
   } else {
-    ((u16*)a.out)[at] = float_bf16(plain(low));
-    ((u16*)a.out)[at + 8] = float_bf16(plain(high));
+    store_kept((u16*)a.out + at, float_bf16(plain(low)));
+    store_kept((u16*)a.out + at + 8, float_bf16(plain(high)));
   }
 }

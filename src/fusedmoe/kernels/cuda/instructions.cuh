@@ -155,12 +155,32 @@ DEVICE void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// Which lines the L2 gives up last: rows that the next launch reads. And which first: what the copy
+// engine brings are weights, which stream by once and would push out those rows.
+DEVICE u64 kept() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+DEVICE u64 passing() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+DEVICE void store_kept(float* to, float value) {
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(kept())
+               : "memory");
+}
+DEVICE void store_kept(u16* to, u16 value) {
+  asm volatile("st.global.L2::cache_hint.u16 [%0], %1, %2;" ::"l"(to), "h"(value), "l"(kept())
+               : "memory");
+}
 // The box of ``map`` from byte ``x`` of row ``y`` of every shard of expert ``z`` on.
 DEVICE void copy_box(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, 0, %4}], [%5];" ::"r"(to),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, 0, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(passing())
       : "memory");
 }
 DEVICE void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier, int bytes) {
@@ -170,9 +190,9 @@ DEVICE void copy_tile(u32 to, const TensorMap& map, int x, int y, int z, u32 bar
 // Neighbouring bytes, a multiple of 16 of them from a multiple of 16 on.
 DEVICE void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(passing())
       : "memory");
 }
 DEVICE void prefetch_tile(const TensorMap& map, int x, int y, int z) {

@@ -56,9 +56,9 @@ DEVICE void store(const Place& p, const Arguments& a, int task, const Ends& ends
           GATED ? gated(low, high, a.limit, a.alpha, a.beta) : plain(half ? high : low);
       const i64 at = (i64)slot * FEATURES + paired_place(own);
       if (WIDE)
-        ((float*)a.out)[at] = value;
+        store_kept((float*)a.out + at, value);
       else
-        ((u16*)a.out)[at] = float_bf16(value * paired_unit(own));
+        store_kept((u16*)a.out + at, float_bf16(value * paired_unit(own)));
     }
   }
 }
