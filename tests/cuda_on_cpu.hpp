@@ -198,6 +198,7 @@ inline void store_shared(u32 address, u32 first, u32 second) {
   store_shared(address, first);
   store_shared(address + 4, second);
 }
+inline void set_bits(u32* word, u32 bits) { *word |= bits; }
 inline u32 shared_address(const void* at) { return (u32)((const u8*)at - dynamic_memory.data()); }
 template <typename T>
 T load_past_l1(const T* from) { return *from; }

@@ -1,7 +1,7 @@
 """Group routed slots by expert, each group padded to whole blocks of the grouped GEMM.
 
-A slot is one pick of one token: slot = token * K + pick. Triton bodies:
-``kernels/triton/align.py``.
+A slot is one pick of one token: slot = token * K + pick. Few slots on Hopper:
+``kernels/cuda/align_few.cu``; Triton bodies: ``kernels/triton/align.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedmoe.kernels.device import device_of, runs_hopper_cuda
 from fusedmoe.kernels.ids import check_expert_map, local_ids
 
 MAX_SLOTS = 2**31 - 1
@@ -107,6 +108,14 @@ def moe_align_block_size(
         )
     ids, expert_map = topk_ids.reshape(-1).contiguous(), dense(expert_map)
     if topk_ids.is_cuda:
+        drops = expert_map is None or drop_remote
+        if drops and not return_scatter_idx and runs_hopper_cuda(ids.get_device()):
+            from fusedmoe.kernels.cuda.align_few import align_few
+
+            with device_of(ids):
+                few = align_few(ids, block_size, groups, P, expert_map)
+            if few is not None:
+                return few
         from fusedmoe.kernels.triton.align import align as implementation
     else:
         implementation = align_reference

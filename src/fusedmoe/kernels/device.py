@@ -1,4 +1,4 @@
-"""The GPU that a launch goes to, and how many multiprocessors it has."""
+"""The GPU that a launch goes to, how many multiprocessors it has, and what it runs."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
 def multiprocessors_of(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.multi_processor_count)
+
+
+@lru_cache
+def runs_hopper_cuda(device: int) -> bool:
+    """Whether this GPU has what the sources of ``kernels/cuda`` are written in, and their compiler
+    is here."""
+    from fusedmoe.kernels.cuda.program import missing_nvrtc
+
+    return torch.cuda.get_device_capability(device)[0] == 9 and missing_nvrtc() is None

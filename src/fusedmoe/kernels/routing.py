@@ -14,11 +14,9 @@ Notation: T tokens, K routed picks, E experts, Z zero experts, N fused shared ex
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.device import device_of, runs_hopper_cuda
 from fusedmoe.kernels.routing_plain import plain_routing
 from fusedmoe.router.spec import NUM_VISION_TOKEN_IDS, RoutingResult, RoutingSpec, RoutingTensors
 
@@ -45,7 +43,7 @@ def routing(
         from fusedmoe.kernels.triton.routing import routing_triton
 
         with device_of(logits):
-            if spec.top_k > PICKS_IN_TURN and _runs_warps(logits.get_device()):
+            if spec.top_k > PICKS_IN_TURN and runs_hopper_cuda(logits.get_device()):
                 from fusedmoe.kernels.cuda.routing_warp import routing_warp
 
                 result = routing_warp(
@@ -65,14 +63,6 @@ def routing(
         logits, spec, tensors, input_ids=input_ids, is_padding=is_padding,
         indices_dtype=indices_dtype,
     )  # fmt: skip
-
-
-@lru_cache
-def _runs_warps(device: int) -> bool:
-    """Whether this GPU has what ``routing_warp.cu`` is written in, and its compiler is here."""
-    from fusedmoe.kernels.cuda.program import missing_nvrtc
-
-    return torch.cuda.get_device_capability(device)[0] == 9 and missing_nvrtc() is None
 
 
 def routing_reference(

@@ -315,6 +315,8 @@ DEVICE void meet_grid(u32* word) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
   } while (!((before ^ now) >> 31));
 }
+// Of a word of shared memory, whoever sets others at the same time.
+DEVICE void set_bits(u32* word, u32 bits) { atomicOr(word, bits); }
 DEVICE u32 shared_address(const void* memory) { return (u32)__cvta_generic_to_shared(memory); }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
