@@ -127,7 +127,7 @@ def test_rows_that_are_copied(key):
         for rank in (3, 0, 2, 1):
             own = x[rank] if key is None else None
             for to in (r for r in range(4) if r != rank):
-                copy_rows(views[rank], to, views[to].own, own, tokens[rank], 5)
+                copy_rows(views[rank], views[to].own, own, tokens[rank], 5)
         for rank, view in enumerate(views):
             wait_for_dispatch(view, timeout_us=0)
             got = view.received(5)
@@ -154,7 +154,7 @@ def test_a_rank_whose_rows_never_come_is_named():
             **{"timeout_us": 0, "wait": False, "copied": True},
         )
     for rank in (1, 3):
-        copy_rows(views[rank], 0, views[0].own, x[rank], 2, 2)
+        copy_rows(views[rank], views[0].own, x[rank], 2, 2)
     settled(LateRows.over(views[0].received(2).hidden_states, views[0], 3, x[0]))
     assert views[0].error.item() == 3
     plain = torch.zeros(3)

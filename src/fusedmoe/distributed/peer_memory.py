@@ -158,7 +158,7 @@ class PeerMemory:
         with torch.cuda.stream(self._stream):
             for step in range(1, view.layout.world):
                 to = (view.rank + step) % view.layout.world
-                copy_rows(view, to, self.buffers[to], x, num_tokens, rows)
+                copy_rows(view, self.buffers[to], x, num_tokens, rows)
 
     def join_copies(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)

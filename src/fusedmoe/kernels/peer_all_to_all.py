@@ -63,13 +63,12 @@ def dispatch(
 
 def copy_rows(
     here: PeerView,
-    to: int,
     buffer: torch.Tensor,
     x: torch.Tensor | None,
     num_tokens: int,
     rows: int,
 ) -> None:
-    """This rank's rows to rank ``to``, whose ``buffer`` uint8 [nbytes] is, on this stream.
+    """This rank's rows to the rank whose ``buffer`` uint8 [nbytes] is, on this stream.
 
     x [num_tokens, H] contiguous; None: as the last ``dispatch`` has rounded them. Copies between
     GPUs take no multiprocessor, which is why the flag is copied, too: while other kernels have all

@@ -8,7 +8,7 @@ from fusedmoe.kernels.align_arrivals import Arrivals
 from fusedmoe.kernels.triton.peer_flags import LOOKS, STATE_COMBINE, STATE_ERROR
 
 
-def numbers_of(
+def arrival_arguments(
     arrivals: Arrivals | None,
 ) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, int], int]:
     """The tensors, numbers and ranks of ``await_rows``; None: all rows are here."""

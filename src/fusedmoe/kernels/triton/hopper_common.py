@@ -19,8 +19,8 @@ from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 
 
 @gluon.constexpr_function
-def rows_layout(BN, BK, num_warps):
-    """[BN, BK] elements, 16 bytes per thread, whole rows: the shape of a cp.async gather."""
+def rows_layout(BK, num_warps):
+    """[rows, BK] elements, 16 bytes per thread, whole rows: the shape of a cp.async gather."""
     lanes = min(32, BK // 8)
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
 
@@ -150,9 +150,8 @@ def issue_tiles(descs, ring, rows, bars, stage, k):
 @gluon.jit
 def issue_rows(x_rows, live, x_ring, bars, stage, k, WIDTH: gl.constexpr):
     """Gather x_rows[:, k : k + BK]; dead rows and columns past WIDTH become zero."""
-    BN: gl.constexpr = x_ring.shape[1]
     BK: gl.constexpr = x_ring.shape[2]
-    layout: gl.constexpr = rows_layout(BN, BK, gl.num_warps())
+    layout: gl.constexpr = rows_layout(BK, gl.num_warps())
     column = gl.expand_dims(k + gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
     mask = gl.expand_dims(live, 1) & (column < WIDTH)
     cp_async(x_ring.index(stage), gl.expand_dims(x_rows, 1) + column, mask)

@@ -73,7 +73,7 @@ def dealt_kernel(
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + TILE - 1) // TILE
     AT_ONCE: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
-    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
+    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     columns: gl.constexpr = gl.SliceLayout(0, stored)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])

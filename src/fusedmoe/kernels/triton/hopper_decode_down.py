@@ -78,7 +78,7 @@ def down_kernel(
     KSTEPS: gl.constexpr = (I + BK - 1) // BK
     TILES: gl.constexpr = (H + TILE - 1) // TILE
     gl.static_assert(STAGES <= KSTEPS)
-    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
+    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)

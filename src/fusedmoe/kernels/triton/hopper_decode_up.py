@@ -45,7 +45,7 @@ def find_up(
     TOGETHER: gl.constexpr,
 ):
     """(rows of x [BN], which of them live, block, column tile, expert) of a task."""
-    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, gl.num_warps()))
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, gl.num_warps()))
     block, tile, expert, slots = find_task(
         task, blocks, tables, sizes[1], BN, TILES, GROUP, TOGETHER, layout
     )
@@ -171,7 +171,7 @@ def up_kernel(
     STACKED: gl.constexpr = TILE < 64
     FIRST: gl.constexpr = 2 * TILE if STACKED else TILE
     ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
-    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BN, BK, WARPS))
+    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BK], dtype)

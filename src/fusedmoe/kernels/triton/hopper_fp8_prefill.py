@@ -27,7 +27,7 @@ from fusedmoe.kernels.hopper_fp8_prefill import rounds_by_tile
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.quantize import STORED, QuantizedRows, quantize_rows
-from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
+from fusedmoe.kernels.triton.hopper_arrivals import arrival_arguments
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import BytesCase
 from fusedmoe.kernels.triton.hopper_fp8_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import STEP
@@ -40,7 +40,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
 )
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.kernels.triton.hopper_prefill_common import BLOCK_M, TILE_N
-from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
+from fusedmoe.kernels.triton.hopper_pushed import push_arguments
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.quantization.keys import QuantKey
@@ -145,7 +145,7 @@ def up(
         act_scale = torch.empty(-(-I // STEP.value), P, dtype=torch.float32, device=act.device)
     kind = w1.shards, w1.interleaved
     low, high, desc_rows = weight_views(w1.data, *kind, (TILE_N.value, STEP.value))
-    waits, waiting, world = numbers_of(arrivals)
+    waits, waiting, world = arrival_arguments(arrivals)
     _launch_up(
         layer.programs,
         (low, high, out_desc),
@@ -210,7 +210,7 @@ def down(
     e, H, I = w2.shape  # noqa: E741
     stride_se, stride_sn, _, row_step, block = weight_addresses(w2)[4:]
     own = act.scale.dim() == 2
-    bases, pushing = push_numbers_of(taker)
+    bases, pushing = push_arguments(taker)
     _launch_down(
         layer.programs,
         (

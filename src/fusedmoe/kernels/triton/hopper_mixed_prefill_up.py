@@ -34,7 +34,7 @@ def up_producer(descs, box, counter_ptr, ring, source, tables, desc_rows, CASE: 
     """Words of weights by TMA, rows of x by cp.async."""
     STEPS: gl.constexpr = CASE.STEPS
     KSTEPS: gl.constexpr = (CASE.D + STEP - 1) // STEP
-    layout: gl.constexpr = rows_layout(CASE.SLOTS, STEP, gl.num_warps())
+    layout: gl.constexpr = rows_layout(STEP, gl.num_warps())
     row = gl.arange(0, CASE.SLOTS, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, STEP, gl.SliceLayout(0, layout)), 0)
     first_block, blocks = blocks_of(tables, CASE)

@@ -29,7 +29,7 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import PeerSums, taker_of_picks
 from fusedmoe.kernels.peer_sums import send_sums
 from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
-from fusedmoe.kernels.triton.hopper_arrivals import numbers_of
+from fusedmoe.kernels.triton.hopper_arrivals import arrival_arguments
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
     matrix_descriptor,
@@ -39,7 +39,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
 from fusedmoe.kernels.triton.hopper_prefill_common import HALF_M, TILE_N, Case
 from fusedmoe.kernels.triton.hopper_prefill_down import down_kernel
 from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
-from fusedmoe.kernels.triton.hopper_pushed import numbers_of as push_numbers_of
+from fusedmoe.kernels.triton.hopper_pushed import push_arguments
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 from fusedmoe.tuning.hopper_tiles import MOST_SUM_COLUMNS, SUM_COLUMNS, PrefillTiles, sum_passes
@@ -225,9 +225,9 @@ def prefill_gemms(
     kind = activation.shards, activation.interleaved
     low, high, desc_rows = weight_views(w1, *kind, (TILE_N.value, tiles.depth))
     steps = tiles.stages, tiles.group
-    waits, waiting, world = numbers_of(arrivals)
+    waits, waiting, world = arrival_arguments(arrivals)
     own = None if arrivals is None else arrivals.rows.own
-    bases, pushing = push_numbers_of(taker)
+    bases, pushing = push_arguments(taker)
     _launch_up(
         programs,
         (low, high, matrix_descriptor(act, I, stored)),

@@ -118,7 +118,7 @@ def up_producer(
     TILES: gl.constexpr = tiles_of(CASE)
     # The next task is drawn as late as its latency allows: a ring before it is begun.
     DRAW_AT: gl.constexpr = max((H + BK - 1) // BK - STAGES, 0) * BK
-    layout: gl.constexpr = rows_layout(HALF_M, BK, gl.num_warps())
+    layout: gl.constexpr = rows_layout(BK, gl.num_warps())
     row = gl.arange(0, HALF_M, gl.SliceLayout(1, layout))
     column = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, layout)), 0)
 

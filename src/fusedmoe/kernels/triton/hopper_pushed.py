@@ -16,10 +16,10 @@ LINES = gl.constexpr(gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0]))
 LINE = gl.constexpr(gl.SliceLayout(1, LINES.value))
 
 
-def numbers_of(
+def push_arguments(
     taker: PeerSums | None,
 ) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, int]]:
-    """The tensors and numbers of ``push_rows``; None: nothing is pushed."""
+    """The tensors and numbers that ``lines_of`` takes; None: nothing is pushed."""
     if taker is None:
         return (None,), (0, 0)
     layout = taker.here.layout
