@@ -47,7 +47,7 @@ E2M1 = torch.cat([E2M1, -E2M1])
 def execute(function, *words):
     """What the inline assembly of a device function makes of words, as numbers of every output."""
     body = WORDS_OF_LANES[WORDS_OF_LANES.index(f"def {function}(") :]
-    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    text = re.search(r'_(?:asm|elementwise)\(\s*"""(.*?)""",', body, re.DOTALL)[1]
     outputs = 2 if "{$0, $1}" in text else 4 if "$4" in text and "$5" not in text else 1
     text = text.replace("mov.b32 {$0, $1}, a", "mov.b32 $0, a; mov.b32 $1, a")
     return torch.stack([pair(word).float() for word in run_ptx(text, list(words), outputs)])
@@ -95,7 +95,7 @@ def test_a_number_times_its_scale_plus_a_term_is_rounded_once():
     pairs = torch.tensor([128.0, 143.0]).bfloat16()
     scale, term = torch.tensor([0.0123, -0.0123 * 128 - 0.05]).unbind()
     body = WORDS_OF_LANES[WORDS_OF_LANES.index("def times_plus(") :]
-    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    text = re.search(r'_(?:asm|elementwise)\(\s*"""(.*?)""",', body, re.DOTALL)[1]
     text = text.replace("mov.b32 {$0, $1}, a", "mov.b32 $0, a; mov.b32 $1, a")
     word = run_ptx(text, [*words_of(pairs), *words_of(scale[None]), *words_of(term[None])], 2)[0]
     assert pair(word).equal((pairs.double() * scale + term).bfloat16())
@@ -158,7 +158,7 @@ def test_e8m0_scales_past_bf16_and_nan_are_infinite():
 @pytest.mark.parametrize("second", [0, 1, 200])
 def test_two_e8m0_scales_in_a_word(first, second):
     body = WORDS_OF_LANES[WORDS_OF_LANES.index("def power_pairs(") :]
-    text = re.search(r'inline_asm_elementwise\(\s*"""(.*?)""",', body, re.DOTALL)[1]
+    text = re.search(r'_(?:asm|elementwise)\(\s*"""(.*?)""",', body, re.DOTALL)[1]
     for place, half in enumerate(("low", "high")):
         text = text.replace(
             f"mov.b32 ${place}, {{{half}, {half}}}",

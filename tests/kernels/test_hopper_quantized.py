@@ -35,7 +35,7 @@ def assembly(file, function):
     """The inline PTX of a device function, as a list of statements."""
     source = (BODIES / f"{file}.py").read_text()
     body = source[source.index(f"def {function}(") :]
-    text = re.search(r'inline_asm_elementwise\(\s*"""?(.*?)"""?,', body, re.DOTALL)[1]
+    text = re.search(r'_(?:asm|elementwise)\(\s*"""?(.*?)"""?,', body, re.DOTALL)[1]
     return [line.strip() for line in text.strip("{} \n").split(";") if line.strip()]
 
 

@@ -9,9 +9,30 @@ from fusedmoe.quantization.formats.lookup import CODECS
 
 
 @gluon.jit
+def word_asm(ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, given):
+    """What PTX makes of words, one by one."""
+    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, given, dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def four_words_asm(ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, given):
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, given, dtype=(gl.int32,) * 4, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def halves_asm(ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, given):
+    """Both halves of a word."""
+    return gl.inline_asm_elementwise(
+        ASM, CONSTRAINTS, given, dtype=(gl.bfloat16,) * 2, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def take_int4(words):
     """Four pairs of a word's nibbles + 128: those of number i and i + 4."""
-    return gl.inline_asm_elementwise(
+    return four_words_asm(
         """{
             .reg .b32 a, b, c;
             shr.u32 a, $4, 4;
@@ -23,23 +44,13 @@ def take_int4(words):
             lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
         }""",
         "=&r,=&r,=&r,=&r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
+        (words,),
     )
 
 
 @gluon.jit
 def less(pairs, middle):
-    return gl.inline_asm_elementwise(
-        "sub.rn.bf16x2 $0, $1, $2;",
-        "=r,r,r",
-        [pairs, middle],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    return word_asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", (pairs, middle))
 
 
 @gluon.jit
@@ -50,7 +61,7 @@ def take_e2m1(words):
     their places; signs that miss bit 15 fall on bits 8 to 6, or off the end. Left shifts are
     products, for which there is a pipe beside that of logic.
     """
-    return gl.inline_asm_elementwise(
+    return four_words_asm(
         """{
             .reg .b32 even, odd, right, a, b;
             and.b32 even, $4, 0x08080808;
@@ -67,10 +78,7 @@ def take_e2m1(words):
             lop3.b32 $3, 0x01C001C0, right, odd, 0xCA;
         }""",
         "=&r,=&r,=&r,=&r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
+        (words,),
     )
 
 
@@ -94,20 +102,15 @@ IQ4_NL_ASM = gl.constexpr(_entries_asm(CODECS["iq4_nl"].table))
 def take_entries(words, ELEMENT: gl.constexpr):
     """Four pairs of the entries that a word's nibbles name, those of number i and i + 4; nf4's
     times NF4_LIFT."""
-    return gl.inline_asm_elementwise(
-        NF4_ASM if ELEMENT == "nf4" else IQ4_NL_ASM,
-        "=&r,=&r,=&r,=&r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
+    return four_words_asm(
+        NF4_ASM if ELEMENT == "nf4" else IQ4_NL_ASM, "=&r,=&r,=&r,=&r,r", (words,)
     )
 
 
 @gluon.jit
 def take_int8(words, selector):
     """Pairs of a lane's two bytes: (128 + low seven bits) - (128 or, where negative, 256)."""
-    return gl.inline_asm_elementwise(
+    return word_asm(
         """{
             .reg .b32 a, s;
             prmt.b32 a, $1, 0, $2;
@@ -116,17 +119,14 @@ def take_int8(words, selector):
             sub.rn.bf16x2 $0, a, s;
         }""",
         "=r,r,r",
-        [words, selector],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
+        (words, selector),
     )
 
 
 @gluon.jit
 def take_e4m3(words, selector):
     """Pairs of a lane's two bytes; NaN becomes +-480."""
-    return gl.inline_asm_elementwise(
+    return word_asm(
         """{
             .reg .b32 a, s;
             prmt.b32 a, $1, 0, $2;
@@ -137,34 +137,28 @@ def take_e4m3(words, selector):
             mul.rn.bf16x2 $0, a, s;
         }""",
         "=r,r,r",
-        [words, selector],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
+        (words, selector),
     )
 
 
 @gluon.jit
 def times(pairs, factor):
     """The halves of pairs times the halves of factor."""
-    return gl.inline_asm_elementwise(
+    return halves_asm(
         """{
             .reg .b32 a;
             mul.rn.bf16x2 a, $2, $3;
             mov.b32 {$0, $1}, a;
         }""",
         "=h,=h,r,r",
-        [pairs, factor],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
+        (pairs, factor),
     )
 
 
 @gluon.jit
 def times_both(pairs, factor, rest):
     """The halves of pairs times those of factor + rest, rounded once."""
-    return gl.inline_asm_elementwise(
+    return halves_asm(
         """{
             .reg .b32 a;
             mul.rn.bf16x2 a, $2, $4;
@@ -172,17 +166,14 @@ def times_both(pairs, factor, rest):
             mov.b32 {$0, $1}, a;
         }""",
         "=h,=h,r,r,r",
-        [pairs, factor, rest],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
+        (pairs, factor, rest),
     )
 
 
 @gluon.jit
 def times_plus(pairs, factor, term):
     """The halves of pairs times factor plus term, both fp32, rounded once."""
-    return gl.inline_asm_elementwise(
+    return halves_asm(
         """{
             .reg .b32 a;
             .reg .f32 x, y;
@@ -196,52 +187,32 @@ def times_plus(pairs, factor, term):
             mov.b32 {$0, $1}, a;
         }""",
         "=h,=h,r,f,f",
-        [pairs, factor, term],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
+        (pairs, factor, term),
     )
 
 
 @gluon.jit
 def halves(pairs):
-    return gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;",
-        "=h,=h,r",
-        [pairs],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
-    )
+    return halves_asm("mov.b32 {$0, $1}, $2;", "=h,=h,r", (pairs,))
 
 
 @gluon.jit
 def as_pair(number):
     """fp32 as two equal halves in bf16, in one word."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $1, $1;",
-        "=r,f",
-        [number],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    return word_asm("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", (number,))
 
 
 @gluon.jit
 def power_pair(exponent):
     """2^(e8m0 exponent) times 2^63 as ``as_pair`` would have it; from 2^65 on infinite."""
-    return gl.inline_asm_elementwise(
+    return word_asm(
         """{
             .reg .b32 a;
             min.u32 a, $1, 192;
             mad.lo.u32 $0, a, 0x00800080, 0x1F801F80;
         }""",
         "=r,r",
-        [exponent],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
+        (exponent,),
     )
 
 
