@@ -9,7 +9,8 @@ from enum import Enum
 import torch
 
 # Up to so many tokens a second stream was never slower than one after the other, for the layers of
-# DeepSeek-V3 and Qwen2-MoE on an H200 (benchmarks/shared_experts.py); beyond, it gained under 1 %.
+# DeepSeek-V3 and Qwen2-MoE on an H200 (benchmarks/shared_experts.py). Beyond, it gains 0.3 to 4 %
+# in bf16 (benchmarks/results/h200/notes_layer.md); quantized layers have not been measured there.
 OVERLAP_TOKENS = 1024
 
 
