@@ -18,7 +18,7 @@ from fusedmoe.modular_kernel import (
     PrepareResult,
     PrepareWork,
 )
-from fusedmoe.modular_kernel.forward import half_sizes
+from fusedmoe.modular_kernel.forward import finish, half_sizes
 from fusedmoe.prepare_finalize.no_ep import (
     MoEPrepareAndFinalizeNoDPEPModular,
     MoEPrepareAndFinalizeNoDPEPMonolithic,
@@ -188,7 +188,7 @@ class ToBatches(FusedMoEPrepareAndFinalizeModular):
             rows[e, counts[e]] = a1[t]
             counts[e] += 1
         meta = ExpertTokensMetadata.make_from_list(counts, a1.device)
-        return PrepareResult(rows, None, meta)
+        return rows, None, meta, None, None  # the five that the API reference names
 
     def finalize(self, output, fused, topk_weights, topk_ids, on_input, reduce_impl):
         reduce_impl.apply(output, fused, topk_weights, topk_ids, on_input)
@@ -207,6 +207,17 @@ def test_the_batched_format_keeps_its_rows_together(limit):
     ids[0, 1] = -1
     out = run(batched_kernel(max_workspace_bytes=limit), x, weights, ids)
     torch.testing.assert_close(out, expected(x, weights, ids))
+
+
+def test_what_is_prepared_are_five_things():
+    """As the API reference unpacks them."""
+    x, weights, ids = inputs(6)
+    mover = MoEPrepareAndFinalizeNoDPEPModular()
+    arguments = (x, weights, ids, 6, None, False, FUSED_MOE_UNQUANTIZED_CONFIG)
+    for found in (mover.prepare(*arguments), finish(mover.prepare_async(*arguments))):
+        a, a_scales, expert_meta, topk_ids, topk_weights = found
+        assert a is x
+        assert a_scales is expert_meta is topk_ids is topk_weights is None
 
 
 class Plain(FusedMoEPrepareAndFinalizeModular):

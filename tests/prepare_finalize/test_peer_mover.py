@@ -116,14 +116,15 @@ def test_sums_come_back_from_where_they_were_left(sends_sums, counts):
         written, back = [], []
         outs = [torch.full((T, H), float("nan")) for T in counts]
         for rank, one in enumerate(started):
-            got = finish(pending[rank])
-            assert isinstance(got.output, PeerSums) == sends_sums
-            used = (got.topk_ids >= 0).any(dim=1)
-            got.output[used] = got.hidden_states[used] * (rank + 2) + turn
-            written.append(got.output)
+            rows, _, _, ids, weights = finish(pending[rank])
+            output = one.expert_output()
+            assert isinstance(output, PeerSums) == sends_sums
+            used = (ids >= 0).any(dim=1)
+            output[used] = rows[used] * (rank + 2) + turn
+            written.append(output)
             back.append(
                 one.finalize_async(
-                    *(outs[rank], got.output, got.topk_weights, got.topk_ids, False),
+                    *(outs[rank], output, weights, ids, False),
                     TopKWeightAndReduceNoOP(),
                 )
             )
@@ -209,14 +210,15 @@ def test_rows_of_picks_are_weighted_where_they_arrive(monkeypatch, on_input, wai
     for rank, (one, got) in enumerate(zip(started, received, strict=True)):
         rows = got.hidden_states[:, None].expand(-1, K, -1).nan_to_num().reshape(-1, H)
         weights = torch.where(got.topk_ids >= 0, 1.0 if on_input else got.topk_weights, 0)
-        assert got.output.takes_picks
+        output = one.expert_output()
+        assert output.takes_picks
         if rank == 1:
             push_rows_reference(inboxes, rows, got.topk_ids, LAYOUT, 3)
-            got.output.sent = got.output.pushed = True
+            output.sent = output.pushed = True
         else:
-            got.output.copy_(rows.view(-1, K, H).mul(weights[..., None]).sum(dim=1))
+            output.copy_(rows.view(-1, K, H).mul(weights[..., None]).sum(dim=1))
         work = FinalizeWork(
-            *(outs[rank], got.output, got.topk_weights, got.topk_ids, on_input),
+            *(outs[rank], output, got.topk_weights, got.topk_ids, on_input),
             TopKWeightAndReduceNoOP(),
         )
         if waits:

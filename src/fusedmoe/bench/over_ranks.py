@@ -162,7 +162,8 @@ def _steps(
         mover, found = sent
         assert found.topk_weights is not None
         assert found.topk_ids is not None
-        sums = found.hidden_states if found.output is None else found.output
+        wanted = mover.expert_output()
+        sums = found.hidden_states if wanted is None else wanted
         mover.finalize(
             *(output, sums, found.topk_weights, found.topk_ids, False), TopKWeightAndReduceNoOP()
         )

@@ -19,8 +19,9 @@ from fusedmoe.modular_kernel.prepare_finalize import FusedMoEPrepareAndFinalizeM
 from fusedmoe.modular_kernel.records import FinalizeWork, Hook, PrepareResult, PrepareWork, Receiver
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
-Compute = Callable[[PrepareResult, torch.Tensor], torch.Tensor]
-"""The experts' output of what arrived; the second argument is the tokens' own output."""
+Compute = Callable[[PrepareResult, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""The experts' output of what arrived; where prepare/finalize wants it, and the tokens' own output,
+follow."""
 
 
 def half_sizes(
@@ -84,13 +85,15 @@ class Forward:
         finish(self._pending)
 
     def _results(self, prepared: PrepareResult) -> FinalizeWork:
-        """What is to be finalized, once the experts have run on ``prepared``."""
+        """What is to be finalized, once the experts have run on ``prepared`` (or a plain tuple)."""
+        if not isinstance(prepared, PrepareResult):
+            prepared = PrepareResult(*prepared)
         weights, ids = prepared.topk_weights, prepared.topk_ids
         weights = self._work.topk_weights if weights is None else weights
         ids = self._work.topk_ids if ids is None else ids
         prepared = prepared._replace(topk_weights=weights, topk_ids=ids)
         try:
-            routed = self._compute(prepared, self._output)
+            routed = self._compute(prepared, self._mover.expert_output(), self._output)
         except BaseException:
             self._mover.abandon()
             raise

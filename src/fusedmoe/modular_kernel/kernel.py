@@ -134,6 +134,7 @@ class FusedMoEKernel:
         expert_map: torch.Tensor | None,
         apply_router_weight_on_input: bool,
         prepared: PrepareResult,
+        wanted: torch.Tensor | None,
         final_output: torch.Tensor,
     ) -> torch.Tensor:
         experts, x = self.experts, prepared.hidden_states
@@ -142,7 +143,7 @@ class FusedMoEKernel:
         assert ids is not None
         size = experts.moe_problem_size(x, w1, w2, ids)
         plan = self._plan(size, final_output.dtype, activation, global_num_experts, prepared)
-        output = _output_for(plan, prepared.output, final_output)
+        output = _output_for(plan, wanted, final_output)
         if size.M == 0:
             return output
         work = ExpertsWork(

@@ -111,6 +111,11 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         """Raise ValueError where it cannot bring rows in the format ``key`` (None: as they are)."""
         return
 
+    def expert_output(self) -> torch.Tensor | None:
+        """After ``prepare``: where the experts are to write, if their output has its shape and
+        dtype; None for anywhere."""
+        return None
+
     def prepare(
         self,
         a1: torch.Tensor,

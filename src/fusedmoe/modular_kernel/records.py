@@ -77,17 +77,13 @@ class PrepareWork(NamedTuple):
 
 
 class PrepareResult(NamedTuple):
-    """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller.
-
-    ``output``: where they write, if their output has its shape and dtype; None for anywhere.
-    """
+    """What the experts receive. ``topk_ids``/``topk_weights`` None: those of the caller."""
 
     hidden_states: torch.Tensor
     scale: torch.Tensor | None = None
     expert_tokens_meta: ExpertTokensMetadata | None = None
     topk_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
-    output: torch.Tensor | None = None
 
 
 class FinalizeWork(NamedTuple):

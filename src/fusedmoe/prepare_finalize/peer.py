@@ -54,6 +54,7 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
     _ids: torch.Tensor | None = None
     _weights: torch.Tensor | None = None
     _expert_map: torch.Tensor | None = None
+    _expert_output: torch.Tensor | None = None
     _rows: int = 0
     _copied: bool = False
     _may_send_sums: bool = True
@@ -163,12 +164,13 @@ class PeerPrepareAndFinalize(Dispatching, FusedMoEPrepareAndFinalizeModular):
 
     def _received(self) -> PrepareResult:
         got = self._view.received(self._rows)
-        output = got.outputs
+        self._expert_output = got.outputs
         if self._sends_sums:
-            output = PeerSums.make(self._view, self._rows, self._takes_picks)
-        return PrepareResult(
-            got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights, output
-        )
+            self._expert_output = PeerSums.make(self._view, self._rows, self._takes_picks)
+        return PrepareResult(got.hidden_states, got.scales, None, got.topk_ids, got.topk_weights)
+
+    def expert_output(self) -> torch.Tensor | None:
+        return self._expert_output
 
     def combine(self, work: FinalizeWork) -> None:
         pushed = self._leave_outputs(work)

@@ -6,6 +6,8 @@ a forward uses: meant for the small batches of decoding.
 
 from __future__ import annotations
 
+import torch
+
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.kernels.ids import local_ids
 from fusedmoe.modular_kernel import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult
@@ -31,6 +33,9 @@ class PeerBatchedPrepareAndFinalize(PeerPrepareAndFinalize):
 
     def max_num_tokens_per_rank(self) -> int | None:
         return self.memory.layout.rows
+
+    def expert_output(self) -> torch.Tensor | None:
+        return None  # rows of experts, not of slots
 
     def _received(self) -> PrepareResult:
         got = super()._received()
