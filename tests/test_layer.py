@@ -271,9 +271,18 @@ class FirstExperts(FusedMoERouter):
         return RoutingResult(torch.full((T, 2), 0.5), ids)
 
 
-def test_router_replaces_the_rule():
+class APair(FirstExperts):
+    """As the API reference has routers return it."""
+
+    def select_experts(self, *args, **rows):
+        return tuple(super().select_experts(*args, **rows))[:2]
+
+
+@pytest.mark.parametrize("options", [MoEOptions(), MoEOptions(experts="cpu_monolithic")])
+@pytest.mark.parametrize("router", [FirstExperts, APair])
+def test_router_replaces_the_rule(router, options):
     experts = Experts.random(E, H, I)
-    runner = layer(experts, router=FirstExperts())
+    runner = layer(experts, router=router(), options=options)
     x, logits = rows(3)
     expected = torch.stack(
         [0.5 * (experts.run(0, row) + experts.run(1, row)) for row in x.double()]

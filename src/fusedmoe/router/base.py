@@ -37,7 +37,8 @@ class FusedMoERouter(ABC):
 
         ids are int32, or ``topk_indices_dtype``. ``input_ids`` [T] are needed by hash routing and
         the vision bias; rows where ``is_padding`` [T] is True get id -1 and weight 0. Without
-        expert load balancing the ids are global logical ids.
+        expert load balancing the ids are global logical ids. An implementation may return just
+        the pair.
         """
 
 
