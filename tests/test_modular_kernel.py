@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -234,6 +236,30 @@ def test_a_mover_says_how_with_records_as_well():
     x, weights, ids = inputs()
     out = run(kernel(mover=Plain), x, weights, ids, while_combining=lambda: None)
     torch.testing.assert_close(out, expected(x, weights, ids))
+
+
+class Elsewhere(Plain):
+    """Wants the experts to write into ``place``."""
+
+    place = torch.empty(0)
+    written: ClassVar[list[torch.Tensor]] = []
+
+    def expert_output(self) -> torch.Tensor:
+        return self.place
+
+    def combine(self, work: FinalizeWork) -> None:
+        self.written.append(work.fused_expert_output)
+        super().combine(work)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_experts_write_where_the_mover_wants_it(fits):
+    x, weights, ids = inputs()
+    built = kernel(TorchExperts, Elsewhere)
+    place = torch.full((len(x), H if fits else H + 1), float("nan"))
+    built.prepare_finalize.place = place
+    torch.testing.assert_close(run(built, x, weights, ids), expected(x, weights, ids))
+    assert (Elsewhere.written.pop().data_ptr() == place.data_ptr()) == fits
 
 
 class HalfAMover(Plain):
