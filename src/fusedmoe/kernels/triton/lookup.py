@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.triton.quantized_common import nibbles_asm
 from fusedmoe.quantization.formats.lookup import CODECS, LIFTS
 
 NF4_LIFT = tl.constexpr(LIFTS["nf4"])
@@ -85,11 +86,4 @@ def looked_up_bf16(packed, ELEMENT: tl.constexpr):
     """Low and high nibbles of bytes as the entries they stand for, nf4's times NF4_LIFT; four bytes
     at a time."""
     ASM: tl.constexpr = _NF4_ASM if ELEMENT == "nf4" else _IQ4_NL_ASM
-    return tl.inline_asm_elementwise(
-        ASM,
-        "=r,=r,=r,=r,r",
-        [packed],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
+    return nibbles_asm(ASM, packed)

@@ -83,12 +83,34 @@ def nibbles(packed, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def nibbles_asm(ASM: tl.constexpr, packed):
+    """Two tiles of bf16 from bytes, of low nibbles and of high ones; four bytes at a time."""
+    return tl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def bytes_asm(ASM: tl.constexpr, stored):
+    """bf16 from bytes, four at a time."""
+    return tl.inline_asm_elementwise(
+        ASM, "=r,=r,r", [stored], dtype=tl.bfloat16, is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def pairs_asm(ASM: tl.constexpr, x, y):
+    """bf16 from two numbers in bf16 each, two at a time."""
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
 def int4_nibbles_bf16(packed):
     """As ``nibbles``, plus 128: the nibble becomes the mantissa of 2^7, without an addition.
 
     Four bytes at a time; low nibbles then high ones.
     """
-    return tl.inline_asm_elementwise(
+    return nibbles_asm(
         """{
             .reg .b32 a, b;
             prmt.b32 a, $4, 0, 0x4140;
@@ -100,11 +122,7 @@ def int4_nibbles_bf16(packed):
             lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
         }""",
-        "=r,=r,=r,=r,r",
-        [packed],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
+        packed,
     )
 
 
@@ -131,7 +149,7 @@ def wider_nibbles_asm(bits: str) -> str:
 @triton.jit
 def e2m1_nibbles_bf16(packed):
     """As ``nibbles``, times 2^-126: exponent and mantissa bits are moved, nothing is computed."""
-    return tl.inline_asm_elementwise(
+    return nibbles_asm(
         """{
             .reg .b32 a, b, s, t;
             prmt.b32 a, $4, 0, 0x1404;
@@ -151,18 +169,14 @@ def e2m1_nibbles_bf16(packed):
             shr.u32 t, b, 6;
             lop3.b32 $3, t, 0x01C001C0, s, 0xEA;
         }""",
-        "=r,=r,=r,=r,r",
-        [packed],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
+        packed,
     )
 
 
 @triton.jit
 def int8_bf16(stored):
     """int8 as bf16, exactly: (128 + low seven bits) - (128 or, where negative, 256)."""
-    return tl.inline_asm_elementwise(
+    return bytes_asm(
         """{
             .reg .b32 a, b, s;
             prmt.b32 a, $2, 0, 0x4140;
@@ -174,18 +188,14 @@ def int8_bf16(stored):
             lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
             sub.rn.bf16x2 $1, b, s;
         }""",
-        "=r,=r,r",
-        [stored],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
+        stored,
     )
 
 
 @triton.jit
 def e4m3_bf16(stored):
     """e4m3 bytes as bf16, exactly; NaN becomes +-480."""
-    return tl.inline_asm_elementwise(
+    return bytes_asm(
         """{
             .reg .b32 a, b, s, scale;
             mov.b32 scale, 0x7B807B80;
@@ -200,25 +210,14 @@ def e4m3_bf16(stored):
             lop3.b32 b, b, 0x07F007F0, s, 0xEA;
             mul.rn.bf16x2 $1, b, scale;
         }""",
-        "=r,=r,r",
-        [stored],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
+        stored,
     )
 
 
 @triton.jit
 def times_bf16(x, y):
     """x * y for bf16, two at a time."""
-    return tl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;",
-        "=r,r,r",
-        [x, y],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+    return pairs_asm("mul.rn.bf16x2 $0, $1, $2;", x, y)
 
 
 @triton.jit
@@ -247,14 +246,7 @@ def times_terms_bf16(x, more, less):
 @triton.jit
 def minus_bf16(x, y):
     """x - y for bf16, two at a time."""
-    return tl.inline_asm_elementwise(
-        "sub.rn.bf16x2 $0, $1, $2;",
-        "=r,r,r",
-        [x, y],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+    return pairs_asm("sub.rn.bf16x2 $0, $1, $2;", x, y)
 
 
 @triton.jit
