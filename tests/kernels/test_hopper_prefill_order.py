@@ -96,10 +96,11 @@ def test_wider_programs_add_the_same_bits(weighted, E, H):
     position[live.flatten()] = rows[live.flatten()]
     y[rows[live.flatten()].long()] = torch.randn(int(live.sum()), H, generator=generator)
     weights = torch.rand(T, K, generator=generator) if weighted else None
-    sums = []
+    sums, w2 = [], torch.empty(local, H, 0)
     for passes in ((1024, 1), (1024, 2), (1024, 3), (1024, 4), (2048, 1)):
         out = torch.full((T, H), float("nan"))
-        hopper_prefill.sum_rows(y, weights, position, ids, expert_map, out, local, passes)
+        layer = LayerTensors(out, w2, w2, weights, ids, out, y, y, 1, expert_map=expert_map)
+        hopper_prefill.sum_rows(layer, position, passes)
         sums.append(out)
     expected = torch.zeros(T, H)
     for t, k in live.nonzero().tolist():

@@ -105,19 +105,19 @@ def prefill(
 ) -> None:
     """Launch everything behind the alignment; as checked by ``kernels.hopper_fp8_prefill``.
     ``room`` for rounded x was had before the alignment."""
-    x, _, w2, topk_weights, topk_ids, out, _, y, _ = layer[:9]
+    x, topk_ids = layer.x, layer.topk_ids
     if x_scale is None:
         rows = quantize_rows(x, keys[0], scales[0], beside=room)
     else:
         rows = QuantizedRows(x, x_scale)
     position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     act = up(layer, rows, position, keys[1], scales[1], tables, tiles, arrivals)
-    taker = taker_of_picks(out)
+    taker = taker_of_picks(layer.out)
     down(layer, act, tables, tiles, taker)
     if taker is not None:
         taker.sent = taker.pushed = True
         return
-    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])
+    sum_rows(layer, position)
 
 
 def up(

@@ -219,7 +219,7 @@ def prefill(
 ) -> None:
     """Launch the three kernels, and what rows go through before each product; all as checked by
     ``kernels.hopper_mixed_prefill``."""
-    x, w1, w2, topk_weights, topk_ids, out, act, y, _ = layer[:9]
+    x, w1, w2, _, topk_ids, _, act, y = layer[:8]
     position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     orders = [LANES if wants_lane_order(w) else "" for w in (w1, w2)]
     # In memory that nobody needs before the second launch.
@@ -236,4 +236,4 @@ def prefill(
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
         down(layer, act, scales, tables, tile, share)
-    sum_rows(y, topk_weights, position, topk_ids, layer.expert_map, out, w2.shape[0])
+    sum_rows(layer, position)

@@ -42,6 +42,7 @@ from fusedmoe.kernels.triton.hopper_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_pushed import push_arguments
 from fusedmoe.kernels.triton.ids import local_expert
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import MOST_SUM_COLUMNS, SUM_COLUMNS, PrefillTiles, sum_passes
 
 
@@ -152,37 +153,32 @@ def prefill(
     arrivals: Arrivals | None = None,
 ) -> None:
     """Launch the three kernels; the layer as checked by ``kernels.hopper_prefill``."""
-    y, ids, out = layer.y, layer.topk_ids, layer.out
+    ids, taker = layer.topk_ids, taker_of_picks(layer.out)
     position = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
-    taker = taker_of_picks(out)
     prefill_gemms(layer, position, tables, tiles, arrivals, taker)
     if taker is not None:
         taker.sent = taker.pushed = True
         return
-    e, H, _ = layer.w2.shape
-    sum_rows(y, layer.topk_weights, position, ids, layer.expert_map, out, e, sum_passes(H))
+    sum_rows(layer, position, sum_passes(layer.w2.shape[1]))
 
 
 def sum_rows(
-    y: torch.Tensor,
-    topk_weights: torch.Tensor | None,
+    layer: LayerTensors[torch.Tensor] | LayerTensors[QuantizedTensor],
     position: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    out: torch.Tensor,
-    num_local: int,
     passes: tuple[int, int] = (SUM_COLUMNS, 1),
 ) -> None:
-    """out [T, H]: the rows of y [P, H] at each token's positions, weighted, in one fixed order.
+    """The layer's out [T, H]: the rows of y [P, H] at each token's positions int32 [R], weighted,
+    in one fixed order.
 
     A program sums so many columns of a token, so many times; or more where few slots are local:
     then it goes from one local slot to the next instead of loading all at once. An ``out``
     that is ``PeerSums`` goes to the tokens' ranks.
     """
+    _, _, _, topk_weights, topk_ids, out, _, y, _ = layer[:9]
+    (T, K), (num_local, H, _), expert_map = topk_ids.shape, layer.w2.shape, layer.expert_map
     if isinstance(out, PeerSums):
         send_sums(out, y, topk_weights, topk_ids, expert_map, num_local, position)
         return
-    (T, K), H = topk_ids.shape, y.shape[1]
     if expert_map is not None and 2 * num_local <= expert_map.shape[0] and K < 32:
         block = power_of_2(H) if H <= MOST_SUM_COLUMNS else MOST_SUM_COLUMNS // 2
         _launch_sum_few(
