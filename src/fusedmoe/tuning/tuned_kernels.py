@@ -34,5 +34,5 @@ TRITON = TunedKernel(
         "kernels/triton/activation.py",
         "kernels/triton/ids.py",
     ),
-    digest="d0a9e30fc64c2d48",
+    digest="22221b47cca194e0",
 )
