@@ -194,13 +194,13 @@ class BlockForward(Replacement):
         """``parts``: the output [T, H] and, unless that is all, what stands beside it."""
         returns = self.returns
         if returns == "hidden":
-            return parts[0].view(hidden_states.shape)
+            return parts[0].view_as(hidden_states)
         output, beside = parts
         if returns == "flat_and_logits":
             return output, beside
         if returns == "flattened_and_logits":
             return output.flatten(), beside.flatten()
-        return output.view(hidden_states.shape), beside
+        return output.view_as(hidden_states), beside
 
 
 class ExpertsForward(Replacement):
