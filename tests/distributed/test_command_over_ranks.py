@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -72,7 +71,6 @@ def test_generate_with_packed_experts_over_ranks(ranks, words, tmp_path, capsys)
         assert "spread with --ep" in err
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
 def test_generate_by_the_models_own_plan():
     common = ("generate", "--preset", "tiny-qwen3-moe", *NEW, "--compare")
     done = torchrun(*common, "--tp")
