@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe.bench.problems import Cell, Problem
 from fusedmoe.bench.report import Percentiles
+from fusedmoe.cli.tune import HOPPER_NOTE
 from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.foreign import read_table
 from fusedmoe.tuning.tuner.measure import tuned_layer
@@ -93,6 +94,13 @@ def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None
     assert cli("tune", *SIZES, "--tokens", "1", "64", "512", "--output", folder)[0] == 0
     assert gpu.calls > 0, "nothing is known of 512 tokens"
     assert read_table(folder / NAME).tokens == (1, 8, 64, 181, 512)
+
+
+def test_a_hopper_is_told_who_reads_tables(cli, gpu, monkeypatch, tmp_path: Path) -> None:
+    words = ("tune", *SIZES, "--tokens", "4", "--output", tmp_path)
+    assert "note:" not in cli(*words)[2]
+    monkeypatch.setattr("fusedmoe.cli.tune._prefers_hopper", lambda device: True)
+    assert f"note: {HOPPER_NOTE}" in cli(*words)[2]
 
 
 def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:

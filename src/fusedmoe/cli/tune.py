@@ -6,6 +6,7 @@ An interrupted run goes on where it stopped when it is started again with the sa
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from fusedmoe.tuning.tuner.run import LayerTimer
 
 PARTIAL = ".partial"
+HOPPER_NOTE = (
+    "on this GPU selection prefers Hopper's own experts, which choose tiles by rules and read no "
+    "table; a layer that is given this one runs the Triton experts"
+)
 _NOT_SHOWN = (
     *("checkpoint", "shapes", "activation", "bias", "dtype", "device"),
     *("output", "again", "report", "measurements"),
@@ -63,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     check_writable(args.report, args.measurements)
+    if _prefers_hopper(device):
+        print(f"note: {HOPPER_NOTE}", file=sys.stderr)
     facts = device_facts(device)
     report: list[dict[str, Any]] = []
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -86,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
     elif report:
         _print_report(report)
     return 0
+
+
+def _prefers_hopper(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def start_compilers() -> Any:
