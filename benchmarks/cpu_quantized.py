@@ -59,7 +59,7 @@ def error_of(layer: MoERunner, x: torch.Tensor, logits: torch.Tensor) -> float:
     else:
         w13, w2 = experts.w13_weight, experts.w2_weight
     picked = layer.router.select_experts(x, logits)
-    exact = experts_reference(x.double(), w13, w2, *picked[:2], compute_dtype=torch.float64)
+    exact = experts_reference(x.double(), w13, w2, *picked, compute_dtype=torch.float64)
     return relative_error(layer(x, logits), exact).frobenius
 
 

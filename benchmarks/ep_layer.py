@@ -118,7 +118,7 @@ class LocalExperts:
     def of(
         cls, layer: MoERunner, place: Place, x: torch.Tensor, logits: torch.Tensor
     ) -> LocalExperts:
-        weights, ids, _ = layer.router.select_experts(x, logits)
+        weights, ids = layer.router.select_experts(x, logits)
         everyones = []
         for mine in (x, weights, ids):
             parts = [torch.empty_like(mine) for _ in range(place.ranks)]

@@ -411,7 +411,7 @@ def test_monolithic_experts_get_logits_and_the_router():
         global_num_experts=E,
         router=router,
     )
-    weights, ids, _ = router.select_experts(x, logits)
+    weights, ids = router.select_experts(x, logits)
     torch.testing.assert_close(out, expected(x, weights, ids))
     assert not built.output_is_reduced
     with pytest.raises(ValueError, match=r"\[T, E\] for hidden_states \(7, 6\), got \(6, 5\)"):
@@ -443,7 +443,7 @@ def test_your_own_mover_plugs_into_a_layer():
     layer = FusedMoE(E, K, H, I, torch.float32, shared_experts=torch.nn.Identity(), options=options)
     layer.load_weights([("gate_up_proj", W1), ("down_proj", W2)])
     x, logits = torch.randn(7, H), torch.randn(7, E)
-    weights, ids, _ = layer.router.select_experts(x, logits)
+    weights, ids = layer.router.select_experts(x, logits)
     assert ids.dtype is torch.int32
     AsyncMover.log.clear()
     torch.testing.assert_close(layer(x, logits), expected(x, weights, ids) + x)

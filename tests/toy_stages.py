@@ -123,7 +123,7 @@ class LogitsExperts(FusedMoEExpertsMonolithic):
         router,
         input_ids=None,
     ) -> torch.Tensor:
-        weights, ids, _ = router.select_experts(hidden_states, router_logits, input_ids=input_ids)
+        weights, ids = router.select_experts(hidden_states, router_logits, input_ids=input_ids)
         out = torch.zeros_like(hidden_states)
         for t, k in (ids >= 0).nonzero().tolist():
             e = int(ids[t, k])

@@ -292,13 +292,13 @@ def test_the_monolithic_one_asks_the_layers_router_once(monkeypatch):
     layer = FusedMoE(8, 2, 64, 48, options=MoEOptions(experts="cpu_monolithic"))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    asked, select_experts = [], layer.router.select_experts
+    asked, route = [], layer.router.route
 
     def recording(hidden_states, router_logits, *args, **kwargs):
         asked.append((hidden_states.shape, kwargs["input_ids"]))
-        return select_experts(hidden_states, router_logits, *args, **kwargs)
+        return route(hidden_states, router_logits, *args, **kwargs)
 
-    monkeypatch.setattr(layer.router, "select_experts", recording)
+    monkeypatch.setattr(layer.router, "route", recording)
     input_ids = torch.arange(5)
     layer(torch.randn(5, 64), torch.randn(5, 8), input_ids)
     assert len(asked) == 1

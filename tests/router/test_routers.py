@@ -56,7 +56,7 @@ def test_factory_plain(x):
         renormalize=True,
         routed_scaling_factor=2.0,
     )
-    agrees(router.select_experts(*x), x[1], spec)
+    agrees(router.route(*x), x[1], spec)
 
 
 def test_factory_grouped_with_bias(x):
@@ -80,7 +80,7 @@ def test_factory_grouped_with_bias(x):
         topk_group=2,
         group_score="top2_sum",
     )
-    agrees(router.select_experts(*x), x[1], spec, RoutingTensors(correction_bias=bias))
+    agrees(router.route(*x), x[1], spec, RoutingTensors(correction_bias=bias))
 
 
 def test_factory_zero_experts(x):
@@ -94,7 +94,7 @@ def test_factory_zero_experts(x):
         zero_expert_type="identity",
         num_logical_experts=9,
     )
-    result = router.select_experts(*x)
+    result = router.route(*x)
     spec = RoutingSpec(top_k=4, num_experts=9, num_zero_experts=3)
     agrees(result, x[1], spec, RoutingTensors(correction_bias=bias))
     assert result.zero_expert_weight.shape == (T,)
@@ -120,13 +120,13 @@ def test_factory_hash_and_vision(x):
         image_sentinel_lo=30,
     )
     tensors = RoutingTensors(hash_indices_table=table, vision_bias=vision)
-    result = router.select_experts(*x, input_ids=input_ids)
+    result = router.route(*x, input_ids=input_ids)
     agrees(result, x[1], spec, tensors, input_ids=input_ids)
 
 
 def test_factory_shared_experts(x):
     router = create_fused_moe_router(2, E, num_fused_shared_experts=2, shared_expert_weight=0.5)
-    result = router.select_experts(*x)
+    result = router.route(*x)
     assert result.topk_ids[:, 2:].tolist() == [[E, E + 1]] * T
     assert result.topk_weights[:, 2:].tolist() == [[0.5, 0.5]] * T
 
@@ -143,7 +143,7 @@ def test_factory_custom(x):
     assert isinstance(router, CustomRouter)
     assert router.routing_method_type is RoutingMethodType.Custom
     padding = torch.tensor([False, True] * 3)
-    weights, ids, _ = router.select_experts(*x, torch.int64, is_padding=padding)
+    weights, ids = router.select_experts(*x, torch.int64, is_padding=padding)
     assert ids.dtype is torch.int64
     assert weights.dtype is torch.float32
     torch.testing.assert_close(weights[::2, 0], 3 * x[1].max(dim=1).values.sigmoid()[::2])
@@ -182,8 +182,8 @@ def test_factory_refuses_contradictions(arguments, message):
 def test_a_router_that_skips_padding_wants_the_mask(x, custom):
     router = create_fused_moe_router(2, E, custom_routing_function=custom, skip_padding=True)
     with pytest.raises(ValueError, match="is_padding"):
-        router.select_experts(*x)
-    ids = router.select_experts(*x, is_padding=torch.ones(T, dtype=torch.bool)).topk_ids
+        router.route(*x)
+    ids = router.route(*x, is_padding=torch.ones(T, dtype=torch.bool)).topk_ids
     assert (ids == -1).all()
 
 
@@ -192,15 +192,15 @@ def test_custom_function_results_are_checked(x):
         return gating_output[:, :3], gating_output[:, :3].argsort()
 
     with pytest.raises(ValueError, match=r"\(6, 2\).*\(6, 3\)"):
-        CustomRouter(wrong_shape, 2, E).select_experts(*x)
+        CustomRouter(wrong_shape, 2, E).route(*x)
     with pytest.raises(ValueError, match="uint8"):
-        CustomRouter(best_sigmoids, 2, E).select_experts(*x, torch.uint8)
+        CustomRouter(best_sigmoids, 2, E).route(*x, torch.uint8)
 
     def stray(hidden_states, gating_output, topk, renormalize):
         ids = torch.tensor([[E, -5]] * len(gating_output))
         return torch.ones(ids.shape, dtype=torch.float64), ids
 
-    result = CustomRouter(stray, 2, E).select_experts(*x)
+    result = CustomRouter(stray, 2, E).route(*x)
     assert (result.topk_ids == -1).all()
     assert (result.topk_weights == 0).all()
 
@@ -242,18 +242,18 @@ def test_spec_router_moves_plain_tensors_and_reads_functions():
 def test_capture_sees_logical_ids_before_the_replicas(x):
     seen = []
     router = create_fused_moe_router(2, E)
-    expected = router.select_experts(*x).topk_ids
+    expected = router.route(*x).topk_ids
     router.set_capture_fn(seen.append)
     load = torch.zeros(2 * E, dtype=torch.int32)
     table = torch.stack((torch.arange(E), torch.arange(E) + E), dim=1)
     router.set_eplb_state(load, table, torch.full((E,), 2))
-    physical = router.select_experts(*x).topk_ids
+    physical = router.route(*x).topk_ids
     assert torch.equal(seen[0], expected)
     assert torch.equal(physical % E, expected)
     assert (physical >= E).any()
     assert load.sum() == 2 * T
     router.set_capture_fn(None)
-    router.select_experts(*x)
+    router.route(*x)
     assert len(seen) == 1
 
 
@@ -277,9 +277,9 @@ def test_compiled_router_with_capture_and_load_balancing(x):
     router.set_eplb_state(load, table, torch.ones(E, dtype=torch.int64))
     buffer = torch.zeros(T, 2, dtype=torch.int32)
     router.set_capture_fn(lambda ids: buffer.copy_(ids))
-    expected = router.select_experts(*x)
+    expected = router.route(*x)
     captured, counted = buffer.clone(), load.clone()
-    compiled = torch.compile(router.select_experts, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(router.route, fullgraph=True, backend="aot_eager")
     result = compiled(*x)
     assert torch.equal(result.topk_ids, expected.topk_ids)
     assert torch.equal(buffer, captured)

@@ -318,6 +318,6 @@ def test_tensors_on_another_gpu_than_the_current_one():
     router.set_eplb_state(load, torch.arange(8, device="cuda:1")[:, None], ones)
     with torch.cuda.device(0):
         logits = gate(hidden)
-        result = router.select_experts(hidden, logits)
+        result = router.route(hidden, logits)
     assert torch.equal(result.topk_ids.long(), logits.topk(2, dim=1).indices)
     assert load.sum() == 6

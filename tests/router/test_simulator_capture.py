@@ -80,7 +80,7 @@ def test_a_simulated_router_keeps_what_surrounds_the_rule(x):
     assert simulated.routing_method_type is RoutingMethodType.Simulated
     padding = torch.zeros(T, dtype=torch.bool)
     padding[5] = True
-    weights, ids, _ = simulated.select_experts(*x, is_padding=padding)
+    weights, ids = simulated.select_experts(*x, is_padding=padding)
     assert ids.dtype is torch.int32
     assert ids.shape == (T, K + 1)
     assert ids[5].tolist() == [-1] * (K + 1)

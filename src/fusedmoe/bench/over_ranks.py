@@ -146,7 +146,7 @@ def _steps(
     experts = layer.routed_experts
     kernel = experts.quant_method.kernel(experts)
     assert isinstance(kernel, FusedMoEKernel)
-    weights, ids, _ = layer.router.select_experts(x, logits)
+    weights, ids = layer.router.select_experts(x, logits)
     output = torch.empty_like(x)
 
     def dispatch(_: None) -> tuple[FusedMoEPrepareAndFinalizeModular, PrepareResult]:

@@ -17,7 +17,7 @@ from fusedmoe.modular_kernel import (
     ProblemSize,
     WorkspaceShapes,
 )
-from fusedmoe.router.spec import RoutingResult
+from fusedmoe.router.base import routing_by
 
 _CAPABILITIES = ExpertsCapabilities(devices=frozenset({"cpu"}), batch_invariant=True)
 
@@ -89,8 +89,7 @@ class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
         router: Any,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        chosen = router.select_experts(hidden_states, router_logits, input_ids=input_ids)
-        routing = RoutingResult(*chosen)  # it may be a pair
+        routing = routing_by(router, hidden_states, router_logits, input_ids=input_ids)
         (T, H), K = hidden_states.shape, routing.topk_ids.shape[1]
         options = self.moe_config.options
         rows = scratch_rows(T, K, H, options.max_workspace_bytes)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedmoe.config import RoutingMethodType
 from fusedmoe.router.functional import INDEX_DTYPES
-
-if TYPE_CHECKING:
-    from fusedmoe.router.spec import RoutingResult
+from fusedmoe.router.spec import RoutingResult
 
 CaptureFunction = Callable[[torch.Tensor], None]
 
@@ -32,13 +30,12 @@ class FusedMoERouter(ABC):
         *,
         input_ids: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
-    ) -> RoutingResult:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states [T, H], router_logits [T, E] -> weights fp32 [T, K], ids [T, K].
 
         ids are int32, or ``topk_indices_dtype``. ``input_ids`` [T] are needed by hash routing and
         the vision bias; rows where ``is_padding`` [T] is True get id -1 and weight 0. Without
-        expert load balancing the ids are global logical ids. An implementation may return just
-        the pair.
+        expert load balancing the ids are global logical ids.
         """
 
 
@@ -111,7 +108,21 @@ class BaseRouter(FusedMoERouter):
         *,
         input_ids: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = hidden_states, router_logits, topk_indices_dtype
+        weights, ids, _ = self.route(*given, input_ids=input_ids, is_padding=is_padding)
+        return weights, ids
+
+    def route(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        topk_indices_dtype: torch.dtype | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        is_padding: torch.Tensor | None = None,
     ) -> RoutingResult:
+        """``select_experts``, with what the identity experts contribute."""
         indices_dtype = topk_indices_dtype or torch.int32
         if self.require_padding_mask and is_padding is None:
             raise ValueError("this router skips padding rows: is_padding [T] is needed")
@@ -164,3 +175,12 @@ class BaseRouter(FusedMoERouter):
             should_record=should_record,
             num_unpadded_tokens=num_unpadded_tokens,
         )
+
+
+def routing_by(router: Any, *rows: Any, **beside: Any) -> RoutingResult:
+    """What ``router`` chooses, called as ``select_experts`` is: with what identity experts
+    contribute, unless its class has a ``select_experts`` of its own."""
+    if getattr(type(router), "select_experts", None) is BaseRouter.select_experts:
+        result: RoutingResult = router.route(*rows, **beside)
+        return result
+    return RoutingResult(*router.select_experts(*rows, **beside))

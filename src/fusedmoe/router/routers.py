@@ -103,10 +103,8 @@ class SpecRouter(nn.Module, BaseRouter):
         input_ids: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
     ) -> RoutingResult:
-        """``select_experts`` with int32 ids."""
-        return self.select_experts(
-            hidden_states, router_logits, input_ids=input_ids, is_padding=is_padding
-        )
+        """``route`` with int32 ids."""
+        return self.route(hidden_states, router_logits, input_ids=input_ids, is_padding=is_padding)
 
     def extra_repr(self) -> str:
         """What is not as ``RoutingSpec`` has it by default."""

@@ -20,8 +20,7 @@ from torch import nn
 
 from fusedmoe.config import FusedMoEConfig
 from fusedmoe.kernels.gate import gate_linear
-from fusedmoe.router.base import FusedMoERouter
-from fusedmoe.router.spec import RoutingResult
+from fusedmoe.router.base import FusedMoERouter, routing_by
 from fusedmoe.router.substitution import ExpertSubstitution
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
@@ -256,10 +255,10 @@ class MoERunner(CompiledLayer):
             masks: dict[str, Any] = {}
             if batch.is_padding is not None:
                 masks["is_padding"] = batch.is_padding
-            chosen = self.router.select_experts(
-                batch.x, logits, method.topk_indices_dtype, input_ids=batch.input_ids, **masks
+            given = batch.x, logits, method.topk_indices_dtype
+            weights, ids, zero_expert_weight = routing_by(
+                self.router, *given, input_ids=batch.input_ids, **masks
             )
-            weights, ids, zero_expert_weight = RoutingResult(*chosen)  # it may be a pair
             if self.expert_substitution is not None:
                 weights, ids, constant_term = self.expert_substitution(weights, ids)
             output = experts.forward_modular(x, weights, ids, shared, batch.x, **ranks)

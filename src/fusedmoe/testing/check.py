@@ -17,6 +17,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEMonolithicKernel,
 )
 from fusedmoe.quantization.config import biased_moe_quant_config
+from fusedmoe.router.base import routing_by
 from fusedmoe.router.routers import SpecRouter
 from fusedmoe.router.spec import RoutingResult, RoutingSpec
 from fusedmoe.selection import Selection, select
@@ -174,7 +175,7 @@ class _Layer:
     def _routing(self) -> RoutingResult:
         inputs = self.inputs
         if self.routes_by_itself:
-            return self.router.select_experts(inputs.hidden_states, inputs.router_logits)
+            return routing_by(self.router, inputs.hidden_states, inputs.router_logits)
         return RoutingResult(inputs.topk_weights, inputs.topk_ids)
 
     def only(self, token: int) -> Inputs:

@@ -233,7 +233,7 @@ class RouterForward(Replacement):
 
     def run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = self.router.logits(x)
-        weights, ids, _ = self.router.select_experts(x, logits, torch.int64)
+        weights, ids = self.router.select_experts(x, logits, torch.int64)
         return torch.softmax(logits, dim=-1, dtype=torch.float32), weights, ids
 
 
