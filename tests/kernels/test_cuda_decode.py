@@ -43,6 +43,7 @@ from fusedmoe.tuning.cuda_tiles import (
     table_tile,
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles with g++")
 SILU, GELU, OAI = MoEActivation.SILU, MoEActivation.GELU, MoEActivation.SWIGLUOAI
@@ -335,8 +336,9 @@ def test_lone_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
 def test_entries_of_a_table_leave_room_for_it(fmt, blocks, D, along):
     tile = table_tile(blocks, 2048, D // 2, 132)
     assert (tile.along, tile.across) == (along, 16 // along)
-    constants, shared = quantized_warps.cut_of(weights(fmt, 1, 16, D, None), D, tile)
-    assert 32 * 1024 < shared <= quantized_cut.MOST_BYTES
+    shared = quantized_cut.cut_of(weights(fmt, 1, 16, D, None), D, tile).shared
+    assert 32 * 1024 < shared <= HOPPER_SHARED_MEMORY
+    constants = quantized_warps.table_constants(fmt)
     entries = [constants[f"TABLE_{i}"] >> 16 * j & 0xFFFF for i in range(8) for j in (0, 1)]
     found = torch.tensor(entries, dtype=torch.uint16).view(torch.bfloat16).double()
     torch.testing.assert_close(
@@ -356,7 +358,7 @@ def test_programs_have_the_stages_that_fit(on_cpu, monkeypatch):
     quantized_warps.stream(Product(*given), warps(2, 8, stages=5))
     ((constants, threads, shared),) = found
     assert (constants["STAGES"], threads) == (3, 512)
-    assert shared <= quantized_cut.MOST_BYTES
+    assert shared <= HOPPER_SHARED_MEMORY
 
 
 @pytest.mark.parametrize(("R", "slots"), [(64, 8), (768, 8), (1024, 16), (2048, 24), (3072, 32)])
@@ -385,7 +387,7 @@ BAD_TILES = [
 def test_stages_are_fewer_where_scales_and_zero_points_leave_no_room():
     w = weights("int4_g32_zp", 1, 128, 4096, None)
     tile = block(24, 16, 4)
-    cut = quantized_cut.cut_of(w, 4096, 128, tile)
+    cut = quantized_cut.cut_of(w, 4096, tile)
     assert cut.constants["STAGES"] < tile.stages
     assert cut.shared <= 227 * 1024
 

@@ -16,12 +16,11 @@ Which way it is computed, its tier, is a pure function of shapes, dtypes and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
 
-from fusedmoe.kernels.device import device_of
+from fusedmoe.kernels.device import device_of, runs_hopper_cuda
 
 GateTier = Literal["rows", "cluster", "parts", "mm_fp32", "linear", "by_token"]
 
@@ -176,14 +175,6 @@ def _gate_linear(
     return logits.view(*x.shape[:-1], weight.shape[0])
 
 
-@lru_cache
-def _has_clusters(device: int) -> bool:
-    """Whether this GPU has the instructions of the cluster kernel, and its compiler is here."""
-    from fusedmoe.kernels.cuda.program import missing_nvrtc
-
-    return torch.cuda.get_device_capability(device)[0] == 9 and missing_nvrtc() is None
-
-
 def fits_cluster(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> bool:
@@ -208,7 +199,7 @@ def tier_of(
 ) -> GateTier:
     """``gate_tier`` of x [T, H] and weight [E, H], where they are."""
     tokens = 0
-    here = x.is_cuda and _has_clusters(x.get_device())
+    here = x.is_cuda and runs_hopper_cuda(x.get_device())
     if here and fits_cluster(x, weight, bias, out_dtype):
         # Every 16 tokens read the weight anew: of a small one that costs next to nothing, and of
         # fp32 torch takes longer.

@@ -52,13 +52,10 @@ class RowSteps(NamedTuple):
             return x
         ids, D = layer.topk_ids.flatten(), x.shape[1]
         rows = ids.numel() if position is None else x.shape[0]
-        out = x.new_empty(rows, D) if room is None else room.flatten().view(x.dtype)
-        orders = order_for(w.format, D), order
-        return gather_columns(
-            *(x, self.columns, out.flatten()[: rows * D].view(rows, D), ids, layer.expert_map),
-            orders=orders,
-            position=position,
-        )
+        memory = x.new_empty(rows * D) if room is None else room.flatten().view(x.dtype)
+        out, orders = memory[: rows * D].view(rows, D), (order_for(w.format, D), order)
+        given = x, self.columns, out, ids, layer.expert_map
+        return gather_columns(*given, orders=orders, position=position)
 
 
 BothSteps = tuple[RowSteps, RowSteps]

@@ -110,8 +110,7 @@ class BaseRouter(FusedMoERouter):
         is_padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         given = hidden_states, router_logits, topk_indices_dtype
-        weights, ids, _ = self.route(*given, input_ids=input_ids, is_padding=is_padding)
-        return weights, ids
+        return self.route(*given, input_ids=input_ids, is_padding=is_padding)[:2]
 
     def route(
         self,

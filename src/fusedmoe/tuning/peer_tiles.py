@@ -12,6 +12,10 @@ class PeerTiles(NamedTuple):
     block: int
     num_warps: int
 
+    def grid(self, tasks: int) -> tuple[int, int]:
+        """For so many tasks; one program at least, which tells the other ranks."""
+        return max(1, min(tasks, self.programs)), 1
+
 
 # Up to so many rows: columns of a task, and its warps.
 _BY_ROWS = ((8, 512, 4), (64, 1024, 4))

@@ -9,11 +9,11 @@ import torch
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.cuda.program import CudaKernel, source_of
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 SOURCES = ("quantized_lone_slots.cuh", "align_few.cu")
 # Words of bits for each group, one of these; threads. More slots are not faster this way.
 WORDS, WIDTH = (4, 16), 512
-MOST_BYTES = 227 * 1024  # of shared memory that a program can have
 
 
 class Arguments(ctypes.Structure):
@@ -35,7 +35,7 @@ def _kernel_of(words: int, groups: int, block_size: int, wide: bool) -> CudaKern
     """None where bits and table do not fit a program's shared memory."""
     used = -(-(words * 32 + groups * (block_size - 1)) // 4) * 4
     shared = 4 * (used + groups + -(-groups // 32)) + 6 * groups * (words + 1)
-    if shared > MOST_BYTES:
+    if shared > HOPPER_SHARED_MEMORY:
         return None
     names = "WORDS", "WIDTH", "GROUPS", "BLOCK", "MOST_USED", "ID64"
     numbers = words, WIDTH, groups, block_size, used, int(wide)

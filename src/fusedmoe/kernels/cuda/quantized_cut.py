@@ -1,14 +1,24 @@
-"""How tiles cut weights for ``quantized_lone.cu`` and ``quantized_stream.cu``: rings and spans."""
+"""How tiles cut weights for ``quantized_lone.cu``, ``quantized_warps.cu`` and
+``quantized_stream.cu``: rings and spans."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import NamedTuple
 
+from fusedmoe.quantization.formats.lookup import CODECS
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
-from fusedmoe.tuning.cuda_tiles import STEP, CudaLoneTile, CudaStreamTile
+from fusedmoe.tuning.cuda_tiles import (
+    STEP,
+    TABLE_BYTES,
+    CudaLoneTile,
+    CudaStreamTile,
+    CudaWarpsTile,
+)
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
-MOST_BYTES = 227 * 1024  # of shared memory that a program can have
+CutTile = CudaLoneTile | CudaWarpsTile | CudaStreamTile
+WARPS_STEP, WARPS_PITCH = 64, 36  # of quantized_warps.cu: bytes of a step, and from span to span
 SPAN_BYTES = 32  # of a row's scales, and of its zero points, that travel together
 
 
@@ -84,56 +94,55 @@ class Cut(NamedTuple):
     rows: int
 
 
-def cut_of(
-    w: QuantizedTensor, columns: int, scale_stride: int, tile: CudaLoneTile | CudaStreamTile
-) -> Cut:
-    """For rows of so many columns, with so many scales in a row; ValueError for more warps than
-    steps. A program takes fewer stages than its tile says where they do not fit."""
-    cut = _cut(w, columns, scale_stride, tile, tile.stages)
-    for stages in range(tile.stages - 1, 1, -1):
-        if cut.shared <= MOST_BYTES:
-            break
-        cut = _cut(w, columns, scale_stride, tile, stages)
-    return cut
+def cut_of(w: QuantizedTensor, columns: int, tile: CutTile) -> Cut:
+    """For rows of so many columns. A program takes fewer stages than its tile says where they do
+    not fit; ValueError where two do not, and for more warps than steps."""
+    for stages in range(tile.stages, 1, -1):
+        cut = _cut(w, columns, tile, stages)
+        if cut.shared <= HOPPER_SHARED_MEMORY:
+            return cut
+    raise ValueError(f"two stages of {tile} do not fit {HOPPER_SHARED_MEMORY} bytes")
 
 
-def _cut(
-    w: QuantizedTensor,
-    columns: int,
-    scale_stride: int,
-    tile: CudaLoneTile | CudaStreamTile,
-    stages: int,
-) -> Cut:
+def _cut(w: QuantizedTensor, columns: int, tile: CutTile, stages: int) -> Cut:
     fmt, scale = w.format, w.scale
     assert scale is not None
-    group = group_columns(fmt, columns)
-    steps = -(-w.data.shape[-1] // STEP)
-    along = tile.along if isinstance(tile, CudaLoneTile) else 1
+    group, in_turns = group_columns(fmt, columns), isinstance(tile, CudaWarpsTile)
+    step = WARPS_STEP if in_turns else STEP
+    steps = -(-w.data.shape[-1] // step)
+    along = 1 if isinstance(tile, CudaStreamTile) else tile.along
     if along > steps:
-        raise ValueError(f"{along} warps share a row of {steps} steps of {STEP} bytes")
-    stride = scale_stride if scale.dim() == 3 else 4
-    unit, step_columns = scale.element_size(), STEP * fmt.values
+        raise ValueError(f"{along} warps share a row of {steps} steps of {step} bytes")
+    stride = scale.stride(1) if scale.dim() == 3 else 4
+    unit, step_columns = scale.element_size(), step * fmt.values
     spans = spans_of(steps, step_columns, group, unit, stride, along, stages)
+    pitch = WARPS_PITCH if in_turns else spans.pitch
     constants = spans.constants() | {
         "GROUP": group,
-        "STEP": STEP,
-        "PITCH": spans.pitch,
+        "STEP": step,
+        "PITCH": pitch,
         "KW": along,
         "STAGES": stages,
         "PER_SM": tile.per_multiprocessor,
     }
     # Of a row: its scales and zero points in the ring.
-    span_bytes = spans.alive * spans.pitch * (1 if fmt.symmetric else 2) if group else 0
-    if isinstance(tile, CudaLoneTile):
-        constants |= {"LONE": 1, "MT": tile.tiles, "NT": 1, "WM": tile.across}
-        warps, rows = along * tile.across, tile.tiles * 16
-        # Weights, x and a barrier, scales; sums that warps share.
-        of_warp = stages * (rows * STEP + 2 * step_columns + 8) + rows * span_bytes
-        of_warp += 2 * tile.tiles * 128 if along > 1 else 0
-        return Cut("quantized_lone", constants, warps * 32, warps * of_warp + 128, rows)
-    constants |= {"LONE": 0, "MT": 1, "NT": tile.slots // 8, "WM": tile.warps}
-    rows = tile.warps * 16
-    # Weights, x and two barriers.
-    of_stage = rows * STEP + STEP // 16 * (2 * fmt.values * tile.slots * 16 + 16) + 16
-    shared = stages * of_stage + rows * span_bytes
-    return Cut("quantized_stream", constants, (tile.warps + 2) * 32, shared, rows)
+    span_bytes = spans.alive * pitch * (1 if fmt.symmetric else 2) if group else 0
+    if isinstance(tile, CudaStreamTile):
+        constants |= {"LONE": 0, "MT": 1, "NT": tile.slots // 8, "WM": tile.warps}
+        rows = tile.warps * 16
+        # Weights, x and two barriers.
+        of_stage = rows * step + step // 16 * (2 * fmt.values * tile.slots * 16 + 16) + 16
+        shared = stages * of_stage + rows * span_bytes
+        return Cut("quantized_stream", constants, (tile.warps + 2) * 32, shared, rows)
+    constants |= {"MT": tile.tiles, "NT": 1, "WM": tile.across}
+    warps, rows = along * tile.across, tile.tiles * 16
+    # Weights and scales; sums that warps share.
+    of_warp = rows * (stages * step + span_bytes)
+    if in_turns:
+        of_warp += 2 * tile.tiles * 512 if along > 1 else 0
+        table = TABLE_BYTES if fmt.element in CODECS else 0
+        return Cut("quantized_warps", constants, warps * 32, warps * of_warp + table, rows)
+    # x and a barrier.
+    of_warp += stages * (2 * step_columns + 8) + (2 * tile.tiles * 128 if along > 1 else 0)
+    constants |= {"LONE": 1}
+    return Cut("quantized_lone", constants, warps * 32, warps * of_warp + 128, rows)

@@ -128,8 +128,7 @@ def stream(
     Blocks of slots read x in ``PairedOrder``; ``following``: that of the GEMM that reads ``out``.
     """
     w, shards = product.w, product.shards
-    assert w.scale is not None
-    cut = cut_of(w, product.x.shape[1], w.scale.stride(1), tile)
+    cut = cut_of(w, product.x.shape[1], tile)
     constants = constants_of(product) | cut.constants
     if following is not None:
         constants |= zip(("NEXT", "NEXT_EVEN", "NEXT_ODD"), following, strict=True)

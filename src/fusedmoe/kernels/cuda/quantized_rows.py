@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from fusedmoe.kernels.cuda.quantized_cut import MOST_BYTES
 from fusedmoe.kernels.cuda.quantized_decode import tile_map
 from fusedmoe.kernels.cuda.quantized_launch import (
     Product,
@@ -16,6 +15,7 @@ from fusedmoe.kernels.cuda.quantized_launch import (
 )
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import MOST_MADE, CudaRowsTile, scale_boxes
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 SOURCES = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
@@ -83,7 +83,7 @@ def ring_of(w: QuantizedTensor, tile: CudaRowsTile, made: bool) -> Ring:
     if made:
         shared += 2 * MOST_MADE * (3 + 8 * eights) + 32
     of_stage = rows * (part_bytes + scale_bytes) + 16 + 4
-    stages = min(tile.stages, (MOST_BYTES - shared) // of_stage)
+    stages = min(tile.stages, (HOPPER_SHARED_MEMORY - shared) // of_stage)
     if stages < 2:
         raise ValueError(f"{rows} rows of {part_bytes} bytes leave no room for two stages")
     return Ring(rows, stages, shared + stages * of_stage, box)

@@ -94,7 +94,7 @@ def combine(
     (T, H), K, layout = out.shape, topk_ids.shape[1], here.layout
     tasks = T * -(-H // tiles.block)
     _combine(
-        (max(1, min(tasks, tiles.programs)), 1),
+        tiles.grid(tasks),
         (out, topk_ids, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank),

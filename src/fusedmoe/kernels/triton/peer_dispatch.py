@@ -159,7 +159,7 @@ def dispatch(
         block = power_of_2(H)
     tasks = rows * -(-H // block)
     _dispatch(
-        (max(1, min(tasks, tiles.programs)), 1),
+        tiles.grid(tasks),
         (x, topk_ids, topk_weights, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, x.stride(0), owners.shape[0], here.rank),

@@ -109,7 +109,7 @@ def add_picks(
     (T, H), K, layout = out.shape, topk_ids.shape[1], here.layout
     tasks = T * -(-H // tiles.block)
     _add_picks(
-        (max(1, min(tasks, tiles.programs)), 1),
+        tiles.grid(tasks),
         (out, topk_ids, topk_weights, owners, here.bases, here.state, here.error),
         (
             *(T, rows, H, out.stride(0), owners.shape[0], here.rank, int(pushed)),
