@@ -99,8 +99,10 @@ def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None
 def test_a_hopper_is_told_who_reads_tables(cli, gpu, monkeypatch, tmp_path: Path) -> None:
     words = ("tune", *SIZES, "--tokens", "4", "--output", tmp_path)
     assert "note:" not in cli(*words)[2]
-    monkeypatch.setattr("fusedmoe.cli.tune._prefers_hopper", lambda device: True)
-    assert f"note: {HOPPER_NOTE}" in cli(*words)[2]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert f"note: {HOPPER_NOTE}" in cli(*words, "--dtype", "bf16")[2]
+    assert "note:" not in cli(*words, "--dtype", "fp32")[2]
 
 
 def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:

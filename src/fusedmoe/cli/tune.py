@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     check_writable(args.report, args.measurements)
-    if _prefers_hopper(device):
+    if _prefers_hopper(device, dtype):
         print(f"note: {HOPPER_NOTE}", file=sys.stderr)
     facts = device_facts(device)
     report: list[dict[str, Any]] = []
@@ -95,8 +95,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prefers_hopper(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+def _prefers_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    from fusedmoe.experts.hopper import HopperExperts
+
+    if dtype not in HopperExperts.capabilities().dtypes or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def start_compilers() -> Any:
