@@ -45,7 +45,7 @@ from quantized_layer import OneFormat, eight_bit_rates
 from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
 from fusedmoe.bench.ceilings import measure_ceilings
 from fusedmoe.bench.over_ranks import COMPILING_S, no_peer_memory, peer_layout
-from fusedmoe.bench.report import BenchReport, Percentiles, make_header
+from fusedmoe.bench.report import BenchReport, Percentiles, least_us, make_header
 from fusedmoe.bench.shapes import SHAPES, LayerShape
 from fusedmoe.cli.ranks import launched_ranks
 from fusedmoe.distributed.peer_memory import PeerMemory
@@ -160,8 +160,8 @@ class LocalExperts:
         moved = weights * mine.unique().numel() / self.layer.moe_config.num_local_experts
         rate = rates["fp8_tflops" if fmt == "fp8_block" else "bf16_tflops"]
         flops = shape.pair_flops * mine.numel()
-        by_bytes = (moved + 4 * T * shape.H) / rates["read_gbs"] / 1e3
-        return self.place.slowest([max(by_bytes, flops / rate / 1e6)]).us
+        alone = least_us(moved + 4 * T * shape.H, flops, rates["read_gbs"], rate)
+        return self.place.slowest([alone]).us
 
 
 def ways_of(place: Place, with_peers: bool, wanted: list[str] | None) -> list[str]:

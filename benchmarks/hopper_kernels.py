@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.bench.report import least_us
 from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.hopper_decode import hopper_decode
 from fusedmoe.kernels.hopper_direct import hopper_direct
@@ -324,7 +325,7 @@ def limit_us(shape: Shape, T: int, peak: dict[str, float]) -> float:
     weights = active * halves(shape) * shape.H * shape.I * 2
     moved = weights + 2 * T * shape.H * 2
     flops = halves(shape) * 2 * T * shape.k * shape.H * shape.I
-    return max(moved / peak["read_gbs"] / 1e3, flops / peak["bf16_tflops"] / 1e6)
+    return least_us(moved, flops, peak["read_gbs"], peak["bf16_tflops"])
 
 
 def time_shape(

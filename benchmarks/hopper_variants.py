@@ -39,7 +39,7 @@ from hopper_kernels import (
 )
 
 from fusedmoe.activation import ApplyMoEActivationConfig
-from fusedmoe.bench.report import BenchReport, make_header
+from fusedmoe.bench.report import BenchReport, least_us, make_header
 from fusedmoe.experts.hopper import hopper_experts, scratch_rows
 from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.kernels.routing import routing
@@ -168,7 +168,7 @@ class Rank:
         """As ``bench.report.limit_us``."""
         weights = self.active_experts() * halves(self.shape) * self.shape.H * self.shape.I
         moved = 2 * (weights + 2 * self.T * self.shape.H)
-        return max(moved / peak["read_gbs"] / 1e3, flops / peak["bf16_tflops"] / 1e6)
+        return least_us(moved, flops, peak["read_gbs"], peak["bf16_tflops"])
 
 
 def compare(

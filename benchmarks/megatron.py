@@ -22,7 +22,7 @@ from small_reports import new_report
 
 from fusedmoe.bench import SHAPES
 from fusedmoe.bench.replays import record, time_in_turns
-from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles
+from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, least_us
 from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         layer = self.layer
         weights = self.matrices * layer.H * layer.I * active_experts
         moved = 2 * (weights + 2 * self.T * layer.H)
-        return max(moved / ceilings["read_gbs"] / 1e3, self.flops / ceilings["bf16_tflops"] / 1e6)
+        return least_us(moved, self.flops, ceilings["read_gbs"], ceilings["bf16_tflops"])
 
 
 class Weights(NamedTuple):

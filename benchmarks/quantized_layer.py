@@ -38,7 +38,7 @@ from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.problems import Scope, Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
-from fusedmoe.bench.report import BenchRow, Percentiles, make_header
+from fusedmoe.bench.report import BenchRow, Percentiles, least_us, make_header
 from fusedmoe.bench.timing import Call
 from fusedmoe.experts.torch_quantized import quantized_experts_reference
 from fusedmoe.quantization.formats import format_named
@@ -217,7 +217,7 @@ def limit_us(
         if key is None
         else peak[RATE_OF.get(weights[0].format.element, "bf16_tflops")]
     )
-    return max(stored / peak["read_gbs"] / 1e3, shape.flops(T) / rate / 1e6)
+    return least_us(stored, shape.flops(T), peak["read_gbs"], rate)
 
 
 def measure(

@@ -127,6 +127,11 @@ class BenchReport:
         return found
 
 
+def least_us(moved: float, flops: float, read_gbs: float, tflops: float) -> float:
+    """Microseconds that ``moved`` bytes and ``flops`` take at these rates, whichever is longer."""
+    return max(moved / read_gbs / 1e3, flops / tflops / 1e6)
+
+
 def limit_us(
     problem: Problem, read_gbs: float, matmul_tflops: float, weight_bytes: int | None = None
 ) -> float:
@@ -137,7 +142,7 @@ def limit_us(
     shape, itemsize = problem.cell.shape, problem.cell.dtype.itemsize
     stored = shape.weight_elements * itemsize if weight_bytes is None else weight_bytes
     moved = stored / shape.E * problem.active_experts + 2 * itemsize * problem.cell.T * shape.H
-    return max(moved / read_gbs / 1e3, problem.flops / matmul_tflops / 1e6)
+    return least_us(moved, problem.flops, read_gbs, matmul_tflops)
 
 
 def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
