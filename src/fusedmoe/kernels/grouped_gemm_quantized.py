@@ -129,20 +129,24 @@ def finished_sums(sums: torch.Tensor, expert: int, product: QuantizedProduct) ->
     return activation_reference(activation, both, config)
 
 
+def row_addresses(w: QuantizedTensor) -> tuple[int, ...]:
+    """Where the weight row of feature j of shard s lies, as four numbers: the strides of data by
+    expert and by row; row = s * shard_step + j * row_step (two numbers)."""
+    steps = (1, w.shards) if w.interleaved else (w.shape[-2] // w.shards, 1)
+    return (*w.data.stride()[:2], *steps)
+
+
 def weight_addresses(w: QuantizedTensor) -> tuple[int, ...]:
-    """Where things lie, for feature j of shard s of expert x, as nine numbers: the strides of data
-    by expert and by row; row = s * shard_step + j * row_step (two numbers); the strides of the
-    scales by expert and by row; their row = s * shard_step + j // block * row_step (three)."""
-    N, S = w.shape[-2] // w.shards, w.shards
-    steps = (1, S) if w.interleaved else (N, 1)
+    """``row_addresses``, and likewise for the scales: their strides by expert and by row; their
+    row = s * shard_step + j // block * row_step (three numbers)."""
     scale = w.scale
     assert scale is not None
     if scale.dim() == 2:  # one number per shard
-        return (*w.data.stride()[:2], *steps, scale.stride(0), scale.stride(1), 1, 0, 1)
+        return (*row_addresses(w), *scale.stride(), 1, 0, 1)
     block = w.format.group.row
-    scale_rows = -(-N // block)
-    scale_steps = (1, S) if w.interleaved else (scale_rows, 1)
-    return (*w.data.stride()[:2], *steps, *scale.stride()[:2], *scale_steps, block)
+    scale_rows = -(-(w.shape[-2] // w.shards) // block)
+    scale_steps = (1, w.shards) if w.interleaved else (scale_rows, 1)
+    return (*row_addresses(w), *scale.stride()[:2], *scale_steps, block)
 
 
 def check_weights(w: QuantizedTensor, c: torch.Tensor, activation: MoEActivation | None) -> None:

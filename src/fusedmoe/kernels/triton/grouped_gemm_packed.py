@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
-from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, row_addresses
+from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.packed_products import (
     add_ordered,
@@ -30,7 +30,8 @@ from fusedmoe.kernels.triton.packed_products import (
     add_superblocks,
     sum_groups,
 )
-from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
+from fusedmoe.kernels.triton.quantized_common import finished, store_features, tile_rows
+from fusedmoe.kernels.triton.quantized_launch import launch_product, precision_of
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -70,9 +71,9 @@ def packed_gemm_kernel(
     NATIVE: tl.constexpr,
     A_ORDERED: tl.constexpr,
     C_ORDER: tl.constexpr,
+    PRECISION: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -127,10 +128,10 @@ def packed_gemm_kernel(
         total *= 2.0**61
     elif ELEMENT == "e2m3" and NATIVE:
         total *= 2.0**63
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
-        total += bias.to(tl.float32)[:, None]
-    value = activated(total, limit, alpha, beta, FORMULA, GATED)
+    value = finished(
+        total, bias_ptr, expert, row, stride_bias_e, stride_bias_n, limit, alpha, beta, FORMULA,
+        GATED,
+    )  # fmt: skip
     if places_ptr is not None:
         places_ptr += expert * N
     store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, C_ORDER)
@@ -139,7 +140,6 @@ def packed_gemm_kernel(
 _launch = Launcher(packed_gemm_kernel, chained=True)
 # Groups of 32 columns, whose scales meet sums while slots are so few that this takes less.
 _FEW_GROUPS, MOST_SUMS = ("q4_k", "q5_k"), 32
-_PRECISION = {torch.float32: "ieee"}
 
 
 def launch(
@@ -151,46 +151,14 @@ def launch(
 ) -> None:
     """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
     bf16."""
-    a, w, c, blocks, tile, top_k, bias, *_ = product
-    (R, N), D, act = c.shape, a.shape[1], product.epilogue
-    num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
-    if R == 0 or N == 0 or num_blocks == 0:
-        return
-    width = tile.rows // 2 if act.gated else tile.rows
-    steps = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
-    scale = w.scale
-    _launch(
-        (num_blocks * -(-N // width), 1),
-        (a, w.data, scale, w.zero_point, w.group_index, c, c_places, bias, *tables),
-        (
-            mapped,
-            R,
-            w.shape[0],
-            N,
-            D,
-            0 if scale is None else scale.shape[2],
-            a.stride(0),
-            *w.data.stride()[:2],
-            *steps,
-            c.stride(0),
-            *((0, 0) if bias is None else bias.stride()),
-            *act.numbers,
-        ),
-        (
-            top_k,
-            w.format.element,
-            w.format.element in _FEW_GROUPS and D > 0 and tile.slots <= MOST_SUMS,
-            native,
-            a_ordered,
-            c_order,
-            act.formula or None,
-            act.gated,
-            _PRECISION.get(a.dtype, "tf32"),
-            tile.rows,
-            tile.slots,
-            tile.depth,
-            tile.group,
-        ),
-        tile.warps,
-        tile.stages,
+    a, w, c, _, tile, *_ = product
+    element, scale = w.format.element, w.scale
+    groups = 0 if scale is None else scale.shape[2]
+    sums = element in _FEW_GROUPS and a.shape[1] > 0 and tile.slots <= MOST_SUMS
+    launch_product(
+        _launch,
+        product,
+        (a, w.data, scale, w.zero_point, w.group_index, c, c_places),
+        (groups, a.stride(0), *row_addresses(w), c.stride(0)),
+        (element, sums, native, a_ordered, c_order, precision_of(a)),
     )

@@ -19,16 +19,17 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
-from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
+from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.lookup import NF4_LIFT
 from fusedmoe.kernels.triton.quantized_common import (
-    activated,
+    finished,
     float_scale,
     spread_groups,
     store_features,
     tile_rows,
 )
+from fusedmoe.kernels.triton.quantized_launch import launch_product, precision_of
 from fusedmoe.kernels.triton.stored_numbers import load_groups, scaled_numbers, stored_numbers
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
@@ -76,12 +77,12 @@ def quantized_gemm_kernel(
     GROUP: tl.constexpr,
     SCALING: tl.constexpr,
     NATIVE: tl.constexpr,
-    FORMULA: tl.constexpr,
-    GATED: tl.constexpr,
     A_ORDERED: tl.constexpr,
     C_ORDER: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    FORMULA: tl.constexpr,
+    GATED: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -175,17 +176,16 @@ def quantized_gemm_kernel(
     if scale2_ptr is not None:
         shards = 2 if GATED else 1
         total *= tl.load(scale2_ptr + expert * shards + shard)[:, None]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
-        total += bias.to(tl.float32)[:, None]
-    value = activated(total, limit, alpha, beta, FORMULA, GATED)
+    value = finished(
+        total, bias_ptr, expert, row, stride_bias_e, stride_bias_n, limit, alpha, beta, FORMULA,
+        GATED,
+    )  # fmt: skip
     if places_ptr is not None:
         places_ptr += expert * N
     store_features(value, c_ptr, places_ptr, slots, live, tile, N, stride_cm, C_ORDER)
 
 
 _launch = Launcher(quantized_gemm_kernel, chained=True)
-_PRECISION = {torch.float32: "ieee"}
 
 
 def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
@@ -209,12 +209,8 @@ def launch(
 ) -> None:
     """As ``quantized_gemm``, unchecked. ``native``: the GPU has packed bf16 arithmetic and a is
     bf16."""
-    a, w, c, blocks, tile, top_k, bias, *_ = product
-    (R, N), D, act = c.shape, a.shape[1], product.epilogue
-    num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
-    if R == 0 or N == 0 or num_blocks == 0:
-        return
-    scale = w.scale
+    a, w, c, _, tile, *_ = product
+    D, scale = a.shape[1], w.scale
     assert scale is not None
     element, group = w.format.element, w.format.group.col
     data = w.data
@@ -222,39 +218,19 @@ def launch(
         data = data.view(torch.uint8)
     group = D if group == -1 else group
     scaling = scaling_of(element, group, D, tile)
-    width = tile.rows // 2 if act.gated else tile.rows
-    _launch(
-        (num_blocks * -(-N // width), 1),
-        (a, data, scale, w.scale2, w.zero_point, c, c_places, bias, *tables),
+    launch_product(
+        _launch,
+        product,
+        (a, data, scale, w.scale2, w.zero_point, c, c_places),
+        (a.stride(0), *weight_addresses(w), c.stride(0)),
         (
-            mapped,
-            R,
-            w.shape[0],
-            N,
-            D,
-            a.stride(0),
-            *weight_addresses(w),
-            c.stride(0),
-            *((0, 0) if bias is None else bias.stride()),
-            *act.numbers,
-        ),
-        (
-            top_k,
             element,
             group if scaling != "end" else max(D, tile.depth),
             scaling,
             native,
-            act.formula or None,
-            act.gated,
             a_ordered,
             c_order,
             D % tile.depth == 0,
-            _PRECISION.get(a.dtype, "tf32"),
-            tile.rows,
-            tile.slots,
-            tile.depth,
-            tile.group,
+            precision_of(a),
         ),
-        tile.warps,
-        tile.stages,
     )

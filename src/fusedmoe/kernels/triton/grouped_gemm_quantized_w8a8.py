@@ -18,15 +18,16 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, weight_addresses
-from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
+from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.quantize import quantized, scale_of
 from fusedmoe.kernels.triton.quantized_common import (
-    activated,
+    finished,
     float_scale,
     store_features,
     tile_rows,
 )
+from fusedmoe.kernels.triton.quantized_launch import launch_product
 
 
 @triton.jit
@@ -87,9 +88,9 @@ def w8a8_gemm_kernel(
     A_GROUP: tl.constexpr,
     STEPPED: tl.constexpr,
     E8M0: tl.constexpr,
+    EVEN_D: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
-    EVEN_D: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -153,10 +154,10 @@ def w8a8_gemm_kernel(
 
     if not STEPPED:
         total = total.to(tl.float32) * (float_scale(w_scale)[:, None] * a_scale[None, :])
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
-        total += bias.to(tl.float32)[:, None]
-    value = activated(total, limit, alpha, beta, FORMULA, GATED)
+    value = finished(
+        total, bias_ptr, expert, row, stride_bias_e, stride_bias_n, limit, alpha, beta, FORMULA,
+        GATED,
+    )  # fmt: skip
     if c_scale_ptr is None:
         store_features(value, c_ptr, None, slots, live, tile, N, stride_cm, "")
     else:
@@ -176,50 +177,18 @@ def launch(
     e8m0: bool,
 ) -> None:
     """As ``w8a8_gemm``, unchecked."""
-    a, w, c, blocks, tile, top_k, bias, *_ = product
-    (R, N), D, act = c.shape, a.shape[1], product.epilogue
-    num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
-    if R == 0 or N == 0 or num_blocks == 0:
-        return
-    scale = w.scale
+    a, w, c, _, tile, *_ = product
+    scale, group = w.scale, max(0, w.format.group.col)
     assert scale is not None
-    group = max(0, w.format.group.col)
     a_strides = (0, 0)
     if a_scale is not None and a_scale.numel() > 1:
         a_strides = (a_scale.stride(0), a_scale.stride(1))
+    c_scale_stride = 0 if c_scale is None else c_scale.stride(0)
     stepped = bool(group or a_group or a_scale is None)
-    width = tile.rows // 2 if act.gated else tile.rows
-    _launch(
-        (num_blocks * -(-N // width), 1),
-        (a, w.data, a_scale, scale, c, c_scale, bias, *tables),
-        (
-            mapped,
-            R,
-            w.shape[0],
-            N,
-            D,
-            a.stride(0),
-            *a_strides,
-            *weight_addresses(w),
-            c.stride(0),
-            0 if c_scale is None else c_scale.stride(0),
-            *((0, 0) if bias is None else bias.stride()),
-            *act.numbers,
-        ),
-        (
-            top_k,
-            group,
-            max(0, a_group),
-            stepped,
-            e8m0,
-            act.formula or None,
-            act.gated,
-            D % tile.depth == 0,
-            tile.rows,
-            tile.slots,
-            tile.depth,
-            tile.group,
-        ),
-        tile.warps,
-        tile.stages,
+    launch_product(
+        _launch,
+        product,
+        (a, w.data, a_scale, scale, c, c_scale),
+        (a.stride(0), *a_strides, *weight_addresses(w), c.stride(0), c_scale_stride),
+        (group, max(0, a_group), stepped, e8m0, a.shape[1] % tile.depth == 0),
     )

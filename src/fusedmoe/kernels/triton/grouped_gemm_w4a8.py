@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct
-from fusedmoe.kernels.triton.grouped_gemm import block_of, block_tables, tile_of
+from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, row_addresses
+from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
-from fusedmoe.kernels.triton.quantized_common import activated, store_features, tile_rows
+from fusedmoe.kernels.triton.quantized_common import finished, store_features, tile_rows
+from fusedmoe.kernels.triton.quantized_launch import launch_product
 
 
 def _nibbles_asm() -> str:
@@ -102,9 +103,9 @@ def w4a8_gemm_kernel(
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
     NATIVE: tl.constexpr,
+    EVEN_D: tl.constexpr,
     FORMULA: tl.constexpr,
     GATED: tl.constexpr,
-    EVEN_D: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -154,10 +155,10 @@ def w4a8_gemm_kernel(
         total += part * scale[:, None]
 
     total *= tl.load(a_scale_ptr + a_rows * stride_as)[None, :]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
-        total += bias.to(tl.float32)[:, None]
-    value = activated(total, limit, alpha, beta, FORMULA, GATED)
+    value = finished(
+        total, bias_ptr, expert, row, stride_bias_e, stride_bias_n, limit, alpha, beta, FORMULA,
+        GATED,
+    )  # fmt: skip
     store_features(value, c_ptr, None, slots, live, tile, N, stride_cm, "")
 
 
@@ -166,45 +167,14 @@ _launch = Launcher(w4a8_gemm_kernel, chained=True)
 
 def launch(product: QuantizedProduct, a_scale: torch.Tensor, native: bool) -> None:
     """As ``w4a8_gemm``, unchecked. ``native``: not under the interpreter."""
-    a, w, c, blocks, tile, top_k, bias, *_ = product
-    (R, N), D, act = c.shape, a.shape[1], product.epilogue
-    num_blocks, tables, mapped = block_tables(blocks, R, tile.slots)
-    if R == 0 or N == 0 or num_blocks == 0:
-        return
-    width = tile.rows // 2 if act.gated else tile.rows
-    steps = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
+    a, w, c, _, tile, *_ = product
     scale = w.scale
     assert scale is not None
-    _launch(
-        (num_blocks * -(-N // width), 1),
-        (a, w.data, a_scale, scale, w.zero_point, c, bias, *tables),
-        (
-            mapped,
-            R,
-            w.shape[0],
-            N,
-            D,
-            scale.shape[2],
-            a.stride(0),
-            a_scale.stride(0) if a_scale.numel() > 1 else 0,
-            *w.data.stride()[:2],
-            *steps,
-            c.stride(0),
-            *((0, 0) if bias is None else bias.stride()),
-            *act.numbers,
-        ),
-        (
-            top_k,
-            max(0, w.format.group.col),
-            native,
-            act.formula or None,
-            act.gated,
-            D % tile.depth == 0,
-            tile.rows,
-            tile.slots,
-            tile.depth,
-            tile.group,
-        ),
-        tile.warps,
-        tile.stages,
+    a_stride = a_scale.stride(0) if a_scale.numel() > 1 else 0
+    launch_product(
+        _launch,
+        product,
+        (a, w.data, a_scale, scale, w.zero_point, c),
+        (scale.shape[2], a.stride(0), a_stride, *row_addresses(w), c.stride(0)),
+        (max(0, w.format.group.col), native, a.shape[1] % tile.depth == 0),
     )

@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.column_orders import LANES
-from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
+from fusedmoe.kernels.grouped_gemm_quantized import row_addresses, weight_addresses
 from fusedmoe.kernels.lane_order import lane_order
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps
@@ -99,8 +99,7 @@ class Scales(NamedTuple):
         """Numbers of e2m1 need theirs before the sum."""
         if has_minima(w.format.element):
             scale, term = superblock_scales(w)
-            to_rows = (1, w.shards) if w.interleaved else (w.shape[1] // w.shards, 1)
-            return cls((scale, term, None), (scale.stride(0), *to_rows, 1), GROUP)
+            return cls((scale, term, None), (scale.stride(0), *row_addresses(w)[2:], 1), GROUP)
         group, D = w.format.group.col, w.shape[-1]
         whole = group == -1 or (group >= D and w.format.element != "e2m1")
         stride_expert, _, *steps = weight_addresses(w)[4:]

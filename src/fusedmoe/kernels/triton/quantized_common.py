@@ -260,8 +260,15 @@ def gate_and_up(total):
 
 
 @triton.jit
-def activated(total, limit, alpha, beta, FORMULA: tl.constexpr, GATED: tl.constexpr):
-    """The activation of a tile's sums; FORMULA None: there is none."""
+def finished(
+    total, bias_ptr, expert, row, stride_bias_e, stride_bias_n, limit, alpha, beta,
+    FORMULA: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile of weight rows, with their bias (None: there is none), through the
+    activation (FORMULA None: there is none)."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * stride_bias_e + row * stride_bias_n)
+        total += bias.to(tl.float32)[:, None]
     if GATED:
         gate, up = gate_and_up(total)
         return gated_activation(FORMULA, gate, up, limit, alpha, beta)
