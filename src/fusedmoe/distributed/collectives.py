@@ -49,6 +49,12 @@ def captures() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def may_ask_ranks() -> bool:
+    """Whether ranks can tell each other numbers now, which waits for the device: not in compiled
+    code, and not while a CUDA graph is captured."""
+    return not torch.compiler.is_compiling() and not captures()
+
+
 def all_gather_rows(x: torch.Tensor, sizes: Sequence[int], ranks: TokenRanks) -> Pending:
     """x [sizes[rank], ...] of every rank, one after the other: [sum(sizes), ...]."""
     if x.shape[0] != sizes[ranks.rank] or len(sizes) != ranks.size:

@@ -80,10 +80,7 @@ class FusedMoEKernel:
         dispatchers = self.prepare_finalize.num_dispatchers()
         check_counts(tokens_per_rank, dispatchers, hidden_states.shape[0])
         output = hidden_states.new_empty(hidden_states.shape)
-        given = activation, global_num_experts, expert_map, apply_router_weight_on_input
-        compute = partial(self._run_experts, w1, w2, *given)
-
-        work = PrepareWork(
+        tokens = PrepareWork(
             hidden_states,
             topk_weights,
             topk_ids,
@@ -93,6 +90,20 @@ class FusedMoEKernel:
             self.experts.quant_config,
             self.experts.expects_unquantized_inputs,
         )
+        # The same tokens as the experts take them; what prepare brings is put in their place.
+        undispatched = ExpertsWork(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+        )
+        compute = partial(self._run_experts, undispatched)
         reduce = self.experts.finalize_weight_and_reduce_impl()
 
         def forward(sizes: Sequence[int] | None, part: PrepareWork, into: torch.Tensor) -> Forward:
@@ -100,11 +111,11 @@ class FusedMoEKernel:
 
         halves = self._halves(hidden_states.shape[0], tokens_per_rank)
         if halves is None:
-            forward(tokens_per_rank, work, output).run(while_combining)
+            forward(tokens_per_rank, tokens, output).run(while_combining)
             return output
         cut = hidden_states.shape[0] - hidden_states.shape[0] // 2
         first, second = (
-            forward(sizes, work.tokens(part), output[part])
+            forward(sizes, tokens.tokens(part), output[part])
             for sizes, part in zip(halves, (slice(cut), slice(cut, None)), strict=True)
         )
         run_halves(first, second, while_combining)
@@ -127,66 +138,47 @@ class FusedMoEKernel:
 
     def _run_experts(
         self,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        apply_router_weight_on_input: bool,
+        undispatched: ExpertsWork,
         prepared: PrepareResult,
         wanted: torch.Tensor | None,
         final_output: torch.Tensor,
     ) -> torch.Tensor:
-        experts, x = self.experts, prepared.hidden_states
+        """``modular_kernel.forward.Compute``, of tokens that were ``undispatched``."""
+        x = prepared.hidden_states
         weights, ids = prepared.topk_weights, prepared.topk_ids
         assert weights is not None
         assert ids is not None
-        size = experts.moe_problem_size(x, w1, w2, ids)
-        plan = self._plan(size, final_output.dtype, activation, global_num_experts, prepared)
+        size = self.experts.moe_problem_size(x, undispatched.w1, undispatched.w2, ids)
+        plan = self._plan(size, final_output.dtype, undispatched, prepared)
         output = _output_for(plan, wanted, final_output)
         if size.M == 0:
             return output
-        work = ExpertsWork(
-            output,
-            x,
-            w1,
-            w2,
-            weights,
-            ids,
-            activation,
-            global_num_experts,
-            expert_map,
+        work = undispatched._replace(
+            output=output,
+            hidden_states=x,
+            topk_weights=weights,
+            topk_ids=ids,
             a1q_scale=prepared.scale,
             workspace13=x.new_empty(plan.shapes.workspace13, dtype=plan.dtype),
             workspace2=x.new_empty(plan.shapes.workspace2, dtype=plan.dtype),
             expert_tokens_meta=prepared.expert_tokens_meta,
-            apply_router_weight_on_input=apply_router_weight_on_input,
         )
         for part in passes(work, plan.rows_per_pass):
-            experts.apply(*part)
+            self.experts.apply(*part)
         return output
 
     def _plan(
-        self,
-        size: ProblemSize,
-        act_dtype: torch.dtype,
-        activation: MoEActivation,
-        global_num_experts: int,
-        prepared: PrepareResult,
+        self, size: ProblemSize, dtype: torch.dtype, work: ExpertsWork, prepared: PrepareResult
     ) -> WorkspacePlan:
         """``plan_workspaces``, remembered where it depends on sizes alone."""
+        given = size, dtype, work.activation, work.global_num_experts
         if prepared.expert_tokens_meta is not None or torch.compiler.is_compiling():
-            return plan_workspaces(
-                self.experts, size, act_dtype, activation, global_num_experts, prepared
-            )
-        key = (size, act_dtype, activation, global_num_experts)
-        plan = self._plans.get(key)
+            return plan_workspaces(self.experts, *given, prepared)
+        plan = self._plans.get(given)
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = plan_workspaces(
-                self.experts, size, act_dtype, activation, global_num_experts
-            )
+            plan = self._plans[given] = plan_workspaces(self.experts, *given)
         return plan
 
     def peak_workspace_bytes(self, num_tokens: int) -> int:

@@ -13,6 +13,7 @@ from fusedmoe.distributed.collectives import (
     captures,
     gather_counts,
     gather_vectors,
+    may_ask_ranks,
 )
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, missing_groups, token_ranks
 from fusedmoe.modular_kernel import (
@@ -128,7 +129,7 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
             sizes = self.given_sizes(self._given_sizes, num_tokens)
         elif self.ranks.size == 1:
             sizes = [num_tokens]
-        elif self._may_compare_sizes():
+        elif self.compares_sizes and may_ask_ranks():
             sizes = self._compared_sizes([], num_tokens)
         elif captures():
             raise ValueError("a CUDA graph cannot ask other ranks: give tokens_per_rank")
@@ -139,12 +140,9 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
 
     def given_sizes(self, sizes: Sequence[int], num_tokens: int) -> list[int]:
         """``sizes``, checked against this rank's tokens, and if asked for against all ranks'."""
-        if self._may_compare_sizes():
+        if self.compares_sizes and may_ask_ranks():
             self._compared_sizes(sizes, num_tokens)
         return check_sizes(sizes, self.ranks, num_tokens)
-
-    def _may_compare_sizes(self) -> bool:
-        return self.compares_sizes and not captures() and not torch.compiler.is_compiling()
 
     def _compared_sizes(self, sizes: Sequence[int], num_tokens: int) -> list[int]:
         """Tokens of every rank, as it says itself; ``sizes`` is empty on a rank that was given

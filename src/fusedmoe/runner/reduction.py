@@ -11,8 +11,8 @@ from torch import nn
 
 from fusedmoe.distributed.collectives import (
     all_gather_rows,
-    captures,
     gather_counts,
+    may_ask_ranks,
     sum_in_order,
 )
 from fusedmoe.distributed.groups import TokenRanks
@@ -90,7 +90,7 @@ class RankSum:
         if summand.extent is Extent.WHOLE or not self.communicates:
             return summand
         value = summand.value.contiguous()
-        if self.compares_counts:
+        if self.compares_counts and may_ask_ranks():
             self._check_counts(value.shape[0])
         if self.in_order:
             assert self.group is not None
@@ -103,8 +103,6 @@ class RankSum:
         return Summand(value, Extent.WHOLE)
 
     def _check_counts(self, num_tokens: int) -> None:
-        if captures() or torch.compiler.is_compiling():
-            return
         assert self.group is not None
         counts = gather_counts(num_tokens, TokenRanks((self.group,)))
         if len(set(counts)) > 1:
