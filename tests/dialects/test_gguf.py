@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_files import blocks, quantized, write_gguf
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
@@ -29,27 +30,6 @@ def test_types_are_the_package_s() -> None:
         found = gguf.GGMLQuantizationType(number)
         assert found.name == kind.name
         assert gguf.GGML_QUANT_SIZES[found] == (kind.values, kind.nbytes)
-
-
-def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Random bytes of a type [rows, ...] with small finite scales."""
-    import gguf
-
-    type_ = gguf.GGMLQuantizationType[kind]
-    values, nbytes = gguf.GGML_QUANT_SIZES[type_]
-    generator = np.random.default_rng(seed)
-    raw = generator.integers(0, 256, (rows, columns // values, nbytes), dtype=np.uint8)
-    scale = (generator.random((rows, columns // values, 2)) * 2e-3).astype(np.float16)
-    bytes_of = scale.view(np.uint8)
-    if kind == "MXFP4":
-        raw[..., 0] = generator.integers(118, 123, raw.shape[:2])
-    elif kind == "Q6_K":
-        raw[..., 208:210] = bytes_of[..., :2] // 8
-    elif kind in ("Q4_K", "Q5_K"):
-        raw[..., 0:4] = bytes_of
-    else:
-        raw[..., 0:2] = bytes_of[..., :2]
-    return raw.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("kind", SCHEMES)
@@ -76,32 +56,6 @@ def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
     matrix = Matrix(name="blk.0.ffn_up_exps", N=2, K=256)
     with pytest.raises(ValueError, match=r"ffn_up_exps\.weight: expected finite scales, found nan"):
         read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
-
-
-def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadata: Any) -> Path:
-    """A file of the package's own writer; arrays are bytes of the named type, or floats."""
-    import gguf
-
-    parts = metadata.pop("tensors_per_part", 0)
-    writer = gguf.GGUFWriter(
-        path, metadata.pop("architecture", "qwen3moe"), split_max_tensors=parts
-    )
-    for key, value in metadata.items():
-        name = key.replace("__", ".")
-        if isinstance(value, list):
-            writer.add_array(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        else:
-            writer.add_uint32(name, value)
-    for name, (array, kind) in tensors.items():
-        type_ = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, array, raw_dtype=None if kind in ("F32", "F16") else type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def small_file(path: Path) -> Path:
@@ -255,15 +209,6 @@ def test_types_that_are_not_known_are_refused() -> None:
     quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "Q2_K"})
     with pytest.raises(ValueError, match="stored as Q2_K; known: Q8_0"):
         quantization.scheme("blk.0.ffn_up_exps")
-
-
-def quantized(weight: np.ndarray, kind: str) -> np.ndarray:
-    """A matrix [N, K] as the package writes it; types that it only reads get random bytes."""
-    import gguf
-
-    if kind in ("Q8_0", "Q4_0"):
-        return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
-    return blocks(kind, *weight.shape, seed=int(abs(weight[0, 0]) * 1e6))
 
 
 NAMES = {

@@ -15,7 +15,7 @@ from fusedmoe.cli.arguments import add_device, add_dtype, experts_of
 from fusedmoe.cli.layer_config import add_layer_arguments, layer_config
 from fusedmoe.cli.output import print_json
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
+from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
 from fusedmoe.quantization.dialects import LayerSchemes
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.quantization.quantized import QuantizedFusedMoEMethod

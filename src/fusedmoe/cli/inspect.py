@@ -13,7 +13,7 @@ from fusedmoe.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_c
 from fusedmoe.cli.facts import ModelFacts, model_facts, role_of
 from fusedmoe.cli.layers import LayerFacts, moe_layers
 from fusedmoe.cli.output import format_bytes, print_json, print_table, printable
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
+from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
@@ -46,7 +46,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
         found = [source.file.tensors[tensor.name] for tensor in layer.tensors]
         row: dict[str, Any] = {
             "layer": layer.name,
-            "experts": found[0].shape[0],
+            "experts": source.num_experts(layer),
             "format": " + ".join(dict.fromkeys(tensor.type.name.lower() for tensor in found)),
             "dialect": "gguf",
             "problem": source.problem,

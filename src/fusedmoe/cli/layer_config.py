@@ -13,7 +13,7 @@ from fusedmoe.cli.arguments import SIZES, add_sizes, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
-from fusedmoe.integrations.transformers.gguf_source import GgufSource
+from fusedmoe.integrations.transformers.gguf import GgufSource
 from fusedmoe.weights.families import EXPERT_PARTS, config_value
 from fusedmoe.words import FLOATS, STORED_DTYPES, device_named
 

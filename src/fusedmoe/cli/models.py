@@ -16,7 +16,7 @@ from fusedmoe.cli.facts import check_activation, model_facts
 from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.output import Progress
 from fusedmoe.cli.ranks import Ranks
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
+from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
 
 PROMPT = "A mixture of experts"
 # Below this a checkpoint loads in no time, and Transformers' own loading bar is only noise.

@@ -23,7 +23,7 @@ from fusedmoe.checkpoint import (
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import facts_of, facts_of_groups
 from fusedmoe.integrations.transformers.accelerate import run_whole_blocks
-from fusedmoe.integrations.transformers.gguf_source import GgufSource, gguf_of
+from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.packed_quantizer import (
     QUANT_METHOD,
@@ -285,6 +285,9 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
     except Exception as error:
         raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
     check_complete(info, source.where)
+    if source.strict and info["unexpected_keys"]:
+        more = ", ".join(sorted(str(key) for key in info["unexpected_keys"])[:4])
+        raise CheckpointError(f"{source.where}: the model has no place for {more}")
     model.config.name_or_path = str(source.where)
     return model
 

@@ -25,7 +25,12 @@ _STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class Source(Protocol):
-    """``where`` is for messages; ``layers`` are the model's, by (prefix, number)."""
+    """``where`` is for messages; ``layers`` are the model's, by (prefix, number).
+
+    ``strict``: everything in the files has to have a place in the model.
+    """
+
+    strict: bool
 
     @property
     def where(self) -> Path: ...
@@ -50,22 +55,17 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class LazyMatrix:
-    """A quantized matrix, dequantized when it is read; it looks like a safetensors slice."""
+class LazyTensor:
+    """A tensor of ``dtype`` that is made when it is read; it looks like a safetensors slice."""
 
-    scheme: Scheme
-    matrix: Matrix
-    read: Callable[[], Mapping[str, torch.Tensor]]
+    make: Callable[[], torch.Tensor]
     dtype: torch.dtype
 
     def get_dtype(self) -> str:
         return _STORED_NAMES[self.dtype]
 
-    def get_shape(self) -> list[int]:
-        return [self.matrix.N, self.matrix.K]
-
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return read_matrix(self.scheme, self.read(), self.matrix).dequantize(self.dtype)[index]
+        return self.make()[index]
 
 
 def is_linear(name: str) -> bool:
@@ -101,6 +101,8 @@ def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
 
 class FolderSource:
     """A checked folder; ``online`` rounds experts that are stored as floats."""
+
+    strict = False  # files keep what guesses further tokens, or sees
 
     def __init__(
         self, experts: CheckpointExperts, online: OnlineQuantization | None = None
@@ -196,7 +198,7 @@ class FolderSource:
 
     def _matrix(
         self, module: str, scheme: Scheme, names: dict[str, str], dtype: torch.dtype
-    ) -> LazyMatrix:
+    ) -> LazyTensor:
         missing = sorted(scheme.missing(frozenset(names)))
         if missing:
             raise CheckpointError(
@@ -209,9 +211,10 @@ class FolderSource:
         if size is None:
             raise CheckpointError(f"{self.where}: the shape of {module} is not in its tensors")
         stored = {suffix: name for suffix, name in names.items() if suffix != "bias"}
-        return LazyMatrix(
-            scheme,
-            Matrix(name=module, N=size[0], K=size[1]),
-            lambda: {suffix: self.read(name) for suffix, name in stored.items()},
-            dtype,
-        )
+        matrix = Matrix(name=module, N=size[0], K=size[1])
+
+        def make() -> torch.Tensor:
+            parts = {suffix: self.read(name) for suffix, name in stored.items()}
+            return read_matrix(scheme, parts, matrix).dequantize(dtype)
+
+        return LazyTensor(make, dtype)

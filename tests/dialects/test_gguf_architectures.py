@@ -1,0 +1,145 @@
+"""Every architecture whose GGUF files load: a tiny model gives the logits of the original."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_files import write_gguf
+from gguf_models import Case, Stored, all_keys, file_tensors, pairs, write_model
+
+import fusedmoe
+from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.cli import main
+from fusedmoe.integrations.transformers.gguf.table import ARCHITECTURES
+
+pytest.importorskip("transformers")
+PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
+
+
+def llama(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    """Heads of the original turn half with half, those of the file neighbour with neighbour."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = heads.get(name.split(".")[-2])
+    yield name, tensor if count is None else pairs(tensor, count)
+
+
+def check_logits(path: Path, original: Any, *, packed: bool) -> None:
+    """``packed`` experts run by the reference, which rounds nothing more than the file has."""
+    reference = fusedmoe.MoEOptions(experts="torch_quantized") if packed else None
+    model = fusedmoe.from_pretrained(path, dtype=torch.float32, options=reference)
+    with torch.inference_mode():
+        ours, wanted = model(PROMPT).logits, original(PROMPT).logits
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+CASES = [
+    Case(
+        architecture="llama",
+        model_type="mixtral",
+        sizes={
+            "num_local_experts": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        keys={"LLM.EXPERT_COUNT": 4, "LLM.VOCAB_SIZE": 96, "Rope.DIMENSION_COUNT": 16},
+        change=llama,
+    ),
+]
+
+
+@pytest.mark.parametrize("kinds", [("F32", "F32"), ("F16", "F16"), ("Q8_0", "MXFP4")], ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_are_those_of_the_original(
+    case: Case, kinds: tuple[str, str], tmp_path: Path
+) -> None:
+    original = case.model()
+    path = write_model(tmp_path / "model.gguf", case, original, *kinds)
+    check_logits(path, original, packed=kinds[1] == "MXFP4")
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_are_those_that_the_package_publishes(architecture: str) -> None:
+    """Tensors that a row renames, turns or joins exist in its architecture."""
+    import gguf
+
+    (found,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    published = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[found]}
+    for row in ARCHITECTURES[architecture]:
+        joined = [part for join in row.joined.values() for part in join.parts]
+        for name in (*row.names, *row.turned, *joined):
+            base = name.removesuffix(".weight").removesuffix(".bias")
+            assert f"blk.{{bid}}.{base}" in published, name
+
+
+def test_experts_may_have_a_tensor_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As files of before 2024-04 have them: ffn_gate.3 and not ffn_gate_exps."""
+    case = case_of("llama")
+    original = case.model()
+    tensors = file_tensors(case, original, "F32", "Q8_0")
+    for name in [name for name in tensors if "_exps." in name]:
+        array, kind = tensors.pop(name)
+        for expert, one in enumerate(array):
+            tensors[name.replace("_exps.", f".{expert}.")] = (one, kind)
+    keys = all_keys(case, original.config)
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture="llama", **keys)
+    check_logits(path, original, packed=True)
+    assert main(["inspect", str(path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["moe_layers"]
+    assert [(row["experts"], row["format"]) for row in rows] == [(4, "int8_g32")] * 2
+    assert main(["explain", str(path), "--device", "cpu", "--json"]) == 0
+    layer = json.loads(capsys.readouterr().out)["layer"]
+    sizes = {"experts": "4", "top-k": "2", "hidden": "64", "intermediate": "96"}
+    assert layer.items() >= sizes.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rope_freqs.weight", "rope_freqs.weight has no place in a mixtral model"),
+        ("blk.1.attn_gate.weight", "blk.1.attn_gate.weight has no place in a mixtral model"),
+        ("blk.1.attn_q.bias", "the model has no place for model.layers.1.self_attn.q_proj.bias"),
+    ],
+)
+def test_what_has_no_place_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    """Left out, it would change what the model computes without a word."""
+    case = case_of("llama")
+    original = case.model()
+    tensors = file_tensors(case, original, "F32", "F32")
+    tensors[name] = (torch.ones(64).numpy(), "F32")
+    keys = all_keys(case, original.config)
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture="llama", **keys)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        fusedmoe.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expert_count", "eight"),
+        ("rope.freq_base", float("nan")),
+        ("attention.head_count", 0),
+        ("rope.scaling.type", "longrope"),
+        ("block_count", None),
+    ],
+)
+def test_headers_that_make_no_model_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    case = case_of("llama")
+    original = case.model()
+    keys = all_keys(case, original.config) | {f"llama.{key}".replace(".", "__"): value}
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        file_tensors(case, original, "F32", "F32"),
+        architecture="llama",
+        **{name: found for name, found in keys.items() if found is not None},
+    )
+    with pytest.raises(CheckpointError, match=re.escape(f"llama.{key} is ")):
+        fusedmoe.from_pretrained(path)
