@@ -28,6 +28,10 @@ def llama(config: Any, name: str, tensor: torch.Tensor) -> Stored:
     yield name, tensor if count is None else pairs(tensor, count)
 
 
+def gpt_oss(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    yield f"{name}.weight" if name.endswith("sinks") else name, tensor
+
+
 def check_logits(path: Path, original: Any, *, packed: bool) -> None:
     """``packed`` experts run by the reference, which rounds nothing more than the file has."""
     reference = fusedmoe.MoEOptions(experts="torch_quantized") if packed else None
@@ -48,6 +52,37 @@ CASES = [
         },
         keys={"LLM.EXPERT_COUNT": 4, "LLM.VOCAB_SIZE": 96, "Rope.DIMENSION_COUNT": 16},
         change=llama,
+    ),
+    Case(
+        architecture="gpt-oss",
+        model_type="gpt_oss",
+        sizes={
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        keys={
+            "LLM.EXPERT_COUNT": 4,
+            "LLM.EXPERT_FEED_FORWARD_LENGTH": 96,
+            "Attention.KEY_LENGTH": 16,
+            "Attention.VALUE_LENGTH": 16,
+            "Attention.SLIDING_WINDOW": 4,
+            "Rope.SCALING_TYPE": "yarn",
+            "Rope.SCALING_FACTOR": 32.0,
+            "Rope.SCALING_ORIG_CTX_LEN": 4096,
+        },
+        change=gpt_oss,
+        transposed=True,
+        alternating=True,
     ),
 ]
 

@@ -82,6 +82,12 @@ def plain_rope(header: Header) -> dict[str, Any]:
     }
 
 
+def smooth_rope(header: Header) -> dict[str, Any]:
+    """YaRN whose ramp between turned and stretched columns has no whole bounds."""
+    found = plain_rope(header)
+    return found | {"truncate": False} if found["rope_type"] == "yarn" else found
+
+
 def partial_rope(header: Header) -> dict[str, Any]:
     """As many columns of a head are turned as the header says."""
     turned = header.number("rope.dimension_count", header.head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fusedmoe.integrations.transformers.gguf.architecture import Architecture, shared_experts
-from fusedmoe.integrations.transformers.gguf.header import Header
+from fusedmoe.integrations.transformers.gguf.header import Header, smooth_rope
 from fusedmoe.integrations.transformers.gguf.steps import as_row, from_pairs
 
 _EXPERTS = {"num_experts": "expert_count"}
@@ -54,6 +54,23 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             | {"num_local_experts": "expert_count", "intermediate_size": "feed_forward_length"},
             defaults={"head_dim": None},
             turned=_IN_PAIRS,
+        ),
+    ),
+    "gpt-oss": (
+        Architecture(
+            model_type="gpt_oss",
+            fields=_HEAD_DIM
+            | {
+                "num_local_experts": "expert_count",
+                "intermediate_size": "expert_feed_forward_length",
+                "sliding_window": "attention.sliding_window",
+            },
+            rope=smooth_rope,
+            names={
+                "post_attention_norm": "post_attention_layernorm",
+                "attn_sinks.weight": "self_attn.sinks",
+                "ffn_gate_inp": "mlp.router",
+            },
         ),
     ),
 }
