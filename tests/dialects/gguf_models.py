@@ -95,7 +95,7 @@ def file_tensors(
     """The model's matrices get the values that the file has: ``dense`` ones, and ``experts``."""
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for name, tensor in model.state_dict().items():
-        if "experts.gate_up_proj" in name or "experts.down_proj" in name:
+        if ".experts." in name:
             kind, change = experts, split_experts
         else:
             is_linear = tensor.dim() == 2 and name.endswith("proj.weight")

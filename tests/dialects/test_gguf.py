@@ -416,16 +416,16 @@ def test_inspect_names_formats_of_models_that_are_not_in_the_table(
         f"blk.0.ffn_{name}_exps.weight": (blocks("MXFP4", 64, 64).reshape(2, 32, -1), "MXFP4")
         for name in ("gate", "up", "down")
     }
-    path = write_gguf(tmp_path / "x.gguf", tensors, architecture="deepseek2")
+    path = write_gguf(tmp_path / "x.gguf", tensors, architecture="grok")
     assert main(["inspect", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["architecture"] == "deepseek2"
+    assert told["architecture"] == "grok"
     assert [(row["format"], row["dialect"]) for row in told["moe_layers"]] == [
         ("mxfp4", "gguf MXFP4")
     ]
-    assert "the architecture is 'deepseek2'; known: " in told["moe_layers"][0]["problem"]
+    assert "the architecture is 'grok'; known: " in told["moe_layers"][0]["problem"]
     assert main(["explain", str(path), "--device", "cpu"]) == 2
-    assert "the architecture is 'deepseek2'" in capsys.readouterr().err
+    assert "the architecture is 'grok'" in capsys.readouterr().err
 
 
 def test_commands_take_a_file_or_its_folder(

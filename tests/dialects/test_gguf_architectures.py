@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_cases import CASES
 from gguf_files import write_gguf
-from gguf_models import Case, Stored, all_keys, file_tensors, pairs, write_model
+from gguf_models import Case, all_keys, file_tensors, write_model
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
@@ -19,17 +20,6 @@ from fusedmoe.integrations.transformers.gguf.table import ARCHITECTURES
 
 pytest.importorskip("transformers")
 PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
-
-
-def llama(config: Any, name: str, tensor: torch.Tensor) -> Stored:
-    """Heads of the original turn half with half, those of the file neighbour with neighbour."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    count = heads.get(name.split(".")[-2])
-    yield name, tensor if count is None else pairs(tensor, count)
-
-
-def gpt_oss(config: Any, name: str, tensor: torch.Tensor) -> Stored:
-    yield f"{name}.weight" if name.endswith("sinks") else name, tensor
 
 
 def check_logits(path: Path, original: Any, *, packed: bool) -> None:
@@ -42,51 +32,6 @@ def check_logits(path: Path, original: Any, *, packed: bool) -> None:
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-CASES = [
-    Case(
-        architecture="llama",
-        model_type="mixtral",
-        sizes={
-            "num_local_experts": 4,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        keys={"LLM.EXPERT_COUNT": 4, "LLM.VOCAB_SIZE": 96, "Rope.DIMENSION_COUNT": 16},
-        change=llama,
-    ),
-    Case(
-        architecture="gpt-oss",
-        model_type="gpt_oss",
-        sizes={
-            "num_local_experts": 4,
-            "head_dim": 16,
-            "sliding_window": 4,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 4096,
-            },
-        },
-        keys={
-            "LLM.EXPERT_COUNT": 4,
-            "LLM.EXPERT_FEED_FORWARD_LENGTH": 96,
-            "Attention.KEY_LENGTH": 16,
-            "Attention.VALUE_LENGTH": 16,
-            "Attention.SLIDING_WINDOW": 4,
-            "Rope.SCALING_TYPE": "yarn",
-            "Rope.SCALING_FACTOR": 32.0,
-            "Rope.SCALING_ORIG_CTX_LEN": 4096,
-        },
-        change=gpt_oss,
-        transposed=True,
-        alternating=True,
-    ),
-]
-
-
 @pytest.mark.parametrize("kinds", [("F32", "F32"), ("F16", "F16"), ("Q8_0", "MXFP4")], ids="-".join)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_logits_are_those_of_the_original(
@@ -95,6 +40,22 @@ def test_logits_are_those_of_the_original(
     original = case.model()
     path = write_model(tmp_path / "model.gguf", case, original, *kinds)
     check_logits(path, original, packed=kinds[1] == "MXFP4")
+
+
+def test_layers_that_guess_further_tokens_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = case_of("glm4moe with norms of heads")
+    original = case.model()
+    tensors = file_tensors(case, original, "F32", "Q8_0")
+    behind = {name.replace("blk.2.", "blk.3."): one for name, one in tensors.items()}
+    tensors |= behind | {"blk.3.nextn.eh_proj.weight": tensors["blk.2.attn_output.weight"]}
+    keys = all_keys(case, original.config)
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture="glm4moe", **keys)
+    check_logits(path, original, packed=True)
+    assert main(["inspect", str(path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["moe_layers"]
+    assert [row["layer"] for row in rows] == ["model.layers.1", "model.layers.2"]
 
 
 def case_of(name: str) -> Case:

@@ -53,9 +53,9 @@ class Architecture:
     """``fields`` and ``names`` stand beside, or instead of, those of all.
 
     ``fields`` are looked up in the header, then in ``defaults`` (None leaves a field to
-    Transformers), ``more`` finds those that are no single key. ``names`` are of tensors in a layer,
-    with or without their suffix (``.weight``), and so are those of ``turned``; what ``joined``
-    makes has its full name. ``when`` tells the rows of one architecture apart.
+    Transformers), ``more`` finds those that are no single key, and may be None. ``names`` are of
+    tensors in a layer, with or without their suffix (``.weight``), and so are those of ``turned``;
+    what ``joined`` makes has its full name. ``when`` tells the rows of one architecture apart.
     """
 
     model_type: str
@@ -76,9 +76,9 @@ class Architecture:
             if value is None and name not in self.defaults:
                 raise header.wrong(key)
             values[name] = self.defaults[name] if value is None else value
-        values = {**self.defaults, **values, **self.more(header)}
+        values = {**self.defaults, **values}
         found = {name: value for name, value in values.items() if value is not None}
-        return found | {"rope_parameters": self.rope(header)}
+        return {**found, **self.more(header), "rope_parameters": self.rope(header)}
 
     def name_of(self, tensor: str) -> str | None:
         """What Transformers calls a tensor of a layer, below that; None where it has none."""

@@ -26,6 +26,14 @@ def as_row(header: Header, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
 
+def keys_and_values(header: Header, k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
+    """What makes keys and values of the latent, as one: [heads * (K + V), R].
+
+    From [heads, R, K], which files keep ready to be applied to queries, and [heads, V, R].
+    """
+    return torch.cat([k_b.mT, v_b], 1).flatten(0, 1)
+
+
 def from_pairs(heads: str) -> Turn:
     """Rows of heads that turn with their neighbour, to heads whose halves turn with each other.
 
