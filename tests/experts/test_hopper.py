@@ -156,6 +156,7 @@ COMPILE = """
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from fusedmoe.kernels.triton import hopper_decode, hopper_direct, hopper_prefill
+from fusedmoe.kernels.triton.hopper_direct_common import DirectCase
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
 import hopper_compiler
 from hopper_compiler import cuobjdump, stack_bytes
@@ -208,16 +209,15 @@ for stages in (3, tiles.down.stages):
     build(hopper_decode.dealt_kernel, weights, sizes | step | {"STAGES": stages})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
-for given in (formula, no_gate):
+up = 208, 272, 4, 4, 2 * tiles.up_rows, tiles.up_valid, tiles.up_stages, 0
+for shape, more in (("swigluoai", True, True), {}), (("relu2", False, False), {"bias_ptr": None}):
     build(hopper_direct.up_kernel,
           {"low_desc": weights, "high_desc": weights, "x_desc": desc(8, tiles.depth)},
-          sizes | given | {"SLOTS": 4, "TILE": tiles.up_rows, "VALID": tiles.up_valid, "BK": 128,
-                           "STAGES": tiles.up_stages}, maxnreg=hopper_direct.MAX_REGISTERS)
+          more | {"CASE": DirectCase(*up, *shape)}, maxnreg=hopper_direct.MAX_REGISTERS)
+down = tiles.down_rows, tiles.down_valid, tiles.down_stages, tiles.down_rows // 4
 build(hopper_direct.down_kernel,
       {"desc": desc(tiles.down_box, tiles.depth), "act_desc": desc(8, tiles.depth)},
-      sizes | {"PICKS": 4, "SLOTS": 4, "TILE": tiles.down_rows, "SHARE": tiles.down_rows // 4,
-               "VALID": tiles.down_valid, "BK": 128, "STAGES": tiles.down_stages},
-      maxnreg=hopper_direct.MAX_REGISTERS)
+      {"CASE": DirectCase(272, 208, 4, 4, *down)}, maxnreg=hopper_direct.MAX_REGISTERS)
 tiles = PrefillTiles()
 steps = tiles.stages, tiles.group
 all_here = dict.fromkeys(("early_ptr", "flags_ptr", "state_ptr", "error_ptr", "own_ptr"))

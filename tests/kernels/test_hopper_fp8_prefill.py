@@ -21,7 +21,8 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.peer_layout import LateRows, PeerLayout, PeerView
 from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows_reference
 from fusedmoe.kernels.triton import hopper_fp8_prefill as kernels
-from fusedmoe.kernels.triton.hopper_fp8_prefill_common import BytesCase, Scales
+from fusedmoe.kernels.triton.hopper_common import Scales
+from fusedmoe.kernels.triton.hopper_fp8_prefill_common import BytesCase
 from fusedmoe.quantization.config import FusedMoEQuantDesc
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.keys import (

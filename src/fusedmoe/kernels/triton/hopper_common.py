@@ -5,6 +5,8 @@ an earlier launch of the same chain wrote are read past the L1 cache (".cg"), wh
 from before it.
 """
 
+from typing import NamedTuple
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fusedmoe.kernels.triton.activation import gated_activation
 from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
+
+
+class Scales(NamedTuple):
+    """Those of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
+
+    pointer: gl.tensor
+    stride_expert: gl.tensor
+    stride_row: gl.tensor
+    shard_step: gl.tensor
+    row_step: gl.tensor
+    block: gl.tensor
 
 
 @gluon.constexpr_function
@@ -30,6 +43,18 @@ def columns_layout(num_warps):
     """[TILE, BN], 16 bytes per thread along TILE, in each warp the rows of its products: what a
     transposed store needs without waiting for other warps."""
     return gl.BlockedLayout([8, 1], [2, 16], [num_warps, 1], [0, 1])
+
+
+@gluon.constexpr_function
+def wide_of(CASE):
+    """Features of a tile: VALID rows each of gate and of up or, not GATED, of neighbours."""
+    return CASE.VALID if CASE.GATED else 2 * CASE.VALID
+
+
+@gluon.constexpr_function
+def tiles_of(CASE):
+    """Such tiles that all N features make."""
+    return -(-CASE.N // wide_of(CASE))
 
 
 @gluon.jit

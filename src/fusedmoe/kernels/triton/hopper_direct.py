@@ -17,9 +17,12 @@ much more than its share of the memory's rate. All ids are held in registers: R 
 two. Slots without an expert are skipped. Rows past VALID are never read out.
 """
 
+from functools import lru_cache
+
 import torch
 
 from fusedmoe.kernels.layer_tensors import LayerTensors
+from fusedmoe.kernels.triton.hopper_direct_common import DirectCase
 from fusedmoe.kernels.triton.hopper_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_direct_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
@@ -35,6 +38,8 @@ MAX_REGISTERS = 104
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(DirectCase)
 
 
 def direct_sizes(
@@ -60,12 +65,14 @@ def direct(layer: LayerTensors[torch.Tensor], tiles: DirectTiles) -> None:
         (layer.w1_bias, act, topk_ids, expert_map),
         (R, num_mapped, e, desc_rows, *activation.numbers),
         (
-            H, I, K, activation.formula, activation.gated, activation.interleaved, slots,
-            tiles.up_rows, tiles.up_valid, tiles.depth, tiles.up_stages,
+            _case(
+                *(I, H, K, slots, 2 * tiles.up_rows, tiles.up_valid, tiles.up_stages),
+                *(0, *activation[:3]),
+            ),
         ),
         num_warps=4,
         maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    )
     _launch_down(
         programs,
         (
@@ -75,9 +82,11 @@ def direct(layer: LayerTensors[torch.Tensor], tiles: DirectTiles) -> None:
         (layer.w2_bias, topk_weights, out, topk_ids, expert_map),
         (out.stride(0), R, num_mapped, e),
         (
-            H, I, K, slots, tiles.down_rows, tiles.down_rows // picks, tiles.down_valid,
-            tiles.depth, tiles.down_stages,
+            _case(
+                *(H, I, K, slots, tiles.down_rows, tiles.down_valid, tiles.down_stages),
+                tiles.down_rows // picks,
+            ),
         ),
         num_warps=4,
         maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    )

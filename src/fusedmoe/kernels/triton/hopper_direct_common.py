@@ -1,5 +1,8 @@
 """What both kernels of ``hopper_direct`` do: ids in registers, a ring of loads, its products."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -15,6 +18,37 @@ from fusedmoe.kernels.triton.ids import local_expert
 UNSPECIALIZED = ("R", "num_mapped", "num_local", "desc_rows")
 
 
+@dataclass(frozen=True)
+class DirectCase:
+    """What is constant in a launch: products of D columns with the weights of N features, PICKS for
+    each token, at most SLOTS in all. The ring has STAGES steps of ROWS weight rows: VALID of gate
+    and as many of up below them or, not GATED, of neighbours, half of ROWS for each; in the second
+    launch VALID of each pick, SHARE for each."""
+
+    N: int
+    D: int
+    PICKS: int
+    SLOTS: int
+    ROWS: int
+    VALID: int
+    STAGES: int
+    SHARE: int = 0
+    FORMULA: str = ""
+    GATED: bool = False
+    INTERLEAVED: bool = False
+
+
+class Picks(NamedTuple):
+    """Pointers to the ids of R slots, and to the local experts of ``num_mapped`` ids (None: they
+    are local), of which there are ``num_local``."""
+
+    ids: gl.tensor
+    map: gl.tensor | None
+    R: gl.tensor
+    num_mapped: gl.tensor
+    num_local: gl.tensor
+
+
 @gluon.constexpr_function
 def everywhere(SLOTS, num_warps):
     """[SLOTS] with a whole copy in every thread, so that picking one value needs no exchange."""
@@ -26,13 +60,18 @@ def bytes_of(dtype):
     return dtype.primitive_bitwidth // 8
 
 
+@gluon.constexpr_function
+def down_tiles_of(CASE):
+    """Tiles that all features make in the second launch."""
+    return -(-CASE.N // CASE.VALID)
+
+
 @gluon.jit
-def load_experts(ids, sizes, SLOTS: gl.constexpr):
-    ids_ptr, map_ptr = ids
-    R, num_mapped, num_local = sizes
-    slot = gl.arange(0, SLOTS, everywhere(SLOTS, gl.num_warps()))
-    chosen = gl.load(ids_ptr + slot, mask=slot < R, other=-1, cache_modifier=".cg")
-    return local_expert(chosen, map_ptr, num_mapped, num_local)
+def load_experts(picks, CASE: gl.constexpr):
+    """The local expert of each slot [SLOTS], -1 where there is none, in every thread."""
+    slot = gl.arange(0, CASE.SLOTS, everywhere(CASE.SLOTS, gl.num_warps()))
+    chosen = gl.load(picks.ids + slot, mask=slot < picks.R, other=-1, cache_modifier=".cg")
+    return local_expert(chosen, picks.map, picks.num_mapped, picks.num_local)
 
 
 @gluon.jit

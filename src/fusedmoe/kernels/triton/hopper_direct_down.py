@@ -9,7 +9,9 @@ from fusedmoe.kernels.triton.gluon_names import tma_load
 from fusedmoe.kernels.triton.hopper_common import next_stage, next_step
 from fusedmoe.kernels.triton.hopper_direct_common import (
     UNSPECIALIZED,
+    Picks,
     bytes_of,
+    down_tiles_of,
     load_experts,
     multiply,
     open_ring,
@@ -19,93 +21,75 @@ from fusedmoe.kernels.triton.ids import local_expert
 
 
 @gluon.jit
-def load_down(
-    task, k, experts, desc, ring, bar, stage,
-    H: gl.constexpr, PICKS: gl.constexpr, SHARE: gl.constexpr, VALID: gl.constexpr,
-):  # fmt: skip
+def load_down(task, k, experts, desc, ring, bar, stage, CASE: gl.constexpr):
     """The weight rows of all picks at step k; every pick arrives once, with or without them."""
-    TILES: gl.constexpr = (H + VALID - 1) // VALID
+    TILES: gl.constexpr = down_tiles_of(CASE)
     BK: gl.constexpr = ring.shape[2]
     BOX: gl.constexpr = desc.block_shape[0]
-    BYTES: gl.constexpr = VALID * BK * bytes_of(ring.dtype)
+    BYTES: gl.constexpr = CASE.VALID * BK * bytes_of(ring.dtype)
+    PICKS: gl.constexpr = CASE.PICKS
     for pick in gl.static_range(PICKS):
         expert = pick_out(experts, task // TILES * PICKS + pick)
         live = expert >= 0
-        row = expert * H + task % TILES * VALID
+        row = expert * CASE.N + task % TILES * CASE.VALID
         mbarrier.expect(bar, BYTES, pred=live)
         mbarrier.arrive(bar, count=1, pred=expert < 0)
-        for i in gl.static_range(VALID // BOX):
-            part = ring.index(stage).slice(pick * SHARE + i * BOX, BOX, 0)
+        for i in gl.static_range(CASE.VALID // BOX):
+            part = ring.index(stage).slice(pick * CASE.SHARE + i * BOX, BOX, 0)
             tma_load(desc, [row + i * BOX, k * BK], bar, part, pred=live)
 
 
 @gluon.jit
-def load_act(
-    task, k, act_desc, x_ring, bar, stage, PICKS: gl.constexpr, TILES: gl.constexpr
-):  # fmt: skip
+def load_act(task, k, act_desc, x_ring, bar, stage, CASE: gl.constexpr):
     BK: gl.constexpr = x_ring.shape[2]
     mbarrier.expect(bar, x_ring.shape[1] * BK * 2)
-    row = task // TILES * PICKS
+    row = task // down_tiles_of(CASE) * CASE.PICKS
     tma_load(act_desc, [row, k * BK], bar, x_ring.index(stage))
 
 
 @gluon.jit
-def down_producer(
-    desc,
-    act_desc,
-    rings,
-    bars,
-    ids,
-    sizes,
-    H: gl.constexpr,
-    KSTEPS: gl.constexpr,
-    PICKS: gl.constexpr,
-    SHARE: gl.constexpr,
-    VALID: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+def down_producer(desc, act_desc, rings, bars, picks, CASE: gl.constexpr):
     ring, x_ring = rings
     full, empty = bars
-    STAGES: gl.constexpr = ring.shape[0]
-    TILES: gl.constexpr = (H + VALID - 1) // VALID
-    tasks = sizes[0] // PICKS * TILES
+    BK: gl.constexpr = ring.shape[2]
+    KSTEPS: gl.constexpr = (CASE.D + BK - 1) // BK
+    tasks = picks.R // CASE.PICKS * down_tiles_of(CASE)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     # The ids were complete before up_kernel let this launch begin.
-    experts = load_experts(ids, sizes, SLOTS)
+    experts = load_experts(picks, CASE)
     task = first + 0
     k = 0
-    for stage in range(STAGES):
+    for stage in range(CASE.STAGES):
         if task < tasks:
             bar = full.index(stage)
-            load_down(task, k, experts, desc, ring, bar, stage, H, PICKS, SHARE, VALID)
+            load_down(task, k, experts, desc, ring, bar, stage, CASE)
         task, k = next_step(task, k, programs, KSTEPS)
     gdc_wait()
     gdc_launch_dependents()
     task = first + 0
     k = 0
-    for stage in range(STAGES):
+    for stage in range(CASE.STAGES):
         if task < tasks:
-            load_act(task, k, act_desc, x_ring, full.index(stage), stage, PICKS, TILES)
+            load_act(task, k, act_desc, x_ring, full.index(stage), stage, CASE)
         task, k = next_step(task, k, programs, KSTEPS)
     stage = 0
     phase = 0
     while task < tasks:
         mbarrier.wait(empty.index(stage), phase)
         bar = full.index(stage)
-        load_down(task, k, experts, desc, ring, bar, stage, H, PICKS, SHARE, VALID)
-        load_act(task, k, act_desc, x_ring, bar, stage, PICKS, TILES)
+        load_down(task, k, experts, desc, ring, bar, stage, CASE)
+        load_act(task, k, act_desc, x_ring, bar, stage, CASE)
         task, k = next_step(task, k, programs, KSTEPS)
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
 
 
 @gluon.jit
-def load_pick(ids, sizes, weights_ptr, token, pick, PICKS: gl.constexpr):
-    """(local expert, -1 for none, and router's weight or 1) of each row's ``pick`` [TILE]."""
-    ids_ptr, map_ptr = ids
-    slot = token * PICKS + pick
-    chosen = gl.load(ids_ptr + slot, mask=pick < PICKS, other=-1, cache_modifier=".cg")
-    expert = local_expert(chosen, map_ptr, sizes[1], sizes[2])
+def load_pick(picks, weights_ptr, token, pick, CASE: gl.constexpr):
+    """(local expert, -1 for none, and router's weight or 1) of each row's ``pick`` [ROWS]."""
+    slot = token * CASE.PICKS + pick
+    chosen = gl.load(picks.ids + slot, mask=pick < CASE.PICKS, other=-1, cache_modifier=".cg")
+    expert = local_expert(chosen, picks.map, picks.num_mapped, picks.num_local)
     weight = gl.full(pick.shape, 1.0, gl.float32, pick.type.layout)
     if weights_ptr is not None:
         given = gl.load(weights_ptr + slot, mask=expert >= 0, other=0.0, cache_modifier=".cg")
@@ -115,59 +99,48 @@ def load_pick(ids, sizes, weights_ptr, token, pick, PICKS: gl.constexpr):
 
 @gluon.jit
 def store_sum(
-    value, weight, bias_ptr, bias_step, expert, at, column, out,
-    H: gl.constexpr, SHARE: gl.constexpr, VALID: gl.constexpr,
+    value, weight, bias_ptr, bias_step, expert, at, column, out, CASE: gl.constexpr
 ):  # fmt: skip
-    """The picks' values [TILE], each with its bias and weight, summed into columns of ``out``.
+    """The picks' values [ROWS], each with its bias and weight, summed into columns of ``out``.
 
-    ``at`` [TILE]: which of its pick's SHARE rows each is.
+    ``at`` [ROWS]: which of its pick's SHARE rows each is.
     """
-    live = (expert >= 0) & (at < VALID) & (column + at < H)
+    SHARE: gl.constexpr = CASE.SHARE
+    live = (expert >= 0) & (at < CASE.VALID) & (column + at < CASE.N)
     if bias_ptr is not None:
-        bias = bias_ptr + expert.to(gl.int64) * H + (column + at) * bias_step
+        bias = bias_ptr + expert.to(gl.int64) * CASE.N + (column + at) * bias_step
         value += gl.load(bias, mask=live, other=0.0).to(gl.float32)
     value = gl.where(live, value * weight, 0.0)
     total = gl.sum(gl.reshape(value, [value.shape[0] // SHARE, SHARE]), 0)
     row = gl.arange(0, SHARE, total.type.layout)
-    inside = (row < VALID) & (column + row < H)
+    inside = (row < CASE.VALID) & (column + row < CASE.N)
     gl.store(out + column + row, total.to(out.dtype.element_ty), inside)
 
 
 @gluon.jit
 def down_consumer(
-    bias_ptr,
-    weights_ptr,
-    out_ptr,
-    stride_out,
-    rings,
-    bars,
-    ids,
-    sizes,
-    H: gl.constexpr,
-    KSTEPS: gl.constexpr,
-    PICKS: gl.constexpr,
-    SHARE: gl.constexpr,
-    VALID: gl.constexpr,
-):
+    bias_ptr, weights_ptr, out_ptr, stride_out, rings, bars, picks, CASE: gl.constexpr
+):  # fmt: skip
     ring, x_ring = rings
-    TILE: gl.constexpr = ring.shape[1]
-    N: gl.constexpr = x_ring.shape[1]
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    TILES: gl.constexpr = (H + VALID - 1) // VALID
-    m = gl.arange(0, TILE, gl.SliceLayout(1, ACC))
-    n = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, ACC)), 0)
-    pick = m // SHARE
-    at = m % SHARE
+    SLOTS: gl.constexpr = x_ring.shape[1]
+    BK: gl.constexpr = ring.shape[2]
+    KSTEPS: gl.constexpr = (CASE.D + BK - 1) // BK
+    TILES: gl.constexpr = down_tiles_of(CASE)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
+    m = gl.arange(0, CASE.ROWS, gl.SliceLayout(1, ACC))
+    n = gl.expand_dims(gl.arange(0, SLOTS, gl.SliceLayout(0, ACC)), 0)
+    pick = m // CASE.SHARE
+    at = m % CASE.SHARE
     stage = 0
     phase = 0
-    for task in range(gl.program_id(0), sizes[0] // PICKS * TILES, gl.num_programs(0)):
+    for task in range(gl.program_id(0), picks.R // CASE.PICKS * TILES, gl.num_programs(0)):
         token = task // TILES
-        column = task % TILES * VALID
-        expert, weight = load_pick(ids, sizes, weights_ptr, token, pick, PICKS)
+        column = task % TILES * CASE.VALID
+        expert, weight = load_pick(picks, weights_ptr, token, pick, CASE)
         acc, stage, phase = multiply(ring, x_ring, bars, stage, phase, KSTEPS, ACC)
         value = gl.sum(gl.where(gl.expand_dims(pick, 1) == n, acc, 0.0), 1)
         out = out_ptr + token.to(gl.int64) * stride_out
-        store_sum(value, weight, bias_ptr, 1, expert, at, column, out, H, SHARE, VALID)
+        store_sum(value, weight, bias_ptr, 1, expert, at, column, out, CASE)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -183,44 +156,25 @@ def down_kernel(
     R,
     num_mapped,
     num_local,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    PICKS: gl.constexpr,
-    SLOTS: gl.constexpr,
-    TILE: gl.constexpr,
-    SHARE: gl.constexpr,
-    VALID: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
+    CASE: gl.constexpr,
 ):
-    """TILE rows, SHARE of them for each pick, VALID of those loaded."""
     dtype: gl.constexpr = desc.dtype
-    N: gl.constexpr = act_desc.block_shape[0]
-    KSTEPS: gl.constexpr = (I + BK - 1) // BK
+    SLOTS: gl.constexpr = act_desc.block_shape[0]
+    BK: gl.constexpr = act_desc.block_shape[1]
     rings = (
-        gl.allocate_shared_memory(dtype, [STAGES, TILE, BK], desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, N, BK], act_desc.layout),
+        gl.allocate_shared_memory(dtype, [CASE.STAGES, CASE.ROWS, BK], desc.layout),
+        gl.allocate_shared_memory(dtype, [CASE.STAGES, SLOTS, BK], act_desc.layout),
     )
-    bars = open_ring(STAGES, PICKS + 1)
-    ids = (ids_ptr, map_ptr)
-    sizes = (R, num_mapped, num_local)
+    bars = open_ring(CASE.STAGES, CASE.PICKS + 1)
+    picks = Picks(ids_ptr, map_ptr, R, num_mapped, num_local)
     gl.warp_specialize(
         [
             (
                 down_consumer,
-                (
-                    bias_ptr, weights_ptr, out_ptr, stride_out, rings, bars, ids, sizes, H,
-                    KSTEPS, PICKS, SHARE, VALID,
-                ),
+                (bias_ptr, weights_ptr, out_ptr, stride_out, rings, bars, picks, CASE),
             ),
-            (
-                down_producer,
-                (
-                    desc, act_desc, rings, bars, ids, sizes, H, KSTEPS, PICKS, SHARE, VALID,
-                    SLOTS,
-                ),
-            ),
+            (down_producer, (desc, act_desc, rings, bars, picks, CASE)),
         ],
         [1],
         [56],
-    )  # fmt: skip
+    )

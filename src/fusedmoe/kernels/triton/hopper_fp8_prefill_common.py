@@ -50,17 +50,6 @@ class Ring(NamedTuple):
     turns: gl.shared_memory_descriptor
 
 
-class Scales(NamedTuple):
-    """Those of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
-
-    pointer: gl.tensor
-    stride_expert: gl.tensor
-    stride_row: gl.tensor
-    shard_step: gl.tensor
-    row_step: gl.tensor
-    block: gl.tensor
-
-
 @gluon.jit
 def open_ring(w_desc, out_desc, FILLERS: gl.constexpr, CASE: gl.constexpr):
     """(ring, the output buffers of both warpgroups). FILLERS threads copy beside the TMA arrival.

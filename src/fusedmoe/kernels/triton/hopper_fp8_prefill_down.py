@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import Scales, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
     announce,
     draw,
@@ -17,7 +17,6 @@ from fusedmoe.kernels.triton.hopper_drawn import (
 )
 from fusedmoe.kernels.triton.hopper_fp8_prefill_common import (
     NO_TASK,
-    Scales,
     expect_step,
     filled,
     open_ring,

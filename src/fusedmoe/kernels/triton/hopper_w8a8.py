@@ -6,6 +6,7 @@ magnitudes of its rows, which GEMM1 has found, or by a given scale. Weights of G
 before the tables are there, those of GEMM2 before GEMM1 has ended.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.quantize import QuantizedRows
 from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, weight_views
-from fusedmoe.kernels.triton.hopper_w8a8_gemm import gemm_kernel
+from fusedmoe.kernels.triton.hopper_w8a8_gemm import StreamCase, gemm_kernel
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
@@ -25,6 +26,8 @@ from fusedmoe.tuning.w8a8_tiles import StreamTile
 ALONE, TOGETHER = 208, 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(StreamCase)
 
 
 class Rows(NamedTuple):
@@ -74,6 +77,25 @@ def gemm(
     scale_count = 0 if w.scale is None else w.scale.numel()
     group = columns if 0 < columns < D else 0
     by_groups = group > 0 or x.rounding == "group" or x.strides[2] > 0
+    case = _case(
+        N=N,
+        D=D,
+        PICKS=x.top_k,
+        ROUNDING=x.rounding,
+        E8M0=x.e8m0,
+        STEPPED=w.format.element != "int8" or by_groups,
+        GROUP=group,
+        FORMULA=act.formula,
+        GATED=act.gated,
+        EARLY=early,
+        GUESS=guess,
+        ROWS=tile.rows,
+        VALID=tile.valid,
+        SLOTS=tile.slots,
+        DEPTH=tile.depth,
+        SPAN=tile.span,
+        STAGES=tile.stages,
+    )
     _launch_gemm(
         programs * tile.programs,
         (low, high),
@@ -86,11 +108,7 @@ def gemm(
             *of_scales, row_shard_step, row_step, scale_count,
             *act.numbers,
         ),
-        (
-            N, D, x.top_k, x.rounding, w.format.element != "int8" or by_groups, group, x.e8m0,
-            act.formula or None, act.gated, early, guess, tile.rows, tile.valid, tile.slots,
-            tile.depth, tile.span, tile.stages,
-        ),
+        (case,),
         num_warps=tile.warps,
         maxnreg=ALONE if tile.programs == 1 else TOGETHER,
     )  # fmt: skip

@@ -7,7 +7,8 @@ their way. Products of 128 columns are added up in fp32 with their scales, as in
 ``hopper_w8a8_gemm``.
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +20,7 @@ from fusedmoe.kernels.triton.hopper_launch import (
     matrix_descriptor,
     weight_views,
 )
+from fusedmoe.kernels.triton.hopper_w8a8_direct_common import RoundedCase
 from fusedmoe.kernels.triton.hopper_w8a8_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_w8a8_direct_up import up_kernel
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
@@ -30,11 +32,12 @@ MAX_REGISTERS = 168
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(RoundedCase)
 
 
 class Rounding(NamedTuple):
-    """How rows are rounded: by ``group``s of 128 columns, each ``row`` by its largest magnitude, or
-    by a ``given`` scale."""
+    """How rows are rounded: ``how`` is ROUNDING of ``RoundedCase``."""
 
     how: str
     scale: torch.Tensor | None
@@ -59,41 +62,47 @@ def direct(
         (low, high),
         (x, roundings[0].scale, w1.scale, layer.w1_bias, act, topk_ids, expert_map),
         (
-            R, num_mapped, e, desc_rows, x.stride(0), *of_scales, shard_step, row_step,
+            *(R, num_mapped, e, desc_rows, x.stride(0), *of_scales, shard_step, row_step),
             *activation.numbers,
         ),
         (
-            I, H, K, roundings[0].how, *_sums(w1, roundings[0]), roundings[0].e8m0,
-            activation.formula, activation.gated, slots, tiles.up_rows, tiles.up_valid, 8,
-            tiles.up_stages,
+            _case(
+                *(I, H, K, slots, 2 * tiles.up_rows, tiles.up_valid, tiles.up_stages),
+                *(0, activation.formula, activation.gated),
+                BN=8,
+                **_rounded(w1, roundings[0]),
+            ),
         ),
         num_warps=4,
         maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    )
     _, row_step, *of_scales = weight_addresses(w2)[2:]
     _launch_down(
         programs,
         (matrix_descriptor(w2.data, I, (tiles.down_box, STEP.value)),),
         (
-            act, roundings[1].scale, w2.scale, layer.w2_bias, topk_weights, out, topk_ids,
+            *(act, roundings[1].scale, w2.scale, layer.w2_bias, topk_weights, out, topk_ids),
             expert_map,
         ),
         (out.stride(0), R, num_mapped, e, *of_scales[:2], *of_scales[3:], row_step),
         (
-            H, I, K, roundings[1].how, *_sums(w2, roundings[1]), roundings[1].e8m0, slots,
-            tiles.down_rows, tiles.down_rows // picks, tiles.down_valid, max(8, picks),
-            tiles.down_stages,
+            _case(
+                *(H, I, K, slots, tiles.down_rows, tiles.down_valid, tiles.down_stages),
+                tiles.down_rows // picks,
+                BN=max(8, picks),
+                **_rounded(w2, roundings[1]),
+            ),
         ),
         num_warps=4,
         maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    )
 
 
-def _sums(w: QuantizedTensor, rounding: Rounding) -> tuple[bool, int]:
-    """Whether products are added up by steps, and how many columns share a weight's scale, 0: all.
-
-    int8 sums are exact; where rows have one scale, they run through.
-    """
+def _rounded(w: QuantizedTensor, rounding: Rounding) -> dict[str, Any]:
+    """What a case is told of weights and of how rows are rounded. int8 sums are exact; where rows
+    have one scale, they run through."""
     columns, D = w.format.group.col, w.shape[2]
     group = columns if 0 < columns < D else 0
-    return w.format.element != "int8" or group > 0 or rounding.how == "group", group
+    stepped = w.format.element != "int8" or group > 0 or rounding.how == "group"
+    how = {"ROUNDING": rounding.how, "E8M0": rounding.e8m0}
+    return {**how, "STEPPED": stepped, "GROUP": group}

@@ -1,6 +1,8 @@
 """What both kernels of ``hopper_w8a8_direct`` do: all steps of their few rows in shared memory, and
 the products of a task with them."""
 
+from dataclasses import dataclass
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,48 +15,69 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
 from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_direct_common import DirectCase
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import scaled
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, load_span, put_span, span_layout
 from fusedmoe.kernels.triton.quantize import largest_magnitude
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundedCase(DirectCase):
+    """BN rows, rounded as ROUNDING says: by "group"s of 128 columns, each "row" by its largest
+    magnitude, or by a "given" scale; powers of two if E8M0. STEPPED: every product of 128 columns
+    is scaled by itself. GROUP: columns that share a weight's scale, 0: all."""
+
+    BN: int
+    ROUNDING: str
+    E8M0: bool
+    STEPPED: bool
+    GROUP: int
+
+
 @gluon.constexpr_function
-def padded(steps):
+def steps_of(CASE):
+    """Of 128 columns."""
+    return -(-CASE.D // STEP.value)
+
+
+@gluon.constexpr_function
+def padded_steps(CASE):
     """Steps of the rows' and scales' buffers: a power of two."""
-    return 1 << (steps - 1).bit_length()
+    return 1 << (steps_of(CASE) - 1).bit_length()
 
 
 @gluon.constexpr_function
-def steps_at_once(steps, rows):
+def steps_at_once(CASE):
     """As many steps of the rows as four warps hold in registers beside what they compute."""
-    return min(padded(steps), max(1, 64 // rows))
+    return min(padded_steps(CASE), max(1, 64 // CASE.BN))
 
 
 @gluon.jit
-def allocate_rows(DTYPE: gl.constexpr, KSTEPS: gl.constexpr, N: gl.constexpr, M: gl.constexpr,
-                  W_STEPS: gl.constexpr):  # fmt: skip
-    """Buffers (rows [steps, N, 128], their scales [steps, N], the weights' [W_STEPS, M])."""
-    AT_ONCE: gl.constexpr = steps_at_once(KSTEPS, N)
-    STEPS: gl.constexpr = (KSTEPS + AT_ONCE - 1) // AT_ONCE * AT_ONCE
+def allocate_rows(DTYPE: gl.constexpr, CASE: gl.constexpr):
+    """Buffers (rows [steps, BN, 128], their scales [steps, BN], the weights' [steps, ROWS], or one
+    step of them that is never looked at)."""
+    N: gl.constexpr = CASE.BN
+    AT_ONCE: gl.constexpr = steps_at_once(CASE)
+    STEPS: gl.constexpr = (steps_of(CASE) + AT_ONCE - 1) // AT_ONCE * AT_ONCE
+    W_STEPS: gl.constexpr = padded_steps(CASE) if CASE.GROUP > 0 else 1
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     return (
         gl.allocate_shared_memory(DTYPE, [STEPS, N, STEP], shared),
         gl.allocate_shared_memory(gl.float32, [STEPS, N], flat),
-        gl.allocate_shared_memory(gl.float32, [W_STEPS, M], flat),
+        gl.allocate_shared_memory(gl.float32, [W_STEPS, CASE.ROWS], flat),
     )
 
 
 @gluon.jit
-def load_passes(
-    x, scales, slots, first, AHEAD: gl.constexpr, AT_ONCE: gl.constexpr, N: gl.constexpr,
-    D: gl.constexpr, ROUNDING: gl.constexpr,
-):  # fmt: skip
+def load_passes(x, slots, first, AHEAD: gl.constexpr, CASE: gl.constexpr):
     """(lines of AHEAD passes from ``first`` on, what is known of their scales)."""
-    values, known = load_span(x, scales, slots, first * AT_ONCE, D, 1, N, ROUNDING)
+    AT_ONCE: gl.constexpr = steps_at_once(CASE)
+    ROUNDING: gl.constexpr = "group" if CASE.ROUNDING == "row" else CASE.ROUNDING
+    values, known = load_span(x, slots, first * AT_ONCE, CASE.D, 1, CASE.BN, ROUNDING)
     passes = (values,)
     for i in gl.static_range(1, AHEAD):
-        more, _ = load_span(x, scales, slots, (first + i) * AT_ONCE, D, 1, N, ROUNDING)
+        more, _ = load_span(x, slots, (first + i) * AT_ONCE, CASE.D, 1, CASE.BN, ROUNDING)
         passes += (more,)  # type: ignore[assignment]
     return passes, known
 
@@ -69,33 +92,31 @@ def larger_lines(most, passes):
 
 
 @gluon.jit
-def bring_rows(
-    x, scales, first_row, rows, buffers, D: gl.constexpr, AT_ONCE: gl.constexpr,
-    ROUNDING: gl.constexpr, E8M0: gl.constexpr,
-):  # fmt: skip
-    """Rows first_row, ... of x, ``rows`` of them, to the buffers, for all steps.
+def bring_rows(x, first_row, rows, buffers, CASE: gl.constexpr):
+    """Rows first_row, ... of x (``RowPointers``), ``rows`` of them, to the buffers, for all steps.
 
-    x, scales and ROUNDING as in ``hopper_w8a8_rows``; ``row``: by the largest magnitude of a whole
-    row, which is found here. A pass is AT_ONCE steps; two are asked for before the first is needed.
+    The largest magnitude of a whole row is found here. A pass is as many steps as are taken at
+    once; two are asked for before the first is needed.
     """
     x_rows = buffers[0]
-    N: gl.constexpr = x_rows.shape[1]
+    N: gl.constexpr = CASE.BN
+    E8M0: gl.constexpr = CASE.E8M0
+    AT_ONCE: gl.constexpr = steps_at_once(CASE)
     LINES: gl.constexpr = AT_ONCE * N
     PASSES: gl.constexpr = x_rows.shape[0] // AT_ONCE
     AHEAD: gl.constexpr = 2 - PASSES % 2
-    LOADED: gl.constexpr = "group" if ROUNDING == "row" else ROUNDING
-    PUT: gl.constexpr = "largest" if ROUNDING == "row" else ROUNDING
+    PUT: gl.constexpr = "largest" if CASE.ROUNDING == "row" else CASE.ROUNDING
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x_lines = reinterpret(x_rows, x_rows.dtype, [PASSES, LINES, STEP], x_rows.layout)
     scale_lines = reinterpret(buffers[1], gl.float32, [PASSES, LINES], flat)
     by_line: gl.constexpr = gl.SliceLayout(1, span_layout(gl.num_warps(), STEP))
     place = gl.arange(0, LINES, by_line) % N
     slots = gl.where(place < rows, first_row + place, -1)
-    passes, known = load_passes(x, scales, slots, 0, AHEAD, AT_ONCE, N, D, LOADED)
-    if ROUNDING == "row":
+    passes, known = load_passes(x, slots, 0, AHEAD, CASE)
+    if CASE.ROUNDING == "row":
         most = larger_lines(gl.zeros([LINES], gl.float32, by_line), passes)
         for first in range(AHEAD, PASSES, AHEAD):
-            more, _ = load_passes(x, scales, slots, first, AHEAD, AT_ONCE, N, D, LOADED)
+            more, _ = load_passes(x, slots, first, AHEAD, CASE)
             most = larger_lines(most, more)
         pairs: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, gl.num_warps()], [1, 0])
         steps = gl.convert_layout(gl.reshape(most, [AT_ONCE, N]), pairs)
@@ -103,31 +124,30 @@ def bring_rows(
         whole += gl.zeros([AT_ONCE, N], gl.float32, pairs)
         known = gl.convert_layout(gl.reshape(whole, [LINES]), by_line)
     for i in gl.static_range(AHEAD):
-        put_span(passes[i], known, x_lines.index(i), scale_lines.index(i), x_rows.dtype, E8M0, PUT)
+        put_span(passes[i], known, x_lines.index(i), scale_lines.index(i), E8M0, PUT)
     for first in range(AHEAD, PASSES, AHEAD):
-        more, _ = load_passes(x, scales, slots, first, AHEAD, AT_ONCE, N, D, LOADED)
+        more, _ = load_passes(x, slots, first, AHEAD, CASE)
         for i in gl.static_range(AHEAD):
             to, to_scales = x_lines.index(first + i), scale_lines.index(first + i)
-            put_span(more[i], known, to, to_scales, x_rows.dtype, E8M0, PUT)
+            put_span(more[i], known, to, to_scales, E8M0, PUT)
     fence_async_shared()
     barrier()
 
 
 @gluon.jit
 def multiply_rows(
-    ring, buffers, bars, stage, phase, KSTEPS: gl.constexpr, STEPPED: gl.constexpr,
-    BY_STEP: gl.constexpr, ACC: gl.constexpr,
+    ring, buffers, bars, stage, phase, CASE: gl.constexpr, ACC: gl.constexpr
 ):  # fmt: skip
-    """The products of one task in fp32, [rows of the ring, N], with all scales but a weight's own
-    where it has one for its row (not BY_STEP)."""
+    """The products of one task in fp32, [ROWS, BN], with all scales but a weight's own where it has
+    one for its row (no GROUP)."""
+    STEPPED: gl.constexpr = CASE.STEPPED
     full, empty = bars
     x_rows = buffers[0]
-    STAGES: gl.constexpr = ring.shape[0]
-    M: gl.constexpr = ring.shape[1]
-    N: gl.constexpr = x_rows.shape[1]
+    M: gl.constexpr = CASE.ROWS
+    N: gl.constexpr = CASE.BN
     SUM: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
     total = gl.zeros([M, N], gl.float32 if STEPPED else SUM, ACC)
-    for k in range(KSTEPS):
+    for k in range(steps_of(CASE)):
         mbarrier.wait(full.index(stage), phase)
         x = x_rows.index(k).permute((1, 0))
         if STEPPED:
@@ -140,8 +160,8 @@ def multiply_rows(
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         if STEPPED:
-            total += scaled(part, buffers, k, BY_STEP)
-        stage, phase = next_stage(stage, phase, STAGES)
+            total += scaled(part, buffers, k, CASE.GROUP > 0)
+        stage, phase = next_stage(stage, phase, CASE.STAGES)
     total = total.to(gl.float32)
     if not STEPPED:
         total *= gl.expand_dims(buffers[1].index(0).load(gl.SliceLayout(0, ACC)), 0)

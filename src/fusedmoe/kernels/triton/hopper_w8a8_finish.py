@@ -68,13 +68,17 @@ def row_number(ptr, row, step, inside):
 @gluon.jit
 def finish_task(
     total, expert, column, slots, bias_ptr, out_ptr, largest_ptr, bias_steps, numbers,
-    FORMULA: gl.constexpr, GATED: gl.constexpr, VALID: gl.constexpr, N: gl.constexpr,
+    CASE: gl.constexpr,
 ):  # fmt: skip
     """Bias, activation and store of total [rows of a tile, BN], whose features begin at ``column``.
 
     slots [BN] in the layout of ``store_rows``, -1 for none; bias_steps: (from shard to shard, from
     row to row); numbers: (limit, alpha, beta).
     """
+    N: gl.constexpr = CASE.N
+    VALID: gl.constexpr = CASE.VALID
+    GATED: gl.constexpr = CASE.GATED
+    FORMULA: gl.constexpr = CASE.FORMULA
     upper, lower = upper_and_lower(total)
     m = column + gl.arange(0, upper.shape[0], gl.SliceLayout(1, upper.type.layout))
     high = m if GATED else m + VALID
@@ -85,7 +89,7 @@ def finish_task(
         lower += row_number(bias_at + apart, high, bias_steps[1], high < N)
     if GATED:
         upper = hopper_activation(FORMULA, upper, lower, numbers[0], numbers[1], numbers[2])
-    elif FORMULA is not None:
+    elif FORMULA != "":
         upper = plain_activation(FORMULA, upper)
         lower = plain_activation(FORMULA, lower)
     end = gl.minimum(column + VALID, N)

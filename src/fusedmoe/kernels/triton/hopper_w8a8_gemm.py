@@ -7,6 +7,8 @@ Every product of 128 columns is added to the sum in fp32, with its scales: tenso
 of longer fp8 sums. int8 sums are exact; where rows have one scale, they run through.
 """
 
+from dataclasses import dataclass
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,9 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import barrier, reinterpret
-from fusedmoe.kernels.triton.hopper_common import known, next_stage, open_barriers
+from fusedmoe.kernels.triton.hopper_common import (
+    Scales,
+    known,
+    next_stage,
+    open_barriers,
+    tiles_of,
+    wide_of,
+)
 from fusedmoe.kernels.triton.hopper_w8a8_finish import features_layout, finish_task
-from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP, find_rows, load_span, put_span
+from fusedmoe.kernels.triton.hopper_w8a8_rows import (
+    STEP,
+    RowPointers,
+    find_rows,
+    load_span,
+    put_span,
+)
 from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     are_all,
     ask_for_scales,
@@ -30,11 +45,45 @@ from fusedmoe.kernels.triton.hopper_w8a8_tasks import (
     guessed_experts,
     load_scales,
     row_scales,
+    stages_of,
     stored_expert,
 )
 from fusedmoe.kernels.triton.quantized_common import float_scale
 
 UNSPECIALIZED = ("R", "blocks", "num_local", "desc_rows", "scale_count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCase:
+    """What is constant in a launch: products of D columns with the weights of N features; PICKS
+    slots share a row, which is rounded as ROUNDING says (``hopper_w8a8_rows``). STEPPED: every
+    product of 128 columns is scaled by itself. GROUP: columns that share a weight's scale, 0: all.
+
+    EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
+    GUESS: they are loaded before the tables are there, as if every expert had one block; where that
+    was wrong, again.
+
+    A tile has ROWS weight rows, of each half VALID loaded, and SLOTS slots. The ring has STAGES of
+    DEPTH steps; a span of rows has SPAN steps.
+    """
+
+    N: int
+    D: int
+    PICKS: int
+    ROUNDING: str
+    E8M0: bool
+    STEPPED: bool
+    GROUP: int
+    FORMULA: str
+    GATED: bool
+    EARLY: bool
+    GUESS: bool
+    ROWS: int
+    VALID: int
+    SLOTS: int
+    DEPTH: int
+    SPAN: int
+    STAGES: int
 
 
 @gluon.jit
@@ -49,16 +98,16 @@ def scaled(part, spans, step, BY_STEP: gl.constexpr):
 
 
 @gluon.jit
-def add_products(
-    total, ring, spans, stage, k, DEPTH: gl.constexpr, STEPPED: gl.constexpr, BY_STEP: gl.constexpr
-):
+def add_products(total, ring, spans, stage, k, CASE: gl.constexpr):
     """total + the products of a stage, DEPTH steps. spans: (rows, their scales, the weights')."""
+    DEPTH: gl.constexpr = CASE.DEPTH
+    BY_STEP: gl.constexpr = CASE.GROUP > 0
     SUM: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
     first = ring.index(stage * DEPTH)
     x_first = spans[0].index(k * DEPTH).permute((1, 0))
     second = ring.index(stage * DEPTH + DEPTH - 1)
     x_second = spans[0].index(k * DEPTH + DEPTH - 1).permute((1, 0))
-    if not STEPPED:
+    if not CASE.STEPPED:
         total = warpgroup_mma(first, x_first, total, is_async=True)
         if DEPTH == 2:
             total = warpgroup_mma(second, x_second, total, is_async=True)
@@ -109,68 +158,45 @@ def gemm_kernel(
     limit,
     alpha,
     beta,
-    N: gl.constexpr,
-    D: gl.constexpr,
-    TOP_K: gl.constexpr,
-    ROUNDING: gl.constexpr,
-    STEPPED: gl.constexpr,
-    GROUP: gl.constexpr,
-    E8M0: gl.constexpr,
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    EARLY: gl.constexpr,
-    GUESS: gl.constexpr,
-    TILE: gl.constexpr,
-    VALID: gl.constexpr,
-    BN: gl.constexpr,
-    DEPTH: gl.constexpr,
-    SPAN: gl.constexpr,
-    STAGES: gl.constexpr,
+    CASE: gl.constexpr,
 ):
-    """ROUNDING as in ``hopper_w8a8_rows``; GROUP: columns that share a weight's scale, 0: all.
-
-    EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
-    GUESS: they are loaded before the tables are there, as if every expert had one block; where that
-    was wrong, again. largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes
-    of out's rows. blocks: that the tables have room for; behind those in use lies nothing that is
-    alive, so what they say of the first tasks is asked for all at once.
-    """
+    """largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes of out's rows.
+    blocks: that the tables have room for; behind those in use lies nothing that is alive, so what
+    they say of the first tasks is asked for all at once."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = low_desc.dtype
-    TOTAL: gl.constexpr = gl.int32 if gl.int8 == DTYPE and not STEPPED else gl.float32
-    HALF: gl.constexpr = TILE // 2
-    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
-    STAGE_COLUMNS: gl.constexpr = DEPTH * STEP
-    KSTEPS: gl.constexpr = (D + STAGE_COLUMNS - 1) // STAGE_COLUMNS
-    PER_SPAN: gl.constexpr = SPAN // DEPTH
+    TOTAL: gl.constexpr = gl.int32 if gl.int8 == DTYPE and not CASE.STEPPED else gl.float32
+    ROWS: gl.constexpr = CASE.ROWS
+    BN: gl.constexpr = CASE.SLOTS
+    SPAN: gl.constexpr = CASE.SPAN
+    STAGES: gl.constexpr = CASE.STAGES
+    ROUNDING: gl.constexpr = CASE.ROUNDING
+    KSTEPS: gl.constexpr = stages_of(CASE)
+    PER_SPAN: gl.constexpr = SPAN // CASE.DEPTH
     SPANS: gl.constexpr = (KSTEPS + PER_SPAN - 1) // PER_SPAN
-    TILES: gl.constexpr = (N + WIDE - 1) // WIDE
-    LINES: gl.constexpr = SPAN * BN
+    TILES: gl.constexpr = tiles_of(CASE)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 32])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_slot: gl.constexpr = gl.SliceLayout(0, mma)
-    by_column: gl.constexpr = gl.SliceLayout(0, features_layout(HALF, WARPS))
+    by_column: gl.constexpr = gl.SliceLayout(0, features_layout(ROWS // 2, WARPS))
     x_shared: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=8, rank=2
     )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ring = gl.allocate_shared_memory(DTYPE, [STAGES * DEPTH, TILE, STEP], low_desc.layout)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * CASE.DEPTH, ROWS, STEP], low_desc.layout)
     x_span = gl.allocate_shared_memory(DTYPE, [SPAN, BN, STEP], x_shared)
     scale_span = gl.allocate_shared_memory(gl.float32, [SPAN, BN], flat)
-    BY_STEP: gl.constexpr = GROUP > 0
+    BY_STEP: gl.constexpr = CASE.GROUP > 0
     # A step of the weights' scales where they do not change by steps is never looked at.
-    w_span = gl.allocate_shared_memory(gl.float32, [SPAN if BY_STEP else 1, TILE], flat)
+    w_span = gl.allocate_shared_memory(gl.float32, [SPAN if BY_STEP else 1, ROWS], flat)
     w_all = reinterpret(
-        w_span, gl.float32, [w_span.shape[0], TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        w_span, gl.float32, [w_span.shape[0], ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     spans = (x_span, scale_span, w_span)
     bars = open_barriers(STAGES, 0)
     descs = (low_desc, high_desc)
-    x_from = (x_ptr, stride_x)
-    x_scales = (x_scale_ptr, stride_xs, stride_xg)
-    strides = (stride_se, stride_sn)
-    steps = (scale_shard_step, scale_row_step, scale_block)
-
+    x = RowPointers(x_ptr, stride_x, x_scale_ptr, stride_xs, stride_xg)
+    scales = Scales(scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
     sizes = (num_local, desc_rows, below)
     # So many tasks the ring's first filling takes in, and so far ahead of the products it may be;
     # slots and experts are asked for a task before that.
@@ -178,27 +204,24 @@ def gemm_kernel(
     queue = first_tasks(FILLED)
     if BY_STEP:
         ask_for_scales(scale_ptr, scale_count)
-    if GUESS:
+    if CASE.GUESS:
         guess = guessed_experts(queue, num_local, TILES)
         guessed = queue[FILLED - 1] < TILES * num_local
         if guessed:
             for stage in range(STAGES):
-                fill(
-                    stage, stage, queue, guess, TILES * num_local, descs, ring, bars, sizes,
-                    KSTEPS, TILES, VALID, GATED,
-                )  # fmt: skip
-    if not EARLY:
+                fill(stage, stage, queue, guess, TILES * num_local, descs, ring, bars, sizes, CASE)
+    if not CASE.EARLY:
         gdc_wait()
         gdc_launch_dependents()
     tasks = gl.load(num_post_ptr, cache_modifier=".cg") // BN * TILES
     places = blocks * TILES
     experts = experts_of(queue, places, experts_ptr, TILES)
-    slots = find_rows(queue[0], places, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    slots = find_rows(queue[0], places, sorted_ptr, R, CASE)
     second = queue[FILLED - 1] + gl.num_programs(0)
     second_expert = stored_expert(second, places, experts_ptr, TILES)
     phase = 0
     filled = False
-    if GUESS:
+    if CASE.GUESS:
         filled = guessed & are_all(experts, guess, queue, tasks)
         if guessed & (not filled):
             phase = 1
@@ -206,22 +229,16 @@ def gemm_kernel(
                 mbarrier.wait(bars.index(stage), 0)
     if not filled:
         for stage in range(STAGES):
-            fill(
-                stage, stage, queue, experts, tasks, descs, ring, bars, sizes, KSTEPS, TILES,
-                VALID, GATED,
-            )  # fmt: skip
+            fill(stage, stage, queue, experts, tasks, descs, ring, bars, sizes, CASE)
     queue += (second,)
     experts += (second_expert,)
-    next_slots = find_rows(queue[1], places, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+    next_slots = find_rows(queue[1], places, sorted_ptr, R, CASE)
     if BY_STEP:
-        w_scales = load_scales(
-            scale_ptr, strides, steps, queue[0], known(experts[0], num_local), 0, N, D, TILE,
-            VALID, TILES, SPAN, GATED, GROUP,
-        )  # fmt: skip
-    if EARLY:
+        w_scales = load_scales(scales, queue[0], known(experts[0], num_local), 0, SPAN, CASE)
+    if CASE.EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    values, known_scales = load_span(x_from, x_scales, slots, 0, D, TOP_K, BN, ROUNDING)
+    values, known_scales = load_span(x, slots, 0, CASE.D, CASE.PICKS, BN, ROUNDING)
     stage = 0
     while queue[0] < tasks:
         task = queue[0]
@@ -233,12 +250,10 @@ def gemm_kernel(
             sorted_ptr + task // TILES * BN + gl.arange(0, BN, by_column), cache_modifier=".cg"
         )
         if not BY_STEP:
-            w_scale = row_scales(
-                scale_ptr, strides, steps, task, expert, N, TILE, VALID, TILES, GATED, by_row
-            )
-        total = gl.zeros([TILE, BN], TOTAL, mma)
+            w_scale = row_scales(scales, task, expert, CASE, by_row)
+        total = gl.zeros([ROWS, BN], TOTAL, mma)
         for span in range(SPANS):
-            put_span(values, known_scales, x_span, scale_span, DTYPE, E8M0, ROUNDING)
+            put_span(values, known_scales, x_span, scale_span, CASE.E8M0, ROUNDING)
             if BY_STEP:
                 w_all.store(float_scale(w_scales))
             fence_async_shared()
@@ -246,34 +261,32 @@ def gemm_kernel(
             last = span + 1 == SPANS
             first = gl.where(last, 0, (span + 1) * SPAN)
             slots = gl.where(last, next_slots, slots)
-            values, known_scales = load_span(x_from, x_scales, slots, first, D, TOP_K, BN, ROUNDING)
+            values, known_scales = load_span(x, slots, first, CASE.D, CASE.PICKS, BN, ROUNDING)
             if BY_STEP:
-                w_scales = load_scales(
-                    scale_ptr, strides, steps, gl.where(last, queue[1], task),
-                    gl.where(last, known(experts[1], num_local), expert), first, N, D, TILE,
-                    VALID, TILES, SPAN, GATED, GROUP,
-                )  # fmt: skip
+                coming_task = gl.where(last, queue[1], task)
+                coming_expert = gl.where(last, known(experts[1], num_local), expert)
+                w_scales = load_scales(scales, coming_task, coming_expert, first, SPAN, CASE)
             if last:
-                next_slots = find_rows(queue[2], tasks, sorted_ptr, R, TILES, BN, LINES, ROUNDING)
+                next_slots = find_rows(queue[2], tasks, sorted_ptr, R, CASE)
             for k in range(gl.minimum(PER_SPAN, KSTEPS - span * PER_SPAN)):
                 mbarrier.wait(bars.index(stage), phase)
-                total = add_products(total, ring, spans, stage, k, DEPTH, STEPPED, BY_STEP)
+                total = add_products(total, ring, spans, stage, k, CASE)
                 barrier()
                 fill(
                     span * PER_SPAN + k + STAGES, stage, queue, experts, tasks, descs, ring, bars,
-                    sizes, KSTEPS, TILES, VALID, GATED,
+                    sizes, CASE,
                 )  # fmt: skip
                 stage, phase = next_stage(stage, phase, STAGES)
 
-        column = task % TILES * WIDE
+        column = task % TILES * wide_of(CASE)
         total = total.to(gl.float32)
-        if not STEPPED:
+        if not CASE.STEPPED:
             total *= gl.expand_dims(scale_span.index(0).load(by_slot), 0)
         if not BY_STEP:
             total *= gl.expand_dims(float_scale(w_scale), 1)
         finish_task(
             total, expert, column, gl.where(out_slots < R, out_slots, -1), bias_ptr, out_ptr,
-            largest_ptr, (row_shard_step, row_step), (limit, alpha, beta), FORMULA, GATED, VALID, N,
+            largest_ptr, (row_shard_step, row_step), (limit, alpha, beta), CASE,
         )  # fmt: skip
         queue = queue[1:]
         experts = experts[1:]

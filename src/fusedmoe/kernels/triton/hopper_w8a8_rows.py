@@ -10,13 +10,27 @@ largest  of a whole row, whose largest magnitude is given
 given    one number for all of them
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusedmoe.kernels.triton.gluon_names import reinterpret
+from fusedmoe.kernels.triton.hopper_common import tiles_of
 from fusedmoe.kernels.triton.quantize import LEAST, LEAST_OF_ROW, quantized, scale_from, scale_of
 
 STEP = gl.constexpr(128)
+
+
+class RowPointers(NamedTuple):
+    """Where rows begin and how far apart they are, in elements; and their scales, from row to row
+    and from group to group."""
+
+    rows: gl.tensor
+    stride: gl.tensor
+    scales: gl.tensor
+    scale_stride: gl.tensor
+    group_stride: gl.tensor
 
 
 @gluon.constexpr_function
@@ -32,30 +46,25 @@ def elements_of(ROUNDING):
 
 
 @gluon.jit
-def find_rows(
-    task, tasks, sorted_ptr, R, TILES: gl.constexpr, BN: gl.constexpr, LINES: gl.constexpr,
-    ROUNDING: gl.constexpr,
-):  # fmt: skip
-    """Slots [LINES] of a task's block, line after line of a span; -1 for places without one."""
+def find_rows(task, tasks, sorted_ptr, R, CASE: gl.constexpr):
+    """Slots [SPAN * SLOTS] of a task's block, line after line of a span; -1 for places without
+    one."""
+    ROUNDING: gl.constexpr = CASE.ROUNDING
     columns: gl.constexpr = elements_of(ROUNDING)
     layout: gl.constexpr = gl.SliceLayout(1, span_layout(gl.num_warps(), columns))
-    place = gl.arange(0, LINES, layout) % BN
-    at = sorted_ptr + task // TILES * BN + place
-    slots = gl.load(at, (place < BN) & (task < tasks), -1, cache_modifier=".cg")
+    place = gl.arange(0, CASE.SPAN * CASE.SLOTS, layout) % CASE.SLOTS
+    at = sorted_ptr + task // tiles_of(CASE) * CASE.SLOTS + place
+    slots = gl.load(at, (place < CASE.SLOTS) & (task < tasks), -1, cache_modifier=".cg")
     return gl.where(slots < R, slots, -1)
 
 
 @gluon.jit
 def load_span(
-    x, scales, slots, first, D: gl.constexpr, TOP_K: gl.constexpr, BN: gl.constexpr,
+    x, slots, first, D: gl.constexpr, TOP_K: gl.constexpr, BN: gl.constexpr,
     ROUNDING: gl.constexpr,
 ):  # fmt: skip
     """(elements [LINES, *] of 128 columns each, step after step from ``first`` on; what is known of
-    their scales [LINES]).
-
-    x: (pointer, stride) in elements; scales: (pointer, stride of rows, stride of groups). Lines of
-    no slot and columns past D are 0.
-    """
+    their scales [LINES]). Lines of no slot and columns past D are 0."""
     LINES: gl.constexpr = slots.shape[0]
     COLUMNS: gl.constexpr = elements_of(ROUNDING)
     layout: gl.constexpr = span_layout(gl.num_warps(), COLUMNS)
@@ -65,24 +74,24 @@ def load_span(
     row = (gl.where(live, slots, 0) // TOP_K).to(gl.int64)
     element = gl.expand_dims(step * COLUMNS, 1) + gl.expand_dims(element, 0)
     inside = gl.expand_dims(live, 1) & (element < D * COLUMNS // STEP)
-    at = x[0] + gl.expand_dims(row * x[1], 1) + element
+    at = x.rows + gl.expand_dims(row * x.stride, 1) + element
     values = gl.load(at, inside, 0, cache_modifier=".cg")
     if ROUNDING == "group":
         known = gl.zeros([LINES], gl.float32, gl.SliceLayout(1, layout))
     elif ROUNDING == "given":
-        known = gl.zeros([LINES], gl.float32, gl.SliceLayout(1, layout)) + gl.load(scales[0])
+        known = gl.zeros([LINES], gl.float32, gl.SliceLayout(1, layout)) + gl.load(x.scales)
     else:
-        at = scales[0] + row * scales[1] + gl.minimum(step, (D - 1) // STEP) * scales[2]
+        at = x.scales + row * x.scale_stride + gl.minimum(step, (D - 1) // STEP) * x.group_stride
         known = gl.load(at, live, 1.0, cache_modifier=".cg").to(gl.float32, bitcast=True)
     return values, known
 
 
 @gluon.jit
 def put_span(
-    values, known, x_span, scale_span, DTYPE: gl.constexpr, E8M0: gl.constexpr,
-    ROUNDING: gl.constexpr,
+    values, known, x_span, scale_span, E8M0: gl.constexpr, ROUNDING: gl.constexpr
 ):  # fmt: skip
     """Copy a span to shared memory, in 8 bits, with its scales."""
+    DTYPE: gl.constexpr = x_span.dtype
     LINES: gl.constexpr = values.shape[0]
     if ROUNDING == "stored":
         scale = known

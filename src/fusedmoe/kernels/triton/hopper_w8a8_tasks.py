@@ -10,10 +10,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusedmoe.kernels.triton.gluon_names import tma_load
-from fusedmoe.kernels.triton.hopper_common import known
+from fusedmoe.kernels.triton.hopper_common import known, tiles_of, wide_of
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 
 LINE_WORDS = gl.constexpr(32)
+
+
+@gluon.constexpr_function
+def stages_of(CASE):
+    """Stages that a task takes."""
+    return -(-CASE.D // (CASE.DEPTH * STEP.value))
 
 
 @gluon.jit
@@ -60,8 +66,7 @@ def are_all(experts, guess, queue, tasks):
 
 @gluon.jit
 def fill(
-    stages, stage, queue, experts, tasks, descs, ring, bars, sizes, KSTEPS: gl.constexpr,
-    TILES: gl.constexpr, VALID: gl.constexpr, GATED: gl.constexpr,
+    stages, stage, queue, experts, tasks, descs, ring, bars, sizes, CASE: gl.constexpr
 ):  # fmt: skip
     """Load what comes so many ``stages`` after the first one of the queue's first task, if anything
     does, into the ring's ``stage``.
@@ -69,10 +74,10 @@ def fill(
     sizes: (local experts, rows of one of them in the views, how far below the rows of the first
     view those of the second lie).
     """
-    DEPTH: gl.constexpr = ring.shape[0] // bars.shape[0]
-    HALF: gl.constexpr = ring.shape[1] // 2
+    KSTEPS: gl.constexpr = stages_of(CASE)
+    DEPTH: gl.constexpr = CASE.DEPTH
+    VALID: gl.constexpr = CASE.VALID
     BOX: gl.constexpr = descs[0].block_shape[0]
-    WIDE: gl.constexpr = VALID if GATED else 2 * VALID
     num_local, desc_rows, below = sizes
     later = stages // KSTEPS
     task = queue[0]
@@ -81,7 +86,7 @@ def fill(
         task = gl.where(later == i, queue[i], task)
         expert = gl.where(later == i, experts[i], expert)
     if task < tasks:
-        row = known(expert, num_local) * desc_rows + task % TILES * WIDE
+        row = known(expert, num_local) * desc_rows + task % tiles_of(CASE) * wide_of(CASE)
         byte = stages % KSTEPS * (DEPTH * STEP)
         bar = bars.index(stage)
         mbarrier.expect(bar, DEPTH * 2 * VALID * STEP)
@@ -89,22 +94,26 @@ def fill(
             part = ring.index(stage * DEPTH + step)
             at = byte + step * STEP
             for first in gl.static_range(0, VALID, BOX):
-                low, high = part.slice(first, BOX, 0), part.slice(HALF + first, BOX, 0)
+                low = part.slice(first, BOX, 0)
+                high = part.slice(CASE.ROWS // 2 + first, BOX, 0)
                 tma_load(descs[0], [row + first, at], bar, low)
                 tma_load(descs[1], [row + below + first, at], bar, high)
 
 
 @gluon.jit
-def tile_features(
-    tile, N, TILE: gl.constexpr, VALID: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """(shard, feature) of the rows [TILE] of a tile; features past N - 1 are taken for it."""
-    HALF: gl.constexpr = TILE // 2
-    m = gl.arange(0, TILE, LAYOUT)
-    if GATED:
-        return m // HALF, gl.minimum(tile * VALID + m % HALF, N - 1)
+def scales_at(scales, task, CASE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which scale of its expert's each row [ROWS] of a task's tile has; features past the last are
+    taken for it."""
+    HALF: gl.constexpr = CASE.ROWS // 2
+    tile = task % tiles_of(CASE)
+    m = gl.arange(0, CASE.ROWS, LAYOUT)
+    if CASE.GATED:
+        shard = m // HALF
+        feature = gl.minimum(tile * CASE.VALID + m % HALF, CASE.N - 1)
     else:
-        return m * 0, gl.minimum((2 * tile + m // HALF) * VALID + m % HALF, N - 1)
+        shard = m * 0
+        feature = gl.minimum((2 * tile + m // HALF) * CASE.VALID + m % HALF, CASE.N - 1)
+    return shard * scales.shard_step + feature // scales.block * scales.row_step
 
 
 @gluon.jit
@@ -138,31 +147,20 @@ def scales_layout(TILE, num_warps):
 
 
 @gluon.jit
-def load_scales(
-    scale_ptr, strides, steps, task, expert, first, N: gl.constexpr, D: gl.constexpr,
-    TILE: gl.constexpr, VALID: gl.constexpr, TILES: gl.constexpr, SPAN: gl.constexpr,
-    GATED: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """Scales [SPAN, TILE] of a tile's rows, for each step from ``first`` on.
-
-    strides: (of experts, of rows); steps: (from shard to shard, from row to row, rows that share a
-    scale); GROUP: columns that do.
-    """
-    layout: gl.constexpr = scales_layout(TILE, gl.num_warps())
-    shard, feature = tile_features(task % TILES, N, TILE, VALID, GATED, gl.SliceLayout(0, layout))
-    at = shard * steps[0] + feature // steps[2] * steps[1]
+def load_scales(scales, task, expert, first, SPAN: gl.constexpr, CASE: gl.constexpr):
+    """Scales [SPAN, ROWS] of a tile's rows, for each step from ``first`` on."""
+    layout: gl.constexpr = scales_layout(CASE.ROWS, gl.num_warps())
+    at = scales_at(scales, task, CASE, gl.SliceLayout(0, layout))
     column = (first + gl.arange(0, SPAN, gl.SliceLayout(1, layout))) * STEP
-    group = gl.minimum(column, D - 1) // GROUP
-    row = scale_ptr + expert.to(gl.int64) * strides[0] + gl.expand_dims(at * strides[1], 0)
+    group = gl.minimum(column, CASE.D - 1) // CASE.GROUP
+    own = scales.pointer + expert.to(gl.int64) * scales.stride_expert
+    row = own + gl.expand_dims(at * scales.stride_row, 0)
     return gl.load(row + gl.expand_dims(group, 1))
 
 
 @gluon.jit
-def row_scales(
-    scale_ptr, strides, steps, task, expert, N: gl.constexpr, TILE: gl.constexpr,
-    VALID: gl.constexpr, TILES: gl.constexpr, GATED: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Scales [TILE] of a tile's rows that have one each."""
-    shard, feature = tile_features(task % TILES, N, TILE, VALID, GATED, LAYOUT)
-    at = shard * steps[0] + feature // steps[2] * steps[1]
-    return gl.load(scale_ptr + expert.to(gl.int64) * strides[0] + at * strides[1])
+def row_scales(scales, task, expert, CASE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales [ROWS] of a tile's rows that have one each."""
+    at = scales_at(scales, task, CASE, LAYOUT)
+    own = scales.pointer + expert.to(gl.int64) * scales.stride_expert
+    return gl.load(own + at * scales.stride_row)
