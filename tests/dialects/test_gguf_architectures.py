@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_cases import CASES
 from gguf_files import write_gguf
 from gguf_models import Case, all_keys, file_tensors, write_model
+from gguf_sigmoid_cases import SIGMOID_CASES
+from gguf_softmax_cases import SOFTMAX_CASES
 
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli import main
-from fusedmoe.integrations.transformers.gguf.table import ARCHITECTURES
+from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES
 
 pytest.importorskip("transformers")
+CASES = [*SOFTMAX_CASES, *SIGMOID_CASES]
 PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
 
 

@@ -13,8 +13,8 @@ import torch
 from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError
 from fusedmoe.integrations.transformers.gguf.architecture import WHOLE, Architecture
 from fusedmoe.integrations.transformers.gguf.header import Header
+from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES, architecture_of
 from fusedmoe.integrations.transformers.gguf.steps import Join
-from fusedmoe.integrations.transformers.gguf.table import ARCHITECTURES, architecture_of
 from fusedmoe.integrations.transformers.sources import LazyTensor
 from fusedmoe.quantization.dialects import LayerSchemes, Matrix
 from fusedmoe.quantization.dialects.base import read_matrix

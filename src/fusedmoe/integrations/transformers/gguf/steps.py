@@ -26,6 +26,11 @@ def as_row(header: Header, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
 
+def stacked(header: Header, *parts: torch.Tensor) -> torch.Tensor:
+    """Rows of one below those of another."""
+    return torch.cat(parts)
+
+
 def keys_and_values(header: Header, k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:
     """What makes keys and values of the latent, as one: [heads * (K + V), R].
 

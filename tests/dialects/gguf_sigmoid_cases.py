@@ -1,4 +1,4 @@
-"""One tiny model for each kind of GGUF file: sizes of the original, keys and changes of its file.
+"""GGUF files of DeepSeek and its kin: sizes of the originals, keys and changes.
 
 What converters write is spelled out here, from their documentation and code.
 """
@@ -8,19 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gguf_models import Case, Stored, pairs
-
-
-def llama(config: Any, name: str, tensor: torch.Tensor) -> Stored:
-    """Heads of the original turn half with half, those of the file neighbour with neighbour."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    count = heads.get(name.split(".")[-2])
-    yield name, tensor if count is None else pairs(tensor, count)
-
-
-def gpt_oss(config: Any, name: str, tensor: torch.Tensor) -> Stored:
-    yield f"{name}.weight" if name.endswith("sinks") else name, tensor
-
+from gguf_models import Case, Stored
 
 DEEPSEEK_SIZES = {
     "num_hidden_layers": 3,
@@ -151,48 +139,7 @@ DEEPSEEK = [
         plain=("attn_k_b",),
     ),
 ]
-CASES = [
-    Case(
-        architecture="llama",
-        model_type="mixtral",
-        sizes={
-            "num_local_experts": 4,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        keys={"LLM.EXPERT_COUNT": 4, "LLM.VOCAB_SIZE": 96, "Rope.DIMENSION_COUNT": 16},
-        change=llama,
-    ),
-    Case(
-        architecture="gpt-oss",
-        model_type="gpt_oss",
-        sizes={
-            "num_local_experts": 4,
-            "head_dim": 16,
-            "sliding_window": 4,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 4096,
-            },
-        },
-        keys={
-            "LLM.EXPERT_COUNT": 4,
-            "LLM.EXPERT_FEED_FORWARD_LENGTH": 96,
-            "Attention.KEY_LENGTH": 16,
-            "Attention.VALUE_LENGTH": 16,
-            "Attention.SLIDING_WINDOW": 4,
-            "Rope.SCALING_TYPE": "yarn",
-            "Rope.SCALING_FACTOR": 32.0,
-            "Rope.SCALING_ORIG_CTX_LEN": 4096,
-        },
-        change=gpt_oss,
-        transposed=True,
-        alternating=True,
-    ),
+SIGMOID_CASES = [
     *DEEPSEEK,
     *(
         Case(
@@ -229,5 +176,45 @@ CASES = [
             },
         )
         for norms in (True, False)
+    ),
+    Case(
+        architecture="dots1",
+        model_type="dots1",
+        sizes={
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "sliding_window": None,
+        },
+        keys=DEEPSEEK_EXPERTS | SIGMOID | {"Attention.KEY_LENGTH": 16},
+    ),
+    Case(
+        architecture="minimax-m2",
+        model_type="minimax_m2",
+        sizes={
+            "num_local_experts": 4,
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        keys=SIGMOID
+        | {
+            "LLM.EXPERT_COUNT": 4,
+            "LLM.EXPERT_FEED_FORWARD_LENGTH": 96,
+            "Attention.KEY_LENGTH": 32,
+            "Attention.VALUE_LENGTH": 32,
+            "Rope.DIMENSION_COUNT": 16,
+        },
+        named={"e_score_correction_bias": "exp_probs_b.bias"},
     ),
 ]

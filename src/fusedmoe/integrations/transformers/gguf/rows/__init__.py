@@ -1,0 +1,18 @@
+"""The architectures whose GGUF files load as whole models: one row each, or one for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusedmoe.integrations.transformers.gguf.architecture import Architecture
+from fusedmoe.integrations.transformers.gguf.header import Header
+from fusedmoe.integrations.transformers.gguf.rows.sigmoid import SIGMOID
+from fusedmoe.integrations.transformers.gguf.rows.softmax import SOFTMAX
+
+ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {**SOFTMAX, **SIGMOID}
+
+
+def architecture_of(header: Header) -> Architecture | None:
+    """The row of a file; None where there is none."""
+    rows = ARCHITECTURES.get(header.architecture, ())
+    return next((row for row in rows if row.when(header)), None)

@@ -1,0 +1,150 @@
+"""Architectures whose experts are chosen by softmax, or by the best logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusedmoe.integrations.transformers.gguf.architecture import (
+    HEAD_DIM,
+    MOE_SIZES,
+    Architecture,
+    shared_experts,
+)
+from fusedmoe.integrations.transformers.gguf.header import Header, attention_bias, smooth_rope
+from fusedmoe.integrations.transformers.gguf.steps import Join, as_row, from_pairs, stacked
+
+_EXPERTS = {"num_experts": "expert_count"}
+_LOCAL_EXPERTS = {
+    "num_local_experts": "expert_count",
+    "intermediate_size": "feed_forward_length",
+}
+_IN_PAIRS = {
+    "attn_q": from_pairs("attention.head_count"),
+    "attn_k": from_pairs("attention.head_count_kv"),
+}
+
+_QWEN2 = Architecture(
+    model_type="qwen2_moe",
+    fields=_EXPERTS
+    | MOE_SIZES
+    | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+    defaults={"norm_topk_prob": False},
+    names=shared_experts("mlp.shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+    turned={"ffn_gate_inp_shexp": as_row},
+)
+_QWEN3 = Architecture(
+    model_type="qwen3_moe",
+    fields=_EXPERTS | MOE_SIZES | HEAD_DIM,
+    defaults={"norm_topk_prob": True, "head_dim": None},
+)
+_OLMOE = Architecture(
+    model_type="olmoe",
+    fields=_EXPERTS | {"intermediate_size": "feed_forward_length"},
+    defaults={"norm_topk_prob": False},
+)
+_MIXTRAL = Architecture(
+    model_type="mixtral",
+    fields=_LOCAL_EXPERTS | HEAD_DIM,
+    defaults={"head_dim": None},
+    turned=_IN_PAIRS,
+)
+_GPT_OSS = Architecture(
+    model_type="gpt_oss",
+    fields=HEAD_DIM
+    | {
+        "num_local_experts": "expert_count",
+        "intermediate_size": "expert_feed_forward_length",
+        "sliding_window": "attention.sliding_window",
+    },
+    rope=smooth_rope,
+    names={
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_sinks.weight": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+    },
+)
+
+
+def _is_shared(header: Header) -> bool:
+    return header.has("blk.0.ffn_gate_shexp.weight")
+
+
+def _turned(header: Header) -> Mapping[str, Any]:
+    """Granite 4 without Mamba has this architecture, too, and may know no positions."""
+    if header.get("rope.scaling.finetuned") is False:
+        raise header.wrong("rope.scaling.finetuned")
+    return attention_bias(header)
+
+
+_GRANITE_FIELDS = _LOCAL_EXPERTS | {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+_GRANITE_NAMES = {"ffn_gate_inp": "block_sparse_moe.router"}
+_GRANITE = (
+    Architecture(
+        model_type="granitemoeshared",
+        fields=_GRANITE_FIELDS | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+        more=_turned,
+        names=_GRANITE_NAMES | {"ffn_down_shexp": "shared_mlp.output_linear"},
+        turned=_IN_PAIRS,
+        joined={
+            "shared_mlp.input_linear.weight": Join(
+                ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), stacked
+            )
+        },
+        when=_is_shared,
+    ),
+    Architecture(
+        model_type="granitemoe",
+        fields=_GRANITE_FIELDS,
+        more=_turned,
+        names=_GRANITE_NAMES,
+        turned=_IN_PAIRS,
+    ),
+)
+_ERNIE = Architecture(
+    model_type="ernie4_5_moe",
+    fields=MOE_SIZES
+    | {
+        "moe_num_experts": "expert_count",
+        "moe_num_shared_experts": "expert_shared_count",
+        "moe_layer_interval": "interleave_moe_layer_step",
+        "moe_layer_start_index": "leading_dense_block_count",
+    },
+    defaults={"moe_num_shared_experts": 0},
+    names=shared_experts("mlp.shared_experts")
+    | {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+    turned={"exp_probs_b": as_row},
+)
+
+
+def _hunyuan(header: Header) -> Mapping[str, Any]:
+    return {**attention_bias(header), "head_dim": header.head_dim}
+
+
+_HUNYUAN = Architecture(
+    model_type="hunyuan_v1_moe",
+    fields=_EXPERTS | {"intermediate_size": "expert_feed_forward_length"},
+    more=_hunyuan,
+    names=shared_experts("mlp.shared_mlp")
+    | {
+        "attn_q_norm": "self_attn.query_layernorm",
+        "attn_k_norm": "self_attn.key_layernorm",
+        "ffn_gate_inp": "mlp.gate.wg",
+    },
+)
+
+SOFTMAX: Mapping[str, tuple[Architecture, ...]] = {
+    "qwen2moe": (_QWEN2,),
+    "qwen3moe": (_QWEN3,),
+    "olmoe": (_OLMOE,),
+    "llama": (_MIXTRAL,),
+    "gpt-oss": (_GPT_OSS,),
+    "granitemoe": _GRANITE,
+    "ernie4_5-moe": (_ERNIE,),
+    "hunyuan-moe": (_HUNYUAN,),
+}
