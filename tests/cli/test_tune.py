@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 
 from fusedmoe.bench.problems import Cell, Problem
 from fusedmoe.bench.report import Percentiles
-from fusedmoe.cli.tune import HOPPER_NOTE
 from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.foreign import read_table
-from fusedmoe.tuning.tuner.measure import tuned_layer
+from fusedmoe.tuning.hopper_space import serves
+from fusedmoe.tuning.hopper_tiles import DecodeTiles, DirectTiles, PrefillTiles
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuner.space import predicted_us
 
+STAGES = TRITON.stages
 SIZES = ("--num-experts", "8", "--top-k", "2", "--hidden-size", "64", "--intermediate-size", "96")
 NAME = "E8-K2-H64-I96-bf16-halves.json"
 
@@ -25,8 +28,8 @@ NAME = "E8-K2-H64-I96-bf16-halves.json"
 class ModelTimer:
     """Times by the model; ``stop_after`` calls it is interrupted."""
 
-    def __init__(self, shape: Any, dtype: Any, device: Any, compilers: Any) -> None:
-        self.shape, self.dtype, self.layer = shape, dtype, tuned_layer(shape, dtype)
+    def __init__(self, layer: Any, device: Any, compilers: Any) -> None:
+        self.shape, self.dtype, self.tunable = layer.shape, layer.dtype, layer
 
     calls, stop_after = 0, 10**9
 
@@ -37,14 +40,21 @@ class ModelTimer:
         type(self).calls += 1
         if self.calls > self.stop_after:
             raise KeyboardInterrupt
-        return [predicted_us(self.layer.gemm(stage, T), tile) for tile in tiles]
+        return [self.us(stage, T, tile) for tile in tiles]
+
+    def us(self, stage: str, T: int, tile: Any) -> float:
+        if stage in STAGES:
+            return predicted_us(self.tunable.gemms.gemm(stage, T), tile)
+        if not serves(tile, T, self.shape.k, self.shape.E):
+            return math.inf
+        return 0.5 * (1 + T * T) if isinstance(tile, DirectTiles) else 1.0 + T
 
     def problem(self, T: int) -> Problem:
         return Problem.of(Cell(self.shape, self.dtype, "uniform", T), 1, torch.device("cpu"))
 
     def time_layer(self, T: int, choices: Any, samples: int) -> list[Percentiles]:
         times = [
-            sum(predicted_us(self.layer.gemm(s, T), t) for s, t in tiles._asdict().items())
+            sum(self.us(s, T, t) for s, t in zip(self.tunable.kernel.stages, tiles, strict=True))
             for tiles in choices
         ]
         return [Percentiles(us, us, us) for us in times]
@@ -96,13 +106,32 @@ def test_a_table_a_report_and_all_measurements(cli, gpu, tmp_path: Path) -> None
     assert read_table(folder / NAME).tokens == (1, 8, 64, 181, 512)
 
 
-def test_a_hopper_is_told_who_reads_tables(cli, gpu, monkeypatch, tmp_path: Path) -> None:
-    words = ("tune", *SIZES, "--tokens", "4", "--output", tmp_path)
-    assert "note:" not in cli(*words)[2]
+def test_a_hopper_gets_tables_for_the_experts_it_prefers(
+    cli, gpu, monkeypatch, tmp_path: Path
+) -> None:
+    words = ("tune", *SIZES, "--tokens", "1", "64", "--output", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    assert f"note: {HOPPER_NOTE}" in cli(*words, "--dtype", "bf16")[2]
-    assert "note:" not in cli(*words, "--dtype", "fp32")[2]
+    report = tmp_path / "report.json"
+    code, out, err = cli(*words, "--dtype", "bf16", "--report", report)
+    assert code == 0, err
+    hopper = "E8-K2-H64-I96-bf16-halves-hopper.json"
+    table = read_table(tmp_path / hopper)
+    assert (table.kernel, table.tokens) == ("hopper", (1, 8, 64))
+    assert isinstance(table.tiles(1)[0], DirectTiles)
+    assert isinstance(table.tiles(64)[0], DecodeTiles | PrefillTiles)
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["impl"] for row in rows} == {"fusedmoe:hopper"}
+    assert "direct up" in out
+    assert (
+        "direct up" in cli("tune", "--show", tmp_path / "E8-K2-H64-I96-bf16-halves-hopper.json")[1]
+    )
+    for extra, name in (
+        (("--dtype", "fp32"), "E8-K2-H64-I96-fp32-halves.json"),
+        (("--dtype", "bf16", "--experts", "triton"), NAME),
+    ):
+        assert cli(*words, *extra)[0] == 0
+        assert read_table(tmp_path / name).kernel == "triton"
 
 
 def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fusedmoe.kernels.hopper_direct import hopper_direct
 from fusedmoe.kernels.hopper_prefill import hopper_prefill, prefill_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.modular_kernel import ExpertsWork, FusedMoEActivationFormat
+from fusedmoe.tuning.hopper_tiles import hopper_tiles
 from hopper_compiler import run_program
 
 LAYER = Layer(T=3, K=2, E=4, H=48, I=32, dtype=torch.bfloat16)
@@ -112,7 +113,7 @@ def test_biases_and_maps_may_be_strided(T, monkeypatch):
     monkeypatch.setattr(hopper, "multiprocessors_of", lambda device: 132)
     monkeypatch.setattr(hopper, "device_of", lambda tensor: nullcontext())
     out = torch.full_like(tensors["hidden_states"], float("nan"))
-    tiles = hopper.hopper_tiles(T, layer.K, layer.E, 2, layer.H, layer.I)
+    tiles = hopper_tiles(T, layer.K, layer.E, 2, layer.H, layer.I)
     rows = hopper.scratch_rows(tiles, T * layer.K, 2)
     work = ExpertsWork(
         out,

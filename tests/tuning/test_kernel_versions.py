@@ -6,6 +6,7 @@ import ast
 import hashlib
 import io
 import json
+import re
 import tokenize
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from fusedmoe.tuning.choice import table_name
 from fusedmoe.tuning.table_file import table_from_text
-from fusedmoe.tuning.tuned_kernels import TRITON, TunedKernel
+from fusedmoe.tuning.tuned_kernels import HOPPER, KERNELS, TunedKernel
 
 TABLES = sorted(
     (path for path in files("fusedmoe.tuning").joinpath("tables").rglob("*.json")),
@@ -61,10 +62,27 @@ def _without_comments(code: str) -> str:
     return "".join("".join(lines).split())
 
 
-def test_a_changed_kernel_is_noticed() -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_changed_kernel_is_noticed(name: str) -> None:
     """Measure the tables again (``fusedmoe tune``) and raise ``version`` where the change touches
     speed; where it cannot, write the new digest into ``tuned_kernels.py``."""
-    assert source_digest(TRITON) == TRITON.digest, test_a_changed_kernel_is_noticed.__doc__
+    digest = source_digest(KERNELS[name])
+    assert digest == KERNELS[name].digest, test_a_changed_kernel_is_noticed.__doc__
+
+
+def test_all_device_code_of_the_hopper_experts_counts() -> None:
+    """What their launchers import, and what that imports."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    todo = ["hopper_direct", "hopper_decode", "hopper_prefill"]
+    while todo:
+        source = f"kernels/triton/{todo.pop()}.py"
+        if source not in seen:
+            seen.add(source)
+            text = files("fusedmoe").joinpath(source).read_text()
+            todo += re.findall(r"from fusedmoe\.kernels\.triton\.(\w+) import", text)
+            found |= {source} if device_text(text) else set()
+    assert found == set(HOPPER.sources)
 
 
 SOURCE = '''
@@ -95,7 +113,7 @@ def test_only_device_code_counts() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
 def test_packaged_tables_are_sound_and_where_they_are_looked_for(path) -> None:
     table = table_from_text(path.read_text())
-    assert path.name == table_name(table.layer)
+    assert path.name == table_name(table.layer, table.tuned_kernel)
     assert path.parent.name == f"{table.kernel}-{table.kernel_version}"
     assert path.parent.parent.name == table.device
     assert table.measured

@@ -14,11 +14,17 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.experts.functional import fused_experts
 from fusedmoe.experts.functional_call import option_words, options_of
-from fusedmoe.experts.triton import tokens_here, triton_experts
+from fusedmoe.experts.triton import triton_experts
 from fusedmoe.layer import FusedMoE
 from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.dialects.online import OnlineQuantization
-from fusedmoe.tuning.choice import DeviceFacts, checked_table, packaged_table, tiles_for
+from fusedmoe.tuning.choice import (
+    DeviceFacts,
+    checked_table,
+    packaged_table,
+    tiles_for,
+    tokens_here,
+)
 from fusedmoe.tuning.table_file import make_table, table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
 from fusedmoe.tuning.tuned_kernels import TRITON
@@ -128,7 +134,7 @@ def test_a_table_is_for_one_layer(changes: dict[str, Any], reason: str | None) -
 
 def test_a_table_of_another_kernel_or_version_is_refused() -> None:
     table = two_tiles()
-    with pytest.raises(ValueError, match="kernel must be triton, got hopper"):
+    with pytest.raises(ValueError, match="hopper has tiles direct, decode, prefill, got TileC"):
         table_of(*table.curves, tokens=table.tokens, kernel="hopper")
     old = table_of(*table.curves, tokens=table.tokens, kernel_version=99)
     assert "version 99" in str(old.unfit(LAYER))
@@ -184,7 +190,7 @@ def test_packaged_tables_are_for_their_device_and_release_of_triton(
     monkeypatch.setattr(
         choice,
         "table_folder",
-        lambda device: tmp_path / device / f"triton-{TRITON.version}",
+        lambda device, kernel: tmp_path / device / f"{kernel.name}-{kernel.version}",
     )
     packaged_table.cache_clear()
     found = {
@@ -203,9 +209,9 @@ def test_packaged_tables_are_for_their_device_and_release_of_triton(
 
 def test_a_rank_counts_the_rows_that_come_to_it() -> None:
     """Of eight ranks each gets an eighth of the picks, so its tiles are those of fewer tokens."""
-    assert tokens_here(4096, 16, None) == 4096
-    assert tokens_here(4096, 16, torch.full((128,), -1)) == 512
-    assert tokens_here(3, 16, torch.full((128,), -1)) == 1
+    assert tokens_here(4096, 16, 16) == 4096
+    assert tokens_here(4096, 16, 128) == 512
+    assert tokens_here(3, 16, 128) == 1
 
 
 def small_layer() -> tuple[dict[str, Any], TunedTable]:

@@ -16,18 +16,19 @@ from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.table_file import table_from_text
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, TileConfig, layer_tiles
-from fusedmoe.tuning.tuned_table import Curve
-from fusedmoe.tuning.tuner.gemms import key_of
+from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.tuned_table import Curve, choice_at
 from fusedmoe.tuning.tuner.journal import Journal
-from fusedmoe.tuning.tuner.measure import tuned_layer
-from fusedmoe.tuning.tuner.precompile import compile_tiles, is_refusal, nothing_to_do
 from fusedmoe.tuning.tuner.run import checked_tokens, tune
-from fusedmoe.tuning.tuner.search import STAGES, between, search, without_the_negligible
+from fusedmoe.tuning.tuner.search import between, search, without_the_negligible
 from fusedmoe.tuning.tuner.space import H200, candidates, plausible_blocks, predicted_us
+from fusedmoe.tuning.tuner.triton_layer import TritonLayer, nothing_to_do
+from fusedmoe.tuning.tuner.tunable import is_refusal
 
 FACTS = DeviceFacts("NVIDIA_H200", HOPPER_SHARED_MEMORY, "3.6.0")
 SHAPE = SHAPES["qwen3-30b"]
-LAYER = tuned_layer(SHAPE, torch.bfloat16)
+TUNABLE = TritonLayer(SHAPE, torch.bfloat16)
+LAYER, SPACE, STAGES = TUNABLE.gemms, TUNABLE.space(FACTS), TRITON.stages
 TOKENS = (1, 16, 256, 4096)
 
 
@@ -35,7 +36,7 @@ class FakeTimer:
     """Times by the model, but with a favourite: ``bonus`` makes tiles faster that it likes."""
 
     def __init__(self, shape: LayerShape = SHAPE, refuses: Any = None) -> None:
-        self.layer = tuned_layer(shape, torch.bfloat16)
+        self.layer = TritonLayer(shape, torch.bfloat16).gemms
         self.refuses = refuses or (lambda tile: False)
         self.asked: list[tuple[str, int, int, int]] = []
         self.prepared: dict[str, list[TileConfig]] = {}
@@ -69,7 +70,7 @@ def default(stage: str, T: int) -> TileConfig:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shared_memory", [HOPPER_SHARED_MEMORY, 99 * 1024])
 def test_candidates_fit_and_are_few(name: str, dtype: torch.dtype, shared_memory: int) -> None:
-    layer = tuned_layer(SHAPES[name], dtype)
+    layer = TritonLayer(SHAPES[name], dtype).gemms
     machine = H200._replace(shared_memory=shared_memory)
     for stage in STAGES:
         for T in (1, 7, 100, 5000):
@@ -99,7 +100,7 @@ def test_the_model_knows_what_matters() -> None:
 
 def test_the_search_finds_the_best_pair_at_every_batch() -> None:
     timer = FakeTimer()
-    curves = search(LAYER, TOKENS, timer, default)
+    curves = search(SPACE, TOKENS, timer)
     for T in TOKENS:
         place = between(TOKENS).index(T)
         pools = {stage: {*candidates(LAYER.gemm(stage, T)), default(stage, T)} for stage in STAGES}
@@ -121,7 +122,7 @@ def test_the_search_finds_the_best_pair_at_every_batch() -> None:
 
 def test_few_samples_for_many_tiles_and_many_for_few() -> None:
     timer = FakeTimer()
-    search(LAYER, (64,), timer, default)
+    search(SPACE, (64,), timer)
     (first, *_), second, final = ([n for *_, n, s in timer.asked if s == k] for k in (3, 9, 15))
     assert first > max(second) > max(final) >= 1
 
@@ -129,7 +130,7 @@ def test_few_samples_for_many_tiles_and_many_for_few() -> None:
 def test_slow_tiles_do_not_stand_between_fast_ones() -> None:
     """The precise times are of tiles that are near the best, so that none of them rests the GPU."""
     timer = FakeTimer()
-    search(LAYER, TOKENS, timer, default)
+    search(SPACE, TOKENS, timer)
     asked: dict[tuple[str, int, int], int] = {}
     for stage, T, count, samples in timer.asked:
         asked[stage, T, samples] = count
@@ -146,17 +147,17 @@ def test_a_choice_is_checked_between_the_token_counts_too() -> None:
 def test_the_default_is_always_measured() -> None:
     """So a table is never worse than none."""
     timer = FakeTimer()
-    search(LAYER, TOKENS, timer, default)
+    search(SPACE, TOKENS, timer)
     for stage in STAGES:
         assert {default(stage, T) for T in TOKENS} <= set(timer.prepared[stage])
 
 
 def test_tiles_that_do_not_run_are_left_out() -> None:
     timer = FakeTimer(refuses=lambda tile: tile.num_warps == 8 or tile.block_m == 16)
-    curves = search(LAYER, TOKENS, timer, default)
+    curves = search(SPACE, TOKENS, timer)
     assert {curve.tile.num_warps for curve in curves} == {4}
-    with pytest.raises(ValueError, match="no pair of tiles runs 1 tokens"):
-        search(LAYER, TOKENS, FakeTimer(refuses=lambda tile: True), default)
+    with pytest.raises(ValueError, match="no tiles run 1 tokens"):
+        search(SPACE, TOKENS, FakeTimer(refuses=lambda tile: True))
 
 
 def test_gemms_that_disagree_about_the_height_find_a_pair() -> None:
@@ -167,11 +168,11 @@ def test_gemms_that_disagree_about_the_height_find_a_pair() -> None:
             suits = tile.block_m == (16 if stage == "gemm1" else 32)
             return super().us(stage, T, tile) * (1 if suits else 10)
 
-    assert search(LAYER, (1,), Disagreeing(), default)
+    assert search(SPACE, (1,), Disagreeing())
 
 
-def test_a_tile_that_fails_at_one_batch_makes_no_curve() -> None:
-    """However fast it is at the others: a table has a time for every count."""
+def test_a_tile_that_fails_at_one_batch_is_not_chosen_near_it() -> None:
+    """However fast it is at the others."""
 
     class Partial(FakeTimer):
         def us(self, stage: str, T: int, tile: TileConfig) -> float:
@@ -180,8 +181,13 @@ def test_a_tile_that_fails_at_one_batch_makes_no_curve() -> None:
                 return math.inf
             return super().us(stage, T, tile) * (0.1 if alike else 1.0)
 
-    curves = search(LAYER, TOKENS, Partial(), default)
-    assert all(math.isfinite(us) for curve in curves for us in curve.cost)
+    curves, knots = search(SPACE, TOKENS, Partial()), between(TOKENS)
+    places = [place for curve in curves for place, us in enumerate(curve.cost) if math.isinf(us)]
+    assert set(places) == {knots.index(256)}
+    for T in (65, 255, 256, 257, 1023):
+        choice = choice_at(STAGES, knots, curves, T)
+        assert choice is not None
+        assert all((tile.block_m, tile.block_n) != (16, 128) for tile in choice.tiles)
 
 
 def test_curves_that_nobody_would_miss_go() -> None:
@@ -193,18 +199,22 @@ def test_curves_that_nobody_would_miss_go() -> None:
     ]
     close = Curve("gemm1", TileConfig(16, 64, 32, 1, 4, 2), (9.99, 31.0))
     alone = Curve("gemm2", TileConfig(64, 64, 32, 1, 4, 2), (1.0, 1.0))
-    assert set(without_the_negligible([*kept, alone])) == set(kept)
-    assert len(without_the_negligible([*kept, close])) == 3
-    with pytest.raises(ValueError, match="no pair"):
-        without_the_negligible([kept[0], alone])
-    with pytest.raises(ValueError, match="no pair"):
-        without_the_negligible([])
+    assert set(without_the_negligible(STAGES, (1, 16), [*kept, alone])) == set(kept)
+    assert len(without_the_negligible(STAGES, (1, 16), [*kept, close])) == 3
+    with pytest.raises(ValueError, match="no tiles that go together"):
+        without_the_negligible(STAGES, (1, 16), [kept[0], alone])
+    with pytest.raises(ValueError, match="no tiles that go together"):
+        without_the_negligible(STAGES, (1, 16), [])
 
 
 def run_tune(timer: FakeTimer, journal: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {"shape": SHAPE, "dtype": torch.bfloat16, "facts": FACTS}
+    given: dict[str, Any] = {"tunable": TUNABLE, "facts": FACTS}
     given |= {"timer": timer, "tokens": TOKENS, "journal": journal}
     return tune(**(given | changes))
+
+
+def of_shape(name: str) -> TritonLayer:
+    return TritonLayer(SHAPES[name], torch.bfloat16)
 
 
 def test_a_table_comes_out_that_can_be_read_again(tmp_path: Path) -> None:
@@ -215,7 +225,7 @@ def test_a_table_comes_out_that_can_be_read_again(tmp_path: Path) -> None:
     table = found.table
     assert table_from_text(table.text) == table
     assert (table.device, table.triton, table.tokens) == ("NVIDIA_H200", "3.6.0", between(TOKENS))
-    assert table.layer == key_of(SHAPE, torch.bfloat16)
+    assert table.layer == TUNABLE.key
     assert [done for done, _ in steps] == list(range(steps[-1][1] + 1))
     assert {total for _, total in steps} == {len(steps) - 1}
     assert {one["stage"] for one in found.measurements} == set(STAGES)
@@ -237,7 +247,7 @@ def test_a_journal_about_something_else_is_refused(tmp_path: Path) -> None:
     run_tune(FakeTimer(), tmp_path / "j")
     for changes in (
         {"tokens": (1, 2)},
-        {"shape": SHAPES["olmoe"], "timer": FakeTimer(SHAPES["olmoe"])},
+        {"tunable": of_shape("olmoe"), "timer": FakeTimer(SHAPES["olmoe"])},
         {"facts": FACTS._replace(triton="3.7.0")},
         {"facts": FACTS._replace(name="NVIDIA_H100")},
     ):
@@ -286,7 +296,7 @@ def test_token_counts_are_checked() -> None:
 
 def test_a_rank_of_a_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tune the 16 it stores"):
-        run_tune(FakeTimer(), tmp_path / "j", shape=SHAPES["qwen3-235b-rank"])
+        run_tune(FakeTimer(), tmp_path / "j", tunable=of_shape("qwen3-235b-rank"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
@@ -298,7 +308,7 @@ def test_compiling_ahead_launches_what_is_measured_later(name: str, stage: str) 
         "gpt-oss": LayerShape("small", 32, 4, 48, 32, activation="swigluoai", bias=True),
     }[name]
     tiles = [TileConfig(16, 32, 32, 1, 4, 2), TileConfig(64, 32, 32, 1, 4, 2)]
-    assert compile_tiles(shape, torch.float32, torch.device("cpu"), stage, tiles) == {}
+    assert TritonLayer(shape, torch.float32).compile(torch.device("cpu"), stage, tiles) == {}
     kinds = [
         [
             isinstance(blocks, LoneSlots)

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fusedmoe.selection import explain, name_of
     from fusedmoe.tuning.choice import source_of_tiles
+    from fusedmoe.tuning.tuned_kernels import KERNELS
 
     checkpoint = None if args.checkpoint is None else _read(Path(args.checkpoint))
     options = MoEOptions(
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         method = QuantizedFusedMoEMethod.of_stored(schemes, config)
         selection = method.select_on(config.device)
-    tiles = source_of_tiles(config) if selection.chosen.name == "triton" else None
+    kernel = KERNELS.get(selection.chosen.name)
+    tiles = None if kernel is None else source_of_tiles(config, kernel)
     if args.json:
         layer = {
             name: value.value if isinstance(value, MoEActivation) else str(value)

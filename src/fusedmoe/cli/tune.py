@@ -6,7 +6,6 @@ An interrupted run goes on where it stopped when it is started again with the sa
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,21 @@ import torch
 from fusedmoe.cli.arguments import SIZES, add_dtype, refuse_unused
 from fusedmoe.cli.layer_config import add_layer_arguments, shapes_asked
 from fusedmoe.cli.output import check_writable, print_json, print_table, steps
+from fusedmoe.tuning.hopper_tiles import DirectTiles, PrefillTiles
+from fusedmoe.tuning.tiles import TileConfig
+from fusedmoe.tuning.tuned_kernels import HOPPER, KERNELS, TRITON
 from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
-    from fusedmoe.bench import LayerShape
-    from fusedmoe.tuning.tiles import TileConfig
+    from fusedmoe.tuning.tile_records import Tile
     from fusedmoe.tuning.tuned_table import TunedTable
     from fusedmoe.tuning.tuner.run import LayerTimer
+    from fusedmoe.tuning.tuner.tunable import Tunable
 
 PARTIAL = ".partial"
-HOPPER_NOTE = (
-    "on this GPU selection prefers Hopper's own experts, which choose tiles by rules and read no "
-    "table; a layer that is given this one runs the Triton experts"
-)
 _NOT_SHOWN = (
     *("checkpoint", "shapes", "activation", "bias", "dtype", "device"),
-    *("output", "again", "report", "measurements"),
+    *("experts", "output", "again", "report", "measurements"),
 )
 
 
@@ -40,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="layers of known models")
     add_layer_arguments(parser)
     add_dtype(parser)
+    parser.add_argument(
+        "--experts",
+        choices=sorted(KERNELS),
+        help="whose tiles (those that selection prefers here)",
+    )
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="1, 2, 4, ... 8192")
     parser.add_argument("--device", help="cuda, cuda:1, ...")
     parser.add_argument(
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show is not None:
         return _show(args)
     from fusedmoe.tuning.choice import device_facts
-    from fusedmoe.tuning.tuner.run import checked_tokens
+    from fusedmoe.tuning.tuner.run import TUNABLES, checked_tokens
     from fusedmoe.tuning.tuner.search import DEFAULT_TOKENS
 
     tokens = checked_tokens(args.tokens or DEFAULT_TOKENS)
@@ -68,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     check_writable(args.report, args.measurements)
-    if _prefers_hopper(device, dtype):
-        print(f"note: {HOPPER_NOTE}", file=sys.stderr)
+    tunable = TUNABLES[args.experts or _preferred(device, dtype)]
     facts = device_facts(device)
     report: list[dict[str, Any]] = []
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -77,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         compilers = stack.enter_context(start_compilers())
         for shape in shapes:
-            timer = make_timer(shape, dtype, device, compilers)
-            table, measurements = _tuned(args, shape, dtype, facts, timer, tokens)
+            layer = tunable(shape, dtype)
+            timer = make_timer(layer, device, compilers)
+            table, measurements = _tuned(args, layer, facts, timer, tokens)
             measured[shape.name] = measurements
             if args.report:
-                report += _compared(shape, dtype, facts, timer, table, tokens, header)
+                report += _compared(layer, facts, timer, table, tokens, header)
             del timer
             torch.cuda.empty_cache()
             if not args.json:
@@ -89,18 +92,21 @@ def run(args: argparse.Namespace) -> int:
             _write_json(args.measurements, measured)
             _write_json(args.report, header | {"rows": report, "notes": []})
     if args.json:
-        print_json({"tables": [str(_path(args, shape, dtype)) for shape in shapes]})
+        print_json({"tables": [str(_path(args, tunable(shape, dtype))) for shape in shapes]})
     elif report:
         _print_report(report)
     return 0
 
 
-def _prefers_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+def _preferred(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel with tables that selection prefers for such a layer."""
     from fusedmoe.experts.hopper import HopperExperts
 
-    if dtype not in HopperExperts.capabilities().dtypes or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    can = HopperExperts.capabilities()
+    if dtype not in can.dtypes or not torch.cuda.is_available():
+        return TRITON.name
+    newest = torch.cuda.get_device_capability(device) == can.min_capability
+    return HOPPER.name if newest else TRITON.name
 
 
 def start_compilers() -> Any:
@@ -110,13 +116,11 @@ def start_compilers() -> Any:
     return compilers()
 
 
-def make_timer(
-    shape: LayerShape, dtype: torch.dtype, device: torch.device, compilers: Any
-) -> LayerTimer:
+def make_timer(layer: Tunable, device: torch.device, compilers: Any) -> LayerTimer:
     """What measures: a GPU."""
     from fusedmoe.tuning.tuner.measure import GpuTimer
 
-    return GpuTimer(shape, dtype, device, compilers)
+    return GpuTimer(layer, device, compilers)
 
 
 def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -128,8 +132,7 @@ def _header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def _tuned(
     args: argparse.Namespace,
-    shape: LayerShape,
-    dtype: torch.dtype,
+    layer: Tunable,
     facts: Any,
     timer: LayerTimer,
     tokens: tuple[int, ...],
@@ -138,35 +141,32 @@ def _tuned(
     token counts, or a new one, written."""
     from fusedmoe.tuning.foreign import read_table
     from fusedmoe.tuning.table_file import write_atomically
-    from fusedmoe.tuning.tuner.gemms import key_of
     from fusedmoe.tuning.tuner.run import tune
 
-    key = key_of(shape, dtype)
-    path = _path(args, shape, dtype)
+    path = _path(args, layer)
     if path.exists() and not args.again:
         table = read_table(path)
-        here = (table.device, table.triton) == (facts.name, facts.triton)
-        if here and table.unfit(key) is None and set(tokens) <= set(table.tokens):
+        made = table.device, table.triton, table.kernel
+        here = made == (facts.name, facts.triton, layer.kernel.name)
+        if here and table.unfit(layer.key) is None and set(tokens) <= set(table.tokens):
             return table, []
     journal = path.with_name(path.name + PARTIAL)
-    with steps(shape.name, 0.0, lines=True) as show:
-        found = tune(shape, dtype, facts, timer, tokens, journal, show)
+    with steps(layer.shape.name, 0.0, lines=True) as show:
+        found = tune(layer, facts, timer, tokens, journal, show)
     write_atomically(path, found.table.text)
     journal.unlink(missing_ok=True)
     return found
 
 
-def _path(args: argparse.Namespace, shape: LayerShape, dtype: torch.dtype) -> Path:
+def _path(args: argparse.Namespace, layer: Tunable) -> Path:
     """The file of a layer's table."""
     from fusedmoe.tuning.choice import table_name
-    from fusedmoe.tuning.tuner.gemms import key_of
 
-    return Path(args.output) / table_name(key_of(shape, dtype))
+    return Path(args.output) / table_name(layer.key, layer.kernel)
 
 
 def _compared(
-    shape: LayerShape,
-    dtype: torch.dtype,
+    layer: Tunable,
     facts: Any,
     timer: LayerTimer,
     table: TunedTable,
@@ -176,8 +176,8 @@ def _compared(
     from fusedmoe.tuning.tuner.run import compare
     from fusedmoe.tuning.tuner.search import between
 
-    with steps(shape.name, 0.0, lines=True) as show:
-        return compare(shape, dtype, facts, timer, table, between(between(tokens)), header, show)
+    with steps(layer.shape.name, 0.0, lines=True) as show:
+        return compare(layer, facts, timer, table, between(between(tokens)), header, show)
 
 
 def _write_json(path: str | None, value: Any) -> None:
@@ -207,19 +207,24 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _print_table(name: str, table: TunedTable, tokens: tuple[int, ...]) -> None:
-    from fusedmoe.tuning.tuned_kernels import TRITON
-
     if name:
         print(name)
-    stages = TRITON.stages
-    columns = ["T", "us" if table.measured else "ratio", *stages]
+    columns = ["T", "us" if table.measured else "ratio", *table.tuned_kernel.stages]
     rows = [[T, table.cost(T), *map(_words, table.tiles(T))] for T in tokens]
     print_table(columns, rows)
 
 
-def _words(tile: TileConfig) -> str:
-    sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    return f"{sizes} group {tile.group_m} warps {tile.num_warps} stages {tile.num_stages}"
+def _words(tile: Tile) -> str:
+    if isinstance(tile, TileConfig):
+        sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+        return f"{sizes} group {tile.group_m} warps {tile.num_warps} stages {tile.num_stages}"
+    if isinstance(tile, DirectTiles):
+        up, down = f"{tile.up_valid}/{tile.up_stages}", f"{tile.down_valid}/{tile.down_stages}"
+        return f"direct up {up} down {down} rows/stages"
+    if isinstance(tile, PrefillTiles):
+        return f"prefill depth {tile.depth} stages {tile.stages} group {tile.group}"
+    up, down = (f"{gemm.rows}x{gemm.depth}/{gemm.stages}" for gemm in (tile.up, tile.down))
+    return f"decode {tile.block} up {up} down {down}" + " drawn" * tile.draws_up
 
 
 def _print_report(rows: list[dict[str, Any]]) -> None:

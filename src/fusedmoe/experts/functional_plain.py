@@ -18,8 +18,7 @@ from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.modular_kernel.checks import check_ids, check_weights
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.quantization.config import biased_moe_quant_config
-from fusedmoe.tuning.choice import checked_table
-from fusedmoe.tuning.hopper_tiles import hopper_tiles
+from fusedmoe.tuning.choice import checked_table, hopper_table, hopper_tiles_for
 
 
 def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
@@ -42,9 +41,11 @@ def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
 
 def _on_hopper(call: ExpertsCall) -> torch.Tensor:
     """Straight to the kernels: building a layer around them would cost more than they do."""
-    (T, H), K, (e, _, width) = call.hidden_states.shape, call.topk_ids.shape[1], call.w2.shape
-    invariant = call.options.batch_invariant
-    tiles = hopper_tiles(T, K, call.num_experts, e, H, width, batch_invariant=invariant)
+    x, options = call.hidden_states, call.options
+    (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
+    table = hopper_table(options.table, K, e, H, width, x.dtype, call.activation, x.device)
+    invariant, sizes = options.batch_invariant, (T, K, call.num_experts, e, H, width)
+    tiles = hopper_tiles_for(*sizes, batch_invariant=invariant, table=table)
     rows = scratch_rows(tiles, T * K, e)
     work = _work(call, (rows, width), (rows, H))
     numbers, biases = call.activation_config, (call.w1_bias, call.w2_bias)

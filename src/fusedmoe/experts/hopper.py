@@ -32,8 +32,12 @@ from fusedmoe.modular_kernel import (
     WorkspaceShapes,
     scratch,
 )
+from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
+from fusedmoe.tuning.choice import hopper_table, hopper_tiles_for, sizes_of
+from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles
+from fusedmoe.tuning.tuned_kernels import HOPPER
+from fusedmoe.tuning.tuned_table import TunedTable
 
 _ALIGNED_BYTES = 16
 
@@ -52,11 +56,13 @@ def hopper_experts(
     *,
     batch_invariant: bool = False,
     tiles: HopperTiles | None = None,
+    table: TunedTable | None = None,
 ) -> None:
     """Write the weighted sum over K [T, H] into ``work.output``.
 
     The workspaces hold at least ``scratch_rows`` rows of I and of H elements. Ids that name no
-    local expert count as nothing. ``tiles`` overrides the choice of ``tuning.hopper_tiles``.
+    local expert count as nothing. ``tiles`` overrides the choice of ``tuning.choice``, ``table`` is
+    its ``hopper_table``.
     """
     x, w1, w2 = work.hidden_states, work.w1, work.w2
     (T, H), K = x.shape, work.topk_ids.shape[1]
@@ -68,8 +74,8 @@ def hopper_experts(
     if not _readable(x):  # never so where rows are late: buffers are dense
         x = x.clone(memory_format=torch.contiguous_format)
     if tiles is None:
-        experts = work.global_num_experts
-        tiles = hopper_tiles(T, K, experts, e, H, I, batch_invariant=batch_invariant)
+        sizes = T, K, work.global_num_experts, e, H, I
+        tiles = hopper_tiles_for(*sizes, batch_invariant=batch_invariant, table=table)
     if not isinstance(tiles, PrefillTiles):
         x = settled(x)
     rows = scratch_rows(tiles, T * K, e)
@@ -116,12 +122,23 @@ def _readable(rows: torch.Tensor) -> bool:
 class HopperExperts(FusedMoEExpertsModular):
     """Standard rows, unquantized fp16 and bf16, on GPUs of compute capability 9.
 
-    ``tiles``, if set, replaces the choice of ``tuning.hopper_tiles``.
+    ``tiles``, if set, replaces the choice of ``tuning.choice``.
     """
 
-    name = "hopper"
+    name = HOPPER.name
     takes_late_rows = True
     tiles: HopperTiles | None = None
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
+    ) -> None:
+        super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
+        table, device = moe_config.options.table, moe_config.device
+        self.table = hopper_table(table, *sizes_of(moe_config), device)
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:
@@ -131,6 +148,7 @@ class HopperExperts(FusedMoEExpertsModular):
             min_capability=(9, 0),
             requires=("triton",),
             batch_invariant=True,
+            tuned_table=HOPPER.name,
         )
 
     @classmethod
@@ -150,9 +168,11 @@ class HopperExperts(FusedMoEExpertsModular):
         e, M, topk, H = size.E, size.M, size.topk, size.K
         I = self.adjust_N_for_activation(size.N, activation)  # noqa: E741
         tiles = self.tiles
+        if tiles is None and self.table is not None and torch.compiler.is_compiling():
+            tiles = PrefillTiles()  # a table knows numbers alone, and these need the most
         if tiles is None:
-            invariant = self.moe_config.options.batch_invariant
-            tiles = hopper_tiles(M, topk, num_experts, e, H, I, batch_invariant=invariant)
+            invariant, sizes = self.moe_config.options.batch_invariant, (M, topk, num_experts, e)
+            tiles = hopper_tiles_for(*sizes, H, I, batch_invariant=invariant, table=self.table)
         rows = scratch_rows(tiles, M * topk, e)
         return WorkspaceShapes((rows, I), (rows, H), (M, H))
 
@@ -164,4 +184,5 @@ class HopperExperts(FusedMoEExpertsModular):
             self.quant_config.w2_bias,
             batch_invariant=self.moe_config.options.batch_invariant,
             tiles=self.tiles,
+            table=self.table,
         )

@@ -26,8 +26,9 @@ from fusedmoe.modular_kernel import (
     scratch,
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.tuning.choice import device_facts, given_table, tiles_for
+from fusedmoe.tuning.choice import device_facts, given_table, tiles_for, tokens_here
 from fusedmoe.tuning.tiles import LayerTiles, slots_are_alone
+from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import TunedTable
 
 TRITON_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -60,7 +61,7 @@ def triton_experts(
     expert_map = work.expert_map
     if tiles is None:
         tiles = tiles_for(
-            tokens_here(T, e, expert_map),
+            tokens_here(T, e, e if expert_map is None else expert_map.shape[0]),
             K,
             e,
             H,
@@ -93,11 +94,6 @@ def triton_experts(
         expert_map,
         num_local_experts=e,
     )
-
-
-def tokens_here(T: int, e: int, expert_map: torch.Tensor | None) -> int:
-    """How many tokens would bring this rank its rows, if picks spread evenly over the ranks."""
-    return T if expert_map is None else max(1, T * e // expert_map.shape[0])
 
 
 def slot_blocks(
@@ -139,7 +135,7 @@ class TritonExperts(FusedMoEExpertsModular):
             dtypes=TRITON_DTYPES,
             requires=("triton",),
             batch_invariant=True,
-            tuned_table=True,
+            tuned_table=TRITON.name,
         )
 
     def shapes(

@@ -27,7 +27,7 @@ class ExpertsCapabilities:
     hold; ``deterministic`` is True unless sums are taken in an order that changes from run to run.
     ``graph_capture`` False: it waits for the device. ``emulated``: operands that have the
     values of their format but are multiplied as wider floats, where that is worth saying.
-    ``tuned_table``: it takes the tiles of ``MoEOptions.tuned_table``.
+    ``tuned_table``: the kernel whose tables it takes as ``MoEOptions.tuned_table``.
     """
 
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard
@@ -44,7 +44,7 @@ class ExpertsCapabilities:
     deterministic: bool = True
     hash_routing: bool = True
     graph_capture: bool = True
-    tuned_table: bool = False
+    tuned_table: str | None = None
     emulated: frozenset[tuple[Operand, QuantKey]] = frozenset()
 
     def unmet_by(
@@ -76,6 +76,7 @@ class ExpertsCapabilities:
             return f"does not run weights ({weights}) with activations ({activations})"
         if moe.activation not in self.activations:
             return f"lacks the activation {moe.activation.value}"
+        table = moe.options.table
         wants = (
             (moe.has_bias, self.bias, "expert biases"),
             (moe.num_local_experts != moe.num_experts, self.expert_map, "an expert map"),
@@ -87,9 +88,11 @@ class ExpertsCapabilities:
             (moe.options.batch_invariant, self.batch_invariant, "batch invariance"),
             (moe.options.deterministic, self.deterministic, "the same bits from run to run"),
             (moe.has_hash_routing, self.hash_routing, "hash routing"),
-            (moe.options.table is not None, self.tuned_table, "a tuned table"),
+            (table is not None, self.tuned_table is not None, "a tuned table"),
         )
         for wanted, offered, what in wants:
             if wanted and not offered:
                 return f"does not support {what}"
+        if table is not None and table.kernel != self.tuned_table:
+            return f"does not take tables of the kernel {table.kernel}"
         return None

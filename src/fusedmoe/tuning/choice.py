@@ -1,4 +1,4 @@
-"""Which tiles the Triton experts take: a given table's, a packaged one's, or those of ``tiles``.
+"""Which tiles experts take: a given table's, a packaged one's, or those that follow from sizes.
 
 Packaged tables are data of this package, under ``tables/<device>/<kernel>-<version>/``. One is
 used where device, version of the kernel, release of Triton and layer are those it was measured
@@ -17,9 +17,11 @@ import torch
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.tuning.foreign import device_key
+from fusedmoe.tuning.hopper_space import hopper_space
+from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, hopper_tiles, may_be_direct
 from fusedmoe.tuning.table_file import table_from_json
-from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, layer_tiles
-from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, LayerTiles, TileConfig, layer_tiles
+from fusedmoe.tuning.tuned_kernels import HOPPER, TRITON, TunedKernel
 from fusedmoe.tuning.tuned_table import LayerKey, TunedTable, gemm1_form
 from fusedmoe.words import DTYPE_NAMES
 
@@ -63,22 +65,26 @@ def layer_key(
     return LayerKey(E=E, K=K, H=H, I=I, weights=weights, form=gemm1_form(activation))
 
 
-def table_name(layer: LayerKey) -> str:
+def table_name(layer: LayerKey, kernel: TunedKernel = TRITON) -> str:
     """The file that holds a layer's table."""
-    return f"E{layer.E}-K{layer.K}-H{layer.H}-I{layer.I}-{layer.weights}-{layer.form}.json"
+    of_kernel = "" if kernel is TRITON else f"-{kernel.name}"
+    sizes = f"E{layer.E}-K{layer.K}-H{layer.H}-I{layer.I}"
+    return f"{sizes}-{layer.weights}-{layer.form}{of_kernel}.json"
 
 
-def table_folder(device: str) -> Traversable:
+def table_folder(device: str, kernel: TunedKernel = TRITON) -> Traversable:
     tables = files("fusedmoe.tuning").joinpath("tables")
-    return tables.joinpath(device, f"{TRITON.name}-{TRITON.version}")
+    return tables.joinpath(device, f"{kernel.name}-{kernel.version}")
 
 
 @lru_cache(maxsize=1024)
-def packaged_table(layer: LayerKey, facts: DeviceFacts) -> TunedTable | None:
+def packaged_table(
+    layer: LayerKey, facts: DeviceFacts, kernel: TunedKernel = TRITON
+) -> TunedTable | None:
     """The table shipped for this layer on this device, or None."""
     if facts.triton is None:
         return None
-    file = table_folder(facts.name).joinpath(table_name(layer))
+    file = table_folder(facts.name, kernel).joinpath(table_name(layer, kernel))
     if not file.is_file():
         return None
     table = table_from_json(json.loads(file.read_text()))
@@ -102,7 +108,7 @@ def checked_table(
     activation: MoEActivation,
     device: torch.device,
 ) -> TunedTable | None:
-    """``MoEOptions.tuned_table`` as the Triton experts of this layer take it; None stays None.
+    """``MoEOptions.tuned_table`` as the experts of this layer take it; None stays None.
 
     Raises ValueError where the table is not for this layer, or does not fit the device. The
     device's name and the release of Triton may differ: who passes a table says that it is good.
@@ -113,7 +119,14 @@ def checked_table(
     reason = table.unfit(layer)
     if reason is not None:
         raise ValueError(f"the tuned table does not serve this layer: {reason}")
+    if table.tuned_kernel is HOPPER:
+        space = hopper_space(K, H, I)
+        strange = next((curve.tile for curve in table.curves if curve.tile not in space), None)
+        if strange is not None:
+            raise ValueError(f"the tuned table has tiles no layer of these sizes has: {strange}")
+        return table
     for stage, tile, _ in table.curves:
+        assert isinstance(tile, TileConfig)
         needed = tile.shared_memory(dtype.itemsize, weight_tiles(stage, layer.form))
         if needed > facts.shared_memory:
             raise ValueError(
@@ -125,10 +138,11 @@ def checked_table(
 
 def given_table(moe: FusedMoEConfig) -> TunedTable | None:
     """``checked_table`` of an unquantized layer's options."""
-    return checked_table(moe.options.table, *_sizes(moe), moe.device)
+    return checked_table(moe.options.table, *sizes_of(moe), moe.device)
 
 
-def _sizes(moe: FusedMoEConfig) -> tuple[int, int, int, int, torch.dtype, MoEActivation]:
+def sizes_of(moe: FusedMoEConfig) -> tuple[int, int, int, int, torch.dtype, MoEActivation]:
+    """K, E, H, I, dtype and activation of an unquantized layer."""
     return (
         moe.experts_per_token,
         moe.num_local_experts,
@@ -144,16 +158,19 @@ def weight_tiles(stage: str, form: str | None) -> int:
     return 1 if stage == "gemm2" or form == "plain" else 2
 
 
-def source_of_tiles(moe: FusedMoEConfig) -> str:
-    """Where the tiles of a layer on the Triton experts come from, in words."""
-    facts, layer = device_facts(moe.device), layer_key(*_sizes(moe))
+def source_of_tiles(moe: FusedMoEConfig, kernel: TunedKernel = TRITON) -> str:
+    """Where the tiles of a layer on the experts of this kernel come from, in words."""
+    facts, layer = device_facts(moe.device), layer_key(*sizes_of(moe))
     if moe.options.batch_invariant:
+        if kernel is HOPPER:  # its kernels agree to the bit, all but one, whatever their tiles
+            return "by the layer's shape; batch invariance asks for no table"
         return "the same for every batch, as batch invariance asks"
     if given_table(moe) is not None:
         return "the given table"
-    if packaged_table(layer, facts) is not None:
-        return f"the packaged table {facts.name}/{table_name(layer)}"
-    return f"by the layer's shape; no table {facts.name}/{table_name(layer)} is packaged"
+    name = f"{facts.name}/{table_name(layer, kernel)}"
+    if packaged_table(layer, facts, kernel) is not None:
+        return f"the packaged table {name}"
+    return f"by the layer's shape; no table {name} is packaged"
 
 
 @lru_cache(maxsize=8192)
@@ -178,7 +195,10 @@ def tiles_for(
         layer = layer_key(K, E, H, I, dtype, activation)
         table = table or packaged_table(layer, facts)
         if table is not None:
-            return LayerTiles(*table.tiles(T))
+            gemm1, gemm2 = table.tiles(T)
+            assert isinstance(gemm1, TileConfig)
+            assert isinstance(gemm2, TileConfig)
+            return LayerTiles(gemm1, gemm2)
     return layer_tiles(
         T,
         K,
@@ -191,3 +211,51 @@ def tiles_for(
         batch_invariant=batch_invariant,
         shared_memory=facts.shared_memory,
     )
+
+
+@lru_cache(maxsize=1024)
+def hopper_table(
+    table: TunedTable | None,
+    K: int,
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    dtype: torch.dtype,
+    activation: MoEActivation,
+    device: torch.device,
+) -> TunedTable | None:
+    """``checked_table``, else the one packaged for the Hopper experts of this layer."""
+    given = checked_table(table, K, E, H, I, dtype, activation, device)
+    layer = layer_key(K, E, H, I, dtype, activation)
+    return given or packaged_table(layer, device_facts(device), HOPPER)
+
+
+def hopper_tiles_for(
+    T: int,
+    K: int,
+    num_experts: int,
+    num_local: int,
+    H: int,
+    I: int,  # noqa: E741
+    *,
+    batch_invariant: bool = False,
+    table: TunedTable | None = None,
+) -> HopperTiles:
+    """The kernel and tiles for T tokens routed over ``num_experts``, ``num_local`` of them here.
+
+    ``table`` is a ``hopper_table``; ``batch_invariant`` takes none. It is about tokens whose picks
+    are all stored here: a rank of several looks up as many as would bring it its rows, and where
+    those would need no tables, it goes by its sizes.
+    """
+    if table is not None and not batch_invariant:
+        (tiles,) = table.tiles(tokens_here(T, num_local, num_experts))
+        assert not isinstance(tiles, TileConfig)
+        whole = num_local == num_experts and may_be_direct(T, K)
+        if whole or not isinstance(tiles, DirectTiles):
+            return tiles
+    return hopper_tiles(T, K, num_experts, num_local, H, I, batch_invariant=batch_invariant)
+
+
+def tokens_here(T: int, num_local: int, num_experts: int) -> int:
+    """How many tokens would bring this rank its rows, if picks spread evenly over the ranks."""
+    return max(1, T * num_local // num_experts)

@@ -21,7 +21,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusedmoe.tuning.table_file import MAX_SIZE, MAX_TOKENS, make_table, named, table_from_json
+from fusedmoe.tuning.json_fields import MAX_SIZE
+from fusedmoe.tuning.table_file import MAX_TOKENS, make_table, named, table_from_json
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY, TileConfig
 from fusedmoe.tuning.tuned_kernels import TRITON
 from fusedmoe.tuning.tuned_table import SIXTEEN_BIT, Curve, LayerKey, TunedTable

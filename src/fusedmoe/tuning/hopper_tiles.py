@@ -200,7 +200,12 @@ MAX_DIRECT_PICKS = 16
 def are_direct(T: int, K: int, num_experts: int) -> bool:
     """Whether T tokens of K picks need no tables: one, or two that rarely share an expert."""
     alone = T == 1 or (T == 2 and num_experts >= 16 * K)
-    return alone and T * K <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS
+    return alone and may_be_direct(T, K)
+
+
+def may_be_direct(T: int, K: int) -> bool:
+    """Whether the kernel without tables takes T tokens of K picks at all."""
+    return T <= MAX_DIRECT_TOKENS and T * K <= MAX_DIRECT_SLOTS and K <= MAX_DIRECT_PICKS
 
 
 def _stages(rows: int, slots: int, columns: int) -> int:
@@ -217,13 +222,36 @@ def direct_tiles(
 ) -> DirectTiles:
     """Tiles for T tokens of K picks. ``stages`` of a ring, by the weight rows and slots of a step
     and the columns of a row."""
-    picks = 1 << (K - 1).bit_length()
-    up = even_width(T * K, I, (16, 32, 48, 64))
+    up = even_width(T * K, I, UP_WIDTHS)
+    return direct_tiles_of(up, even_width(T, H, down_widths(K)), K, H, I, stages)
+
+
+UP_WIDTHS = (16, 32, 48, 64)
+
+
+def down_widths(K: int) -> tuple[int, ...]:
+    """Rows of weights that a task of down may load of each pick."""
+    return tuple(range(8, 128 // _padded_picks(K) + 1, 8))
+
+
+def direct_tiles_of(
+    up: int,
+    down: int,
+    K: int,
+    H: int,
+    I: int,  # noqa: E741
+    stages: Callable[[int, int, int], int] = _stages,
+) -> DirectTiles:
+    """Tiles that load so many rows of weights at a time, with rings as deep as ``stages`` says."""
+    picks = _padded_picks(K)
     up_rows = 32 if up <= 32 else 64
-    down = even_width(T, H, tuple(range(8, 128 // picks + 1, 8)))
     down_rows = max(64, (1 << (down - 1).bit_length()) * picks)
     up_stages, down_stages = stages(2 * up_rows, 8, H), stages(down_rows, max(8, picks), I)
     return DirectTiles(up_rows, up, up_stages, down_rows, down, down_stages)
+
+
+def _padded_picks(K: int) -> int:
+    return 1 << (K - 1).bit_length()
 
 
 def even_width(rows: int, columns: int, widths: tuple[int, ...]) -> int:

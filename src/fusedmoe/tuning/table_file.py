@@ -7,34 +7,31 @@
      "curves": [{"stage": "gemm1", "tile": {"type": "tile", "block_m": 16, ...},
                  "us": [24.5, 131.0, 190.2]}, ...]}
 
-``us`` has one time per entry of ``tokens``. A table that was not measured has ``ratio`` in its
-place; what that means stands in ``tuned_table``.
+``us`` has one time per entry of ``tokens``, null where the tile is not for so many. A table that
+was not measured has ``ratio`` in its place; what that means stands in ``tuned_table``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import TRITON
-from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable
+from fusedmoe.tuning.json_fields import integer_of, integers_of, object_of, shown, word_of
+from fusedmoe.tuning.tile_records import TILE_TYPES, tile_from_json, tile_to_json
+from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
+from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable, gap
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
 MAX_TOKENS, MAX_CURVES = 256, 1024
-MAX_SIZE = 1 << 24
-MAX_TILE = 4096
 MAX_COST = 1e12
-_TILE = "tile"
 _COST_KEYS = {True: "us", False: "ratio"}  # by whether the table was measured
-_WORD = re.compile(r"[\w.+()\[\],-]{1,120}")
 
 Parsed = TypeVar("Parsed")
 
@@ -88,27 +85,28 @@ def table_from_text(text: str) -> TunedTable:
 
 def table_from_json(value: Any) -> TunedTable:
     """A table from parsed JSON; ValueError says what is wrong with it."""
-    record = _record(
+    record = object_of(
         value,
         "the table",
         *("fusedmoe_tiles", "device", "kernel", "kernel_version", "triton"),
         *("layer", "tokens", "curves"),
     )
     if record["fusedmoe_tiles"] != FORMAT:
-        raise ValueError(f"fusedmoe_tiles must be {FORMAT}, got {_shown(record['fusedmoe_tiles'])}")
-    tokens = _numbers(record["tokens"], "tokens", MAX_TOKENS)
+        raise ValueError(f"fusedmoe_tiles must be {FORMAT}, got {shown(record['fusedmoe_tiles'])}")
+    tokens = integers_of(record["tokens"], "tokens", MAX_TOKENS)
     if list(tokens) != sorted(set(tokens)):
         raise ValueError("tokens must ascend")
     curves = record["curves"]
     if not isinstance(curves, list) or not 0 < len(curves) <= MAX_CURVES:
         raise ValueError(f"curves must be a list of 1 to {MAX_CURVES} entries")
     measured = not (isinstance(curves[0], dict) and "ratio" in curves[0])
-    read = tuple(_curve(curve, len(tokens), _COST_KEYS[measured]) for curve in curves)
+    kernel = _kernel(word_of(record["kernel"], "kernel"))
+    read = tuple(_curve(curve, kernel, len(tokens), _COST_KEYS[measured]) for curve in curves)
     return make_table(
-        device=_word(record["device"], "device"),
-        kernel=_word(record["kernel"], "kernel"),
-        kernel_version=_number(record["kernel_version"], "kernel_version"),
-        triton=None if record["triton"] is None else _word(record["triton"], "triton"),
+        device=word_of(record["device"], "device"),
+        kernel=kernel.name,
+        kernel_version=integer_of(record["kernel_version"], "kernel_version"),
+        triton=None if record["triton"] is None else word_of(record["triton"], "triton"),
         layer=_layer(record["layer"]),
         tokens=tokens,
         curves=read,
@@ -127,15 +125,16 @@ def make_table(
     curves: tuple[Curve, ...],
     measured: bool = True,
 ) -> TunedTable:
-    """A table with its text; ValueError where no tiles of its curves make a whole layer, and for
-    another kernel than ``TRITON``."""
-    if kernel != TRITON.name:
-        raise ValueError(f"kernel must be {TRITON.name}, got {kernel}")
-    stages: dict[int, set[str]] = {}
-    for curve in curves:
-        stages.setdefault(curve.tile.block_m, set()).add(curve.stage)
-    if not any(found == set(TRITON.stages) for found in stages.values()):
-        raise ValueError(f"no tiles of {', '.join(TRITON.stages)} go together")
+    """A table with its text; ValueError where no tiles of its curves make a whole layer at some
+    count, for tiles of another kernel, and for a kernel that has no tables."""
+    known = _kernel(kernel)
+    types = tuple(TILE_TYPES[name] for name in known.tiles)
+    wrong = next((curve for curve in curves if not isinstance(curve.tile, types)), None)
+    if wrong is not None:
+        raise ValueError(f"{kernel} has tiles {', '.join(known.tiles)}, got {wrong.tile}")
+    missing = gap(known.stages, tokens, curves)
+    if missing is not None:
+        raise ValueError(f"no tiles of {', '.join(known.stages)} go together at {missing} tokens")
     head = {
         "fusedmoe_tiles": FORMAT,
         "device": device,
@@ -146,7 +145,13 @@ def make_table(
         "tokens": list(tokens),
     }
     lines = [
-        json.dumps({"stage": stage, "tile": tile_to_json(tile), _COST_KEYS[measured]: list(cost)})
+        json.dumps(
+            {
+                "stage": stage,
+                "tile": tile_to_json(tile),
+                _COST_KEYS[measured]: [one if math.isfinite(one) else None for one in cost],
+            }
+        )
         for stage, tile, cost in curves
     ]
     text = json.dumps(head, indent=1).removesuffix("\n}")
@@ -169,75 +174,41 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def tile_to_json(tile: TileConfig) -> dict[str, Any]:
-    return {"type": _TILE, **asdict(tile)}
+def _kernel(name: str) -> TunedKernel:
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {name}")
+    return KERNELS[name]
 
 
-def tile_from_json(value: Any) -> TileConfig:
-    """The tile record that ``value`` describes; its own constructor has the last word."""
-    names = [field.name for field in fields(TileConfig)]
-    record = _record(value, "a tile", "type", *names)
-    if record["type"] != _TILE:
-        raise ValueError(f"a tile's type must be {_TILE}, got {_shown(record['type'])}")
-    return TileConfig(**{name: _number(record[name], name, MAX_TILE) for name in names})
-
-
-def _curve(value: Any, count: int, cost_key: str) -> Curve:
-    record = _record(value, "a curve", "stage", "tile", cost_key)
-    if record["stage"] not in TRITON.stages:
-        known = ", ".join(TRITON.stages)
-        raise ValueError(f"a curve's stage must be one of {known}, got {_shown(record['stage'])}")
+def _curve(value: Any, kernel: TunedKernel, count: int, cost_key: str) -> Curve:
+    record = object_of(value, "a curve", "stage", "tile", cost_key)
+    if record["stage"] not in kernel.stages:
+        known = ", ".join(kernel.stages)
+        raise ValueError(f"a curve's stage must be one of {known}, got {shown(record['stage'])}")
     costs = record[cost_key]
     if not isinstance(costs, list) or len(costs) != count:
         raise ValueError(f"a curve's {cost_key} must have {count} entries, one per token count")
-    for cost in costs:
-        number = isinstance(cost, (int, float)) and not isinstance(cost, bool)
-        if not number or not 0 < cost <= MAX_COST:
-            raise ValueError(f"{cost_key} must be positive numbers, got {_shown(cost)}")
     tile = tile_from_json(record["tile"])
-    return Curve(record["stage"], tile, tuple(float(cost) for cost in costs))
+    return Curve(record["stage"], tile, tuple(_cost(one, cost_key) for one in costs))
+
+
+def _cost(value: Any, key: str) -> float:
+    if value is None:
+        return math.inf
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= MAX_COST:
+        raise ValueError(f"{key} must be positive numbers or null, got {shown(value)}")
+    return float(value)
 
 
 def _layer(value: Any) -> LayerKey:
-    record = _record(value, "layer", "E", "K", "H", "I", "weights", "form")
+    record = object_of(value, "layer", "E", "K", "H", "I", "weights", "form")
     sizes = {
-        name: None if record[name] is None and name in "KH" else _number(record[name], name)
+        name: None if record[name] is None and name in "KH" else integer_of(record[name], name)
         for name in "EKHI"
     }
     return LayerKey(
         **sizes,  # type: ignore[arg-type]
-        weights=_word(record["weights"], "weights"),
-        form=None if record["form"] is None else _word(record["form"], "form"),
+        weights=word_of(record["weights"], "weights"),
+        form=None if record["form"] is None else word_of(record["form"], "form"),
     )
-
-
-def _record(value: Any, what: str, *names: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != set(names):
-        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{what} must have the keys {', '.join(names)}, got {keys!s:.120}")
-    return value
-
-
-def _numbers(value: Any, what: str, most: int) -> tuple[int, ...]:
-    if not isinstance(value, list) or not 0 < len(value) <= most:
-        raise ValueError(f"{what} must be a list of 1 to {most} entries")
-    return tuple(_number(one, what) for one in value)
-
-
-def _number(value: Any, what: str, most: int = MAX_SIZE) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(f"{what} must be an integer of 1 to {most}, got {_shown(value)}")
-    return value
-
-
-def _word(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not _WORD.fullmatch(value):
-        raise ValueError(f"{what} must be a word, got {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """At most 40 characters; an integer of thousands of digits has no text at all."""
-    if isinstance(value, int) and abs(value) >= 10**18:
-        return "a huge integer"
-    return f"{value!r:.40}"

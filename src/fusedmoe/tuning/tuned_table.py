@@ -2,21 +2,24 @@
 
 A table holds curves, one per stage and tile: the time at a few token counts. Between them a curve
 is a straight line over the logarithms of both, and the choice at T is the lowest curve there. So
-the time of what is chosen never jumps between two batch sizes: where the choice changes, both
-tiles take the same time. Everything here is a pure function of sizes.
+the time of what is chosen does not jump between two batch sizes: where the choice changes, both
+tiles take the same time, unless one of them has no times beyond. Everything here is a pure function
+of sizes.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.tile_records import Tile, goes_with
+from fusedmoe.tuning.tuned_kernels import KERNELS, TunedKernel
 
 SIXTEEN_BIT = "16bit"
 
@@ -55,10 +58,11 @@ def gemm1_form(activation: MoEActivation) -> str:
 
 
 class Curve(NamedTuple):
-    """What ``tile`` costs in ``stage`` at each of the table's token counts."""
+    """What ``tile`` costs in ``stage`` at each of the table's token counts; infinite where it is
+    not for so many tokens."""
 
     stage: str
-    tile: TileConfig
+    tile: Tile
     cost: tuple[float, ...]
 
 
@@ -66,8 +70,8 @@ class Curve(NamedTuple):
 class TunedTable:
     """The curves of one layer on one device, over ascending ``tokens``.
 
-    ``device`` is a ``device_key``, ``kernel`` the name of ``TRITON``; ``triton`` the release
-    measured with (None: not known). Costs are microseconds per call, or, where ``measured`` is
+    ``device`` is a ``device_key``, ``kernel`` one of ``KERNELS``; ``triton`` the release measured
+    with (None: not known). Costs are microseconds per call, or, where ``measured`` is
     False, how many times the batch is larger or smaller than the one a tile was made for. ``text``
     is the table as a file, and two tables are equal where their texts are.
     """
@@ -88,20 +92,25 @@ class TunedTable:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def tiles(self, T: int) -> tuple[TileConfig, ...]:
+    @property
+    def tuned_kernel(self) -> TunedKernel:
+        return KERNELS[self.kernel]
+
+    def tiles(self, T: int) -> tuple[Tile, ...]:
         """The tiles for T tokens, one per stage of the kernel."""
         return _choose(self, T)
 
     def cost(self, T: int) -> float:
         """What ``tiles(T)`` cost together, by the curves."""
-        return _envelope(self, T)[0]
+        return _envelope(self, T).cost
 
     def unfit(self, layer: LayerKey) -> str | None:
         """Why this table says nothing about ``layer``; None where it does."""
-        if self.kernel_version != TRITON.version:
+        version = self.tuned_kernel.version
+        if self.kernel_version != version:
             return (
                 f"it was measured with version {self.kernel_version} of the kernel "
-                f"{self.kernel!r}, this is version {TRITON.version}"
+                f"{self.kernel!r}, this is version {version}"
             )
         return self.layer.mismatch(layer)
 
@@ -111,31 +120,62 @@ def interpolated(tokens: tuple[int, ...], cost: tuple[float, ...], T: int) -> fl
     right = bisect_right(tokens, T)
     if right == 0:
         return cost[0]
-    if right == len(tokens):
-        return cost[-1]
+    if right == len(tokens) or tokens[right - 1] == T:
+        return cost[right - 1]
     low, high = tokens[right - 1], tokens[right]
     share = math.log(T / low) / math.log(high / low)
     return math.exp((1.0 - share) * math.log(cost[right - 1]) + share * math.log(cost[right]))
 
 
+class Choice(NamedTuple):
+    """What goes together, one tile per stage, and what it costs."""
+
+    cost: float
+    tiles: tuple[Tile, ...]
+
+
+def cheapest(stages: tuple[str, ...], costs: Iterable[tuple[str, Tile, float]]) -> Choice | None:
+    """The cheapest tiles that go together, the first among equals; None where none are finite."""
+    best: dict[Hashable, dict[str, tuple[float, Tile]]] = {}
+    for stage, tile, cost in costs:
+        found = best.setdefault(goes_with(tile), {})
+        if math.isfinite(cost) and (stage not in found or cost < found[stage][0]):
+            found[stage] = cost, tile
+    choices = [
+        Choice(sum(found[stage][0] for stage in stages), tuple(found[stage][1] for stage in stages))
+        for found in best.values()
+        if len(found) == len(stages)
+    ]
+    return min(choices, key=lambda choice: choice.cost, default=None)
+
+
+def choice_at(
+    stages: tuple[str, ...], tokens: tuple[int, ...], curves: Iterable[Curve], T: int
+) -> Choice | None:
+    """The cheapest tiles for T tokens by these curves."""
+    costs = ((stage, tile, interpolated(tokens, cost, T)) for stage, tile, cost in curves)
+    return cheapest(stages, costs)
+
+
+def counts_to_cover(tokens: tuple[int, ...]) -> list[int]:
+    """All of ``tokens``, and one between each two that are not neighbours: whoever has tiles for
+    these has some for every count."""
+    # A curve that is finite at both ends of a stretch is so everywhere on it.
+    return sorted({*tokens, *(low + 1 for low, high in pairwise(tokens) if high > low + 1)})
+
+
+def gap(stages: tuple[str, ...], tokens: tuple[int, ...], curves: Sequence[Curve]) -> int | None:
+    """The first count for which no tiles go together."""
+    found = (T for T in counts_to_cover(tokens) if choice_at(stages, tokens, curves, T) is None)
+    return next(found, None)
+
+
 @lru_cache(maxsize=4096)
-def _choose(table: TunedTable, T: int) -> tuple[TileConfig, ...]:
-    return _envelope(table, T)[1]
+def _choose(table: TunedTable, T: int) -> tuple[Tile, ...]:
+    return _envelope(table, T).tiles
 
 
-def _envelope(table: TunedTable, T: int) -> tuple[float, tuple[TileConfig, ...]]:
-    """The cheapest tiles that go together, and their cost; the first in the table among equals."""
-    best: dict[int, dict[str, tuple[float, TileConfig]]] = {}
-    for stage, tile, cost in table.curves:
-        value = interpolated(table.tokens, cost, T)
-        stages = best.setdefault(tile.block_m, {})  # one alignment serves both
-        if stage not in stages or value < stages[stage][0]:
-            stages[stage] = value, tile
-    found: tuple[float, tuple[TileConfig, ...]] | None = None
-    for stages in best.values():
-        if len(stages) == len(TRITON.stages):
-            total = sum(value for value, _ in stages.values())
-            if found is None or total < found[0]:
-                found = total, tuple(stages[stage][1] for stage in TRITON.stages)
-    assert found is not None  # table_file refuses tables without a complete set
+def _envelope(table: TunedTable, T: int) -> Choice:
+    found = choice_at(table.tuned_kernel.stages, table.tokens, table.curves, T)
+    assert found is not None  # table_file refuses tables with a gap
     return found

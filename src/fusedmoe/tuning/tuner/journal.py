@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusedmoe.tuning.table_file import read_json, tile_from_json, tile_to_json, write_atomically
-from fusedmoe.tuning.tiles import TileConfig
-from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.table_file import read_json, write_atomically
+from fusedmoe.tuning.tile_records import Tile, tile_from_json, tile_to_json
+from fusedmoe.tuning.tuned_kernels import TunedKernel
 from fusedmoe.tuning.tuned_table import LayerKey
 from fusedmoe.tuning.tuner.search import Timer
 
@@ -28,15 +28,15 @@ class Journal:
 
     def __init__(self, timer: Timer, path: Path, subject: dict[str, Any]) -> None:
         self._timer, self._path, self._subject = timer, path, subject
-        self._known: dict[Key, dict[TileConfig, float]] = {}
+        self._known: dict[Key, dict[Tile, float]] = {}
         self.resumed = path.exists()
         if self.resumed:
             self._read()
 
-    def prepare(self, stage: str, tiles: Sequence[TileConfig]) -> None:
+    def prepare(self, stage: str, tiles: Sequence[Tile]) -> None:
         self._timer.prepare(stage, tiles)
 
-    def time(self, stage: str, T: int, tiles: Sequence[TileConfig], samples: int) -> list[float]:
+    def time(self, stage: str, T: int, tiles: Sequence[Tile], samples: int) -> list[float]:
         known = self._known.setdefault((stage, T, samples), {})
         if not all(tile in known for tile in tiles):
             times = self._timer.time(stage, T, tiles, samples)
@@ -84,7 +84,7 @@ MAX_JOURNAL_BYTES = 1 << 25
 
 
 def subject(
-    key: LayerKey, tokens: Sequence[int], device: str, triton: str | None
+    kernel: TunedKernel, key: LayerKey, tokens: Sequence[int], device: str, triton: str | None
 ) -> dict[str, Any]:
     """What a search measures: the layer, the batch sizes, the device and the code."""
     return {
@@ -92,5 +92,6 @@ def subject(
         "tokens": list(tokens),
         "device": device,
         "triton": triton,
-        "kernel_version": TRITON.version,
+        "kernel": kernel.name,
+        "kernel_version": kernel.version,
     }

@@ -6,23 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from fusedmoe.bench.problems import Problem
 from fusedmoe.bench.report import Percentiles, limit_us
-from fusedmoe.bench.shapes import LayerShape
 from fusedmoe.testing.tolerances import format_name
-from fusedmoe.tuning.choice import DeviceFacts, tiles_for
+from fusedmoe.tuning.choice import DeviceFacts
 from fusedmoe.tuning.table_file import make_table
-from fusedmoe.tuning.tiles import LayerTiles, TileConfig
-from fusedmoe.tuning.tuned_kernels import TRITON
+from fusedmoe.tuning.tile_records import Tile
 from fusedmoe.tuning.tuned_table import TunedTable
-from fusedmoe.tuning.tuner.gemms import activation_of, key_of
+from fusedmoe.tuning.tuner.hopper_layer import HopperLayer
 from fusedmoe.tuning.tuner.journal import Journal, subject
-from fusedmoe.tuning.tuner.measure import ROUTING, tuned_layer
+from fusedmoe.tuning.tuner.measure import ROUTING
 from fusedmoe.tuning.tuner.search import Progress, Timer, between, search
-from fusedmoe.tuning.tuner.space import H200
+from fusedmoe.tuning.tuner.triton_layer import TritonLayer
+from fusedmoe.tuning.tuner.tunable import Tunable
 
+TUNABLES: dict[str, type[Tunable]] = {one.kernel.name: one for one in (TritonLayer, HopperLayer)}
 MAX_TOKENS = 1 << 20
 COMPARED_SAMPLES = 31
 
@@ -33,7 +31,7 @@ class LayerTimer(Timer, Protocol):
     def problem(self, T: int) -> Problem: ...
 
     def time_layer(
-        self, T: int, choices: Sequence[LayerTiles], samples: int
+        self, T: int, choices: Sequence[tuple[Tile, ...]], samples: int
     ) -> list[Percentiles]: ...
 
 
@@ -52,53 +50,41 @@ def checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def tune(
-    shape: LayerShape,
-    dtype: torch.dtype,
+    tunable: Tunable,
     facts: DeviceFacts,
     timer: Timer,
     tokens: Sequence[int],
     journal: Path,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Search for the tiles of ``shape``, going on where ``journal`` stopped.
+    """Search for the tiles of a layer, going on where ``journal`` stopped.
 
     The journal stays until the caller has written the table and removes it. Raises ValueError
     where it is about something else, or where no tile runs.
     """
+    shape, kernel = tunable.shape, tunable.kernel
     if shape.ranks > 1:
         raise ValueError(
             f"{shape.name} gets picks of {shape.num_experts} experts: tune the {shape.E} it stores"
         )
-    key, layer, tokens = key_of(shape, dtype), tuned_layer(shape, dtype), checked_tokens(tokens)
-    remembering = Journal(timer, journal, subject(key, tokens, facts.name, facts.triton))
-
-    def default(stage: str, T: int) -> TileConfig:
-        found: TileConfig = getattr(default_tiles(shape, dtype, facts, T), stage)
-        return found
-
-    machine = H200._replace(shared_memory=facts.shared_memory)
-    curves = search(layer, tokens, remembering, default, machine, progress)
+    tokens = checked_tokens(tokens)
+    about = subject(kernel, tunable.key, tokens, facts.name, facts.triton)
+    remembering = Journal(timer, journal, about)
+    curves = search(tunable.space(facts), tokens, remembering, progress)
     table = make_table(
         device=facts.name,
-        kernel=TRITON.name,
-        kernel_version=TRITON.version,
+        kernel=kernel.name,
+        kernel_version=kernel.version,
         triton=facts.triton,
-        layer=key,
+        layer=tunable.key,
         tokens=between(tokens),
         curves=curves,
     )
     return Tuned(table, remembering.measurements)
 
 
-def default_tiles(shape: LayerShape, dtype: torch.dtype, facts: DeviceFacts, T: int) -> LayerTiles:
-    """What a layer of this shape uses that has no table."""
-    sizes = T, shape.k, shape.E, shape.H, shape.I
-    return tiles_for(*sizes, dtype, activation_of(shape)[0], facts._replace(triton=None))
-
-
 def compare(
-    shape: LayerShape,
-    dtype: torch.dtype,
+    tunable: Tunable,
     facts: DeviceFacts,
     timer: LayerTimer,
     table: TunedTable,
@@ -111,16 +97,17 @@ def compare(
     ``loss`` is how much longer the default ones take. ``measured``: whether the table was measured
     at that token count, or chose between two others.
     """
-    key, rows = format_name(dtype), []
+    shape, kernel, space = tunable.shape, tunable.kernel, tunable.space(facts)
+    key, rows = format_name(tunable.dtype), []
     for done, T in enumerate(tokens):
         if progress is not None:
             progress(done, len(tokens), f"{T} tokens, table against default")
-        choices = LayerTiles(*table.tiles(T)), default_tiles(shape, dtype, facts, T)
+        choices = table.tiles(T), tuple(space.default(stage, T) for stage in kernel.stages)
         problem = timer.problem(T)
         tuned, default = timer.time_layer(T, choices, COMPARED_SAMPLES)
         limit = limit_us(problem, ceilings["read_gbs"], ceilings[f"{key}_tflops"])
         common = {
-            "impl": "fusedmoe:triton",
+            "impl": f"fusedmoe:{kernel.name}",
             "shape": shape.name,
             **{name: getattr(shape, name) for name in "EkHI"},
             "T": T,
