@@ -46,6 +46,7 @@ from fusedmoe.kernels.routing import routing
 from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 from fusedmoe.testing.routing import ROUTINGS, routing_logits
+from fusedmoe.tuning.hopper_space import LEAST_PREFILL_MEAN, MOST_DECODE_MEAN
 from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
     DirectTiles,
@@ -75,8 +76,6 @@ SHAPES_HERE = SHAPES | {
 }
 CHECKED_TOKENS = 8
 CEILINGS = ("read_gbs", "copy_gbs", "bf16_tflops")
-# Slots per expert between which both the streaming and the other kernel are worth a try.
-LEAST_PREFILL_MEAN, MOST_DECODE_MEAN = 16, 96
 
 
 def variants_of(plain: HopperTiles, shape: Shape, ranks: int, T: int) -> dict[str, HopperTiles]:
