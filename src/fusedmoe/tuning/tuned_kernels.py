@@ -48,7 +48,6 @@ HOPPER = TunedKernel(
     tiles=("direct", "decode", "prefill"),
     sources=(
         "kernels/triton/activation.py",
-        "kernels/triton/discarded.py",
         "kernels/triton/hopper_arrivals.py",
         "kernels/triton/hopper_common.py",
         "kernels/triton/hopper_decode_dealt.py",
@@ -65,13 +64,8 @@ HOPPER = TunedKernel(
         "kernels/triton/hopper_prefill_down.py",
         "kernels/triton/hopper_prefill_up.py",
         "kernels/triton/hopper_pushed.py",
-        "kernels/triton/ids.py",
-        "kernels/triton/launch.py",
-        "kernels/triton/mul_sum.py",
-        "kernels/triton/peer_flags.py",
-        "kernels/triton/weighted_sum.py",
     ),
-    digest="bf8edc0b339376cb",
+    digest="898cab30cd31c667",
 )
 
 KERNELS = {kernel.name: kernel for kernel in (TRITON, HOPPER)}
