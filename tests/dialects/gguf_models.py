@@ -98,7 +98,7 @@ def file_tensors(
         if ".experts." in name:
             kind, change = experts, split_experts
         else:
-            is_linear = tensor.dim() == 2 and name.endswith("proj.weight")
+            is_linear = tensor.dim() == 2 and "proj" in name
             kind, change = dense if is_linear else "F32", case.change
         if not name.endswith("bias"):
             stored = tensor.mT if change is split_experts and case.transposed else tensor
@@ -166,7 +166,7 @@ def all_keys(case: Case, config: Any) -> dict[str, Any]:
         Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
         Keys.LLM.CONTEXT_LENGTH: config.max_position_embeddings,
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
-        Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size,
+        Keys.LLM.FEED_FORWARD_LENGTH: getattr(config, "intermediate_size", None),
         Keys.LLM.EXPERT_USED_COUNT: SIZES["num_experts_per_tok"],
         Keys.Attention.HEAD_COUNT: config.num_attention_heads,
         Keys.Attention.HEAD_COUNT_KV: config.num_key_value_heads,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf
+from gguf_linear_cases import LINEAR_CASES
 from gguf_models import Case, all_keys, file_tensors, write_model
 from gguf_sigmoid_cases import SIGMOID_CASES
 from gguf_softmax_cases import SOFTMAX_CASES
@@ -20,7 +21,7 @@ from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES
 
 pytest.importorskip("transformers")
-CASES = [*SOFTMAX_CASES, *SIGMOID_CASES]
+CASES = [*SOFTMAX_CASES, *SIGMOID_CASES, *LINEAR_CASES]
 PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
 
 
@@ -75,7 +76,7 @@ def test_names_are_those_that_the_package_publishes(architecture: str) -> None:
         joined = [part for join in row.joined.values() for part in join.parts]
         for name in (*row.names, *row.turned, *joined):
             base = name.removesuffix(".weight").removesuffix(".bias")
-            assert f"blk.{{bid}}.{base}" in published, name
+            assert {f"blk.{{bid}}.{base}", base} & published, name
 
 
 def test_experts_may_have_a_tensor_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

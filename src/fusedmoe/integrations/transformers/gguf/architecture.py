@@ -59,8 +59,9 @@ class Architecture:
 
     ``fields`` are looked up in the header, then in ``defaults`` (None leaves a field to
     Transformers), ``more`` finds those that are no single key, and may be None. ``names`` are of
-    tensors in a layer, with or without their suffix (``.weight``), and so are those of ``turned``;
-    what ``joined`` makes has its full name. ``when`` tells the rows of one architecture apart.
+    tensors in a layer, with or without their suffix (``.weight``), and so are those of ``turned``,
+    which may be outside of layers, too; what ``joined`` makes has its full name. ``when`` tells
+    the rows of one architecture apart.
     """
 
     model_type: str
@@ -84,6 +85,10 @@ class Architecture:
         values = {**self.defaults, **values}
         found = {name: value for name, value in values.items() if value is not None}
         return {**found, **self.more(header), "rope_parameters": self.rope(header)}
+
+    def turn_of(self, tensor: str) -> Turn | None:
+        """What is done to a tensor."""
+        return self.turned.get(tensor) or self.turned.get(tensor.rpartition(".")[0])
 
     def name_of(self, tensor: str) -> str | None:
         """What Transformers calls a tensor of a layer, below that; None where it has none."""

@@ -158,7 +158,7 @@ class GgufSource:
             if block is not None:
                 layers.setdefault(int(block[1]), {})[block[2]] = name
             elif base in WHOLE:
-                state[f"{WHOLE[base]}.{suffix}"] = self._value(name, dtype)
+                state[f"{WHOLE[base]}.{suffix}"] = self._turned(name, name, dtype)
             else:
                 raise self._no_place(name)
         for number in range(self.header.num_layers):
@@ -193,7 +193,7 @@ class GgufSource:
 
     def _turned(self, below: str, name: str, dtype: torch.dtype) -> Any:
         value = self._value(name, dtype)
-        turn = self.architecture.turned.get(below.rpartition(".")[0])
+        turn = self.architecture.turn_of(below)
         if turn is None:
             return value
         tensor = self.file.tensors[name]

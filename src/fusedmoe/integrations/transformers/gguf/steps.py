@@ -26,6 +26,54 @@ def as_row(header: Header, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
 
+def less_one(header: Header, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a norm that adds 1 to it, which files have added."""
+    return weight.float() - 1
+
+
+def log_of_decay(header: Header, decay: torch.Tensor) -> torch.Tensor:
+    """From -exp(A)."""
+    return decay.neg().log()
+
+
+def with_channel(header: Header, kernel: torch.Tensor) -> torch.Tensor:
+    """[C, W] -> [C, 1, W]"""
+    return kernel[:, None]
+
+
+def one_after_the_other(*turns: Turn) -> Turn:
+    def turn(header: Header, tensor: torch.Tensor) -> torch.Tensor:
+        for one in turns:
+            tensor = one(header, tensor)
+        return tensor
+
+    return turn
+
+
+def by_key_head(axis: int = 0, *, behind_keys: bool = False) -> Turn:
+    """Value heads in turns over key heads, to those of each key head together.
+
+    ``behind_keys``: queries and keys come before them along ``axis``.
+    """
+
+    def turn(header: Header, tensor: torch.Tensor) -> torch.Tensor:
+        keys, values = header.number("ssm.group_count"), header.number("ssm.time_step_rank")
+        before = 2 * keys * header.number("ssm.state_size") if behind_keys else 0
+        first, rest = tensor.split([before, tensor.shape[axis] - before], axis)
+        heads = rest.unflatten(axis, (values // keys, keys, -1)).transpose(axis, axis + 1)
+        return torch.cat([first, heads.flatten(axis, axis + 2)], axis)
+
+    return turn
+
+
+def of_each_key_head(header: Header, qkv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Queries, keys, values and gates one after the other, to all four of each key head."""
+    keys = header.number("ssm.group_count")
+    size = keys * header.number("ssm.state_size")
+    parts = (*qkv.split([size, size, qkv.shape[0] - 2 * size]), gate)
+    return torch.cat([part.unflatten(0, (keys, -1)) for part in parts], 1).flatten(0, 1)
+
+
 def stacked(header: Header, *parts: torch.Tensor) -> torch.Tensor:
     """Rows of one below those of another."""
     return torch.cat(parts)
