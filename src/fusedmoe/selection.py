@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fusedmoe.config import FusedMoEConfig, MoEOptions, ParallelGroups
 from fusedmoe.modular_kernel import (
@@ -21,6 +21,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
+from fusedmoe.modular_kernel.capabilities import MissingModule
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey, accepts
 from fusedmoe.tuning.choice import given_table
@@ -69,6 +70,10 @@ PREPARE_FINALIZE: tuple[str, ...] = (
     "fusedmoe.prepare_finalize.deepep_high_throughput:DeepEPHTPrepareAndFinalize",
     "fusedmoe.prepare_finalize.deepep_low_latency:DeepEPLLPrepareAndFinalize",
 )
+
+
+class MissingPackageError(ImportError, ValueError):
+    """All that was asked for needs packages that are not installed."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,8 @@ def select(
     ``moe.options`` forces either by name or class. ``groups`` are the process groups tokens may
     move over. ``down_keys`` are the (weight, activation) keys of the second GEMM where they are not
     those of the first. Raises ValueError with every reason where nothing fits, and where the tuned
-    table of the options is not for this layer.
+    table of the options is not for this layer; ``MissingPackageError`` where what is forced by name
+    needs a package that is not installed.
     """
     keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
     keys = keys if down_keys is not None else keys[:1]
@@ -212,7 +218,7 @@ def select(
     able = [cls for cls, reason in mover_reasons.items() if reason is None]
     mover_candidates = tuple(Candidate(name_of(c), reason) for c, reason in mover_reasons.items())
     if not able:
-        raise ValueError(f"nothing moves the tokens of this layer ({_join(mover_candidates)})")
+        _refuse("nothing moves the tokens of this layer", mover_candidates)
     candidates = []
     chosen: tuple[type[FusedMoEExperts], type[FusedMoEPrepareAndFinalize]] | None = None
     for cls in candidate_classes(EXPERTS, moe.options.experts):
@@ -222,7 +228,7 @@ def select(
         if reason is None and chosen is None:
             chosen = cls, serving[0]
     if chosen is None:
-        raise ValueError(f"no experts implementation runs this layer ({_join(tuple(candidates))})")
+        _refuse("no experts implementation runs this layer", tuple(candidates))
     kind = _kind(chosen[1])
     return Selection(
         chosen[0],
@@ -276,8 +282,10 @@ def _unmet(
     return reason
 
 
-def _join(candidates: tuple[Candidate, ...]) -> str:
-    return "; ".join(f"{c.name}: {c.reason}" for c in candidates)
+def _refuse(what: str, candidates: tuple[Candidate, ...]) -> NoReturn:
+    reasons = "; ".join(f"{c.name}: {c.reason}" for c in candidates)
+    missing = all(isinstance(c.reason, MissingModule) for c in candidates)
+    raise (MissingPackageError if missing else ValueError)(f"{what} ({reasons})")
 
 
 def explain(layer: FusedMoEConfig | MoERunner | RoutedExperts) -> Selection:

@@ -223,6 +223,20 @@ class TestSelection:
             found = self.reason(monkeypatch, name)
             assert "needs the module deep_gemm, which is not installed" in found
 
+    def test_a_layer_that_asks_for_it_by_name_is_an_import_error(self, monkeypatch):
+        """Other reasons are not: no package would help."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        key = format_named("fp8_block").key
+        config = replace(LAYER, device="cuda").config()
+        options = MoEOptions(experts="deep_gemm")
+        monkeypatch.delitem(sys.modules, "deep_gemm")
+        with pytest.raises(ImportError, match="needs the module deep_gemm, which is not"):
+            select(replace(config, options=options), key, FP8_DYNAMIC_128)
+        options = MoEOptions(experts="cutlass_fp8")
+        with pytest.raises(ValueError, match="does not run weights") as caught:
+            select(replace(config, options=options), key, FP8_DYNAMIC_128)
+        assert not isinstance(caught.value, ImportError)
+
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [

@@ -16,6 +16,19 @@ from fusedmoe.quantization.keys import QuantKey, accepts
 Operand = Literal["weights", "activations"]
 
 
+class MissingModule(str):
+    """A reason not to choose something: a module that it needs is not installed."""
+
+    __slots__ = ()
+
+    @classmethod
+    def unless_installed(cls, name: str) -> MissingModule | None:
+        """The reason where ``name`` cannot be found."""
+        if importlib.util.find_spec(name) is not None:
+            return None
+        return cls(f"needs the module {name}, which is not installed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCapabilities:
     """What an experts implementation can do, as data that selection reads and explains.
@@ -56,8 +69,9 @@ class ExpertsCapabilities:
     ) -> str | None:
         """The first thing ``moe`` asks for that this lacks, in words; None where nothing is."""
         for module in self.requires:
-            if importlib.util.find_spec(module) is None:
-                return f"needs the module {module}, which is not installed"
+            missing = MissingModule.unless_installed(module)
+            if missing is not None:
+                return missing
         if self.activation_format is not activation_format:
             return f"takes {self.activation_format.name} rows, not {activation_format.name}"
         if moe.device.type not in self.devices:

@@ -13,7 +13,6 @@ do.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from fusedmoe.config import FusedMoEConfig, ParallelGroups
 from fusedmoe.distributed.deep_ep import PACKAGE, Placement, learn_placement
 from fusedmoe.distributed.groups import TokenRanks, check_sizes, token_ranks
+from fusedmoe.modular_kernel.capabilities import MissingModule
 from fusedmoe.prepare_finalize.dispatch import DispatchingModular
 from fusedmoe.quantization.keys import FP8_DYNAMIC_128, FP8_DYNAMIC_128_UE8M0
 
@@ -56,9 +56,8 @@ class DeepEPDispatching(DispatchingModular):
             return reason
         assert groups is not None
         if groups.deep_ep is None:
-            if importlib.util.find_spec(PACKAGE) is None:
-                return f"needs the module {PACKAGE}, which is not installed"
-            return "needs a deep_ep.Buffer in ParallelGroups(deep_ep=...)"
+            missing = MissingModule.unless_installed(PACKAGE)
+            return missing or "needs a deep_ep.Buffer in ParallelGroups(deep_ep=...)"
         if bool(groups.deep_ep.low_latency_mode) != cls.low_latency:
             return f"the deep_ep.Buffer is {'not ' * cls.low_latency}made for low latency"
         ranks = token_ranks(moe.moe_parallel_config, groups)
