@@ -1,6 +1,7 @@
 """GGUF tensors: each has a type of its own, and all experts of a projection are one tensor.
 
     Q8_0     32 columns in 34 bytes: d fp16, 32 int8                    int8 in groups of 32
+    Q5_0     22 bytes: d fp16, 32 fifth bits, then as Q4_0               int8 in groups of 32
     Q4_0     18 bytes: d fp16, columns 0-15 in low nibbles, 16-31 in high ones      int4
     IQ4_NL   as Q4_0, the nibbles index a table                         iq4_nl
     MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
@@ -56,6 +57,14 @@ def _q8_0(matrix: Matrix, raw: torch.Tensor) -> Parts:
     return blocks[..., 2:].contiguous().view(torch.int8).flatten(-2), _scales(matrix, blocks)
 
 
+def _q5_0(matrix: Matrix, raw: torch.Tensor) -> Parts:
+    blocks = _blocks(matrix, 22, raw)
+    low = torch.cat([blocks[..., 6:] & 15, blocks[..., 6:] >> 4], -1)
+    bit = torch.arange(8, dtype=torch.uint8, device=raw.device)
+    fifth = (blocks[..., 2:6, None] >> bit & 1).flatten(-2)
+    return ((low | fifth << 4).to(torch.int8) - 16).flatten(-2), _scales(matrix, blocks)
+
+
 def _nibbles(matrix: Matrix, raw: torch.Tensor) -> Parts:
     blocks = _blocks(matrix, 18, raw)
     return _halves(blocks[..., 2:]), _scales(matrix, blocks)
@@ -93,6 +102,7 @@ def _scheme(
 
 SCHEMES: Mapping[str, Scheme] = {
     "Q8_0": _scheme("Q8_0", _INT8, _q8_0, 32, 34),
+    "Q5_0": _scheme("Q5_0", _INT8, _q5_0, 32, 22),
     "Q4_0": _scheme("Q4_0", _INT4, _nibbles, 32, 18),
     "IQ4_NL": _scheme("IQ4_NL", IQ4_NL, _nibbles, 32, 18),
     "MXFP4": _scheme("MXFP4", MXFP4, _mxfp4, 32, 17),
