@@ -157,6 +157,7 @@ COMPILE = """
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from fusedmoe.kernels.triton import hopper_decode, hopper_direct, hopper_prefill
+from fusedmoe.kernels.triton.hopper_decode_steps import DecodeCase
 from fusedmoe.kernels.triton.hopper_direct_common import DirectCase
 from fusedmoe.tuning.hopper_tiles import PrefillTiles, decode_tiles_of, direct_tiles
 import hopper_compiler
@@ -191,23 +192,22 @@ def runs_ahead(built):
     # cannot see that nothing else touches their registers; that costs a quarter of the speed.
     return cuobjdump(built, "-sass").count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 2
 
-sizes = {"H": 272, "I": 208}
-formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True, "PICKS": 4}
+formula = {"FORMULA": "swigluoai", "GATED": True, "INTERLEAVED": True}
+no_gate = {"FORMULA": "relu2"}
 tiles = decode_tiles_of(8, 64, 128)
-weights = desc(tiles.up.rows, tiles.up.depth)
-no_gate = formula | {"FORMULA": "relu2", "GATED": False, "INTERLEAVED": False, "bias_ptr": None}
 for stages, rows, depth, drawn in (2, 64, 128, True), (6, 64, 128, False), (6, 32, 256, False):
     box = desc(rows, depth)
-    for given in (formula, no_gate):
-        build(hopper_decode.up_kernel, {"gate_desc": box, "up_desc": box},
-              sizes | given | {"TILE": rows, "BN": 8, "BK": depth, "STAGES": stages, "GROUP": 4,
-                               "DRAWN": drawn, "COUNTED": drawn})
-step = {"TILE": tiles.down.rows, "BN": 8, "BK": 128}
+    for given, more in (formula, {}), (no_gate, {"bias_ptr": None}):
+        wide = rows if "GATED" in given else 2 * rows
+        case = DecodeCase(N=208, D=272, WIDE=wide, SLOTS=8, DEPTH=depth, STAGES=stages, GROUP=4,
+                          PICKS=4, DRAWN=drawn, COUNTED=drawn, **given)
+        build(hopper_decode.up_kernel, {"gate_desc": box, "up_desc": box}, more | {"CASE": case})
+step = {"N": 272, "D": 208, "WIDE": tiles.down.rows, "SLOTS": 8, "DEPTH": 128}
 weights = {"desc": desc(tiles.down.rows, 128)}
 build(hopper_decode.down_kernel, weights,
-      sizes | step | {"STAGES": 2, "GROUP": 4, "UP_TILES": 4})
+      {"CASE": DecodeCase(**step, STAGES=2, GROUP=4, UP_TILES=4)})
 for stages in (3, tiles.down.stages):
-    build(hopper_decode.dealt_kernel, weights, sizes | step | {"STAGES": stages})
+    build(hopper_decode.dealt_kernel, weights, {"CASE": DecodeCase(**step, STAGES=stages)})
 tiles = direct_tiles(1, 4, 272, 208)
 weights = desc(tiles.up_box, tiles.depth)
 up = 208, 272, 4, 4, 2 * tiles.up_rows, tiles.up_valid, tiles.up_stages, 0

@@ -20,6 +20,17 @@ from fusedmoe.kernels.triton.activation import gated_activation
 from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 
 
+class Tables(NamedTuple):
+    """Where blocks of slots stand: pointers to the expert of each, to the slot of each place and to
+    the number of places; R slots of ``num_local`` experts."""
+
+    experts: gl.tensor
+    slots: gl.tensor
+    num_post: gl.tensor
+    R: gl.tensor
+    num_local: gl.tensor
+
+
 class Scales(NamedTuple):
     """Those of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
 

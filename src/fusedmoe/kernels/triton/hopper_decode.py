@@ -22,6 +22,8 @@ there are many; others, and those whose ring holds more than one, go round robin
 expert belong to no block, and their rows of act and y are neither written nor read.
 """
 
+from functools import lru_cache
+
 import torch
 
 from fusedmoe.kernels.align import MoEAlignment
@@ -30,6 +32,7 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.discarded import may_discard
 from fusedmoe.kernels.triton.hopper_decode_dealt import dealt_kernel
 from fusedmoe.kernels.triton.hopper_decode_down import down_kernel
+from fusedmoe.kernels.triton.hopper_decode_steps import DecodeCase
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
@@ -44,6 +47,8 @@ GROUP = 8  # of one expert's blocks, that share its weights
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 _launch_dealt = HopperLauncher(dealt_kernel)
+# A launch looks for its variant by a case; to make one takes longer than that.
+_case = lru_cache(maxsize=4096)(DecodeCase)
 
 
 def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles) -> None:
@@ -69,31 +74,48 @@ def decode_gemms(
     most = max(1, decode_table(R, tiles.block, e)[0] // tiles.block)
     kind = activation.shards, activation.interleaved
     gate, up, desc_rows = weight_views(w1, *kind, (tiles.up.rows, tiles.up.depth))
+    up_wide = tiles.up.rows * (1 if activation.gated else 2)
     _launch_up(
         programs,
         (gate, up),
         (layer.w1_bias, x, act, expert_ids, sorted_ids, num_post, counters),
         (x.stride(0), R, e, most, desc_rows, *activation.numbers),
         (
-            H, I, K, activation.formula, activation.gated, activation.interleaved,
-            tiles.up.rows, tiles.block, tiles.up.depth, tiles.up.stages, GROUP,
-            tiles.draws_up, not deals,
+            _case(
+                N=I,
+                D=H,
+                WIDE=up_wide,
+                SLOTS=tiles.block,
+                DEPTH=tiles.up.depth,
+                STAGES=tiles.up.stages,
+                GROUP=GROUP,
+                PICKS=K,
+                FORMULA=activation.formula,
+                GATED=activation.gated,
+                INTERLEAVED=activation.interleaved,
+                DRAWN=tiles.draws_up,
+                COUNTED=not deals,
+            ),
         ),
         num_warps=tiles.up.warps,
-    )  # fmt: skip
-    matrix = matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth))
-    sizes = (H, I, tiles.down.rows, tiles.block, tiles.down.depth, tiles.down.stages)
-    if deals:
-        tensors = (layer.w2_bias, act, y, expert_ids, sorted_ids, num_post)
-        numbers = (R, e, most)
-        _launch_dealt(programs, (matrix,), tensors, numbers, sizes, num_warps=tiles.down.warps)
-    else:
-        up_tiles = -(-I // (tiles.up.rows * (1 if activation.gated else 2)))
-        _launch_down(
-            programs,
-            (matrix,),
-            (layer.w2_bias, act, y, expert_ids, sorted_ids, num_post, counters),
-            (R, e, most),
-            (*sizes, GROUP, up_tiles),
-            num_warps=tiles.down.warps,
-        )
+    )
+    case = _case(
+        N=H,
+        D=I,
+        WIDE=tiles.down.rows,
+        SLOTS=tiles.block,
+        DEPTH=tiles.down.depth,
+        STAGES=tiles.down.stages,
+        GROUP=GROUP,
+        UP_TILES=0 if deals else -(-I // up_wide),
+    )
+    tensors = (layer.w2_bias, act, y, expert_ids, sorted_ids, num_post)
+    launch = _launch_dealt if deals else _launch_down
+    launch(
+        programs,
+        (matrix_descriptor(w2, I, (tiles.down.rows, tiles.down.depth)),),
+        tensors if deals else (*tensors, counters),
+        (R, e, most),
+        (case,),
+        num_warps=tiles.down.warps,
+    )

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
+    Tables,
     columns_layout,
     issue_rows,
     issue_tiles,
@@ -30,16 +31,17 @@ from fusedmoe.kernels.triton.hopper_common import (
     slots_of,
     store_columns,
 )
+from fusedmoe.kernels.triton.hopper_decode_steps import steps_of, tiles_of
 
 UNSPECIALIZED = ("R", "num_local", "most")
 
 
 @gluon.jit
-def look_up(task, most, tables, BN: gl.constexpr, TILES: gl.constexpr, LAYOUT: gl.constexpr):
-    """(expert as the table has it, slots [BN]) of a task, or of the last place of the tables."""
-    block = gl.minimum(task // TILES, most - 1)
-    expert = gl.load(tables[0] + block, cache_modifier=".cg")
-    return expert, slots_of(block, tables[1], BN, LAYOUT)
+def look_up(task, most, tables, CASE: gl.constexpr, LAYOUT: gl.constexpr):
+    """(expert as the table has it, slots [SLOTS]) of a task, or of the last place of the tables."""
+    block = gl.minimum(task // tiles_of(CASE), most - 1)
+    expert = gl.load(tables.experts + block, cache_modifier=".cg")
+    return expert, slots_of(block, tables.slots, CASE.SLOTS, LAYOUT)
 
 
 @gluon.jit
@@ -60,18 +62,19 @@ def dealt_kernel(
     R,
     num_local,
     most,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    TILE: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
+    CASE: gl.constexpr,
 ):
     """most: how many blocks the tables have room for; those that are not there say -1."""
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
-    KSTEPS: gl.constexpr = (I + BK - 1) // BK
-    TILES: gl.constexpr = (H + TILE - 1) // TILE
+    H: gl.constexpr = CASE.N
+    I: gl.constexpr = CASE.D  # noqa: E741
+    TILE: gl.constexpr = CASE.WIDE
+    BN: gl.constexpr = CASE.SLOTS
+    BK: gl.constexpr = CASE.DEPTH
+    STAGES: gl.constexpr = CASE.STAGES
+    KSTEPS: gl.constexpr = steps_of(CASE)
+    TILES: gl.constexpr = tiles_of(CASE)
     AT_ONCE: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
@@ -86,13 +89,13 @@ def dealt_kernel(
     padded = gl.load(num_post_ptr, cache_modifier=".cg")
     first = gl.program_id(0)
     programs = gl.num_programs(0)
-    tables = (expert_ids_ptr, sorted_ptr)
+    tables = Tables(expert_ids_ptr, sorted_ptr, num_post_ptr, R, num_local)
 
-    found = (look_up(first, most, tables, BN, TILES, rows),)
+    found = (look_up(first, most, tables, CASE, rows),)
     for i in gl.static_range(1, AT_ONCE):
-        one = look_up(first + i * programs, most, tables, BN, TILES, rows)
+        one = look_up(first + i * programs, most, tables, CASE, rows)
         found += (one,)  # type: ignore[assignment]
-    own = look_up(first, most, tables, BN, TILES, columns)
+    own = look_up(first, most, tables, CASE, columns)
     tasks = padded // BN * TILES
     for stage in gl.static_range(STAGES):
         ahead = first + stage // KSTEPS * programs
@@ -110,14 +113,14 @@ def dealt_kernel(
 
     ahead = first + STAGES // KSTEPS * programs
     ahead_k = STAGES % KSTEPS
-    coming = look_up(first + AT_ONCE * programs, most, tables, BN, TILES, rows)
+    coming = look_up(first + AT_ONCE * programs, most, tables, CASE, rows)
     state = found[AT_ONCE - 1]
     stage = 0
     phase = 0
     task = first
     while task < tasks:
         expert, slots = own
-        own = look_up(task + programs, most, tables, BN, TILES, columns)
+        own = look_up(task + programs, most, tables, CASE, columns)
         column = task % TILES * TILE
         acc = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
@@ -129,7 +132,7 @@ def dealt_kernel(
             if ahead < tasks:
                 if ahead_k == 0:
                     state = coming
-                    coming = look_up(ahead + programs, most, tables, BN, TILES, rows)
+                    coming = look_up(ahead + programs, most, tables, CASE, rows)
                 row = known(state[0], num_local) * H + ahead % TILES * TILE
                 issue_tiles((desc,), ring, (row,), bars, stage, ahead_k * BK)
                 issue_act(act_ptr, state[1], R, x_ring, bars, stage, ahead_k * BK, I)

@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
+    Tables,
     columns_layout,
     issue_rows,
     issue_tiles,
@@ -22,30 +23,23 @@ from fusedmoe.kernels.triton.hopper_common import (
     slots_of,
     store_columns,
 )
-from fusedmoe.kernels.triton.hopper_decode_steps import find_task, follow_step, wait_for_tiles
+from fusedmoe.kernels.triton.hopper_decode_steps import (
+    find_task,
+    follow_step,
+    one_ahead,
+    steps_of,
+    tiles_of,
+    wait_for_tiles,
+)
 
 UNSPECIALIZED = ("R", "num_local", "most")
 
 
 @gluon.jit
-def find_down(
-    task,
-    act_ptr,
-    blocks,
-    tables,
-    sizes,
-    I: gl.constexpr,  # noqa: E741
-    BN: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """(rows of act [BN], which of them live, block, column tile, expert) of a task."""
-    R, num_local = sizes
-    block, tile, expert, slots = find_task(
-        task, blocks, tables, num_local, BN, TILES, GROUP, True, LAYOUT
-    )
-    x_rows, live = rows_of(act_ptr, slots, R, I, 1)
+def find_down(task, act_ptr, blocks, tables, CASE: gl.constexpr, LAYOUT: gl.constexpr):
+    """(rows of act [SLOTS], which of them live, block, column tile, expert) of a task."""
+    block, tile, expert, slots = find_task(task, blocks, tables, CASE, LAYOUT)
+    x_rows, live = rows_of(act_ptr, slots, tables.R, CASE.D, 1)
     return x_rows, live, block, tile, expert
 
 
@@ -62,22 +56,19 @@ def down_kernel(
     R,
     num_local,
     most,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    TILE: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-    UP_TILES: gl.constexpr,
+    CASE: gl.constexpr,
 ):
-    """most: how many blocks the tables have room for; those that are not there say -1. UP_TILES:
-    of act, that a block has. A ring holds no more than one task."""
+    """most: how many blocks the tables have room for; those that are not there say -1."""
     dtype: gl.constexpr = desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
-    KSTEPS: gl.constexpr = (I + BK - 1) // BK
-    TILES: gl.constexpr = (H + TILE - 1) // TILE
-    gl.static_assert(STAGES <= KSTEPS)
+    H: gl.constexpr = CASE.N
+    TILE: gl.constexpr = CASE.WIDE
+    BN: gl.constexpr = CASE.SLOTS
+    BK: gl.constexpr = CASE.DEPTH
+    STAGES: gl.constexpr = CASE.STAGES
+    KSTEPS: gl.constexpr = steps_of(CASE)
+    TILES: gl.constexpr = tiles_of(CASE)
+    gl.static_assert(one_ahead(CASE))
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
@@ -90,10 +81,9 @@ def down_kernel(
     # asked for at once with the first: a place behind the last says -1.
     padded = gl.load(num_post_ptr, cache_modifier=".cg")
     first = gl.program_id(0)
-    tables = (expert_ids_ptr, sorted_ptr)
-    sizes = (R, num_local)
+    tables = Tables(expert_ids_ptr, sorted_ptr, num_post_ptr, R, num_local)
     task = gl.minimum(first, most * TILES - 1)
-    state = find_down(task, act_ptr, most, tables, sizes, I, BN, TILES, GROUP, rows)
+    state = find_down(task, act_ptr, most, tables, CASE, rows)
     tasks = padded // BN * TILES
     if first < tasks:
         for stage in range(STAGES):
@@ -105,10 +95,10 @@ def down_kernel(
     ahead_k = 0
     drawn = first
     if first < tasks:
-        wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
+        wait_for_tiles(counters_ptr, state[2], R + CASE.UP_TILES)
     for stage in range(STAGES):
         if first < tasks:
-            issue_rows(state[0], state[1], x_ring, bars, stage, stage * BK, I)
+            issue_rows(state[0], state[1], x_ring, bars, stage, stage * BK, CASE.D)
         ahead, ahead_k, drawn = follow_step(
             ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, True
         )
@@ -132,14 +122,12 @@ def down_kernel(
                 number = ahead
             if ahead < tasks:
                 if ahead_k == 0:
-                    state = find_down(
-                        ahead, act_ptr, most, tables, sizes, I, BN, TILES, GROUP, rows
-                    )
+                    state = find_down(ahead, act_ptr, most, tables, CASE, rows)
                 row = state[4] * H + state[3] * TILE
                 issue_tiles((desc,), ring, (row,), bars, stage, ahead_k * BK)
                 if ahead_k == 0:
-                    wait_for_tiles(counters_ptr, state[2], R + UP_TILES)
-                issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, I)
+                    wait_for_tiles(counters_ptr, state[2], R + CASE.UP_TILES)
+                issue_rows(state[0], state[1], x_ring, bars, stage, ahead_k * BK, CASE.D)
             ahead, ahead_k, drawn = follow_step(
                 ahead, ahead_k, drawn, counters_ptr + 1, R, KSTEPS, True
             )

@@ -5,6 +5,8 @@ holds R before anybody counts: a word for the tasks that the programs of each la
 then one per block for the tiles of its rows of act that are in memory.
 """
 
+from dataclasses import dataclass
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -14,6 +16,50 @@ from fusedmoe.kernels.triton.hopper_common import known, slots_of, tile_of
 from fusedmoe.kernels.triton.hopper_drawn import draw
 
 FIRST_BLOCK = gl.constexpr(DRAW_WORDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCase:
+    """What is constant in a launch: products of D columns with the weights of N features, WIDE of
+    them a tile, for blocks of SLOTS slots, of which PICKS share a row. The ring has STAGES steps of
+    DEPTH columns. GROUP of one expert's blocks share its weights.
+
+    DRAWN: up_kernel's programs draw their tasks. COUNTED: it counts the tiles of act that are in
+    memory, and down_kernel waits until a block has UP_TILES of them.
+    """
+
+    N: int
+    D: int
+    WIDE: int
+    SLOTS: int
+    DEPTH: int
+    STAGES: int
+    GROUP: int = 1
+    PICKS: int = 1
+    FORMULA: str = ""
+    GATED: bool = False
+    INTERLEAVED: bool = False
+    DRAWN: bool = False
+    COUNTED: bool = False
+    UP_TILES: int = 0
+
+
+@gluon.constexpr_function
+def steps_of(CASE):
+    """Steps that a task takes."""
+    return -(-CASE.D // CASE.DEPTH)
+
+
+@gluon.constexpr_function
+def tiles_of(CASE):
+    """Tiles that all features make."""
+    return -(-CASE.N // CASE.WIDE)
+
+
+@gluon.constexpr_function
+def one_ahead(CASE):
+    """Whether a ring holds no more than one task, so that one alone is ahead of the products."""
+    return steps_of(CASE) >= CASE.STAGES
 
 
 @gluon.jit
@@ -34,31 +80,23 @@ def follow_step(task, k, drawn, counter_ptr, R, KSTEPS: gl.constexpr, DRAWN: gl.
 
 
 @gluon.jit
-def find_task(
-    task,
-    blocks,
-    tables,
-    num_local,
-    BN: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """(block, column tile, expert, slots [BN] in LAYOUT) of a task: groups of GROUP blocks or,
-    TOGETHER, block by block, but those of one expert in a window of GROUP places side by side. Few
-    blocks have such a neighbour, so their slots are asked for at once with what tells. ``blocks``
-    may then count places whose expert is -1."""
-    experts_ptr, sorted_ptr = tables
+def find_task(task, blocks, tables, CASE: gl.constexpr, LAYOUT: gl.constexpr):
+    """(block, column tile, expert, slots [SLOTS] in LAYOUT) of a task: groups of GROUP blocks or,
+    one task ahead, block by block, but those of one expert in a window of GROUP places side by
+    side. Few blocks have such a neighbour, so their slots are asked for at once with what tells.
+    ``blocks`` may then count places whose expert is -1."""
+    GROUP: gl.constexpr = CASE.GROUP
+    TILES: gl.constexpr = tiles_of(CASE)
+    TOGETHER: gl.constexpr = one_ahead(CASE)
     if TOGETHER:
         block = task // TILES
         tile = task % TILES
     else:
         block, tile = tile_of(task, blocks, TILES, GROUP)
-    expert = gl.load(experts_ptr + block, cache_modifier=".cg")
-    slots = slots_of(block, sorted_ptr, BN, LAYOUT)
+    expert = gl.load(tables.experts + block, cache_modifier=".cg")
+    slots = slots_of(block, tables.slots, CASE.SLOTS, LAYOUT)
     if TOGETHER:
-        own = experts_ptr + block
+        own = tables.experts + block
         before = gl.load(own - 1, mask=block > 0, other=-2, cache_modifier=".cg")
         after = gl.load(own + 1, mask=block + 1 < blocks, other=-2, cache_modifier=".cg")
         if (before == expert) | (after == expert):
@@ -66,15 +104,15 @@ def find_task(
             place = gl.arange(0, GROUP, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
             place += begin
             inside = place < blocks
-            others = gl.load(experts_ptr + place, mask=inside, other=-2, cache_modifier=".cg")
+            others = gl.load(tables.experts + place, mask=inside, other=-2, cache_modifier=".cg")
             other = others != expert
             first = gl.max(gl.where(other & (place < block), place + 1, begin), 0)
             size = gl.min(gl.where(other & (place > block), place, begin + GROUP), 0) - first
             rest = task - first * TILES
             block = first + rest % size
             tile = rest // size
-            slots = slots_of(block, sorted_ptr, BN, LAYOUT)
-    return block, tile, known(expert, num_local), slots
+            slots = slots_of(block, tables.slots, CASE.SLOTS, LAYOUT)
+    return block, tile, known(expert, tables.num_local), slots
 
 
 @gluon.jit

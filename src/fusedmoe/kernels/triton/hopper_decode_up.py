@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.gluon_names import barrier
 from fusedmoe.kernels.triton.hopper_common import (
+    Tables,
     columns_layout,
     hopper_activation,
     issue_rows,
@@ -25,92 +26,67 @@ from fusedmoe.kernels.triton.hopper_common import (
     store_columns,
     upper_and_lower,
 )
-from fusedmoe.kernels.triton.hopper_decode_steps import count_tile, find_task, follow_step
+from fusedmoe.kernels.triton.hopper_decode_steps import (
+    count_tile,
+    find_task,
+    follow_step,
+    one_ahead,
+    steps_of,
+    tiles_of,
+)
 
 UNSPECIALIZED = ("R", "num_local", "most", "desc_rows")
 
 
 @gluon.jit
-def find_up(
-    task,
-    blocks,
-    x,
-    tables,
-    sizes,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    PICKS: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUP: gl.constexpr,
-    TOGETHER: gl.constexpr,
-):
-    """(rows of x [BN], which of them live, block, column tile, expert) of a task."""
-    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, gl.num_warps()))
-    block, tile, expert, slots = find_task(
-        task, blocks, tables, sizes[1], BN, TILES, GROUP, TOGETHER, layout
-    )
-    x_rows, live = rows_of(x[0], slots, sizes[0], x[1], PICKS)
+def find_up(task, blocks, x, tables, CASE: gl.constexpr):
+    """(rows of x [SLOTS], which of them live, block, column tile, expert) of a task; x: a pointer,
+    and how far rows lie apart."""
+    layout: gl.constexpr = gl.SliceLayout(1, rows_layout(CASE.DEPTH, gl.num_warps()))
+    block, tile, expert, slots = find_task(task, blocks, tables, CASE, layout)
+    x_rows, live = rows_of(x[0], slots, tables.R, x[1], CASE.PICKS)
     return x_rows, live, block, tile, expert
 
 
 @gluon.jit
 def load_up(
-    task,
-    k,
-    tasks,
-    blocks,
-    state,
-    stage,
-    buffers,
-    descs,
-    x,
-    tables,
-    sizes,
-    H: gl.constexpr,
-    PICKS: gl.constexpr,
-    TILES: gl.constexpr,
-    WIDE: gl.constexpr,
-    BELOW: gl.constexpr,
-    GROUP: gl.constexpr,
-    TOGETHER: gl.constexpr,
-    FOUND: gl.constexpr,
-):
+    task, k, tasks, blocks, state, stage, buffers, descs, x, tables, desc_rows,
+    FOUND: gl.constexpr, CASE: gl.constexpr,
+):  # fmt: skip
     """Load step k of a task of up_kernel, if there is such a task.
 
     state: what ``find_up`` says of it and its number, found anew where k == 0 unless FOUND.
     """
+    BELOW: gl.constexpr = 0 if CASE.GATED else CASE.WIDE // 2
     ring, x_ring, bars = buffers
-    BN: gl.constexpr = x_ring.shape[1]
-    BK: gl.constexpr = x_ring.shape[2]
     x_rows, live, block, tile, expert, number = state
     if k == 0:
         number = task
     if task < tasks:
         if not FOUND:  # noqa: SIM102 (Triton does not short-circuit)
             if k == 0:
-                x_rows, live, block, tile, expert = find_up(
-                    task, blocks, x, tables, sizes, BN, BK, PICKS, TILES, GROUP, TOGETHER
-                )
-        row = expert * sizes[2] + tile * WIDE
-        issue_tiles(descs, ring, (row, row + BELOW), bars, stage, k * BK)
-        issue_rows(x_rows, live, x_ring, bars, stage, k * BK, H)
+                x_rows, live, block, tile, expert = find_up(task, blocks, x, tables, CASE)
+        row = expert * desc_rows + tile * CASE.WIDE
+        issue_tiles(descs, ring, (row, row + BELOW), bars, stage, k * CASE.DEPTH)
+        issue_rows(x_rows, live, x_ring, bars, stage, k * CASE.DEPTH, CASE.D)
     return x_rows, live, block, tile, expert, number
 
 
 @gluon.jit
 def store_up(
-    out_ptr, bias_ptr, gate, up, slots, R, column, expert, numbers,
-    I: gl.constexpr,  # noqa: E741
-    FORMULA: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    out_ptr, bias_ptr, gate, up, slots, R, column, expert, numbers, CASE: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Biases, activation and store of a task; numbers: (limit, alpha, beta)."""
+    I: gl.constexpr = CASE.N  # noqa: E741
+    GATED: gl.constexpr = CASE.GATED
+    FORMULA: gl.constexpr = CASE.FORMULA
     TILE: gl.constexpr = gate.shape[0]
     if bias_ptr is not None:
         layout: gl.constexpr = gate.type.layout
-        STEP: gl.constexpr = 2 if INTERLEAVED else 1
+        STEP: gl.constexpr = 2 if CASE.INTERLEAVED else 1
         BELOW: gl.constexpr = 0 if GATED else TILE
-        TO_UP: gl.constexpr = (1 if INTERLEAVED else I) if GATED else TILE
+        TO_UP: gl.constexpr = (1 if CASE.INTERLEAVED else I) if GATED else TILE
         at = bias_ptr + expert.to(gl.int64) * (2 * I if GATED else I) + column * STEP
         gate += load_bias(at, STEP, I - column, TILE, layout)
         up += load_bias(at + TO_UP, STEP, I - column - BELOW, TILE, layout)
@@ -143,34 +119,24 @@ def up_kernel(
     limit,
     alpha,
     beta,
-    H: gl.constexpr,
-    I: gl.constexpr,  # noqa: E741
-    PICKS: gl.constexpr,
-    FORMULA: gl.constexpr,
-    GATED: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    TILE: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-    DRAWN: gl.constexpr,
-    COUNTED: gl.constexpr,
+    CASE: gl.constexpr,
 ):
     """desc_rows: rows of one expert as the descriptors count them (interleaved: gate rows alone).
     most: how many blocks the tables have room for; those that are not there say -1.
 
-    Without a gate both descriptors are w1's and the second tile lies TILE rows below the first.
+    Without a gate both descriptors are w1's and the second tile lies below the first.
     """
     dtype: gl.constexpr = gate_desc.dtype
+    TILE: gl.constexpr = gate_desc.block_shape[0]
     WARPS: gl.constexpr = gl.num_warps()
-    KSTEPS: gl.constexpr = (H + BK - 1) // BK
-    WIDE: gl.constexpr = TILE if GATED else 2 * TILE
-    BELOW: gl.constexpr = 0 if GATED else TILE
-    TILES: gl.constexpr = (I + WIDE - 1) // WIDE
+    BN: gl.constexpr = CASE.SLOTS
+    BK: gl.constexpr = CASE.DEPTH
+    STAGES: gl.constexpr = CASE.STAGES
+    KSTEPS: gl.constexpr = steps_of(CASE)
+    TILES: gl.constexpr = tiles_of(CASE)
     STACKED: gl.constexpr = TILE < 64
     FIRST: gl.constexpr = 2 * TILE if STACKED else TILE
-    ONE_AHEAD: gl.constexpr = STAGES <= KSTEPS
+    ONE_AHEAD: gl.constexpr = one_ahead(CASE)
     rows: gl.constexpr = gl.SliceLayout(1, rows_layout(BK, WARPS))
     stored: gl.constexpr = columns_layout(WARPS)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
@@ -186,13 +152,12 @@ def up_kernel(
     buffers = (ring, x_ring, bars)
     descs = (gate_desc, up_desc)
     x = (x_ptr, stride_x)
-    tables = (expert_ids_ptr, sorted_ptr)
-    sizes = (R, num_local, desc_rows)
+    tables = Tables(expert_ids_ptr, sorted_ptr, num_post_ptr, R, num_local)
 
     if ONE_AHEAD:
         # Asked for at once with how many tasks there are: a place behind the last says -1.
         task = gl.minimum(first, most * TILES - 1)
-        found = find_up(task, most, x, tables, sizes, BN, BK, PICKS, TILES, GROUP, True)
+        found = find_up(task, most, x, tables, CASE)
     else:
         no_rows = x_ptr + gl.zeros([BN], gl.int64, rows)
         found = (no_rows, gl.zeros([BN], gl.int1, rows), first, first, first)
@@ -204,11 +169,11 @@ def up_kernel(
     drawn = first
     for stage in range(STAGES):
         state = load_up(
-            ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, sizes,
-            H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD, ONE_AHEAD,
+            ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, desc_rows,
+            ONE_AHEAD, CASE,
         )  # fmt: skip
         ahead, ahead_k, drawn = follow_step(
-            ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
+            ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, CASE.DRAWN and ONE_AHEAD
         )
 
     stage = 0
@@ -220,10 +185,9 @@ def up_kernel(
             slots = slots_of(block, sorted_ptr, BN, gl.SliceLayout(0, stored))
         else:
             block, tile, expert, slots = find_task(
-                task, blocks, tables, num_local, BN, TILES, GROUP, ONE_AHEAD,
-                gl.SliceLayout(0, stored),
-            )  # fmt: skip
-        column = tile * WIDE
+                task, blocks, tables, CASE, gl.SliceLayout(0, stored)
+            )
+        column = tile * CASE.WIDE
         gate = gl.zeros([FIRST, BN], gl.float32, acc_layout)
         up = gl.zeros([TILE, BN], gl.float32, acc_layout)
         for _ in range(KSTEPS):
@@ -239,20 +203,20 @@ def up_kernel(
                 gate, up = warpgroup_mma_wait(0, deps=(gate, up))
             barrier()
             state = load_up(
-                ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, sizes,
-                H, PICKS, TILES, WIDE, BELOW, GROUP, ONE_AHEAD, False,
+                ahead, ahead_k, tasks, blocks, state, stage, buffers, descs, x, tables, desc_rows,
+                False, CASE,
             )  # fmt: skip
             ahead, ahead_k, drawn = follow_step(
-                ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, DRAWN and ONE_AHEAD
+                ahead, ahead_k, drawn, counters_ptr, R, KSTEPS, CASE.DRAWN and ONE_AHEAD
             )
             stage, phase = next_stage(stage, phase, STAGES)
 
         if STACKED:
             gate, up = upper_and_lower(gate)
         store_up(
-            out_ptr, bias_ptr, gate, up, slots, R, column, expert, (limit, alpha, beta),
-            I, FORMULA, GATED, INTERLEAVED, stored,
+            out_ptr, bias_ptr, gate, up, slots, R, column, expert, (limit, alpha, beta), CASE,
+            stored,
         )  # fmt: skip
-        if COUNTED:
+        if CASE.COUNTED:
             count_tile(counters_ptr, block)
         task = state[5] if ONE_AHEAD else task + gl.num_programs(0)

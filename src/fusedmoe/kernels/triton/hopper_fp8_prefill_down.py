@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
-from fusedmoe.kernels.triton.hopper_common import Scales, next_stage
+from fusedmoe.kernels.triton.hopper_common import Scales, Tables, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
     announce,
     draw,
@@ -29,7 +29,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    Tables,
     place,
     store_tile,
     tiles_of,

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.triton.activation import plain_activation
 from fusedmoe.kernels.triton.gluon_names import cp_async
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
-from fusedmoe.kernels.triton.hopper_common import Scales, hopper_activation, next_stage
+from fusedmoe.kernels.triton.hopper_common import Scales, Tables, hopper_activation, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import (
     announce,
     clear,
@@ -39,7 +39,6 @@ from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    Tables,
     below_of,
     fill_buffer,
     place,

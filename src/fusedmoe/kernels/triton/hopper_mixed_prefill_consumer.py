@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from fusedmoe.kernels.triton.activation import plain_activation
-from fusedmoe.kernels.triton.hopper_common import hopper_activation
+from fusedmoe.kernels.triton.hopper_common import Tables, hopper_activation
 from fusedmoe.kernels.triton.hopper_drawn import hear
 from fusedmoe.kernels.triton.hopper_mixed_multiply import multiply, rows_of
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
@@ -22,7 +22,6 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
     tiles_of,
 )
 from fusedmoe.kernels.triton.hopper_mixed_scales import Weights, group_pointers
-from fusedmoe.kernels.triton.hopper_prefill_common import Tables
 
 
 class Common(NamedTuple):

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusedmoe.kernels.triton.gluon_names import tma_load
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import Tables, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, open_box
 from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
@@ -23,7 +23,6 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
 )
 from fusedmoe.kernels.triton.hopper_mixed_prefill_consumer import Common, run_warps
 from fusedmoe.kernels.triton.hopper_mixed_scales import Weights
-from fusedmoe.kernels.triton.hopper_prefill_common import Tables
 
 UNSPECIALIZED = ("scale_row_step", "scale_block", "R", "num_local")
 

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from fusedmoe.kernels.triton.hopper_common import next_stage, rows_layout
+from fusedmoe.kernels.triton.hopper_common import Tables, next_stage, rows_layout
 from fusedmoe.kernels.triton.hopper_drawn import announce, draw, open_box
 from fusedmoe.kernels.triton.hopper_mixed_numbers import STEP
 from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
@@ -21,7 +21,6 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill_common import (
 )
 from fusedmoe.kernels.triton.hopper_mixed_prefill_consumer import Common, run_warps
 from fusedmoe.kernels.triton.hopper_mixed_scales import Weights
-from fusedmoe.kernels.triton.hopper_prefill_common import Tables
 from fusedmoe.kernels.triton.hopper_prefill_up import Source, gather, rows_at
 
 UNSPECIALIZED = (

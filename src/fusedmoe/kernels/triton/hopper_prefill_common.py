@@ -46,17 +46,6 @@ class Case:
     WORLD: int = 1
 
 
-class Tables(NamedTuple):
-    """Where blocks of slots stand: pointers to the expert of each, to the slot of each place and to
-    the number of places; R slots of ``num_local`` experts."""
-
-    experts: gl.tensor
-    slots: gl.tensor
-    num_post: gl.tensor
-    R: gl.tensor
-    num_local: gl.tensor
-
-
 class Ring(NamedTuple):
     """STAGES steps of rows and of weights in shared memory, and the barriers of each step."""
 

@@ -6,12 +6,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import tma_load
-from fusedmoe.kernels.triton.hopper_common import next_stage
+from fusedmoe.kernels.triton.hopper_common import Tables, next_stage
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
-    Tables,
     announce_half,
     expect_step,
     is_whole,

@@ -9,13 +9,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedmoe.kernels.triton.gluon_names import cp_async, tma_load
 from fusedmoe.kernels.triton.hopper_arrivals import await_rows
-from fusedmoe.kernels.triton.hopper_common import next_stage, rows_layout
+from fusedmoe.kernels.triton.hopper_common import Tables, next_stage, rows_layout
 from fusedmoe.kernels.triton.hopper_drawn import draw, open_box
 from fusedmoe.kernels.triton.hopper_prefill_common import (
     BLOCK_M,
     HALF_M,
     TILE_N,
-    Tables,
     announce_half,
     below_of,
     is_whole,
