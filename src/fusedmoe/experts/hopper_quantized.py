@@ -215,20 +215,14 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             layer = layer._replace(act=act, y=y)
             quantized_decode(layer, tiles=self.decode_tiles, steps=operands.steps)
             return
-        assert operands.a1 is not None
-        assert operands.a2 is not None
-        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
         layer = layer._replace(act=act, y=scratch(layer.y, R, H))
-        w8a8_decode(layer, keys, scales, self.stream_tiles, x_scale)
+        w8a8_decode(layer, *operands.rounded_rows, self.stream_tiles, x_scale)
 
     def _prefill(self, layer: _Layer, operands: Operands, x_scale: torch.Tensor | None) -> None:
         e, H, I = layer.w2.shape  # noqa: E741
         P = prefill_rows(layer.topk_ids.numel(), e)
-        assert operands.a1 is not None
-        assert operands.a2 is not None
-        keys, scales = (operands.a1, operands.a2), (operands.a1_scale, operands.a2_scale)
         layer = layer._replace(act=scratch(layer.act, P, I), y=scratch(layer.y, P, H))
-        fp8_prefill(layer, keys, scales, self.prefill_tiles, x_scale)
+        fp8_prefill(layer, *operands.rounded_rows, self.prefill_tiles, x_scale)
 
     def _prefill_mixed(
         self,

@@ -91,6 +91,15 @@ class Operands:
         )
 
     @property
+    def rounded_rows(
+        self,
+    ) -> tuple[tuple[QuantKey, QuantKey], tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """The keys and the scales of rows that the products take rounded."""
+        assert self.a1 is not None
+        assert self.a2 is not None
+        return (self.a1, self.a2), (self.a1_scale, self.a2_scale)
+
+    @property
     def columns(self) -> tuple[int, int]:
         """Columns after which a scale changes in each GEMM, -1 for none."""
         a1, a2 = (None, None) if self.floating_rows else (self.a1, self.a2)

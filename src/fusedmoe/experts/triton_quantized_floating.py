@@ -13,7 +13,6 @@ import torch
 
 from fusedmoe.experts.quantized_operands import Operands, SlotProducts
 from fusedmoe.kernels.column_orders import SIXES, UNITS, order_for, ordered
-from fusedmoe.kernels.gather_columns import gather_columns
 from fusedmoe.kernels.grouped_gemm_packed import is_packed
 from fusedmoe.kernels.grouped_gemm_quantized import (
     NIBBLES,
@@ -21,7 +20,6 @@ from fusedmoe.kernels.grouped_gemm_quantized import (
     QuantizedProduct,
     quantized_gemm,
 )
-from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import (
     LEAST_ORDERED_SLOTS,
@@ -38,43 +36,28 @@ _ROOMY_BYTES = 200 << 10
 def floating_products(layer: SlotProducts) -> None:
     """With rows in floating point, as they come or rounded to a format and back."""
     x, operands, act, rows, blocks, tiles, top_k, *_ = layer
-    w1, w2 = operands.w1, operands.w2
+    w1, w2, (first, second) = operands.w1, operands.w2, operands.steps
+    routed, many = (layer.ids, layer.expert_map), x.shape[0] >= _MANY_TOKENS
     # What writes rows writes them in the order in which weights are met.
-    a1, a2, many = operands.a1, operands.a2, x.shape[0] >= _MANY_TOKENS
     x_order, act_order = _order(w1, x.shape[1], tiles.gemm1), _order(w2, w2.shape[2], tiles.gemm2)
-    if operands.order is not None:
-        assert layer.ids is not None
-        a = x if a1 is None else round_rows(x, a1, operands.a1_scale)
-        # The second product's rows are written after the first has read these.
-        room = rows.flatten().view(x.dtype)[: rows.numel()].view(rows.shape)
-        a = gather_columns(a, operands.order, room, layer.ids, layer.expert_map)
-        top_k = 1
-    else:
-        if not (layer.batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)):
-            x_order = ""
-        if a1 is None:
-            a = ordered(x, x_order)
-        else:
-            a = round_rows(x, a1, operands.a1_scale, order=x_order)
-    follows = operands.down_order is not None
-    scattered = follows and a2 is None and not many
-    written = "" if follows else act_order
+    pays = layer.batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)
+    if first.columns is None and not pays:
+        x_order = ""
+    # The second product's rows are written after the first has read these.
+    a = first.taken(x, w1, *routed, order=x_order, room=rows)
+    a = ordered(a, x_order) if first.none else a
+    scattered = second.columns is not None and second.key is None and not many
+    up = QuantizedProduct(a, w1, act, blocks, tiles.gemm1, first.top_k(top_k), *layer.epilogue)
     quantized_gemm(
-        QuantizedProduct(a, w1, act, blocks, tiles.gemm1, top_k, *layer.epilogue),
+        up,
         a_ordered=x_order != "",
-        c_order=written if a2 is None else "",
+        c_order=act_order if second.none else "",
         c_places=operands.places if scattered else None,
     )
-    if a2 is not None:
-        act = round_rows(
-            act, a2, operands.a2_scale, order=written, num_local_experts=w1.shape[0], **layer.live
-        )
-    if operands.down_order is not None and not scattered:
-        assert layer.ids is not None
-        room = torch.empty_like(act)
-        act = gather_columns(act, operands.down_order, room, layer.ids, layer.expert_map)
-    second = QuantizedProduct(act, w2, rows, blocks, tiles.gemm2, 1, operands.w2_bias)
-    quantized_gemm(second, a_ordered=act_order != "")
+    if not scattered:
+        act = second.taken(act, w2, *routed, order=act_order, num_local_experts=w1.shape[0])
+    down = QuantizedProduct(act, w2, rows, blocks, tiles.gemm2, 1, operands.w2_bias)
+    quantized_gemm(down, a_ordered=act_order != "")
 
 
 def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:

@@ -41,18 +41,17 @@ def two_gemms(layer: SlotProducts) -> None:
     if operands.floating_rows:
         floating_products(layer)
         return
-    w1, key, second_key, x_scale = operands.w1, operands.a1, operands.a2, layer.x_scale
+    w1, x_scale = operands.w1, layer.x_scale
+    (key, second_key), (key_scale, second_scale) = operands.rounded_rows
     first = QuantizedProduct(x, w1, act, blocks, tiles.gemm1, top_k, *layer.epilogue)
     second = QuantizedProduct(act, operands.w2, rows, blocks, tiles.gemm2, 1, operands.w2_bias)
-    assert key is not None
-    assert second_key is not None
     columns = key.group_shape.col, second_key.group_shape.col
     on_the_way = tiles.gemm1.slots <= _FEW_SLOTS and not layer.batch_invariant and x_scale is None
     if on_the_way and columns == (tiles.gemm1.depth, tiles.gemm2.depth):
         w8a8_gemm(first, None, key)
         w8a8_gemm(second, None, second_key)
         return
-    a, a_scale = quantize_rows(x, key, operands.a1_scale) if x_scale is None else (x, x_scale)
+    a, a_scale = quantize_rows(x, key, key_scale) if x_scale is None else (x, x_scale)
     width = tiles.gemm1.rows // (2 if layer.activation.is_gated else 1)
     if key == second_key and width == columns[1] == QUANTIZED_GROUP:
         q = torch.empty(act.shape, dtype=_FP8, device=x.device)
@@ -62,7 +61,7 @@ def two_gemms(layer: SlotProducts) -> None:
     else:
         _rounded_product(first._replace(a=a), a_scale, key)
         q, scale = quantize_rows(
-            act, second_key, operands.a2_scale, num_local_experts=w1.shape[0], **layer.live
+            act, second_key, second_scale, num_local_experts=w1.shape[0], **layer.live
         )
     _rounded_product(second._replace(a=q), scale, second_key)
 

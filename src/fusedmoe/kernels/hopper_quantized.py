@@ -196,7 +196,7 @@ def quantized_decode(
         run_token(layer, one_launch)
         return
     # y is written after the first product has read its rows.
-    layer = layer._replace(x=steps[0].taken(layer.x, w1, layer, room=layer.y))
+    layer = layer._replace(x=steps[0].taken(layer.x, w1, topk_ids, expert_map, room=layer.y))
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:
             order = PairedOrder.of(w1.format)
@@ -214,15 +214,15 @@ def quantized_decode_reference(
 ) -> None:
     """The definition, in plain torch."""
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
-    x = steps[0].taken(x, w1, layer)
     (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
+    x = steps[0].taken(x, w1, topk_ids, expert_map)
     # The definition knows no tiles: its blocks are of eight slots, or its caller's.
     if not isinstance(blocks, LoneSlots):
         blocks = align_local_slots(topk_ids, 8, e, expert_map)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)
     epilogue, top_k = (layer.w1_bias, layer.activation, layer.activation_config), steps[0].top_k(K)
     quantized_gemm_reference(QuantizedProduct(x, w1, act, blocks, tile, top_k, *epilogue))
-    rows = steps[1].taken(act, w2, layer)
+    rows = steps[1].taken(act, w2, topk_ids, expert_map)
     quantized_gemm_reference(QuantizedProduct(rows, w2, y, blocks, tile, 1, layer.w2_bias))
     moe_fused_mul_sum_reference(
         y.view(T, K, H), topk_weights, out, topk_ids, expert_map, num_local_experts=e

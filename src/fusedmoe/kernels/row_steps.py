@@ -3,13 +3,12 @@ follow those of their expert's weights."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedmoe.kernels.column_orders import order_for
 from fusedmoe.kernels.gather_columns import gather_columns
-from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.round_rows import round_rows
 from fusedmoe.quantization.keys import PER_TENSOR, QuantKey
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -37,24 +36,42 @@ class RowSteps(NamedTuple):
         self,
         x: torch.Tensor,
         w: QuantizedTensor,
-        layer: LayerTensors[QuantizedTensor],
+        ids: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
         *,
         order: str = "",
         position: torch.Tensor | None = None,
         room: torch.Tensor | None = None,
+        num_local_experts: int | None = None,
     ) -> torch.Tensor:
         """Rows x [T or R, D] that meet ``w`` after these steps, [R, D] where columns follow, which
         may be written into ``room``; in ``order`` (``column_orders``) of columns unless ``none``.
-        ``position``: as ``gather_columns`` takes it."""
+
+        ``ids`` int of the R slots, ``expert_map`` and ``position`` are as ``gather_columns`` takes
+        them. With ``num_local_experts`` rows are slots, of which those without an expert do not
+        count for a scale that all share.
+        """
         if self.key is not None:
-            x = round_rows(x, self.key, self.scale, order=order if self.columns is None else "")
+            live: dict[str, Any] = {}
+            if num_local_experts is not None:
+                live = {"topk_ids": ids, "expert_map": expert_map}
+            x = round_rows(
+                x,
+                self.key,
+                self.scale,
+                order=order if self.columns is None else "",
+                num_local_experts=num_local_experts,
+                **live,
+            )
         if self.columns is None:
             return x
-        ids, D = layer.topk_ids.flatten(), x.shape[1]
+        assert ids is not None
+        ids, D = ids.flatten(), x.shape[1]
         rows = ids.numel() if position is None else x.shape[0]
         memory = x.new_empty(rows * D) if room is None else room.flatten().view(x.dtype)
-        out, orders = memory[: rows * D].view(rows, D), (order_for(w.format, D), order)
-        given = x, self.columns, out, ids, layer.expert_map
+        stored = order_for(w.format, D)
+        orders = ("", "") if stored == order else (stored, order)
+        given = x, self.columns, memory[: rows * D].view(rows, D), ids, expert_map
         return gather_columns(*given, orders=orders, position=position)
 
 

@@ -93,7 +93,7 @@ def decode(
     first = Product(x, w1, act, layer.w1_bias, layer.epilogue, blocks, top_k, programs)
     order = PairedOrder.of(w2.format) if tiles.paired else None
     _multiply(first, tiles.gemm1, guess=guess, following=order)
-    act = steps[1].taken(act, w2, layer)
+    act = steps[1].taken(act, w2, layer.topk_ids, layer.expert_map)
     second = Product(act, w2, y, layer.w2_bias, NO_ACTIVATION, blocks, 1, programs, early=True)
     _multiply(second, tiles.gemm2)
     weighted_sum(layer._replace(y=y), parts)

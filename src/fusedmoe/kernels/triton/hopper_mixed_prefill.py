@@ -226,12 +226,13 @@ def prefill(
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
         x = rows
-    x = steps[0].taken(x, w1, layer, order=orders[0], room=y)
+    routed = topk_ids, layer.expert_map
+    x = steps[0].taken(x, w1, *routed, order=orders[0], room=y)
     shares, scales, top_k = shares_of(tiles), Scales.of(w1), steps[0].top_k(topk_ids.shape[1])
     for share, (tile, _) in shares.items():
         ordered = orders[1] != "" and steps[1].none
         up(layer, x, scales, position, tables, tile, share, ordered=ordered, top_k=top_k)
-    act = steps[1].taken(act, w2, layer, order=orders[1], position=position)
+    act = steps[1].taken(act, w2, *routed, order=orders[1], position=position)
     scales = Scales.of(w2)  # where they are made, in the memory of those of w1
     for share, (_, tile) in shares.items():
         down(layer, act, scales, tables, tile, share)
