@@ -88,7 +88,40 @@ def common(name: str, tensor: torch.Tensor) -> Stored:
     yield name, tensor
 
 
+def lfm2(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    if "conv.conv" in name:
+        tensor = tensor.squeeze(1)
+    yield f"{name}.bias" if name.endswith("expert_bias") else name, tensor
+
+
 LINEAR_CASES = [
+    *(
+        Case(
+            label=f"lfm2moe {'with' if biased else 'without'} a bias for the choice",
+            architecture="lfm2moe",
+            model_type="lfm2_moe",
+            sizes={
+                "num_hidden_layers": 4,
+                "num_experts": 4,
+                "moe_intermediate_size": 32,
+                "num_dense_layers": 1,
+                "conv_L_cache": 3,
+                "use_expert_bias": biased,
+                "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+                "tie_word_embeddings": True,
+            },
+            keys={
+                "LLM.EXPERT_COUNT": 4,
+                "LLM.EXPERT_FEED_FORWARD_LENGTH": 32,
+                "LLM.EXPERT_GATING_FUNC": 2,
+                "LLM.LEADING_DENSE_BLOCK_COUNT": 1,
+                "Attention.HEAD_COUNT_KV": [0, 2, 0, 2],
+                "ShortConv.L_CACHE": 3,
+            },
+            change=lfm2,
+        )
+        for biased in (True, False)
+    ),
     Case(
         architecture="qwen3next",
         model_type="qwen3_next",

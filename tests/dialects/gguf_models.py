@@ -43,7 +43,8 @@ class Case:
 
     ``keys`` are those beside what every converter writes, by the package's names for them;
     ``named`` are tensors that its map has no name for, by the end of their own. Experts of the
-    original are [E, in, out] where ``transposed``, their gate and up rows ``alternating``.
+    original are [E, in, out] where ``transposed``, their gate and up rows ``alternating``; those of
+    the file are one tensor where ``fused``.
     ``plain`` tensors of a layer stay fp32.
     """
 
@@ -54,6 +55,7 @@ class Case:
     change: Change = as_it_is
     transposed: bool = False
     alternating: bool = False
+    fused: bool = False
     plain: tuple[str, ...] = ()
     named: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
@@ -95,6 +97,8 @@ def file_tensors(
     """The model's matrices get the values that the file has: ``dense`` ones, and ``experts``."""
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         if ".experts." in name:
             kind, change = experts, split_experts
         else:
@@ -134,8 +138,8 @@ def split_experts(case: Case, name: str, tensor: torch.Tensor) -> Stored:
     suffix = "bias" if is_bias else "weight"
     if case.transposed and not is_bias:
         tensor = tensor.mT
-    if part == "down_proj":
-        yield f"{stem}experts.down_proj.{suffix}", tensor
+    if part == "down_proj" or case.fused:
+        yield f"{stem}experts.{part}.{suffix}", tensor
         return
     halves = (tensor[:, ::2], tensor[:, 1::2]) if case.alternating else tensor.chunk(2, dim=1)
     for half, found in zip(("gate", "up"), halves, strict=True):
@@ -152,8 +156,8 @@ def file_name(case: Case, name: str, config: Any) -> str:
         if name.endswith(end):
             return f"blk.{name.split('.')[2]}.{short}"
     found = names.get_name(name.replace("correction_bias", "correction.bias"), (".weight", ".bias"))
-    assert found is not None, name
-    return found
+    assert found is not None or name == "rope_freqs.weight", name
+    return found or name
 
 
 def all_keys(case: Case, config: Any) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def all_keys(case: Case, config: Any) -> dict[str, Any]:
 
     config = config.get_text_config()
     rope = config.rope_parameters
+    epsilon = getattr(config, "rms_norm_eps", None) or config.norm_eps
     common = {
         Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
         Keys.LLM.CONTEXT_LENGTH: config.max_position_embeddings,
@@ -169,9 +174,9 @@ def all_keys(case: Case, config: Any) -> dict[str, Any]:
         Keys.LLM.FEED_FORWARD_LENGTH: getattr(config, "intermediate_size", None),
         Keys.LLM.EXPERT_USED_COUNT: SIZES["num_experts_per_tok"],
         Keys.Attention.HEAD_COUNT: config.num_attention_heads,
-        Keys.Attention.HEAD_COUNT_KV: config.num_key_value_heads,
-        Keys.Attention.LAYERNORM_RMS_EPS: float(config.rms_norm_eps),
-        Keys.Rope.FREQ_BASE: float(rope["rope_theta"]),
+        Keys.Attention.HEAD_COUNT_KV: {**SIZES, **case.sizes}["num_key_value_heads"],
+        Keys.Attention.LAYERNORM_RMS_EPS: float(epsilon),
+        Keys.Rope.FREQ_BASE: float(rope.get("rope_theta", 0)),
     }
     found = {**common, **{resolved(key): value for key, value in case.keys.items()}}
     return {

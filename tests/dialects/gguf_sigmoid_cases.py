@@ -217,4 +217,55 @@ SIGMOID_CASES = [
         },
         named={"e_score_correction_bias": "exp_probs_b.bias"},
     ),
+    Case(
+        architecture="exaone-moe",
+        model_type="exaone_moe",
+        sizes={
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_shared_experts": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        keys=DEEPSEEK_EXPERTS
+        | SIGMOID
+        | {
+            "Attention.KEY_LENGTH": 16,
+            "Attention.SLIDING_WINDOW": 3,
+            "Attention.SLIDING_WINDOW_PATTERN": [True, False, True],
+            "Rope.SCALING_TYPE": "none",
+        },
+    ),
+    Case(
+        architecture="afmoe",
+        model_type="afmoe",
+        sizes={
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_shared_experts": 2,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+            "route_scale": 1.5,
+            "sliding_window": 3,
+            "mup_enabled": True,
+        },
+        keys=DEEPSEEK_EXPERTS
+        | SIGMOID
+        | {
+            "LLM.EXPERT_GROUP_COUNT": 1,
+            "LLM.EXPERT_GROUP_USED_COUNT": 1,
+            "Attention.KEY_LENGTH": 16,
+            "Attention.SLIDING_WINDOW": 3,
+            "Rope.DIMENSION_COUNT": 16,
+        },
+        named={"expert_bias": "exp_probs_b.bias"},
+    ),
 ]

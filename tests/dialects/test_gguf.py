@@ -19,7 +19,7 @@ from fusedmoe.presets import write_preset
 from fusedmoe.quantization.dialects import Matrix
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
-from fusedmoe.weights.gguf_file import TYPES, GgufFile
+from fusedmoe.weights.gguf_file import TYPES, ArrayOf, GgufFile
 from fusedmoe.weights.gguf_parts import GgufParts
 
 
@@ -67,6 +67,8 @@ def small_file(path: Path) -> Path:
         },
         qwen3moe__expert_count=2,
         tokenizer__ggml__tokens=["a", "bc", "d"],
+        qwen3moe__attention__sliding_window_pattern=[True, False],
+        tokenizer__ggml__scores=[0.5] * 2000,
     )
 
 
@@ -74,7 +76,10 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     file = GgufFile(small_file(tmp_path / "x.gguf"))
     assert file.metadata["general.architecture"] == "qwen3moe"
     assert file.metadata["qwen3moe.expert_count"] == 2
-    assert file.metadata["tokenizer.ggml.tokens"].count == 3
+    assert file.metadata["tokenizer.ggml.tokens"] == ArrayOf(3)
+    assert file.metadata["tokenizer.ggml.scores"] == ArrayOf(2000)
+    pattern = file.metadata["qwen3moe.attention.sliding_window_pattern"]
+    assert pattern == ArrayOf(2, (True, False))
     experts = file.tensors["blk.0.ffn_up_exps.weight"]
     assert (experts.type.name, experts.shape) == ("Q4_K", (2, 3, 256))
     found = file.read("blk.0.ffn_up_exps.weight")

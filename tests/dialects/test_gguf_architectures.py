@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf
+from gguf_gemma_cases import GEMMA_CASES
 from gguf_linear_cases import LINEAR_CASES
 from gguf_models import Case, all_keys, file_tensors, write_model
 from gguf_sigmoid_cases import SIGMOID_CASES
@@ -21,7 +22,7 @@ from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES
 
 pytest.importorskip("transformers")
-CASES = [*SOFTMAX_CASES, *SIGMOID_CASES, *LINEAR_CASES]
+CASES = [*SOFTMAX_CASES, *SIGMOID_CASES, *LINEAR_CASES, *GEMMA_CASES]
 PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
 
 
@@ -74,8 +75,8 @@ def test_names_are_those_that_the_package_publishes(architecture: str) -> None:
     published = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[found]}
     for row in ARCHITECTURES[architecture]:
         joined = [part for join in row.joined.values() for part in join.parts]
-        for name in (*row.names, *row.turned, *joined):
-            base = name.removesuffix(".weight").removesuffix(".bias")
+        for name in (*row.names, *row.whole, *row.turned, *joined):
+            base = re.sub(r"\.(weight|bias|scale)$", "", name)
             assert {f"blk.{{bid}}.{base}", base} & published, name
 
 
@@ -98,6 +99,20 @@ def test_experts_may_have_a_tensor_each(tmp_path: Path, capsys: pytest.CaptureFi
     layer = json.loads(capsys.readouterr().out)["layer"]
     sizes = {"experts": "4", "top-k": "2", "hidden": "64", "intermediate": "96"}
     assert layer.items() >= sizes.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "biases"),
+    [("gpt-oss", "swigluoai", True), ("afmoe", "silu", False)],
+)
+def test_explain_knows_what_is_between_the_products(
+    name: str, activation: str, biases: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_model(tmp_path / "model.gguf", case_of(name), case_of(name).model(), "F32", "Q8_0")
+    assert main(["explain", str(path), "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layer"]["activation"] == activation
+    assert told["layer"]["bias"] == str(biases)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def layer_config(
     """
     known: dict[str, Any] = {}
     if isinstance(checkpoint, GgufSource):
-        known = {**checkpoint.sizes(), "activation": MoEActivation.SILU}
+        known = checkpoint.layer_facts()
     elif checkpoint is not None:
         known = _from_checkpoint(checkpoint, quantized_too)
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}

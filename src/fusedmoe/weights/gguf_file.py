@@ -28,6 +28,7 @@ _MAX_PAIRS = 1 << 16
 _MAX_STRING = 1 << 24
 _MAX_STRINGS = 1 << 24  # of one array; vocabularies are the longest there are
 _MAX_DIMENSIONS = 4
+_MAX_KEPT = 1024  # numbers of an array: what a header says of each layer
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "B",
@@ -97,9 +98,10 @@ class GgufTensor(StoredBytes):
 
 @dataclass(frozen=True)
 class ArrayOf:
-    """Stands for an array of the header, of which only the length is kept."""
+    """Stands for an array of the header, of which ``values`` are kept if they are few numbers."""
 
     count: int
+    values: tuple[int | float | bool, ...] | None = None
 
 
 class _Cursor:
@@ -130,7 +132,7 @@ class _Cursor:
             raise CheckpointError(f"{self.path}: a string at {self.at}: {error}") from None
 
     def value(self, kind: int) -> Any:
-        """One value of the header; of an array, its length."""
+        """One value of the header."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
@@ -139,7 +141,10 @@ class _Cursor:
             raise CheckpointError(f"{self.path}: unknown value type {kind} at {self.at}")
         element, count = self.number("I"), self.number("Q")
         if element in _SCALARS:
-            self.take(count * struct.calcsize(f"<{_SCALARS[element]}"))
+            code = _SCALARS[element]
+            raw = self.take(count * struct.calcsize(f"<{code}"))
+            if count <= _MAX_KEPT:
+                return ArrayOf(count, struct.unpack(f"<{count}{code}", raw))
         elif element == _STRING:
             # A string takes eight bytes at least.
             if count > _MAX_STRINGS or count * 8 > len(self.data) - self.at:

@@ -57,27 +57,32 @@ def nothing(header: Header) -> Mapping[str, Any]:
 class Architecture:
     """``fields`` and ``names`` stand beside, or instead of, those of all.
 
-    ``fields`` are looked up in the header, then in ``defaults`` (None leaves a field to
-    Transformers), ``more`` finds those that are no single key, and may be None. ``names`` are of
-    tensors in a layer, with or without their suffix (``.weight``), and so are those of ``turned``,
-    which may be outside of layers, too; what ``joined`` makes has its full name. ``when`` tells
-    the rows of one architecture apart.
+    ``fields`` are looked up in the header (None: not at all), then in ``defaults`` (None leaves a
+    field to Transformers), ``more`` finds those that are no single key, and may be None. ``names``
+    are of tensors in a layer, with or without their suffix (``.weight``), ``whole`` of others;
+    ``turned`` has both, what ``joined`` makes has its full name. ``read_by_rope`` are tensors
+    that are numbers of the configuration. ``when`` tells the rows of one architecture apart.
     """
 
     model_type: str
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     more: Callable[[Header], Mapping[str, Any]] = nothing
     rope: Callable[[Header], dict[str, Any]] = plain_rope
+    read_by_rope: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
     turned: Mapping[str, Turn] = field(default_factory=dict)
     joined: Mapping[str, Join] = field(default_factory=dict)
+    activation: str = "silu"
     when: Callable[[Header], bool] = anything
 
     def config(self, header: Header) -> dict[str, Any]:
         """Fields of the configuration, but for those that tensors alone tell."""
         values: dict[str, Any] = {"num_hidden_layers": header.num_layers}
         for name, key in {**FIELDS, **self.fields}.items():
+            if key is None:
+                continue
             value = header.value(key)
             if value is None and name not in self.defaults:
                 raise header.wrong(key)
@@ -96,4 +101,10 @@ class Architecture:
         if tensor in names:
             return names[tensor]
         base, _, suffix = tensor.rpartition(".")
+        return f"{names[base]}.{suffix}" if base in names else None
+
+    def name_of_whole(self, tensor: str) -> str | None:
+        """As ``name_of``, of a tensor outside of layers."""
+        base, _, suffix = tensor.rpartition(".")
+        names = {**WHOLE, **self.whole}
         return f"{names[base]}.{suffix}" if base in names else None

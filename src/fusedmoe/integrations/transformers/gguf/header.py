@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusedmoe.checkpoint import CheckpointError
+from fusedmoe.weights.gguf_file import ArrayOf
 from fusedmoe.weights.gguf_parts import GgufParts
 
 # Counts of what a model need not have.
-_MAY_BE_ZERO = {"leading_dense_block_count", "expert_shared_count", "nextn_predict_layers"}
+_MAY_BE_ZERO = {
+    "leading_dense_block_count",
+    "expert_shared_count",
+    "nextn_predict_layers",
+    "embedding_length_per_layer_input",
+    "attention.shared_kv_layers",
+}
 _YARN = {
     "attention_factor": "rope.scaling.yarn_attn_factor",
     "beta_fast": "rope.scaling.yarn_beta_fast",
@@ -45,6 +52,15 @@ class Header:
         """A flag, a positive number, or None."""
         value = self.get(key)
         return value if value is None or isinstance(value, bool) else self.number(key)
+
+    def of_layers(self, key: str) -> tuple[Any, ...]:
+        """What a key says of each layer; a single number or flag is that of all."""
+        found = self.get(key)
+        if isinstance(found, ArrayOf) and found.values and found.count >= self.num_layers:
+            return found.values[: self.num_layers]
+        if not isinstance(found, bool | int | float):
+            raise self.wrong(key)
+        return (found,) * self.num_layers
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
@@ -92,6 +108,12 @@ def partial_rope(header: Header) -> dict[str, Any]:
     """As many columns of a head are turned as the header says."""
     turned = header.number("rope.dimension_count", header.head_dim)
     return plain_rope(header) | {"partial_rotary_factor": turned / header.head_dim}
+
+
+def sliding_layers(header: Header) -> list[str]:
+    """The kind of each layer's attention, where windows alternate with whole sequences."""
+    pattern = header.of_layers("attention.sliding_window_pattern")
+    return ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
 
 
 def attention_bias(header: Header) -> Mapping[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import CONFIG_NAME, CheckpointError
-from fusedmoe.integrations.transformers.gguf.architecture import WHOLE, Architecture
+from fusedmoe.integrations.transformers.gguf.architecture import Architecture
 from fusedmoe.integrations.transformers.gguf.header import Header
 from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES, architecture_of
 from fusedmoe.integrations.transformers.gguf.steps import Join
@@ -105,8 +106,8 @@ class GgufSource:
         found = {t.expert for t in layer.tensors}
         return self.shape(layer.tensors[0].name)[0] if None in found else len(found)
 
-    def sizes(self) -> dict[str, int]:
-        """Of a layer's experts, and how many a token has. CheckpointError where one is unknown."""
+    def layer_facts(self) -> dict[str, Any]:
+        """What describes a layer's experts. CheckpointError where a size is unknown."""
         layer = next(iter(self.layers.values()))
         down = next(t for t in layer.tensors if t.part == "down" and t.suffix == "weight")
         shape = self.shape(down.name)
@@ -117,6 +118,8 @@ class GgufSource:
             "hidden_size": shape[-2],
             "intermediate_size": shape[-1],
             "top_k": int(self.header.number("expert_used_count")),
+            "activation": MoEActivation.from_str(self.architecture.activation),
+            "bias": any(tensor.suffix == "bias" for tensor in layer.tensors),
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -154,12 +157,12 @@ class GgufSource:
         layers: dict[int, dict[str, str]] = {}
         for name in self.file.tensors:
             block = _BLOCK.fullmatch(name)
-            base, _, suffix = name.rpartition(".")
+            found = self.architecture.name_of_whole(name)
             if block is not None:
                 layers.setdefault(int(block[1]), {})[block[2]] = name
-            elif base in WHOLE:
-                state[f"{WHOLE[base]}.{suffix}"] = self._turned(name, name, dtype)
-            else:
+            elif found is not None:
+                state[found] = self._turned(name, name, dtype)
+            elif name not in self.architecture.read_by_rope:
                 raise self._no_place(name)
         for number in range(self.header.num_layers):
             state |= self._layer(f"model.layers.{number}.", layers.get(number, {}), dtype)

@@ -1,4 +1,4 @@
-"""Architectures most of whose layers have linear attention."""
+"""Architectures most of whose layers have linear attention, or convolutions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from fusedmoe.integrations.transformers.gguf.architecture import (
     HEAD_DIM,
+    MOE_SIZES,
     Architecture,
     shared_experts,
 )
@@ -94,7 +95,51 @@ _QWEN35 = Architecture(
     },
 )
 
+
+def _convolutions(header: Header) -> Mapping[str, Any]:
+    """Layers without keys convolve."""
+    heads = header.of_layers("attention.head_count_kv")
+    return {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "use_expert_bias": header.has(f"blk.{header.num_layers - 1}.exp_probs_b.bias"),
+    }
+
+
+_LFM2 = Architecture(
+    model_type="lfm2_moe",
+    fields=MOE_SIZES
+    | {
+        "num_experts": "expert_count",
+        "num_dense_layers": "leading_dense_block_count",
+        "conv_L_cache": "shortconv.l_cache",
+        "norm_eps": "attention.layer_norm_rms_epsilon",
+        "rms_norm_eps": None,
+        "num_key_value_heads": None,
+    },
+    defaults={"norm_topk_prob": True},
+    more=_convolutions,
+    whole={"token_embd_norm": "model.embedding_norm"},
+    names={
+        "attn_norm": "operator_norm",
+        "ffn_norm": "ffn_norm",
+        "attn_output": "self_attn.out_proj",
+        "attn_q_norm": "self_attn.q_layernorm",
+        "attn_k_norm": "self_attn.k_layernorm",
+        "shortconv.conv": "conv.conv",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+        "ffn_gate_inp": "feed_forward.gate",
+        "exp_probs_b.bias": "feed_forward.expert_bias",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+    },
+    turned={"shortconv.conv": with_channel},
+)
+
 LINEAR: Mapping[str, tuple[Architecture, ...]] = {
     "qwen3next": (_QWEN3_NEXT,),
     "qwen35moe": (_QWEN35,),
+    "lfm2moe": (_LFM2,),
 }

@@ -16,6 +16,7 @@ from fusedmoe.integrations.transformers.gguf.header import (
     attention_bias,
     partial_rope,
     plain_rope,
+    sliding_layers,
 )
 from fusedmoe.integrations.transformers.gguf.steps import Join, keys_and_values
 
@@ -142,6 +143,55 @@ _MINIMAX_M2 = Architecture(
     names={"exp_probs_b.bias": "mlp.e_score_correction_bias"},
 )
 
+
+def _exaone(header: Header) -> Mapping[str, Any]:
+    return {"layer_types": sliding_layers(header)}
+
+
+_EXAONE = Architecture(
+    model_type="exaone_moe",
+    fields={name: key for name, key in _EXPERTS.items() if not name.startswith("n_")}
+    | HEAD_DIM
+    | {
+        "num_experts": "expert_count",
+        "num_shared_experts": "expert_shared_count",
+        "n_group": "expert_group_count",
+        "sliding_window": "attention.sliding_window",
+    },
+    defaults=_DEFAULTS | {"head_dim": None},
+    more=_exaone,
+    names=_NAMES,
+)
+
+
+def _afmoe(header: Header) -> Mapping[str, Any]:
+    """Every fourth layer sees whole sequences; embeddings grow with the hidden size."""
+    return {"head_dim": header.head_dim, "global_attn_every_n_layers": 4, "mup_enabled": True}
+
+
+_AFMOE = Architecture(
+    model_type="afmoe",
+    fields=MOE_SIZES
+    | {
+        "num_experts": "expert_count",
+        "num_shared_experts": "expert_shared_count",
+        "num_dense_layers": "leading_dense_block_count",
+        "route_scale": "expert_weights_scale",
+        "sliding_window": "attention.sliding_window",
+    },
+    defaults={"route_scale": 1.0},
+    more=_afmoe,
+    names=shared_experts("mlp.shared_experts")
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_mlp_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+        "attn_gate": "self_attn.gate_proj",
+        "ffn_gate_inp": "mlp.router.gate",
+        "exp_probs_b.bias": "mlp.expert_bias",
+    },
+)
+
 SIGMOID: Mapping[str, tuple[Architecture, ...]] = {
     "deepseek2": (
         _deepseek("deepseek_v3", more=_latent_attention, when=_is_sigmoid),
@@ -150,4 +200,6 @@ SIGMOID: Mapping[str, tuple[Architecture, ...]] = {
     "glm4moe": (_GLM4_MOE,),
     "dots1": (_DOTS1,),
     "minimax-m2": (_MINIMAX_M2,),
+    "exaone-moe": (_EXAONE,),
+    "afmoe": (_AFMOE,),
 }

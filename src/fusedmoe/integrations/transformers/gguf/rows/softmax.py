@@ -58,6 +58,7 @@ _GPT_OSS = Architecture(
         "sliding_window": "attention.sliding_window",
     },
     rope=smooth_rope,
+    activation="swigluoai",
     names={
         "post_attention_norm": "post_attention_layernorm",
         "attn_sinks.weight": "self_attn.sinks",
