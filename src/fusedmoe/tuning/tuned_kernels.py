@@ -65,7 +65,7 @@ HOPPER = TunedKernel(
         "kernels/triton/hopper_prefill_up.py",
         "kernels/triton/hopper_pushed.py",
     ),
-    digest="898cab30cd31c667",
+    digest="9760f402e39a16d0",
 )
 
 KERNELS = {kernel.name: kernel for kernel in (TRITON, HOPPER)}
