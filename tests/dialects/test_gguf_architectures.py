@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
@@ -143,17 +144,55 @@ def test_what_has_no_place_is_refused(name: str, message: str, tmp_path: Path) -
         ("attention.head_count", 0),
         ("rope.scaling.type", "longrope"),
         ("block_count", None),
+        ("block_count", 1 << 31),
+        ("nextn_predict_layers", 7),
     ],
 )
-def test_headers_that_make_no_model_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+def test_headers_that_make_no_model_are_refused(
+    key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_key(tmp_path / "model.gguf", key, value)
+    wrong = "block_count" if key == "nextn_predict_layers" else key
+    with pytest.raises(CheckpointError, match=re.escape(f"llama.{wrong} is ")):
+        fusedmoe.from_pretrained(path)
+    main(["inspect", str(path)])
+    told = capsys.readouterr()
+    assert f"llama.{wrong} is " in told.out + told.err
+
+
+def test_what_transformers_refuses_is_told(tmp_path: Path) -> None:
+    path = with_key(tmp_path / "model.gguf", "expert_used_count", 1.5)
+    with pytest.raises(
+        CheckpointError, match=r"Transformers refuses it: (.|\n)*num_experts_per_tok"
+    ):
+        fusedmoe.from_pretrained(path)
+
+
+def with_key(path: Path, key: str, value: Any) -> Path:
+    """A file of Mixtral whose header says something else; None: nothing."""
     case = case_of("llama")
     original = case.model()
     keys = all_keys(case, original.config) | {f"llama.{key}".replace(".", "__"): value}
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        file_tensors(case, original, "F32", "F32"),
-        architecture="llama",
-        **{name: found for name, found in keys.items() if found is not None},
-    )
-    with pytest.raises(CheckpointError, match=re.escape(f"llama.{key} is ")):
-        fusedmoe.from_pretrained(path)
+    tensors = file_tensors(case, original, "F32", "F32")
+    found = {name: one for name, one in keys.items() if one is not None}
+    return write_gguf(path, tensors, architecture="llama", **found)
+
+
+def test_inspect_says_what_keeps_a_file_from_being_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = case_of("llama")
+    original = case.model()
+    tensors = file_tensors(case, original, "F32", "MXFP4")
+    keys = all_keys(case, original.config)
+    path = write_gguf(tmp_path / "x.gguf", tensors, architecture="llama", **keys)
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "mixtral" in told
+    assert "would not load" not in told
+    tensors["blk.1.attn_v.weight"] = (np.zeros((64, 84), np.uint8), "Q2_K")
+    path = write_gguf(tmp_path / "x.gguf", tensors, architecture="llama", **keys)
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "would not load" in told
+    assert "blk.1.attn_v.weight is stored as Q2_K" in told

@@ -42,6 +42,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
     """The layers of a GGUF file, as loading would understand them."""
     source = GgufSource(path, any_architecture=True)
     rows: list[dict[str, Any]] = []
+    problem = source.find_problem()
     for layer in source.layers.values():
         found = [source.file.tensors[tensor.name] for tensor in layer.tensors]
         row: dict[str, Any] = {
@@ -49,7 +50,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
             "experts": source.num_experts(layer),
             "format": " + ".join(dict.fromkeys(tensor.type.name.lower() for tensor in found)),
             "dialect": "gguf",
-            "problem": source.problem,
+            "problem": problem,
             "expert_bytes": sum(tensor.nbytes for tensor in found),
         }
         try:
@@ -62,6 +63,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
     record = {
         "checkpoint": str(path),
         "architecture": source.name,
+        "model_type": None if source.problem else source.architecture.model_type,
         "bytes": source.file.nbytes,
         "expert_bytes": sum(row["expert_bytes"] for row in rows),
         "moe_layers": rows,
@@ -70,6 +72,7 @@ def inspect_gguf(path: Path, as_json: bool) -> int:
         print_json(record)
         return 0
     print(f"{'architecture':<20}{printable(source.name)}")
+    print(f"{'model type':<20}{record['model_type'] or 'not in the table'}")
     print(f"{'stored':<20}{format_bytes(record['bytes'])}")
     print(f"{'  in experts':<20}{format_bytes(record['expert_bytes'])}\n")
     columns = ("layer", "experts", "format", "dialect", "expert_bytes")

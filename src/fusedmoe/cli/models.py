@@ -78,7 +78,8 @@ def load_tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **inside
         )
     except Exception as error:
-        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+        hint = "; put the tokenizer.json of the original beside the file" if inside else ""
+        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}{hint}") from error
 
 
 def load_whole(

@@ -68,7 +68,10 @@ class Header:
     @property
     def num_layers(self) -> int:
         """Of the model, without those behind its last, which guess further tokens."""
-        return int(self.number("block_count") - self.number("nextn_predict_layers", 0))
+        count = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        if not 1 <= count <= len(self.file.tensors):
+            raise self.wrong("block_count")
+        return int(count)
 
     @property
     def head_dim(self) -> int:

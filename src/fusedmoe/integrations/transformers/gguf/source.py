@@ -144,12 +144,25 @@ class GgufSource:
         for name in ("bos", "eos", "pad"):
             key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
             values[f"{name}_token_id"] = self.file.metadata.get(key)
-        return CONFIG_MAPPING[self.architecture.model_type](
-            **values,
-            vocab_size=embedding.shape[0],
-            tie_word_embeddings="output.weight" not in self.file.tensors,
-            dtype="bfloat16",
-        )
+        values |= {
+            "vocab_size": embedding.shape[0],
+            "tie_word_embeddings": "output.weight" not in self.file.tensors,
+            "dtype": "bfloat16",
+        }
+        try:
+            return CONFIG_MAPPING[self.architecture.model_type](**values)
+        except Exception as error:  # a header that makes no sense fails in as many ways
+            raise CheckpointError(f"{self.where}: Transformers refuses it: {error}") from error
+
+    def find_problem(self) -> str | None:
+        """What keeps the file from being loaded as a model, as far as its headers tell."""
+        try:
+            if self.problem is None:
+                self.architecture.config(self.header)
+                self.rest(torch.bfloat16)
+        except CheckpointError as error:
+            return str(error)
+        return self.problem
 
     def rest(self, dtype: torch.dtype) -> dict[str, Any]:
         """Raises CheckpointError for a tensor of a type that cannot be read, or without a place."""
