@@ -3,7 +3,12 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 python tools/sanitize.py
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize.py --only hopper (others, or quantized with --formats q4_k ...)
+        python tools/sanitize.py --only hopper bounded [--part 0 4] [--formats q4_k ...]
+
+``--part`` runs one of several equal parts of hopper, bounded and experts. Where several run at once
+each takes ``--target-processes application-only``, or the tool follows compilers, too,
+``--launch-timeout 0``, or it gives up on a program that has not begun after ten seconds, and a
+``--port`` of its own, ten from the next.
 
 Without caching every tensor is its own allocation, so that a stray access leaves it. Errors of the
 API are left out: cuda-bindings asks the driver for every function, also those that it has not.
@@ -18,8 +23,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -93,6 +99,13 @@ from fusedmoe.tuning.hopper_tiles import (
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 
 E, K = 24, 4
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], part: Sequence[int]) -> Sequence[Item]:
+    """One of several equal parts, (number, parts); neighbours, which are alike, are in different
+    ones."""
+    return items[part[0] :: part[1]]
 
 
 def routing() -> None:
@@ -145,14 +158,16 @@ def long_gate() -> None:
 
 
 def slots() -> None:
-    """Sorted at once, by small chunks, and by so many that their counts are summed before."""
-    for T in (1, 5, 300, 700, 20_000):
+    """By one program (4 and 100 words of ids), sorted at once, by small chunks, and by so many that
+    their counts are summed before."""
+    for T in (1, 5, 100, 300, 700, 20_000):
         ids = torch.randint(-1, E + 2, (T, K), device="cuda", dtype=torch.int32)
         expert_map = torch.full((E,), -1, dtype=torch.int32, device="cuda")
         expert_map[3:9] = torch.arange(6, dtype=torch.int32, device="cuda")
         for one in (None, expert_map):
             for ignore in (False, True):
                 moe_align_block_size(ids, 16, E, one, ignore_invalid_experts=ignore)
+                moe_align_block_size(ids.long(), 8, E, one, ignore_invalid_experts=ignore)
         count_expert_num_tokens(ids, 6, expert_map)
         remap_topk_to_local(ids, expert_map)
         x = torch.randn(T, 40, device="cuda", dtype=torch.float16)
@@ -160,9 +175,11 @@ def slots() -> None:
         weights = torch.rand(T, K, device="cuda")
         moe_unpermute(torch.empty_like(x), permuted[0], weights, permuted.inv_permuted_idx)
         moe_fused_mul_sum(torch.randn(T, K, 40, device="cuda"), weights, None, ids, expert_map)
+        torch.cuda.synchronize()
+        print("slots", T, flush=True)
 
 
-def hopper(tokens: Sequence[int] = (1, 5, 300)) -> None:
+def hopper(tokens: Sequence[int], part: Sequence[int]) -> None:
     """Every kernel of the Hopper experts, wherever one runs: each has its barriers."""
     if torch.cuda.get_device_capability()[0] != 9 or missing_gluon():
         print("no Hopper kernels here")
@@ -195,7 +212,7 @@ def hopper(tokens: Sequence[int] = (1, 5, 300)) -> None:
         homes = torch.full((4 * e,), -1, dtype=torch.int32, device="cuda")
         homes[e : 2 * e] = torch.arange(e, dtype=torch.int32, device="cuda")
         spread = torch.randint(-1, 4 * e + 1, (T, picks), device="cuda", dtype=torch.int32)
-        for tiles, mapped in itertools.product(kinds, (False, True)):
+        for tiles, mapped in share([*itertools.product(kinds, (False, True))], part):
             rows = scratch_rows(tiles, T * picks, e)
             work = ExpertsWork(
                 torch.empty(T, H, device="cuda", dtype=torch.bfloat16),
@@ -357,32 +374,33 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
             print("packed", name, rows, T, flush=True)
 
 
-def bounded() -> None:
+def bounded(part: Sequence[int]) -> None:
     """Megatron's function: without a table and with one, in Triton and, where it fits, Hopper's."""
     e, picks, first = 6, 3, 5
-    for activation in ActivationType:
-        ups = 2 if activation is ActivationType.SWIGLU else 1
-        for T, H, hint in (
-            *((1, 272, 1), (7, 250, 1), (7, 272, 7), (300, 250, 9), (900, 272, 900)),
-            (1500, 250, 1500),
-        ):
-            width = H - 64
-            x, w1, w2 = (
-                torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
-                for shape in ((T, H), (e, ups * width, H), (e, H, width))
-            )
-            vllm_fused_moe(
-                x,
-                torch.rand(T, picks, device="cuda"),
-                w1,
-                w2,
-                activation,
-                e,
-                first,
-                torch.tensor(max(1, T - 2), dtype=torch.int32, device="cuda"),
-                torch.randint(-1, first + e + 3, (T, picks), device="cuda"),
-                num_tokens_hint=hint,
-            )
+    shapes = (
+        *((1, 272, 1), (7, 250, 1), (7, 272, 7), (300, 250, 9), (900, 272, 900)),
+        (1500, 250, 1500),
+    )
+    for (T, H, hint), activation in share([*itertools.product(shapes, ActivationType)], part):
+        ups, width = 2 if activation is ActivationType.SWIGLU else 1, H - 64
+        x, w1, w2 = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 16
+            for shape in ((T, H), (e, ups * width, H), (e, H, width))
+        )
+        vllm_fused_moe(
+            x,
+            torch.rand(T, picks, device="cuda"),
+            w1,
+            w2,
+            activation,
+            e,
+            first,
+            torch.tensor(max(1, T - 2), dtype=torch.int32, device="cuda"),
+            torch.randint(-1, first + e + 3, (T, picks), device="cuda"),
+            num_tokens_hint=hint,
+        )
+        torch.cuda.synchronize()
+        print("bounded", T, H, hint, activation.value, flush=True)
 
 
 def push_rows(view: PeerView, rows: int, weights: tuple[torch.Tensor, ...]) -> None:
@@ -487,50 +505,56 @@ def batched() -> None:
                 print("batched", H, fmt, T, flush=True)
 
 
-def experts(quick: bool) -> None:
+def experts(quick: bool, part: Sequence[int]) -> None:
     cases = (*STANDARD_CASES[::3], *ACTIVATION_CASES[::4]) if quick else STANDARD_CASES
     for cls in (TritonExperts, GroupedMMExperts):
-        for result in check_experts(cls, cases, device="cuda", dtypes=(torch.bfloat16,)):
+        given = share(cases, part)
+        for result in check_experts(cls, given, device="cuda", dtypes=(torch.bfloat16,)):
             print(cls.name, result, flush=True)
 
 
-def others(quick: bool) -> None:
-    """What no Hopper and no quantized kernel does."""
-    routing()
-    gate()
-    long_gate()
-    slots()
-    bounded()
+def activations() -> None:
     for case in ACTIVATION_CASES:
         x = torch.randn(5, 48, device="cuda", dtype=torch.bfloat16)
         width = 24 if case.activation.is_gated else 48
         out = torch.empty(5, width, device="cuda", dtype=torch.bfloat16)
         moe_activation(case.activation, out, x, case.numbers)
-    experts(quick)
 
 
-def main() -> None:
+Run = Callable[[argparse.Namespace], None]
+PARTS: dict[str, tuple[Run, ...]] = {
+    "hopper": (lambda args: hopper(args.tokens, args.part),),
+    "quantized": (
+        lambda args: quantized(288, 160, args.formats),  # masked loads
+        lambda args: quantized(256, 256, args.formats),  # whole steps
+    ),
+    "packed": (
+        lambda args: packed(288, 160, args.formats),
+        lambda args: packed(512, 256, args.formats),
+    ),
+    "ranks": (lambda _: ranks(),),
+    "batched": (lambda _: batched(),),
+    "routing": (lambda _: routing(),),
+    "gate": (lambda _: gate(), lambda _: long_gate()),
+    "slots": (lambda _: slots(),),
+    "bounded": (lambda args: bounded(args.part),),
+    "activations": (lambda _: activations(),),
+    "experts": (lambda args: experts(args.quick, args.part),),
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a third of the experts' cases")
-    parser.add_argument(
-        "--only", choices=("hopper", "quantized", "ranks", "others"), help="these alone"
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="these alone")
     parser.add_argument("--tokens", nargs="+", type=int, default=(1, 5, 300), help="of hopper's")
-    parser.add_argument("--formats", nargs="+", help="of the quantized kernels, these alone")
-    args = parser.parse_args()
+    parser.add_argument("--formats", nargs="+", help="of quantized and packed, these alone")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("NUMBER", "PARTS"))
+    args = parser.parse_args(words)
     torch.manual_seed(0)
-    if args.only in (None, "hopper"):
-        hopper(args.tokens)
-    if args.only in (None, "quantized"):
-        for sizes in ((288, 160), (256, 256)):  # masked loads; whole steps
-            quantized(*sizes, args.formats)
-        for sizes in ((288, 160), (512, 256)):
-            packed(*sizes, args.formats)
-    if args.only in (None, "ranks"):
-        ranks()
-        batched()
-    if args.only in (None, "others"):
-        others(args.quick)
+    for name in args.only:
+        for run in PARTS[name]:
+            run(args)
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -4,12 +4,12 @@ GPU that is here: a program for compute-sanitizer.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests compute-sanitizer --tool memcheck \
         --report-api-errors no --error-exitcode 1 python tools/sanitize_formats.py
     PYTHONPATH=src:tests compute-sanitizer --tool racecheck --error-exitcode 1 \
-        python tools/sanitize_formats.py [--formats nf4 mxfp8] [--part 0 8]
+        python tools/sanitize_formats.py --every-lane [--formats nf4 mxfp8] [--part 0 8]
 
 The formats are those of ``tests/format_matrix.py``, which a test holds against what selection
 knows. Under a tool a layer takes seconds: ``--part`` runs one of several equal parts of the list.
-What racecheck names in warp-specialised kernels although nothing is wrong stands in ``sanitize.py``
-and ``sanitize_rows.py``.
+``sanitize.py`` says how several run at once, and what racecheck names in warp-specialised kernels
+although nothing is wrong; ``--every-lane`` does what it does in ``sanitize_rows.py``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", help="of the weights, these alone")
     parser.add_argument("--experts", nargs="+", help="these alone, by name")
     parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("NUMBER", "PARTS"))
+    parser.add_argument("--every-lane", action="store_true", help="arrives by itself")
     args = parser.parse_args()
+    if args.every_lane:
+        from sanitize_rows import let_every_lane_arrive
+
+        let_every_lane_arrive()
     torch.manual_seed(0)
     part, parts = args.part
     chosen = [case for case in MATRIX if args.formats is None or case[0] in args.formats]

@@ -77,6 +77,11 @@ def _kernel(
     return CudaKernel(text, entry, given, threads, shared, cooperative=cooperative)
 
 
+def let_every_lane_arrive() -> None:
+    """In all kernels that this process launches from now on."""
+    quantized_launch._kernel = _kernel
+
+
 def weight(name: str, shards: int, *shape: int) -> QuantizedTensor:
     values = torch.randn(shape, device="cuda") / 16
     return quantize(values, format_named(name), shards=shards, interleaved=shards == 2)
@@ -144,7 +149,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("rows", "token"), help="these kernels alone")
     args = parser.parse_args()
     if args.every_lane:
-        quantized_launch._kernel = _kernel
+        let_every_lane_arrive()
     torch.manual_seed(0)
     for name in args.formats:
         for sizes, along in SIZES.items() if args.only != "token" else ():
