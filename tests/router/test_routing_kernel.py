@@ -150,7 +150,7 @@ HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
 from fusedmoe.kernels.triton.eplb_map import eplb_map_kernel
-from fusedmoe.kernels.triton.routing import finish_constants, routing_kernel
+from fusedmoe.kernels.triton.routing import routing_case, routing_kernel
 from fusedmoe.kernels.triton.sparsemixer import sparsemixer_kernel
 from fusedmoe.router.spec import RoutingSpec
 
@@ -169,16 +169,8 @@ TABLE = {"num_table_rows": "i32", "stride_input_id": "i32", "stride_table_row": 
 OUT = {"weights_ptr": "*fp32", "ids_ptr": "*i64"}
 
 def routing(spec, block_t, num_warps, **pointers):
-    groups = max(spec.num_expert_group, 1)
-    size = (spec.num_experts + spec.num_zero_experts) // groups
-    constants = finish_constants(spec) | {
-        "SCORE": spec.score_function, "AFTER_TOPK": spec.score_after_topk,
-        "SOFTCAP": spec.logit_softcap, "GROUPS": groups, "GROUP_SIZE": size,
-        "TOPK_GROUP": spec.topk_group, "TOP2": spec.group_score == "top2_sum", "PER_GROUP": 0,
-        "VISION_LO": spec.image_sentinel_lo, "BLOCK_T": block_t,
-        "BLOCK_G": triton.next_power_of_2(groups), "BLOCK_S": triton.next_power_of_2(size),
-        "CHAINED": True,
-        "stride_expert": 1}
+    case, _ = routing_case(spec, "vision_bias_ptr" in pointers, block_t)
+    constants = {"CASE": case, "CHAINED": True, "stride_expert": 1}
     types = {"logits_ptr": "*bf16"} | OUT | SCALARS | TABLE | pointers
     build(routing_kernel, types, constants, num_warps)
 
@@ -193,8 +185,8 @@ routing(RoutingSpec(top_k=6, num_experts=256, score_function="sqrtsoftplus", ren
         image_sentinel_lo=9), 1, 1, table_ptr="*i64", input_ids_ptr="*i64",
         vision_bias_ptr="*fp32")
 phi = RoutingSpec(top_k=2, num_experts=16, selection="sparsemixer")
-build(sparsemixer_kernel, {"logits_ptr": "*bf16"} | OUT | SCALARS, finish_constants(phi) | {
-      "TWICE_EPSILON": 0.02, "SOFTCAP": 0.0, "BLOCK_T": 1, "BLOCK_C": 16, "stride_expert": 1})
+build(sparsemixer_kernel, {"logits_ptr": "*bf16"} | OUT | SCALARS,
+      {"CASE": routing_case(phi, False, 1)[0], "stride_expert": 1})
 build(eplb_map_kernel, {"ids_ptr": "*i32", "table_ptr": "*i64", "count_ptr": "*i64",
       "load_ptr": "*i32", "should_record_ptr": "*i1", "num_valid_ptr": "*i32", "out_ptr": "*i32",
       "num_slots": "i32", "stride_token": "i32", "stride_pick": "i32", "num_logical": "i32",

@@ -12,6 +12,7 @@ Phi-MoE's sparsemixer is a kernel of its own (``sparsemixer.py``), with the same
 Invariants: fp32 arithmetic; other rows and their number change no bit of a row.
 """
 
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
+from fusedmoe.kernels.triton.launch import Launcher, follow_previous
 from fusedmoe.kernels.triton.routing_rows import route_rows
-from fusedmoe.kernels.triton.routing_steps import finish_rows
+from fusedmoe.kernels.triton.routing_steps import RoutingCase, finish_rows
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
 
@@ -45,31 +46,10 @@ def routing_kernel(
     stride_padding,
     stride_table_row,
     stride_table_slot,
-    SCORE: tl.constexpr,
-    AFTER_TOPK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    TOP2: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    VISION_LO: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ZERO: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-    K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHARED_WEIGHT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CASE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
+    BLOCK_T: tl.constexpr = CASE.BLOCK_T
     follow_previous(CHAINED)
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         rows = block * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -77,13 +57,11 @@ def routing_kernel(
         weights, ids = route_rows(
             logits_ptr, bias_ptr, vision_bias_ptr, table_ptr, input_ids_ptr, rows, row_mask,
             stride_row, stride_expert, stride_input_id, num_table_rows, stride_table_row,
-            stride_table_slot, SCORE, AFTER_TOPK, SOFTCAP, NUM_EXPERTS + NUM_ZERO, K, GROUPS,
-            GROUP_SIZE, TOPK_GROUP, TOP2, PER_GROUP, VISION_LO, BLOCK_T, BLOCK_G, BLOCK_S, BLOCK_K,
+            stride_table_slot, CASE,
         )  # fmt: skip
         finish_rows(
             weights, ids, scale_ptr, padding_ptr, weights_ptr, ids_ptr, zero_weight_ptr, rows,
-            row_mask, stride_padding, NUM_EXPERTS, NUM_ZERO, NUM_SHARED, K, BLOCK_K, RENORMALIZE,
-            EPSILON, FLOOR, NORM, SCALE, SHARED_WEIGHT,
+            row_mask, stride_padding, CASE,
         )  # fmt: skip
 
 
@@ -110,7 +88,7 @@ def routing_triton(
     indices_dtype: torch.dtype = torch.int32,
 ) -> RoutingResult:
     """As ``routing_reference``; arguments are checked by the caller."""
-    num_tokens, candidates = logits.shape
+    num_tokens = logits.shape[0]
     slots = spec.top_k + spec.num_fused_shared_experts
     weights = torch.empty((num_tokens, slots), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_tokens, slots), dtype=indices_dtype, device=logits.device)
@@ -126,7 +104,7 @@ def routing_triton(
         launch_sparsemixer(logits, spec, tensors, is_padding, result)
         return result
     table, vision_bias = tensors.hash_indices_table, flat(tensors.vision_bias)
-    constants, num_warps = _constants(spec, candidates, vision_bias is not None, TOKENS_PER_PROGRAM)
+    case, num_warps = routing_case(spec, vision_bias is not None, TOKENS_PER_PROGRAM)
     _launch(
         (min(MOST_PROGRAMS, -(-num_tokens // TOKENS_PER_PROGRAM)), 1),
         (
@@ -149,55 +127,26 @@ def routing_triton(
             0 if is_padding is None else is_padding.stride(0),
             *((0, 0) if table is None else table.stride()),
         ),
-        constants,
+        (case,),
         num_warps,
     )
     return result
 
 
 @lru_cache(maxsize=256)
-def _constants(
-    spec: RoutingSpec, candidates: int, vision: bool, block_t: int
-) -> tuple[tuple[Any, ...], int]:
-    """The kernel's compile-time arguments in its order, and its warps."""
-    groups = max(spec.num_expert_group, 1)
-    block_g, block_s = power_of_2(groups), power_of_2(candidates // groups)
-    by_name = finish_constants(spec) | {
-        "SCORE": spec.score_function,
-        "AFTER_TOPK": spec.score_after_topk,
-        "SOFTCAP": float(spec.logit_softcap),
-        "GROUPS": groups,
-        "GROUP_SIZE": candidates // groups,
-        "TOPK_GROUP": spec.topk_group,
-        "TOP2": spec.group_score == "top2_sum",
-        "PER_GROUP": spec.top_k // groups if spec.selection == "topk_per_group" else 0,
-        "VISION_LO": spec.image_sentinel_lo if vision else 0,
-        "BLOCK_T": block_t,
-        "BLOCK_G": block_g,
-        "BLOCK_S": block_s,
+def routing_case(spec: RoutingSpec, vision: bool, block_t: int) -> tuple[RoutingCase, int]:
+    """The case of a rule, in which integers in the place of floats would be another type to a
+    kernel, and its warps."""
+    floats: dict[str, Any] = {
+        field.name: float(getattr(spec, field.name))
+        for field in fields(spec)
+        if isinstance(field.default, float)
     }
-    names = [name for name in routing_kernel.arg_names if name in by_name]
-    return tuple(by_name[name] for name in names), routing_warps(block_g * block_s)
+    case = RoutingCase(replace(spec, **floats), vision, block_t)
+    return case, routing_warps(case.BLOCK_G * case.BLOCK_S)
 
 
 _launch = Launcher(routing_kernel, chained=True)
-
-
-def finish_constants(spec: RoutingSpec) -> dict[str, Any]:
-    """The compile-time arguments of ``finish_rows``."""
-    return {
-        "NUM_EXPERTS": spec.num_experts,
-        "NUM_ZERO": spec.num_zero_experts,
-        "NUM_SHARED": spec.num_fused_shared_experts,
-        "K": spec.top_k,
-        "BLOCK_K": power_of_2(spec.top_k + spec.num_fused_shared_experts),
-        "RENORMALIZE": spec.renormalize,
-        "EPSILON": float(spec.renormalize_epsilon),
-        "FLOOR": float(spec.renormalize_floor),
-        "NORM": float(spec.renormalize_norm),
-        "SCALE": float(spec.routed_scaling_factor),
-        "SHARED_WEIGHT": float(spec.shared_expert_weight),
-    }
 
 
 def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -39,27 +39,21 @@ def route_rows(
     num_table_rows,
     stride_table_row,
     stride_table_slot,
-    SCORE: tl.constexpr,
-    AFTER_TOPK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    TOP2: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    VISION_LO: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CASE: tl.constexpr,
 ):
     """Scores and ids [BLOCK_T, BLOCK_K] of the chosen, before ``finish_rows``."""
-    column = tl.arange(0, BLOCK_G * BLOCK_S)[None, :]
+    SPEC: tl.constexpr = CASE.spec
+    SCORE: tl.constexpr = SPEC.score_function
+    AFTER_TOPK: tl.constexpr = SPEC.score_after_topk
+    SOFTCAP: tl.constexpr = SPEC.logit_softcap
+    VISION_LO: tl.constexpr = CASE.vision_lo
+    BLOCK_T: tl.constexpr = CASE.BLOCK_T
+    BLOCK_S: tl.constexpr = CASE.BLOCK_S
+    GROUP_SIZE: tl.constexpr = CASE.GROUP_SIZE
+    column = tl.arange(0, CASE.BLOCK_G * BLOCK_S)[None, :]
     member = column % BLOCK_S
     column_ids = column // BLOCK_S * GROUP_SIZE + member
-    candidate = (member < GROUP_SIZE) & (column_ids < CANDIDATES)
+    candidate = (member < GROUP_SIZE) & (column_ids < CASE.CANDIDATES)
     column_ids = tl.where(candidate, column_ids, NO_ID)
     row_ptr = logits_ptr + rows[:, None] * stride_row
     x = tl.load(
@@ -86,12 +80,10 @@ def route_rows(
         vision_choice = biased(scores, vision_bias_ptr, column_ids, candidate)
         choice = tl.where(is_vision[:, None], vision_choice, choice)
     choice = tl.where(candidate, choice, float("-inf"))
-    if GROUPS > 1 and TOPK_GROUP < GROUPS:
-        choice = keep_best_groups(
-            choice, BLOCK_T, BLOCK_G, BLOCK_S, GROUPS, GROUP_SIZE, TOPK_GROUP, TOP2
-        )
+    if CASE.GROUPS > 1 and SPEC.topk_group < CASE.GROUPS:
+        choice = keep_best_groups(choice, CASE)
     if table_ptr is None:
-        ids, chosen = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+        ids, chosen = choose(choice, column_ids, CASE)
         if bias_ptr is None and VISION_LO == 0:
             # What was chosen by is the score (or the logit) itself.
             if not AFTER_TOPK:
@@ -108,12 +100,10 @@ def route_rows(
             num_table_rows,
             stride_table_row,
             stride_table_slot,
-            CANDIDATES,
-            BLOCK_K,
-            K,
+            CASE,
         )
         if VISION_LO > 0:
-            best, _ = choose(choice, column_ids, BLOCK_T, BLOCK_K, BLOCK_S, K, PER_GROUP)
+            best, _ = choose(choice, column_ids, CASE)
             ids = tl.where(is_vision[:, None], best, ids)
     chosen = tl.load(
         row_ptr + ids.to(tl.int64) * stride_expert,

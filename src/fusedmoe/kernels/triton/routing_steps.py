@@ -4,13 +4,67 @@ Blocks are [BLOCK_T, C]: one row per token, one column per candidate (see ``rout
 candidate that cannot be chosen has a choice of -inf; NaN has been replaced before the choice.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+
+from fusedmoe.kernels.triton.launch import power_of_2
+from fusedmoe.router.spec import RoutingSpec
 
 # Keys are fp32 values as integers of the same order: REMOVED < MINUS_INFINITY < any finite value.
 REMOVED = tl.constexpr(-(2**31))
 MINUS_INFINITY = tl.constexpr(-2139095041)
 NO_ID = tl.constexpr(2**31 - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingCase:
+    """What is constant in a launch: the rule, whether there is a ``vision`` bias, and how many
+    tokens a program takes at a time. ``routing_case`` makes one for each rule, so that launches
+    compare no fields.
+
+    Beside the numbers of candidates, of groups and of a group's members stand the powers of two
+    that their blocks have; BLOCK_K is that of a token's slots.
+    """
+
+    spec: RoutingSpec
+    vision: bool
+    BLOCK_T: int
+
+    @property
+    def CANDIDATES(self) -> int:
+        return self.spec.num_experts + self.spec.num_zero_experts
+
+    @property
+    def GROUPS(self) -> int:
+        return max(self.spec.num_expert_group, 1)
+
+    @property
+    def GROUP_SIZE(self) -> int:
+        return self.CANDIDATES // self.GROUPS
+
+    @property
+    def BLOCK_G(self) -> int:
+        return power_of_2(self.GROUPS)
+
+    @property
+    def BLOCK_S(self) -> int:
+        return power_of_2(self.GROUP_SIZE)
+
+    @property
+    def BLOCK_K(self) -> int:
+        return power_of_2(self.spec.top_k + self.spec.num_fused_shared_experts)
+
+    @property
+    def per_group(self) -> int:
+        """How many are chosen in each group; 0: of all candidates together."""
+        return self.spec.top_k // self.GROUPS if self.spec.selection == "topk_per_group" else 0
+
+    @property
+    def vision_lo(self) -> int:
+        """The first token id with the vision bias; 0: none has it."""
+        return self.spec.image_sentinel_lo if self.vision else 0
 
 
 @triton.jit
@@ -72,27 +126,22 @@ def take_best(keys, column_ids):
 
 
 @triton.jit
-def keep_best_groups(
-    choice,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    TOP2: tl.constexpr,
-):
-    """choice [BLOCK_T, BLOCK_G * BLOCK_S] with -inf outside the best TOPK_GROUP groups."""
+def keep_best_groups(choice, CASE: tl.constexpr):
+    """choice [BLOCK_T, BLOCK_G * BLOCK_S] with -inf outside the best ``topk_group`` groups."""
+    BLOCK_T: tl.constexpr = CASE.BLOCK_T
+    BLOCK_G: tl.constexpr = CASE.BLOCK_G
+    BLOCK_S: tl.constexpr = CASE.BLOCK_S
+    TOPK_GROUP: tl.constexpr = CASE.spec.topk_group
     grouped = tl.reshape(choice, [BLOCK_T, BLOCK_G, BLOCK_S])
     group_score = tl.max(grouped, axis=2)
-    if TOP2 and GROUP_SIZE > 1:
+    if CASE.spec.group_score == "top2_sum" and CASE.GROUP_SIZE > 1:
         member = tl.arange(0, BLOCK_S)[None, None, :]
         first = tl.min(tl.where(grouped == group_score[:, :, None], member, BLOCK_S), axis=2)
         others = tl.where(member == first[:, :, None], float("-inf"), grouped)
         group_score += tl.max(others, axis=2)
         group_score = tl.where(group_score == group_score, group_score, float("-inf"))
     group = tl.arange(0, BLOCK_G)[None, :]
-    keys = tl.where(group < GROUPS, ordered(group_score), REMOVED)
+    keys = tl.where(group < CASE.GROUPS, ordered(group_score), REMOVED)
     keep = tl.zeros([BLOCK_T, BLOCK_G], dtype=tl.int1)
     for _ in range(TOPK_GROUP):
         best = tl.max(keys, axis=1)
@@ -104,20 +153,14 @@ def keep_best_groups(
 
 
 @triton.jit
-def choose(
-    choice,
-    column_ids,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    K: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-):
+def choose(choice, column_ids, CASE: tl.constexpr):
     """The K best ids [BLOCK_T, BLOCK_K], -1 where none is left, and their choice; NO_ID columns
-    are no candidates.
-
-    PER_GROUP > 0: that many of each group, group after group.
-    """
+    are no candidates."""
+    BLOCK_T: tl.constexpr = CASE.BLOCK_T
+    BLOCK_K: tl.constexpr = CASE.BLOCK_K
+    BLOCK_S: tl.constexpr = CASE.BLOCK_S
+    K: tl.constexpr = CASE.spec.top_k
+    PER_GROUP: tl.constexpr = CASE.per_group
     keys = tl.where(column_ids == NO_ID, REMOVED, ordered(choice))
     slot = tl.arange(0, BLOCK_K)[None, :]
     ids = tl.full([BLOCK_T, BLOCK_K], -1, dtype=tl.int32)
@@ -153,25 +196,19 @@ def hash_ids(
     num_table_rows,
     stride_table_row,
     stride_table_slot,
-    CANDIDATES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    K: tl.constexpr,
+    CASE: tl.constexpr,
 ):
     """ids [BLOCK_T, BLOCK_K] from table [num_table_rows, K]; -1 for what does not exist."""
-    slot = tl.arange(0, BLOCK_K)[None, :]
+    slot = tl.arange(0, CASE.BLOCK_K)[None, :]
     known = row_mask & (token_ids >= 0) & (token_ids < num_table_rows)
     address = table_ptr + token_ids[:, None] * stride_table_row + slot * stride_table_slot
-    ids = tl.load(address, mask=known[:, None] & (slot < K), other=-1)
-    return tl.where((ids >= 0) & (ids < CANDIDATES), ids, -1).to(tl.int32)
+    ids = tl.load(address, mask=known[:, None] & (slot < CASE.spec.top_k), other=-1)
+    return tl.where((ids >= 0) & (ids < CASE.CANDIDATES), ids, -1).to(tl.int32)
 
 
 @triton.jit
-def _renormalized(
-    weights,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
-    NORM: tl.constexpr,
-):
+def _renormalized(weights, SPEC: tl.constexpr):
+    NORM: tl.constexpr = SPEC.renormalize_norm
     if NORM == 1.0:
         norm = tl.sum(weights, axis=1)
     elif NORM == 2.0:
@@ -181,7 +218,7 @@ def _renormalized(
     else:
         powers = tl.where(weights == 0.0, 0.0, tl.exp2(NORM * tl.log2(tl.abs(weights))))
         norm = tl.exp2(tl.log2(tl.sum(powers, axis=1)) / NORM)
-    norm = tl.maximum(norm + EPSILON, FLOOR)
+    norm = tl.maximum(norm + SPEC.renormalize_epsilon, SPEC.renormalize_floor)
     norm = tl.where(norm > 0.0, norm, 1.0)
     return weights / norm[:, None]
 
@@ -198,25 +235,19 @@ def finish_rows(
     rows,
     row_mask,
     stride_padding,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ZERO: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHARED_WEIGHT: tl.constexpr,
+    CASE: tl.constexpr,
 ):
     """From the scores of the chosen, weights and ids [BLOCK_T, BLOCK_K], to the contiguous outputs
-    [T, K + NUM_SHARED] and the zero weight."""
-    slot = tl.arange(0, BLOCK_K)[None, :]
+    [T, K + fused shared experts] and the zero weight."""
+    SPEC: tl.constexpr = CASE.spec
+    NUM_EXPERTS: tl.constexpr = SPEC.num_experts
+    NUM_SHARED: tl.constexpr = SPEC.num_fused_shared_experts
+    K: tl.constexpr = SPEC.top_k
+    slot = tl.arange(0, CASE.BLOCK_K)[None, :]
     weights = tl.where(ids >= 0, weights, 0.0)
-    if RENORMALIZE:
-        weights = _renormalized(weights, EPSILON, FLOOR, NORM)
-    weights *= SCALE
+    if SPEC.renormalize:
+        weights = _renormalized(weights, SPEC)
+    weights *= SPEC.routed_scaling_factor
     real = (ids >= 0) & (ids < NUM_EXPERTS)
     if scale_ptr is not None:
         weights *= tl.load(scale_ptr + ids, mask=real, other=1.0).to(tl.float32)
@@ -226,14 +257,14 @@ def finish_rows(
         ids = tl.where(live[:, None], ids, -1)
     weights = tl.where(ids >= 0, weights, 0.0)
     zero_weight = tl.zeros([ids.shape[0]], dtype=tl.float32)
-    if NUM_ZERO > 0:
+    if SPEC.num_zero_experts > 0:
         zero_weight = tl.sum(tl.where(ids >= NUM_EXPERTS, weights, 0.0), axis=1)
         ids = tl.where(real, ids, -1)
         weights = tl.where(real, weights, 0.0)
     if NUM_SHARED > 0:
         shared = (slot >= K) & (slot < K + NUM_SHARED) & live[:, None]
         ids = tl.where(shared, NUM_EXPERTS + slot - K, ids)
-        weights = tl.where(shared, SHARED_WEIGHT, weights)
+        weights = tl.where(shared, SPEC.shared_expert_weight, weights)
     SLOTS: tl.constexpr = K + NUM_SHARED
     offset = rows[:, None] * SLOTS + slot
     mask = row_mask[:, None] & (slot < SLOTS)

@@ -10,12 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.triton.routing import (
-    TOKENS_PER_PROGRAM,
-    finish_constants,
-    flat,
-    routing_warps,
-)
+from fusedmoe.kernels.triton.routing import TOKENS_PER_PROGRAM, flat, routing_case
 from fusedmoe.kernels.triton.routing_steps import NO_ID, finish_rows, finite_or, softcap
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
@@ -43,26 +38,15 @@ def sparsemixer_kernel(
     stride_row,
     stride_expert,
     stride_padding,
-    TWICE_EPSILON: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ZERO: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-    K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    EPSILON: tl.constexpr,
-    FLOOR: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHARED_WEIGHT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CASE: tl.constexpr,
 ):
+    BLOCK_T: tl.constexpr = CASE.BLOCK_T
+    SOFTCAP: tl.constexpr = CASE.spec.logit_softcap
+    TWICE_EPSILON: tl.constexpr = 2.0 * CASE.spec.sparsemixer_epsilon
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < num_tokens
-    column = tl.arange(0, BLOCK_C)[None, :]
-    candidate = column < NUM_EXPERTS + NUM_ZERO
+    column = tl.arange(0, CASE.BLOCK_S)[None, :]
+    candidate = column < CASE.CANDIDATES
     x = tl.load(
         logits_ptr + rows[:, None] * stride_row + column.to(tl.int64) * stride_expert,
         mask=row_mask[:, None] & candidate,
@@ -73,13 +57,12 @@ def sparsemixer_kernel(
     first_weight, first = sparsemixer_round(remaining, tl.abs(x), column, TWICE_EPSILON)
     remaining = tl.where(column == first[:, None], float("-inf"), remaining)
     second_weight, second = sparsemixer_round(remaining, tl.abs(x), column, TWICE_EPSILON)
-    slot = tl.arange(0, BLOCK_K)[None, :]
+    slot = tl.arange(0, CASE.BLOCK_K)[None, :]
     ids = tl.where(slot == 0, first[:, None], tl.where(slot == 1, second[:, None], -1))
     weights = tl.where(slot == 0, first_weight[:, None], second_weight[:, None])
     finish_rows(
         weights, ids, scale_ptr, padding_ptr, weights_ptr, ids_ptr, zero_weight_ptr, rows, row_mask,
-        stride_padding, NUM_EXPERTS, NUM_ZERO, NUM_SHARED, K, BLOCK_K, RENORMALIZE, EPSILON, FLOOR,
-        NORM, SCALE, SHARED_WEIGHT,
+        stride_padding, CASE,
     )  # fmt: skip
 
 
@@ -91,8 +74,8 @@ def launch_sparsemixer(
     result: RoutingResult,
 ) -> None:
     """Fill ``result``; arguments are checked by the caller."""
-    num_tokens, candidates = logits.shape
-    columns = triton.next_power_of_2(candidates)
+    num_tokens = logits.shape[0]
+    case, num_warps = routing_case(spec, False, TOKENS_PER_PROGRAM)
     sparsemixer_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
         logits,
         flat(tensors.per_expert_scale),
@@ -101,10 +84,6 @@ def launch_sparsemixer(
         num_tokens,
         *logits.stride(),
         0 if is_padding is None else is_padding.stride(0),
-        TWICE_EPSILON=2.0 * spec.sparsemixer_epsilon,
-        SOFTCAP=float(spec.logit_softcap),
-        BLOCK_T=TOKENS_PER_PROGRAM,
-        BLOCK_C=columns,
-        num_warps=routing_warps(columns),
-        **finish_constants(spec),
+        CASE=case,
+        num_warps=num_warps,
     )
