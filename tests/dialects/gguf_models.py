@@ -29,6 +29,15 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
 Stored = Iterable[tuple[str, torch.Tensor]]
 Change = Callable[[Any, str, torch.Tensor], Stored]  # from (config, name, tensor)
 
@@ -44,7 +53,7 @@ class Case:
     ``keys`` are those beside what every converter writes, by the package's names for them;
     ``named`` are tensors that its map has no name for, by the end of their own. Experts of the
     original are [E, in, out] where ``transposed``, their gate and up rows ``alternating``; those of
-    the file are one tensor where ``fused``.
+    the file are one tensor where ``fused``. ``composite`` originals can see.
     ``plain`` tensors of a layer stay fp32.
     """
 
@@ -56,6 +65,7 @@ class Case:
     transposed: bool = False
     alternating: bool = False
     fused: bool = False
+    composite: bool = False
     plain: tuple[str, ...] = ()
     named: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
@@ -68,11 +78,13 @@ class Case:
         """With random weights everywhere, biases and norms too."""
         import transformers
 
-        config = transformers.CONFIG_MAPPING[self.model_type](**{**SIZES, **self.sizes})
+        sizes, auto = {**SIZES, **self.sizes}, transformers.AutoModelForCausalLM
+        if self.composite:
+            sizes = {"text_config": sizes, "vision_config": VISION, "tie_word_embeddings": False}
+            auto = transformers.AutoModelForImageTextToText
+        config = transformers.CONFIG_MAPPING[self.model_type](**sizes)
         torch.manual_seed(1)
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
+        model = auto.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
         for name, tensor in model.state_dict().items():
             spread = 0.3 if tensor.dim() < 2 or "bias" in name else 0.15
             tensor.normal_(1.0 if "norm" in name and tensor.dim() < 2 else 0.0, spread)
@@ -96,10 +108,11 @@ def file_tensors(
 ) -> dict[str, tuple[np.ndarray, str]]:
     """The model's matrices get the values that the file has: ``dense`` ones, and ``experts``."""
     tensors: dict[str, tuple[np.ndarray, str]] = {}
+    config = model.config.get_text_config()
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if ".experts." in name:
+        if ".experts." in name and "visual" not in name:
             kind, change = experts, split_experts
         else:
             is_linear = tensor.dim() == 2 and "proj" in name
@@ -107,8 +120,8 @@ def file_tensors(
         if not name.endswith("bias"):
             stored = tensor.mT if change is split_experts and case.transposed else tensor
             stored.copy_(values_of(packed(stored, kind), stored.shape))
-        for below, part in change(case if change is split_experts else model.config, name, tensor):
-            short = file_name(case, below, model.config)
+        for below, part in change(case if change is split_experts else config, name, tensor):
+            short = file_name(case, below, config)
             plain = part.dim() < 2 or short.endswith("bias") or short.split(".")[-2] in case.plain
             tensors[short] = packed(part, "F32" if plain else kind)
     return tensors
@@ -133,7 +146,7 @@ def values_of(stored: tuple[np.ndarray, str], shape: torch.Size) -> torch.Tensor
 
 def split_experts(case: Case, name: str, tensor: torch.Tensor) -> Stored:
     """Gate and up apart, output features before input features."""
-    stem, _, last = name.rpartition("experts.")
+    stem, _, last = name.replace("language_model.", "").rpartition("experts.")
     part, is_bias, _ = last.partition("_bias")
     suffix = "bias" if is_bias else "weight"
     if case.transposed and not is_bias:

@@ -5,6 +5,7 @@ What converters write is spelled out here, from their documentation and code.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,6 +60,30 @@ def ernie(config: Any, name: str, tensor: torch.Tensor) -> Stored:
     """The original has the bias beside its gate, [1, E]."""
     is_bias = "moe_statics" in name
     yield name.replace("gate.moe_statics", "moe_statics"), tensor[0] if is_bias else tensor
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+DEFAULT = {"rope_type": "default"}
+
+
+def llama4(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    """Frequencies of the first columns stay; the others turn once in more than 8192 tokens."""
+    yield name, tensor
+    if name == "model.norm.weight" and config.rope_parameters["rope_type"] == "llama3":
+        turns = [2 * math.pi * 5e5 ** (2 * column / 16) for column in range(8)]
+        factors = [16.0 if length > 8192 else 1.0 for length in turns]
+        yield "rope_freqs.weight", torch.tensor(factors)
+
+
+def language_model(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    if "visual" not in name:
+        yield name.replace("language_model.", ""), tensor
 
 
 SOFTMAX_CASES = [
@@ -159,5 +184,59 @@ SOFTMAX_CASES = [
             "Attention.KEY_LENGTH": 16,
             "Rope.SCALING_TYPE": "none",
         },
+    ),
+    *(
+        Case(
+            label=f"llama4 {'with' if scaled else 'without'} scaled frequencies",
+            architecture="llama4",
+            model_type="llama4_text",
+            sizes={
+                "num_hidden_layers": 4,
+                "head_dim": 16,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "intermediate_size": 96,
+                "intermediate_size_mlp": 128,
+                "interleave_moe_layer_step": 2,
+                "rope_parameters": {"rope_theta": 5e5} | (LLAMA3 if scaled else DEFAULT),
+            },
+            keys={
+                "LLM.EXPERT_COUNT": 4,
+                "LLM.EXPERT_USED_COUNT": 1,
+                "LLM.EXPERT_FEED_FORWARD_LENGTH": 96,
+                "LLM.FEED_FORWARD_LENGTH": 128,
+                "LLM.INTERLEAVE_MOE_LAYER_STEP": 2,
+                "Attention.KEY_LENGTH": 16,
+                "Attention.VALUE_LENGTH": 16,
+                "Rope.DIMENSION_COUNT": 16,
+            },
+            change=llama4,
+            transposed=True,
+        )
+        for scaled in (True, False)
+    ),
+    Case(
+        architecture="qwen3vlmoe",
+        model_type="qwen3_vl_moe",
+        composite=True,
+        sizes={
+            "head_dim": 32,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [8, 4, 4],
+            },
+        },
+        keys={
+            "LLM.EXPERT_COUNT": 4,
+            "LLM.EXPERT_FEED_FORWARD_LENGTH": 32,
+            "LLM.NUM_DEEPSTACK_LAYERS": 3,
+            "Attention.KEY_LENGTH": 32,
+            "Attention.VALUE_LENGTH": 32,
+            "Rope.DIMENSION_SECTIONS": [8, 4, 4, 0],
+        },
+        change=language_model,
     ),
 ]

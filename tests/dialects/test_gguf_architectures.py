@@ -35,6 +35,11 @@ def check_logits(path: Path, original: Any, *, packed: bool) -> None:
         ours, wanted = model(PROMPT).logits, original(PROMPT).logits
     assert wanted.std() > 0.1
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    frequencies = dict(model.named_buffers())
+    for name, buffer in original.named_buffers():
+        if name.endswith("inv_freq") and "visual" not in name:
+            found = frequencies[name.replace("language_model.", "")]
+            torch.testing.assert_close(found, buffer, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kinds", [("F32", "F32"), ("F16", "F16"), ("Q8_0", "MXFP4")], ids="-".join)
