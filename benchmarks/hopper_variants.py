@@ -54,6 +54,7 @@ from fusedmoe.tuning.hopper_tiles import (
     PrefillTiles,
     decode_tiles,
     decode_tiles_of,
+    direct_tiles,
     drawn,
     hopper_tiles,
 )
@@ -95,6 +96,8 @@ def variants_of(plain: HopperTiles, shape: Shape, ranks: int, T: int) -> dict[st
         out["drawn" if not plain.draws_up else "dealt"] = replace(
             plain, draws_up=not plain.draws_up
         )
+    if isinstance(plain, DirectTiles):
+        out["direct-all"] = direct_tiles(T, shape.k, shape.H, shape.I)
     if isinstance(plain, PrefillTiles):
         out |= {f"group{n}": replace(plain, group=n) for n in (8, 16, 64)}
     return {name: tiles for name, tiles in out.items() if name == "plain" or tiles != plain}

@@ -11,6 +11,7 @@ from fusedmoe.tuning.hopper_tiles import (
     DirectTiles,
     PrefillTiles,
     decode_tiles,
+    direct_tiles,
     even_width,
     hopper_tiles,
     sum_passes,
@@ -76,15 +77,42 @@ def test_tiles_fit_and_tokens_only_make_them_larger(name, share):
 
 def test_the_kernel_of_each_size():
     E, K, H, I = SHAPES["qwen3_30b"]  # noqa: E741
-    kinds = {T: type(hopper_tiles(T, K, E, E, H, I)) for T in (1, 2, 4, 800, 801, 8192)}
+    kinds = {T: type(hopper_tiles(T, K, E, E, H, I)) for T in (1, 2, 4, 928, 929, 8192)}
     assert kinds == {
         1: DirectTiles,
         2: DirectTiles,
         4: DecodeTiles,
-        800: DecodeTiles,
-        801: PrefillTiles,
+        928: DecodeTiles,
+        929: PrefillTiles,
         8192: PrefillTiles,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("qwen3_30b", 58), ("mixtral", 50), ("gpt_oss_120b", 50)]
+)
+def test_small_experts_stream_a_little_longer(name, most):
+    """Reading some of them twice costs less than the beginnings and ends of the other kernel."""
+    E, K, H, I = SHAPES[name]  # noqa: E741
+    last = most * E // K
+    assert isinstance(hopper_tiles(last, K, E, E, H, I), DecodeTiles)
+    assert isinstance(hopper_tiles(last + 1, K, E, E, H, I), PrefillTiles)
+
+
+def test_two_tokens_share_tables_where_experts_that_both_pick_are_long_to_read():
+    for name, direct in (("qwen3_30b", True), ("gpt_oss_120b", False), ("mixtral", False)):
+        E, K, H, I = SHAPES[name]  # noqa: E741
+        assert isinstance(hopper_tiles(2, K, E, E, H, I), DirectTiles) == direct
+        assert isinstance(hopper_tiles(1, K, E, E, H, I), DirectTiles)
+
+
+def test_a_rank_spreads_the_slots_that_come_to_it():
+    """Of eight picks one has its expert here: tasks that are even for eight keep most of a GPU
+    idle."""
+    whole, rank = (hopper_tiles(1, 8, 128, here, 4096, 1536) for here in (128, 16))
+    assert whole == direct_tiles(1, 8, 4096, 1536)
+    assert rank == direct_tiles(1, 8, 4096, 1536, slots=1)
+    assert rank.up_valid < whole.up_valid
 
 
 @pytest.mark.parametrize(

@@ -219,10 +219,12 @@ def direct_tiles(
     H: int,
     I: int,  # noqa: E741
     stages: Callable[[int, int, int], int] = _stages,
+    *,
+    slots: int | None = None,
 ) -> DirectTiles:
-    """Tiles for T tokens of K picks. ``stages`` of a ring, by the weight rows and slots of a step
-    and the columns of a row."""
-    up = even_width(T * K, I, UP_WIDTHS)
+    """Tiles for T tokens of K picks, of which ``slots`` have an expert here (None: all). ``stages``
+    of a ring, by the weight rows and slots of a step and the columns of a row."""
+    up = even_width(T * K if slots is None else slots, I, UP_WIDTHS)
     return direct_tiles_of(up, even_width(T, H, down_widths(K)), K, H, I, stages)
 
 
@@ -267,8 +269,12 @@ def even_width(rows: int, columns: int, widths: tuple[int, ...]) -> int:
 
 HopperTiles = DirectTiles | DecodeTiles | PrefillTiles
 
-# With so many slots per expert, few experts have more than the largest block holds.
-MAX_DECODE_MEAN = 50
+# With so many slots per expert, few experts have more than the largest block holds; and where one
+# is small, reading some twice costs less than the other kernel's beginnings and ends.
+MAX_DECODE_MEAN, MAX_DECODE_MEAN_OF_SMALL = 50, 58
+SMALL_EXPERT = 8 << 20  # elements
+# Of weights read twice by two tokens that share experts: the time that tables take.
+MOST_READ_TWICE = 2400 << 10
 
 
 def hopper_tiles(
@@ -287,9 +293,11 @@ def hopper_tiles(
     weights; many are bound by the products. ``batch_invariant`` leaves out the first, which rounds
     less often than the other two; those agree to the bit.
     """
-    if are_direct(T, K, num_experts) and not batch_invariant:
-        return direct_tiles(T, K, H, I)
-    mean = T * K / num_experts
-    if mean > MAX_DECODE_MEAN:
+    expert, mean = 3 * H * I, T * K / num_experts
+    slots = max(1, round(mean * num_local))
+    twice = 0.0 if T == 1 else expert * K * K / num_experts * num_local / num_experts
+    if are_direct(T, K, num_experts) and twice <= MOST_READ_TWICE and not batch_invariant:
+        return direct_tiles(T, K, H, I, slots=slots)
+    if mean > (MAX_DECODE_MEAN_OF_SMALL if expert <= SMALL_EXPERT else MAX_DECODE_MEAN):
         return PrefillTiles()
-    return decode_tiles(max(1, round(mean * num_local)), num_local, H, I)
+    return decode_tiles(slots, num_local, H, I)
