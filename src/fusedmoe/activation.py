@@ -102,7 +102,7 @@ class ApplyMoEActivationConfig:
         activation_situ_beta: float | None = None,
         activation_situ_linear_beta: float | None = None,
     ) -> ApplyMoEActivationConfig:
-        """From a layer's arguments; ValueError for a number that ``activation`` does not have."""
+        """The numbers among a layer's arguments; ValueError for one that ``activation`` lacks."""
         is_swigluoai = activation in (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
         is_situ = activation is MoEActivation.SITU
         for name, value, has in (

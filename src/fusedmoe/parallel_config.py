@@ -228,7 +228,7 @@ class ParallelPlace:
         sizes: dict[str, int | None] | None = None,
         ranks: dict[str, int | None] | None = None,
     ) -> ParallelPlace:
-        """From groups, and sizes and ranks by group name where no group is given.
+        """The place that groups say, or sizes and ranks by group name where no group is given.
 
         A size or rank that contradicts its group is a ValueError; what is not said is 1 and 0.
         """

@@ -42,7 +42,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> d
 
 
 def least_ceilings(device: torch.device) -> Mapping[str, float]:
-    """Those of ``LEAST_CEILINGS`` for this machine; nothing is asked of others."""
+    """The row of ``LEAST_CEILINGS`` for this machine; other machines have to meet none."""
     words = device_name(device).split()
     return next((least for name, least in LEAST_CEILINGS.items() if name in words), {})
 

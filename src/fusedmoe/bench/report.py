@@ -146,7 +146,7 @@ def limit_us(
 
 
 def make_header(device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Where a report comes from, with the ceilings measured in the same run."""
+    """The header of a report: where it comes from, and the ceilings measured in the same run."""
     packages = ("torch", "triton", "transformers")
     return {
         "device": device_name(device),

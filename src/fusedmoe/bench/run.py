@@ -203,7 +203,7 @@ def _contestants(
     built: dict[tuple[str, Scope], Contestant | None],
     report: BenchReport,
 ) -> list[Contestant]:
-    """Those that can run this cell; each is built once for its weights and scope."""
+    """The contestants that can run this cell; each is built once for its weights and scope."""
     for name, build in builders.items():
         if (name, cell.scope) in built:
             continue

@@ -38,7 +38,7 @@ class LayerShape:
 
     @property
     def num_experts(self) -> int:
-        """Of all ranks: what the router chooses from."""
+        """Experts of all ranks: what the router chooses from."""
         return self.all_experts or self.E
 
     @property
@@ -47,12 +47,12 @@ class LayerShape:
 
     @property
     def shards(self) -> int:
-        """Of the first product's weights: gate and up, or up alone."""
+        """Shards of the first product's weights: gate and up, or up alone."""
         return 2 if MoEActivation.from_str(self.activation).is_gated else 1
 
     @property
     def weight_elements(self) -> int:
-        """Of all experts stored here, biases included."""
+        """Numbers in all experts that are stored here, biases included."""
         biases = self.shards * self.I + self.H if self.bias else 0
         return self.E * ((self.shards + 1) * self.H * self.I + biases)
 
@@ -62,7 +62,7 @@ class LayerShape:
         return 2 * (self.shards + 1) * self.H * self.I
 
     def flops(self, tokens: int) -> float:
-        """Those of ``tokens`` rows on this rank, if picks spread evenly over the ranks."""
+        """FLOPs of ``tokens`` rows on this rank, if picks spread evenly over the ranks."""
         return self.pair_flops * tokens * self.k / self.ranks
 
 
@@ -89,7 +89,7 @@ SHAPES: dict[str, LayerShape] = {
 
 
 def named_shapes(names: Sequence[str]) -> list[LayerShape]:
-    """Those of ``SHAPES``; ValueError for a name that is not there."""
+    """The shapes of these names in ``SHAPES``; ValueError for a name that is not there."""
     for name in names:
         if name not in SHAPES:
             raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")

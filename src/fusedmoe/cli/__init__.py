@@ -40,7 +40,8 @@ def _one_line(message: object) -> str:
 
 
 def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """For ``words``: with the arguments of their verb, whose module alone is imported (with torch).
+    """The parser for ``words``, with the arguments of their verb; no other verb's module is
+    imported.
 
     Nothing but the verb comes before those: no option of the command itself has a value.
     """

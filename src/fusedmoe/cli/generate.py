@@ -183,7 +183,7 @@ def _timed(
 
 
 def _first_difference(left: list[int], right: list[int]) -> int | None:
-    """Where two token lists part; None where they are the same."""
+    """The first index at which two token lists differ; None where they are the same."""
     if left == right:
         return None
     pairs = zip(left, right, strict=False)

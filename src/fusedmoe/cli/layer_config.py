@@ -131,7 +131,7 @@ def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, A
 
 
 def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
-    """Of the rows: that of experts stored as floats, else what config.json says of the model."""
+    """The rows' dtype: that of experts stored as floats, else the model's in config.json."""
     named = config_value(checkpoint.config, ("dtype", "torch_dtype"))
     found = getattr(torch, named, None) if isinstance(named, str) else None
     default = found if isinstance(found, torch.dtype) else torch.bfloat16

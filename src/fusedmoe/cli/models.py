@@ -62,7 +62,7 @@ def quiet_transformers(*, bars: bool) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Of the folder, or of a GGUF file: local files only, no code.
+    """The tokenizer of a folder or of a GGUF file: local files only, no code of theirs.
 
     What stands beside such a file comes before what is in it, which Transformers reads with the
     format's package, and not for every architecture.

@@ -217,7 +217,8 @@ class PeerMemory:
 
 
 def first_view(layout: PeerLayout, rank: int, bases: torch.Tensor, own: torch.Tensor) -> PeerView:
-    """Before anything was sent: clears the flags of ``own`` uint8 [nbytes], this rank's buffer.
+    """The view before anything was sent: clears the flags of this rank's buffer, ``own`` uint8
+    [nbytes].
 
     ``bases`` int64 [world]: where every rank's begins.
     """

@@ -137,7 +137,7 @@ class ExpertBalancer:
         return self._planning is not None or self._targets is not None
 
     def step(self) -> None:
-        """To be called between two forwards, by every rank after each."""
+        """Call this between two forwards, on every rank and after each forward."""
         if self._targets is not None:
             self._advance()
         elif self._planning is not None:

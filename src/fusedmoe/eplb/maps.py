@@ -19,7 +19,8 @@ class LogicalMaps(NamedTuple):
 
 
 def compute_logical_maps(physical_to_logical: torch.Tensor, num_logical: int) -> LogicalMaps:
-    """From physical_to_logical int [L, P]; copies in the order of their slots, dtype kept.
+    """The maps that follow from physical_to_logical int [L, P]; copies in the order of their slots,
+    in the same dtype.
 
     Raises ValueError where an expert has no copy or an id is none of [0, num_logical).
     """

@@ -59,7 +59,7 @@ class FloatRows(NamedTuple):
         return [FloatRows(*pieces, self.parts) for pieces in zip(x, sums, strict=True)]
 
     def following(self, order: Order, G: int) -> FloatRows:
-        """In the order of an expert's columns; with sums over G groups unless that is 0."""
+        """The rows in the order of an expert's columns, with sums over G groups unless G is 0."""
         x, sums = self.x[:, order.columns], None
         if G:
             whole = x.float().unflatten(0, (-1, self.parts)).sum(1)

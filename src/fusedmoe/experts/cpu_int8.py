@@ -64,7 +64,7 @@ class ByteRows(NamedTuple):
         return [ByteRows(*pieces, self.parts) for pieces in zip(codes, scales, sums, strict=True)]
 
     def following(self, order: Order, G: int) -> ByteRows:
-        """In the order of an expert's columns; with sums over G groups unless that is 0."""
+        """The rows in the order of an expert's columns, with sums over G groups unless G is 0."""
         codes, sums = self.codes[:, order.columns], None
         if G:
             bytes_ = (codes.float() - 128).unflatten(0, (-1, self.parts))

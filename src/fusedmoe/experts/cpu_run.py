@@ -35,7 +35,7 @@ class Rows(Protocol):
 
 
 def sizes_in_parts(counts: int | Sequence[int], parts: int) -> int | list[int]:
-    """Where rows are stored as ``parts`` rows each: what to split those by."""
+    """What to split rows by that are stored as ``parts`` rows each."""
     return counts * parts if isinstance(counts, int) else [count * parts for count in counts]
 
 

@@ -96,7 +96,7 @@ class _DeepGemm(FusedMoEExpertsModular):
         return unmet_sizes(moe, activation_key)
 
     def scales(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Those of both weights, and whether all scales are powers of two."""
+        """The scales of both weights, and whether all of them are powers of two."""
         config = self.quant_config
         if config.w1_scale is None or config.w2_scale is None:
             raise ValueError("w1 and w2 need scales per block, found none")

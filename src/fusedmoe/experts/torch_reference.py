@@ -22,7 +22,7 @@ class TorchExperts(FusedMoEExpertsModular):
 
     name = "torch"
     opaque_name = name
-    """What compiled code calls, of a class that no table has, too."""
+    """The name that compiled code calls it by, subclasses that no table lists included."""
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:

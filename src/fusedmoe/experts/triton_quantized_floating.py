@@ -34,7 +34,8 @@ _ROOMY_BYTES = 200 << 10
 
 
 def floating_products(layer: SlotProducts) -> None:
-    """With rows in floating point, as they come or rounded to a format and back."""
+    """Both products of rows in floating point, which come as they are or are rounded to a format
+    and back."""
     x, operands, act, rows, blocks, tiles, top_k, *_ = layer
     w1, w2, (first, second) = operands.w1, operands.w2, operands.steps
     routed, many = (layer.ids, layer.expert_map), x.shape[0] >= _MANY_TOKENS
@@ -61,8 +62,8 @@ def floating_products(layer: SlotProducts) -> None:
 
 
 def _order(w: QuantizedTensor, D: int, tile: QuantizedTile) -> str:
-    """Of columns that meet ``w``; floats of six bits are met by few slots as they come, for steps
-    of their order are short."""
+    """The order in which rows' columns meet ``w``. Few slots meet floats of six bits as they come,
+    because steps in their order are short."""
     order = order_for(w.format, D)
     return "" if order == UNITS and tile.slots < LEAST_ORDERED_SLOTS else order
 

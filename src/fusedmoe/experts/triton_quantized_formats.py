@@ -64,12 +64,12 @@ def unmet_by_groups(weight_key: QuantKey | None, activation_key: QuantKey | None
 
 
 def capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
-    """Of the experts that multiply these pairs as they are, for rows in one of the two formats."""
+    """What the experts can do that multiply these pairs as they are, in rows of this format."""
     return _capabilities(rows, PAIRS)
 
 
 def emulated_capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
-    """Of the experts that round rows to their format and multiply floats, likewise."""
+    """What the experts can do that round rows to their format and multiply floats."""
     pairs = frozenset(product(WEIGHT_KEYS, ACTIVATION_KEYS))
     can = _capabilities(rows, pairs)
     activations = frozenset[tuple[Operand, QuantKey]](("activations", k) for k in ACTIVATION_KEYS)

@@ -40,7 +40,7 @@ class DeviceActivation(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Of the weights that make what it takes."""
+        """Shards of the weights whose products it takes: gate and up, or one."""
         return 2 if self.gated else 1
 
 

@@ -46,7 +46,7 @@ class MoEAlignmentWithScatter(NamedTuple):
 
 
 class LoneSlots(NamedTuple):
-    """In place of an alignment where slots are few: every slot is a block by itself, no table.
+    """Takes the place of an alignment where slots are few: every slot is a block by itself.
 
     topk_ids int [R]; expert_map int32 global -> local id or -1, or None; both dense. Ids of no
     local expert are skipped.
@@ -57,7 +57,7 @@ class LoneSlots(NamedTuple):
 
     @classmethod
     def of(cls, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> LoneSlots:
-        """From ids [T, K], of any strides both."""
+        """The slots of ids [T, K]; ids and map may have any strides."""
         # Flattened, [T, 1] and [1, K] keep their strides.
         return cls(topk_ids.reshape(-1).contiguous(), dense(expert_map))
 

@@ -12,8 +12,9 @@ _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 @contextmanager
 def loads_code() -> Iterator[None]:
-    """For the first launch of a kernel. The driver refuses to load code on a thread that captures,
-    because a graph would not repeat it; it need not be repeated. Launches are captured as ever."""
+    """The context of a kernel's first launch. The driver refuses to load code on a thread that
+    captures, because a graph would not repeat it; it need not be repeated. Launches inside are
+    captured as ever."""
     exchange = _exchange_mode()
     if exchange is None:
         yield

@@ -34,7 +34,8 @@ _SPLITS = {
 
 
 def order_for(fmt: QuantFormat, D: int) -> str:
-    """The order in which rows [.., D] meet weights of this format sooner; "": as they are."""
+    """The order of columns in which rows [.., D] are fastest with weights of this format; "": as
+    they are."""
     order = ""
     if fmt.element in _NIBBLES and not fmt.act_order:
         order = HALVES

@@ -56,7 +56,8 @@ def decode_table(R: int, block: int, num_local: int) -> tuple[int, int]:
 
 
 def decode_counters(sorted_ids: torch.Tensor, R: int, block: int, num_local: int) -> torch.Tensor:
-    """Those spare places. Counted up, so a table serves once. ValueError if it is shorter."""
+    """The spare places of such a table, where launches count. They count up, so a table serves one
+    layer. ValueError if the table is shorter."""
     places, spare = decode_table(R, block, num_local)
     if sorted_ids.shape[0] < places + spare:
         raise ValueError(

@@ -45,5 +45,5 @@ class LayerTensors(NamedTuple, Generic[Weight]):
 
     @property
     def num_experts(self) -> int:
-        """Of all ranks."""
+        """Experts of all ranks."""
         return self.w2.shape[0] if self.expert_map is None else self.expert_map.shape[0]

@@ -105,7 +105,7 @@ def settled(x: torch.Tensor) -> torch.Tensor:
 
 
 def wait_for_dispatch(here: PeerView, *, timeout_us: int) -> None:
-    """Until the rows of every rank's last ``dispatch`` have arrived here."""
+    """Wait until the rows of every rank's last ``dispatch`` have arrived here."""
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     triton_kernels.wait(here, here.layout.dispatch_flags_at, timeout_us)
@@ -120,7 +120,7 @@ def announce_outputs(here: PeerView, pushed: bool = False) -> None:
 
 
 def wait_for_outputs(here: PeerView, *, timeout_us: int) -> None:
-    """Until every rank has announced its outputs. ``combine`` waits too, with all its programs."""
+    """Wait until every rank has announced its outputs. ``combine`` waits by itself, too."""
     from fusedmoe.kernels.triton import peer_flags as triton_kernels
 
     triton_kernels.wait(here, here.layout.combine_flags_at, timeout_us)

@@ -54,7 +54,7 @@ class PeerLayout:
 
     @property
     def row_dtype(self) -> torch.dtype:
-        """Of a row as it travels."""
+        """The dtype of a row as it travels."""
         return self.dtype if self.key is None else STORED[self.key.dtype]
 
     @cached_property

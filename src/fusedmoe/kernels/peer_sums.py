@@ -22,7 +22,7 @@ def send_sums(
     num_local_experts: int | None = None,
     position: torch.Tensor | None = None,
 ) -> None:
-    """To ``received(rows).outputs`` of each token's rank: the weighted sum of its picks' rows.
+    """Send the weighted sum of each token's picks to ``received(rows).outputs`` of its rank.
 
     y [world * rows * K or more, H], rows dense; the row of slot ``i`` is ``i``, or ``position[i]``
     (int32). Weights [world * rows, K] (None: all one), ids, map and ``num_local_experts`` as

@@ -45,7 +45,7 @@ class MoEPermuteScratch:
     def allocate(
         cls, max_slots: int, num_local_experts: int, device: torch.device | str
     ) -> MoEPermuteScratch:
-        """For up to ``max_slots`` = T * K slots."""
+        """Tables for up to ``max_slots`` = T * K slots."""
         first, second, third = (
             torch.empty(max_slots, dtype=torch.int32, device=device) for _ in range(3)
         )

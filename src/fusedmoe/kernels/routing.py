@@ -254,7 +254,7 @@ def append_shared_experts(
     shared_weight: float,
     is_padding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Behind weights and ids [T, K], the experts first_id .. first_id + count - 1 for each row."""
+    """Weights and ids [T, K] with experts first_id .. first_id + count - 1 appended to each row."""
     shape = (ids.shape[0], count)
     shared_ids = torch.arange(first_id, first_id + count, dtype=ids.dtype, device=ids.device)
     shared_ids = shared_ids.expand(shape)

@@ -43,8 +43,8 @@ def merged_activation_config(
 class FusedMoEExperts(ABC):
     """The two grouped GEMMs of one layer on one device.
 
-    ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format. What
-    ``derived`` names is made of the weights, at first its class's value, and not copied with them.
+    ``max_num_tokens`` and ``num_dispatchers`` are given exactly in the batched format. ``derived``
+    names attributes that are made of the weights: a copy begins again with the class's values.
     ``takes_late_rows``: ``apply`` knows rows that are still on their way (``LateRows``).
     """
 
@@ -190,7 +190,7 @@ class FusedMoEExpertsModular(FusedMoEExperts):
         raise NotImplementedError(f"{type(self).__name__} defines neither run nor apply")
 
     def workspace_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
-        """Of workspaces and output, where rows enter and leave in ``act_dtype``."""
+        """The dtype of workspaces and output, where rows enter and leave in ``act_dtype``."""
         return act_dtype
 
     def moe_problem_size(

@@ -20,8 +20,8 @@ from fusedmoe.modular_kernel.records import FinalizeWork, Hook, PrepareResult, P
 from fusedmoe.topk_weight_and_reduce import TopKWeightAndReduce
 
 Compute = Callable[[PrepareResult, torch.Tensor | None, torch.Tensor], torch.Tensor]
-"""The experts' output of what arrived; where prepare/finalize wants it, and the tokens' own output,
-follow."""
+"""(what arrived, where prepare/finalize wants the experts' output or None, the layer's output) ->
+the experts' output."""
 
 
 def half_sizes(
@@ -66,7 +66,7 @@ class Forward:
         self._pending: Receiver | tuple[Hook, Receiver] = lambda: None
 
     def run(self, while_combining: Callable[[], None] | None) -> None:
-        """All of it, waiting apart from sending only where something runs in between."""
+        """All three stages; send and wait are two calls only where something runs in between."""
         prepared = self._mover.prepare(*self._work)
         if while_combining is None:
             self._mover.finalize(*self._results(prepared))

@@ -112,7 +112,7 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         return
 
     def expert_output(self) -> torch.Tensor | None:
-        """After ``prepare``: where the experts are to write, if their output has its shape and
+        """Where the experts are to write after ``prepare``, if their output has that shape and
         dtype; None for anywhere."""
         return None
 
@@ -194,9 +194,9 @@ class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
         return lambda: None
 
     def weight_and_sum(self, work: FinalizeWork, output: torch.Tensor | None) -> torch.Tensor:
-        """What of this the experts have left to do here: [rows, H], in ``output`` if one is given.
+        """Weight and sum as much as the experts have left to do: [rows, H], in ``output`` if given.
 
-        Where they leave open how, it is done as rows of ``row_format`` need it.
+        Where they leave the way open (``TopKWeightAndReduceDelegate``), ``row_format`` decides it.
         """
         own: TopKWeightAndReduce = TopKWeightAndReduceContiguous()
         if self.row_format is FusedMoEActivationFormat.BatchedExperts:

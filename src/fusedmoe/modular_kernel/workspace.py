@@ -28,7 +28,7 @@ class WorkspacePlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Of the two scratch tensors."""
+        """Bytes of the two scratch tensors."""
         return _bytes(self.dtype, self.shapes.workspace13, self.shapes.workspace2)
 
     @property

@@ -122,7 +122,7 @@ class FusedMoEMethodBase(ABC):
         self.forget_kernel()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """With the same process groups; a kernel that communicates is chosen anew."""
+        """A copy with the same process groups; a kernel that communicates is chosen anew."""
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         shared = {"groups"} if self.groups is None else {"groups", "_built"}
@@ -134,8 +134,8 @@ class FusedMoEMethodBase(ABC):
 
     @contextmanager
     def kernel_kept(self) -> Iterator[None]:
-        """A kernel that is built meanwhile, for tensors in the place of the layer's own, is let go
-        of at the end, and they with it."""
+        """A kernel that is built inside, for tensors that stand in for the layer's own, is dropped
+        at the end, together with these tensors."""
         built = self._built
         try:
             yield

@@ -70,7 +70,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
 
     @classmethod
     def of_stored(cls, schemes: LayerSchemes, moe_config: FusedMoEConfig) -> Self:
-        """For experts that a checkpoint stores as ``schemes`` say, and that are loaded so."""
+        """The method of experts that a checkpoint stores as ``schemes`` say, loaded so."""
         method = cls(
             moe_config, schemes.w13.format, schemes.w2.format, activation=schemes.activation
         )
@@ -78,7 +78,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
         return method
 
     def format(self, owner: Owner) -> QuantFormat:
-        """Of ``w13`` or ``w2`` as it is held here."""
+        """The format in which ``w13`` or ``w2`` is held here."""
         fmt, width = self._file_formats[owner], self.moe_config.intermediate_size_per_partition
         row, col = fmt.group
         if owner == "w13":
@@ -191,7 +191,7 @@ class QuantizedFusedMoEMethod(FusedMoEMethodBase):
                 return getattr(layer, f"{owner}_{name}", None)
 
             def by_shard(name: str) -> torch.Tensor | None:
-                """With an axis for the shards, which w2 has none of as a parameter."""
+                """The part with an axis for the shards, which a parameter of w2 lacks."""
                 tensor = part(name)
                 return tensor if tensor is None or owner == "w13" else tensor.unsqueeze(1)
 

@@ -139,7 +139,7 @@ class QuantFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of ``data``."""
+        """The dtype of ``data``."""
         return self.type.dtype
 
     @property
@@ -149,7 +149,7 @@ class QuantFormat:
 
     @property
     def bits(self) -> float:
-        """Of one element, scales left out."""
+        """Bits of one element, scales left out."""
         return 8 * self.type.dtype.itemsize * self.type.stored / self.type.values
 
     @property
@@ -202,7 +202,7 @@ class QuantFormat:
         return K // self.type.values * self.type.stored
 
     def scale_shape(self, N: int, K: int, shards: int = 1) -> tuple[int, ...] | None:
-        """Of ``scale`` (and ``zero_point``) of one expert's [N, K], None where there is none."""
+        """The shape of ``scale`` (and ``zero_point``) of one expert's [N, K]; None: no scale."""
         if self.scale_dtype is None:
             return None
         if shards < 1 or N % shards:

@@ -65,7 +65,7 @@ can_be_opaque._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def owners_in(*modules: nn.Module) -> tuple[Owners, Names]:
-    """Of ``modules`` and the modules below them, those that hold parameters or buffers."""
+    """The modules that hold parameters or buffers, among ``modules`` and those below them."""
     everyone = (owner for module in modules for owner in module.modules())
     held = {
         str(index): (owner, (*owner._parameters, *owner._buffers))

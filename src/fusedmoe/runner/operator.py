@@ -55,7 +55,7 @@ class CompiledLayer(PlacedLayer):
         """The routed output in the checkpoint's hidden size, and the zero experts' weights [T]."""
 
     def number_parts(self) -> None:
-        """To be called once router and experts are there."""
+        """Call this once router and experts are there."""
         self._find_tensors()
         self.number = new_number(self)
         # A look into the record of ranks would keep a layer's guards from being skipped.

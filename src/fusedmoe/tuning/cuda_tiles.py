@@ -106,19 +106,19 @@ class CudaStreamTile:
 
 
 class CudaDecodeTiles(NamedTuple):
-    """Of a layer's two GEMMs; slots are the same."""
+    """The tiles of a layer's two GEMMs, with the same slots."""
 
     gemm1: CudaLoneTile | CudaWarpsTile | CudaRowsTile | CudaStreamTile
     gemm2: CudaLoneTile | CudaWarpsTile | CudaRowsTile | CudaStreamTile
 
     @property
     def slots(self) -> int:
-        """Of a block; lone slots are one."""
+        """Slots of a block; lone slots are one."""
         return 1 if isinstance(self.gemm1, CudaLoneTile) else self.gemm1.slots
 
     @property
     def made(self) -> int:
-        """Of how many slots at most both kernels make their blocks themselves."""
+        """The most slots of which both kernels make the blocks themselves."""
         if self.slots == 1:
             return MAX_LONE_SLOTS
         return MOST_MADE if {type(one) for one in self} == {CudaRowsTile} else 0

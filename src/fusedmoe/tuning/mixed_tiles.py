@@ -43,8 +43,8 @@ class MixedPrefillTile:
 
 
 class MixedPrefillTiles(NamedTuple):
-    """Of a layer's two GEMMs; they share one alignment, so slots are the same. Blocks of 256 slots
-    go with ``tails``, the same of blocks of 128, for up to so many that an expert has left."""
+    """The tiles of a layer's two GEMMs, which share one alignment and so the slots. Blocks of 256
+    slots go with ``tails``: tiles of 128 slots for what is left of an expert, if it fits them."""
 
     gemm1: MixedPrefillTile
     gemm2: MixedPrefillTile

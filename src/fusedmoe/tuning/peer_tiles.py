@@ -13,7 +13,7 @@ class PeerTiles(NamedTuple):
     num_warps: int
 
     def grid(self, tasks: int) -> tuple[int, int]:
-        """For so many tasks; one program at least, which tells the other ranks."""
+        """The grid for so many tasks; at least one program, which tells the other ranks."""
         return max(1, min(tasks, self.programs)), 1
 
 
@@ -26,7 +26,7 @@ _PICKS_PROGRAMS = 8448
 
 
 def peer_tiles(rows: int, hidden: int) -> PeerTiles:
-    """For sending, or for adding up, ``rows`` rows of ``hidden`` columns.
+    """Tiles for sending, or for adding up, ``rows`` rows of ``hidden`` columns.
 
     Few rows need many programs to be on their way at once; with many rows, wide tasks keep enough
     bytes in flight. Measured on four H200s with 7168 columns and 1, 16, 128, 1024 and 4096 rows.
@@ -42,7 +42,7 @@ def local_tiles(hidden: int) -> PeerTiles:
 
 
 def adding_tiles(hidden: int) -> PeerTiles:
-    """For rows that are added up once all have come."""
+    """Tiles for rows that are added up once all have come."""
     return PeerTiles(_LOCAL_PROGRAMS, _columns(hidden, 4096), 8)
 
 

@@ -52,7 +52,7 @@ class StreamTile:
 
 
 class StreamTiles(NamedTuple):
-    """Of a layer's two GEMMs; slots are the same."""
+    """The tiles of a layer's two GEMMs, with the same slots."""
 
     gemm1: StreamTile
     gemm2: StreamTile

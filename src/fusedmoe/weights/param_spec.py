@@ -57,7 +57,7 @@ INTERMEDIATE = Axis(Dim.INTERMEDIATE)
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSizes:
-    """Of one expert: the checkpoint's sizes, the stored (padded) ones, and this rank's place.
+    """The sizes of one expert in the checkpoint and as stored (padded), and this rank's place.
 
     ``intermediate`` is the whole expert's, ``intermediate_stored`` what one rank holds of it:
     rank r owns units [r * stored, (r + 1) * stored), as many of them as there are.
@@ -106,7 +106,7 @@ class ParamSpec:
         return f"{self.owner}_{self.suffix}"
 
     def joined(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-        """Of ``count`` shards of this ``shape`` in one tensor."""
+        """The shape of ``count`` shards of this ``shape`` in one tensor."""
         axis = self.intermediate_axis
         if count == 1:
             return shape
@@ -125,19 +125,19 @@ class ParamSpec:
         return ("w1", "w3") if sizes.num_w13_shards == 2 else ("w1",)
 
     def checkpoint_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
-        """Of one shard of one expert, whole."""
+        """The shape of one shard of one expert, whole."""
         units = _units(sizes)
         return tuple(axis.file_length(units[axis.dim]) for axis in self.axes)
 
     def stored_shard_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
-        """Of one shard of one expert on this rank, padding included."""
+        """The shape of one shard of one expert on this rank, padding included."""
         ranks = 1 if self.sharded else sizes.tp_size
         intermediate = sizes.intermediate_stored * ranks
         units = {Dim.HIDDEN: sizes.hidden_stored, Dim.INTERMEDIATE: intermediate, Dim.ONE: 1}
         return tuple(axis.length(units[axis.dim]) for axis in self.axes)
 
     def expert_shape(self, sizes: ExpertSizes) -> tuple[int, ...]:
-        """Of one expert's parameter on this rank; w13's first axis may count one shard."""
+        """The shape of one expert's parameter here; w13's first axis may count one shard."""
         shape, count = self.stored_shard_shape(sizes), len(self.shard_ids(sizes))
         if self.owner == "w13" and self.intermediate_axis is None:
             return (count, *shape)
@@ -168,7 +168,7 @@ BIASES = (
 
 
 def _units(sizes: ExpertSizes) -> dict[Dim, int]:
-    """Of the whole expert in the checkpoint."""
+    """The size of the whole expert in the checkpoint."""
     return {Dim.HIDDEN: sizes.hidden, Dim.INTERMEDIATE: sizes.intermediate, Dim.ONE: 1}
 
 

@@ -27,7 +27,7 @@ from fusedmoe.words import DTYPE_NAMES
 
 
 class ExpertWeights(Protocol):
-    """Where the tensors of a layer come from; each is asked for anew at each use."""
+    """The source of a layer's tensors; each is asked for anew at each use."""
 
     def w13(self) -> torch.Tensor:
         """[E, S * I, H]"""

@@ -91,7 +91,7 @@ def make_replacements(
 
 
 def _ranks_of(module: nn.Module, ranks: BlockRanks | None) -> BlockRanks | None:
-    """Those that the experts are to be spread over, or are."""
+    """The ranks that the experts are spread over, or are to be."""
     if not is_packed(module):
         return ranks
     own = module.ranks if isinstance(module, PackedExperts) else None

@@ -268,6 +268,6 @@ def hold_experts(experts: Any, top_k: int, demands: BlockDemands) -> HeldExperts
 
 
 def _activation_dtype(experts: Any) -> torch.dtype:
-    """Of the rows that the model passes, which one-byte weights do not tell."""
+    """The dtype of the rows that the model passes, which one-byte weights do not tell."""
     found = getattr(getattr(experts, "config", None), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16

@@ -68,7 +68,7 @@ class BlockRanks:
         return range(own[0], own[-1] + 1) if own else range(0)
 
     def share(self, config: FusedMoEConfig) -> tuple[ExpertMapManager, FusedMoEConfig]:
-        """Where the experts of a block are, and ``config`` for this rank's among them."""
+        """Which rank has which expert of a block, and ``config`` for the experts of this rank."""
         placed = self.place(config.num_experts)
         own = {"num_local_experts": placed.num_local_experts, "moe_parallel_config": self.parallel}
         return placed, replace(config, **own)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class BlockRanks:
 
 @dataclass(frozen=True)
 class RankWeights:
-    """Of a block's experts those of one rank: views of all of them."""
+    """One rank's share of a block's experts, as views of the tensors of all of them."""
 
     weights: ExpertWeights
     own: slice

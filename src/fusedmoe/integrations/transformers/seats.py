@@ -88,7 +88,7 @@ def seat_of(path: str, block: nn.Module, family: Family, config: Any) -> Experts
 
 
 def _arguments_of(module: nn.Module) -> list[str]:
-    """Of its forward: rows, ids and weights, or less where the module itself routes."""
+    """The arguments of its forward: rows, ids and weights, or fewer where the module routes."""
     parameters = inspect.signature(module.forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 

@@ -42,7 +42,7 @@ class Source(Protocol):
         """How the layer is stored, and will be kept, after its tensors were checked by name."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of the files."""
+        """The shape of a tensor in the files."""
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """A tensor of the files, or no more of it than ``rows`` of its first axis."""
@@ -74,7 +74,7 @@ def is_linear(name: str) -> bool:
 
 
 def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
-    """Those of all experts that are [E, in, out], as some families have them, and ours are not.
+    """The tensors of all experts that are [E, in, out] in some families, and [E, out, in] here.
 
     Files that Transformers has saved may be [E, out, in] all the same: the hidden size tells, where
     it is not both. What is packed is turned nowhere.

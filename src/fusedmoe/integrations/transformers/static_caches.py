@@ -49,7 +49,7 @@ def _generating(model: nn.Module) -> list[nn.Module]:
 
 
 class CacheMaker:
-    """In the place of ``model``'s method that makes a static cache."""
+    """Takes the place of ``model``'s method that makes a static cache."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -78,7 +78,7 @@ class CacheMaker:
         return cache
 
     def _pools(self, batch: int | None, lengths: tuple[int | None, ...]) -> Pools:
-        """Those of the sizes, by device. Once a cache was longer, no shorter one is made again."""
+        """The pools of these sizes, by device. After a longer cache no shorter one is made."""
         sizes = batch, lengths
         pools = self._kept.pop(sizes, {})
         others = [kept for kept in self._kept.items() if kept[0][1] == lengths]
@@ -96,7 +96,7 @@ def _layers_on_device(cache: Any) -> Iterator[Any]:
 
 
 class _FromPool:
-    """In the place of a cache layer's method that allocates; it does not keep the layer alive.
+    """Takes the place of a cache layer's method that allocates; it does not keep the layer alive.
 
     That of a copied layer allocates as ever.
     """

@@ -60,7 +60,7 @@ def _kernel_of(
     ids: torch.dtype,
     padding: bool,
 ) -> CudaKernel | None:
-    """For tensors of these dtypes; None where there is none."""
+    """The kernel for tensors of these dtypes; None where there is none."""
     if not has_rule(spec) or not {logits, bias, scale} <= {None, *ELEMENTS}:
         return None
     return _kernel(

@@ -71,7 +71,7 @@ def prefix_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr, CHAINED: 
 
 @triton.jit
 def add_counts(counts_ptr, chunk, chunks, groups, CHUNKS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Of counts [chunks, groups]: the sums over all chunks and over those before ``chunk``."""
+    """The sums of counts [chunks, groups] over all chunks, and over those before ``chunk``."""
     lane, other = tl.arange(0, BLOCK_G)[None, :], tl.arange(0, CHUNKS)[:, None]
     there = (other < chunks) & (lane < groups)
     counts = tl.load(counts_ptr + other * groups + lane, there, 0, cache_modifier=".cg")

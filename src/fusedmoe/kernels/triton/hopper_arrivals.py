@@ -40,7 +40,7 @@ def microseconds():
 
 @gluon.jit
 def await_rows(arrivals, block, all_here, WORLD: gl.constexpr):
-    """Until the rows of a block are here: whether all rows are.
+    """Wait until the rows of a block are here; returns whether all rows are.
 
     arrivals: (early blocks, flags, state, error, this rank, timeout_us); the first of them None: no
     row is late.

@@ -32,7 +32,7 @@ class Tables(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Those of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
+    """The scales of weights: a pointer, and the steps that ``weight_addresses`` has of them."""
 
     pointer: gl.tensor
     stride_expert: gl.tensor

@@ -137,7 +137,7 @@ def read_count(counter_ptr):
 
 @gluon.jit
 def wait_for_tiles(counters_ptr, block, count):
-    """Until the block's tiles have been counted, from R to ``count``."""
+    """Wait until the block's tiles have been counted, from R to ``count``."""
     counter_ptr = counters_ptr + FIRST_BLOCK + block
     while read_count(counter_ptr) < count:
         pass

@@ -137,13 +137,13 @@ def shards_of(CASE):
 
 @gluon.constexpr_function
 def step_of(CASE):
-    """From a feature's number to the next one's, among those of all shards."""
+    """How far the next feature of the same shard lies, among those of all shards."""
     return 2 if CASE.INTERLEAVED else 1
 
 
 @gluon.constexpr_function
 def to_high_of(CASE):
-    """From a feature of low to its partner of high."""
+    """How far a feature of the low half lies from its partner in the high half."""
     if CASE.GATED:
         return 1 if CASE.INTERLEAVED else CASE.N
     return TILE_N.value

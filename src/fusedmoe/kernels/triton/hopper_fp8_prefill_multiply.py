@@ -32,7 +32,7 @@ WIDE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32])
 
 @gluon.constexpr_function
 def steps_of(CASE):
-    """Of a tile."""
+    """Steps that a tile takes."""
     return -(-CASE.D // STEP.value)
 
 

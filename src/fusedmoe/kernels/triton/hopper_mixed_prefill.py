@@ -205,7 +205,7 @@ def down(
 def shares_of(
     tiles: MixedPrefillTiles,
 ) -> dict[str, tuple[MixedPrefillTile, MixedPrefillTile]]:
-    """By share: what a launch of each GEMM takes of the blocks, in this order."""
+    """The tiles of both GEMMs for each share of the blocks, in the order of the launches."""
     both = tiles.gemm1, tiles.gemm2
     return {"all": both} if tiles.tails is None else {"large": both, "tails": tiles.tails}
 

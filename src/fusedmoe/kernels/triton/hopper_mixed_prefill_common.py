@@ -214,7 +214,7 @@ def load_bias(bias_ptr, at, inside):
 
 @gluon.constexpr_function
 def bytes_of_stage(ring_shape, CASE):
-    """Of words, all rows of them."""
+    """Bytes of a stage's words, of all rows."""
     return loads_of_stage(CASE.ELEMENT, CASE.STEPS) * ring_shape[1] * ring_shape[2] * 4
 
 

@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Of rows; of scales from row to row and from group to group."""
+        """How far rows lie apart; and their scales, from row to row and from group to group."""
         of_scales = (0, 0)
         if self.scale is not None and self.scale.numel() > 1:
             groups = self.scale.shape[1] if self.scale.dim() == 2 else 1

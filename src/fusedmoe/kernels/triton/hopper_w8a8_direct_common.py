@@ -36,7 +36,7 @@ class RoundedCase(DirectCase):
 
 @gluon.constexpr_function
 def steps_of(CASE):
-    """Of 128 columns."""
+    """Steps of 128 columns that a task takes."""
     return -(-CASE.D // STEP.value)
 
 

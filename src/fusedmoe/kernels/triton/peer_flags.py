@@ -89,7 +89,7 @@ def give_up(state_ptr, missing, waited, timeout_us):
 def wait_for_flags(
     bases_ptr, state_ptr, error_ptr, epoch, flags_at, timeout_us, me, WORLD: tl.constexpr
 ):
-    """Until every rank's flag in this rank's buffer shows ``epoch``."""
+    """Wait until every rank's flag in this rank's buffer shows ``epoch``."""
     flags_ptr = peer_pointer(bases_ptr, me, flags_at, tl.int32)
     missing = look(flags_ptr, epoch, WORLD)
     if missing > 0:

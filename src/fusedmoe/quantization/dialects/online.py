@@ -26,7 +26,7 @@ class OnlineQuantization(CheckpointQuantization):
 
     @classmethod
     def of(cls, name: str, *, activation: QuantKey | None = None) -> OnlineQuantization:
-        """By a format's name ("int4_g128") or short name ("int4"); ValueError for others."""
+        """By a format's name ("int4_g128") or short name ("int4"); ValueError for other names."""
         from fusedmoe.quantization.formats import format_named
 
         found = format_named(name)

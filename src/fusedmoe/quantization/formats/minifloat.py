@@ -23,7 +23,7 @@ class MiniFloat(NamedTuple):
 
     @property
     def max_exponent(self) -> int:
-        """Of the largest power of two."""
+        """The exponent of the largest power of two."""
         return (1 << self.exponent) - 1 - self.bias
 
     @property
@@ -31,7 +31,7 @@ class MiniFloat(NamedTuple):
         return 2.0**self.max_exponent * (2 - 2.0**-self.mantissa)
 
     def magnitudes(self) -> list[float]:
-        """Of all codes without sign, in order."""
+        """The values of all codes without sign, in order."""
         steps = 1 << self.mantissa
         values = []
         for code in range(1 << (self.bits - 1)):
