@@ -151,7 +151,7 @@ def split_experts(case: Case, name: str, tensor: torch.Tensor) -> Stored:
     suffix = "bias" if is_bias else "weight"
     if case.transposed and not is_bias:
         tensor = tensor.mT
-    if part == "down_proj" or case.fused:
+    if part in ("up_proj", "down_proj") or case.fused:
         yield f"{stem}experts.{part}.{suffix}", tensor
         return
     halves = (tensor[:, ::2], tensor[:, 1::2]) if case.alternating else tensor.chunk(2, dim=1)
@@ -178,8 +178,9 @@ def all_keys(case: Case, config: Any) -> dict[str, Any]:
     from gguf.constants import Keys
 
     config = config.get_text_config()
-    rope = config.rope_parameters
-    epsilon = getattr(config, "rms_norm_eps", None) or config.norm_eps
+    rope = getattr(config, "rope_parameters", None) or {}
+    names = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+    epsilon = next(getattr(config, name) for name in names if hasattr(config, name))
     common = {
         Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
         Keys.LLM.CONTEXT_LENGTH: config.max_position_embeddings,

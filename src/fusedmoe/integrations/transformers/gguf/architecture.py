@@ -68,7 +68,7 @@ class Architecture:
     fields: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     more: Callable[[Header], Mapping[str, Any]] = nothing
-    rope: Callable[[Header], dict[str, Any]] = plain_rope
+    rope: Callable[[Header], dict[str, Any]] | None = plain_rope
     read_by_rope: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
@@ -89,7 +89,8 @@ class Architecture:
             values[name] = self.defaults[name] if value is None else value
         values = {**self.defaults, **values}
         found = {name: value for name, value in values.items() if value is not None}
-        return {**found, **self.more(header), "rope_parameters": self.rope(header)}
+        turned = {} if self.rope is None else {"rope_parameters": self.rope(header)}
+        return {**found, **self.more(header), **turned}
 
     def turn_of(self, tensor: str) -> Turn | None:
         """What is done to a tensor."""

@@ -62,6 +62,12 @@ class Header:
             raise self.wrong(key)
         return (found,) * self.num_layers
 
+    def count(self, key: str) -> int:
+        """A number that may be given for each layer: the largest."""
+        if not isinstance(self.get(key), ArrayOf):
+            return int(self.number(key))
+        return int(max(self.of_layers(key)))
+
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
 

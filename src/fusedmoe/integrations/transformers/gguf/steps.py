@@ -41,6 +41,10 @@ def with_channel(header: Header, kernel: torch.Tensor) -> torch.Tensor:
     return kernel[:, None]
 
 
+def flat(header: Header, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()
+
+
 def one_after_the_other(*turns: Turn) -> Turn:
     def turn(header: Header, tensor: torch.Tensor) -> torch.Tensor:
         for one in turns:
@@ -94,8 +98,8 @@ def from_pairs(heads: str) -> Turn:
     """
 
     def turn(header: Header, rows: torch.Tensor) -> torch.Tensor:
-        count = int(header.number(heads))
-        if rows.shape[0] % (2 * count):
+        count = header.count(heads)
+        if count < 1 or rows.shape[0] % (2 * count):
             raise CheckpointError(
                 f"{header.file.path}: {rows.shape[0]} rows of {count} heads do not come in pairs"
             )

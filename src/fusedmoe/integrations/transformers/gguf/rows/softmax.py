@@ -28,7 +28,7 @@ _LOCAL_EXPERTS = {
     "num_local_experts": "expert_count",
     "intermediate_size": "feed_forward_length",
 }
-_IN_PAIRS = {
+IN_PAIRS = {
     "attn_q": from_pairs("attention.head_count"),
     "attn_k": from_pairs("attention.head_count_kv"),
 }
@@ -56,7 +56,7 @@ _MIXTRAL = Architecture(
     model_type="mixtral",
     fields=_LOCAL_EXPERTS | HEAD_DIM,
     defaults={"head_dim": None},
-    turned=_IN_PAIRS,
+    turned=IN_PAIRS,
 )
 _GPT_OSS = Architecture(
     model_type="gpt_oss",
@@ -87,33 +87,37 @@ def _turned(header: Header) -> Mapping[str, Any]:
     return attention_bias(header)
 
 
-_GRANITE_FIELDS = _LOCAL_EXPERTS | {
+GRANITE_FIELDS = _LOCAL_EXPERTS | {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "attention_multiplier": "attention.scale",
     "logits_scaling": "logit_scale",
 }
-_GRANITE_NAMES = {"ffn_gate_inp": "block_sparse_moe.router"}
+GRANITE_NAMES = {
+    "ffn_gate_inp": "block_sparse_moe.router",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}
+GRANITE_JOINED = {
+    "shared_mlp.input_linear.weight": Join(
+        ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), stacked
+    )
+}
 _GRANITE = (
     Architecture(
         model_type="granitemoeshared",
-        fields=_GRANITE_FIELDS | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+        fields=GRANITE_FIELDS | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
         more=_turned,
-        names=_GRANITE_NAMES | {"ffn_down_shexp": "shared_mlp.output_linear"},
-        turned=_IN_PAIRS,
-        joined={
-            "shared_mlp.input_linear.weight": Join(
-                ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), stacked
-            )
-        },
+        names=GRANITE_NAMES,
+        turned=IN_PAIRS,
+        joined=GRANITE_JOINED,
         when=_is_shared,
     ),
     Architecture(
         model_type="granitemoe",
-        fields=_GRANITE_FIELDS,
+        fields=GRANITE_FIELDS,
         more=_turned,
-        names=_GRANITE_NAMES,
-        turned=_IN_PAIRS,
+        names=GRANITE_NAMES,
+        turned=IN_PAIRS,
     ),
 )
 _ERNIE = Architecture(
