@@ -64,8 +64,8 @@ def quiet_transformers(*, bars: bool) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder or of a GGUF file: local files only, no code of theirs.
 
-    What stands beside such a file comes before what is in it, which Transformers reads with the
-    format's package, and not for every architecture.
+    Files beside a GGUF file come first: what is in it Transformers reads with the format's
+    package, and not for every architecture.
     """
     from transformers import AutoTokenizer
 
@@ -153,9 +153,8 @@ def greedy(model: Any, prompt: torch.Tensor, max_new_tokens: int, bar: Progress)
 
 @contextmanager
 def _failing_in_words() -> Iterator[None]:
-    """CheckpointError where the model's own code fails: numbers in config.json that fit no model.
-
-    What our code raises, and too little memory, stay what they are.
+    """CheckpointError where the model's own code fails, on numbers in config.json that fit no
+    model. Errors of our own code and of too little memory pass through.
     """
     try:
         yield

@@ -40,7 +40,7 @@ class TokenRanks:
 
 
 def missing_groups(parallel: FusedMoEParallelConfig, groups: ParallelGroups) -> str | None:
-    """Which group the tokens of such a layer would have to move over but is not given."""
+    """The group that tokens of this layer have to move over and that is not given, in words."""
     if _spanning_group(parallel, groups) is not None:
         return None
     for name, size in _dimensions(parallel):

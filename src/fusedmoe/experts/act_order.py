@@ -50,8 +50,8 @@ def sorted_operands(operands: Operands) -> Operands:
 
 
 def as_they_lie(operands: Operands) -> Operands:
-    """Act-order weights of which nobody has looked whether they are sorted: their rows move as if
-    they were, and every number fetches its scale. Waits for nothing."""
+    """Act-order weights that were not examined: their rows are moved as if columns were sorted, and
+    every number fetches its scale. Waits for nothing."""
     for name in ("w1", "w2"):
         if getattr(operands, name).group_index is not None:
             operands = _as_it_lies(operands, name)

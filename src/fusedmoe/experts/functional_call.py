@@ -74,7 +74,7 @@ def options_of(
     deterministic: bool,
     tuned_table: str | None,
 ) -> MoEOptions:
-    """The options of which these are the words."""
+    """The options that ``option_words`` has turned into these."""
     return MoEOptions(
         batch_invariant=batch_invariant,
         max_workspace_bytes=max_workspace_bytes,

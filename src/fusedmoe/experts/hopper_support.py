@@ -25,7 +25,7 @@ def missing_gluon() -> str | None:
 
 
 def too_many_picks(K: int) -> str | None:
-    """Why the sums do not add up so many picks of a token, or None."""
+    """Why K picks of a token are more than the sums add up; None: they are not."""
     return f"adds up at most {MAX_PICKS} picks of a token, not {K}" if K > MAX_PICKS else None
 
 

@@ -103,8 +103,8 @@ class PackedWeight(nn.Parameter):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether ``weight`` is a Parameter, and nobody else has its memory, which is to be given up:
-    neither a view nor another process."""
+    """Whether ``weight`` is a Parameter whose memory can be given up: no view and no other process
+    has it."""
     if type(weight) is not nn.Parameter or weight.is_shared():
         return False
     return weight.numel() > 0 and _owners(weight) == _owners(torch.empty(0))

@@ -42,7 +42,7 @@ def count_reference(
 def remap_topk_to_local(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
     """Each id's local expert, -1 where there is none; shape and dtype of ``topk_ids``.
 
-    One launch on a GPU. Raises ValueError for ids not int32 or int64 and what is no such map.
+    One launch on a GPU. Raises ValueError for ids not int32 or int64 and for another kind of map.
     """
     _check_ids(topk_ids, expert_map)
     if topk_ids.is_cuda:

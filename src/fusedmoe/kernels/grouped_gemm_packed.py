@@ -14,7 +14,7 @@ _ALIGNED_BYTES, _WORD_BYTES = 16, 4
 
 
 def is_packed(fmt: QuantFormat) -> bool:
-    """Whether weights of this format are such."""
+    """Whether weights of this format take more than a mask to become numbers."""
     return fmt.element in SUPERBLOCKS | SEXTETS or fmt.act_order
 
 

@@ -57,9 +57,9 @@ def send_sums(
 
 
 def send_rows(here: PeerView, rows: int, sums: torch.Tensor, topk_ids: torch.Tensor) -> None:
-    """As ``send_sums`` where the sums [world * rows, H] are made already.
+    """As ``send_sums``, of sums [world * rows, H] that are made already.
 
-    topk_ids [world * rows, K]: a token of which all are -1 has none.
+    topk_ids [world * rows, K]: a token whose ids are all -1 has no sum.
     """
     out = PeerSums.over(sums, here, rows)
     send_sums(out, sums, None, topk_ids.amax(dim=1, keepdim=True))

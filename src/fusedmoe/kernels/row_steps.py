@@ -1,5 +1,5 @@
-"""What rows go through before they enter a product: they are rounded to a format, and their columns
-follow those of their expert's weights."""
+"""What is done to rows before a product: they are rounded to a format, and their columns are put in
+the order of their expert's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RowSteps(NamedTuple):
 
     @property
     def none(self) -> bool:
-        """Whether rows enter as they come."""
+        """Whether rows enter the product unchanged."""
         return self.key is None and self.columns is None
 
     def top_k(self, K: int) -> int:

@@ -89,7 +89,8 @@ def check_rows(hidden_states: torch.Tensor, moe: FusedMoEConfig) -> None:
 def check_counts(tokens_per_rank: Sequence[int] | None, dispatchers: int, num_tokens: int) -> None:
     """Raise ValueError unless there is an integer for each rank that brings tokens.
 
-    A single one's own is compared too; among several ranks, whoever moves the tokens does that.
+    On a single rank the number is compared with its tokens; among several, the prepare/finalize
+    does that.
     """
     if tokens_per_rank is None:
         return

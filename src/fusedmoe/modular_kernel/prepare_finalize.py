@@ -41,7 +41,7 @@ class FusedMoEPrepareAndFinalize:
 
     @classmethod
     def unmet_requirement(cls, moe: FusedMoEConfig, groups: ParallelGroups | None) -> str | None:
-        """Why it cannot move the tokens of such a layer over ``groups``; None where it can."""
+        """Why it cannot move this layer's tokens over ``groups``; None where it can."""
         return None
 
     @classmethod

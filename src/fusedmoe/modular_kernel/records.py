@@ -110,7 +110,7 @@ class MonolithicPrepareResult(NamedTuple):
 
 
 class ExpertsWork(NamedTuple):
-    """The rows that the experts run at once, with what: the arguments of their ``apply``.
+    """The rows that the experts run at once, and all they need: the arguments of ``apply``.
 
     Standard rows: hidden_states [T, H] (with ``a1q_scale`` where it is quantized), topk_weights
     fp32 [T, K], topk_ids int [T, K]; ``expert_map`` int [E], the local expert of each id or -1,

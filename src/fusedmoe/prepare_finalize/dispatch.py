@@ -30,7 +30,7 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
 class Hosts(NamedTuple):
-    """Who has which expert, and of which map that was learnt.
+    """Which ranks have which expert, and the map from which that was learnt.
 
     ``table`` bool [ranks, num_experts]; ``owners`` int32 [num_experts]: the first of them, or -1.
     """

@@ -267,7 +267,7 @@ class FusedMoEQuantConfig:
         return "float32" if dtype == torch.float32 else None
 
     def scale_shape(self, max_tokens: int, hidden_dim: int) -> tuple[int, int] | None:
-        """The shape of the scales of so many rows and columns; None: there are none."""
+        """The shape of the scales of [max_tokens, hidden_dim]; None: there are none."""
         shape = self.a1.shape
         if self.quant_dtype is None or shape is None:
             return None

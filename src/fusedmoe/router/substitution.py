@@ -93,8 +93,7 @@ class ExpertSubstitution(nn.Module):
         return self.num_left
 
     def forward(self, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> SubstitutedRouting:
-        """Weights fp32 and ids int [T, K] as the router chose them, among E; ValueError for what
-        is not of one such shape."""
+        """Weights fp32 and ids int [T, K] as the router chose them; ValueError for other shapes."""
         if topk_ids.dim() != 2 or topk_weights.shape != topk_ids.shape:
             raise ValueError(
                 f"topk_weights and topk_ids must be [T, K], got {tuple(topk_weights.shape)} and "

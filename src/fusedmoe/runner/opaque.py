@@ -84,7 +84,7 @@ def tensors_of(owners: Owners, names: Names) -> list[torch.Tensor | None]:
 
 
 def are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether none is of a subclass, of which a call may make more than an operator can."""
+    """Whether none is of a subclass of Tensor, whose calls may do more than an operator can."""
     return all(type(tensor) in (torch.Tensor, nn.Parameter, type(None)) for tensor in tensors)
 
 

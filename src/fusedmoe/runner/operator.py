@@ -84,11 +84,8 @@ class CompiledLayer(PlacedLayer):
         return router.eplb_state is None and router.capture_fn is None
 
     def can_be_opaque(self) -> bool:
-        """As ``Opaque`` says, as long as nobody watches the router.
-
-        Not where a kernel holds weights in another order, tokens come from other ranks, or someone
-        listens to router or experts.
-        """
+        """As ``Opaque`` says: not while something hooks into router or experts, and not where a
+        kernel holds weights in another order or tokens come from other ranks."""
         experts, router = self.routed_experts, self.router
         method = experts.quant_method
         self._find_tensors()

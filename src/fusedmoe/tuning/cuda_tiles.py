@@ -146,7 +146,7 @@ def cuda_decode_tiles(
     lone: bool,
     programs: int,
 ) -> CudaDecodeTiles:
-    """For R slots over e local experts whose two matrices have so many rows of so many bytes;
+    """Tiles for R slots over e local experts whose two matrices have ``rows`` of ``row_bytes``.
     ``lone``: every slot is a block. ``programs``: the number of multiprocessors."""
     sizes = tuple(zip(rows, row_bytes, strict=True))
     if lone:

@@ -25,7 +25,7 @@ NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 def named_tensors(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of everything in ``weights``, which may be a mapping of them.
 
-    Raises ValueError for what is no such pair.
+    Raises ValueError for an item that is no such pair.
     """
     for pair in weights.items() if isinstance(weights, Mapping) else weights:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):

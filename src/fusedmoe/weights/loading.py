@@ -87,7 +87,7 @@ class ExpertLoader:
         return self.load_part(self._parsed(name), name, tensor)
 
     def load_part(self, parsed: ExpertTensorName, name: str, tensor: torch.Tensor) -> set[str]:
-        """As ``load``, for a tensor of which it is known what it is."""
+        """As ``load``, where the caller knows what the tensor is."""
         layer = self._layer
         count = layer.expert_map_manager.num_logical_experts
         if parsed.expert is not None and not 0 <= parsed.expert < count:

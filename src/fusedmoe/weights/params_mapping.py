@@ -109,7 +109,7 @@ class ExpertNameParser:
 
 
 class ExpertParamsTable:
-    """Looks tensor names up in a list of entries such as the one above makes."""
+    """Looks up tensor names in a list of entries, as the function above makes one."""
 
     def __init__(self, mapping: Sequence[tuple[str, str, int, str]]) -> None:
         self._entries: dict[str, list[ExpertParamEntry]] = {}

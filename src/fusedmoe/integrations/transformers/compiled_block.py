@@ -37,7 +37,7 @@ class OpaqueBlock(Opaque, Protocol):
 def accelerated_block(
     x: torch.Tensor, tensors: Sequence[torch.Tensor | None], number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block ``number`` of x [T, H], with ``tensors`` in the place of those of its owners."""
+    """The output of block ``number`` for x [T, H], with ``tensors`` in place of its owners' own."""
     block: OpaqueBlock = part_of(number)
     with in_place(block.owners, block.names, tensors):
         output, beside = block.compute(x, one_stream=True)

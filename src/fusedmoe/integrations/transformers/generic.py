@@ -53,7 +53,7 @@ class GenericSettings:
 
 
 class TransformersFusedMoE(nn.Module):
-    """Our experts in the place of a module called ``experts``, with its parameters and their names.
+    """Takes the place of a module called ``experts``, with its parameters under their names.
 
     ``original`` is a module list, one module per expert, or a module of 3-D parameters
     (``gate_up_proj`` or ``up_proj``, and ``down_proj``). A list's parameters are stacked: their

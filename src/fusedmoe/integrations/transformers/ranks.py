@@ -100,7 +100,8 @@ class RankWeights:
 def make_together(
     ranks: BlockRanks, make: Callable[[], Made], facts_of: Callable[[Made], Mapping[str, str]]
 ) -> Made:
-    """What ``make`` gives, which talks to nobody, if it succeeds on all ranks with equal facts.
+    """The result of ``make``, which must not communicate, if it succeeds on all ranks with equal
+    facts.
 
     A rank that fails raises its own error; the others, which would wait for it in the first
     forward, raise RanksDisagreeError.

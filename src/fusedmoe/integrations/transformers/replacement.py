@@ -16,7 +16,7 @@ from fusedmoe.integrations.transformers.packed import HeldExperts
 
 
 class Replacement(nn.Module, ABC):
-    """A forward in the place of ``module``'s own, which is kept as ``original``.
+    """A forward that replaces ``module``'s own, which is kept as ``original``.
 
     The original still runs where ours would not do the same: in training, under autocast, while
     someone listens to a module that we do not call (``listened``), after a submodule was replaced.

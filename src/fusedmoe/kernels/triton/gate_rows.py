@@ -19,7 +19,7 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 @triton.jit
 def _store_logits(total, bias_ptr, out_ptr, expert, T, E, BLOCK_T: tl.constexpr):
-    """The logits of one expert, if there is such a one, from products [BLOCK_T, BLOCK_H]."""
+    """Store the logits of one expert, if it exists, from products [BLOCK_T, BLOCK_H]."""
     logits = tl.sum(total, axis=1)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)

@@ -175,7 +175,7 @@ def multiply(
 
 @gluon.jit
 def in_new_units(sums, grown, k, GROUP: gl.constexpr):
-    """Sums before step k: what they are multiplied by is one where no group begins."""
+    """The sums before step k, in the unit of its group; where no group begins the factor is one."""
     if len(grown) != 0:  # noqa: SIM102 (the outer one is settled at compile time)
         if k % (GROUP // STEP) == 0:
             sums = all_multiples(sums, grown)

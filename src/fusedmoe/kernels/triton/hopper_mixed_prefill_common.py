@@ -72,8 +72,8 @@ def unit_of(SLOTS):
 
 @gluon.constexpr_function
 def kinds_of(SLOTS):
-    """What blocks are multiplied in, largest first: products of so many slots, and of so many
-    behind them (0: none). Blocks of 256 have more than 128."""
+    """The ways to multiply a block, largest first: (slots of its first product, slots of a second
+    one behind them or 0). Blocks of 256 have more than 128."""
     return {
         256: ((256, 0), (128, 64)),
         128: ((128, 0), (64, 0), (32, 0)),

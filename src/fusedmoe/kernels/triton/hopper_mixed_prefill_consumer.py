@@ -115,7 +115,7 @@ def produce(producer: gl.constexpr, given, CASE: gl.constexpr):
 
 @gluon.jit
 def run_warps(common, out, producer: gl.constexpr, given, WARPS: gl.constexpr, CASE: gl.constexpr):
-    """A consumer for every 64 rows of weights, and WARPS of the producer, with what it is given."""
+    """Run a consumer for every 64 rows of weights, and the producer on WARPS warps."""
     if CASE.ROWS == 128:
         gl.warp_specialize(
             [

@@ -170,9 +170,9 @@ def sum_rows(
     """The layer's out [T, H]: the rows of y [P, H] at each token's positions int32 [R], weighted,
     in one fixed order.
 
-    A program sums so many columns of a token, so many times; or more where few slots are local:
-    then it goes from one local slot to the next instead of loading all at once. An ``out``
-    that is ``PeerSums`` goes to the tokens' ranks.
+    ``passes``: how many columns of a token a program sums at a time, and how often. Where few
+    slots are local it takes more, and goes from one local slot to the next instead of loading all
+    at once. An ``out`` that is ``PeerSums`` goes to the tokens' ranks.
     """
     _, _, _, topk_weights, topk_ids, out, _, y, _ = layer[:9]
     (T, K), (num_local, H, _), expert_map = topk_ids.shape, layer.w2.shape, layer.expert_map

@@ -24,7 +24,7 @@ def stages_of(CASE):
 
 @gluon.jit
 def stored_expert(task, tasks, experts_ptr, TILES: gl.constexpr):
-    """What the table says of a task's block; of any block, where there is no such task."""
+    """The table's expert for a task's block; for any block where the task does not exist."""
     block = gl.maximum(gl.minimum(task, tasks - 1), 0) // TILES
     return gl.load(experts_ptr + block, cache_modifier=".cg")
 
@@ -68,8 +68,8 @@ def are_all(experts, guess, queue, tasks):
 def fill(
     stages, stage, queue, experts, tasks, descs, ring, bars, sizes, CASE: gl.constexpr
 ):  # fmt: skip
-    """Load what comes so many ``stages`` after the first one of the queue's first task, if anything
-    does, into the ring's ``stage``.
+    """Load into the ring's ``stage`` what is needed ``stages`` stages after the queue's first task
+    begins, if there is such a thing.
 
     sizes: (local experts, rows of one of them in the views, how far below the rows of the first
     view those of the second lie).

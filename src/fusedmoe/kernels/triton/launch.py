@@ -37,8 +37,8 @@ def _can_chain(device: int) -> bool:
 
 @triton.jit
 def follow_previous(CHAINED: tl.constexpr):
-    """For the first line of a chained kernel: until here it runs beside the launch before it; from
-    here on the launch after it may do the same, as far as its own such line."""
+    """The first line of a chained kernel: programs are set up beside the launch before and wait
+    here for its end; then the next launch may be set up, too."""
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()

@@ -226,7 +226,7 @@ def add_ordered(
     total, w_rows, scale_rows, zero_rows, index_rows, a_row, live, shard, first, groups, D,
     ELEMENT: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """total + the products of DEPTH columns, each of which names its group."""
+    """total + the products of DEPTH columns, each of which has its group in a table."""
     DTYPE: tl.constexpr = a_row.dtype.element_ty
     if ELEMENT == "int4":
         at = tl.arange(0, DEPTH // 2)

@@ -135,8 +135,7 @@ def routing_triton(
 
 @lru_cache(maxsize=256)
 def routing_case(spec: RoutingSpec, vision: bool, block_t: int) -> tuple[RoutingCase, int]:
-    """The case of a rule, in which integers in the place of floats would be another type to a
-    kernel, and its warps."""
+    """The case of a rule and its warps; a float that was given as an integer becomes one."""
     floats: dict[str, Any] = {
         field.name: float(getattr(spec, field.name))
         for field in fields(spec)

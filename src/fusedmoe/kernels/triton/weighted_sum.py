@@ -70,7 +70,7 @@ def weighted_sum(
     discard: bool = False,
 ) -> None:
     """The layer's y [T * K * parts, H] -> out [T, H]; a pick's row is the sum of its ``parts``.
-    ``few_tokens``: up to so many have narrow programs, so that there are enough."""
+    Up to ``few_tokens`` tokens are summed by narrow programs, so that there are enough of them."""
     ids, out, expert_map = layer.topk_ids, layer.out, layer.expert_map
     (T, K), (e, H, _) = ids.shape, layer.w2.shape
     warps = 1 if few_tokens >= T else 4

@@ -146,7 +146,7 @@ def _check_shape(matrix: Matrix, shape: torch.Tensor) -> None:
 
 
 def _one_byte_each(bits: int, matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
-    """int8 numbers, of which 4-bit ones are packed."""
+    """The data of integers that are stored in a byte each; those of four bits are packed here."""
     expect(matrix, "weight", weight, (matrix.N, matrix.K), torch.int8)
     if bits > 4:
         return weight

@@ -69,5 +69,5 @@ def offset_to_int8(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def element_of(bits: int) -> str:
-    """The canonical element that holds integers of so many bits."""
+    """The canonical element that holds integers of this many bits."""
     return "int4" if bits <= 4 else "int8"

@@ -59,7 +59,7 @@ def swizzle_scales(scale: torch.Tensor) -> torch.Tensor:
 def unswizzle_scales(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The inverse of ``swizzle_scales``: [..., rows, columns].
 
-    Raises ValueError where the number of scales is not that of such a matrix.
+    Raises ValueError for another number of scales than this matrix has.
     """
     tiles = -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
     wanted = tiles[0] * tiles[1] * _TILE_ROWS * _TILE_COLUMNS
