@@ -81,6 +81,19 @@ def llama4(config: Any, name: str, tensor: torch.Tensor) -> Stored:
         yield "rope_freqs.weight", torch.tensor(factors)
 
 
+def llama3(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    """Columns that turn less than 4 times in 8192 tokens are slowed down, by 32 below once."""
+    yield from llama(config, name, tensor)
+    if name == "model.norm.weight":
+        factors = []
+        for column in range(8):
+            turns = 8192 / (2 * math.pi * 5e5 ** (2 * column / 16))
+            smooth = (turns - 1) / 3
+            middle = 1 / ((1 - smooth) / 32 + smooth)
+            factors.append(1.0 if turns > 4 else 32.0 if turns < 1 else middle)
+        yield "rope_freqs.weight", torch.tensor(factors)
+
+
 def language_model(config: Any, name: str, tensor: torch.Tensor) -> Stored:
     if "visual" not in name:
         yield name.replace("language_model.", ""), tensor
@@ -96,6 +109,24 @@ SOFTMAX_CASES = [
         },
         keys={"LLM.EXPERT_COUNT": 4, "LLM.VOCAB_SIZE": 96, "Rope.DIMENSION_COUNT": 16},
         change=llama,
+    ),
+    Case(
+        label="llama with scaled frequencies",
+        architecture="llama",
+        model_type="mixtral",
+        sizes={
+            "num_local_experts": 4,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        keys={"LLM.EXPERT_COUNT": 4, "Rope.DIMENSION_COUNT": 16},
+        change=llama3,
     ),
     Case(
         architecture="gpt-oss",

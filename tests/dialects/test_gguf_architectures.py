@@ -125,7 +125,8 @@ def test_explain_knows_what_is_between_the_products(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rope_freqs.weight", "rope_freqs.weight has no place in a mixtral model"),
+        ("rope_factors_long.weight", "rope_factors_long.weight has no place in a mixtral model"),
+        ("rope_freqs.weight", "rope_freqs.weight follows no rule of Llama's"),
         ("blk.1.attn_gate.weight", "blk.1.attn_gate.weight has no place in a mixtral model"),
         ("blk.1.attn_q.bias", "the model has no place for model.layers.1.self_attn.q_proj.bias"),
     ],
@@ -135,7 +136,7 @@ def test_what_has_no_place_is_refused(name: str, message: str, tmp_path: Path) -
     case = case_of("llama")
     original = case.model()
     tensors = file_tensors(case, original, "F32", "F32")
-    tensors[name] = (torch.ones(64).numpy(), "F32")
+    tensors[name] = (torch.linspace(1, 9, 64).numpy(), "F32")
     keys = all_keys(case, original.config)
     path = write_gguf(tmp_path / "model.gguf", tensors, architecture="llama", **keys)
     with pytest.raises(CheckpointError, match=re.escape(message)):

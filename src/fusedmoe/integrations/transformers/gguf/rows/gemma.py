@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusedmoe.integrations.transformers.gguf.architecture import MOE_SIZES, Architecture
-from fusedmoe.integrations.transformers.gguf.header import Header, sliding_layers
-
-_FREQUENCIES = "rope_freqs.weight"
+from fusedmoe.integrations.transformers.gguf.header import FREQUENCIES, Header, sliding_layers
 
 
 def _two_kinds(header: Header) -> Mapping[str, Any]:
@@ -28,8 +26,8 @@ def _two_kinds(header: Header) -> Mapping[str, Any]:
 def _two_ropes(header: Header) -> dict[str, Any]:
     """Where whole sequences are seen, columns that do not turn have a frequency of almost 0."""
     part = 1.0
-    if header.has(_FREQUENCIES):
-        part = float((header.file.read(_FREQUENCIES) == 1).float().mean())
+    if header.has(FREQUENCIES):
+        part = float((header.file.read(FREQUENCIES) == 1).float().mean())
     return {
         "sliding_attention": {
             "rope_type": "default",
@@ -64,7 +62,7 @@ _GEMMA4 = Architecture(
     },
     more=_two_kinds,
     rope=_two_ropes,
-    read_by_rope=(_FREQUENCIES,),
+    read_by_rope=(FREQUENCIES,),
     activation="gelu_tanh",
     names={
         "post_attention_norm": "post_attention_layernorm",

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.integrations.transformers.gguf.architecture import (
     HEAD_DIM,
     MOE_SIZES,
@@ -16,9 +12,10 @@ from fusedmoe.integrations.transformers.gguf.architecture import (
     shared_experts,
 )
 from fusedmoe.integrations.transformers.gguf.header import (
+    FREQUENCIES,
     Header,
     attention_bias,
-    plain_rope,
+    scaled_rope,
     smooth_rope,
 )
 from fusedmoe.integrations.transformers.gguf.steps import Join, as_row, from_pairs, stacked
@@ -56,6 +53,8 @@ _MIXTRAL = Architecture(
     model_type="mixtral",
     fields=_LOCAL_EXPERTS | HEAD_DIM,
     defaults={"head_dim": None},
+    rope=scaled_rope,
+    read_by_rope=(FREQUENCIES,),
     turned=IN_PAIRS,
 )
 _GPT_OSS = Architecture(
@@ -152,35 +151,13 @@ _HUNYUAN = Architecture(
     },
 )
 
-_FREQUENCIES = "rope_freqs.weight"
-_LLAMA4_CONTEXT = 8192  # that it was trained for, and of a chunk of attention
-
 
 def _llama4(header: Header) -> Mapping[str, Any]:
     """The header says nothing of norms of heads: the model of 128 experts has none."""
     return {
         **attention_bias(header),
         "use_qk_norm": header.number("expert_count") != 128,
-        "attention_chunk_size": _LLAMA4_CONTEXT,
-    }
-
-
-def _llama4_rope(header: Header) -> dict[str, Any]:
-    """Columns that turn once in a longer context turn slower, all by the same factor."""
-    found = plain_rope(header)
-    if not header.has(_FREQUENCIES):
-        return found
-    factors = header.file.read(_FREQUENCIES).float()
-    factor, half = float(factors.max()), len(factors)
-    once = 2 * math.pi * found["rope_theta"] ** (torch.arange(half) / half)
-    if not torch.equal(factors, torch.where(once > _LLAMA4_CONTEXT, factor, 1.0)):
-        raise CheckpointError(f"{header.file.path}: {_FREQUENCIES} is not as Llama 4 has it")
-    return found | {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 1.0,
-        "original_max_position_embeddings": _LLAMA4_CONTEXT,
+        "attention_chunk_size": 8192,
     }
 
 
@@ -194,8 +171,8 @@ _LLAMA4 = Architecture(
         "interleave_moe_layer_step": "interleave_moe_layer_step",
     },
     more=_llama4,
-    rope=_llama4_rope,
-    read_by_rope=(_FREQUENCIES,),
+    rope=scaled_rope,
+    read_by_rope=(FREQUENCIES,),
     names=shared_experts("feed_forward.shared_expert")
     | {f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
     | {"ffn_gate_inp": "feed_forward.router"},
