@@ -169,7 +169,7 @@ def file_name(case: Case, name: str, config: Any) -> str:
         if name.endswith(end):
             return f"blk.{name.split('.')[2]}.{short}"
     found = names.get_name(name.replace("correction_bias", "correction.bias"), (".weight", ".bias"))
-    assert found is not None or name == "rope_freqs.weight", name
+    assert found is not None or name.startswith("rope_f"), name
     return found or name
 
 

@@ -94,6 +94,14 @@ def llama3(config: Any, name: str, tensor: torch.Tensor) -> Stored:
         yield "rope_freqs.weight", torch.tensor(factors)
 
 
+def phi(config: Any, name: str, tensor: torch.Tensor) -> Stored:
+    yield name, tensor
+    if name == "model.norm.weight":
+        for kind in ("long", "short"):
+            factors = config.rope_parameters[f"{kind}_factor"]
+            yield f"rope_factors_{kind}.weight", torch.tensor(factors)
+
+
 def language_model(config: Any, name: str, tensor: torch.Tensor) -> Stored:
     if "visual" not in name:
         yield name.replace("language_model.", ""), tensor
@@ -269,5 +277,31 @@ SOFTMAX_CASES = [
             "Rope.DIMENSION_SECTIONS": [8, 4, 4, 0],
         },
         change=language_model,
+    ),
+    Case(
+        architecture="phimoe",
+        model_type="phimoe",
+        sizes={
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+                "short_mscale": 1.243163121016122,
+                "long_mscale": 1.243163121016122,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        keys={
+            "LLM.EXPERT_COUNT": 4,
+            "Attention.SLIDING_WINDOW": 512,
+            "Rope.DIMENSION_COUNT": 16,
+            "Rope.SCALING_ATTN_FACTOR": 1.19,
+            "Rope.SCALING_ORIG_CTX_LEN": 64,
+        },
+        change=phi,
     ),
 ]

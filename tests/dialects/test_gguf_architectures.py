@@ -167,6 +167,21 @@ def test_headers_that_make_no_model_are_refused(
     assert f"llama.{wrong} is " in told.out + told.err
 
 
+@pytest.mark.parametrize("broken", ["lacks it", "is F32 (2, 4)"])
+def test_vectors_of_the_configuration_are_checked(broken: str, tmp_path: Path) -> None:
+    case = case_of("phimoe")
+    original = case.model()
+    tensors = file_tensors(case, original, "F32", "F32")
+    array, kind = tensors.pop("rope_factors_short.weight")
+    if broken != "lacks it":
+        tensors["rope_factors_short.weight"] = (array.reshape(2, 4), kind)
+    keys = all_keys(case, original.config)
+    path = write_gguf(tmp_path / "model.gguf", tensors, architecture="phimoe", **keys)
+    message = f"rope_factors_short.weight: {broken}"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        fusedmoe.from_pretrained(path)
+
+
 def test_what_transformers_refuses_is_told(tmp_path: Path) -> None:
     path = with_key(tmp_path / "model.gguf", "expert_used_count", 1.5)
     with pytest.raises(

@@ -72,6 +72,14 @@ class Header:
             return int(self.number(key))
         return int(max(self.of_layers(key)))
 
+    def numbers(self, tensor: str) -> torch.Tensor:
+        """A vector of floats that belongs to the configuration."""
+        found = self.file.tensors.get(tensor)
+        if found is None or not found.is_floats or len(found.shape) != 1:
+            what = "lacks it" if found is None else f"is {found.type.name} {found.shape}"
+            raise CheckpointError(f"{self.file.path}: {tensor}: {what}")
+        return self.file.read(tensor).double()
+
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
 
@@ -119,7 +127,7 @@ def scaled_rope(header: Header) -> dict[str, Any]:
     found = plain_rope(header)
     if not header.has(FREQUENCIES):
         return found
-    factors = header.file.read(FREQUENCIES).double()
+    factors = header.numbers(FREQUENCIES)
     columns = torch.arange(len(factors), dtype=torch.float64) / len(factors)
     turns = LLAMA_CONTEXT / (2 * math.pi * found["rope_theta"] ** columns)
     factor = float(factors.max())

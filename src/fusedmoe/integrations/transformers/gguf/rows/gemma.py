@@ -27,7 +27,7 @@ def _two_ropes(header: Header) -> dict[str, Any]:
     """Where whole sequences are seen, columns that do not turn have a frequency of almost 0."""
     part = 1.0
     if header.has(FREQUENCIES):
-        part = float((header.file.read(FREQUENCIES) == 1).float().mean())
+        part = float((header.numbers(FREQUENCIES) == 1).double().mean())
     return {
         "sliding_attention": {
             "rope_type": "default",

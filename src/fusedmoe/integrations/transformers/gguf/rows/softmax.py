@@ -178,6 +178,39 @@ _LLAMA4 = Architecture(
     | {"ffn_gate_inp": "feed_forward.router"},
 )
 
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_PHI_SCALE = 1.243163121016122  # of sines and cosines; files do not have what Phi-3.5-MoE published
+
+
+def _phi(header: Header) -> Mapping[str, Any]:
+    return {**attention_bias(header), "lm_head_bias": header.has("output.bias")}
+
+
+def _long_rope(header: Header) -> dict[str, Any]:
+    """Factors of columns, in short contexts and in long ones."""
+    base = {"rope_theta": float(header.number("rope.freq_base", 10000.0))}
+    if not (header.has(_LONG) or header.has(_SHORT)):
+        return base | {"rope_type": "default"}
+    context = int(header.number("rope.scaling.original_context_length"))
+    return base | {
+        "rope_type": "longrope",
+        "long_factor": header.numbers(_LONG).tolist(),
+        "short_factor": header.numbers(_SHORT).tolist(),
+        "long_mscale": _PHI_SCALE,
+        "short_mscale": _PHI_SCALE,
+        "original_max_position_embeddings": context,
+    }
+
+
+_PHI = Architecture(
+    model_type="phimoe",
+    fields=_LOCAL_EXPERTS,
+    more=_phi,
+    rope=_long_rope,
+    read_by_rope=(_LONG, _SHORT),
+    names={"ffn_gate_inp": "mlp.router"},
+)
+
 SOFTMAX: Mapping[str, tuple[Architecture, ...]] = {
     "qwen2moe": (_QWEN2,),
     "qwen3moe": (_QWEN3,),
@@ -189,4 +222,5 @@ SOFTMAX: Mapping[str, tuple[Architecture, ...]] = {
     "granitemoe": _GRANITE,
     "ernie4_5-moe": (_ERNIE,),
     "hunyuan-moe": (_HUNYUAN,),
+    "phimoe": (_PHI,),
 }
