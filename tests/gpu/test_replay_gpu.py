@@ -1,6 +1,7 @@
 """Small batches replayed as CUDA graphs: the same bits, whatever happens between two calls."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 import fusedmoe
 from fusedmoe.integrations.transformers.accelerate import _replacement
 from fusedmoe.integrations.transformers.blocks import BlockForward
+from fusedmoe.runner import replay as replay_module
+from fusedmoe.runner.graph_ends import CopyEnd
 from fusedmoe.runner.replay import MAX_REPLAYED_ROWS, GraphReplay
 
 pytest.importorskip("transformers")
@@ -108,6 +111,106 @@ def test_inside_a_capture_and_after_a_copy():
     twin = copy.deepcopy(block)
     assert torch.equal(first(twin(x)), wanted)
     assert not captured(twin)
+
+
+def twice_and_sum(x, y):
+    return x * 2, x + y
+
+
+@torch.no_grad()
+def test_inputs_and_outputs_lie_elsewhere_in_each_call():
+    """Those of launches that are still to run stay what they were."""
+    replay = GraphReplay(twice_and_sum, lambda: True)
+    calls = []
+    for step in range(16):
+        if step == 4:
+            torch.cuda._sleep(100_000_000)
+        x = torch.randn(2, 3, 5, device="cuda")
+        y = torch.randn(2, 10, 3, device="cuda").mT[..., ::2]
+        calls.append((x, y, *replay((x, y), ())))
+    (one,) = replay._captured.values()
+    assert one.moved is not None
+    for x, y, twice, total in calls:
+        assert torch.equal(twice, x * 2)
+        assert torch.equal(total, x + y)
+
+
+@torch.no_grad()
+def test_a_block_replayed_in_a_loop_over_its_own_output():
+    """Inputs come back to addresses of former outputs, as in a model."""
+    _, block = accelerated("mixtral")
+    _, launched = accelerated("mixtral", replay_rows=0)
+    x = y = torch.randn(1, 2, width(block), device="cuda", dtype=torch.bfloat16)
+    for _ in range(12):
+        x, y = (torch.tanh(z + first(run(z))) for z, run in ((x, block), (y, launched)))
+        assert torch.equal(x, y)
+    assert all(one.moved is not None for one in captured(block))
+
+
+@torch.no_grad()
+def test_in_a_thread_that_has_not_used_the_device():
+    replay = GraphReplay(twice_and_sum, lambda: True)
+    x = torch.randn(2, 5, device="cuda")
+    for _ in range(3):
+        wanted = replay((x, x), ())
+    y, results = x.clone(), []
+
+    def call():
+        with torch.no_grad():
+            results.extend(replay((y, y), ()))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(results, wanted, strict=True))
+    assert not replay._given_up
+
+
+@torch.no_grad()
+def test_random_numbers_are_drawn_anew():
+    replay = GraphReplay(lambda x: (x + torch.rand_like(x),), lambda: True)
+    x = torch.zeros(2, 64, device="cuda")
+    drawn = torch.stack([replay((x,), ())[0] for _ in range(8)])
+    assert len(replay._captured) == 1
+    assert drawn.flatten().unique().numel() > 0.9 * drawn.numel()
+
+
+@torch.no_grad()
+def test_a_subclass_of_tensors_is_not_replayed():
+    class Other(torch.Tensor):
+        pass
+
+    replay = GraphReplay(lambda x: (x * 2,), lambda: True)
+    x = torch.ones(2, 3, device="cuda").as_subclass(Other)
+    assert all(type(replay((x,), ())[0]) is Other for _ in range(4))
+    assert not replay._captured
+
+
+@torch.no_grad()
+def test_without_nodes_that_can_be_moved_operations_copy(monkeypatch):
+    monkeypatch.setattr(replay_module, "movable", lambda *_: None)
+    replay = GraphReplay(twice_and_sum, lambda: True)
+    calls = []
+    for _ in range(5):
+        x, y = torch.randn(2, 3, 5, device="cuda").unbind()
+        calls.append((x, y, *replay((x, y), ())))
+    assert [one.moved for one in replay._captured.values()] == [None]
+    for x, y, twice, total in calls:
+        assert torch.equal(twice, x * 2)
+        assert torch.equal(total, x + y)
+
+
+@torch.no_grad()
+def test_what_the_driver_refuses_to_move_is_launched_for_good(monkeypatch):
+    replay = GraphReplay(lambda x: (x * 2,), lambda: True)
+    for _ in range(3):
+        replay((torch.ones(2, 3, device="cuda"),), ())
+    monkeypatch.setattr(CopyEnd, "send_to", lambda *_: False)
+    for value in range(3):
+        x = torch.full((2, 3), float(value), device="cuda")
+        assert torch.equal(replay((x,), ())[0], x * 2)
+    assert replay._given_up
 
 
 @torch.no_grad()

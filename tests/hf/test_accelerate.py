@@ -333,6 +333,19 @@ def test_who_listens_to_the_experts_is_called():
     tiny_models.logits(row, model)
 
 
+def test_who_listens_to_all_modules_hears_each_block_once():
+    row = tiny_models.by_name("qwen3_moe")
+    model = fusedmoe.accelerate(tiny_models.build(row))
+    heard = []
+    listen = torch.nn.modules.module.register_module_forward_hook
+    handle = listen(lambda module, *_: heard.append(module))
+    tiny_models.logits(row, model)
+    handle.remove()
+    blocks = [model.get_submodule(path) for path in accelerated_blocks(model)]
+    assert [module for module in heard if module in blocks] == blocks
+    assert not any(isinstance(module, BlockForward) for module in heard)
+
+
 def test_a_replaced_part_is_obeyed():
     row = tiny_models.by_name("qwen2_moe")
     model = fusedmoe.accelerate(tiny_models.build(row))

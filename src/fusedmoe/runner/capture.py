@@ -16,16 +16,21 @@ _failed: list[Any] = []
 
 
 def record_graph(
-    work: Callable[[], Outputs], stream: torch.cuda.Stream, pool: PoolId | None = None
+    work: Callable[[], Outputs],
+    stream: torch.cuda.Stream,
+    pool: PoolId | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[Any, Outputs]:
     """The CUDA graph of what ``work`` launches on ``stream``, and what ``work`` returned.
 
     ``pool`` is a ``torch.cuda.graph_pool_handle()`` that a living graph keeps (``held_pool``); None
-    makes one for this graph. Other threads may go on allocating meanwhile. Whatever ``work`` raises
+    makes one for this graph. ``keep``: its nodes can be looked at, and changed between launches.
+    Other threads may go on allocating meanwhile. Whatever ``work`` raises
     passes through, and RuntimeError comes where no graph can hold what it did; memory and random
     numbers of the device are then as before, but ``pool`` cannot be used again.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep)
     pool = pool or torch.cuda.graph_pool_handle()
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -36,6 +41,8 @@ def record_graph(
                 _end(graph, stream, pool)
             raise
         _end(graph, stream, pool)
+        if keep:
+            graph.instantiate()
     return graph, outputs
 
 

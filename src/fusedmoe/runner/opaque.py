@@ -79,7 +79,9 @@ def tensors_of(owners: Owners, names: Names) -> list[torch.Tensor | None]:
     """The parameters and buffers, without the cost of a module's own attribute look-up."""
     return [
         owner._parameters[name] if name in owner._parameters else owner._buffers.get(name)
-        for owner, name in _places(owners, names)
+        for key, own in names
+        for owner in (owners[key],)
+        for name in own
     ]
 
 

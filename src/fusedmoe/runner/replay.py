@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.runner.capture import PoolId, held_pool, record_graph
+from fusedmoe.runner.graph_ends import MovableGraph, movable
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +43,48 @@ def _capture_stream(device: torch.device, replay_stream: int) -> torch.cuda.Stre
 
 
 class _Captured(NamedTuple):
-    """A graph, the tensors it reads and those it writes."""
+    """A graph, the tensors it copies its input from and its output to.
+
+    ``moved``: it can copy from and to others; not so if it draws random numbers, for which torch
+    has to launch it.
+    """
 
     graph: Any
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
+    moved: MovableGraph | None
+
+    def launch(
+        self, inputs: tuple[torch.Tensor, ...], device: int, stream: int
+    ) -> tuple[torch.Tensor, ...] | None:
+        """New outputs of ``inputs``; None where the driver would not have it."""
+        if self.moved is None:
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            self.graph.replay()
+            return tuple([output.clone() for output in self.outputs])
+        # Copies of inputs that are not contiguous live until the launch.
+        rows = [one if one.is_contiguous() else one.contiguous() for one in inputs]
+        outputs = tuple([torch.empty_like(output) for output in self.outputs])
+        if not self.moved.move((*rows, *outputs)):
+            return None
+        self.moved.launch(device, stream)
+        return outputs
 
 
 class GraphReplay:
     """``function`` of tensors of T rows, replayed where that changes nothing but its launch time.
 
-    A call goes straight to ``function`` for more than ``max_rows`` rows, off CUDA, with gradients,
-    inside a capture or a compilation, on the first call with its key, and for good where
-    ``can_be_captured`` says no (asked once, when it matters) or a capture failed.
+    T are all dimensions of the first input but its last one, multiplied.
+
+    A call goes straight to ``function`` for more than ``max_rows`` rows, off CUDA, for a subclass
+    of tensors, with gradients, inside a capture or a compilation, on the first call with its key,
+    and for good where ``can_be_captured`` says no (asked once, when it matters) or a capture
+    failed.
 
     The key holds the inputs' shapes and dtypes, the stream and the addresses of ``depends_on``, the
     tensors besides the inputs that ``function`` reads: their values may change, a move is a new
-    key. Outputs are copies, so that a later call leaves them alone.
+    key. Inputs may lie elsewhere in each call, and outputs are new tensors.
 
     ``max_graphs`` are kept, and of those with T rows or more at most ``2 * max_rows / T``: that
     bounds their memory, and prompts of many lengths leave room for decode steps.
@@ -97,10 +123,11 @@ class GraphReplay:
         x = inputs[0]
         if (
             torch.compiler.is_compiling()
-            or not x.is_cuda
-            or not 0 < x.shape[0] <= self.max_rows
-            or self._given_up
             or torch.is_grad_enabled()
+            or self._given_up
+            or not x.is_cuda
+            or type(x) is not torch.Tensor
+            or not 0 < x.numel() <= self.max_rows * x.shape[-1]
             or torch.cuda.is_current_stream_capturing()
         ):
             return self.function(*inputs)
@@ -115,23 +142,27 @@ class GraphReplay:
         with self._lock:
             captured = self._captured.get(key)
             if captured is not None:
-                for own, given in zip(captured.inputs, inputs, strict=True):
-                    own.copy_(given)
-                captured.graph.replay()
-                return tuple(output.clone() for output in captured.outputs)
-            if key not in self._seen:
+                outputs = captured.launch(inputs, device, stream)
+                if outputs is not None:
+                    return outputs
+                self._give_up("the driver sends its copies nowhere else")
+            elif key not in self._seen:
                 self._seen[key] = None
                 if len(self._seen) > _MAX_SEEN:
                     del self._seen[next(iter(self._seen))]
-            elif self._has_room(x.shape[0]):
+            elif self._has_room(_rows(x)):
                 captured = self._capture(inputs, stream)
                 if captured is not None:
                     self._captured[key] = captured
                     del self._seen[key]
             return self.function(*inputs)
 
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        logger.warning("not replayed as a CUDA graph: %s", reason)
+
     def _has_room(self, rows: int) -> bool:
-        as_large = sum(one.inputs[0].shape[0] >= rows for one in self._captured.values())
+        as_large = sum(_rows(one.inputs[0]) >= rows for one in self._captured.values())
         return len(self._captured) < self.max_graphs and as_large < 2 * self.max_rows // rows
 
     def _capture(self, inputs: tuple[torch.Tensor, ...], replay_stream: int) -> _Captured | None:
@@ -140,26 +171,43 @@ class GraphReplay:
             return None
         # Tensors made in inference mode could not be written to outside of it.
         with _one_capture_at_a_time, torch.inference_mode(False), torch.no_grad():
-            own = tuple(
-                torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs
-            )
+            own = tuple(_contiguous(tensor) for tensor in inputs)
+            device = inputs[0].device
+            numbers = torch.cuda.default_generators[device.index]
+            drawn = numbers.get_offset()
             # The copies may have other strides than the inputs: a kernel that is loaded for them
             # during the capture would end it.
-            for copy, given in zip(own, inputs, strict=True):
-                copy.copy_(given)
-            self.function(*own)
-            device = inputs[0].device
+            outputs = tuple(torch.empty_like(one) for one in self._copying(own, None))
+            draws = numbers.get_offset() != drawn
             stream = _capture_stream(device, replay_stream)
             stream.wait_stream(torch.cuda.current_stream(device))
             place = device, replay_stream
             if place not in _pools:
                 _pools[place] = held_pool(stream)
             try:
-                graph, outputs = record_graph(lambda: self.function(*own), stream, _pools[place][0])
+                graph, _ = record_graph(
+                    lambda: self._copying(own, outputs), stream, _pools[place][0], keep=True
+                )
             except RuntimeError as error:
                 del _pools[place]
-                self._given_up = True
-                logger.warning("not replayed as a CUDA graph: %s", str(error).splitlines()[0])
+                self._give_up(str(error).splitlines()[0])
                 return None
             torch.cuda.current_stream(device).wait_stream(stream)
-        return _Captured(graph, own, outputs)
+        return _Captured(graph, own, outputs, None if draws else movable(graph, own, outputs))
+
+    def _copying(
+        self, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """``function`` of copies of ``inputs``; its results are copied to ``outputs``."""
+        results = self.function(*[_contiguous(tensor) for tensor in inputs])
+        for output, result in zip(outputs or (), results, strict=outputs is not None):
+            output.copy_(result)
+        return results
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    return tensor.numel() // tensor.shape[-1]

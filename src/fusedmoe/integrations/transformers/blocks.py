@@ -49,10 +49,11 @@ class BlockForward(Replacement):
         self.stack = weights.stack if isinstance(weights, StackedWeights) else None
         self.width: int = at(self.router.module, family.router.weight).shape[1]
         self.output_scale: float = resolve(family.output_scale, block)
-        self.replay = GraphReplay(self._returned_parts, self._can_be_captured, max_rows=replay_rows)
+        self.replay = GraphReplay(self._launched, self._can_be_captured, max_rows=replay_rows)
         self.inner_modules = tuple(block.modules())[1:]
         self.owners, self.names = owners_in(block)
-        self.few_tensors = sum(len(held) for _, held in self.names) <= _MAX_REPLAYED_TENSORS
+        few_tensors = sum(len(held) for _, held in self.names) <= _MAX_REPLAYED_TENSORS
+        self.replayable = few_tensors and self.stack is None and not family.router.decides
         self.returns = family.returns
         self.number = new_number(self)
 
@@ -61,11 +62,34 @@ class BlockForward(Replacement):
         self.number = new_number(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and self._is_opaque(args, kwargs):
-            x = args[0].reshape(-1, args[0].shape[-1])
-            parts = accelerated_block(x, tensors_of(self.owners, self.names), self.number)
-            return self._as_returned(parts, args[0])
+        if torch.compiler.is_dynamo_compiling():
+            if self._is_opaque(args, kwargs):
+                x = args[0].reshape(-1, args[0].shape[-1])
+                parts = accelerated_block(x, tensors_of(self.owners, self.names), self.number)
+                return self._as_returned(parts, args[0])
+        elif len(args) == 1 and not kwargs and self._only_replays(args[0]):
+            return self._replayed(args)
         return super().forward(*args, **kwargs)
+
+    def _only_replays(self, x: torch.Tensor) -> bool:
+        """Whether ``super().forward`` would do nothing to x but what ``_replayed`` does.
+
+        It asks the same, in several functions, which takes longer than a graph's launch.
+        """
+        if torch.is_grad_enabled() or not x.is_cuda or torch.is_autocast_enabled("cuda"):
+            return False
+        module = self.module
+        if (self.noisy and module.training) or not self._replays():
+            return False
+        children = module._modules
+        for name, child in self.parts:  # noqa: SIM110
+            if children.get(name) is not child:
+                return False
+        return True
+
+    def _replayed(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        parts = self.replay(inputs, tensors_of(self.owners, self.names))
+        return parts[0] if self.returns == "hidden" else parts
 
     def _is_opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether torch.compile is to see one operator."""
@@ -85,7 +109,7 @@ class BlockForward(Replacement):
             and not self.router.row.decides
             and not self._has_other_parts()
             and self.runner.rank_sum.size == 1
-            and self._replays(None)
+            and self._replays()
             and are_plain(tensors_of(self.owners, self.names))
         )
 
@@ -116,15 +140,11 @@ class BlockForward(Replacement):
         router = self.router
         if self.stack is not None and not torch.compiler.is_compiling():
             self.stack.refresh()
+        if input_ids is None and self._replays():
+            return self._replayed((hidden_states,))
         x = hidden_states.reshape(-1, self.width)
-        parts: tuple[torch.Tensor, ...]
-        if router.must_be_called:
-            parts = self._run_asking(x, input_ids)
-        elif self._replays(input_ids):
-            parts = self.replay((x,), tensors_of(self.owners, self.names))
-        else:
-            parts = self.compute(x, input_ids)
-        return self._as_returned(parts, hidden_states)
+        run = self._run_asking if router.must_be_called else self.compute
+        return self._as_returned(run(x, input_ids), hidden_states)
 
     def compute(
         self, x: torch.Tensor, input_ids: torch.Tensor | None = None, *, one_stream: bool = False
@@ -134,10 +154,11 @@ class BlockForward(Replacement):
         output = self._after(self.runner(x, logits, input_ids, one_stream=one_stream))
         return output, self._beside(logits)
 
-    def _returned_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of ``compute``, what the block returns: nothing else is copied out of a graph."""
-        parts = self.compute(x)
-        return parts[:1] if self.returns == "hidden" else parts
+    def _launched(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the block returns, by ``compute``: nothing else is copied out of a graph."""
+        parts = self.compute(hidden_states.reshape(-1, self.width))
+        returned = self._as_returned(parts, hidden_states)
+        return returned if isinstance(returned, tuple) else (returned,)
 
     def _beside(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [T, E], or the chosen experts' weights [T, K] where the family asks."""
@@ -153,17 +174,12 @@ class BlockForward(Replacement):
         checks = implementation.moe_config.options.debug_checks
         return implementation.capabilities().graph_capture and not checks
 
-    def _replays(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether a call depends on nothing but x and the block's own tensors."""
+    def _replays(self) -> bool:
+        """Whether a call without token ids depends on nothing but x and the block's own tensors."""
         router = self.router
-        watched = router.capture_fn is not None or router.eplb_state is not None
-        return (
-            input_ids is None
-            and not watched
-            and self.stack is None
-            and self.few_tensors
-            and not is_hooked(self.inner_modules)
-        )
+        if not self.replayable or router.capture_fn is not None or router.eplb_state is not None:
+            return False
+        return not is_hooked(self.inner_modules)
 
     def _run_asking(
         self, x: torch.Tensor, input_ids: torch.Tensor | None

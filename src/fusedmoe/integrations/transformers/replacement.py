@@ -48,6 +48,10 @@ class Replacement(nn.Module, ABC):
         # Not registered: what is behind it belongs to the model.
         self.__dict__[name] = value
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without a module's own hooks: who listens, listens to the block.
+        return self.forward(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)
         if arguments is None or self._is_out_of_place(arguments[0]):
@@ -72,7 +76,10 @@ class Replacement(nn.Module, ABC):
     def _has_other_parts(self) -> bool:
         """Whether a submodule was replaced."""
         children = self.module._modules
-        return any(children.get(name) is not child for name, child in self.parts)
+        for name, child in self.parts:  # noqa: SIM110
+            if children.get(name) is not child:
+                return True
+        return False
 
     def release(self) -> None:
         """Undo everything but the forward itself."""
