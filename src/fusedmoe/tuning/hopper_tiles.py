@@ -219,12 +219,10 @@ def direct_tiles(
     H: int,
     I: int,  # noqa: E741
     stages: Callable[[int, int, int], int] = _stages,
-    *,
-    slots: int | None = None,
 ) -> DirectTiles:
-    """Tiles for T tokens of K picks, of which ``slots`` have an expert here (None: all). ``stages``
-    of a ring, by the weight rows and slots of a step and the columns of a row."""
-    up = even_width(T * K if slots is None else slots, I, UP_WIDTHS)
+    """Tiles for T tokens of K picks. ``stages`` of a ring, by the weight rows and slots of a step
+    and the columns of a row."""
+    up = even_width(T * K, I, UP_WIDTHS)
     return direct_tiles_of(up, even_width(T, H, down_widths(K)), K, H, I, stages)
 
 
@@ -289,15 +287,17 @@ def hopper_tiles(
 ) -> HopperTiles:
     """The kernel for T tokens routed over ``num_experts``, ``num_local`` of them stored here.
 
-    One token needs no tables, nor do two that rarely share an expert; few slots per expert stream
-    weights; many are bound by the products. ``batch_invariant`` leaves out the first, which rounds
-    less often than the other two; those agree to the bit.
+    One token needs no tables, nor do two that rarely share an expert, where all experts are here:
+    on a rank most slots have none, and tasks that are dealt without tables leave most programs
+    without one. Few slots per expert stream weights; many are bound by the products.
+    ``batch_invariant`` leaves out the first kernel, which rounds less often than the other two;
+    those agree to the bit.
     """
     expert, mean = 3 * H * I, T * K / num_experts
-    slots = max(1, round(mean * num_local))
-    twice = 0.0 if T == 1 else expert * K * K / num_experts * num_local / num_experts
-    if are_direct(T, K, num_experts) and twice <= MOST_READ_TWICE and not batch_invariant:
-        return direct_tiles(T, K, H, I, slots=slots)
+    twice = 0.0 if T == 1 else expert * K * K / num_experts
+    whole = num_local == num_experts and twice <= MOST_READ_TWICE
+    if whole and are_direct(T, K, num_experts) and not batch_invariant:
+        return direct_tiles(T, K, H, I)
     if mean > (MAX_DECODE_MEAN_OF_SMALL if expert <= SMALL_EXPERT else MAX_DECODE_MEAN):
         return PrefillTiles()
-    return decode_tiles(slots, num_local, H, I)
+    return decode_tiles(max(1, round(mean * num_local)), num_local, H, I)
