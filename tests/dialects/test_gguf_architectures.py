@@ -13,6 +13,7 @@ import torch
 from gguf_files import write_gguf
 from gguf_gemma_cases import GEMMA_CASES
 from gguf_linear_cases import LINEAR_CASES
+from gguf_llama_cases import LLAMA_CASES
 from gguf_mamba_cases import MAMBA_CASES
 from gguf_models import Case, all_keys, file_tensors, write_model
 from gguf_sigmoid_cases import SIGMOID_CASES
@@ -24,7 +25,7 @@ from fusedmoe.cli import main
 from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES
 
 pytest.importorskip("transformers")
-CASES = [*SOFTMAX_CASES, *SIGMOID_CASES, *LINEAR_CASES, *MAMBA_CASES, *GEMMA_CASES]
+CASES = [*LLAMA_CASES, *SOFTMAX_CASES, *SIGMOID_CASES, *LINEAR_CASES, *MAMBA_CASES, *GEMMA_CASES]
 PROMPT = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])
 
 

@@ -13,7 +13,6 @@ from fusedmoe.weights.gguf_file import ArrayOf
 from fusedmoe.weights.gguf_parts import GgufParts
 
 FREQUENCIES = "rope_freqs.weight"
-LLAMA_CONTEXT = 8192  # that Llama 3 and 4 were trained for
 # Counts of what a model need not have.
 _MAY_BE_ZERO = {
     "leading_dense_block_count",
@@ -117,31 +116,6 @@ def plain_rope(header: Header) -> dict[str, Any]:
         ),
         **{name: float(value) for name, value in found.items() if value is not None},
     }
-
-
-def scaled_rope(header: Header) -> dict[str, Any]:
-    """Columns that turn seldom are slowed down by a factor each, which Llama's rule has made.
-
-    Of the rule, files keep the factors alone: the rest is what Llama 3 and 4 have published.
-    """
-    found = plain_rope(header)
-    if not header.has(FREQUENCIES):
-        return found
-    factors = header.numbers(FREQUENCIES)
-    columns = torch.arange(len(factors), dtype=torch.float64) / len(factors)
-    turns = LLAMA_CONTEXT / (2 * math.pi * found["rope_theta"] ** columns)
-    factor = float(factors.max())
-    for low, high in ((1.0, 4.0), (1.0, 1.0)):
-        kept = ((turns - low) / max(high - low, 1e-9)).clamp(0, 1)
-        if torch.allclose(factors, 1 / ((1 - kept) / factor + kept), rtol=1e-5):
-            return found | {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": LLAMA_CONTEXT,
-            }
-    raise CheckpointError(f"{header.file.path}: {FREQUENCIES} follows no rule of Llama's")
 
 
 def smooth_rope(header: Header) -> dict[str, Any]:

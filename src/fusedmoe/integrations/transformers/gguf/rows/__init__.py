@@ -8,11 +8,13 @@ from fusedmoe.integrations.transformers.gguf.architecture import Architecture
 from fusedmoe.integrations.transformers.gguf.header import Header
 from fusedmoe.integrations.transformers.gguf.rows.gemma import GEMMA
 from fusedmoe.integrations.transformers.gguf.rows.linear import LINEAR
+from fusedmoe.integrations.transformers.gguf.rows.llama import LLAMA
 from fusedmoe.integrations.transformers.gguf.rows.mamba import MAMBA
 from fusedmoe.integrations.transformers.gguf.rows.sigmoid import SIGMOID
 from fusedmoe.integrations.transformers.gguf.rows.softmax import SOFTMAX
 
 ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
+    **LLAMA,
     **SOFTMAX,
     **SIGMOID,
     **LINEAR,

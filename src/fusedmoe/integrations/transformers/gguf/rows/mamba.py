@@ -7,11 +7,11 @@ from typing import Any
 
 from fusedmoe.integrations.transformers.gguf.architecture import HEAD_DIM, Architecture
 from fusedmoe.integrations.transformers.gguf.header import Header
+from fusedmoe.integrations.transformers.gguf.rows.llama import IN_PAIRS
 from fusedmoe.integrations.transformers.gguf.rows.softmax import (
     GRANITE_FIELDS,
     GRANITE_JOINED,
     GRANITE_NAMES,
-    IN_PAIRS,
 )
 from fusedmoe.integrations.transformers.gguf.steps import (
     flat,

@@ -12,24 +12,14 @@ from fusedmoe.integrations.transformers.gguf.architecture import (
     shared_experts,
 )
 from fusedmoe.integrations.transformers.gguf.header import (
-    FREQUENCIES,
     Header,
     attention_bias,
-    scaled_rope,
     smooth_rope,
 )
-from fusedmoe.integrations.transformers.gguf.steps import Join, as_row, from_pairs, stacked
+from fusedmoe.integrations.transformers.gguf.rows.llama import IN_PAIRS, LOCAL_EXPERTS
+from fusedmoe.integrations.transformers.gguf.steps import Join, as_row, stacked
 
 _EXPERTS = {"num_experts": "expert_count"}
-_LOCAL_EXPERTS = {
-    "num_local_experts": "expert_count",
-    "intermediate_size": "feed_forward_length",
-}
-IN_PAIRS = {
-    "attn_q": from_pairs("attention.head_count"),
-    "attn_k": from_pairs("attention.head_count_kv"),
-}
-
 _QWEN2 = Architecture(
     model_type="qwen2_moe",
     fields=_EXPERTS
@@ -48,14 +38,6 @@ _OLMOE = Architecture(
     model_type="olmoe",
     fields=_EXPERTS | {"intermediate_size": "feed_forward_length"},
     defaults={"norm_topk_prob": False},
-)
-_MIXTRAL = Architecture(
-    model_type="mixtral",
-    fields=_LOCAL_EXPERTS | HEAD_DIM,
-    defaults={"head_dim": None},
-    rope=scaled_rope,
-    read_by_rope=(FREQUENCIES,),
-    turned=IN_PAIRS,
 )
 _GPT_OSS = Architecture(
     model_type="gpt_oss",
@@ -86,7 +68,7 @@ def _turned(header: Header) -> Mapping[str, Any]:
     return attention_bias(header)
 
 
-GRANITE_FIELDS = _LOCAL_EXPERTS | {
+GRANITE_FIELDS = LOCAL_EXPERTS | {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "attention_multiplier": "attention.scale",
@@ -152,32 +134,6 @@ _HUNYUAN = Architecture(
 )
 
 
-def _llama4(header: Header) -> Mapping[str, Any]:
-    """The header says nothing of norms of heads: the model of 128 experts has none."""
-    return {
-        **attention_bias(header),
-        "use_qk_norm": header.number("expert_count") != 128,
-        "attention_chunk_size": 8192,
-    }
-
-
-_LLAMA4 = Architecture(
-    model_type="llama4_text",
-    fields=HEAD_DIM
-    | {
-        "num_local_experts": "expert_count",
-        "intermediate_size": "expert_feed_forward_length",
-        "intermediate_size_mlp": "feed_forward_length",
-        "interleave_moe_layer_step": "interleave_moe_layer_step",
-    },
-    more=_llama4,
-    rope=scaled_rope,
-    read_by_rope=(FREQUENCIES,),
-    names=shared_experts("feed_forward.shared_expert")
-    | {f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
-    | {"ffn_gate_inp": "feed_forward.router"},
-)
-
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _PHI_SCALE = 1.243163121016122  # of sines and cosines; files do not have what Phi-3.5-MoE published
 
@@ -204,7 +160,7 @@ def _long_rope(header: Header) -> dict[str, Any]:
 
 _PHI = Architecture(
     model_type="phimoe",
-    fields=_LOCAL_EXPERTS,
+    fields=LOCAL_EXPERTS,
     more=_phi,
     rope=_long_rope,
     read_by_rope=(_LONG, _SHORT),
@@ -216,8 +172,6 @@ SOFTMAX: Mapping[str, tuple[Architecture, ...]] = {
     "qwen3moe": (_QWEN3,),
     "qwen3vlmoe": (_QWEN3,),
     "olmoe": (_OLMOE,),
-    "llama": (_MIXTRAL,),
-    "llama4": (_LLAMA4,),
     "gpt-oss": (_GPT_OSS,),
     "granitemoe": _GRANITE,
     "ernie4_5-moe": (_ERNIE,),
