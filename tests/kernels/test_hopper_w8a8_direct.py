@@ -96,7 +96,7 @@ def test_layers(route, fmt, launched):
 def test_biases_no_gate_and_a_map_of_experts(fmt, launched):
     ids = torch.tensor([[5, 0, 6, 2]], dtype=torch.int64)
     expert_map = torch.tensor([1, -1, -1, 0, 2, 3, 7], dtype=torch.int32)
-    tiles = direct_stream_tiles(1, 4, 64, 272, 144)
+    tiles = direct_stream_tiles(1, 4, 64, 64, 272, 144)
     check(launched, fmt, ids, tiles, 272, 144, gated=False, bias=True, expert_map=expert_map)
     check(launched, fmt, ids, tiles, 272, 144, bias=True)
 

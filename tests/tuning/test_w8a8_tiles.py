@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fusedmoe.tuning.tiles import HOPPER_MULTIPROCESSORS
-from fusedmoe.tuning.w8a8_tiles import StreamTile, stream_tiles
+from fusedmoe.tuning.w8a8_tiles import StreamTile, direct_stream_tiles, stream_tiles
 
 SHAPES = [(128, 2048, 768), (8, 4096, 14336), (256, 4096, 2048), (384, 7168, 256), (64, 2048, 1408)]
 
@@ -40,3 +40,13 @@ def test_tiles_that_do_not_fit_themselves_are_refused(name, size):
     """They would be loaded past the shared memory that a stage has."""
     with pytest.raises(ValueError, match=str(size)):
         replace(StreamTile(128, 64, 8, 2, 8, 3, 2), **{name: size})
+
+
+@pytest.mark.parametrize(
+    ("T", "ranks", "direct"),
+    [(1, 1, True), (1, 4, True), (1, 8, False), (2, 1, True), (2, 2, False)],
+)
+def test_a_rank_of_many_streams_a_single_token_too(T, ranks, direct):
+    """Tasks that are dealt to slots whose experts are elsewhere are nobody's."""
+    tiles = direct_stream_tiles(T, 8, 256, 256 // ranks, 7168, 2048)
+    assert (tiles is not None) == direct

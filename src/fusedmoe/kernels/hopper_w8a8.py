@@ -91,7 +91,7 @@ def _tiles(
     (T, K), (e, H, I) = layer.topk_ids.shape, layer.w2.shape  # noqa: E741
     direct, experts = None, layer.num_experts
     if layer.x.dtype == torch.bfloat16 and all(_rounding(key) for key in keys):
-        direct = direct_stream_tiles(T, K, experts, H, I)
+        direct = direct_stream_tiles(T, K, experts, e, H, I)
     return direct or stream_tiles(expected_slots(T * K, e, experts), e, H, I)
 
 

@@ -65,7 +65,9 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
         short = 0.06 if weight_rows == 64 else 0.0
         return rounds * rows * (1 + short + 0.7 * max(0.0, block / weight_rows - 0.25))
 
-    up = min((128, 64), key=lambda rows: cost(I, rows, 2 * rows))
+    # Of equals the smaller, whose last round ends sooner, but where its tasks are long.
+    sizes = (128, 64) if H > LONG_ROWS else (64, 128)
+    up = min(sizes, key=lambda rows: cost(I, rows, 2 * rows))
     if block <= 16 and I <= MOST_NARROW:
         up = 32 if I <= 96 and 0 < I % 64 <= 32 else 64  # half of a tile of 64 would be empty
     # Of equals the largest, but where it has one round of tasks: a block more would make it two.

@@ -11,6 +11,7 @@ from fusedmoe.tuning.tiles import HOPPER_MULTIPROCESSORS, HOPPER_SHARED_MEMORY
 
 STEP = 128  # columns of a product, bytes of a row
 MAX_DIRECT_STEPS = 64
+LEAST_SHARE_OF_A_TOKEN = 4  # one of so many experts is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,19 @@ def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
 def direct_stream_tiles(
     T: int,
     K: int,
-    E: int,
+    num_experts: int,
+    num_local: int,
     H: int,
     I: int,  # noqa: E741
 ) -> DirectTiles | None:
-    """Tiles for one token of K picks, or two that rarely share one of E experts; None where there
-    are more of them, or rows so long that shared memory cannot hold all of their steps."""
-    if not are_direct(T, K, E) or max(H, I) > STEP * MAX_DIRECT_STEPS:
+    """Tiles for one token of K picks, or two that rarely share an expert; None where there are more
+    of them, or rows so long that shared memory cannot hold all of their steps.
+
+    And where most slots have their expert on another rank: tasks dealt to them are nobody's.
+    """
+    if not are_direct(T, K, num_experts) or max(H, I) > STEP * MAX_DIRECT_STEPS:
+        return None
+    if num_local * (LEAST_SHARE_OF_A_TOKEN if T == 1 else 1) < num_experts:
         return None
     return direct_tiles(T, K, H, I, _direct_stages)
 
