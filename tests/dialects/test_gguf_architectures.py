@@ -74,6 +74,16 @@ def case_of(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
+def test_every_architecture_is_tested_and_documented() -> None:
+    """qwen2moe, qwen3moe and olmoe have their models in test_gguf.py."""
+    tested = {case.architecture for case in CASES} | {"qwen2moe", "qwen3moe", "olmoe"}
+    assert tested == ARCHITECTURES.keys()
+    page = Path(__file__).parents[2] / "docs" / "quantized-checkpoints.md"
+    section = page.read_text().partition("## GGUF files")[2].partition("## A dialect")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert set(re.findall("`(.+?)`", " ".join(rows))) == ARCHITECTURES.keys()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_names_are_those_that_the_package_publishes(architecture: str) -> None:
     """Tensors that a row renames, turns or joins exist in its architecture."""
