@@ -35,7 +35,7 @@ from fusedmoe.modular_kernel import (
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.tuning.choice import hopper_table, hopper_tiles_for, sizes_of
-from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles
+from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
 from fusedmoe.tuning.tuned_kernels import HOPPER
 from fusedmoe.tuning.tuned_table import TunedTable
 
@@ -167,14 +167,17 @@ class HopperExperts(FusedMoEExpertsModular):
         """The activation's output, then the second GEMM's rows."""
         e, M, topk, H = size.E, size.M, size.topk, size.K
         I = self.adjust_N_for_activation(size.N, activation)  # noqa: E741
-        tiles = self.tiles
-        if tiles is None and self.table is not None and torch.compiler.is_compiling():
-            tiles = PrefillTiles()  # a table knows numbers alone, and these need the most
-        if tiles is None:
-            invariant, sizes = self.moe_config.options.batch_invariant, (M, topk, num_experts, e)
-            tiles = hopper_tiles_for(*sizes, H, I, batch_invariant=invariant, table=self.table)
-        rows = scratch_rows(tiles, M * topk, e)
+        rows = scratch_rows(self.tiles or self._tiles(M, topk, num_experts, e, H, I), M * topk, e)
         return WorkspaceShapes((rows, I), (rows, H), (M, H))
+
+    def _tiles(self, *sizes: int) -> HopperTiles:
+        """``sizes`` as of ``hopper_tiles``; symbols where a compiler traces this."""
+        invariant = self.moe_config.options.batch_invariant
+        if not torch.compiler.is_compiling():
+            return hopper_tiles_for(*sizes, batch_invariant=invariant, table=self.table)
+        if self.table is not None:
+            return PrefillTiles()  # a table knows numbers alone, and these need the most scratch
+        return hopper_tiles(*sizes, batch_invariant=invariant)
 
     def run(self, work: ExpertsWork) -> None:
         hopper_experts(

@@ -230,6 +230,7 @@ def hopper_table(
     return given or packaged_table(layer, device_facts(device), HOPPER)
 
 
+@lru_cache(maxsize=8192)
 def hopper_tiles_for(
     T: int,
     K: int,
