@@ -22,7 +22,7 @@ from fusedmoe.words import device_name
 _ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}  # fp32: 512 MiB, 4 GiB
 _MATMUL = {"cpu": 2048, "cuda": 8192}
 _RUNS = 7
-# What a GPU that is well has, by a word of its name: a run on a slower one proves nothing.
+# What a healthy GPU reaches, by a word of its name: measurements on a slower one prove nothing.
 LEAST_CEILINGS = {"H200": {"read_gbs": 4300.0, "bf16_tflops": 710.0}}
 _ATTEMPTS = 3  # what ran on the card before may still be ending
 

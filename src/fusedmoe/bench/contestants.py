@@ -174,11 +174,11 @@ def transformers_experts(
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("needs the module transformers, which is not installed")
     modules = [_transformers_module(shape, one, name) for one in weights]
-    for module in modules:  # newer releases look for their sign below only where this is set
+    for module in modules:  # newer releases look for the id used below only where this is set
         module._is_expert_parallel = shape.ranks > 1
 
     def forward(module: Any, x: torch.Tensor, picked: torch.Tensor, ids: torch.Tensor) -> Any:
-        if shape.ranks > 1:  # its own sign for an expert of another rank
+        if shape.ranks > 1:  # Transformers' id for an expert of another rank
             ids = ids.clamp(max=shape.E)
             picked = picked.masked_fill(ids == shape.E, 0.0)
         return module(x, ids, picked.to(x.dtype))

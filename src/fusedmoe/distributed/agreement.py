@@ -107,7 +107,7 @@ def failures_told(groups: ParallelGroups, what: str) -> Iterator[None]:
     except RanksDisagreeError:
         raise
     except Exception as error:
-        # Groups that nothing can be told over may be what went wrong.
+        # What went wrong may be the groups themselves: then the other ranks cannot be told.
         with contextlib.suppress(Exception):
             check_agreement({FAILURE: f"{type(error).__name__}: {error}"}, groups, what)
         raise

@@ -30,8 +30,8 @@ _LEAST_GROUP = 16
 
 
 def sorted_operands(operands: Operands) -> Operands:
-    """The same weights, as plain formats where their columns can be sorted, which they are where
-    they lie, with what their rows have to do. Waits for the GPU: it is for loading."""
+    """The same weights, in plain formats where their columns can be sorted, which is done in place,
+    and the orders that rows then follow. Waits for the GPU: it is for loading."""
     for name in ("w1", "w2"):
         w: QuantizedTensor = getattr(operands, name)
         columns, index = w.format.group.col, w.group_index
@@ -44,7 +44,7 @@ def sorted_operands(operands: Operands) -> Operands:
             order = ordered(order, order_for(fmt, order.shape[1]))
             plain = replace(w, format=fmt, group_index=None)
             operands = replace(operands, **{name: plain}, **_followed(name, order))  # type: ignore[arg-type]
-        elif bool((index < 0).any()):  # experts that came from where they could be
+        elif bool((index < 0).any()):  # experts that were sorted on the rank they came from
             operands = _as_it_lies(operands, name)
     return operands
 
@@ -86,6 +86,6 @@ def keep_tables(old: Operands | None, new: Operands) -> Operands:
         if mine is None or theirs is None or mine.shape != theirs.shape:
             continue
         if mine.device == theirs.device:
-            with torch.inference_mode():  # where the old one may have been made
+            with torch.inference_mode():  # the old one may be an inference tensor
                 kept[name] = mine.copy_(theirs)
     return replace(new, **kept)  # type: ignore[arg-type]

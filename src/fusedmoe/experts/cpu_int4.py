@@ -108,7 +108,7 @@ def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
     scales = torch.empty(e, K // group, N, 2, dtype=torch.bfloat16)
     rounded = not by_row and any(bool((one != one.bfloat16()).any()) for one in q.scale)
     rest = torch.empty_like(scales) if rounded else None
-    # Of rows with one scale what is added are small integers, which are exact.
+    # Rows with one scale add small integers, which are exact, and need no offsets.
     offset = None if q.zero_point is None or by_row else torch.empty(e, G, N)
     factor = torch.empty(e, N) if by_row else None
     weights = []
@@ -179,7 +179,7 @@ def int4_linear(rows: FloatRows, weight: Int4Weight, out: torch.Tensor) -> None:
     if rows.parts == 2:
         y = y.float().unflatten(0, (-1, 2)).sum(1)
     if weight.rest is not None:
-        high = rows.x[:: rows.parts].contiguous()  # of what is lost, the first bits are enough
+        high = rows.x[:: rows.parts].contiguous()  # x's first bits are enough for it
         y = y.float() + torch.ops.aten._weight_int4pack_mm_for_cpu(
             high, weight.packed, weight.group, weight.rest
         )

@@ -115,7 +115,7 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         """What was made of both weights as they are now."""
         config, (up, down) = self.quant_config, self._copies
         first, second = current(w1, config.w1, up), current(w2, config.w2, down)
-        if up is not None or down is not None:  # those that have become the weights are theirs
+        if up is not None or down is not None:  # copies that replaced the weights belong to them
             self._copies = (
                 None if packed_of(w1) is up else up,
                 None if packed_of(w2) is down else down,

@@ -169,7 +169,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
             dense(work.output_weights),
             work.topk_ids.contiguous(),
             work.output,
-            work.workspace13,  # of which each kernel takes its rows
+            work.workspace13,  # each kernel takes its rows from it
             work.workspace2,
             multiprocessors_of(x.device),
             work.activation,
@@ -192,7 +192,7 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         """What runs R slots of ``experts`` (local, all) with second scratch for ``room`` rows of 16
         bits; None: plain Triton."""
         e, num_experts = experts
-        width = 2 if operands.floating_rows else 1  # of the second GEMM's rows: fp32, or 16 bits
+        width = 2 if operands.floating_rows else 1  # the second GEMM's rows: fp32, or 16 bits
         streams = room >= width * R and runs_decode(R, num_experts, operands, *rows)
         if streams and streams_longest(R, num_experts, operands):
             return self._decode

@@ -23,7 +23,8 @@ from fusedmoe.tuning.mixed_tiles import (
 # Beyond so many slots per expert the products take longer than reading the weights.
 MAX_DECODE_MEAN = 24
 INT4_DECODE_MEAN = 16
-# Where columns of bytes are followed, two more launches are dearer than plain Triton's products.
+# Where rows follow the columns of 8-bit weights, that takes two more launches, which soon cost more
+# than streaming saves over plain Triton.
 BYTES_FOLLOWED_MEAN = 0.5
 
 

@@ -128,7 +128,7 @@ def pack(weight: torch.Tensor, packed: Packed) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
             weight.packed = packed  # type: ignore[attr-defined]
             weight.was_packed = True  # type: ignore[attr-defined]
-            # In this order: another thread that runs it meets the numbers or what stands for them.
+            # The class first: another thread then reads either the numbers or what replaces them.
             weight.__class__ = PackedWeight
             weight.data = repeated
     return True

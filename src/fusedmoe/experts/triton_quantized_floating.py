@@ -39,7 +39,7 @@ def floating_products(layer: SlotProducts) -> None:
     x, operands, act, rows, blocks, tiles, top_k, *_ = layer
     w1, w2, (first, second) = operands.w1, operands.w2, operands.steps
     routed, many = (layer.ids, layer.expert_map), x.shape[0] >= _MANY_TOKENS
-    # What writes rows writes them in the order in which weights are met.
+    # Steps that write rows write their columns in the order in which the weights take them.
     x_order, act_order = _order(w1, x.shape[1], tiles.gemm1), _order(w2, w2.shape[2], tiles.gemm2)
     pays = layer.batch_invariant or many or (x_order == SIXES and x.shape[0] >= _SOME_TOKENS)
     if first.columns is None and not pays:
@@ -84,10 +84,10 @@ def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
         return packed_tile(tile, w.format.element, roomy=_is_roomy(w.data.device))
     depth, group = tile.depth, w.format.group.col
     if w.format.element in TABLES:
-        depth = min(depth, 128)  # deeper, table words take too many registers
+        depth = min(depth, 128)  # deeper steps need too many registers for table words
     if w.format.element == "nf4" and group > 0:
         while depth > 16 and group % depth:
-            depth //= 2  # no more than a group, so that its scale meets the sum of a step
+            depth //= 2  # at most a group, whose scale multiplies the sum of a step
     return replace(tile, depth=depth)
 
 

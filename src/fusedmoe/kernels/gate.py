@@ -27,7 +27,7 @@ GateTier = Literal["rows", "cluster", "parts", "mm_fp32", "linear", "by_token"]
 MAX_ROWS_TOKENS = 4
 MAX_ROWS_TOKENS_BESIDE_CLUSTER = 2
 MAX_PARTS_TOKENS = 16
-MAX_HALVES_TOKENS = 64  # by parts, of 16-bit operands
+MAX_HALVES_TOKENS = 64  # MAX_PARTS_TOKENS of 16-bit operands
 MAX_CLUSTER_TOKENS = 64
 SMALL_WEIGHT_BYTES = 2 << 20
 LARGE_WEIGHT_BYTES = 4 << 20
@@ -201,8 +201,8 @@ def tier_of(
     tokens = 0
     here = x.is_cuda and runs_hopper_cuda(x.get_device())
     if here and fits_cluster(x, weight, bias, out_dtype):
-        # Every 16 tokens read the weight anew: of a small one that costs next to nothing, and of
-        # fp32 torch takes longer.
+        # Every 16 tokens read the weight again, which costs next to nothing for a small one, and
+        # less than torch takes for fp32.
         small = weight.numel() * weight.element_size() <= SMALL_WEIGHT_BYTES
         tokens = MAX_CLUSTER_TOKENS if small or x.dtype is torch.float32 else MAX_PARTS_TOKENS
     kind = x.device.type

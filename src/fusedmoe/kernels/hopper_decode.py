@@ -14,9 +14,9 @@ from fusedmoe.kernels.tensor_checks import check_contiguous, check_tensors
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import MAX_PICKS, DecodeTiles, decode_tiles
 
-# TMA strides and 16-byte gathers; and a width that Triton takes for divisible.
+# For TMA strides, 16-byte gathers and Triton's specialisation of divisible widths.
 ALIGNED_ELEMENTS = 16
-DRAW_WORDS = 4  # in front of the counters of blocks: what the programs of both launches have drawn
+DRAW_WORDS = 4  # before the counters of blocks: how many tasks both launches have drawn
 
 
 def hopper_decode(layer: LayerTensors[torch.Tensor], tiles: DecodeTiles | None = None) -> None:

@@ -29,7 +29,7 @@ from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, QuantizedTile, prefill_tiles
 
 TILE_ROWS = 128
-ALIGNED_BYTES = 16  # that a gather copies at once
+ALIGNED_BYTES = 16  # what a gather copies at once
 
 
 def unmet_by_prefill(

@@ -22,11 +22,11 @@ from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles
 from fusedmoe.tuning.quantized_tiles import SEXTETS
 
 ALIGNED_BYTES = 16
-ROW_ELEMENTS = 16  # rows of x are so many apart, or a multiple: what the compiler looks for
+ROW_ELEMENTS = 16  # rows of x are a multiple of so many apart: the compiler relies on it
 MINIMA = frozenset({"q4_k", "q5_k"})
 _ELEMENTS = ELEMENTS | TABLES | SEXTETS | MINIMA
 _ROUNDED = MINIMA | {"iq4_nl"}
-SEXTET_COLUMNS = 64  # of floats of six bits: what a step has
+SEXTET_COLUMNS = 64  # a step of floats of six bits
 MAX_NUMBERS = 2**31 - 1  # of one expert, in either matrix
 
 
@@ -55,7 +55,7 @@ def unmet_by_mixed_prefill(w1: QuantizedTensor, w2: QuantizedTensor) -> str | No
             return f"wants scales of its own for groups of columns, not {fmt.name}"
         if fmt.element in SEXTETS and w.shape[-1] % SEXTET_COLUMNS:
             return f"wants rows of a multiple of {SEXTET_COLUMNS} columns, got {w.shape[-1]}"
-        # nf4's scales meet sums alone: its entries are rounded once already.
+        # nf4's scales multiply sums only: its entries are rounded already.
         least = 64 if fmt.element == "nf4" else 16 if packed else 32
         if group > 0 and (group < least or group & (group - 1)):
             return f"wants groups of a power of two of at least {least} columns, not {fmt.name}"

@@ -45,11 +45,11 @@ from fusedmoe.tuning.cuda_tiles import (
 from fusedmoe.tuning.quantized_tiles import QuantizedTile, expected_slots
 from fusedmoe.tuning.token_tiles import TokenCut, TokenShape, token_cut, token_rows_cut
 
-# Lone slots go by whole rows from so many on; fewer do where rows of mxfp4 come in one piece,
-# because they are no multiple of this.
+# From so many lone slots on, whole rows are read. With fewer, only rows of mxfp4 that are no
+# multiple of a line are: they come in one piece.
 FEWEST_LONE_ROWS, LINE_BYTES = 17, 128
 MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
-GROUP_OF_LONE_INT4 = 32  # columns; with larger groups a lone slot has nothing of whole rows
+GROUP_OF_LONE_INT4 = 32  # columns; with larger groups lone slots gain nothing by whole rows
 
 
 def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:
@@ -174,7 +174,7 @@ def quantized_decode(
         lone, likely = blocks is not None or lone_slots(R, e, expert_map), R
         if not lone and expert_map is not None:
             likely = expected_slots(R, e, expert_map.shape[0])
-        if in_slots(steps):  # tiles of more slots take rows in an order of their own
+        if in_slots(steps):  # larger tiles would want rows in another order
             likely = min(likely, EIGHT_MEAN * e)
         tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
     if blocks is None and tiles.made >= R and e < MOST_NAMED:
@@ -195,7 +195,7 @@ def quantized_decode(
 
         run_token(layer, one_launch)
         return
-    # y is written after the first product has read its rows.
+    # The first product's rows may lie in y, which is written after they are read.
     layer = layer._replace(x=steps[0].taken(layer.x, w1, topk_ids, expert_map, room=layer.y))
     if blocks is None or (tiles.paired and not isinstance(blocks, LoneSlots)):
         if tiles.paired:
@@ -216,7 +216,7 @@ def quantized_decode_reference(
     x, w1, w2, topk_weights, topk_ids, out, act, y = layer[:8]
     (T, K), (e, H, _), expert_map = topk_ids.shape, w2.shape, layer.expert_map
     x = steps[0].taken(x, w1, topk_ids, expert_map)
-    # The definition knows no tiles: its blocks are of eight slots, or its caller's.
+    # The definition has no tiles: blocks are the caller's, or of eight slots.
     if not isinstance(blocks, LoneSlots):
         blocks = align_local_slots(topk_ids, 8, e, expert_map)
     tile = QuantizedTile(64, 8, 64, 1, 4, 2)

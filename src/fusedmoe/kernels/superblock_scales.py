@@ -12,7 +12,7 @@ from fusedmoe.quantization.formats.superblocks import CODECS, scales_and_minima
 from fusedmoe.quantization.tensor import QuantizedTensor
 
 GROUP = 32  # columns
-ADDED = 128  # to the integers that meet these scales
+ADDED = 128  # to the integers that these scales multiply
 _ELEMENTS = ("q4_k", "q5_k")
 
 

@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 STEP = 128  # bytes of a row at a time
-WARPS = 4  # of a program whose warps work by themselves
+WARPS = 4  # of a program whose warps work independently
 LONE_STAGES, LONE_PROGRAMS = 3, 3
-# Blocks of eight slots, up to how many slots per expert on average.
+# Blocks of eight slots, up to an average of EIGHT_MEAN slots per expert.
 EIGHT_MEAN, EIGHT_STAGES, EIGHT_PROGRAMS = 6, 4, 4
-# The same of numbers that are entries of a table: one program, as each has its own table.
+# The same for numbers that are entries of a table: one program, as each has its own table.
 TABLE_WARPS, TABLE_STAGES, TABLE_BYTES = 16, 3, 32 * 1024
 TABLE_STEP, TABLE_MEAN = 64, 8
 # Whole rows: bytes that one matrix instruction takes of each; warps of a program, and how many such
@@ -25,9 +25,9 @@ ROWS_BYTES, ROWS_AHEAD = 220 * 1024, 2
 # int4 by whole rows: pairs of a warp, warps of a program, or of one for rows too long for those.
 INT4_PAIRS, INT4_WARPS, INT4_MOST_WARPS = 8, 8, 14
 INT4_BYTES = 226 * 1024
-# Slots that are blocks by themselves, or of which programs by whole rows make blocks themselves.
+# The most slots that are a block each, or that programs by whole rows put into blocks themselves.
 MAX_LONE_SLOTS = MOST_MADE = 32
-# A launch whose last round of tasks is so full wants no more warps per task.
+# A launch whose last round of tasks is this full gains nothing by more warps per task.
 FULL_ENOUGH = 0.85
 
 
@@ -129,7 +129,7 @@ class CudaDecodeTiles(NamedTuple):
         return isinstance(self.gemm1, CudaStreamTile)
 
 
-# By the most slots per expert on average.
+# (the most slots per expert on average, the tile for them)
 STREAM_TILES = (
     (10.0, CudaStreamTile(16, 16, 4, 1)),
     (16.0, CudaStreamTile(24, 16, 4, 1)),
@@ -163,7 +163,7 @@ def cuda_decode_tiles(
 
 
 def eights_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWarpsTile:
-    """For so many blocks of eight slots and a matrix of so many rows of so many bytes;
+    """The tile for ``blocks`` blocks of eight slots and a matrix of ``rows`` rows of ``row_bytes``;
     ``programs``: the number of multiprocessors."""
     along = _along(blocks, rows, row_bytes, EIGHT_PROGRAMS * programs)
     return CudaWarpsTile(2, along, WARPS // along, EIGHT_STAGES, EIGHT_PROGRAMS)
@@ -171,8 +171,7 @@ def eights_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWa
 
 @lru_cache(maxsize=4096)
 def table_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWarpsTile:
-    """For so many blocks of eight slots and a matrix of entries of a table, of so many rows of so
-    many bytes; ``programs``: the number of multiprocessors."""
+    """``eights_tile`` for a matrix of entries of a table."""
     choices = [n for n in (1, 2, 4, 8) if n == 1 or n * TABLE_STEP <= row_bytes]
     along = _fullest(blocks, rows, choices, TABLE_WARPS, programs)
     return CudaWarpsTile(2, along, TABLE_WARPS // along, TABLE_STAGES, 1)
@@ -182,8 +181,9 @@ def table_tile(blocks: int, rows: int, row_bytes: int, programs: int) -> CudaWar
 def rows_tile(
     features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
 ) -> CudaRowsTile | None:
-    """For blocks of so many slots and weights of so many features, bytes of a row and of its
-    scales; None where no tile fits. ``splits``: rows may be read in parts."""
+    """The tile for blocks of ``slots`` slots and a matrix of ``features``, each a row per shard of
+    ``row_bytes`` and ``scale_bytes``; None where none fits. ``splits``: rows may be read in parts.
+    """
     pairs, rest = divmod(row_bytes, ROWS_STEP)
     eights, of_tile = -(-slots // 8), 16 // shards
     if rest or eights > 2:
@@ -229,8 +229,9 @@ def rows_tile(
 def int4_rows_tile(
     features: int, shards: int, row_bytes: int, scale_bytes: int, slots: int, splits: bool
 ) -> CudaRowsTile | None:
-    """``rows_tile`` for int4: few warps, with two tiles of rows each where two stages of those fit;
-    as few parts of a row as ``INT4_WARPS`` can have their x of, or all of it by more warps."""
+    """``rows_tile`` for int4: few warps, with two tiles of rows each where two stages of them fit.
+    A row has as few parts as let ``INT4_WARPS`` hold their x, or is read whole by more warps.
+    """
     pairs, rest = divmod(row_bytes, ROWS_STEP)
     eights, of_tile = -(-slots // 8), 16 // shards
     if rest or eights > 2:
@@ -262,9 +263,9 @@ def int4_rows_tile(
 
 
 def scale_boxes(row: int, parts: int) -> tuple[int, int]:
-    """Bytes of a row of scales that the copy engine brings at a time, and how many times it takes
-    for one of so many parts of the row; (0, 1): rows come as they lie. In boxes where a row is not
-    taken as a whole, and where eight rows as they lie would meet in few banks."""
+    """Bytes of a row of scales that the copy engine brings at a time, and how many of those boxes a
+    part of the row takes; (0, 1): rows come as they lie. Boxes are for rows in ``parts``, and for
+    rows of which eight would lie in few banks of shared memory."""
     if parts == 1 and (row % 64 or row < 256):
         return 0, 1
     own = row // parts

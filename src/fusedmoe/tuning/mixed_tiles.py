@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# From so many slots per expert on, reading and converting all weights pays.
+# From so many slots per expert on, reading and converting all weights is worth it.
 _FEWEST, _FEWEST_ALONE, _FEWEST_WITH_MINIMA = 16, 8, 32
-# (weight rows, slots, steps in a stage, group), and stages by the bits of weights: rows of x, words
-# of weights and the output on its way have to fit; then stages where that is in fp32.
+# (weight rows, slots, steps in a stage, group), the stages by bits of weights, and the stages with
+# outputs in fp32: rows of x, words of weights and outputs have to fit shared memory.
 _FEW = (256, 64, 2, 8), {4: 5, 8: 4}, {4: 5, 8: 3}
 _SOME = (192, 128, 2, 8), {4: 4, 8: 3}, {4: 3, 8: 2}
 _MANY = (128, 256, 1, 8), {4: 5, 8: 4}, {4: 4, 8: 4}
@@ -17,7 +17,7 @@ _MANY = (128, 256, 1, 8), {4: 5, 8: 4}, {4: 4, 8: 4}
 @dataclass(frozen=True, slots=True)
 class MixedPrefillTile:
     """``rows`` weight rows by ``slots`` slots: 256 by 64, 192 by 128 or 128 by 256, a warpgroup for
-    every 64 rows. Of a block that is not full, less is multiplied: 192 of 256; 64 or 32 of 128; 32
+    every 64 rows. A block that is not full multiplies fewer slots: 192 of 256; 64 or 32 of 128; 32
     of 64.
 
     ``stages`` of ``steps`` times 64 columns in flight; ``group`` blocks of slots are finished

@@ -17,7 +17,7 @@ class PeerTiles(NamedTuple):
         return max(1, min(tasks, self.programs)), 1
 
 
-# Up to so many rows: columns of a task, and its warps.
+# (the most rows, columns of a task, warps of a program)
 _BY_ROWS = ((8, 512, 4), (64, 1024, 4))
 _BEYOND = (2048, 8)
 _PROGRAMS = 264

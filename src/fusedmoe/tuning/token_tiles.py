@@ -6,22 +6,22 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-OCTET, TILE_ROWS = 128, 16  # bytes of a row that are a step, rows of a tile
-PLACE_BYTES = TILE_ROWS * OCTET + 8  # of a ring, its barrier included
-MOST_OCTETS = 2  # of a tile that a warp has registers for, of x
+OCTET, TILE_ROWS = 128, 16  # bytes of a row in a step, rows of a tile
+PLACE_BYTES = TILE_ROWS * OCTET + 8  # a place of a ring, with its barrier
+MOST_OCTETS = 2  # octets of a tile whose x a warp has registers for
 WARPS = range(8, 17)
 FEWEST_STAGES = 2 * MOST_OCTETS
-DIGIT_BYTES = 72  # of the digits of 16 bytes' columns, and their unit
+DIGIT_BYTES = 72  # digits of the columns in 16 bytes, and their unit
 # Whole tiles on their way: with more, those of some programs hold up the first ones of others.
 MOST_TILES_AHEAD = 4
-# Of shared memory: so that no two programs fit a multiprocessor; so that the next launch's first
-# one, of a warp, still does.
+# Shared memory of a program: at least so much that no two fit a multiprocessor, at most so much
+# that the first program of the next launch, of one warp, still fits beside it.
 EXCLUSIVE_BYTES, MOST_BYTES = 116 * 1024, 224 * 1024
 
 
 class TokenShape(NamedTuple):
-    """Of a layer: experts per token, sizes, matrices in w1; of w1 and w2, bytes of a row and of its
-    scales; bytes of a bias' element (0: none)."""
+    """A layer's experts per token and sizes, the matrices in w1 (``shards``), the bytes of a row
+    and of its scales in w1 and in w2, and the bytes of a bias' element (0: none)."""
 
     picks: int
     hidden: int
@@ -53,12 +53,13 @@ class TokenCut(NamedTuple):
 
     @property
     def barriers(self) -> int:
-        """Of the rings: that a place is full, and of those that warps share, that it is empty."""
+        """The rings' barriers: one tells that a place is full, and in a ring that warps share
+        another one that it is empty."""
         return self.stages * (2 if self.whole_rows else self.warps)
 
     @property
     def threads(self) -> int:
-        """Of a program: one warp more asks for whole tiles."""
+        """Threads of a program: whole tiles are fetched by one more warp."""
         return 32 * (self.warps + self.whole_rows)
 
     @property
@@ -79,7 +80,7 @@ def _counts(shape: TokenShape, programs: int) -> tuple[int, int] | None:
 
 
 def _fixed_bytes(shape: TokenShape, tiles: int, units: int, sums: int) -> int:
-    """Of shared memory: rows with scales and a bias each, sums, two barriers, picks."""
+    """Shared memory beside the rings: each row's scales and bias, sums, two barriers, picks."""
     rows = tiles * TILE_ROWS, shape.picks * units * 8
     size = sum(
         n * (scales + shape.bias_bytes) for n, scales in zip(rows, shape.scale_bytes, strict=True)
@@ -127,7 +128,7 @@ def token_cut(shape: TokenShape, programs: int) -> TokenCut | None:
 
 @lru_cache(maxsize=1024)
 def token_rows_cut(shape: TokenShape, programs: int) -> TokenCut | None:
-    """By whole rows, an octet of columns for each warp; None where there is no such cut."""
+    """The cut by whole rows, an octet of columns for each warp; None where there is none."""
     warps, counts = -(-max(shape.row_bytes) // OCTET), _counts(shape, programs)
     if counts is None or warps not in range(1, WARPS.stop):
         return None

@@ -12,7 +12,7 @@ from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 SOURCES = ("quantized_lone_slots.cuh", "align_few.cu")
-# Words of bits for each group, one of these; threads. More slots are not faster this way.
+# Words of bits for each group (one of these), and threads. More slots are not faster this way.
 WORDS, WIDTH = (4, 16), 512
 
 

@@ -11,8 +11,8 @@ from fusedmoe.kernels.cuda.program import CudaKernel, source_of
 from fusedmoe.kernels.gate import CLUSTER, PIECE, ClusterTile
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-EXPERTS = 16  # of a tile
-AHEAD = 4  # pieces of a warp on their way at once, where they come to registers
+EXPERTS = 16  # experts of a tile
+AHEAD = 4  # pieces that a warp loads into registers at once
 BLOCK_BYTES = 112 << 10  # with more, the next launch's block would find no room beside this one
 
 
@@ -48,7 +48,7 @@ def gate_cluster(
     bias = None if bias is None else bias.contiguous()
     size = x.element_size()
     tokens = 8 if T <= 8 else 16
-    # Sums of warps and of blocks, and a barrier; pieces of two experts and of the tokens.
+    # ``shared``: sums of warps and of blocks, and a barrier; ``pieces``: of two experts and tokens.
     shared = (tile.warps * tokens * (EXPERTS + 4) + tokens * EXPERTS) * 4 + 8
     pieces = tile.warps * 32 * tile.pieces * (2 + tokens // 8) * 16
     staged = tile.pieces > AHEAD and shared + pieces <= BLOCK_BYTES

@@ -12,9 +12,9 @@ from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORES = {"softmax": 0, "sigmoid": 1}
-# Of a lane's registers; so that those that may be chosen hardly ever are more than lanes.
+# A lane's registers hold 1/32 of the experts; with more picks, candidates might outnumber lanes.
 MOST_EXPERTS, MOST_PICKS = 512, 16
-MOST_PROGRAMS = 4096  # that run at once; to begin one takes about as long as its token
+MOST_PROGRAMS = 4096  # starting a program takes about as long as routing its token
 SHARED_BYTES = 64 * 8
 
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-LINE_NUMBERS = 64  # of 16 bits
-# Fewer bytes cost less to write than to discard; of more, most are in memory by then.
+LINE_NUMBERS = 64  # numbers of 16 bits in a line of the L2
+# Fewer bytes cost less to write back than to discard; of more, most are written back by then.
 LEAST_BYTES, MOST_BYTES = 6 << 20, 128 << 20
 
 

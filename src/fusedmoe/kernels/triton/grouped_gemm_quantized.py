@@ -33,7 +33,7 @@ from fusedmoe.kernels.triton.quantized_launch import launch_product, precision_o
 from fusedmoe.kernels.triton.stored_numbers import load_groups, scaled_numbers, stored_numbers
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 
-# What e2m1_nibbles_bf16 leaves out, in two halves: one goes with the scales, one with the sum.
+# The square root of the factor that e2m1_nibbles_bf16 leaves out: scales and sum take one each.
 HALF_EXPONENT = tl.constexpr(2.0**63)
 
 
@@ -157,7 +157,7 @@ def quantized_gemm_kernel(
             else:
                 total += part * float_scale(scale)[:, None]
         if SCALING != "end":
-            # Behind the last step the last groups are read once more, and not used.
+            # After the last step the last groups are read again, and not used.
             after = tl.minimum(first + DEPTH, D - DEPTH if EVEN_D else D - 1)
             scale = load_groups(
                 scale_ptr, scale_row, after, groups, stride_sn, DEPTH, GROUP, EVEN_D
@@ -191,7 +191,7 @@ _launch = Launcher(quantized_gemm_kernel, chained=True)
 def scaling_of(element: str, group: int, D: int, tile: QuantizedTile) -> str:
     """Where the scales of groups of ``group`` columns go (SCALING)."""
     if element == "e2m1":
-        return "each"  # half of what their numbers are short of goes with the scales
+        return "each"  # HALF_EXPONENT goes with the scales
     if group >= D:
         return "end"
     crowded = tile.slots > 64 or (group == tile.depth and tile.slots > 32)

@@ -191,7 +191,7 @@ def down_kernel(
                 (act_desc, w_desc, box, counter_ptr, act_scales, ring, tables, CASE),
             ),
         ],
-        # More registers for consumers spill more: products would overlap sums that do not fit.
+        # With more registers for consumers the compiler overlaps products with sums, and spills.
         [4, 1],
         [216, 72],
     )

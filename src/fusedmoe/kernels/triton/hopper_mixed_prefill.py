@@ -61,7 +61,8 @@ from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTile, MixedPrefillTiles
 
-# Of a thread at launch: all of a multiprocessor's, over the warpgroups that a tile has.
+# Registers of a thread at launch by weight rows of a tile: the multiprocessor's, shared by its
+# warpgroups.
 _REGISTERS = {128: 168, 192: 128, 256: 96}
 
 _launch_up = HopperLauncher(up_kernel)
@@ -221,7 +222,7 @@ def prefill(
     x, w1, w2, _, topk_ids, _, act, y = layer[:8]
     position = torch.empty(topk_ids.numel(), dtype=torch.int32, device=x.device)
     orders = [LANES if wants_lane_order(w) else "" for w in (w1, w2)]
-    # In memory that nobody needs before the second launch.
+    # y is not needed before the second launch.
     if orders[0] and steps[0].none:
         rows = y.view(x.dtype).flatten()[: x.numel()].view(x.shape)
         lane_order(x, rows)
@@ -233,7 +234,8 @@ def prefill(
         ordered = orders[1] != "" and steps[1].none
         up(layer, x, scales, position, tables, tile, share, ordered=ordered, top_k=top_k)
     act = steps[1].taken(act, w2, *routed, order=orders[1], position=position)
-    scales = Scales.of(w2)  # where they are made, in the memory of those of w1
+    del scales  # before those of w2 are made: they may take the memory
+    scales = Scales.of(w2)
     for share, (_, tile) in shares.items():
         down(layer, act, scales, tables, tile, share)
     sum_rows(layer, position)

@@ -261,7 +261,7 @@ def store_side(desc, buffers, value, row, column, FIRST: gl.constexpr, IN_LANE_O
         value = gl.reshape(value, [SIDE // 8, 2, 4, SLOTS])
         value = gl.reshape(gl.permute(value, [2, 0, 1, 3]), [SIDE, SLOTS])
     if SLOTS <= UNIT:
-        # Where fewer are stored, what else the buffer holds goes to places that nobody reads.
+        # With fewer slots, the rest of the buffer is stored to places that nobody reads.
         part = buffers.index(FIRST).slice(0, SLOTS, 0)
         store_unit(desc, buffers.index(FIRST), part, value, row, column, buffers.shape[0])
     else:

@@ -21,8 +21,8 @@ from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.w8a8_tiles import StreamTile
 
-# Of a thread, for eight warps: of a program alone on a multiprocessor, beside which the sum finds
-# room, and of several.
+# Registers of a thread in programs of eight warps: alone on a multiprocessor (with room for the sum
+# beside it), and several together.
 ALONE, TOGETHER = 208, 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)

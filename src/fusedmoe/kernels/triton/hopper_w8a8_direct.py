@@ -27,7 +27,7 @@ from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.hopper_tiles import DirectTiles
 
-# Of the eight warps that a program has, alone on its multiprocessor.
+# Of a thread in a program of eight warps, alone on its multiprocessor.
 MAX_REGISTERS = 168
 
 _launch_up = HopperLauncher(up_kernel)

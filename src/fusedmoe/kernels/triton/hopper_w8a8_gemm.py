@@ -187,7 +187,7 @@ def gemm_kernel(
     x_span = gl.allocate_shared_memory(DTYPE, [SPAN, BN, STEP], x_shared)
     scale_span = gl.allocate_shared_memory(gl.float32, [SPAN, BN], flat)
     BY_STEP: gl.constexpr = CASE.GROUP > 0
-    # A step of the weights' scales where they do not change by steps is never looked at.
+    # Unless the weights' scales change by step, this one is never read.
     w_span = gl.allocate_shared_memory(gl.float32, [SPAN if BY_STEP else 1, ROWS], flat)
     w_all = reinterpret(
         w_span, gl.float32, [w_span.shape[0], ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -198,8 +198,8 @@ def gemm_kernel(
     x = RowPointers(x_ptr, stride_x, x_scale_ptr, stride_xs, stride_xg)
     scales = Scales(scale_ptr, stride_se, stride_sn, scale_shard_step, scale_row_step, scale_block)
     sizes = (num_local, desc_rows, below)
-    # So many tasks the ring's first filling takes in, and so far ahead of the products it may be;
-    # slots and experts are asked for a task before that.
+    # How many tasks the ring's first filling covers, and so how far it may be ahead of products;
+    # slots and experts are asked for one task earlier.
     FILLED: gl.constexpr = (STAGES + KSTEPS - 1) // KSTEPS
     queue = first_tasks(FILLED)
     if BY_STEP:

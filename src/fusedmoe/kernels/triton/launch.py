@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fusedmoe.kernels.capture import loads_code
 from fusedmoe.kernels.releases import is_known
 
-# The calling convention of a compiled kernel is private to Triton; other releases go its own way.
+# How a compiled kernel is called is private to Triton; in unknown releases Triton launches it.
 _KNOWS_CALLING_CONVENTION = is_known(triton.__version__)
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16

@@ -119,7 +119,7 @@ def sum_groups(
     for first in range(0, D, 256):
         block = w_rows + first // 256 * NBYTES
         d, least, scales, minima = scales_of_words(both, bits, more, most)
-        # Behind the last superblock it is read once more, and not used.
+        # After the last superblock it is read again, and not used.
         both, bits, more, most = superblock_words(
             w_rows + tl.minimum(first // 256 + 1, D // 256 - 1) * NBYTES
         )
@@ -167,7 +167,7 @@ def add_sextets(
     groups = first // 32 + tl.arange(0, DEPTH // 32)
     scale = tl.load(scale_rows[:, None] + groups[None, :], (groups < D // 32)[None, :], 127)
     if NATIVE:
-        # Of what the numbers are short of, half goes with the scales, and half with the sum.
+        # Scales and sum each take half of the exponent that sextet_pairs_bf16 leaves out.
         factor = spread_groups(half_scale_bits(scale), WIDTH).to(tl.bfloat16, bitcast=True)
         pairs = sextet_pairs_bf16(units, ELEMENT)
     else:

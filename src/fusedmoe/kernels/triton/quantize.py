@@ -15,10 +15,10 @@ from fusedmoe.kernels.triton.launch import Launcher, follow_previous, power_of_2
 
 _LARGEST_E4M3 = tl.constexpr(448.0)
 _LARGEST_INT8 = tl.constexpr(127.0)
-# The least that counts as a largest magnitude: of a group of columns, and of a whole fp8 row.
+# The floor of largest magnitudes: for a group of columns, and for a whole fp8 row.
 LEAST = tl.constexpr(1e-10)
 LEAST_OF_ROW = tl.constexpr(1.0 / 512.0)
-# Added and subtracted, it rounds to a whole number, ties to even.
+# Adding and subtracting 1.5 * 2^23 rounds to a whole number, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)
 
 
@@ -196,7 +196,7 @@ def quantize_given_kernel(
 _launch_groups = Launcher(quantize_groups_kernel, chained=True)
 _launch_row = Launcher(quantize_row_kernel, chained=True)
 _launch_given = Launcher(quantize_given_kernel, chained=True)
-_MOST_PROGRAMS = 4096  # beginning one takes 1.3 ns
+_MOST_PROGRAMS = 4096  # starting one takes 1.3 ns
 
 
 def quantize(

@@ -40,7 +40,7 @@ def _nearest(ratio, ELEMENT: tl.constexpr):
         ratio = tl.clamp(ratio, -MOST, MOST, propagate_nan=NAN)
         exponent = ratio.to(tl.int32, bitcast=True) >> 23 & 255
         exponent = tl.maximum(exponent, 128 - BIAS)
-        # Added and subtracted, 1.5 times 2^23 steps leave whole steps.
+        # Adding and subtracting 1.5 * 2^23 steps rounds to whole steps.
         rounder = ((exponent + 23 - MANTISSA) << 23 | 1 << 22).to(tl.float32, bitcast=True)
         return (ratio + rounder) - rounder
 

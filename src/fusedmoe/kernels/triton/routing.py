@@ -66,7 +66,7 @@ def routing_kernel(
 
 
 TOKENS_PER_PROGRAM = 1
-MOST_PROGRAMS = 4096  # that run at once; to begin one takes about as long as its token
+MOST_PROGRAMS = 4096  # starting a program takes about as long as routing its token
 
 
 def routing_warps(columns: int) -> int:

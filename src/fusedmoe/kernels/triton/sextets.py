@@ -15,7 +15,7 @@ PAIRS = tl.constexpr(8)
 def load_units(words, first, columns, UNITS: tl.constexpr):
     """The three words [ROWS, UNITS] of each unit from column ``first`` of ``columns`` on; ``words``
     points to rows [ROWS]. Zeros past the end."""
-    # Neither units nor rows lie side by side, and of such tiles Triton gives neighbouring threads
+    # Neither units nor rows are contiguous. Triton then gives neighbouring threads neighbours in
     # the first dimension: with units there, they read the same sectors.
     at = first // UNIT_COLUMNS + tl.arange(0, UNITS)
     inside = (at < columns // UNIT_COLUMNS)[:, None]

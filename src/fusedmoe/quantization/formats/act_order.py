@@ -60,6 +60,6 @@ def taken_columns(data: torch.Tensor, order: torch.Tensor, *, is_int4: bool) -> 
 def _rearrange(w: QuantizedTensor, order: torch.Tensor, index: torch.Tensor) -> None:
     """The columns [K] of an expert's weights in another order, with what ``index`` says of them."""
     assert w.group_index is not None
-    with torch.inference_mode():  # where the weights may have been made
+    with torch.inference_mode():  # the weights may be inference tensors
         w.data.copy_(taken_columns(w.data, order, is_int4=w.format.element == "int4"))
         w.group_index.copy_(index.expand_as(w.group_index))
