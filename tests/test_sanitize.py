@@ -8,7 +8,7 @@ import pytest
 import torch
 
 PATH = Path(__file__).parents[1] / "tools" / "sanitize.py"
-SEVERAL = {"quantized": 2, "packed": 2, "gate": 2}
+SIZES = {"quantized": 2, "packed": 2}
 
 
 @pytest.fixture
@@ -22,19 +22,22 @@ def tool(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("names", [["bounded"], ["slots", "gate"], []])
+@pytest.mark.parametrize("names", [["bounded"], ["slots", "packed"], []])
 def test_what_is_named_runs_and_without_names_all(tool, names, monkeypatch):
     ran = []
-
-    def noted(name):
-        return lambda *given: ran.append(name)
-
-    functions = [*chain(tool.PARTS, ("long_gate",))]
-    for name in functions:
-        monkeypatch.setattr(tool, name, noted(name.removeprefix("long_")))
+    for name in tool.PARTS:
+        monkeypatch.setattr(tool, name, lambda *given, name=name: ran.append(name))
     tool.main([*["--only"] * bool(names), *names])
     wanted = names or [*tool.PARTS]
-    assert ran == [name for name in wanted for _ in range(SEVERAL.get(name, 1))]
+    assert ran == [name for name in wanted for _ in range(SIZES.get(name, 1))]
+
+
+def test_sizes_can_be_run_in_parts(tool, monkeypatch):
+    ran = []
+    monkeypatch.setattr(tool, "quantized", lambda *given: ran.append(given))
+    for part in "01":
+        tool.main(["--only", "quantized", "--part", part, "2", "--formats", "nvfp4"])
+    assert ran == [(288, 160, ["nvfp4"]), (256, 256, ["nvfp4"])]
 
 
 def test_parts_have_everything_once(tool):

@@ -5,10 +5,10 @@
     PYTHONPATH=src compute-sanitizer --tool racecheck --error-exitcode 1 \
         python tools/sanitize.py --only hopper bounded [--part 0 4] [--formats q4_k ...]
 
-``--part`` runs one of several equal parts of hopper, bounded and experts. Where several run at once
-each takes ``--target-processes application-only``, or the tool follows compilers, too,
-``--launch-timeout 0``, or it gives up on a program that has not begun after ten seconds, and a
-``--port`` of its own, ten from the next.
+``--part`` runs one of several equal parts of hopper, bounded and experts, and of the two sizes of
+quantized and packed. Where several run at once each takes ``--target-processes application-only``,
+or the tool follows compilers, too, ``--launch-timeout 0``, or it gives up on a program that has not
+begun after ten seconds, and a ``--port`` of its own, ten from the next.
 
 Without caching every tensor is its own allocation, so that a stray access leaves it. Errors of the
 API are left out: cuda-bindings asks the driver for every function, also those that it has not.
@@ -521,25 +521,29 @@ def activations() -> None:
         moe_activation(case.activation, out, x, case.numbers)
 
 
-Run = Callable[[argparse.Namespace], None]
-PARTS: dict[str, tuple[Run, ...]] = {
-    "hopper": (lambda args: hopper(args.tokens, args.part),),
-    "quantized": (
-        lambda args: quantized(288, 160, args.formats),  # masked loads
-        lambda args: quantized(256, 256, args.formats),  # whole steps
-    ),
-    "packed": (
-        lambda args: packed(288, 160, args.formats),
-        lambda args: packed(512, 256, args.formats),
-    ),
-    "ranks": (lambda _: ranks(),),
-    "batched": (lambda _: batched(),),
-    "routing": (lambda _: routing(),),
-    "gate": (lambda _: gate(), lambda _: long_gate()),
-    "slots": (lambda _: slots(),),
-    "bounded": (lambda args: bounded(args.part),),
-    "activations": (lambda _: activations(),),
-    "experts": (lambda args: experts(args.quick, args.part),),
+def of_sizes(
+    run: Callable[[int, int, list[str] | None], None],
+    sizes: Sequence[tuple[int, int]],
+    args: argparse.Namespace,
+) -> None:
+    for H, width in share(sizes, args.part):
+        run(H, width, args.formats)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "hopper": lambda args: hopper(args.tokens, args.part),
+    # Masked loads, and whole steps.
+    "quantized": lambda args: of_sizes(quantized, ((288, 160), (256, 256)), args),
+    "packed": lambda args: of_sizes(packed, ((288, 160), (512, 256)), args),
+    "ranks": lambda _: ranks(),
+    "batched": lambda _: batched(),
+    "routing": lambda _: routing(),
+    "gate": lambda _: gate(),
+    "long_gate": lambda _: long_gate(),
+    "slots": lambda _: slots(),
+    "bounded": lambda args: bounded(args.part),
+    "activations": lambda _: activations(),
+    "experts": lambda args: experts(args.quick, args.part),
 }
 
 
@@ -553,8 +557,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.manual_seed(0)
     for name in args.only:
-        for run in PARTS[name]:
-            run(args)
+        PARTS[name](args)
     torch.cuda.synchronize()
     print("all kernels ran")
 
