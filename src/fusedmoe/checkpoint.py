@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.json"
-# Where some tools put what config.json would say under quantization_config.
+# Files in which some tools put what belongs under quantization_config in config.json.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTIZATION_METHODS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 WEIGHTS_NAME = "model.safetensors"

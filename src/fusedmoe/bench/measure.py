@@ -17,8 +17,8 @@ from fusedmoe.testing.tolerances import format_name
 MEMORY_SHARE = 0.6
 """Of what is free: what a run may take."""
 
-# A pause after each sample, in lengths of the sample. Without one, products sit at the card's power
-# limit after a while, and would be held against a rate that was measured in a short burst.
+# A pause after each sample, in lengths of the sample. Without one, products reach the card's power
+# limit after a while, but would be compared with a rate that was measured in a short burst.
 REST = 1.0
 _LAUNCHED_REPEATS = 5
 _COMPUTE_BOUND_MEAN = 64  # picks per active expert

@@ -12,12 +12,12 @@ import torch
 from fusedmoe.bench.timing import Call
 from fusedmoe.runner.capture import record_graph
 
-# A graph runs long enough that its launch does not show; longer calls get a graph each.
+# A graph runs so long that its launch does not count; calls longer than _LONG_CALL_US get one each.
 _GRAPH_US = 2000.0
 _LONG_CALL_US = 1000.0
 _MAX_CALLS = 80
-# Slow peers are not sampled for longer, once they have been sampled often enough for a median.
-# What is ours has all of its samples, however long it takes.
+# Peers are sampled for _LONG_MS, but at least as often as a median needs. This package gets all of
+# its samples, however long they take.
 _LONG_MS, FEWEST_SAMPLES = 500.0, 12
 
 

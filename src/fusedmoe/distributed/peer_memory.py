@@ -20,7 +20,7 @@ from fusedmoe.kernels.peer_all_to_all import copy_rows
 from fusedmoe.kernels.peer_layout import PeerLayout, PeerView
 
 _MICROSECONDS = 1_000_000
-_LONGEST_S = 2_000.0  # in microseconds still an int32
+_LONGEST_S = 2_000.0  # its microseconds fit an int32
 _WATCH_INTERVAL = 0.05
 SEND_SUMS_FROM = 256
 """Tokens. On four H200s fetching is faster at 8, either at 128, and sending from 256 on."""
@@ -256,7 +256,7 @@ def raise_in_thread(thread_id: int) -> OnError:
     """An ``on_error`` that raises the error in another thread of this process."""
 
     def on_error(error: PeerTimeoutError) -> None:
-        # Only a class can be raised elsewhere: one that brings its message along.
+        # Another thread can only be given a class to raise: one that brings its message along.
         kind = type(
             "PeerTimeoutError",
             (PeerTimeoutError,),

@@ -37,7 +37,7 @@ class ExpertMover:
         self.rank = group.rank()
         self.arrived = torch.empty(slots, bytes_per_expert, dtype=torch.uint8, device=device)
         self._moving: _Moving | None = None
-        # NCCL connects all ranks at a group's first call, which a batch may not concern all of.
+        # NCCL connects a group at its first call, for which a batch may concern too few ranks.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property

@@ -104,7 +104,7 @@ def triton_products(
         gated=activation.is_gated,
         shared_memory=shared_memory_of(x.device),
     )
-    # No table, and a launch less, where slots are so few that two rarely share an expert.
+    # With so few slots, two rarely share an expert: blocks of one slot need no alignment.
     lone = slots * 4 <= e
     blocks = routing if lone else bounded_align(routing, tiles.gemm1.block_m, slots)
     act, rows = x.new_empty(routing.R, I), x.new_empty(routing.R, H)
@@ -149,7 +149,7 @@ def hopper_products(
     P = prefill_rows(routing.R, e) if many else routing.R
     act, rows = x.new_empty(P, I), x.new_empty(P, H)
     ids, programs = routing.routing_map, multiprocessors_of(x.device)
-    # Nothing is summed here, so ``out`` is nobody's.
+    # Nothing is summed here, so ``out`` is not written: rows stand in for it.
     layer = LayerTensors(x, w1, w2, None, ids, rows, act, rows, programs, activation)
     with device_of(x):
         if many:

@@ -23,7 +23,7 @@ from fusedmoe.modular_kernel import ProblemSize, WorkspaceShapes
 
 SCRATCH_BYTES = 256 << 20
 
-# What is used again at once should still be in L2, and small enough for malloc to keep its pages.
+# Blocks that are read again at once: small enough for L2, and for malloc to keep their pages.
 _BLOCK_ELEMENTS = 1 << 19
 _ACTIVATION_ELEMENTS = 1 << 17
 
@@ -184,7 +184,7 @@ def _run_one_token(
     if not experts:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     products = layer.products
-    # A row of its own, so that its address, on which a BLAS may depend, is aligned in any company.
+    # A copy, aligned whatever rows came with it: the results of a BLAS may depend on the address.
     x = x.clone(memory_format=torch.contiguous_format)
     up = _one_row_each(products, products.entering(x), products.up, experts, layer.width, x)
     up = _biased(up, layer.up_bias, experts)

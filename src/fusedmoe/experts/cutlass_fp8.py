@@ -139,7 +139,7 @@ class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
 
 def _capabilities(rows: FusedMoEActivationFormat) -> ExpertsCapabilities:
     batched_rows = rows is FusedMoEActivationFormat.BatchedExperts
-    # One scale for all rows would count the rows past each expert's number.
+    # One scale for all rows would take in the unused rows behind those of each expert.
     keys = [key for key in _ROWS if not (batched_rows and key == FP8_DYNAMIC_TENSOR)]
     return ExpertsCapabilities(
         activation_format=rows,

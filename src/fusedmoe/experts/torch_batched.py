@@ -38,7 +38,7 @@ class BatchedTorchExperts(TorchExperts):
         live = torch.arange(room, device=counts.device) < counts[:, None]
         experts = torch.arange(e, device=counts.device)[:, None]
         ids = torch.where(live, experts, -1).reshape(e * room, 1)
-        # What lies in the other rows may be anything, and all rows together make some scales.
+        # Unused rows may hold anything, and some scales are computed of all rows together.
         rows = work.hidden_states.masked_fill(~live[..., None], 0)
         super().run(
             work._replace(

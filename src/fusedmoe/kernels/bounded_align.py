@@ -12,7 +12,7 @@ import torch
 
 from fusedmoe.kernels.align import MAX_SLOTS, MoEAlignment, align_reference, padded_slots
 
-# Up to here one launch counts and places; each of its programs reads all slots.
+# Up to so many slots one launch counts and places them; each of its programs reads all of them.
 ONE_LAUNCH_SLOTS = 4096
 
 

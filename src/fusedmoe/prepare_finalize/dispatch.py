@@ -50,8 +50,8 @@ class Dispatching(CarriesLuggage, FusedMoEPrepareAndFinalize):
     by_expert: ClassVar[bool] = False
     """Whether rows go to the ranks of their experts alone: of whole experts, in one group."""
     compares_sizes: bool = False
-    # What the object of a forward has from this one. Named, for torch.compile sees into neither
-    # copy.copy nor an instance's __dict__ in torch 2.11.
+    # The attributes that the object of a forward takes over. Listed, because torch.compile traces
+    # neither copy.copy nor an instance's __dict__ in torch 2.11.
     carried: ClassVar[tuple[str, ...]] = (
         "is_sequence_parallel",
         "ranks",

@@ -290,7 +290,7 @@ def biased_moe_quant_config(
     w1_bias: torch.Tensor | None, w2_bias: torch.Tensor | None
 ) -> FusedMoEQuantConfig:
     """Unquantized weights with biases [e, S * I] and [e, H]."""
-    plain = FusedMoEQuantDesc()  # given, not defaulted: torch.compile cannot trace the factories
+    plain = FusedMoEQuantDesc()  # explicit: torch.compile cannot trace default factories
     return FusedMoEQuantConfig(
         a1=plain, a2=plain, w1=FusedMoEQuantDesc(bias=w1_bias), w2=FusedMoEQuantDesc(bias=w2_bias)
     )

@@ -83,7 +83,7 @@ def accepts(pattern: QuantKey | None, key: QuantKey | None) -> bool:
 
 _FP8 = torch.float8_e4m3fn
 
-# Activations, quantized as they come. ``*_UE8M0``: scales rounded up to powers of two.
+# Of activations. ``*_UE8M0``: scales rounded up to powers of two.
 FP8_DYNAMIC_TENSOR = QuantKey(_FP8, False, PER_TENSOR)
 FP8_STATIC_TENSOR = QuantKey(_FP8, True, PER_TENSOR)
 FP8_DYNAMIC_TOKEN = QuantKey(_FP8, False, PER_TOKEN)
@@ -96,7 +96,7 @@ MXFP8_DYNAMIC = QuantKey("mxfp8", False, GroupShape(1, 32), scale_kind="e8m0")
 MXFP6_E3M2_DYNAMIC = QuantKey("mxfp6_e3m2", False, GroupShape(1, 32), scale_kind="e8m0")
 MXFP6_E2M3_DYNAMIC = QuantKey("mxfp6_e2m3", False, GroupShape(1, 32), scale_kind="e8m0")
 NVFP4_DYNAMIC = QuantKey("nvfp4", False, GroupShape(1, 16), scale_kind="e4m3", second_scale=True)
-NVFP4_STATIC = replace(NVFP4_DYNAMIC, static=True)  # its second scale is; the others never are
+NVFP4_STATIC = replace(NVFP4_DYNAMIC, static=True)  # only its second scale is
 
 
 def fp8_dynamic_group(columns: int, scale_kind: ScaleKind = "float") -> QuantKey:

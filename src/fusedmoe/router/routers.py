@@ -44,7 +44,7 @@ class SpecRouter(nn.Module, BaseRouter):
         require_padding_mask: bool = False,
     ) -> None:
         super().__init__()
-        # Of this instance: what is looked up in a class is dearer for torch.compile to look at.
+        # On the instance: attributes found in the class cost torch.compile's guards more.
         self.eplb_state = None
         self.capture_fn = None
         self.spec = spec

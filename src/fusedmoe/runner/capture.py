@@ -11,7 +11,8 @@ import torch
 Outputs = TypeVar("Outputs")
 PoolId = Any  # opaque; torch annotates it differently from version to version
 
-# The allocator of pinned memory goes on asking a failed capture's graph which streams it records.
+# Graphs of failed captures, kept alive: the allocator of pinned memory still asks them which
+# streams they record.
 _failed: list[Any] = []
 
 

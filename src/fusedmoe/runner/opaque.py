@@ -21,8 +21,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-# Modules by a key, and by the same key the names of the tensors that each holds itself. A module in
-# a tuple would be looked at anew before each call.
+# Modules by a key, and by the same key the names of the tensors that each holds itself. Modules in
+# a tuple would be guarded again before each call.
 Owners = dict[str, nn.Module]
 Names = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -59,8 +59,8 @@ def can_be_opaque(number: int) -> bool:
     return not torch.compiler.is_exporting() and bool(_parts[number].can_be_opaque())
 
 
-# What ``torch.compiler.assume_constant_result`` does, which to do so imports the whole compiler:
-# more than a second, and Triton, for everybody who builds a layer.
+# What ``torch.compiler.assume_constant_result`` does; but that imports the whole compiler and
+# Triton, which costs everybody who builds a layer more than a second.
 can_be_opaque._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -58,7 +58,7 @@ class CompiledLayer(PlacedLayer):
         """Call this once router and experts are there."""
         self._find_tensors()
         self.number = new_number(self)
-        # A look into the record of ranks would keep a layer's guards from being skipped.
+        # Read here, because a guard on ``rank_sum`` would keep a layer's guards from being skipped.
         self.is_one_of_many = self.rank_sum.size > 1
 
     def _find_tensors(self) -> None:
@@ -67,7 +67,7 @@ class CompiledLayer(PlacedLayer):
         found = owners_in(*(part for part in parts if isinstance(part, torch.nn.Module)))
         if found != (getattr(self, "owners", None), getattr(self, "names", None)):
             self.owners, self.names = found
-            # A router that holds its tensors holds them itself: it is the last of the owners.
+            # A router with tensors holds them itself, and so is the last of the owners.
             self.router_key = next(reversed(self.owners), "")
 
     def is_one_operator(self, x: torch.Tensor) -> bool:
@@ -79,7 +79,7 @@ class CompiledLayer(PlacedLayer):
             or not can_be_opaque(self.number)
         ):
             return False
-        # Found as ``tensors_of`` finds it: two ways to one module keep guards from being skipped.
+        # By the path of ``tensors_of``: two paths to one module keep guards from being skipped.
         router: Any = self.owners[self.router_key]
         return router.eplb_state is None and router.capture_fn is None
 

@@ -35,7 +35,7 @@ _NAME = re.compile(
 _OF_ONE_GEMM = "_down.json"
 _SIZES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
 _NEEDED = (*_SIZES, "num_warps", "num_stages")
-# Of other GPUs and other kernels; a tile record of ours has no place for them.
+# Settings of other GPUs and other kernels, which no tile here has.
 _IGNORED = ("waves_per_eu", "matrix_instr_nonkdim", "kpack", "SPLIT_K")
 _VERSION_KEY = "triton_version"
 _SIXTEEN_BIT_BYTES = 2

@@ -86,8 +86,8 @@ _BATCH_INVARIANT_BLOCK_M = 64
 _MAX_STAGES = 6
 # A last step that is mostly empty costs less than rows of half the length.
 _NEARLY = 1.04
-# Narrower tiles read the rows more often, and high ones multiply more slowly, so they have to
-# spread the work this much better: low ones, high ones.
+# Narrower tiles read the rows more often, and high ones multiply more slowly. They are chosen where
+# the time of the fullest multiprocessor falls to this part: (for low tiles, for high tiles).
 _BETTER = (0.85, 0.6)
 _NARROWEST = 64  # rows of weights, gate and up together
 _MAX_GROUP_M = 32

@@ -91,7 +91,7 @@ class ExpertNameParser:
         else:
             self._shards[gate] = joined
         self._shards[down] = ("w2",)
-        # The longest first: one name may begin with another (linear, linear_1).
+        # The longest first, because one name may begin with another (linear, linear_1).
         names = "|".join(re.escape(n) for n in sorted(self._shards, key=len, reverse=True))
         self._pattern = re.compile(
             rf"(?:(?:.*\.)?(?:routed_)?experts\.)?(?:(\d+)\.)?({names})(?:[._]([\w.]+))?"

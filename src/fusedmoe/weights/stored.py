@@ -50,7 +50,7 @@ class StoredTensors:
     def __init__(self, schemes: LayerSchemes) -> None:
         self.schemes = schemes
         self._pending: dict[MatrixKey, dict[str, Waiting]] = {}
-        # What has come of a matrix, and what of that has come again without its weight.
+        # The tensors that have come of a matrix, and those that came again without its weight.
         self._seen: dict[MatrixKey, tuple[set[str], set[str]]] = {}
         self._names: dict[MatrixKey, dict[str, str]] = {}
         self._bases: dict[MatrixKey, str] = {}

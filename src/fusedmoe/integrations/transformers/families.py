@@ -23,7 +23,7 @@ from fusedmoe.router.spec import RoutingSpec
 # A value, or a function of the block that finds it.
 Setting = Any
 read = attrgetter
-# Stands among a router's arguments for the token ids that the block was called with.
+# In ``Router.arguments``: the token ids that the block was called with.
 INPUT_IDS = "input_ids"
 TORCH_CLASSES = {"Linear": nn.Linear, "ModuleList": nn.ModuleList}
 

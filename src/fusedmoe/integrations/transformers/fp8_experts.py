@@ -20,7 +20,7 @@ from fusedmoe.quantization.formats.int4 import unpack_nibbles
 from fusedmoe.quantization.formats.minifloat import E2M1
 from fusedmoe.quantization.keys import GroupShape
 
-# Of dequantized weights in fp32 alive at once; one expert is the least.
+# Weights that are dequantized to fp32 at once; at least one expert.
 _PIECE_BYTES = 256 << 20
 
 

@@ -67,7 +67,7 @@ def recognise_gate(experts: Any) -> Gate:
             type(experts).__name__, "what an expert gives is normalised before its weight"
         )
         return Gate(activation=None)
-    # While a program is exported, tensors have no numbers, but for this.
+    # While a program is exported, tensors have values only outside its modes.
     with _disable_current_modes(), torch.no_grad():
         x = _probe()
         try:

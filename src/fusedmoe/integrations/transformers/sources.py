@@ -102,7 +102,7 @@ def turned_tensors(experts: CheckpointExperts, layer: ExpertLayer) -> set[str]:
 class FolderSource:
     """A checked folder; ``online`` rounds experts that are stored as floats."""
 
-    strict = False  # files keep what guesses further tokens, or sees
+    strict = False  # files may hold more: multi-token prediction, vision towers
 
     def __init__(
         self, experts: CheckpointExperts, online: OnlineQuantization | None = None

@@ -77,7 +77,7 @@ class CompressedTensorsQuantization(CheckpointQuantization):
         _check_whole(config)
         found, groups = [], section(config, "config_groups")
         if len({group.get("format") for group in groups.values() if isinstance(group, dict)}) > 1:
-            # Experts, whose names these are, are not all that is packed.
+            # With several formats, tensors of these names need not be the experts'.
             leaves = {n: t for n, t in leaves.items() if n not in ("weight", "weight_packed")}
         for name, group in groups.items():
             if not isinstance(group, dict):

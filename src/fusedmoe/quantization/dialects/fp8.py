@@ -42,7 +42,7 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.quantization.tensor import QuantFormat
 
-# Of all experts in one tensor the names are bare: gate_up_proj_scale_inv.
+# Stacked experts have bare names: gate_up_proj_scale_inv.
 _SCALE_LEAVES = {
     "weight_scale_inv": "weight_scale_inv",
     "scale_inv": "weight_scale_inv",

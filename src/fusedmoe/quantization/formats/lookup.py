@@ -62,8 +62,8 @@ IQ4_NL_TABLE = tuple(
 )
 
 CODECS = {"nf4": LookUp(NF4_TABLE), "iq4_nl": LookUp(IQ4_NL_TABLE)}
-# Times this, in 2^-16, entries lose least when they become bf16: nf4's 0.8e-3 of their norm, not
-# 1.4e-3.
+# The factor, to 2^-16, with which entries lose least when they are rounded to bf16: nf4's lose
+# 0.8e-3 of their norm, without it 1.4e-3.
 LIFTS = {"nf4": 1.4367218017578125, "iq4_nl": 1.0}
 
 
