@@ -115,6 +115,9 @@ inline u32 both(u32 a, u32 b, float (*f)(float, float)) {
 }
 inline u32 multiply2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x * y; }); }
 inline u32 minus2(u32 a, u32 b) { return both(a, b, [](float x, float y) { return x - y; }); }
+inline u32 larger2(u32 a, u32 b) {
+  return max(a & 0xFFFFu, b & 0xFFFFu) | max(a >> 16, b >> 16) << 16;
+}
 template <int BITS>
 u32 shift_left(u32 a) { return a << BITS; }
 template <int BITS>

@@ -34,6 +34,8 @@ CASES = {
     "lone_in_one_piece": ("mxfp4", 32, 4, 2880, 320, 2, 1),
     "int4_groups_of_32": ("int4_g32", 16, 4, 7168, 256, 9, 8),
     "int4_groups_of_128": ("int4_g128", 16, 4, 2048, 768, 9, 8),
+    "int4_few_slots": ("int4_g128", 32, 4, 2048, 768, 9, 8),
+    "int4_few_slots_in_parts": ("int4_g128", 8, 2, 512, 14336, 6, 8),
     "int4_in_parts": ("int4_g128", 4, 2, 512, 14336, 9, 8),
     "int4_sixteen_in_parts": ("int4_g128", 4, 2, 4096, 14336, 29, 16),
     "int4_lone": ("int4_g32", 96, 4, 2048, 768, 5, 1),

@@ -30,7 +30,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, quantized_
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantized_checks import unmet_by_stream
-from fusedmoe.quantization.formats import format_named, quantize
+from fusedmoe.quantization.formats import dequantize, format_named, quantize
 from fusedmoe.quantization.formats.lookup import CODECS
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
@@ -117,6 +117,8 @@ def routed(T, K, E, local):
 
 # Programs make the blocks themselves.
 MADE = {"made": True, "bias": True}
+# Rows of fifteen bits.
+DIGITS = {"bias": True, "tolerance": 3e-5}
 # format, activation (None: the second GEMM), T, K, E, D, N, tile, what else
 ONE_GEMM = {
     "lone_groups_of_32": ("int4_g32", None, 3, 2, 9, 1024, 80, lone(4, 1, stages=5), {}),
@@ -165,6 +167,20 @@ ONE_GEMM = {
         {"programs": 7},
     ),
     "rows_of_16_made": ("int4_g128", SILU, 16, 2, 2, 1024, 96, rows(4, 2, slots=16), MADE),
+    "rows_digits": (
+        "int4_g128",
+        SILU,
+        5,
+        2,
+        9,
+        1024,
+        96,
+        rows(4, 2, tiles=2),
+        {"local": 7, "bias": True},
+    ),
+    "rows_digits_made": ("int4_g128", OAI, 8, 2, 12, 512, 96, rows(2, 4), MADE),
+    "rows_digits_down": ("int4_g128", None, 5, 2, 9, 768, 64, rows(1, 2), DIGITS),
+    "rows_digits_apart": ("int4_g128", None, 7, 2, 12, 768, 64, rows(2, 2), DIGITS),
     "rows_no_gate": ("mxfp4", RELU2, 20, 4, 16, 512, 96, rows(2, 3), {"bias": True}),
     "rows_lone": ("int4_g32", SILU, 3, 4, 16, 1024, 96, rows(4, 2, slots=1), {"bias": True}),
     "rows_lone_mxfp4": (
@@ -239,8 +255,40 @@ def test_one_gemm(name, on_cpu):
     assert out.isnan().equal(expected.isnan())
     out, expected = out.double().nan_to_num(), expected.double().nan_to_num()
     # Numbers, but for nf4's, scales and zero points are exact: only sums in another order differ.
-    tolerance = 2e-3 if fmt == "nf4" else 1e-3 if act else 1e-5
+    tolerance = more.get("tolerance", 2e-3 if fmt == "nf4" else 1e-3 if act else 1e-5)
     assert (out - expected).norm() <= tolerance * expected.norm()
+
+
+def in_digits(x):
+    """Groups of 128 columns as whole numbers of 15 bits, times a power of two of their own."""
+    groups = x.double().unflatten(-1, (-1, 128))
+    unit = groups.abs().amax(-1, keepdim=True).frexp()[1].double().exp2() * 2.0**-14
+    return ((groups / unit).round() * unit).flatten(-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("slots", "programs", "rounded"),
+    [
+        ((1, 4, 2), 1, (0, 1, 2)),
+        ((1, 5, 2), 1, ()),
+        ((5, 1, 1, 1, 1, 4, 1, 1, 1, 1), 2, (5, 6, 7, 8, 9)),  # of the other program
+    ],
+)
+def test_blocks_of_four_slots_take_rows_in_digits(slots, programs, rounded, on_cpu):
+    torch.manual_seed(0)
+    D, N = 768, 64
+    w = weights("int4_g128", len(slots), N, D, None)
+    ids = torch.arange(len(slots), dtype=torch.int32).repeat_interleave(torch.tensor(slots))
+    x = (torch.randn(len(ids), D) * torch.logspace(-4, 4, D)[torch.randperm(D)]).bfloat16()
+    out = torch.full((len(ids), N), NAN)
+    tables = MoEAlignment(*moe_align_block_size(ids[:, None], 8, len(slots))[:3])
+    product = Product(x, w, out, None, NO_ACTIVATION, tables, 1, programs)
+    quantized_rows.stream(product, rows(2, 2))
+    by_digits = torch.isin(ids, torch.tensor(rounded, dtype=torch.int32))[:, None]
+    read = torch.where(by_digits, in_digits(x), x.double())
+    expected = torch.einsum("rd,rnd->rn", read, dequantize(w, torch.float64)[ids])
+    assert torch.all((out - expected).norm(dim=1) <= 1e-6 * expected.norm(dim=1))
 
 
 LAYERS = {

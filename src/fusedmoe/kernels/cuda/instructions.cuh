@@ -48,6 +48,12 @@ DEVICE u32 minus2(u32 a, u32 b) {
   asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }
+// The larger ones of two numbers of 16 bits without a sign.
+DEVICE u32 larger2(u32 a, u32 b) {
+  u32 c;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
 template <int TABLE>
 DEVICE u32 lop3(u32 a, u32 b, u32 c) {
   u32 d;

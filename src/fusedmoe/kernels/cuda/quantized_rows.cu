@@ -18,7 +18,8 @@
 // The sum over columns may be taken in any order, so no nibble is moved: the 4 bytes that ldmatrix
 // hands a thread count as the columns that the instruction expects of it, and x is paired to match.
 // A group's products are summed by themselves and multiplied by the scale in fp32. What the zero
-// point of int4 adds, sums of x take away.
+// point of int4 adds, sums of x take away. Blocks of at most four slots of int4 are multiplied in
+// integers (quantized_rows_digits.cuh).
 //
 // EARLY: the launch before is the first GEMM; weights and tables, or ids, are read before it has
 // ended. The launch that wrote them has, because the first GEMM waits for it before it lets this begin.
@@ -96,6 +97,10 @@ struct Rows {
     }
     if (!SUMS_STAY) __syncwarp();
   }
+  // Of this thread's sums, number ``i`` of each eight.
+  static DEVICE int column(const Place& p, int i) { return 2 * p.t + i; }
+  DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
+                       const u32 (&scales)[2]) const;
   // Of x in the chunks from c on that share a scale or a product.
   DEVICE float4 sum(const Place& p, int c, int n) const {
     if (ELEMENT != INT4) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -105,22 +110,11 @@ struct Rows {
   }
 };
 
-// Where this thread's row of an ldmatrix has chunk c of this warp's, of a tile at ``tile``.
-DEVICE u32 chunk_at(const Place& p, u32 tile, int row, int c) {
-  if (!BOXES) return tile + row * ROW_BYTES + p.k_begin * STEP + (p.lane >> 4) * 16 + c * 16;
-  const u32 own = tile + row * 128;
-  if (WHOLE)  // every warp begins with a line
-    return own + (p.k_begin / 4 + c / 8) * (ROWS * 128) +
-           ((((p.lane >> 4) ^ row & 7) ^ c & 7) << 4);
-  const int chunk = p.k_begin * 2 + c + (p.lane >> 4);
-  return own + (chunk >> 3) * (ROWS * 128) + (((chunk ^ row) & 7) << 4);
-}
-
 // The products of this warp's part of a tile of 16 rows, scales of two of them. So many (SPLIT)
 // groups have columns of their own.
 template <int SPLIT>
-DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
-                     const u32 (&scales)[2], const Rows& rows) {
+DEVICE void products_of(float (&acc)[NT][4], const Place& p, u32 place, int row,
+                        const u32 (&scales)[2], const Rows& rows) {
   constexpr int UNIT_CHUNKS = SPLIT * GC;
   constexpr bool TWO = SPLIT == 1 && TWO_SCALES;
   float part[NT][4];
@@ -169,13 +163,27 @@ DEVICE void multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
   }
 }
 
+DEVICE void Rows::multiply(float (&acc)[NT][4], const Place& p, u32 place, int row,
+                           const u32 (&scales)[2]) const {
+  if (SPLITTING && LONE)
+    products_of<8>(acc, p, place, row, scales, *this);
+  else if (SPLITTING && split == 4)
+    products_of<4>(acc, p, place, row, scales, *this);
+  else if (SPLITTING && split == 2)
+    products_of<2>(acc, p, place, row, scales, *this);
+  else
+    products_of<1>(acc, p, place, row, scales, *this);
+}
+
+template <class Rows>
 DEVICE void take_stretch(const Place& p, const Arguments& a, int stretch, int end, Rows& rows,
                          Ends& ends) {
   __syncwarp();
   rows.load(p, a, stretch, end);
-  ends.take_block(p, a, stretch / PARTS, rows.split);
+  ends.take_block<Rows>(p, a, stretch / PARTS, rows.split);
 }
 
+template <class Rows>
 DEVICE void consume(const Place& p, const Arguments& a, int stretches, const Ring& ring,
                     Parts parts, u8* sums) {
   Rows rows;
@@ -227,14 +235,7 @@ DEVICE void consume(const Place& p, const Arguments& a, int stretches, const Rin
         scales[half] = of_place + scale_at(tile, half * 8 + p.g) * SCALE_PITCH +
                        slice * (ROWS - 1) * SCALE_PITCH;
       const int row = row_at(tile, p.lane & 15);
-      if (SPLITTING && LONE)
-        multiply<8>(acc, p, place, row, scales, rows);
-      else if (SPLITTING && rows.split == 4)
-        multiply<4>(acc, p, place, row, scales, rows);
-      else if (SPLITTING && rows.split == 2)
-        multiply<2>(acc, p, place, row, scales, rows);
-      else
-        multiply<1>(acc, p, place, row, scales, rows);
+      rows.multiply(acc, p, place, row, scales);
       if (KW == 1) {
 #pragma unroll
         for (int i = 0; i < NT; i++) ends.store(p, a, mt, i, acc[i]);
@@ -288,5 +289,9 @@ quantized_rows(const __grid_constant__ Arguments a) {
     return;
   }
   if (REGISTERS) take_registers<REGISTERS>();
-  consume(p, a, stretches, ring, Parts{sums, parts, parts + 2 * WM * 8}, of_x);
+  const Parts of_warps{sums, parts, parts + 2 * WM * 8};
+  if constexpr (DIGITS)
+    if (takes_digits(p, a, stretches))
+      return consume<DigitRows>(p, a, stretches, ring, of_warps, of_x);
+  consume<Rows>(p, a, stretches, ring, of_warps, of_x);
 }

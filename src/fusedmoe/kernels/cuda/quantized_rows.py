@@ -19,7 +19,8 @@ from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
 
 SOURCES = (
     *("quantized_numbers.cuh", "activation.cuh", "quantized_walk.cuh", "quantized_lone_slots.cuh"),
-    *("quantized_rows_ring.cuh", "quantized_rows_sums.cuh", "quantized_rows.cu"),
+    *("quantized_rows_ring.cuh", "quantized_rows_digits.cuh", "quantized_rows_sums.cuh"),
+    "quantized_rows.cu",
 )
 # Of a thread, for programs of so many warps, and what their four others keep.
 REGISTERS, NO_REGISTERS = {8: (240, 24), 12: (160, 32), 16: (112, 32)}, (0, 32)

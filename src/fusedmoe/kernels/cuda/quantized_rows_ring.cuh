@@ -65,6 +65,17 @@ DEVICE int scale_at(int tile, int r) {
   return INTERLEAVED && BOXES && !SCALE_BOX ? tile * 16 + r % 8 * 2 + r / 8 : row_at(tile, r);
 }
 
+// Where this thread's row of an ldmatrix has chunk c of this warp's, of a tile at ``tile``.
+DEVICE u32 chunk_at(const Place& p, u32 tile, int row, int c) {
+  if (!BOXES) return tile + row * ROW_BYTES + p.k_begin * STEP + (p.lane >> 4) * 16 + c * 16;
+  const u32 own = tile + row * 128;
+  if (WHOLE)  // every warp begins with a line
+    return own + (p.k_begin / 4 + c / 8) * (ROWS * 128) +
+           ((((p.lane >> 4) ^ row & 7) ^ c & 7) << 4);
+  const int chunk = p.k_begin * 2 + c + (p.lane >> 4);
+  return own + (chunk >> 3) * (ROWS * 128) + (((chunk ^ row) & 7) << 4);
+}
+
 // MADE: which slots are a block every program works out from their ids, which takes less than to
 // launch what would. By experts, then in the order of slots.
 constexpr int MOST_MADE = 32;

@@ -8,12 +8,13 @@ struct Ends {
   int item = 0, expert, split, slots[NT][2];
   u32 bias[2];  // of one tile
 
+  template <class Rows>
   DEVICE void take_block(const Place& p, const Arguments& a, int block, int groups) {
     if (BIAS) expert = expert_of(a, block);
     split = groups;
 #pragma unroll
     for (int i = 0; i < (LONE ? 0 : NT * 2); i++) {
-      const int column = 2 * p.t + i % 2;
+      const int column = Rows::column(p, i % 2);
       slots[i / 2][i % 2] = column < 8 / split ? slot_of(a, block, i / 2 * 8 + column) : -1;
     }
   }
