@@ -101,6 +101,17 @@ DEEPSEEK = [
         },
     ),
     Case(
+        label="deepseek2 of GLM-4.7-Flash",
+        architecture="deepseek2",
+        model_type="glm4_moe_lite",
+        sizes=DEEPSEEK_SIZES
+        | {"norm_topk_prob": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        keys={key: value for key, value in DEEPSEEK_KEYS.items() if "SCALING" not in key}
+        | {"LLM.EXPERT_WEIGHTS_NORM": True},
+        change=absorbed,
+        plain=("attn_k_b",),
+    ),
+    Case(
         label="deepseek2 with softmax",
         architecture="deepseek2",
         model_type="deepseek_v2",
