@@ -22,6 +22,7 @@ from gguf_softmax_cases import SOFTMAX_CASES
 import fusedmoe
 from fusedmoe.checkpoint import CheckpointError
 from fusedmoe.cli import main
+from fusedmoe.integrations.transformers.gguf import GgufSource
 from fusedmoe.integrations.transformers.gguf.rows import ARCHITECTURES
 
 pytest.importorskip("transformers")
@@ -193,6 +194,21 @@ def test_vectors_of_the_configuration_are_checked(broken: str, tmp_path: Path) -
         fusedmoe.from_pretrained(path)
 
 
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.key_length"])
+def test_counts_are_whole(key: str, tmp_path: Path) -> None:
+    path = with_key(tmp_path / "model.gguf", key, 0.5, "minimax-m2")
+    with pytest.raises(CheckpointError, match=re.escape(f"minimax-m2.{key} is 0.5")):
+        GgufSource(path).config()
+
+
+@pytest.mark.parametrize("key", ["expert_count", "feed_forward_length"])
+def test_experts_have_the_sizes_that_the_header_says(key: str, tmp_path: Path) -> None:
+    """Told before room is made for them."""
+    path = with_key(tmp_path / "model.gguf", key, 1 << 31)
+    with pytest.raises(CheckpointError, match="the header says 2147483648"):
+        fusedmoe.from_pretrained(path)
+
+
 def test_what_transformers_refuses_is_told(tmp_path: Path) -> None:
     path = with_key(tmp_path / "model.gguf", "expert_used_count", 1.5)
     with pytest.raises(
@@ -201,14 +217,15 @@ def test_what_transformers_refuses_is_told(tmp_path: Path) -> None:
         fusedmoe.from_pretrained(path)
 
 
-def with_key(path: Path, key: str, value: Any) -> Path:
-    """A file of Mixtral whose header says something else; None: nothing."""
-    case = case_of("llama")
+def with_key(path: Path, key: str, value: Any, name: str = "llama") -> Path:
+    """A file whose header says something else; None: nothing."""
+    case = case_of(name)
     original = case.model()
-    keys = all_keys(case, original.config) | {f"llama.{key}".replace(".", "__"): value}
+    changed = {f"{case.architecture}.{key}".replace(".", "__"): value}
+    keys = all_keys(case, original.config) | changed
     tensors = file_tensors(case, original, "F32", "F32")
     found = {name: one for name, one in keys.items() if one is not None}
-    return write_gguf(path, tensors, architecture="llama", **found)
+    return write_gguf(path, tensors, architecture=case.architecture, **found)
 
 
 def test_inspect_says_what_keeps_a_file_from_being_a_model(

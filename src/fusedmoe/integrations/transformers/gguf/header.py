@@ -66,10 +66,12 @@ class Header:
         return (found,) * self.num_layers
 
     def count(self, key: str) -> int:
-        """A number that may be given for each layer: the largest."""
-        if not isinstance(self.get(key), ArrayOf):
-            return int(self.number(key))
-        return int(max(self.of_layers(key)))
+        """A whole number, 1 or more; where it is given for each layer, the largest."""
+        found = self.get(key)
+        value = max(self.of_layers(key)) if isinstance(found, ArrayOf) else self.number(key)
+        if not isinstance(value, int) or value < 1:
+            raise self.wrong(key)
+        return value
 
     def numbers(self, tensor: str) -> torch.Tensor:
         """A vector of floats that belongs to the configuration."""
@@ -92,8 +94,10 @@ class Header:
 
     @property
     def head_dim(self) -> int:
-        heads = int(self.number("attention.head_count"))
-        return int(self.number("attention.key_length", self.number("embedding_length") // heads))
+        heads = self.count("attention.head_count")
+        if self.get("attention.key_length") is not None:
+            return self.count("attention.key_length")
+        return self.count("embedding_length") // heads
 
 
 def plain_rope(header: Header) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fusedmoe.quantization.dialects import LayerSchemes, Matrix
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.gguf import GgufQuantization
 from fusedmoe.weights.checkpoint_experts import ExpertLayer, ExpertTensor
-from fusedmoe.weights.families import Part
+from fusedmoe.weights.families import Part, read_sizes
 from fusedmoe.weights.gguf_file import ArrayOf
 from fusedmoe.weights.gguf_parts import GgufParts, paths_of
 from fusedmoe.words import STORED_DTYPES
@@ -150,9 +150,17 @@ class GgufSource:
             "dtype": "bfloat16",
         }
         try:
-            return CONFIG_MAPPING[self.architecture.model_type](**values)
+            config = CONFIG_MAPPING[self.architecture.model_type](**values)
         except Exception as error:  # a header that makes no sense fails in as many ways
             raise CheckpointError(f"{self.where}: Transformers refuses it: {error}") from error
+        facts, said = self.layer_facts(), read_sizes(config)._asdict()
+        for name in ("num_experts", "intermediate_size"):
+            if facts[name] != said[name]:
+                raise CheckpointError(
+                    f"{self.where}: the experts' tensors have {name} {facts[name]}, the header "
+                    f"says {said[name]}"
+                )
+        return config
 
     def find_problem(self) -> str | None:
         """What keeps the file from being loaded as a model, as far as its headers tell."""

@@ -99,7 +99,7 @@ def from_pairs(heads: str) -> Turn:
 
     def turn(header: Header, rows: torch.Tensor) -> torch.Tensor:
         count = header.count(heads)
-        if count < 1 or rows.shape[0] % (2 * count):
+        if rows.shape[0] % (2 * count):
             raise CheckpointError(
                 f"{header.file.path}: {rows.shape[0]} rows of {count} heads do not come in pairs"
             )
