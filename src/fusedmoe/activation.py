@@ -123,7 +123,7 @@ class ApplyMoEActivationConfig:
         )
 
     def numbers(self) -> list[float]:
-        """The fields in order, as a custom op takes them: NaN stands for None."""
+        """The fields in order, as a custom op takes them, with NaN for None."""
         given = (self.clamp_limit, self.alpha, self.beta, self.situ_beta, self.situ_linear_beta)
         return [math.nan if number is None else number for number in given]
 

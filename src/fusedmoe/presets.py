@@ -31,7 +31,7 @@ _CORPUS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One architecture at one size. ``large`` presets write gigabytes and are asked for twice."""
+    """One architecture at one size; a ``large`` one writes gigabytes, and only if asked to."""
 
     name: str
     model_type: str

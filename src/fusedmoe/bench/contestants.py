@@ -36,7 +36,7 @@ def _same(output: torch.Tensor) -> torch.Tensor:
 
 
 class Prepared(NamedTuple):
-    """What is timed, and what makes its result the layer's output afterwards."""
+    """The call that is timed, and the one that turns its result into the layer's output."""
 
     call: Call
     finish: Callable[[torch.Tensor], torch.Tensor] = _same

@@ -94,7 +94,7 @@ def _layers_in_files(checkpoint: Checkpoint) -> int:
 
 
 def role_of(name: str, family: CheckpointFamily | None) -> TensorRole | None:
-    """What a tensor is; in a family that the table lacks, only what is under ``experts``."""
+    """What a tensor is; in a family that is not in the table, only for names under ``experts``."""
     if family is not None:
         return family.classify(name)
     return _UNKNOWN.classify(name)

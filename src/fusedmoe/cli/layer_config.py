@@ -66,7 +66,7 @@ def layer_config(
     *,
     quantized_too: bool = False,
 ) -> FusedMoEConfig:
-    """The layer of ``checkpoint``, with the arguments in the place of what they say otherwise.
+    """The layer of ``checkpoint``, in which arguments that are given override what it says.
 
     ``dtype`` None: the checkpoint's. Without ``quantized_too``, CheckpointError for experts that
     are not stored as floats.
@@ -96,7 +96,7 @@ def layer_config(
 
 
 def note_on_format(folder: str) -> str | None:
-    """What to say where experts of a checkpoint are measured in another format than theirs."""
+    """A note for experts of a checkpoint that are measured in another format than their own."""
     checkpoint = read_checkpoint(folder)
     stored = moe_layers(checkpoint, model_facts(checkpoint))[0].format
     if _floats(stored):

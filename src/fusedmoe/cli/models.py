@@ -62,10 +62,10 @@ def quiet_transformers(*, bars: bool) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder or of a GGUF file: local files only, no code of theirs.
+    """The tokenizer of a folder or of a GGUF file, from local files and without running their code.
 
-    Files beside a GGUF file come first: what is in it Transformers reads with the format's
-    package, and not for every architecture.
+    Files beside a GGUF file come first: to read the tokenizer inside, Transformers needs the
+    package ``gguf``, and it does not do so for every architecture.
     """
     from transformers import AutoTokenizer
 

@@ -45,7 +45,7 @@ class EPLBConfig:
 
 
 class BalancedLayer(Protocol):
-    """What is asked of a layer (``MoERunner`` has it)."""
+    """What the balancer needs of a layer; ``MoERunner`` has it."""
 
     moe_config: FusedMoEConfig
     routed_experts: Any

@@ -31,7 +31,7 @@ _LEAST_GROUP = 16
 
 def sorted_operands(operands: Operands) -> Operands:
     """The same weights, in plain formats where their columns can be sorted, which is done in place,
-    and the orders that rows then follow. Waits for the GPU: it is for loading."""
+    and the orders that rows then follow. Waits for a GPU, so it is meant for loading."""
     for name in ("w1", "w2"):
         w: QuantizedTensor = getattr(operands, name)
         columns, index = w.format.group.col, w.group_index

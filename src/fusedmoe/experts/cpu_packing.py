@@ -23,9 +23,9 @@ def _sources(part: FusedMoEQuantDesc) -> tuple[Source, ...]:
 
 
 def current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None) -> Packed | None:
-    """What stands for the numbers of ``weight``, or a ``copy`` beside them; None: out of date.
+    """What was packed of ``weight``, or the ``copy`` beside it; None where that is out of date.
 
-    Once nobody else has the numbers, a copy takes their place.
+    Once nothing else shares the numbers' memory, a copy replaces them.
     """
     held, sources = packed_of(weight), _sources(part)
     if held is not None:
@@ -41,8 +41,9 @@ def current(weight: torch.Tensor, part: FusedMoEQuantDesc, copy: Packed | None) 
 
 
 def packed_or_copy(q: QuantizedTensor, part: FusedMoEQuantDesc) -> Packed | None:
-    """Pack ``q.data``; where somebody else has its memory too, the result is a copy, or None if
-    there is no room for one. None, too, for act-order columns that cannot be sorted."""
+    """Pack ``q.data`` in its place and return None or, where its memory is shared, return a packed
+    copy if there is room. Act-order columns that cannot be sorted stay as they are.
+    """
     weight, sources = q.data, _sources(part)
     if current(weight, part, None) is not None:
         return None

@@ -98,7 +98,7 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
         )
 
     def _products(self, w1: torch.Tensor, w2: torch.Tensor) -> Products | None:
-        """What multiplies by these weights, packed again where somebody had their numbers back."""
+        """The products with these weights, packed again if something has read their numbers."""
         found = self._found(w1, w2)
         if (found is None or self._encoders is None) and was_packed(w1) and was_packed(w2):
             with packing:

@@ -29,7 +29,7 @@ _ACTIVATION_ELEMENTS = 1 << 17
 
 
 class Rows(Protocol):
-    """Rows on their way into a product: a tensor [M, width], or what stands for one."""
+    """The rows of a product: a tensor [M, width], or what ``encode_*`` made of one."""
 
     def split(self, counts: Any, /) -> Sequence[Any]: ...
 

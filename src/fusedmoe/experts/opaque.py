@@ -18,7 +18,7 @@ Given = ParamSpec("Given")
 
 
 class _Kind(NamedTuple):
-    """What a schema calls a type, and how its values become what an operator takes, and back."""
+    """A type's name in a schema, and how its values become an operator's arguments and back."""
 
     schema: str
     there: Callable[[Any], Any] = lambda value: value

@@ -1,12 +1,12 @@
-"""Weights of which memory holds what a kernel made of them, and not their own numbers as well.
+"""Weights that are held only in the layout that a kernel made of them, not as numbers, too.
 
 A packed weight is the same Parameter as before, of another class. What is asked about it (shape,
 dtype, device) is answered as ever. Whatever reads or writes its numbers, be it indexing, a
 state_dict, a move to another device or a load of new values, puts them back first, bit by bit as
 they were; it is then a plain Parameter again, until it is packed anew. So there is one copy at a
-time, and nobody meets a layout that is not the one of ``QuantizedTensor``.
+time, and every reader finds the layout of ``QuantizedTensor``.
 
-Several threads may run a layer. To read its numbers meanwhile is as writing them would be.
+Several threads may run a layer. Reading its numbers meanwhile is as unsafe as writing them.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Packed:
 
 
 class PackedWeight(nn.Parameter):
-    """A Parameter whose numbers ``packed`` stands for; ``pack`` makes one of a plain Parameter.
+    """A Parameter whose numbers are kept as ``packed``; ``pack`` makes one of a plain Parameter.
 
-    Its storage is one element that repeats: what does not ask it may read that, and nothing beside.
+    Its storage is one repeated element: what goes around the class reads that and nothing else.
     """
 
     packed: Packed
@@ -115,10 +115,10 @@ def _owners(tensor: torch.Tensor) -> int:
 
 
 def pack(weight: torch.Tensor, packed: Packed) -> bool:
-    """Let ``packed`` stand for the numbers of ``weight``, and give up their memory.
+    """Keep ``weight`` as ``packed``, and free the memory of its numbers.
 
-    False, and nothing happens, for weights that cannot be packed, and where the numbers would not
-    come back as they are.
+    Does nothing and returns False for weights that cannot be packed, and where unpacking would not
+    give the same numbers back.
     """
     # Numbers that lie elsewhere are inference tensors where they were before, and only there.
     with packing, torch.inference_mode(weight.is_inference()):
@@ -147,7 +147,7 @@ def unpack(weight: Any) -> None:
 
 
 def packed_of(weight: Any) -> Packed | None:
-    """What stands for the numbers of ``weight``; None where they are there."""
+    """What ``weight`` is packed as; None for one that holds its numbers."""
     return getattr(weight, "packed", None) if type(weight) is PackedWeight else None
 
 

@@ -79,8 +79,8 @@ class ClusterTile:
 
 
 def cluster_tile(row_bytes: int) -> ClusterTile | None:
-    """The tile for weights [E, H] with rows of so many bytes: the one with the fewest pieces beyond
-    the end of a row, of equals the one with most warps. None where rows are too long."""
+    """The tile for weights [E, H] with rows of ``row_bytes``: the one with the fewest pieces beyond
+    the end of a row and, among equals, the most warps. None where rows are too long."""
     pieces = max(1, -(-row_bytes // (CLUSTER * PIECE)))
     warps = min((8, 7, 6, 5, 4), key=lambda warps: -(-pieces // warps) * warps)
     tile = ClusterTile(warps, -(-pieces // warps))

@@ -75,7 +75,7 @@ class FusedMoEExperts(ABC):
     @classmethod
     @abstractmethod
     def capabilities(cls) -> ExpertsCapabilities:
-        """What it runs; selection compares that with what a layer asks for."""
+        """What these experts can run; selection compares it with what a layer needs."""
 
     @classmethod
     def activation_format(cls) -> FusedMoEActivationFormat:

@@ -93,7 +93,7 @@ class CarriesLuggage:
     def unpacked(
         self, luggage: Luggage, packed: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The tensors and the scale of the rows that arrived; tells the LoRA context theirs."""
+        """The tensors and the scale of the rows that arrived; tells the LoRA context their ids."""
         found = unpack_rows(packed, luggage.tensors)
         if luggage.has_lora_ids:
             assert self.lora_context is not None

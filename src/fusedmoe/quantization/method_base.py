@@ -240,7 +240,7 @@ class FusedMoEMethodBase(ABC):
         *,
         tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """As ``apply``, from router logits [T, E]; the layer's router is asked inside."""
+        """As ``apply``, from router logits [T, E]: the kernel calls the layer's router itself."""
         kernel = self.kernel(layer)
         if not isinstance(kernel, FusedMoEMonolithicKernel):
             raise ValueError(f"{kernel.experts.name} takes ids and weights: use apply")

@@ -177,8 +177,8 @@ class BaseRouter(FusedMoERouter):
 
 
 def routing_by(router: Any, *rows: Any, **beside: Any) -> RoutingResult:
-    """What ``router`` chooses, called as ``select_experts`` is: with what identity experts
-    contribute, unless its class has a ``select_experts`` of its own."""
+    """The choice of ``router``, with the arguments of ``select_experts``. It includes the part of
+    identity experts, unless the router's class has a ``select_experts`` of its own."""
     if getattr(type(router), "select_experts", None) is BaseRouter.select_experts:
         result: RoutingResult = router.route(*rows, **beside)
         return result

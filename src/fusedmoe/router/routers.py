@@ -70,7 +70,7 @@ class SpecRouter(nn.Module, BaseRouter):
 
     @property
     def holds_its_tensors(self) -> bool:
-        """Whether they are this module's, not an owner's who is asked for them."""
+        """Whether its tensors are this module's own, not read from an owner at each call."""
         return self._read_tensors is None
 
     @property

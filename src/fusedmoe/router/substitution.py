@@ -78,8 +78,8 @@ class ExpertSubstitution(nn.Module):
     def left_of(self, num_experts: int, hidden_size: int, beside: dict[str, bool]) -> int:
         """``num_left``, for a layer of these sizes.
 
-        Raises ValueError where it is for another, and for what is True of ``beside``: nothing of
-        that goes with a substitution.
+        Raises ValueError for a layer of other sizes, and where any of ``beside`` is True: these
+        features do not go with a substitution.
         """
         given = [name for name, is_given in beside.items() if is_given]
         if given:

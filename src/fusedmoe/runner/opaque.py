@@ -98,8 +98,8 @@ def _places(owners: Owners, names: Names) -> list[tuple[nn.Module, str]]:
 def in_place(
     owners: Owners, names: Names, tensors: Sequence[torch.Tensor | None]
 ) -> Iterator[bool]:
-    """``tensors`` stand where ``owners`` keep theirs, as those of a functional call do; whether any
-    is another."""
+    """Put ``tensors`` in the place of those of ``owners`` meanwhile, as a functional call does;
+    yields whether any is another one."""
     changed: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     places = _places(owners, names)
     for (owner, name), own, given in zip(places, tensors_of(owners, names), tensors, strict=True):

@@ -1,7 +1,7 @@
 """What the library tests its implementations with, for those who write their own.
 
-Cases (layers as data), inputs, routing distributions, one table of tolerances, NaN in memory that
-nobody wrote, and ``check_experts``, which puts them together.
+Cases (layers as data), inputs, routing distributions, one table of tolerances, NaN in unwritten
+memory, and ``check_experts``, which puts them together.
 """
 
 from fusedmoe.testing.cases import ACTIVATION_CASES, STANDARD_CASES, Case, Inputs, make_inputs

@@ -1,4 +1,4 @@
-"""NaN in memory that nobody wrote, so that reading it shows."""
+"""NaN in unwritten memory, so that reading it shows."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ def w8a8_tiles(
 
 
 def expected_slots(R: int, num_local: int, num_experts: int) -> int:
-    """How many of R slots over ``num_experts`` experts meet the ``num_local`` that are stored here,
-    where all are asked for alike."""
+    """How many of R slots over ``num_experts`` experts go to the ``num_local`` stored here, if all
+    experts are chosen equally often."""
     return max(1, -(-R * num_local // num_experts))
 
 

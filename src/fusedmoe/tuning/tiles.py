@@ -119,10 +119,10 @@ def slots_are_alone(R: int, E: int) -> bool:
 
 
 def rows_block(R: int, E: int) -> int:
-    """block_m: what nearly every expert's rows fit in when tokens choose at random.
+    """The block_m that holds the rows of nearly every expert when tokens choose at random.
 
     A second block reads the expert's weights again, which costs more than padding does while
-    memory is what binds.
+    memory bandwidth is the limit.
     """
     rows = R / E
     return 16 if rows <= 10 else 32 if rows <= 22 else 64 if rows <= 56 else 128

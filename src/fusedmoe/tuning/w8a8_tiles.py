@@ -100,10 +100,10 @@ def direct_stream_tiles(
     H: int,
     I: int,  # noqa: E741
 ) -> DirectTiles | None:
-    """Tiles for one token of K picks, or two that rarely share an expert; None where there are more
-    of them, or rows so long that shared memory cannot hold all of their steps.
+    """Tiles for one token of K picks, or two that rarely share an expert.
 
-    And where most slots have their expert on another rank: tasks dealt to them are nobody's.
+    None where there are more tokens, where rows are so long that shared memory cannot hold all of
+    their steps, and where most slots are of experts on other ranks: those have tasks, too.
     """
     if not are_direct(T, K, num_experts) or max(H, I) > STEP * MAX_DIRECT_STEPS:
         return None

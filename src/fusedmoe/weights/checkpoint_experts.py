@@ -155,7 +155,7 @@ class CheckpointExperts:
 
 
 def _leaves(checkpoint: Checkpoint, layers: Iterable[ExpertLayer]) -> dict[str, torch.dtype]:
-    """dtypes by suffix: of the experts or, where these are floats, of what else is packed."""
+    """dtypes by suffix: of the experts or, where these are floats, of other packed layers."""
     suffixes = {tensor.name: tensor.suffix for layer in layers for tensor in layer.tensors}
     if _PLAIN.issuperset(suffixes.values()):
         others: dict[str, dict[str, str]] = {}

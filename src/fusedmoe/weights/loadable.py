@@ -197,7 +197,7 @@ class LoadableExperts(nn.Module):
         self._bind_weight_loader()  # which copies of Parameters lack
 
     def _bind_weight_loader(self) -> None:
-        """Give Parameters that took the place of others what theirs were created with."""
+        """Give Parameters that replaced others the attributes that those were created with."""
         for name in self.param_specs:
             parameter = self._parameters.get(name)
             if parameter is not None:

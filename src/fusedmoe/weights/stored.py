@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MatrixKey(NamedTuple):
-    """One matrix of a layer: ``expert`` None stands for all of them in one tensor."""
+    """One matrix of a layer; ``expert`` None: that of all experts, in one tensor."""
 
     expert: int | None
     shards: tuple[ShardId, ...]

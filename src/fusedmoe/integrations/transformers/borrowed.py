@@ -27,7 +27,7 @@ from fusedmoe.words import DTYPE_NAMES
 
 
 class ExpertWeights(Protocol):
-    """The source of a layer's tensors; each is asked for anew at each use."""
+    """The source of a layer's tensors; each is looked up again at each use."""
 
     def w13(self) -> torch.Tensor:
         """[E, S * I, H]"""

@@ -84,7 +84,7 @@ def run_experts(
     topk_ids: torch.Tensor,
     gate: Gate,
 ) -> torch.Tensor:
-    """The whole of what is asked of the library: sum over k of weight * expert(x), [T, H]."""
+    """What Transformers asks of the library: the sum over k of weight * expert(x), [T, H]."""
     if gate.activation is None:
         raise ValueError("run_experts needs a known activation")
     quant_config: FusedMoEQuantConfig | None = None

@@ -68,7 +68,7 @@ def _quantizer_with(state: dict[str, Any]) -> Any:
 
 
 def mismatched(model: nn.Module) -> set[tuple[Any, ...]]:
-    """(name, shape in the files, shape in the model) of what was loaded all the same.
+    """(name, shape in the files, shape in the model) of tensors that were loaded all the same.
 
     Transformers 5.17 leaves it to quantizers whether a tensor fits, whatever its shape.
     """

@@ -43,7 +43,7 @@ class Spans(NamedTuple):
 def spans_of(
     steps: int, columns: int, group: int, unit: int, stride: int, along: int, stages: int
 ) -> Spans:
-    """For rows of ``steps`` steps of so many columns, which ``along`` warps share; a scale of
+    """The spans for rows of ``steps`` steps of ``columns``, which ``along`` warps share; a scale of
     ``unit`` bytes per ``group`` columns (0: per row), ``stride`` of them in a row."""
     if group == 0:
         return Spans(1, 1, 0, (False, False))
@@ -75,7 +75,7 @@ def spans_of(
 
 
 def group_columns(fmt: QuantFormat, columns: int) -> int:
-    """Columns that share a scale in rows of so many, 0: all of them."""
+    """Columns that share a scale in rows of ``columns``, 0: all of them."""
     group = fmt.group.col
     if group != -1 and group < columns:
         return group
@@ -95,8 +95,8 @@ class Cut(NamedTuple):
 
 
 def cut_of(w: QuantizedTensor, columns: int, tile: CutTile) -> Cut:
-    """For rows of so many columns. A program takes fewer stages than its tile says where they do
-    not fit; ValueError where two do not, and for more warps than steps."""
+    """How ``tile`` cuts rows of ``columns``, with fewer stages where its own do not fit; ValueError
+    where two do not, and for more warps than steps."""
     for stages in range(tile.stages, 1, -1):
         cut = _cut(w, columns, tile, stages)
         if cut.shared <= HOPPER_SHARED_MEMORY:

@@ -102,7 +102,7 @@ def filled(arguments: type[ctypes.Structure], product: Product) -> ctypes.Struct
 
 
 def constants_of(product: Product) -> dict[str, int]:
-    """What every source is told; what reads ``out`` takes rows as they are (NEXT)."""
+    """The constants of every source. NEXT: what reads ``out`` takes rows as they are."""
     x, w, out, bias, act, *_ = product
     fmt, scale = w.format, w.scale
     assert scale is not None

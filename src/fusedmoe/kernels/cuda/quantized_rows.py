@@ -35,12 +35,12 @@ Arguments = arguments_of(
 
 
 def _all_begin(pairs: int, along: int, unit: float) -> bool:
-    """Whether every warp's part of so many pairs begins with a whole ``unit`` of them."""
+    """Whether the part of ``pairs`` of every warp begins at a multiple of ``unit``."""
     return all(i * pairs // along % unit == 0 for i in range(along))
 
 
 def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
-    """Of a warp's sums of x for so many eights of slots, one for each unit of a scale, where they
+    """Bytes of a warp's sums of x for ``eights`` of slots, one for each unit of a scale, where they
     do not stay in registers."""
     chunks = group // 32
     aligned = _all_begin(pairs, along, group / 64)
@@ -50,7 +50,7 @@ def sum_bytes(pairs: int, along: int, group: int, eights: int) -> int:
 
 
 class Ring(NamedTuple):
-    """A program's shared memory: ``stages`` of so many ``rows`` in ``shared`` bytes all in all.
+    """A program's shared memory: ``stages`` of ``rows`` rows each, ``shared`` bytes in all.
 
     Scales come ``box`` bytes at a time; 0: as they lie.
     """

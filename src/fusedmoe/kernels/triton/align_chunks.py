@@ -140,7 +140,7 @@ def chunk_counts(
     chunk: int,
     group_first: bool = False,
 ) -> torch.Tensor:
-    """How many slots of each group are in each chunk of so many: [chunks, groups] or, if
+    """How many slots of each group are in each chunk of ``chunk``: [chunks, groups] or, if
     ``group_first``, [groups, chunks]; ``sorted_ids`` is filled with padding."""
     (R,), (P,) = ids.shape, sorted_ids.shape
     chunks = -(-R // chunk)

@@ -79,6 +79,6 @@ def hear(box, number):
 
 @gluon.jit
 def draw(counter_ptr, before):
-    """The next task that no program has begun; the counter was ``before`` when nobody had drawn.
-    Each program's first task has its own number."""
+    """The next task that no program has begun; the counter started at ``before``. A program's first
+    task is not drawn: it has the program's number."""
     return gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed") - before

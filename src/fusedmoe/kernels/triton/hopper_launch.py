@@ -59,7 +59,7 @@ def matrix_descriptor(
     stride: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> TensorDescriptor:
-    """TMA view, in tiles of [rows, columns], of a tensor as a matrix of so many ``columns``.
+    """A TMA view of a tensor as a matrix of ``columns`` columns, in tiles of [rows, columns].
 
     It has the rows first, first + step, ..., with ``stride`` elements from one row of the tensor to
     the next (default: ``columns``). Elements are of ``dtype`` (default: the tensor's).

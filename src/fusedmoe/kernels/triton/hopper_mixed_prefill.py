@@ -97,7 +97,7 @@ class Scales(NamedTuple):
 
     @classmethod
     def of(cls, w: QuantizedTensor) -> Scales:
-        """Numbers of e2m1 need theirs before the sum."""
+        """The scales of ``w``. Those of e2m1 apply to numbers, not to sums."""
         if has_minima(w.format.element):
             scale, term = superblock_scales(w)
             return cls((scale, term, None), (scale.stride(0), *row_addresses(w)[2:], 1), GROUP)

@@ -1,5 +1,4 @@
-"""What both kernels of ``hopper_mixed_prefill`` do besides products: the rings, what becomes of a
-product's sums."""
+"""What both kernels of ``hopper_mixed_prefill`` do besides products: fill rings and store sums."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,7 +97,8 @@ def rest_of(SLOTS, KIND):
 
 @gluon.jit
 def wait_for_previous(CASE: gl.constexpr):
-    """What tails read was complete before the launch of large blocks let theirs begin."""
+    """Tails need not wait: what they read was complete before the launch of large blocks let them
+    begin."""
     if CASE.SHARE != "tails":
         gdc_wait()
     gdc_launch_dependents()

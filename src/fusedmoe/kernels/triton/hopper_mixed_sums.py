@@ -54,11 +54,11 @@ def first_unit(scale):
 
 @gluon.jit
 def next_unit(unit, largest, scale):
-    """What a row's sums are multiples of once a group with this scale is added, and the largest
-    scale so far; then what the sums so far are to be multiplied by.
+    """(The unit of a row's sums once a group with this scale is added, the largest scale so far,
+    the factor that takes the sums so far to that unit.)
 
-    The unit is the scale, so that numbers stay as they are. One that is nothing beside those
-    before it (zero, in the end) counts as 2^-60 of the largest.
+    The unit is the scale, so that numbers stay as they are. A scale below 2^-60 of the largest
+    counts as that: it adds nothing, and it may be zero.
     """
     scale = float_scale(scale)
     largest = gl.maximum(largest, gl.abs(scale))

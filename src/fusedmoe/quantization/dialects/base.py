@@ -106,7 +106,7 @@ class Scheme:
 
     @property
     def weight_needs(self) -> frozenset[str]:
-        """Suffixes of what the numbers themselves are made of."""
+        """Suffixes of the tensors that the numbers themselves are made of."""
         gives = (
             (rule, (rule.gives,) if isinstance(rule.gives, str) else rule.gives)
             for rule in self.rules

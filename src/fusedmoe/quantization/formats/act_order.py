@@ -31,10 +31,10 @@ def order_by_group(w: QuantizedTensor) -> torch.Tensor | None:
 
 
 def sort_columns(w: QuantizedTensor) -> bool:
-    """Sort the columns of act-order weights [e, N, K] into their groups; whether they lie so now.
+    """Sort the columns of act-order weights [e, N, K] into their groups, in place.
 
-    False, and nothing changes, where ``order_by_group`` is None. Waits for a GPU: it is for
-    loading.
+    Returns False and changes nothing where ``order_by_group`` is None. Waits for a GPU, so it is
+    meant for loading.
     """
     order, index = order_by_group(w), w.group_index
     if order is None or index is None:
