@@ -14,8 +14,10 @@ no warp reads beyond its rows, where it multiplies by zero whatever a copy is br
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +32,7 @@ from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.tensor import QuantizedTensor
 from fusedmoe.tuning.cuda_tiles import MAX_LONE_SLOTS, CudaDecodeTiles, CudaRowsTile
 
+Sizes = TypeVar("Sizes", bound=tuple[int, ...])
 E, K, PROGRAMS = 6, 3, 5
 # H, I: warps along the rows of both GEMMs.
 SIZES = {(512, 256): (4, 4), (320, 192): (5, 3)}
@@ -85,6 +88,12 @@ def let_every_lane_arrive() -> None:
 def weight(name: str, shards: int, *shape: int) -> QuantizedTensor:
     values = torch.randn(shape, device="cuda") / 16
     return quantize(values, format_named(name), shards=shards, interleaved=shards == 2)
+
+
+def of_whole_groups(name: str, sizes: Iterable[Sizes]) -> list[Sizes]:
+    """Those of ``sizes`` whose H and I are in groups of a format."""
+    group = format_named(name).group.col
+    return [one for one in sizes if not any(columns % group for columns in one[:2])]
 
 
 def tiles_of(H: int, along: tuple[int, int]) -> list[CudaDecodeTiles]:
@@ -144,7 +153,7 @@ def run_one_token(name: str, H: int, width: int, programs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=("int4_g32", "mxfp4"))
+    parser.add_argument("--formats", nargs="+", default=("int4_g32", "int4_g128", "mxfp4"))
     parser.add_argument("--every-lane", action="store_true", help="arrives by itself")
     parser.add_argument("--only", choices=("rows", "token"), help="these kernels alone")
     args = parser.parse_args()
@@ -152,10 +161,10 @@ def main() -> None:
         let_every_lane_arrive()
     torch.manual_seed(0)
     for name in args.formats:
-        for sizes, along in SIZES.items() if args.only != "token" else ():
-            run(name, *sizes, along)
-        for token_sizes in TOKEN_SIZES if args.only != "rows" else ():
-            run_one_token(name, *token_sizes)
+        for sizes in of_whole_groups(name, SIZES) if args.only != "token" else ():
+            run(name, *sizes, SIZES[sizes])
+        for H, width, programs in of_whole_groups(name, TOKEN_SIZES) if args.only != "rows" else ():
+            run_one_token(name, H, width, programs)
     print("all kernels ran")
 
 
