@@ -22,8 +22,6 @@ there are many; others, and those whose ring holds more than one, go round robin
 expert belong to no block, and their rows of act and y are neither written nor read.
 """
 
-from functools import lru_cache
-
 import torch
 
 from fusedmoe.kernels.align import MoEAlignment
@@ -36,6 +34,7 @@ from fusedmoe.kernels.triton.hopper_decode_steps import DecodeCase
 from fusedmoe.kernels.triton.hopper_decode_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     weight_views,
 )
@@ -47,8 +46,7 @@ GROUP = 8  # of one expert's blocks, that share its weights
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
 _launch_dealt = HopperLauncher(dealt_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(DecodeCase)
+_case = kept(DecodeCase)
 
 
 def decode(layer: LayerTensors[torch.Tensor], tables: MoEAlignment, tiles: DecodeTiles) -> None:

@@ -17,8 +17,6 @@ much more than its share of the memory's rate. All ids are held in registers: R 
 two. Slots without an expert are skipped. Rows past VALID are never read out.
 """
 
-from functools import lru_cache
-
 import torch
 
 from fusedmoe.kernels.layer_tensors import LayerTensors
@@ -27,6 +25,7 @@ from fusedmoe.kernels.triton.hopper_direct_down import down_kernel
 from fusedmoe.kernels.triton.hopper_direct_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     weight_views,
 )
@@ -38,8 +37,7 @@ MAX_REGISTERS = 104
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(DirectCase)
+_case = kept(DirectCase)
 
 
 def direct_sizes(

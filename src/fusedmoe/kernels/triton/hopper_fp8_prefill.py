@@ -14,8 +14,6 @@ down_kernel  grid (programs,): act in 8 bits with its scales, w2 -> y [P, H].
 sum_kernel   that of ``hopper_prefill``.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +32,7 @@ from fusedmoe.kernels.triton.hopper_fp8_prefill_multiply import STEP
 from fusedmoe.kernels.triton.hopper_fp8_prefill_up import up_kernel
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     task_counters,
     weight_views,
@@ -77,8 +76,7 @@ def round_kernel(
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(BytesCase)
+_case = kept(BytesCase)
 _launch_round = Launcher(round_kernel, chained=True)
 _ROUNDED_AT_ONCE = 4096  # elements of act
 

@@ -7,9 +7,9 @@ as well: an address and sizes, nothing that would hold on to memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusedmoe.kernels.capture import loads_code
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 
+_Case = TypeVar("_Case")
 _MAX_VARIANTS = 4096
 _ALIGNMENT = 16
 _ELEMENTS = {
@@ -104,6 +105,12 @@ def task_counters(sorted_ids: torch.Tensor, rows: int, launches: int = 2) -> Seq
             f"{COUNTER_SLOTS} counters"
         )
     return sorted_ids[-COUNTER_SLOTS:].chunk(launches)
+
+
+def kept(case: Callable[..., _Case]) -> Callable[..., _Case]:
+    """The constructor ``case``, whose results are kept: to make one takes longer than to look up a
+    launch's variant by it."""
+    return lru_cache(maxsize=_MAX_VARIANTS)(case)
 
 
 class HopperLauncher:

@@ -27,7 +27,6 @@ is left follow those of large blocks, and begin while they end.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +41,7 @@ from fusedmoe.kernels.row_steps import AS_THEY_COME, BothSteps
 from fusedmoe.kernels.superblock_scales import GROUP, superblock_scales
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     task_counters,
     weight_views,
@@ -67,8 +67,7 @@ _REGISTERS = {128: 168, 192: 128, 256: 96}
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(MixedCase)
+_case = kept(MixedCase)
 
 
 def _weight_words(

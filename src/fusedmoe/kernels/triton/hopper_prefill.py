@@ -17,8 +17,6 @@ an expert's blocks, GROUP at most, that share weights in the L2. The producer an
 consumers. Of a block with at most 64 rows the second half is not loaded.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +30,7 @@ from fusedmoe.kernels.triton.discarded import discard_rows, may_discard
 from fusedmoe.kernels.triton.hopper_arrivals import arrival_arguments
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     task_counters,
     weight_views,
@@ -140,8 +139,7 @@ def sum_few_kernel(
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(Case)
+_case = kept(Case)
 _launch_sum = Launcher(sum_kernel, chained=True)
 _launch_sum_few = Launcher(sum_few_kernel, chained=True)
 

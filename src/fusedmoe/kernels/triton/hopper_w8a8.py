@@ -6,7 +6,6 @@ magnitudes of its rows, which GEMM1 has found, or by a given scale. Weights of G
 before the tables are there, those of GEMM2 before GEMM1 has ended.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from fusedmoe.kernels.activation import DeviceActivation
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.grouped_gemm_quantized import weight_addresses
 from fusedmoe.kernels.quantize import QuantizedRows
-from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, weight_views
+from fusedmoe.kernels.triton.hopper_launch import HopperLauncher, kept, weight_views
 from fusedmoe.kernels.triton.hopper_w8a8_gemm import StreamCase, gemm_kernel
 from fusedmoe.kernels.triton.hopper_w8a8_rows import STEP
 from fusedmoe.quantization.tensor import QuantizedTensor
@@ -26,8 +25,7 @@ from fusedmoe.tuning.w8a8_tiles import StreamTile
 ALONE, TOGETHER = 208, 128
 
 _launch_gemm = HopperLauncher(gemm_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(StreamCase)
+_case = kept(StreamCase)
 
 
 class Rows(NamedTuple):

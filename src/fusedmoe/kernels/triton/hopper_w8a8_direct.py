@@ -7,7 +7,6 @@ their way. Products of 128 columns are added up in fp32 with their scales, as in
 ``hopper_w8a8_gemm``.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton.hopper_direct import direct_sizes
 from fusedmoe.kernels.triton.hopper_launch import (
     HopperLauncher,
+    kept,
     matrix_descriptor,
     weight_views,
 )
@@ -32,8 +32,7 @@ MAX_REGISTERS = 168
 
 _launch_up = HopperLauncher(up_kernel)
 _launch_down = HopperLauncher(down_kernel)
-# A launch looks for its variant by a case; to make one takes longer than that.
-_case = lru_cache(maxsize=4096)(RoundedCase)
+_case = kept(RoundedCase)
 
 
 class Rounding(NamedTuple):
