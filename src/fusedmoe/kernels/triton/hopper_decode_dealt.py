@@ -2,8 +2,8 @@
 
 Tasks go round robin and begin when all of up_kernel has ended, so nothing is counted or drawn: a
 narrow intermediate makes tasks of a step or two, and three trips to the L2 for each, one after the
-other, would take longer than its weights. What is looked up in tables is asked for long before:
-that of all tasks of the first ring at once, then that of the task after the one that is loaded.
+other, would take longer than its weights. Tables are read ahead: for all tasks of the first ring at
+once, then for the task after the one that is loaded.
 """
 
 from triton.experimental import gluon

@@ -1,7 +1,7 @@
 """Which task comes next in ``hopper_decode``, where it is, and when its rows are there.
 
-Counters stand behind the table of slots (``kernels.hopper_decode.decode_table``), whose padding
-holds R before anybody counts: a word for the tasks that the programs of each launch have drawn,
+Counters lie in the padding of the table of slots (``kernels.hopper_decode.decode_table``), which
+holds R at first: a word for the tasks that the programs of each launch have drawn,
 then one per block for the tiles of its rows of act that are in memory.
 """
 

@@ -1,6 +1,6 @@
 """Tasks that programs draw from a counter, because some are done sooner than others.
 
-The counter lies in padding of a table, which holds R, one past the last slot, before anybody draws.
+The counter lies in the padding of a table, which holds R, one past the last slot, at first.
 A program's producer draws; its consumers hear of what comes next through a box of two words.
 """
 

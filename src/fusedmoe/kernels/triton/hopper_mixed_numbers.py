@@ -1,7 +1,7 @@
 """From words of weights in shared memory to an operand of the WGMMA in registers.
 
-The A operand of a WGMMA wants of every 16 columns those of number 2t, 2t + 1, 2t + 8 and 2t + 9 in
-lane t of four: half of two words of bytes. So both lanes that share a word load it, and each takes
+Of every 16 columns of a WGMMA's A operand, lane t of four holds 2t, 2t + 1, 2t + 8 and 2t + 9: half
+of two words of bytes. So both lanes that share a word load it, and each takes
 its part (``selectors``).
 
 Nibbles of a word all go to one lane instead, and the columns of the other operand are put into the

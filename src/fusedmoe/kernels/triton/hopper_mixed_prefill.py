@@ -2,14 +2,14 @@
 
 Weights are read as they are stored and become numbers in registers, on their way to the WGMMA. A
 tile is 256 weight rows by 64 slots of one expert (a block of ``moe_align_block_size``), 192 by 128
-or 128 by 256; what experts have left beside blocks of 256 is for launches with tiles of 128. Four
-or one producer warps fill a ring of steps of 64 columns: weights by TMA, as words of 32 bits, token
+or 128 by 256; slots that do not fill a block of 256 go to launches with tiles of 128. Four or one
+producer warps fill a ring of steps of 64 columns: weights by TMA, as words of 32 bits, token
 rows gathered by cp.async (up) or read as a matrix by TMA (down). Each of two to four consumer
 warpgroups has 64 of the weight rows and makes numbers of them while products run on the tensor
-cores, its own or the others'. Of a block that is not full, less is multiplied.
+cores, its own or the others'. A block that is not full multiplies fewer slots.
 
 Products with numbers of four or six bits want the other operand's columns in ``lane_order``: x is
-copied into y's memory first, which nobody needs yet; act is written so.
+copied into y's memory first, which is not in use yet; act is written in that order.
 
 A scale for all columns multiplies the sum. Where groups of columns share one, numbers of eight bits
 in groups of at least 64 columns, and of four in at least 128, stay as they are, and the sums change
@@ -21,8 +21,8 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   that of ``hopper_prefill``.
 
-Tiles are drawn from a counter, in groups of blocks that share weights in the L2. Launches for what
-is left follow those of large blocks, and begin while they end.
+Tiles are drawn from a counter, in groups of blocks that share weights in the L2. Launches for
+the slots left over follow those of large blocks, and begin while these end.
 """
 
 from __future__ import annotations
@@ -233,7 +233,6 @@ def prefill(
         ordered = orders[1] != "" and steps[1].none
         up(layer, x, scales, position, tables, tile, share, ordered=ordered, top_k=top_k)
     act = steps[1].taken(act, w2, *routed, order=orders[1], position=position)
-    del scales  # before those of w2 are made: they may take the memory
     scales = Scales.of(w2)
     for share, (_, tile) in shares.items():
         down(layer, act, scales, tables, tile, share)

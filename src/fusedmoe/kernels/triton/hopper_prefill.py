@@ -10,11 +10,11 @@ up_kernel    grid (programs,): x [T, H], w1 -> act [P, I], rows in the order of 
              and position [R]: where a slot's row is.
 down_kernel  grid (programs,): act [P, I], w2 -> y [P, H], rows as in act.
 sum_kernel   grid (T, cdiv(H, SPANS * BLOCK)): y, weights, position -> out [T, H] in fp32, one fixed
-             order; y may be undefined afterwards. sum_few_kernel: most slots are other ranks'.
+             order; y may be undefined afterwards. sum_few_kernel where most slots are other ranks'.
 
 Tiles are drawn from a counter, because those of half-empty blocks are done sooner: in groups of
 an expert's blocks, GROUP at most, that share weights in the L2. The producer announces them to the
-consumers. Of a block with at most 64 rows the second half is not loaded.
+consumers. The second half of a block with at most 64 rows is not loaded.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 align and quantize x -> GEMM1 -> GEMM2 -> sum. x is rounded beside the alignment. GEMM1 writes act
 in 16 bits; GEMM2 rounds it on its way to shared memory, by groups of 128 columns, by the largest
-magnitudes of its rows, which GEMM1 has found, or by a given scale. Weights of GEMM1 are asked for
+magnitudes of its rows, which GEMM1 has found, or by a given scale. Weights of GEMM1 are loaded
 before the tables are there, those of GEMM2 before GEMM1 has ended.
 """
 

@@ -60,8 +60,8 @@ class StreamCase:
     product of 128 columns is scaled by itself. GROUP: columns that share a weight's scale, 0: all.
 
     EARLY: tables are from a launch before the one in front, so weights are loaded before that ends.
-    GUESS: they are loaded before the tables are there, as if every expert had one block; where that
-    was wrong, again.
+    GUESS: they are loaded before the tables are there, as if every expert had one block, and again
+    where that was wrong.
 
     A tile has ROWS weight rows, of each half VALID loaded, and SLOTS slots. The ring has STAGES of
     DEPTH steps; a span of rows has SPAN steps.
@@ -161,8 +161,8 @@ def gemm_kernel(
     CASE: gl.constexpr,
 ):
     """largest_ptr int32 [R], or None: raised to the bits of the largest magnitudes of out's rows.
-    blocks: that the tables have room for; behind those in use lies nothing that is alive, so what
-    they say of the first tasks is asked for all at once."""
+    blocks: how many the tables have room for. Entries behind those in use name no slot, so those of
+    the first tasks are read at once, before the number in use is known."""
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = low_desc.dtype
     TOTAL: gl.constexpr = gl.int32 if gl.int8 == DTYPE and not CASE.STEPPED else gl.float32
