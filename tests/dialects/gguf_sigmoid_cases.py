@@ -100,6 +100,29 @@ DEEPSEEK = [
             "Attention.VALUE_LENGTH_MLA": None,
         },
     ),
+    *(
+        Case(
+            label=f"deepseek2 of {count} experts whose groups are not told",
+            architecture="deepseek2",
+            model_type=model_type,
+            sizes=DEEPSEEK_SIZES
+            | more
+            | {"num_hidden_layers": 2, "n_routed_experts": count, "n_group": 8, "topk_group": used},
+            keys=DEEPSEEK_KEYS
+            | function
+            | {
+                "LLM.EXPERT_COUNT": count,
+                "LLM.EXPERT_GROUP_COUNT": None,
+                "LLM.EXPERT_GROUP_USED_COUNT": None,
+            },
+            change=absorbed,
+            plain=("attn_k_b",),
+        )
+        for count, used, model_type, function, more in (
+            (256, 4, "deepseek_v3", SIGMOID, {}),
+            (160, 3, "deepseek_v2", SOFTMAX, {"topk_method": "group_limited_greedy"}),
+        )
+    ),
     Case(
         label="deepseek2 of GLM-4.7-Flash",
         architecture="deepseek2",

@@ -47,6 +47,20 @@ def _is_sigmoid(header: Header) -> bool:
     return biased if function is None else bool(function == 2)
 
 
+# (groups, groups used) that DeepSeek-V3 and V2 have published: older files leave them out.
+_PUBLISHED_GROUPS = {256: (8, 4), 160: (8, 3)}
+
+
+def _groups(header: Header) -> dict[str, int]:
+    """Into how many experts fall, by their number where the header does not say it."""
+    published = _PUBLISHED_GROUPS.get(header.count("expert_count"), (1, 1))
+    keys = {"n_group": "expert_group_count", "topk_group": "expert_group_used_count"}
+    return {
+        name: int(header.number(key, default))
+        for (name, key), default in zip(keys.items(), published, strict=True)
+    }
+
+
 def _latent_attention(header: Header) -> Mapping[str, Any]:
     """Sizes of heads; newer files give those of the latent where older ones give these."""
     for key in ("attention.temperature_scale", "attention.temperature_length"):
@@ -58,6 +72,7 @@ def _latent_attention(header: Header) -> Mapping[str, Any]:
         for name in ("key", "value")
     )
     return {
+        **_groups(header),
         "num_key_value_heads": header.number("attention.head_count"),
         "q_lora_rank": header.value("attention.q_lora_rank"),
         "qk_rope_head_dim": turned,
@@ -69,9 +84,9 @@ def _latent_attention(header: Header) -> Mapping[str, Any]:
 def _deepseek_v2(header: Header) -> Mapping[str, Any]:
     if header.value("expert_weights_norm"):
         raise header.wrong("expert_weights_norm")
-    groups = header.number("expert_group_count", 1)
-    method = "greedy" if groups == 1 else "group_limited_greedy"
-    return {**_latent_attention(header), "topk_method": method}
+    sizes = _latent_attention(header)
+    method = "greedy" if sizes["n_group"] == 1 else "group_limited_greedy"
+    return {**sizes, "topk_method": method}
 
 
 def _deepseek_rope(header: Header) -> dict[str, Any]:
