@@ -129,9 +129,13 @@ def test_a_hopper_gets_tables_for_the_experts_it_prefers(
     for extra, name in (
         (("--dtype", "fp32"), "E8-K2-H64-I96-fp32-halves.json"),
         (("--dtype", "bf16", "--experts", "triton"), NAME),
+        (("--dtype", "bf16", "--intermediate-size", "90"), NAME.replace("96", "90")),
     ):
         assert cli(*words, *extra)[0] == 0
         assert read_table(tmp_path / name).kernel == "triton"
+    code, _, err = cli(*words, "--dtype", "fp32", "--experts", "hopper")
+    assert code == 2
+    assert "hopper experts cannot run the layer custom: does not compute in torch.float32" in err
 
 
 def test_json_names_the_tables_of_this_run(cli, gpu, tmp_path: Path) -> None:

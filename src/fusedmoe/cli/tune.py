@@ -21,6 +21,7 @@ from fusedmoe.tuning.tuned_kernels import HOPPER, KERNELS, TRITON
 from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
+    from fusedmoe.bench import LayerShape
     from fusedmoe.tuning.tile_records import Tile
     from fusedmoe.tuning.tuned_table import TunedTable
     from fusedmoe.tuning.tuner.run import LayerTimer
@@ -71,42 +72,68 @@ def run(args: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise ValueError("tuning measures a GPU, and none is here (tables for it can be shown)")
     check_writable(args.report, args.measurements)
-    tunable = TUNABLES[args.experts or _preferred(device, dtype)]
+    layers = [
+        TUNABLES[_kernel_of(args.experts, shape, dtype, device)](shape, dtype) for shape in shapes
+    ]
     facts = device_facts(device)
     report: list[dict[str, Any]] = []
     measured: dict[str, list[dict[str, Any]]] = {}
     header = _header(device, dtype) if args.report else {}
     with ExitStack() as stack:
         compilers = stack.enter_context(start_compilers())
-        for shape in shapes:
-            layer = tunable(shape, dtype)
+        for layer in layers:
             timer = make_timer(layer, device, compilers)
             table, measurements = _tuned(args, layer, facts, timer, tokens)
-            measured[shape.name] = measurements
+            measured[layer.shape.name] = measurements
             if args.report:
                 report += _compared(layer, facts, timer, table, tokens, header)
             del timer
             torch.cuda.empty_cache()
             if not args.json:
-                _print_table(shape.name, table, tokens)
+                _print_table(layer.shape.name, table, tokens)
             _write_json(args.measurements, measured)
             _write_json(args.report, header | {"rows": report, "notes": []})
     if args.json:
-        print_json({"tables": [str(_path(args, tunable(shape, dtype))) for shape in shapes]})
+        print_json({"tables": [str(_path(args, layer)) for layer in layers]})
     elif report:
         _print_report(report)
     return 0
 
 
-def _preferred(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel with tables that selection prefers for such a layer."""
+def _kernel_of(
+    asked: str | None, shape: LayerShape, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The kernel whose tiles are tuned: what is asked for, or what selection prefers of those with
+    tables. ValueError where the Hopper experts are asked for and cannot run the layer."""
+    if asked == TRITON.name:
+        return asked
+    reason = _unmet_by_hopper(shape, dtype, device)
+    if asked is not None and reason is not None:
+        raise ValueError(f"the {asked} experts cannot run the layer {shape.name}: {reason}")
+    return HOPPER.name if reason is None else TRITON.name
+
+
+def _unmet_by_hopper(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the Hopper experts cannot run a layer; None: they can."""
+    from fusedmoe.activation import MoEActivation
+    from fusedmoe.config import FusedMoEConfig
     from fusedmoe.experts.hopper import HopperExperts
 
-    can = HopperExperts.capabilities()
-    if dtype not in can.dtypes or not torch.cuda.is_available():
-        return TRITON.name
-    newest = torch.cuda.get_device_capability(device) == can.min_capability
-    return HOPPER.name if newest else TRITON.name
+    if not torch.cuda.is_available():
+        return "no GPU"
+    config = FusedMoEConfig(
+        num_experts=shape.num_experts,
+        num_local_experts=shape.E,
+        experts_per_token=shape.k,
+        hidden_dim=shape.H,
+        intermediate_size_per_partition=shape.I,
+        activation=MoEActivation.from_str(shape.activation),
+        in_dtype=dtype,
+        device=device,
+        has_bias=shape.bias,
+    )
+    rows = HopperExperts.activation_format()
+    return HopperExperts.is_supported_config(config, None, None, rows)[1]
 
 
 def start_compilers() -> Any:
