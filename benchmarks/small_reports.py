@@ -25,15 +25,20 @@ def new_report(device: torch.device) -> BenchReport:
 
 @torch.inference_mode()
 def timed(
-    variants: Mapping[str, Sequence[Call]], expected_us: float, repeats: int, device: torch.device
+    variants: Mapping[str, Sequence[Call]],
+    expected_us: float,
+    repeats: int,
+    device: torch.device,
+    rest: float = 0.0,
 ) -> Times:
-    """Median, p10 and p90 microseconds of each variant: graph replays in turns on a GPU."""
+    """Median, p10 and p90 microseconds of each variant: graph replays in turns on a GPU, which
+    rests after each, ``rest`` times as long as it took."""
     if device.type == "cuda":
         found = {
             name: replace(record(calls, expected_us, repeats), at_least=repeats)
             for name, calls in variants.items()
         }
-        samples = time_in_turns(found)
+        samples = time_in_turns(found, rest)
         del found
         gc.collect()
         torch.cuda.empty_cache()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusedmoe.bench import ceilings
+from fusedmoe.bench import SHAPES, LayerShape, ceilings
+from fusedmoe.experts import hopper
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = {
@@ -19,21 +21,27 @@ SCRIPTS = {
     "shared_experts": "--models tiny --tokens 1 3 --device cpu --repeats 1",
     "model_generate": "--tiny --device cpu --layers 1 --batches 1 --new-tokens 2 --prompt-tokens 4 "
     "--repeats 1",
+    "hopper_variants": "--cells tiny:3 tiny/2:3 --only direct --rounds 1",
 }
 ROWS = {"gate": 2 * 2 * 2 * 3, "batch_invariant": 4, "shared_experts": 8, "model_generate": 3}
+ROWS["hopper_variants"] = 4
+TINY = LayerShape("tiny", 8, 2, 64, 32)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_writes_its_rows(name, tmp_path, monkeypatch):
-    from fusedmoe.bench import SHAPES, LayerShape
-
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(ceilings, "_ELEMENTS", {"cpu": 1 << 12})
     monkeypatch.setattr(ceilings, "_MATMUL", {"cpu": 64})
-    monkeypatch.setitem(SHAPES, "tiny", LayerShape("tiny", 8, 2, 64, 32))
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     out = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *SCRIPTS[name].split(), "--out", str(out)])
     module = importlib.import_module(name)
+    if name == "hopper_variants":  # its kernels run as their definitions there
+        monkeypatch.setattr(hopper, "multiprocessors_of", lambda device: 1)
+        monkeypatch.setattr(hopper, "device_of", lambda tensor: nullcontext())
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+        monkeypatch.setitem(module.SHAPES, "tiny", TINY)
     try:
         module.main()
     finally:
