@@ -19,16 +19,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from quantized_layer import DEVICE, REPEATS, build, errors, weights_of
-from quantized_prefill import Calls
+from quantized_layer import DENSE, DEVICE, build, dense, errors, situations, weights_of
+from quantized_prefill import Calls, add_parts, in_turns
 from quantized_targets import SHAPES
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.problems import Situation, pick
-from fusedmoe.bench.replays import record, time_in_turns
-from fusedmoe.bench.report import Percentiles, make_header
+from fusedmoe.bench.problems import Situation
+from fusedmoe.bench.report import make_header
 from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_mixed_prefill import (
@@ -47,11 +46,8 @@ from fusedmoe.kernels.triton.hopper_mixed_prefill import (
 )
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.runner.moe_runner import MoERunner
-from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
-
-DENSE = 8192
 
 
 def tile_variants(bits: float, *, wide: bool) -> dict[str, MixedPrefillTiles]:
@@ -115,33 +111,19 @@ def parts(
 def measure(shape: LayerShape, name: str, T: int, routing: str, report: BenchReport) -> None:
     layer = build(shape, name, "triton_quantized")
     x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-    logits = routing_logits(routing, T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
-    one, out = pick(logits, shape.k), torch.empty_like(x)
+    (one,), out = situations(shape, routing, T, 1), torch.empty_like(x)
     calls = parts(shape, name, layer, x, one, out)
     calls["triton_quantized"] = partial(layer, x, one.logits), shape.flops(T)
-    a, b = (torch.randn(DENSE, DENSE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    calls["dense"] = partial(torch.mm, a, b), 2.0 * DENSE**3
-    recorded = {
-        label: record([call], max(flops / 1e9, 20.0), REPEATS)
-        for label, (call, flops) in calls.items()
-    }
-    samples = time_in_turns(recorded)
+    calls["dense"] = dense("bf16"), 2.0 * DENSE**3
+    samples = in_turns(calls)
+    about = {"shape": shape.name, "format": name, "T": T}
     bits = weights_of(layer)[0].format.bits
     for label in tile_variants(bits, wide=False):
         calls[f"whole {label}"][0]()
         found, _ = errors(shape, layer, x, one, out)
-        accuracy = {"part": f"error {label}", "error": found}
-        report.rows.append({"shape": shape.name, "format": name, "T": T} | accuracy)
+        report.rows.append(about | {"part": f"error {label}", "error": found})
         print(f"{label}: error {found:.1e}", flush=True)
-    for label, (_, flops) in calls.items():
-        timed = Percentiles.of(samples[label])
-        row = {"shape": shape.name, "format": name, "T": T, "routing": routing, "part": label}
-        report.rows.append(row | {"us": timed.us, "tflops": flops / timed.us / 1e6})
-        print(
-            f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
-            f"{flops / timed.us / 1e6:7.1f} TF",
-            flush=True,
-        )
+    add_parts(report, about | {"routing": routing}, calls, samples)
 
 
 def main() -> None:

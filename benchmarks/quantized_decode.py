@@ -18,20 +18,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from quantized_layer import DEVICE, REPEATS, build, errors, limit_us, weights_of
+from quantized_layer import DEVICE, REPEATS, build, errors, limit_us, situations, weights_of
 from quantized_targets import SHAPES
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.problems import Situation
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, make_header
 from fusedmoe.kernels.device import multiprocessors_of
 from fusedmoe.kernels.hopper_quantized import quantized_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.runner.moe_runner import MoERunner
-from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
     CudaLoneTile,
@@ -95,13 +94,7 @@ def measure(case: str, asked: list[str], report: BenchReport) -> bool:
     programs, near = multiprocessors_of(DEVICE), True
     for T in map(int, tokens.split(",")):
         R, x = T * shape.k, torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-        ones: list[Situation] = [
-            pick(
-                routing_logits("balanced", T, shape.num_experts, shape.k, seed, DEVICE).bfloat16(),
-                shape.k,
-            )
-            for seed in range(COPIES)
-        ]
+        ones = situations(shape, "balanced", T, COPIES)
         active = sum(one.topk_ids.unique().numel() for one in ones) / COPIES
         limit = limit_us(shape, weights_of(layers[0]), None, active, T, report.header)
         scratch = (

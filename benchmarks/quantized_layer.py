@@ -36,6 +36,7 @@ from verdicts import print_verdicts
 from fusedmoe import FusedMoE, MoEOptions, QuantizedFusedMoEMethod
 from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
+from fusedmoe.bench.ceilings import median_seconds
 from fusedmoe.bench.problems import Scope, Situation, pick
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchRow, Percentiles, least_us, make_header
@@ -50,7 +51,7 @@ from fusedmoe.testing.routing import routing_logits
 from fusedmoe.testing.tolerances import relative_error
 
 DEVICE = torch.device("cuda")
-SITUATIONS, REPEATS, CHECKED = 4, 50, 3
+SITUATIONS, REPEATS, CHECKED, DENSE = 4, 50, 3, 8192
 # Of random bytes as numbers; with superblocks' own scales, likewise.
 DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
 DEVIATIONS |= {"e3m2": 9.2, "e2m3": 3.4, "q4_k": 310.0, "q5_k": 650.0, "q6_k": 1370.0}
@@ -76,31 +77,25 @@ class OneFormat:
         return QuantizedFusedMoEMethod(moe_config, self.format, activation=self.rows)
 
 
-def eight_bit_rates() -> dict[str, float]:
-    """Dense products of 8192 x 8192 in fp8 (TFLOP/s) and int8 (TOP/s)."""
-    n, found = 8192, {}
-    x, y = (torch.randn(n, n, device=DEVICE) for _ in range(2))
+def dense(element: str) -> Callable[[], torch.Tensor]:
+    """A product of DENSE x DENSE in the element type: "e4m3", "int8" or "bf16"."""
+    a, b = (torch.randn(DENSE, DENSE, device=DEVICE) for _ in range(2))
+    if element == "bf16":
+        return partial(torch.mm, a.bfloat16(), b.bfloat16())
+    if element == "int8":
+        return partial(torch._int_mm, a.mul(30).to(torch.int8), b.mul(30).to(torch.int8).t())
     one = torch.ones((), device=DEVICE)
-    fp8 = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t()
-    int8 = x.mul(30).to(torch.int8), y.mul(30).to(torch.int8).t()
-    products: dict[str, Callable[[], object]] = {
-        "fp8_tflops": partial(
-            torch._scaled_mm, *fp8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
-        ),
-        "int8_tops": partial(torch._int_mm, *int8),
+    operands = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    return partial(torch._scaled_mm, *operands, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def eight_bit_rates() -> dict[str, float]:
+    """Dense products in fp8 (TFLOP/s) and int8 (TOP/s)."""
+    elements = {"fp8_tflops": "e4m3", "int8_tops": "int8"}
+    return {
+        name: 2 * DENSE**3 / median_seconds(dense(element), DEVICE) / 1e12
+        for name, element in elements.items()
     }
-    for name, product in products.items():
-        product()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        times = []
-        for _ in range(7):
-            events[0].record()
-            product()
-            events[1].record()
-            events[1].synchronize()
-            times.append(events[0].elapsed_time(events[1]))
-        found[name] = 2 * n**3 / statistics.median(times) / 1e9
-    return found
 
 
 def fill(parameter: torch.nn.Parameter, fmt: QuantFormat, suffix: str, K: int) -> None:
@@ -202,6 +197,15 @@ def errors(
     )
 
 
+def situations(shape: LayerShape, routing: str, T: int, count: int) -> list[Situation]:
+    """With logits in bf16, one per seed."""
+    drawn = (
+        routing_logits(routing, T, shape.num_experts, shape.k, seed, DEVICE)
+        for seed in range(count)
+    )
+    return [pick(logits.bfloat16(), shape.k) for logits in drawn]
+
+
 def limit_us(
     shape: LayerShape,
     weights: tuple[QuantizedTensor, ...],
@@ -241,13 +245,7 @@ def measure(
             share_weights(source, target)
     for routing, scope, T in cells:
         x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-        picked = [
-            pick(
-                routing_logits(routing, T, shape.num_experts, shape.k, seed, DEVICE).bfloat16(),
-                shape.k,
-            )
-            for seed in range(max(SITUATIONS, len(copies)))
-        ]
+        picked = situations(shape, routing, T, max(SITUATIONS, len(copies)))
         active = statistics.mean(one.topk_ids.unique().numel() for one in picked)
         limit = limit_us(shape, weights_of(copies[0]), ROWS.get(name), active, T, report.header)
         recorded = {}
@@ -289,9 +287,8 @@ def run_once(
     for one in experts:
         layer = build(shape, name, one)
         for routing, scope, T in cells:
-            logits = routing_logits(routing, T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
             x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-            call(layer, scope, x, pick(logits, shape.k))()
+            call(layer, scope, x, situations(shape, routing, T, 1)[0])()
     torch.cuda.synchronize()
 
 

@@ -18,13 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from quantized_layer import DEVICE, REPEATS, build, errors, weights_of
+from quantized_layer import DENSE, DEVICE, REPEATS, build, dense, errors, situations, weights_of
 from quantized_targets import ROWS, SHAPES
 
 from fusedmoe.activation import MoEActivation
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.problems import Situation, pick
+from fusedmoe.bench.problems import Situation
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import Percentiles, make_header
 from fusedmoe.kernels.align import MoEAlignment, moe_align_block_size
@@ -36,12 +36,10 @@ from fusedmoe.kernels.quantize import QuantizedRows, quantize_rows
 from fusedmoe.kernels.triton.hopper_fp8_prefill import down, up
 from fusedmoe.kernels.triton.hopper_prefill import sum_rows
 from fusedmoe.quantization.tensor import QuantizedTensor
-from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.quantized_tiles import QuantizedPrefillTiles, prefill_tiles
 
 Calls = dict[str, tuple[Callable[[], Any], float]]
-DENSE = 8192
 
 
 def tile_variants(name: str, standard: QuantizedPrefillTiles) -> Iterator[tuple[str, Any]]:
@@ -122,45 +120,47 @@ def parts(
     return calls
 
 
-def dense(element: str) -> Callable[[], torch.Tensor]:
-    """A product of DENSE x DENSE in the element type."""
-    a, b = (torch.randn(DENSE, DENSE, device=DEVICE) for _ in range(2))
-    if element == "int8":
-        return partial(torch._int_mm, a.mul(30).to(torch.int8), b.mul(30).to(torch.int8).t())
-    one = torch.ones((), device=DEVICE)
-    operands = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-    return partial(torch._scaled_mm, *operands, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+def in_turns(calls: Calls) -> dict[str, list[float]]:
+    """Microseconds of each, from graph replays."""
+    return time_in_turns(
+        {
+            label: record([call], max(flops / 1e9, 20.0), REPEATS)
+            for label, (call, flops) in calls.items()
+        }
+    )
+
+
+def add_parts(
+    report: BenchReport, about: dict[str, Any], calls: Calls, samples: dict[str, list[float]]
+) -> None:
+    """A row for each, and a line of what it says."""
+    for label, (_, flops) in calls.items():
+        us = Percentiles.of(samples[label]).us
+        tflops = flops / us / 1e6
+        report.rows.append(about | {"part": label, "us": us, "tflops": tflops})
+        print(
+            f"{about['shape']:16} {about['format']:12} T={about['T']:6} {label:20} {us:9.1f} us "
+            f"{tflops:7.1f} TF",
+            flush=True,
+        )
 
 
 def measure(shape: LayerShape, name: str, T: int, report: BenchReport) -> None:
     layer = build(shape, name, "triton_quantized")
     weights = weights_of(layer)
     x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-    logits = routing_logits("balanced", T, shape.num_experts, shape.k, 0, DEVICE).bfloat16()
-    one = pick(logits, shape.k)
+    (one,) = situations(shape, "balanced", T, 1)
     out = torch.empty_like(x)
     calls = parts(shape, name, weights, x, one, out)
     calls["triton_quantized"] = partial(layer, x, one.logits), shape.flops(T)
     calls["dense"] = dense(weights[0].format.element), 2.0 * DENSE**3
-    recorded = {
-        label: record([call], max(flops / 1e9, 20.0), REPEATS)
-        for label, (call, flops) in calls.items()
-    }
-    samples = time_in_turns(recorded)
+    samples = in_turns(calls)
     calls["whole"][0]()
     found, rounding = errors(shape, layer, x, one, out)
-    for label, (_, flops) in calls.items():
-        timed = Percentiles.of(samples[label])
-        row = {"shape": shape.name, "format": name, "T": T, "part": label, "us": timed.us}
-        report.rows.append(row | {"tflops": flops / timed.us / 1e6})
-        print(
-            f"{shape.name:16} {name:12} T={T:6} {label:20} {timed.us:9.1f} us "
-            f"{flops / timed.us / 1e6:7.1f} TF",
-            flush=True,
-        )
+    about = {"shape": shape.name, "format": name, "T": T}
+    add_parts(report, about, calls, samples)
     print(f"error {found:.1e} (rows alone {rounding:.1e})", flush=True)
-    accuracy = {"part": "error", "error": found, "rounding_error": rounding}
-    report.rows.append({"shape": shape.name, "format": name, "T": T} | accuracy)
+    report.rows.append(about | {"part": "error", "error": found, "rounding_error": rounding})
 
 
 def main() -> None:

@@ -16,15 +16,21 @@ from collections import Counter
 from functools import partial
 
 import torch
-from quantized_layer import DEVICE, SITUATIONS, build, eight_bit_rates, limit_us, weights_of
+from quantized_layer import (
+    DEVICE,
+    SITUATIONS,
+    build,
+    eight_bit_rates,
+    limit_us,
+    situations,
+    weights_of,
+)
 from quantized_targets import ROWS, SHAPES
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 
 from fusedmoe.bench.ceilings import measure_ceilings
-from fusedmoe.bench.problems import pick
 from fusedmoe.bench.replays import Replays, record, time_in_turns
 from fusedmoe.experts.hopper_quantized import HopperQuantizedExperts
-from fusedmoe.testing.routing import routing_logits
 from fusedmoe.tuning.w8a8_tiles import StreamTile, StreamTiles
 
 REPEATS = 30
@@ -79,15 +85,7 @@ def measure(shape_name: str, fmt: str, args: argparse.Namespace, peak: dict[str,
     layers = [build(shape, fmt, "hopper_quantized") for _ in range(SITUATIONS)]
     for T in args.tokens:
         x = torch.randn(T, shape.H, device=DEVICE, dtype=torch.bfloat16)
-        picked = [
-            pick(
-                routing_logits(
-                    args.routing, T, shape.num_experts, shape.k, seed, DEVICE
-                ).bfloat16(),
-                shape.k,
-            )
-            for seed in range(SITUATIONS)
-        ]
+        picked = situations(shape, args.routing, T, SITUATIONS)
         active = statistics.mean(one.topk_ids.unique().numel() for one in picked)
         limit = limit_us(shape, weights_of(layers[0]), ROWS[fmt], active, T, peak)
         mean = T * shape.k / shape.num_experts

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fusedmoe.bench import LayerShape
+from fusedmoe.bench.replays import Replays
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -107,3 +112,36 @@ def test_rows_of_another_run_take_the_places_of_theirs(scripts):
     }
     assert [run["commit"] for run in table.header["runs"]] == ["old", "new", "newer"]
     assert table.header["commit"] == "newer"
+
+
+def test_a_layer_is_measured_row_by_row(scripts, monkeypatch, capsys):
+    script, targets = scripts
+    monkeypatch.setattr(script, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(script, "record", lambda calls, limit, repeats: Replays(calls, 1, repeats))
+    monkeypatch.setattr(
+        script, "time_in_turns", lambda found, rest: {name: [2.0] for name in found}
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    table = script.BenchReport({"read_gbs": 1.0, "bf16_tflops": 1.0})
+    cells = [targets.Cell("balanced", "layer", 3), targets.Cell("uniform", "experts", 2)]
+    shape = LayerShape("tiny", 8, 2, 128, 128)
+    with torch.inference_mode():
+        script.measure(shape, "int4_g128", cells, [None], table)
+    assert [(row["routing"], row["scope"], row["T"], row["us"]) for row in table.rows] == [
+        ("balanced", "layer", 3, 2.0),
+        ("uniform", "experts", 2, 2.0),
+    ]
+    assert all(0 < row["error"] < 1e-2 and row["active_experts"] <= 6 for row in table.rows)
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_the_launches_of_a_layer_are_rows(scripts, monkeypatch, capsys):
+    script = importlib.import_module("quantized_prefill")
+    calls = {"up": (object, 3e9), "align": (object, 0.0)}
+    table = script.BenchReport({})
+    about = {"shape": "tiny", "format": "fp8_block", "T": 8}
+    script.add_parts(table, about, calls, {"up": [1.0, 3.0, 8.0], "align": [2.0]})
+    assert table.rows == [
+        about | {"part": "up", "us": 3.0, "tflops": 1e3},
+        about | {"part": "align", "us": 2.0, "tflops": 0.0},
+    ]

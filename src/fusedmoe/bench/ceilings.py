@@ -36,7 +36,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> d
         products: list[Callable[[], object]] = [partial(torch.mm, a, b)]
         if device.type == "cpu":
             products.append(partial(linear_for(dtype), a, b, torch.empty_like(a)))
-        seconds = min(_seconds(product, device) for product in products)
+        seconds = min(median_seconds(product, device) for product in products)
         found[f"{format_name(dtype)}_tflops"] = 2 * n**3 / seconds / 1e12
     return found
 
@@ -77,12 +77,12 @@ def _bandwidths(device: torch.device) -> dict[str, float]:
     reads: list[Callable[[], object]] = [source.sum]
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         reads.append(partial(read_all, source))
-    read = min(_seconds(one, device) for one in reads)
-    copy = _seconds(partial(target.copy_, source), device)
+    read = min(median_seconds(one, device) for one in reads)
+    copy = median_seconds(partial(target.copy_, source), device)
     return {"read_gbs": size / read / 1e9, "copy_gbs": 2 * size / copy / 1e9}
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def median_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median time of a few runs after one that warms up."""
     run()
     samples = []
