@@ -146,9 +146,7 @@ def measure(shape: LayerShape, args: argparse.Namespace, place: Place) -> list[d
     sizes |= {"format": "bf16", "routing": ROUTING}
 
     def row(phase: str, times: Percentiles, **found: Any) -> dict[str, Any]:
-        measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
-        rounded = {name: round(value, 1) for name, value in measured.items()}
-        return {"impl": "fusedmoe", "phase": phase} | sizes | rounded | found
+        return {"impl": "fusedmoe", "phase": phase} | sizes | times.rounded(1) | found
 
     rows = [
         row(

@@ -265,13 +265,11 @@ def row_of(
     shape: LayerShape,
     error: float | None,
 ) -> dict[str, Any]:
-    measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
-    rounded = {name: round(value, 2) for name, value in measured.items()}
     flops = shape.pair_flops * facts["T"] * shape.k  # of the average rank
     return (
         {"impl": impl, "scope": scope}
         | facts
-        | rounded
+        | times.rounded()
         | {
             "fraction_of_limit": round(facts["limit_us"] / times.us, 4),
             "tflops": round(flops / times.us / 1e6, 2),

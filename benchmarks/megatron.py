@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from small_reports import new_report
+from small_reports import columns, new_report
 
 from fusedmoe.bench import SHAPES
+from fusedmoe.bench.problems import Weights, random_weights
 from fusedmoe.bench.replays import record, time_in_turns
 from fusedmoe.bench.report import BenchReport, BenchRow, Percentiles, least_us
 from fusedmoe.bench.shapes import LayerShape
@@ -45,28 +46,18 @@ class Problem(NamedTuple):
 
     @property
     def layer(self) -> LayerShape:
-        return SHAPES[self.shape]
-
-    @property
-    def matrices(self) -> int:
-        """Of I x H in one expert."""
-        return 3 if self.activation is ActivationType.SWIGLU else 2
+        return replace(SHAPES[self.shape], activation=self.activation.moe_activation.value)
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.T * self.layer.k * self.matrices * self.layer.H * self.layer.I
+        return self.layer.flops(self.T)
 
     def limit_us(self, active_experts: float, ceilings: dict[str, Any]) -> float:
-        """As ``bench.report.limit_us``, for either activation."""
+        """As ``bench.report.limit_us``."""
         layer = self.layer
-        weights = self.matrices * layer.H * layer.I * active_experts
+        weights = layer.weight_elements / layer.E * active_experts
         moved = 2 * (weights + 2 * self.T * layer.H)
         return least_us(moved, self.flops, ceilings["read_gbs"], ceilings["bf16_tflops"])
-
-
-class Weights(NamedTuple):
-    fc1: torch.Tensor
-    fc2: torch.Tensor
 
 
 class Batch(NamedTuple):
@@ -79,17 +70,7 @@ class Batch(NamedTuple):
 
 
 def make_weights(problem: Problem) -> list[Weights]:
-    E, H, I, ups = *_sizes(problem.layer), problem.matrices - 1  # noqa: E741
-
-    def normal(*size: int) -> torch.Tensor:
-        made = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
-        return made.normal_(0, size[-1] ** -0.5)
-
-    return [Weights(normal(E, ups * I, H), normal(E, H, I)) for _ in range(SETS)]
-
-
-def _sizes(layer: LayerShape) -> tuple[int, int, int]:
-    return layer.E, layer.H, layer.I
+    return random_weights(problem.layer, torch.bfloat16, DEVICE, SETS)
 
 
 def make_batch(problem: Problem, seed: int, rows: int) -> Batch:
@@ -112,8 +93,8 @@ def arguments(problem: Problem, one: Weights, batch: Batch) -> dict[str, Any]:
     return {
         "hidden_states": batch.x,
         "probs": batch.probs,
-        "fc1_weight": one.fc1,
-        "fc2_weight": one.fc2,
+        "fc1_weight": one.w1,
+        "fc2_weight": one.w2,
         "activation_type": problem.activation,
         "num_local_experts": problem.layer.E,
         "local_expert_start": 0,
@@ -130,7 +111,7 @@ def contestants(problem: Problem, weights: list[Weights]) -> dict[str, list[Run]
         batch = make_batch(problem, seed, problem.T)
         runs["megatron"].append(partial(vllm_fused_moe, **arguments(problem, one, batch)))
         runs["triton"].append(
-            partial(fused_experts, batch.x, one.fc1, one.fc2, batch.probs, batch.ids,
+            partial(fused_experts, batch.x, one.w1, one.w2, batch.probs, batch.ids,
                     activation=act, options=TRITON)
         )  # fmt: skip
         if problem.T < WIDE:
@@ -173,7 +154,7 @@ def measure(problem: Problem, report: BenchReport, weights: list[Weights], repea
 def row_of(
     problem: Problem, name: str, samples: list[float], found: float, active: float, limit: float
 ) -> BenchRow:
-    layer, T, taken = problem.layer, problem.T, Percentiles.of(samples)
+    layer, T = problem.layer, problem.T
     squared = problem.activation is ActivationType.SQUARED_RELU
     return BenchRow(
         impl=f"fusedmoe:{name}",
@@ -190,13 +171,7 @@ def row_of(
         pairs=T * layer.k,
         scope="experts",
         timed="graph",
-        us=round(taken.us, 2),
-        p10_us=round(taken.p10_us, 2),
-        p90_us=round(taken.p90_us, 2),
-        limit_us=round(limit, 2),
-        fraction_of_limit=round(limit / taken.us, 4),
-        tflops=round(problem.flops / taken.us / 1e6, 4),
-        error=float(f"{found:.3g}"),
+        **columns(Percentiles.of(samples), limit, problem.flops, found),
         runs=len(samples),
         workspace_bytes=None,
     )

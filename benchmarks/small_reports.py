@@ -50,9 +50,7 @@ def timed(
 def columns(times: Percentiles, limit_us: float, flops: float, error: float) -> dict[str, Any]:
     """What every row has: how long, what the machine allows, and how exact."""
     return {
-        "us": round(times.us, 2),
-        "p10_us": round(times.p10_us, 2),
-        "p90_us": round(times.p90_us, 2),
+        **times.rounded(),
         "limit_us": round(limit_us, 2),
         "fraction_of_limit": round(limit_us / times.us, 4),
         "tflops": round(flops / times.us / 1e6, 4),

@@ -77,9 +77,8 @@ def run_ranks_bench(
                 for scope, samples in _samples(steps, repeats, group, device).items():
                     row = _row(shape, layer, dtype, routing, T, group.size())
                     times = Percentiles.of(_slowest(samples, ranks))
-                    measured = {"us": times.us, "p10_us": times.p10_us, "p90_us": times.p90_us}
-                    rounded = {name: round(value, 2) for name, value in measured.items()}
-                    report.rows.append({"impl": f"fusedmoe:{way}", "scope": scope} | row | rounded)
+                    name = {"impl": f"fusedmoe:{way}", "scope": scope}
+                    report.rows.append(name | row | times.rounded())
         del layer
         if memory is not None:
             memory.close()

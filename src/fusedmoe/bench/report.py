@@ -79,6 +79,10 @@ class Percentiles:
             statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
         )
 
+    def rounded(self, digits: int = 2) -> dict[str, float]:
+        """As columns of a row."""
+        return {name: round(value, digits) for name, value in asdict(self).items()}
+
 
 @dataclass
 class BenchReport:
