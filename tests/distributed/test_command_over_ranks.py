@@ -101,6 +101,13 @@ def test_bench_with_fewer_experts_than_ranks(ranks):
     assert [row["E"] for row in rows] == [1] * 6  # on rank 0
 
 
+def test_bench_over_ranks_says_that_it_measures_floats(ranks, tmp_path):
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", CASES["gptq"]).packed
+    words = ("--tokens", "1", "--dtypes", "fp32", "--repeats", "1", "--device", "cpu", "--json")
+    notes = json.loads(on_ranks(ranks, "bench", folder, "--ep", *words))["notes"]
+    assert any(note.endswith("as int4_g32; floats of their shape were measured") for note in notes)
+
+
 @pytest.mark.parametrize("option", ["--ep", "--tp"])
 def test_several_processes_need_torchrun(option, qwen, capsys, monkeypatch):
     from fusedmoe.cli import main

@@ -22,7 +22,7 @@ from fusedmoe.config import MoEOptions
 from fusedmoe.words import device_named, dtype_named
 
 if TYPE_CHECKING:
-    from fusedmoe.bench import LayerShape
+    from fusedmoe.bench import BenchReport, LayerShape
 
 DEFAULT_SHAPE = "olmoe"
 MEMORY_SHARE = 0.9
@@ -101,9 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fusedmoe.bench import check_request, run_layer_bench
     from fusedmoe.cli.plot import check_can_draw, write_plot
-    from fusedmoe.selection import check_forced_names
 
     if args.repeats is not None and args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
@@ -112,12 +110,41 @@ def run(args: argparse.Namespace) -> int:
         refuse_unused(args, ("peers",), "with --no-peers")
     if args.plot:
         check_can_draw(args.plot)
-    options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     shapes, _ = shapes_asked(args, DEFAULT_SHAPE, quantized_too=True)
     device = device_named(args.device)
     dtypes = [dtype_named(name) or torch.bfloat16 for name in args.dtypes]
     if args.ep:
         return _run_over_ranks(args, shapes, dtypes, device)
+    report = _measure(args, shapes, dtypes, device)
+    if not report.rows:
+        raise ValueError("nothing was measured: " + "; ".join(report.notes))
+    if args.checkpoint and (note := note_on_format(args.checkpoint)):
+        report.notes.append(f"{note} (--formats rounds them)")
+    record = report.to_json()
+    if args.output:
+        report.write(args.output)
+    if args.csv:
+        report.write_csv(args.csv)
+    if args.plot:
+        write_plot(record, args.plot)
+    if args.json:
+        print_json(record)
+    else:
+        _print(record)
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    shapes: list[LayerShape],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+) -> BenchReport:
+    """The layers on one device, ours and their peers in turns."""
+    from fusedmoe.bench import check_request, run_layer_bench
+    from fusedmoe.selection import check_forced_names
+
+    options = MoEOptions(tuned_table=args.tuned_table, max_workspace_bytes=args.max_workspace_bytes)
     experts = (None, *map(experts_of, args.experts))
     for one in experts:
         check_forced_names(MoEOptions(experts=one))
@@ -134,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
             bar.set_description(what)
             bar.update(done - bar.n)
 
-        report = run_layer_bench(
+        return run_layer_bench(
             shapes,
             args.tokens,
             dtypes,
@@ -149,22 +176,6 @@ def run(args: argparse.Namespace) -> int:
             formats=args.formats,
             slow_machine=args.slow_machine,
         )
-    if not report.rows:
-        raise ValueError("nothing was measured: " + "; ".join(report.notes))
-    if args.checkpoint and (note := note_on_format(args.checkpoint)):
-        report.notes.append(note)
-    record = report.to_json()
-    if args.output:
-        report.write(args.output)
-    if args.csv:
-        report.write_csv(args.csv)
-    if args.plot:
-        write_plot(record, args.plot)
-    if args.json:
-        print_json(record)
-    else:
-        _print(record)
-    return 0
 
 
 def _run_over_ranks(
@@ -174,7 +185,7 @@ def _run_over_ranks(
     device: torch.device,
 ) -> int:
     """The layers with their experts spread over the processes of torchrun."""
-    from fusedmoe.bench import check_request
+    from fusedmoe.bench import BenchReport, check_request
     from fusedmoe.bench.over_ranks import run_ranks_bench
 
     refuse_unused(args, _NOT_OVER_RANKS, "with --ep")
@@ -190,16 +201,18 @@ def _run_over_ranks(
             for dtype in dtypes
             for routing in args.routings
         ]
-        record = reports[0].to_json() | {"rows": [row for one in reports for row in one.rows]}
+        report = BenchReport(reports[0].header, [row for one in reports for row in one.rows])
+        report.notes = list(dict.fromkeys(note for one in reports for note in one.notes))
+        if args.checkpoint and (note := note_on_format(args.checkpoint)):
+            report.notes.append(note)
         if args.output and is_first_rank():
-            reports[0].rows = record["rows"]
-            reports[0].write(args.output)
+            report.write(args.output)
         if args.json:
-            print_json(record)
+            print_json(report.to_json())
         else:
             columns = ["shape", "format", "ranks", "T", "impl", "scope", "us", "p10_us", "p90_us"]
-            print_table(columns, [[row[name] for name in columns] for row in record["rows"]])
-            for note in dict.fromkeys(note for one in reports for note in one.notes):
+            print_table(columns, [[row[name] for name in columns] for row in report.rows])
+            for note in report.notes:
                 print(f"note: {printable(note)}")
     return 0
 

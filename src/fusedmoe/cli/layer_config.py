@@ -101,8 +101,7 @@ def note_on_format(folder: str) -> str | None:
     stored = moe_layers(checkpoint, model_facts(checkpoint))[0].format
     if _floats(stored):
         return None
-    what = "floats of their shape were measured (--formats rounds them)"
-    return f"{checkpoint.folder} stores experts as {stored}; {what}"
+    return f"{checkpoint.folder} stores experts as {stored}; floats of their shape were measured"
 
 
 def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
