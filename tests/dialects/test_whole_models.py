@@ -343,6 +343,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"layers\.0\.self_attn\.k_proj\.weight: expected shape \(32, 64\), found \(24, 64\)",
     ),
+    "attention without columns": (
+        {"layers.0.self_attn.q_proj.qweight": lambda t: t.flatten()},
+        r"the tensors of .*layers\.0\.self_attn\.q_proj, .*'qweight': \(\d+,\).*, hold no matrix",
+    ),
     "a router in other numbers": (
         {"layers.1.mlp.gate.weight": other_numbers},
         r"layers\.1\.mlp\.gate\.weight is F8_E4M3, but config\.json names no",
@@ -555,6 +559,17 @@ def test_a_bad_scale_outside_the_experts_is_named(tmp_path: Path) -> None:
     name = "layers.0.self_attn.k_proj.scales"
     with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.scales: expected finite scales"):
         fusedmoe.from_pretrained(broken(tmp_path, **{name: lambda t: t / 0}))
+
+
+def test_a_bad_state_of_nf4_outside_the_experts_is_named(tmp_path: Path) -> None:
+    case = CASES["bitsandbytes nf4"]
+    folder = write_folders(tmp_path, "tiny-qwen3-moe", case, linear_too=True).packed
+    tensors = read_tensors(folder)
+    name = "model.layers.1.self_attn.k_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[name] = torch.tensor(list(b'{"shape": [3]}'), dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: expected two sizes"):
+        fusedmoe.from_pretrained(folder)
 
 
 def test_rounding_holds_little_more_than_the_quantized_model(

@@ -207,9 +207,16 @@ class FolderSource:
             )
         tensors = self.experts.checkpoint.tensors
         shapes = {suffix: tensors[name].shape for suffix, name in names.items()}
-        size = scheme.size(shapes, lambda suffix: self.read(names[suffix]))
+        try:
+            size = scheme.size(shapes, lambda suffix: self.read(names[suffix]))
+        except IndexError:  # a tensor has fewer axes than a matrix
+            size = None
+        except ValueError as error:
+            raise CheckpointError(f"{self.where}: {module}.{error}") from None
         if size is None:
-            raise CheckpointError(f"{self.where}: the shape of {module} is not in its tensors")
+            raise CheckpointError(
+                f"{self.where}: the tensors of {module}, {shapes}, hold no matrix"
+            )
         stored = {suffix: name for suffix, name in names.items() if suffix != "bias"}
         matrix = Matrix(name=module, N=size[0], K=size[1])
 
