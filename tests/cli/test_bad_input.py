@@ -156,6 +156,17 @@ def test_files_that_do_not_fit_their_config_are_not_run(
     assert not (broken / "ran").exists()
 
 
+def test_experts_without_elements(cli, broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k: v[:0].clone() if ".experts." in k else v for k, v in tensors.items()}, path)
+    assert cli("inspect", broken)[0] == 0
+    fails(cli("generate", broken, "--device", "cpu"), "experts")
+    assert cli("explain", broken, "--device", "cpu")[0] == 0
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_missing_folder(cli, verb: str, tmp_path: Path) -> None:
     fails(cli(verb, tmp_path / "nowhere"), "nowhere", "no such folder")

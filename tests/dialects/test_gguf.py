@@ -387,6 +387,7 @@ def test_models_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         fusedmoe.from_pretrained(path)
     with pytest.raises(CheckpointError, match=r"is quantized already \(gguf\)"):
         fusedmoe.from_pretrained(path, quantize="int8")
+    assert main(["explain", str(path), "--device", "cpu"]) == 2
     other = write_gguf(
         tmp_path / "y.gguf", {"a": (np.ones(4, np.float32), "F32")}, architecture="t5"
     )

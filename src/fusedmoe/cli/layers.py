@@ -65,7 +65,7 @@ def moe_layers(checkpoint: Checkpoint, facts: ModelFacts) -> list[LayerFacts]:
         layer.experts = len(ids) if ids else layer.experts or facts.sizes.num_experts or 0
         layer.format = storage_format(layer.leaves, facts.quant_method)
     _name_dialects(checkpoint, facts, found)
-    return [found[key] for key in sorted(found) if found[key].expert_bytes]
+    return [found[key] for key in sorted(found) if found[key].leaves]
 
 
 def _name_dialects(

@@ -109,8 +109,10 @@ class GgufSource:
     def layer_facts(self) -> dict[str, Any]:
         """What describes a layer's experts. CheckpointError where a size is unknown."""
         layer = next(iter(self.layers.values()))
-        down = next(t for t in layer.tensors if t.part == "down" and t.suffix == "weight")
-        shape = self.shape(down.name)
+        downs = [t for t in layer.tensors if t.part == "down" and t.suffix == "weight"]
+        if not downs:
+            raise CheckpointError(f"{self.where}: {layer.name} has no down projection")
+        down, shape = downs[0], self.shape(downs[0].name)
         if len(shape) != (3 if down.expert is None else 2):
             raise CheckpointError(f"{self.where}: {down.name} is {shape}")
         return {
