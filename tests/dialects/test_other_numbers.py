@@ -133,7 +133,7 @@ def test_zero_points_of_symmetric_integers_must_be_none() -> None:
     assert rule.optional
     for good in (torch.zeros(16, 2, dtype=torch.int8), torch.full((2, 2), -0x77777778).int()):
         rule.convert(matrix(16, 64), good)
-    with pytest.raises(ValueError, match=r"up_proj.weight_zero_point: expected 0 everywhere"):
+    with pytest.raises(ValueError, match=r"up_proj.weight_zero_point: expected 0 .* found 1$"):
         rule.convert(matrix(16, 64), torch.full((2, 2), -0x77777777).int())
 
 

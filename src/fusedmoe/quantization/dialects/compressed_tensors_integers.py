@@ -174,7 +174,8 @@ def _check_zeros(bits: int, matrix: Matrix, zeros: torch.Tensor) -> None:
         zeros = unpack_words(zeros.T.contiguous(), bits, matrix.N) - (1 << (bits - 1))
     if bool((zeros != 0).any()):
         raise ValueError(
-            f"{matrix.path('weight_zero_point')}: expected 0 everywhere as symmetric is true"
+            f"{matrix.path('weight_zero_point')}: expected 0 everywhere as symmetric is true, "
+            f"found {int(zeros[zeros != 0][0])}"
         )
 
 
