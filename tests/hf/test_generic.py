@@ -203,6 +203,17 @@ def storage_bytes(model):
     )
 
 
+def test_experts_that_cannot_be_checked_get_their_storage_back(monkeypatch):
+    def fail(*args):
+        raise ValueError("ours does not run here")
+
+    model = model_of(listed())
+    monkeypatch.setattr("fusedmoe.integrations.transformers.generic.disagreement", fail)
+    assert not recursive_replace(model)
+    parameters = list(model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+
+
 def test_stacking_does_not_double_memory_and_keeps_the_parameters(x):
     model = model_of(listed(), listed())
     before, size = dict(model.named_parameters()), storage_bytes(model)

@@ -265,10 +265,13 @@ def replacement_of(
         raise ValueError("its forward was replaced by something else")
     hidden_size = read_sizes(config).hidden_size
     layer = TransformersFusedMoE(experts, top_k, hidden_size=hidden_size, options=options)
-    difference = disagreement(experts, layer, top_k)
-    if difference is not None:
+    try:
+        difference = disagreement(experts, layer, top_k)
+        if difference is not None:
+            raise ValueError(difference)
+    except Exception:
         layer.release()
-        raise ValueError(difference)
+        raise
     return layer
 
 
