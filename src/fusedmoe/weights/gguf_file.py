@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,38 +199,32 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: {_ALIGNMENT} is {alignment!r}")
         start = -(-cursor.at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
-        for name, kind, shape, offset in found:
-            if name in tensors:
-                raise CheckpointError(f"{self.path}: holds {name!r} twice")
-            if offset % alignment:
+        for one in found:
+            if one.name in tensors:
+                raise CheckpointError(f"{self.path}: holds {one.name!r} twice")
+            if one.begin % alignment:
                 raise CheckpointError(
-                    f"{self.path}: {name!r} begins at {offset}, no multiple of {alignment}"
+                    f"{self.path}: {one.name!r} begins at {one.begin}, no multiple of {alignment}"
                 )
-            begin, nbytes = start + offset, math.prod(shape) // kind.values * kind.nbytes
-            tensors[name] = GgufTensor(
-                name=name, type=kind, shape=shape, begin=begin, end=begin + nbytes
-            )
+            tensors[one.name] = replace(one, begin=start + one.begin, end=start + one.end)
         return metadata, tensors
 
-    def _entry(self, cursor: _Cursor) -> tuple[str, GgufType, tuple[int, ...], int]:
+    def _entry(self, cursor: _Cursor) -> GgufTensor:
+        """One tensor of the list; its bytes still count from where those of the first begin."""
         name, dimensions = cursor.string(), cursor.number("I")
         if not 0 < dimensions <= _MAX_DIMENSIONS:
             raise CheckpointError(f"{self.path}: {name!r} has {dimensions} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind not in TYPES:
-            raise CheckpointError(f"{self.path}: {name!r} has the unknown type {kind}")
-        if min(shape) < 1 or math.prod(shape) > 1 << 62 or shape[-1] % TYPES[kind].values:
+        number, begin = cursor.number("I"), cursor.number("Q")
+        kind = TYPES.get(number)
+        if kind is None:
+            raise CheckpointError(f"{self.path}: {name!r} has the unknown type {number}")
+        if min(shape) < 1 or math.prod(shape) > 1 << 62 or shape[-1] % kind.values:
             raise CheckpointError(
-                f"{self.path}: {name!r} has the shape {list(shape)}, which {TYPES[kind].name} "
-                "cannot store"
+                f"{self.path}: {name!r} has the shape {list(shape)}, which {kind.name} cannot store"
             )
-        return name, TYPES[kind], shape, offset
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        end = begin + math.prod(shape) // kind.values * kind.nbytes
+        return GgufTensor(name=name, type=kind, shape=shape, begin=begin, end=end)
 
     def read(self, name: str) -> torch.Tensor:
         """A view of the mapped file: floats as they are, other types as bytes, ``stored_shape``."""

@@ -271,22 +271,15 @@ class CheckpointQuantization(ABC):
         if first is None and second is None:
             return None
         if first is None or second is None or first.activation != second.activation:
-            names = ["unquantized" if s is None else _label(s) for s in (first, second)]
-            raise ValueError(
-                f"mixed formats in one layer: {w13[0]} is {names[0]}, {w2[0]} is {names[1]}"
-            )
+            raise _mixed((w13[0], first), (w2[0], second))
         return LayerSchemes(first, second)
 
     def _one_of(self, modules: Sequence[str]) -> Scheme | None:
         schemes = {module: self.scheme(module) for module in modules}
         first, *rest = schemes
         for module in rest:
-            one, other = schemes[first], schemes[module]
-            if _kind(one) != _kind(other):
-                names = ["unquantized" if s is None else _label(s) for s in (one, other)]
-                raise ValueError(
-                    f"mixed formats in one layer: {first} is {names[0]}, {module} is {names[1]}"
-                )
+            if _kind(schemes[first]) != _kind(schemes[module]):
+                raise _mixed((first, schemes[first]), (module, schemes[module]))
         return schemes[first]
 
     def get_quant_method(
@@ -307,6 +300,13 @@ def _kind(scheme: Scheme | None) -> tuple[QuantFormat, QuantKey | None] | None:
     return None if scheme is None else (scheme.format, scheme.activation)
 
 
-def _label(scheme: Scheme) -> str:
+def _mixed(*stored: tuple[str, Scheme | None]) -> ValueError:
+    what = ", ".join(f"{module} is {_label(scheme)}" for module, scheme in stored)
+    return ValueError(f"mixed formats in one layer: {what}")
+
+
+def _label(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "unquantized"
     rounded = "" if scheme.activation is None else f" with {scheme.activation} activations"
     return scheme.name + rounded
