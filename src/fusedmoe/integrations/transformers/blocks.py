@@ -1,7 +1,7 @@
 """The forwards that take the place of a block's: its own modules, run by our runner.
 
-A forward is a plain object set on the module instance, so that the module keeps its parameters,
-its submodules and their names. T tokens, K picks, E experts, H hidden.
+A forward is set on the module's instance as a plain attribute, so that the module keeps its
+parameters, its submodules and their names. T tokens, K picks, E experts, H hidden.
 """
 
 from __future__ import annotations
