@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verdicts import Verdict, words_of
-
-Row = dict[str, Any]
+from verdicts import COLUMNS, Row, Verdict, is_met, on_measured_peers, words_of
 
 PEER_CELLS = Path(__file__).with_name("peers_h200_bf16.json")
 OURS, PLAIN = "fusedmoe", "fusedmoe:triton"
 SKEWED = "power_law_1.2"
 SKEWED_TOKENS = (2048, 4096, 8192, 16384)
 SKEW_LOSS = 0.08
-PEER_SHARE = PEER_LIMIT = DENSE_SHARE = 0.97
+DENSE_SHARE = 0.97
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def verdicts(rows: list[Row], runs: list[dict[str, Any]]) -> list[Verdict]:
     """All that can be said about ``rows``; each names the run whose ceilings it belongs to."""
     problems: dict[tuple[str, str, int], dict[str, Row]] = {}
     experts: dict[tuple[str, int], Row] = {}
+    cells = json.loads(PEER_CELLS.read_text())
     for row in rows:
         if row["scope"] != "experts":
             key = row["shape"], row["routing"], row["T"]
@@ -74,10 +74,15 @@ def verdicts(rows: list[Row], runs: list[dict[str, Any]]) -> list[Verdict]:
     return [
         *_on_targets(problems, runs),
         *_on_skew(problems),
-        *_on_peers(problems),
-        *_on_own_paths(problems),
+        *_on_others(problems, "peers", "> 1x", lambda ratio: ratio > 1, _is_peer),
+        # 2 % are noise.
+        *_on_others(problems, "own paths", ">= 0.98x", lambda r: r >= 0.98, _is_own_path),
         *_on_accuracy(problems),
-        *_on_measured_peers(experts),
+        *(
+            verdict
+            for (shape, _), row in experts.items()
+            for verdict in on_measured_peers(row, cells["shapes"].get(shape, {}), cells["tokens"])
+        ),
     ]
 
 
@@ -91,10 +96,7 @@ def _on_targets(
             if OURS not in impls:
                 continue
             row = impls[OURS]
-            have = row[
-                {"us": "us", "fraction": "fraction_of_limit", "tflops": "tflops"}[target.kind]
-            ]
-            met = have <= target.value if target.kind == "us" else have >= target.value
+            have, met = row[COLUMNS[target.kind]], is_met(target.kind, target.value, row)
             asked, detail = words_of(target.kind, target.value), ""
             if target.or_dense is not None:
                 dense = runs[row["run"]]["bf16_tflops"]
@@ -122,38 +124,32 @@ def _on_skew(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdi
     return found
 
 
-def _on_peers(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdict]:
-    """Ours against the fastest of everything else in the run, the dense product aside."""
+def _on_others(
+    problems: dict[tuple[str, str, int], dict[str, Row]],
+    what: str,
+    asked: str,
+    met: Callable[[float], bool],
+    counts: Callable[[Row], bool],
+) -> list[Verdict]:
+    """Ours against the fastest of the others that count."""
     found = []
-    for (shape, routing, T), impls in problems.items():
-        others = {
-            name: row["us"]
-            for name, row in impls.items()
-            if not name.startswith(OURS) and row["scope"] != "dense"
-        }
+    for place, impls in problems.items():
+        others = {name: row["us"] for name, row in impls.items() if counts(row)}
         if OURS in impls and others:
             best = min(others, key=lambda name: others[name])
             ratio = others[best] / impls[OURS]["us"]
-            found.append(
-                Verdict("peers", shape, routing, T, "> 1x", f"{ratio:.2f}x", ratio > 1, best)
-            )
+            found.append(Verdict(what, *place, asked, f"{ratio:.2f}x", met(ratio), best))
     return found
 
 
-def _on_own_paths(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdict]:
-    """What selection chose, against our other implementations (2 % are noise)."""
-    found = []
-    for (shape, routing, T), impls in problems.items():
-        others = {name: row["us"] for name, row in impls.items() if name.startswith(f"{OURS}:")}
-        if OURS in impls and others:
-            best = min(others, key=lambda name: others[name])
-            ratio = others[best] / impls[OURS]["us"]
-            found.append(
-                Verdict(
-                    "own paths", shape, routing, T, ">= 0.98x", f"{ratio:.2f}x", ratio >= 0.98, best
-                )
-            )
-    return found
+def _is_peer(row: Row) -> bool:
+    """The dense product aside."""
+    return not row["impl"].startswith(OURS) and row["scope"] != "dense"
+
+
+def _is_own_path(row: Row) -> bool:
+    """Not what selection chose."""
+    return row["impl"].startswith(f"{OURS}:")
 
 
 def _on_accuracy(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[Verdict]:
@@ -165,32 +161,4 @@ def _on_accuracy(problems: dict[tuple[str, str, int], dict[str, Row]]) -> list[V
         ours, plain = impls[OURS]["error"], impls[PLAIN]["error"]
         asked, measured = f"<= {plain:.3g}", f"{ours:.3g}"
         found.append(Verdict("accuracy", shape, routing, T, asked, measured, ours <= plain, PLAIN))
-    return found
-
-
-def _on_measured_peers(experts: dict[tuple[str, int], Row]) -> list[Verdict]:
-    cells = json.loads(PEER_CELLS.read_text())
-    found = []
-    for (shape, T), row in experts.items():
-        if shape not in cells["shapes"] or T not in cells["tokens"]:
-            continue
-        times = {
-            name: values[cells["tokens"].index(T)]
-            for name, values in cells["shapes"][shape].items()
-        }
-        best = min(times, key=lambda name: times[name])
-        share, fraction = row["us"] / times[best], row["fraction_of_limit"]
-        met = share <= PEER_SHARE or fraction >= PEER_LIMIT
-        found.append(
-            Verdict(
-                "measured peers",
-                shape,
-                "uniform",
-                T,
-                f"<= {PEER_SHARE}x of {times[best]:g} us or >= {PEER_LIMIT:.0%} of limit",
-                f"{share:.2f}x, {fraction:.1%}",
-                met,
-                best,
-            )
-        )
     return found

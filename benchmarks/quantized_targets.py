@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verdicts import Verdict, words_of
+from verdicts import Row, Verdict, is_met, on_measured_peers, words_of
 
 from fusedmoe.bench import LayerShape
 from fusedmoe.bench.problems import Scope
@@ -26,10 +26,7 @@ from fusedmoe.quantization.keys import (
     QuantKey,
 )
 
-Row = dict[str, Any]
-
 PEER_CELLS = Path(__file__).with_name("peers_h200_quantized.json")
-PEER_SHARE = PEER_LIMIT = 0.97
 BLOCK, BESIDE_BLOCK = "fp8_block", ("fp8_channel", "fp8_tensor")
 """Scales that cover more are to be no slower than blocks', and faster where products decide."""
 FASTER_FROM, FASTER, NO_SLOWER = 8192, 1.1, 0.98  # 2 % are noise
@@ -138,13 +135,6 @@ def cells_asked() -> dict[tuple[str, str], list[Cell]]:
     return {key: list(dict.fromkeys(found[key])) for key in sorted(found)}
 
 
-def met(target: Target, row: Row) -> bool:
-    if target.kind == "us":
-        return bool(row["us"] <= target.value)
-    key = "fraction_of_limit" if target.kind == "fraction" else "tflops"
-    return bool(row[key] >= target.value)
-
-
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Everything asked of a measured problem, the fastest of ours counting."""
     best: dict[tuple[str, str, Cell], Row] = {}
@@ -156,7 +146,9 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             own = best.get((target.shape, target.format, Cell("balanced", "layer", T)))
             if own is not None:
                 asked, measured = words_of(target.kind, target.value), _measured(own)
-                found.append(_verdict("target", own, asked, measured, met(target, own)))
+                found.append(
+                    _verdict("target", own, asked, measured, is_met(target.kind, target.value, own))
+                )
     for (shape, fmt, cell), row in best.items():
         even = best.get((shape, fmt, cell._replace(routing="balanced")))
         block = best.get((shape, BLOCK, cell))
@@ -170,7 +162,9 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
             asked = f"loses < {SKEW_LOSS:.0%}"
             found.append(_verdict("skew", row, asked, f"{loss:.1%}", loss < SKEW_LOSS))
         if cell.routing == "uniform" and cell.scope == "experts" and fmt in BITS:
-            found += _on_peers(row, BITS[fmt])
+            peers = peer_cells()
+            own = peers["bits"][str(BITS[fmt])].get(shape, {})
+            found += on_measured_peers(row, own, peers["tokens"])
     return found
 
 
@@ -183,16 +177,3 @@ def _verdict(
 ) -> Verdict:
     place = row["shape"], row["routing"], row["T"]
     return Verdict(what, *place, asked, measured, is_met, detail, row["format"])
-
-
-def _on_peers(row: Row, bits: int) -> list[Verdict]:
-    cells = peer_cells()
-    peers = cells["bits"][str(bits)].get(row["shape"])
-    if peers is None or row["T"] not in cells["tokens"]:
-        return []
-    times = {name: values[cells["tokens"].index(row["T"])] for name, values in peers.items()}
-    name = min(times, key=lambda one: times[one])
-    share, fraction = row["us"] / times[name], row["fraction_of_limit"]
-    is_met = share <= PEER_SHARE or fraction >= PEER_LIMIT
-    asked = f"<= {PEER_SHARE}x of {times[name]:g} us or >= {PEER_LIMIT:.0%} of limit"
-    return [_verdict("measured peers", row, asked, f"{share:.2f}x, {fraction:.1%}", is_met, name)]
