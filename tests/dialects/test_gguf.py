@@ -54,7 +54,7 @@ def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
     where = {"Q6_K": slice(208, 210), "MXFP4": slice(0, 1)}.get(kind, slice(0, 2))
     raw[1, where] = 255
     matrix = Matrix(name="blk.0.ffn_up_exps", N=2, K=256)
-    with pytest.raises(ValueError, match=r"ffn_up_exps\.weight: expected finite scales, found nan"):
+    with pytest.raises(ValueError, match=r"_exps\.weight: expected finite .*found nan.* at \[1, 0"):
         read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
 
 

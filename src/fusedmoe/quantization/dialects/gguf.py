@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.rules import check_finite, expect, make_scheme
+from fusedmoe.quantization.dialects.rules import check_exponents, check_finite, expect, make_scheme
 from fusedmoe.quantization.formats.int4 import int4_group, pack_nibbles
 from fusedmoe.quantization.formats.int8 import int8_group
 from fusedmoe.quantization.formats.lookup import IQ4_NL
@@ -72,10 +72,7 @@ def _nibbles(matrix: Matrix, raw: torch.Tensor) -> Parts:
 
 def _mxfp4(matrix: Matrix, raw: torch.Tensor) -> Parts:
     blocks = _blocks(matrix, 17, raw)
-    exponent = blocks[..., 0].contiguous()
-    if bool((exponent == 255).any()):
-        raise ValueError(f"{matrix.path('weight')}: expected finite scales, found nan (e8m0 255)")
-    return _halves(blocks[..., 1:]), exponent
+    return _halves(blocks[..., 1:]), check_exponents(matrix, "weight", blocks[..., 0].contiguous())
 
 
 def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:

@@ -57,11 +57,8 @@ def check_finite(matrix: Matrix, suffix: str, scale: torch.Tensor) -> torch.Tens
     values = scale.float()
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{matrix.path(suffix)}: expected finite scales, found {float(values[where])} at "
-            f"{list(where)}"
-        )
+        where, found = bad.nonzero()[0].tolist(), float(values[bad][0])
+        raise ValueError(f"{matrix.path(suffix)}: expected finite scales, found {found} at {where}")
     return scale
 
 
@@ -174,8 +171,13 @@ def e8m0_rule(suffix: str, columns: int) -> Rule:
 def _e8m0(matrix: Matrix, scale: torch.Tensor, *, suffix: str, columns: int) -> torch.Tensor:
     expect(matrix, suffix, scale, None, torch.uint8, torch.float8_e8m0fnu)
     raw = shape_scale(matrix, suffix, scale, GroupShape(1, columns)).view(torch.uint8)
+    return check_exponents(matrix, suffix, raw)
+
+
+def check_exponents(matrix: Matrix, suffix: str, raw: torch.Tensor) -> torch.Tensor:
+    """``raw`` uint8, unless it holds the NaN of e8m0 (ValueError naming the first)."""
     if bool((raw == 255).any()):
-        where = [int(i) for i in (raw == 255).nonzero()[0]]
+        where = (raw == 255).nonzero()[0].tolist()
         raise ValueError(
             f"{matrix.path(suffix)}: expected finite scales, found nan (e8m0 255) at {where}"
         )
