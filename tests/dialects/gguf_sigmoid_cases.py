@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from gguf_models import Case, Stored
 
-DEEPSEEK_SIZES = {
+ROUTED_SIZES = {
     "num_hidden_layers": 3,
-    "num_key_value_heads": 4,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "moe_intermediate_size": 32,
@@ -20,6 +19,9 @@ DEEPSEEK_SIZES = {
     "routed_scaling_factor": 1.5,
     "n_group": 4,
     "topk_group": 2,
+}
+DEEPSEEK_SIZES = ROUTED_SIZES | {
+    "num_key_value_heads": 4,
     "q_lora_rank": 64,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
@@ -180,17 +182,10 @@ SIGMOID_CASES = [
             label=f"glm4moe {'with' if norms else 'without'} norms of heads",
             architecture="glm4moe",
             model_type="glm4_moe",
-            sizes={
-                "num_hidden_layers": 3,
+            sizes=ROUTED_SIZES
+            | {
                 "head_dim": 16,
-                "n_routed_experts": 8,
-                "n_shared_experts": 2,
-                "moe_intermediate_size": 32,
-                "first_k_dense_replace": 1,
-                "routed_scaling_factor": 1.5,
                 "norm_topk_prob": True,
-                "n_group": 4,
-                "topk_group": 2,
                 "attention_bias": True,
                 "use_qk_norm": norms,
                 "rope_parameters": {
@@ -214,19 +209,7 @@ SIGMOID_CASES = [
     Case(
         architecture="dots1",
         model_type="dots1",
-        sizes={
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "n_routed_experts": 8,
-            "n_shared_experts": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 1.5,
-            "norm_topk_prob": True,
-            "n_group": 4,
-            "topk_group": 2,
-            "sliding_window": None,
-        },
+        sizes=ROUTED_SIZES | {"head_dim": 16, "norm_topk_prob": True, "sliding_window": None},
         keys=DEEPSEEK_EXPERTS | SIGMOID | {"Attention.KEY_LENGTH": 16},
     ),
     Case(

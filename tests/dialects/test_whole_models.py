@@ -449,6 +449,17 @@ def test_the_older_key_of_compressed_tensors(tmp_path: Path) -> None:
     compare(fusedmoe.from_pretrained(folders.packed), eager(folders.floats), 1e-2)
 
 
+def check_a_layer_loads(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder)
+    layer = fusedmoe.FusedMoE(
+        *(4, 2, 64, 64),
+        params_dtype=torch.float32,
+        quant_config=CheckpointExperts.read(checkpoint).quantization,
+        prefix="model.layers.0.mlp.experts",
+    )
+    assert fusedmoe.load_local_experts(layer.routed_experts, checkpoint)
+
+
 @pytest.mark.parametrize(
     ("name", "suffixes"),
     [
@@ -483,14 +494,7 @@ def test_experts_in_one_tensor_under_bare_names(
     model, same = fusedmoe.from_pretrained(packed), fusedmoe.from_pretrained(folders.packed)
     with torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, same(PROMPT).logits)
-    checkpoint = read_checkpoint(packed)
-    layer = fusedmoe.FusedMoE(
-        *(4, 2, 64, 64),
-        params_dtype=torch.float32,
-        quant_config=CheckpointExperts.read(checkpoint).quantization,
-        prefix="model.layers.0.mlp.experts",
-    )
-    assert fusedmoe.load_local_experts(layer.routed_experts, checkpoint)
+    check_a_layer_loads(packed)
 
 
 def test_one_scale_may_stand_for_all_experts_of_a_tensor(tmp_path: Path) -> None:
@@ -498,14 +502,7 @@ def test_one_scale_may_stand_for_all_experts_of_a_tensor(tmp_path: Path) -> None
     models = [fusedmoe.from_pretrained(folder) for folder in folders]
     with torch.inference_mode():
         assert torch.equal(*(model(PROMPT).logits for model in models))
-    checkpoint = read_checkpoint(folders.packed)
-    layer = fusedmoe.FusedMoE(
-        *(4, 2, 64, 64),
-        params_dtype=torch.float32,
-        quant_config=CheckpointExperts.read(checkpoint).quantization,
-        prefix="model.layers.0.mlp.experts",
-    )
-    assert fusedmoe.load_local_experts(layer.routed_experts, checkpoint)
+    check_a_layer_loads(folders.packed)
 
 
 @pytest.mark.parametrize(
