@@ -14,7 +14,6 @@ power limit. A CSV and a PNG are made of the same rows.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -83,26 +82,23 @@ def peers_of(cell: Cell) -> tuple[str, ...]:
     return (*names, "torch_mm") if cell.T >= DENSE_FROM else names
 
 
-def open_report(path: Path, device: torch.device, least: tuple[float, float]) -> dict[str, Any]:
+def open_report(path: Path, device: torch.device, least: tuple[float, float]) -> BenchReport:
     """The file so far, with this run's ceilings as its newest run; SystemExit if they are low."""
     ceilings = h200_ceilings(device, *least)
     header = make_header(device, ceilings)
-    record = (
-        json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": [], "notes": []}
-    )
-    record |= header
+    report = BenchReport.read(path) if path.exists() else BenchReport({"runs": []})
+    report.header |= header
     about = {"commit": header["commit"], "date": header["date"], "rest": REST}
-    record["runs"].append(about | ceilings)
+    report.header["runs"].append(about | ceilings)
     print({name: round(value, 1) for name, value in ceilings.items()}, file=sys.stderr)
-    return record
+    return report
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> BenchReport:
     """Go through the cells that are missing until the time is up; save after each."""
     path, device, begin = Path(args.out), torch.device(args.device), time.monotonic()
-    record = open_report(path, device, (args.least_read, args.least_rate))
-    report = BenchReport(record, record.pop("rows"), record.pop("notes"))
-    run, done = len(record["runs"]) - 1, record.setdefault("cells", [])
+    report = open_report(path, device, (args.least_read, args.least_rate))
+    run, done = len(report.header["runs"]) - 1, report.header.setdefault("cells", [])
     wanted = [
         cell
         for cell in table(args.shapes)
@@ -116,9 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report.notes[:] = dict.fromkeys(report.notes)
         if current is not None:
             done.append(str(current))
-        record["targets"] = [asdict(one) for one in verdicts(report.rows, record["runs"])]
-        report.write(path)
-        report.write_csv(path.with_suffix(".csv"))
+        write(report, path)
 
     effort = Effort(args.repeats, PEER_BYTES)
     for cell in run_cells(wanted, report, device, (None, *args.experts), peers_of, effort):
@@ -132,7 +126,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         forget(cell, report, done)
         current = cell
     save()
-    return report.to_json()
+    return report
+
+
+def write(report: BenchReport, path: Path) -> None:
+    """With what was asked of the rows."""
+    found = verdicts(report.rows, report.header["runs"])
+    report.header["targets"] = [asdict(one) for one in found]
+    report.write_with_csv(path)
 
 
 def forget(cell: Cell, report: BenchReport, done: list[str]) -> None:
@@ -148,19 +149,20 @@ def forget(cell: Cell, report: BenchReport, done: list[str]) -> None:
     ]
 
 
-def join(record: dict[str, Any], other: dict[str, Any]) -> None:
-    """Put the cells of ``other``, measured on another GPU of the kind, into ``record``."""
+def join(report: BenchReport, other: BenchReport) -> None:
+    """Put the cells of ``other``, measured on another GPU of the kind, into ``report``."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["shape"], row["routing"], row["T"], row["scope"] == "experts"
 
-    runs, cells, anew = len(record["runs"]), other["cells"], {key(row) for row in other["rows"]}
-    rows = [row for row in record["rows"] if key(row) not in anew]
-    notes = [note for note in record["notes"] if note.split(": ")[0] not in cells]
-    record["rows"] = rows + [row | {"run": row["run"] + runs} for row in other["rows"]]
-    record["notes"] = notes + other["notes"]
-    record["runs"] += other["runs"]
-    record["cells"] = list(dict.fromkeys([*record["cells"], *cells]))
+    header, cells, anew = report.header, other.header["cells"], {key(row) for row in other.rows}
+    runs = len(header["runs"])
+    rows = [row for row in report.rows if key(row) not in anew]
+    notes = [note for note in report.notes if note.split(": ")[0] not in cells]
+    report.rows[:] = rows + [row | {"run": row["run"] + runs} for row in other.rows]
+    report.notes[:] = notes + other.notes
+    header["runs"] += other.header["runs"]
+    header["cells"] = list(dict.fromkeys([*header["cells"], *cells]))
 
 
 def main() -> None:
@@ -180,21 +182,13 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.out)
     reads = args.only_report or args.join
-    record = json.loads(path.read_text()) if reads else measure(args)
+    report = BenchReport.read(path) if reads else measure(args)
     for other in args.join:
-        join(record, json.loads(Path(other).read_text()))
-    found = verdicts(record["rows"], record["runs"])
+        join(report, BenchReport.read(other))
     if args.join:
-        record["targets"] = [asdict(one) for one in found]
-        report = BenchReport(
-            {name: value for name, value in record.items() if name not in ("rows", "notes")},
-            record["rows"],
-            record["notes"],
-        )
-        report.write(path)
-        report.write_csv(path.with_suffix(".csv"))
-    print_verdicts(found)
-    draw(record, path.with_suffix(".png"))
+        write(report, path)
+    print_verdicts(verdicts(report.rows, report.header["runs"]))
+    draw(report.to_json(), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -215,8 +215,7 @@ def main() -> None:
             f"error {row['error']:.2e}"
         )
     if args.out is not None:
-        report.write(args.out)
-        report.write_csv(args.out.with_suffix(".csv"))
+        report.write_with_csv(args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from h200_ceilings import h200_ceilings
-from quantized_layer import DEVICE, about, eight_bit_rates, measure, read, run_once
+from quantized_layer import DEVICE, about, eight_bit_rates, measure, run_once
 from quantized_targets import SHAPES, Cell
 
 from fusedmoe.bench import BenchReport
@@ -49,7 +49,7 @@ def main() -> None:
     report = BenchReport(make_header(DEVICE, rates))
     runs = report.header["runs"] = [about(report)]
     if args.append and Path(args.out).exists():
-        before = read(args.out)
+        before = BenchReport.read(args.out)
         report.rows += before.rows
         runs[:0] = before.header["runs"]
     done = {(row["shape"], row["format"]) for row in report.rows}
@@ -67,8 +67,7 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
             if args.out and report.rows:
-                report.write(args.out)
-                report.write_csv(Path(args.out).with_suffix(".csv"))
+                report.write_with_csv(Path(args.out))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -314,19 +313,13 @@ def main() -> None:
     reads = args.only_report or args.join
     if reads and not args.out:
         parser.error("--only-report and --join read --out")
-    report = read(args.out) if reads else measured(args)
+    report = BenchReport.read(args.out) if reads else measured(args)
     for other in args.join:
-        take_in(report, read(other))
+        take_in(report, BenchReport.read(other))
     print(*report.notes, sep="\n")
     print_verdicts(verdicts(report.rows))
     if args.out and report.rows:
         write(report, Path(args.out))
-
-
-def read(path: str) -> BenchReport:
-    record = json.loads(Path(path).read_text())
-    rows, notes = record.pop("rows"), record.pop("notes")
-    return BenchReport(record, rows, notes)
 
 
 def take_in(report: BenchReport, other: BenchReport) -> None:
@@ -349,8 +342,7 @@ def about(report: BenchReport) -> dict[str, Any]:
 def write(report: BenchReport, path: Path) -> None:
     """With what was asked of the rows, as CSV, and drawn."""
     report.header["targets"] = [asdict(one) for one in verdicts(report.rows)]
-    report.write(path)
-    report.write_csv(path.with_suffix(".csv"))
+    report.write_with_csv(path)
     draw(report.to_json(), path.with_suffix(".png"))
 
 

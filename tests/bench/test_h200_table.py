@@ -74,6 +74,31 @@ def test_it_goes_on_where_it_stopped(scripts, tmp_path, monkeypatch, capsys):
     assert 3 not in {row["run"] for row in again["rows"] if row["T"] != 2}
 
 
+def test_cells_of_another_gpu_take_the_places_of_theirs(scripts, tmp_path, monkeypatch, capsys):
+    layer, _ = scripts
+
+    def write(name: str, us: float, *tokens: int) -> str:
+        cells = [str(Cell(layer.SHAPES["mixtral"], torch.bfloat16, "balanced", T)) for T in tokens]
+        header = {"runs": [{"bf16_tflops": 700.0}], "cells": cells, "device": name}
+        rows = [row("fusedmoe", us, T=T) for T in tokens]
+        notes = [f"{cell}: of {name}" for cell in cells]
+        layer.BenchReport(header, rows, notes).write(tmp_path / name)
+        return str(tmp_path / name)
+
+    out, other = write("one.json", 100.0, 1, 4096), write("other.json", 90.0, 1, 8)
+    monkeypatch.setattr(layer, "draw", lambda record, path: None)
+    monkeypatch.setattr(sys, "argv", ["h200_layer.py", "--out", out, "--join", other])
+    layer.main()
+    record = json.loads(Path(out).read_text())
+    assert [(one["T"], one["us"], one["run"]) for one in record["rows"]] == [
+        *((4096, 100.0, 0), (1, 90.0, 1), (8, 90.0, 1)),
+    ]
+    assert [note.split("of ")[1] for note in record["notes"]] == ["one.json", *["other.json"] * 2]
+    assert (record["device"], len(record["runs"]), len(record["cells"])) == ("one.json", 2, 3)
+    assert {one["T"] for one in record["targets"]} == {1, 8, 4096}
+    assert Path(out).with_suffix(".csv").read_text().count("\n") == 4
+
+
 def test_a_slow_machine_is_thrown_away(scripts, tmp_path, monkeypatch):
     layer, _ = scripts
     out = tmp_path / "table.json"

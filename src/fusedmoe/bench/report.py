@@ -92,6 +92,13 @@ class BenchReport:
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def read(cls, path: str | Path) -> BenchReport:
+        """What ``write`` wrote."""
+        header = json.loads(Path(path).read_text())
+        rows, notes = header.pop("rows"), header.pop("notes")
+        return cls(header, rows, notes)
+
     def add(self, row: BenchRow) -> None:
         self.rows.append(asdict(row))
 
@@ -102,6 +109,11 @@ class BenchReport:
     def write(self, path: str | Path) -> None:
         """As JSON, and never half a file."""
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+    def write_with_csv(self, path: Path) -> None:
+        """As JSON, and the rows as CSV beside it."""
+        self.write(path)
+        self.write_csv(path.with_suffix(".csv"))
 
     def write_csv(self, path: str | Path) -> None:
         """The rows alone, one line each under a line of names."""
