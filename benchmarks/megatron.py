@@ -158,12 +158,7 @@ def row_of(
     squared = problem.activation is ActivationType.SQUARED_RELU
     return BenchRow(
         impl=f"fusedmoe:{name}",
-        shape=layer.name + ("-squared-relu" if squared else ""),
-        E=layer.E,
-        num_experts=layer.E,
-        k=layer.k,
-        H=layer.H,
-        I=layer.I,
+        **layer.columns | {"shape": layer.name + ("-squared-relu" if squared else "")},
         T=T,
         format="bf16",
         routing="uniform",

@@ -117,8 +117,7 @@ def measure(case: str, asked: list[str], report: BenchReport) -> bool:
             # Each situation has its own output, so this is of the first one's weights and picks.
             found, _ = errors(shape, layers[0], x, ones[0], replays.graphs[0]())
             row = BenchRow(
-                impl=f"fusedmoe:cuda {label}", shape=name, E=shape.E, num_experts=shape.num_experts,
-                k=shape.k, H=shape.H, I=shape.I, T=T, format=fmt, routing="balanced",
+                impl=f"fusedmoe:cuda {label}", **shape.columns, T=T, format=fmt, routing="balanced",
                 active_experts=active, pairs=float(R), scope="experts", timed="graph",
                 **asdict(timed), limit_us=limit, fraction_of_limit=limit / timed.us,
                 tflops=shape.flops(T) / timed.us / 1e6, error=found, runs=len(samples[label]),

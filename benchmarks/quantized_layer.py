@@ -258,11 +258,10 @@ def measure(
             found, rounding = errors(shape, first, x, picked[0], replays.graphs[0]())
             row = BenchRow(
                 impl=impl if impl == "fusedmoe" else f"fusedmoe:{impl}",
-                shape=shape.name, E=shape.E, num_experts=shape.num_experts, k=shape.k, H=shape.H,
-                I=shape.I, T=T, format=name, routing=routing, active_experts=active,
+                **shape.columns, T=T, format=name, routing=routing, active_experts=active,
                 pairs=float(T * shape.k), scope=scope, timed="graph", **asdict(timed),
-                limit_us=limit, fraction_of_limit=limit / timed.us,
-                tflops=shape.flops(T) / timed.us / 1e6, error=found, runs=len(samples[impl]),
+                limit_us=limit, fraction_of_limit=limit / timed.us, error=found,
+                tflops=shape.flops(T) / timed.us / 1e6, runs=len(samples[impl]),
                 workspace_bytes=None,
             )  # fmt: skip
             report.add(row)

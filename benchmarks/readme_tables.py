@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import scaling_tables
-from scaling_tables import table
+from scaling_tables import RESULTS, Row, table
 from wire_targets import as_chosen
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 IN_DOCS = ("scaling.md", "formats.md", "megatron.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in IN_DOCS))
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-Row = dict[str, Any]
 
 LAYERS = {
     "qwen3-30b": "Qwen3-30B",

@@ -22,7 +22,7 @@ from fusedmoe import MoEOptions
 from fusedmoe.bench import BenchReport, LayerShape
 from fusedmoe.bench.contestants import build_layer
 from fusedmoe.bench.problems import Cell, Problem, random_weights
-from fusedmoe.bench.report import limit_us
+from fusedmoe.bench.report import least_us, limit_us
 from fusedmoe.testing.tolerances import relative_error
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
@@ -113,7 +113,8 @@ def measure(
     plain = build_layer(shape, weights, MoEOptions())
     for T in tokens:
         problem = Problem.of(Cell(shape, torch.bfloat16, "uniform", T), SITUATIONS, device)
-        limit = limit_us(problem, report.header["read_gbs"], report.header["bf16_tflops"])
+        rates = report.header["read_gbs"], report.header["bf16_tflops"]
+        limit = limit_us(problem, *rates)
         variants = {
             order: [partial(layer, problem.x, one.logits) for one in problem.situations]
             for order, layer in (layers | {"routed_alone": plain}).items()
@@ -126,10 +127,7 @@ def measure(
         sums = {"routed_alone": exact}
         sums |= dict.fromkeys(layers, exact + exact_shared(shared, gate, problem.x[tokens]))
         shared_flops = 6.0 * T * shape.H * model.shared
-        shared_us = max(
-            6.0 * shape.H * model.shared / report.header["read_gbs"] / 1e3,
-            shared_flops / report.header["bf16_tflops"] / 1e6,
-        )
+        shared_us = least_us(6.0 * shape.H * model.shared, shared_flops, *rates)
         base = times["sequence"].us
         for order, taken in times.items():
             report.rows.append(

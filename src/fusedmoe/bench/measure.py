@@ -178,12 +178,7 @@ def _row(
         limit = flops / report.header[f"{key}_tflops"] / 1e6
     return BenchRow(
         impl=contestant.name,
-        shape=shape.name,
-        E=shape.E,
-        num_experts=shape.num_experts,
-        k=shape.k,
-        H=shape.H,
-        I=shape.I,
+        **shape.columns,
         T=cell.T,
         format=contestant.format or key,
         routing=cell.routing,

@@ -79,7 +79,7 @@ class Percentiles:
             statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
         )
 
-    def rounded(self, digits: int = 2) -> dict[str, float]:
+    def rounded(self, digits: int = 2) -> dict[str, Any]:
         """As columns of a row."""
         return {name: round(value, digits) for name, value in asdict(self).items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fusedmoe.activation import MoEActivation
 
@@ -44,6 +45,12 @@ class LayerShape:
     @property
     def ranks(self) -> int:
         return self.num_experts // self.E
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row of a report says of it."""
+        sizes = {"k": self.k, "H": self.H, "I": self.I}
+        return {"shape": self.name, "E": self.E, "num_experts": self.num_experts} | sizes
 
     @property
     def shards(self) -> int:
