@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from rank_layers import Layout, make_groups
 
 import fusedmoe
 from fusedmoe import MoEOptions
+from fusedmoe.distributed.agreement import RanksDisagreeError
 from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
+from fusedmoe.integrations.transformers.make_block import make_replacements
+
+MODULE = "fusedmoe.integrations.transformers.accelerate"
 
 
 def model(num_experts: int = 6) -> Any:
@@ -69,6 +74,10 @@ def check_accelerate(same_tokens: bool, mover: str | None) -> None:
     assert torch.equal(spread(ids).logits, plain(ids).logits)
 
 
+def no_room(*_: Any) -> Any:
+    raise MemoryError("no room")
+
+
 def check_different_models() -> None:
     group = make_groups(Layout(dp=4, ep=True))[0].dp
     other = model(8 if dist.get_rank() == 1 else 6)
@@ -99,6 +108,12 @@ def check_different_models() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fusedmoe.accelerate(changed, ep_group=group)
+    assert not other.model.layers[1].mlp._load_state_dict_post_hooks
+    with (
+        mock.patch(f"{MODULE}.make_replacements", no_room if odd else make_replacements),
+        pytest.raises(MemoryError if odd else RanksDisagreeError, match="no room"),
+    ):
+        fusedmoe.accelerate(model(), ep_group=group)
     for given in ({}, {"ep_group": group, "same_tokens": True}):
         with pytest.raises(ValueError, match="whose batches differ"):
             fusedmoe.accelerate(model(), peers=object(), **given)

@@ -113,30 +113,13 @@ def accelerate(
     """
     ranks = BlockRanks.make(ep_group, same_tokens, peers)
     blocks = _planned_together(model, options, ranks)
-    handled = []
     for block in blocks:
-        handled.append(block.path)
-        if block.family is None:
-            logger.warning("%s is left as it is: %s", block.path, block.reason)
-            continue
-        reason = ""
-        try:
-            replacements = make_replacements(
-                block.module, block.family, options, replay_rows, ranks
-            )
-        except RanksDisagreeError:
-            raise
-        except ValueError as error:
-            reason = str(error)
-        if ranks is not None:
-            check_agreement({FAILURE: reason} if reason else {}, ranks.groups, block.path)
+        reason = _replace(block, options, replay_rows, ranks)
         if reason:
             logger.warning("%s is left as it is: %s", block.path, reason)
-            continue
-        for replacement in replacements:
-            _install(replacement)
-        logger.info("%s runs through fusedmoe as %s", block.path, block.family.name)
-    handled += [path for path, module in model.named_modules() if _replacement(module) is not None]
+    handled = [block.path for block in blocks] + [
+        path for path, module in model.named_modules() if _replacement(module) is not None
+    ]
     recursive_replace(model, options=options, leave=handled)
     if accelerated_blocks(model):
         keep_static_caches(model)
@@ -161,6 +144,35 @@ def _planned_together(
     facts = {one.path: one.family.name if one.family else str(one.reason) for one in blocks}
     check_agreement(facts, groups, "the model")
     return blocks
+
+
+def _replace(
+    block: PlannedBlock, options: MoEOptions | None, replay_rows: int, ranks: BlockRanks | None
+) -> str | None:
+    """Run ``block`` ourselves, on all ranks or on none; returns why it cannot be, if so."""
+    if block.family is None:
+        return block.reason
+    groups = ParallelGroups() if ranks is None else ranks.groups
+    made: list[Replacement] = []
+    reason = ""
+    with failures_told(groups, block.path):
+        try:
+            made = make_replacements(block.module, block.family, options, replay_rows, ranks)
+        except RanksDisagreeError:
+            raise
+        except ValueError as error:
+            reason = str(error)
+    try:
+        check_agreement({FAILURE: reason} if reason else {}, groups, block.path)
+    except ValueError:
+        for replacement in made:
+            replacement.release()
+        raise
+    for replacement in made:
+        _install(replacement)
+    if not reason:
+        logger.info("%s runs through fusedmoe as %s", block.path, block.family.name)
+    return reason
 
 
 def run_whole_blocks(
