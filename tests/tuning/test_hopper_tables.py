@@ -23,7 +23,13 @@ from fusedmoe.experts.triton import TritonExperts
 from fusedmoe.modular_kernel import ExpertsWork, FusedMoEActivationFormat, ProblemSize
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from fusedmoe.tuning import choice
-from fusedmoe.tuning.choice import DeviceFacts, checked_table, hopper_table, hopper_tiles_for
+from fusedmoe.tuning.choice import (
+    DeviceFacts,
+    PlainLayer,
+    checked_table,
+    hopper_table,
+    hopper_tiles_for,
+)
 from fusedmoe.tuning.hopper_space import hopper_candidates, hopper_space, serves
 from fusedmoe.tuning.hopper_tiles import (
     DecodeTiles,
@@ -172,8 +178,8 @@ def test_a_table_has_tiles_of_its_kernel_alone() -> None:
 
 def asked(table: TunedTable | None, **changes: int) -> TunedTable | None:
     sizes = SIZES | changes
-    numbers = (sizes[name] for name in "KEHI")
-    return checked_table(table, *numbers, torch.bfloat16, MoEActivation.SILU, CPU)  # type: ignore[call-arg, arg-type, misc]
+    layer = PlainLayer(**sizes, dtype=torch.bfloat16, activation=MoEActivation.SILU)
+    return checked_table(table, layer, CPU)
 
 
 @pytest.mark.parametrize(
@@ -388,14 +394,14 @@ def test_a_packaged_table_is_looked_for_in_its_kernels_folder(
         lambda device, kernel: tmp_path / device / f"{kernel.name}-{kernel.version}",
     )
     monkeypatch.setattr(choice, "device_facts", lambda device: FACTS)
-    layer = (8, 128, 2048, 768, torch.bfloat16, MoEActivation.SILU, CPU)
+    layer = PlainLayer(8, 128, 2048, 768, torch.bfloat16, MoEActivation.SILU)
     folder = tmp_path / "NVIDIA_H200" / f"hopper-{HOPPER.version}"
     folder.mkdir(parents=True)
     (folder / "E128-K8-H2048-I768-bf16-halves-hopper.json").write_text(three_kernels().text)
     for cached in (choice.packaged_table, hopper_table):
         cached.cache_clear()
-    assert hopper_table(None, *layer) == three_kernels()
+    assert hopper_table(None, layer, CPU) == three_kernels()
     given = table_of((SMALL, (1.0,)), tokens=(1,))
-    assert hopper_table(given, *layer) == given
+    assert hopper_table(given, layer, CPU) == given
     for cached in (choice.packaged_table, hopper_table):
         cached.cache_clear()

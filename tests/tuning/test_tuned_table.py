@@ -20,6 +20,7 @@ from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.tuning.choice import (
     DeviceFacts,
+    PlainLayer,
     checked_table,
     packaged_table,
     tiles_for,
@@ -142,13 +143,8 @@ def test_a_table_of_another_kernel_or_version_is_refused() -> None:
 
 def asked(table: TunedTable | None, **changes: Any) -> TunedTable | None:
     sizes = SIZES | changes
-    return checked_table(
-        table,
-        *(sizes[name] for name in "KEHI"),
-        torch.bfloat16,
-        MoEActivation.SILU,
-        torch.device("cpu"),
-    )
+    layer = PlainLayer(**sizes, dtype=torch.bfloat16, activation=MoEActivation.SILU)
+    return checked_table(table, layer, torch.device("cpu"))
 
 
 def test_a_table_that_was_asked_for_must_serve_the_layer() -> None:

@@ -18,7 +18,7 @@ from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.modular_kernel.checks import check_ids, check_weights
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.quantization.config import biased_moe_quant_config
-from fusedmoe.tuning.choice import checked_table, hopper_table, hopper_tiles_for
+from fusedmoe.tuning.choice import PlainLayer, checked_table, hopper_table, hopper_tiles_for
 
 
 def plain_fused_experts(call: ExpertsCall) -> torch.Tensor:
@@ -43,7 +43,8 @@ def _on_hopper(call: ExpertsCall) -> torch.Tensor:
     """Straight to the kernels: building a layer around them would cost more than they do."""
     x, options = call.hidden_states, call.options
     (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
-    table = hopper_table(options.table, K, e, H, width, x.dtype, call.activation, x.device)
+    layer = PlainLayer(K, e, H, width, x.dtype, call.activation)
+    table = hopper_table(options.table, layer, x.device)
     invariant, sizes = options.batch_invariant, (T, K, call.num_experts, e, H, width)
     tiles = hopper_tiles_for(*sizes, batch_invariant=invariant, table=table)
     rows = scratch_rows(tiles, T * K, e)
@@ -57,7 +58,8 @@ def _on_triton(call: ExpertsCall) -> torch.Tensor:
     """As ``_on_hopper``, in passes where the scratch memory is bounded."""
     x, options = call.hidden_states, call.options
     (T, H), K, (e, _, width) = x.shape, call.topk_ids.shape[1], call.w2.shape
-    table = checked_table(options.table, K, e, H, width, x.dtype, call.activation, x.device)
+    layer = PlainLayer(K, e, H, width, x.dtype, call.activation)
+    table = checked_table(options.table, layer, x.device)
     limit = options.max_workspace_bytes
     chunk = T if limit is None else min(T, max(1, limit // (K * (H + width) * x.element_size())))
     work = _work(call, (chunk, K, width), (chunk, K, H))

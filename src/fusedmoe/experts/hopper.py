@@ -34,7 +34,7 @@ from fusedmoe.modular_kernel import (
 )
 from fusedmoe.quantization.config import FusedMoEQuantConfig
 from fusedmoe.quantization.keys import QuantKey
-from fusedmoe.tuning.choice import hopper_table, hopper_tiles_for, sizes_of
+from fusedmoe.tuning.choice import PlainLayer, hopper_table, hopper_tiles_for
 from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
 from fusedmoe.tuning.tuned_kernels import HOPPER
 from fusedmoe.tuning.tuned_table import TunedTable
@@ -137,8 +137,8 @@ class HopperExperts(FusedMoEExpertsModular):
         num_dispatchers: int | None = None,
     ) -> None:
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
-        table, device = moe_config.options.table, moe_config.device
-        self.table = hopper_table(table, *sizes_of(moe_config), device)
+        table, layer = moe_config.options.table, PlainLayer.of(moe_config)
+        self.table = hopper_table(table, layer, moe_config.device)
 
     @classmethod
     def capabilities(cls) -> ExpertsCapabilities:

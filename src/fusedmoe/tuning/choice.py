@@ -52,17 +52,32 @@ def device_facts(device: torch.device) -> DeviceFacts:
     )
 
 
-def layer_key(
-    K: int,
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    dtype: torch.dtype,
-    activation: MoEActivation,
-) -> LayerKey:
-    """The key of an unquantized layer of E local experts."""
-    weights = DTYPE_NAMES.get(dtype, str(dtype))
-    return LayerKey(E=E, K=K, H=H, I=I, weights=weights, form=gemm1_form(activation))
+class PlainLayer(NamedTuple):
+    """An unquantized layer of E local experts, as far as its tiles depend on it."""
+
+    K: int
+    E: int
+    H: int
+    I: int  # noqa: E741
+    dtype: torch.dtype
+    activation: MoEActivation
+
+    @classmethod
+    def of(cls, moe: FusedMoEConfig) -> PlainLayer:
+        return cls(
+            moe.experts_per_token,
+            moe.num_local_experts,
+            moe.hidden_dim,
+            moe.intermediate_size_per_partition,
+            moe.in_dtype,
+            moe.activation,
+        )
+
+    @property
+    def key(self) -> LayerKey:
+        """What a table of this layer says it is for."""
+        weights, form = DTYPE_NAMES.get(self.dtype, str(self.dtype)), gemm1_form(self.activation)
+        return LayerKey(E=self.E, K=self.K, H=self.H, I=self.I, weights=weights, form=form)
 
 
 def table_name(layer: LayerKey, kernel: TunedKernel = TRITON) -> str:
@@ -99,14 +114,7 @@ def release(version: str | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def checked_table(
-    table: TunedTable | None,
-    K: int,
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    dtype: torch.dtype,
-    activation: MoEActivation,
-    device: torch.device,
+    table: TunedTable | None, layer: PlainLayer, device: torch.device
 ) -> TunedTable | None:
     """``MoEOptions.tuned_table`` as the experts of this layer take it; None stays None.
 
@@ -115,19 +123,19 @@ def checked_table(
     """
     if table is None:
         return None
-    layer, facts = layer_key(K, E, H, I, dtype, activation), device_facts(device)
-    reason = table.unfit(layer)
+    key, facts = layer.key, device_facts(device)
+    reason = table.unfit(key)
     if reason is not None:
         raise ValueError(f"the tuned table does not serve this layer: {reason}")
     if table.tuned_kernel is HOPPER:
-        space = hopper_space(K, H, I)
+        space = hopper_space(layer.K, layer.H, layer.I)
         strange = next((curve.tile for curve in table.curves if curve.tile not in space), None)
         if strange is not None:
             raise ValueError(f"the tuned table has tiles no layer of these sizes has: {strange}")
         return table
     for stage, tile, _ in table.curves:
         assert isinstance(tile, TileConfig)
-        needed = tile.shared_memory(dtype.itemsize, weight_tiles(stage, layer.form))
+        needed = tile.shared_memory(layer.dtype.itemsize, weight_tiles(stage, key.form))
         if needed > facts.shared_memory:
             raise ValueError(
                 f"the tuned table's {stage} tile {tile} needs {needed} bytes of shared memory, "
@@ -138,19 +146,7 @@ def checked_table(
 
 def given_table(moe: FusedMoEConfig) -> TunedTable | None:
     """``checked_table`` of an unquantized layer's options."""
-    return checked_table(moe.options.table, *sizes_of(moe), moe.device)
-
-
-def sizes_of(moe: FusedMoEConfig) -> tuple[int, int, int, int, torch.dtype, MoEActivation]:
-    """K, E, H, I, dtype and activation of an unquantized layer."""
-    return (
-        moe.experts_per_token,
-        moe.num_local_experts,
-        moe.hidden_dim,
-        moe.intermediate_size_per_partition,
-        moe.in_dtype,
-        moe.activation,
-    )
+    return checked_table(moe.options.table, PlainLayer.of(moe), moe.device)
 
 
 def weight_tiles(stage: str, form: str | None) -> int:
@@ -160,7 +156,7 @@ def weight_tiles(stage: str, form: str | None) -> int:
 
 def source_of_tiles(moe: FusedMoEConfig, kernel: TunedKernel = TRITON) -> str:
     """Where the tiles of a layer on the experts of this kernel come from, in words."""
-    facts, layer = device_facts(moe.device), layer_key(*sizes_of(moe))
+    facts, layer = device_facts(moe.device), PlainLayer.of(moe).key
     if moe.options.batch_invariant:
         if kernel is HOPPER:  # its kernels agree to the bit, all but one, whatever their tiles
             return "by the layer's shape; batch invariance asks for no table"
@@ -192,8 +188,8 @@ def tiles_for(
     ``table`` has been checked. ``batch_invariant`` takes no table, since tables vary with T.
     """
     if not batch_invariant:
-        layer = layer_key(K, E, H, I, dtype, activation)
-        table = table or packaged_table(layer, facts)
+        layer = PlainLayer(K, E, H, I, dtype, activation)
+        table = table or packaged_table(layer.key, facts)
         if table is not None:
             gemm1, gemm2 = table.tiles(T)
             assert isinstance(gemm1, TileConfig)
@@ -215,19 +211,11 @@ def tiles_for(
 
 @lru_cache(maxsize=1024)
 def hopper_table(
-    table: TunedTable | None,
-    K: int,
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    dtype: torch.dtype,
-    activation: MoEActivation,
-    device: torch.device,
+    table: TunedTable | None, layer: PlainLayer, device: torch.device
 ) -> TunedTable | None:
     """``checked_table``, else the one packaged for the Hopper experts of this layer."""
-    given = checked_table(table, K, E, H, I, dtype, activation, device)
-    layer = layer_key(K, E, H, I, dtype, activation)
-    return given or packaged_table(layer, device_facts(device), HOPPER)
+    given = checked_table(table, layer, device)
+    return given or packaged_table(layer.key, device_facts(device), HOPPER)
 
 
 @lru_cache(maxsize=8192)

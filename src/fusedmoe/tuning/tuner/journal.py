@@ -54,10 +54,6 @@ class Journal:
             for tile, us in known.items()
         ]
 
-    def remove(self) -> None:
-        """Once the table is written."""
-        self._path.unlink(missing_ok=True)
-
     def _write(self) -> None:
         record = {"subject": self._subject, "measurements": self.measurements}
         write_atomically(self._path, json.dumps(record))

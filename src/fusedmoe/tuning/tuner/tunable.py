@@ -13,7 +13,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.bench.problems import Problem, Weights
 from fusedmoe.bench.shapes import SWIGLUOAI_LIMIT, LayerShape
 from fusedmoe.modular_kernel import ExpertsWork
-from fusedmoe.tuning.choice import DeviceFacts, layer_key
+from fusedmoe.tuning.choice import DeviceFacts, PlainLayer
 from fusedmoe.tuning.tile_records import Tile
 from fusedmoe.tuning.tuned_kernels import TunedKernel
 from fusedmoe.tuning.tuned_table import LayerKey
@@ -82,7 +82,7 @@ class Tunable(ABC):
         """What a table of this layer says it is for."""
         shape = self.shape
         sizes = shape.k, shape.E, shape.H, shape.I
-        return layer_key(*sizes, self.dtype, activation_of(shape)[0])
+        return PlainLayer(*sizes, self.dtype, activation_of(shape)[0]).key
 
     @abstractmethod
     def space(self, facts: DeviceFacts) -> Space:
