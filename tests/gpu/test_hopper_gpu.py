@@ -312,7 +312,7 @@ def test_the_op_keeps_its_promises(name):
             layer.numbers.numbers(),
             t["w1_bias"],
             t["w2_bias"],
-            False,
+            *(False, None),
         ),
     )
 
