@@ -180,10 +180,10 @@ def cpu_section() -> str:
 
 def generated(rows: list[dict[str, Any]]) -> str:
     """Tokens per second of ``accelerate`` and of the baseline, at each batch size."""
-    speed = {(row["impl"], row["batch"]): row["tokens_per_s"] for row in rows}
+    speed = {(row["impl"], row["batch"]): float(f"{row['tokens_per_s']:.3g}") for row in rows}
     baseline, ours = "transformers_grouped_mm", "fusedmoe:accelerate"
     return " and ".join(
-        f"{speed[ours, batch]:.3g} tokens/s of {speed[baseline, batch]:.3g} at batch {batch}"
+        f"{speed[ours, batch]:g} tokens/s of {speed[baseline, batch]:g} at batch {batch}"
         for batch in sorted({batch for impl, batch in speed if impl == ours})
     )
 

@@ -57,6 +57,7 @@ LAYERS = {
     "no_gate": replace(LAYER, activation=MoEActivation.RELU2_NO_MUL, bias=True, T=33),
     "expert_map": replace(LAYER, E=32, local=9),
     "one_token_map": replace(LAYER, T=1, E=64, local=20),
+    "few_tokens_of_a_rank": replace(LAYER, T=4, E=64, local=20, bias=True),
 }
 CLASSES = [TritonQuantizedExperts, HopperQuantizedExperts]
 # Rows that the Hopper experts prefill, with weights in 8 bits as well.

@@ -58,7 +58,7 @@ def test_layer(name):
     ids = torch.stack([torch.randperm(e, device="cuda")[:K] for _ in range(T)]).int()
     ids[0, 0], ids[-1, -1] = -1, e + 3
     R, programs = T * K, multiprocessors_of(torch.device("cuda"))
-    tiles = decode_tiles_for(R, w1, w2, lone_slots(R, e, None), programs)
+    tiles = decode_tiles_for(R, w1, w2, lone_slots(T, K, e, e), programs)
     assert isinstance(tiles.gemm1, CudaRowsTile)
     assert isinstance(tiles.gemm2, CudaRowsTile)
     assert tiles.slots == slots

@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.kernels.align import LoneSlots
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, quantized_gemm_reference
-from fusedmoe.kernels.hopper_quantized import quantized_decode
+from fusedmoe.kernels.hopper_quantized import lone_slots, quantized_decode
 from fusedmoe.kernels.hopper_w8a8 import unmet_by_pairs, w8a8_decode
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantized_checks import unmet_by_weights
@@ -217,6 +217,15 @@ def test_the_reference_is_two_products_and_a_weighted_sum():
     quantized_gemm_reference(QuantizedProduct(given["act"], w2, rows, blocks, tile, 1))
     picked = rows.view(T, K, 64) * weights[:, :, None] * (ids >= 0)[:, :, None]
     torch.testing.assert_close(given["out"].float(), picked.sum(1), rtol=1e-2, atol=1e-2)
+
+
+def test_slots_are_blocks_where_they_are_few_and_mostly_here():
+    """Tokens, picks, local experts, all: one token anywhere, several where all experts are."""
+    assert lone_slots(1, 8, 128, 128)
+    assert lone_slots(4, 8, 128, 128)
+    assert lone_slots(1, 8, 16, 128)
+    assert not lone_slots(2, 8, 16, 128)
+    assert not lone_slots(5, 8, 128, 128)
 
 
 def test_what_the_kernels_cannot_read_is_named():

@@ -11,8 +11,6 @@ The definition is the weighted sum of ``quantized_gemm_reference`` twice.
 
 from __future__ import annotations
 
-import torch
-
 from fusedmoe.kernels.align import LoneSlots, MoEAlignment, align_local_slots
 from fusedmoe.kernels.align_pair import PairedOrder, align_and_pair
 from fusedmoe.kernels.grouped_gemm_quantized import (
@@ -52,9 +50,15 @@ MOST_NAMED = 2**16 - 1  # experts that a program's own tables can tell apart
 GROUP_OF_LONE_INT4 = 32  # columns; with larger groups lone slots gain nothing by whole rows
 
 
-def lone_slots(R: int, e: int, expert_map: torch.Tensor | None) -> bool:
-    """Whether R slots are so few that two rarely share an expert."""
-    return min(MAX_LONE_SLOTS, (e if expert_map is None else expert_map.shape[0]) // 4) >= R
+def lone_slots(T: int, K: int, num_local: int, num_experts: int) -> bool:
+    """Whether each slot of T tokens is a block: they are so few that two rarely share an expert.
+
+    On a rank of several only those of one token: most slots have no expert there, and tasks dealt
+    without a table leave most programs without one (of four tokens that takes up to five times as
+    long).
+    """
+    few = min(MAX_LONE_SLOTS, num_experts // 4) >= T * K
+    return few and (T == 1 or num_local >= num_experts)
 
 
 def decode_tiles_for(
@@ -164,16 +168,17 @@ def quantized_decode(
     reason = unmet_by_stream(w1, w2)
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
-    R, e = topk_ids.numel(), w2.shape[0]
+    (T, K), e = topk_ids.shape, w2.shape[0]
+    R, num_experts = T * K, e if expert_map is None else expert_map.shape[0]
     check_steps(steps)
     chosen = tiles is None and blocks is None and all(step.none for step in steps)
     one_launch = token_cut_for(layer) if chosen else None
     if tiles is None:
         if isinstance(blocks, MoEAlignment):
             raise ValueError("a table of blocks comes with the tiles it was made for")
-        lone, likely = blocks is not None or lone_slots(R, e, expert_map), R
-        if not lone and expert_map is not None:
-            likely = expected_slots(R, e, expert_map.shape[0])
+        lone, likely = blocks is not None or lone_slots(T, K, e, num_experts), R
+        if not lone:
+            likely = expected_slots(R, e, num_experts)
         if in_slots(steps):  # larger tiles would want rows in another order
             likely = min(likely, EIGHT_MEAN * e)
         tiles = decode_tiles_for(likely, w1, w2, lone, layer.programs)
