@@ -306,6 +306,22 @@ def test_max_workspace_bytes_runs_rows_in_passes_of_equal_result(limit, passes, 
     assert torch.equal(cut, whole)
 
 
+class FlatSlots(SlotExperts):
+    """The slots one below the other, [T * K, H]."""
+
+    def workspace_shapes(self, M, N, K, topk, *rest):
+        return super().workspace_shapes(M, N, K, topk, *rest)._replace(output=(M * topk, K))
+
+    def apply(self, output, hidden_states, *rest):
+        super().apply(output.view(hidden_states.shape[0], -1, H), hidden_states, *rest)
+
+
+def test_an_output_of_slots_is_cut_where_its_rows_are():
+    x, weights, ids = inputs()
+    cut = run(kernel(FlatSlots, max_workspace_bytes=3 * PER_ROW), x, weights, ids)
+    assert torch.equal(cut, run(kernel(), x, weights, ids))
+
+
 def test_the_peak_is_reported_without_running():
     unbounded, bounded = kernel(), kernel(max_workspace_bytes=3 * PER_ROW)
     output = 4 * K * H

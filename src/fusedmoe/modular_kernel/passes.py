@@ -11,16 +11,19 @@ from fusedmoe.modular_kernel.records import ExpertsWork
 
 
 def passes(work: ExpertsWork, rows_per_pass: int) -> Iterator[ExpertsWork]:
-    """All rows at once where they fit, else ``rows_per_pass`` at a time."""
+    """All rows at once where they fit, else ``rows_per_pass`` at a time, the output cut likewise.
+
+    It begins with a dimension of rows [M, ...] or of their slots [M * K, ...].
+    """
     size = work.hidden_states.shape[-2]
     if rows_per_pass >= size:
         yield work
         return
-    x = settled(work.hidden_states)
+    x, slots = settled(work.hidden_states), work.output.shape[0] // size
     for start in range(0, size, rows_per_pass):
         part = slice(start, start + rows_per_pass)
         yield work._replace(
-            output=work.output[part],
+            output=work.output[part.start * slots : part.stop * slots],
             hidden_states=x[part],
             topk_weights=work.topk_weights[part],
             topk_ids=work.topk_ids[part],
