@@ -54,6 +54,7 @@ LAYERS = {
 TILES = [
     *(StreamTile(128, 64, 8, 2, 8, 3, 2), StreamTile(128, 64, 8, 1, 8, 6, 2)),
     *(StreamTile(256, 128, 8, 2, 8, 3, 1), StreamTile(128, 48, 8, 2, 2, 2, 2)),
+    *(StreamTile(128, 64, 8, 2, 8, 5, 1), StreamTile(64, 32, 8, 2, 8, 8, 1)),
 ]
 
 

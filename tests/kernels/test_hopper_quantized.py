@@ -161,11 +161,14 @@ def weights(name, act):
 
 
 largest = torch.zeros(T * K, dtype=torch.int32)
-for name, rounding, act, mean in (
-    ("fp8_block", "stored", silu, 1), ("fp8_block", "group", None, 6),
-    ("fp8_channel", "stored", oai, 10), ("fp8_channel", "largest", None, 24),
-    ("fp8_tensor", "given", silu, 4), ("int8_channel", "stored", silu, 24),
-    ("int8_channel", "largest", None, 4), ("int8_channel", "given", None, 10),
+for name, rounding, act, slots in (
+    ("fp8_block", "stored", silu, 64), ("fp8_block", "group", None, 384),
+    ("fp8_channel", "stored", oai, 640), ("fp8_channel", "largest", None, 1536),
+    ("fp8_tensor", "given", silu, 256), ("int8_channel", "stored", silu, 1536),
+    ("int8_channel", "largest", None, 256), ("int8_channel", "given", None, 640),
+    ("fp8_block", "stored", oai, 2), ("fp8_block", "group", None, 2),
+    ("fp8_block", "group", None, 6), ("int8_channel", "largest", None, 2),
+    ("int8_channel", "given", None, 6),
 ):
     w = weights(name, act)
     out = torch.zeros(T * K, w.shape[1] // w.shards, dtype=torch.bfloat16 if act else torch.float32)
@@ -174,7 +177,7 @@ for name, rounding, act, mean in (
     rows = Rows(x, scale, K, rounding)
     if rounding == "stored":
         rows = Rows.stored(QuantizedRows(x.to(w.data.dtype), scale), K)
-    chosen = stream_tiles(mean * 64, 64, 2048, 768)
+    chosen = stream_tiles(slots, 64, 2048, 768)
     tile = chosen.gemm1 if act else chosen.gemm2
     limit[0] = 113 if tile.programs == 2 else 227
     hopper_w8a8.gemm(

@@ -131,6 +131,8 @@ def test_more_tokens_than_one_and_more_weights_than_fit_go_another_way():
     more = layer._replace(programs=3)
     assert token_cut_for(more) is None
     assert token_cut_for(more, where_faster=False) is not None
+    of_a_rank = torch.full((2 * layer.w2.shape[0],), -1, dtype=torch.int32)
+    assert token_cut_for(more._replace(expert_map=of_a_rank)) is not None
     # Rows of whole lines lie in the same banks.
     lines, pieces = (
         layer_of("mxfp4", SILU, torch.tensor([[3, 1]]), H, 320, programs=132) for H in (512, 576)

@@ -204,6 +204,20 @@ def test_few_tasks_of_narrow_experts_come_out_even(T, I, up, down):  # noqa: E74
 
 
 @pytest.mark.parametrize(
+    ("R", "H", "I", "down"),
+    [
+        (1, 4096, 1536, 128),  # 32 tasks for 132 programs, but of twelve steps
+        (2, 2880, 2880, 128),
+        (1, 2048, 768, 64),
+        (8, 2048, 768, 64),  # 256 tasks in two rounds
+        (16, 2048, 768, 128),
+    ],
+)
+def test_few_tasks_of_down_are_small_where_they_are_short(R, H, I, down):  # noqa: E741
+    assert decode_tiles(R, 32, H, I).down.rows == down
+
+
+@pytest.mark.parametrize(
     ("R", "E", "H", "I", "up"),
     [
         (2, 8, 4096, 14336, 32),  # 896 tasks in seven rounds; 64 rows make 448 in four

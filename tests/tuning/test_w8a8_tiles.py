@@ -26,9 +26,12 @@ def test_tiles_fit_the_problem(R, E, H, I):  # noqa: E741
             assert min(R, E) * features / tile.valid >= 2 * HOPPER_MULTIPROCESSORS
 
 
-def test_a_token_occupies_more_multiprocessors():
+def test_a_few_slots_occupy_more_multiprocessors():
+    """Of 132: 96 tiles and 128; a single slot has no more than 23 tiles of 128 rows of w2."""
     first, second = stream_tiles(8, 128, 2048, 768)
     assert (first.valid, second.valid, second.programs) == (32, 64, 1)
+    first, second = stream_tiles(1, 32, 2880, 2880)
+    assert (first.valid, second.valid, second.programs) == (32, 32, 1)
 
 
 BAD_TILES = [("rows", 96), ("slots", 4), ("valid", 80), ("valid", 24), ("valid", 0), ("depth", 3)]

@@ -116,8 +116,8 @@ def token_cut_for(
     """How one launch runs the whole layer; None where there are more tokens than one, or it does
     not read these weights: it takes two matrices in mxfp4 or in int4 without zero points, in the
     same format, with scales that the copy engine can bring. ``where_faster``: only where it is,
-    which is where rows of mxfp4 come in one piece, and where a program's shared memory holds all of
-    its weights in int4."""
+    which is on a rank of several, most of whose picks are elsewhere, where rows of mxfp4 come in
+    one piece, and where a program's shared memory holds all of its weights in int4."""
     (T, K), first, second = layer.topk_ids.shape, layer.w1, layer.w2
     biases = [bias for bias in (layer.w1_bias, layer.w2_bias) if bias is not None]
     alike = first.format == second.format and len({bias.dtype for bias in biases}) <= 1
@@ -141,13 +141,12 @@ def token_cut_for(
     (_, H, I), size = second.shape, biases[0].element_size() if biases else 0  # noqa: E741
     row_bytes, scale_bytes = zip(*rows, strict=True)
     shape = TokenShape(K, H, I, first.shards, row_bytes, scale_bytes, size)
+    anywhere = not where_faster or second.shape[0] < layer.num_experts
     if first.format.element == "e2m1":
-        faster = _in_one_piece(*row_bytes)
-        return token_rows_cut(shape, layer.programs) if faster or not where_faster else None
+        faster = anywhere or _in_one_piece(*row_bytes)
+        return token_rows_cut(shape, layer.programs) if faster else None
     cut = token_cut(shape, layer.programs)
-    if cut is None or (where_faster and not cut.at_once):
-        return None
-    return cut
+    return cut if cut is not None and (anywhere or cut.at_once) else None
 
 
 def quantized_decode(
@@ -169,7 +168,7 @@ def quantized_decode(
     if reason is not None:
         raise ValueError(f"the Hopper kernel {reason}")
     (T, K), e = topk_ids.shape, w2.shape[0]
-    R, num_experts = T * K, e if expert_map is None else expert_map.shape[0]
+    R, num_experts = T * K, layer.num_experts
     check_steps(steps)
     chosen = tiles is None and blocks is None and all(step.none for step in steps)
     one_launch = token_cut_for(layer) if chosen else None

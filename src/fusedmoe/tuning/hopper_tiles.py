@@ -15,6 +15,7 @@ LEAST_RING_BYTES = 128 * 1024  # of weights on their way to a multiprocessor
 MAX_DEALT_ROUNDS = 10
 LONG_ROWS = 4096  # columns of weights: so many that a task of 64 of them is long
 MOST_NARROW = 384  # columns of act: so few that it tells how even the tasks are
+MOST_SHORT = 1024  # columns of act: so few that a task of down is a matter of its rows
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,15 @@ def decode_tiles(R: int, num_local: int, H: int, I: int) -> DecodeTiles:  # noqa
 def _tiles_of_few(block: int, blocks: int, H: int, I: int) -> DecodeTiles:  # noqa: E741
     """Tiles where hardly a block is full. Down's tasks of up to three steps are as large as can be,
     but where that leaves programs without one; those of few tokens, or that bring little, are
-    dealt. Then up's are small: all of down waits for the last of them."""
+    dealt. Then up's are small: all of down waits for the last of them. Half as many rows as usual
+    make two rounds of down's tasks end sooner where these take few steps."""
     few = 2 * blocks * -(-I // 64) <= 3 * HOPPER_MULTIPROCESSORS
     little = 256 * I * ELEMENT_BYTES < LEAST_RING_BYTES
     large = decode_tiles_of(block, 32 if few or little or _uneven(blocks, H, I) else 64, 256)
     if large.down.stages >= -(-I // 128) + few and blocks * -(-H // 256) >= HOPPER_MULTIPROCESSORS:
         return drawn(large, blocks, H, I, draws_down=not (few or little))
-    down = 64 if 2 * blocks * -(-H // 128) <= HOPPER_MULTIPROCESSORS else 128
+    short = I <= MOST_SHORT and blocks * -(-H // 64) <= 2 * HOPPER_MULTIPROCESSORS
+    down = 64 if short else 128
     return drawn(decode_tiles_of(block, large.up.rows, down), blocks, H, I)
 
 

@@ -64,8 +64,9 @@ def stream_tiles(R: int, E: int, H: int, I: int) -> StreamTiles:  # noqa: E741
     """Tiles for R slots over E local experts, as measured on an H200.
 
     Tiles of 256 rows, one ring on a multiprocessor, where there are two of them for each; of 128
-    rows and two rings otherwise, and wherever a quarter of the larger would be empty. A token or
-    two have tiles of 64 rows, so that every multiprocessor has one.
+    rows and two rings otherwise, and wherever a quarter of the larger would be empty. Where every
+    multiprocessor has one tile at most, one deep ring is faster than two; of 64 rows for GEMM1, and
+    for GEMM2 where those of 128 would be for a quarter of the multiprocessors.
     """
     mean = R / E
     slots = 8 if mean <= 6 else 16 if mean <= 12 else 32
@@ -83,10 +84,10 @@ def _tile(slots: int, blocks: int, features: int, halves: int) -> StreamTile:
         rows, programs = (256, 1) if large else (128, 2)
         return StreamTile(rows, rows // 2, slots, 1, 4, 5, programs)
     span = 8 if slots == 8 else 2
-    if tiles <= HOPPER_MULTIPROCESSORS and halves == 1:
-        return StreamTile(128, 32, slots, 2, span, 3, 2)
+    if tiles <= HOPPER_MULTIPROCESSORS // (4 if halves == 2 else 1):
+        return StreamTile(64, 32, slots, 2, span, 8, 1)
     if tiles <= HOPPER_MULTIPROCESSORS:
-        return StreamTile(128, 64, slots, 2, span, 3, 1)
+        return StreamTile(128, 64, slots, 2, span, 5, 1)
     if large:
         return StreamTile(256, 128, slots, 2, 8, 3, 1)
     return StreamTile(128, 64, slots, 2, span, 3, 2)
