@@ -262,8 +262,7 @@ def test_sixteen_bit_rows_hold_the_row():
     x = torch.randn(3, 64)
     x[1, 0] = -500.0
     rows = cpu_int8.half_rows(x)
-    codes = rows.codes.float().unflatten(0, (-1, 2)) - 128
-    again = (codes * rows.scale[..., None]).sum(1)
+    again = rows.joined(rows.codes.float() - 128) * rows.scale
     assert ((again - x).abs() <= x.abs().amax(-1, keepdim=True) / 65000).all()
 
 

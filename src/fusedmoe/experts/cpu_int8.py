@@ -42,8 +42,8 @@ def unmet_int8() -> str | None:
 class ByteRows(NamedTuple):
     """Rows as bytes, 128 added: uint8 [M, K], scale fp32 [M, 1] (or [1], for all).
 
-    Or [2 * M, K], each row's low bytes followed by its high bytes, and scale [M, 2]. ``sums`` fp32
-    [M, G] over groups of columns, where zero points need them.
+    Or, in two ``parts``, [2 * M, K]: each row's low bytes and then its high ones, which count 256
+    times as much. ``sums`` fp32 [M, G] over groups of columns, where zero points need them.
     """
 
     codes: torch.Tensor
@@ -67,52 +67,61 @@ class ByteRows(NamedTuple):
         """The rows in the order of an expert's columns, with sums over G groups unless G is 0."""
         codes, sums = self.codes[:, order.columns], None
         if G:
-            bytes_ = (codes.float() - 128).unflatten(0, (-1, self.parts))
-            whole = (bytes_ * self.scale.unsqueeze(-1)).sum(1)
+            whole = self.joined(codes.float() - 128) * self.scale
             sums = whole.unflatten(1, (G, -1)).sum(-1)
         return ByteRows(codes, self.scale, sums, self.parts)
+
+    def joined(self, y: torch.Tensor) -> torch.Tensor:
+        """Numbers [M, *] of the rows' parts [M * parts, *]; y itself where these are whole rows."""
+        return y if self.parts == 1 else torch.add(y[::2], y[1::2], alpha=256)
 
 
 def byte_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> ByteRows:
     """x [M, K] quantized to int8 as ``quantization.activations`` defines it."""
     if scale is None:
-        scale = _amax(x) / 127
-    codes = (x.float() / scale).round_().clamp_(-128, 127).add_(128)
-    return ByteRows(codes.to(torch.uint8), scale)
+        scale = _amax(x).div_(127)
+        codes = (x / scale).round_()  # which is at most 127
+    else:
+        codes = (x.float() / scale).round_().clamp_(-128, 127)
+    return ByteRows(codes.add_(128).to(torch.uint8), scale)
 
 
 def half_rows(x: torch.Tensor, g: int = 0) -> ByteRows:
     """x [M, K] as 16-bit integers in two bytes each; sums over ``g`` columns unless that is 0."""
-    scale = _amax(x) / _HALVES_MAX
-    rounded = (x.float() / scale).round_()
+    scale = _amax(x).div_(_HALVES_MAX)
+    rounded = (x / scale).round_()
     # Both bytes of v + 128 * 256 + 128 are those of v with 128 added to each.
     four = (rounded + 128 * 257).to(torch.int32).view(torch.uint8).unflatten(-1, (-1, 4))
     codes = four[..., :2].transpose(1, 2).flatten(0, 1)
     sums = (rounded * scale).unflatten(-1, (-1, g)).sum(-1) if g else None
-    return ByteRows(codes, torch.cat([scale, 256 * scale], 1), sums, 2)
+    return ByteRows(codes, scale, sums, 2)
 
 
 def _amax(x: torch.Tensor) -> torch.Tensor:
-    return x.abs().amax(-1, keepdim=True).float().clamp(min=_LEAST_AMAX)
+    """fp32 [M, 1]"""
+    norm = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    return norm.clamp_(min=_LEAST_AMAX)
 
 
 class Int8Weight(NamedTuple):
     """A matrix [N, K] as P = G / m matrices of m groups in oneDNN's layout; zeros int32 [N].
 
-    ``scales`` are fp32 [G, N], ``offset``, -zero point * scale, likewise, None without zero points.
-    ``order`` is that of the columns where rows have to follow it.
+    ``scales``: fp32 of each matrix, [N], or [m, N] of several groups. ``offset`` fp32 [G, N] is
+    -zero point * scale, None without zero points. ``order`` is that of the columns where rows have
+    to follow it.
     """
 
     packed: tuple[torch.Tensor, ...]
-    scales: torch.Tensor
+    scales: tuple[torch.Tensor, ...]
     zeros: torch.Tensor
     offset: torch.Tensor | None
     order: Order | None = None
 
     @property
-    def together(self) -> int:
-        """m"""
-        return self.scales.shape[0] // len(self.packed)
+    def by_row(self) -> bool:
+        """Whether the product is all of it, but for the scale of the rows that enter."""
+        first = self.scales[0]
+        return len(self.packed) == first.dim() == 1 and self.offset is None and self.order is None
 
 
 def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
@@ -126,6 +135,7 @@ def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
     offset = None if q.zero_point is None else (-q.zero_point.float().mT * scale).contiguous()
     (N, K), G = q.shape[-2:], scale.shape[1]
     matrices = G // gcd(G, max(1, _LEAST_COLUMNS // max(1, K // G)))
+    scales = scale if matrices == G else scale.unflatten(1, (matrices, -1))
     zeros = torch.zeros(N, dtype=torch.int32)
     weights = []
     for expert in range(q.shape[0]):
@@ -133,7 +143,7 @@ def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
         apart = plain.data.unflatten(1, (matrices, -1)).transpose(0, 1).contiguous()
         packed = tuple(torch.ops.onednn.qlinear_prepack(matrix, None) for matrix in apart)
         own = None if offset is None else offset[expert]
-        weights.append(Int8Weight(packed, scale[expert], zeros, own, order))
+        weights.append(Int8Weight(packed, scales[expert].unbind(), zeros, own, order))
     return weights
 
 
@@ -150,12 +160,7 @@ def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
     y, *more = _products(rows.codes, weight)
     for part in more:
         y += part
-    if rows.parts == 1:
-        torch.mul(y, rows.scale, out=out)
-    elif out.shape[0] == 1:
-        torch.mm(rows.scale, y, out=out)
-    else:
-        torch.bmm(rows.scale.unsqueeze(1), y.unflatten(0, (-1, 2)), out=out.unsqueeze(1))
+    torch.mul(rows.joined(y), rows.scale, out=out)
     if weight.offset is not None:
         assert rows.sums is not None
         out.addmm_(rows.sums, weight.offset)
@@ -163,16 +168,15 @@ def int8_linear(rows: ByteRows, weight: Int8Weight, out: torch.Tensor) -> None:
 
 def _products(codes: torch.Tensor, weight: Int8Weight) -> Iterator[torch.Tensor]:
     """Codes [M, K] times each of the matrices: fp32 [M, N], scaled."""
-    P, m = len(weight.packed), weight.together
+    P, first = len(weight.packed), weight.scales[0]
     rest: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    if m == 1:
+    if first.dim() == 1:
         pieces = (codes,) if P == 1 else codes.chunk(P, 1)
         for piece, packed, scale in zip(pieces, weight.packed, weight.scales, strict=True):
             yield _qlinear(piece, 1.0, 128, packed, scale, weight.zeros, *rest)
         return
-    ones = torch.ones_like(weight.scales[0])
-    scales = weight.scales.unflatten(0, (P, m))
-    for piece, packed, scale in zip(_apart(codes, P, m), weight.packed, scales, strict=True):
+    m, ones = len(first), torch.ones_like(first[0])
+    for piece, packed, scale in zip(_apart(codes, P, m), weight.packed, weight.scales, strict=True):
         y = _qlinear(piece, 1.0, 128, packed, ones, weight.zeros, *rest)
         yield y.unflatten(0, (-1, m)).mul_(scale).sum(1)
 
@@ -188,23 +192,24 @@ def _apart(codes: torch.Tensor, P: int, m: int) -> torch.Tensor:
 def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     """[n, N] fp32: each of n weights times its row, or times the only one.
 
-    As ``int8_linear`` n times, with scales multiplied once: between products that stream weights
-    every step of the interpreter runs from cold caches, and takes many times as long.
+    As ``int8_linear`` n times, in few operations: between products that stream weights every step
+    of the interpreter runs from cold caches, and takes many times as long.
     """
     n = len(weights)
-    first = weights[0]
-    if first.scales.shape[0] > 1 or first.offset is not None or first.order is not None:
-        out = torch.empty(n, first.zeros.shape[0])
+    if not weights[0].by_row:
+        out = torch.empty(n, weights[0].zeros.shape[0])
         return one_by_one(int8_linear, rows, rows.rows, weights, out)
     codes = rows.codes.split(rows.parts) if rows.rows == n else (rows.codes,) * n
+    scales = rows.scale.flatten().tolist()
     product = torch.ops.onednn.qlinear_pointwise.default
     rest: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-    y = torch.cat(
-        [
-            product(one, 1.0, 128, weight.packed[0], weight.scales[0], weight.zeros, *rest)
-            for one, weight in zip(codes, weights, strict=True)
-        ]
+    return rows.joined(
+        torch.cat(
+            [
+                product(one, scale, 128, weight.packed[0], weight.scales[0], weight.zeros, *rest)
+                for one, scale, weight in zip(
+                    codes, scales if len(scales) == n else scales * n, weights, strict=True
+                )
+            ]
+        )
     )
-    if rows.parts == 1:
-        return y.mul_(rows.scale)
-    return torch.bmm(rows.scale.expand(n, 2).unsqueeze(1), y.view(n, 2, -1)).squeeze(1)
