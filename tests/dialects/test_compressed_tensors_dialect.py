@@ -111,10 +111,32 @@ def test_values_are_those_of_the_package(name: str) -> None:
     scheme = read_quantization(config, leaves(tensors)).scheme(MODULE)
     assert scheme is not None
     assert scheme.name == FORMATS[name]
+    assert scheme.size({suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}) == (N, K)
     ours = read_matrix(scheme, tensors, Matrix(name=MODULE, N=N, K=K))
     torch.testing.assert_close(ours.dequantize(torch.float32), values.float(), rtol=1e-2, atol=0)
     exact = ours.dequantize(torch.float32).to(values.dtype)
     assert (exact == values).float().mean() > 0.9, "the package rounds to its dtype on the way"
+
+
+@pytest.mark.parametrize("group_size", [None, -1, 128])
+def test_a_strategy_that_is_left_out_is_the_one_the_package_infers(group_size: int | None) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    weights = {"num_bits": 8, "type": "float", "group_size": group_size}
+    said = weights | {"strategy": QuantizationArgs(**weights).strategy.value}
+    schemes = [
+        read_quantization(
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings}},
+            }
+        ).scheme(MODULE)
+        for settings in (weights, said)
+    ]
+    found, wanted = schemes
+    assert found is not None
+    assert wanted is not None
+    assert found.format == wanted.format
 
 
 def test_every_scheme_that_the_package_names_is_here() -> None:

@@ -91,6 +91,14 @@ def test_groups_stay_on_one_node():
         assert int(members.sum()) == 1
     alike = rebalance_experts(load, 288, 8, num_groups=2, num_nodes=4)  # too few groups for nodes
     assert imbalance(rank_loads(load, alike, 8)) < 1.05
+    again = rebalance_experts(load, 288, 8, num_groups=2, num_nodes=4, previous=alike)
+    assert torch.equal(again, rebalance_experts(load, 288, 8, previous=alike))
+
+
+def test_an_expert_that_had_no_slot_gets_one():
+    """Whatever was placed before: an expert that is nowhere cannot be routed to."""
+    plan = rebalance_experts(torch.ones(1, 3), 4, 2, previous=torch.tensor([[0, 1, 0, 1]]))
+    assert set(plan[0].tolist()) == {0, 1, 2}
 
 
 def test_a_known_placement():
@@ -130,6 +138,7 @@ def test_nodes_keep_what_they_can():
 
 def test_nothing_is_exchanged_where_nothing_helps():
     assert refine([[0], [1]], [3.0, 1.0], steps=1) == [[0], [1]]
+    assert refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0], even=1.4) == [[0, 1], [2, 3]]  # is so even
     halves = refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0])
     assert sorted(sum((4.0, 3.0, 2.0, 1.0)[e] for e in rank) for rank in halves) == [5.0, 5.0]
 
@@ -161,6 +170,8 @@ def test_evenness_is_what_the_slowest_rank_costs():
     [
         ((torch.ones(3), 4, 2), r"must be \[L, E\]"),
         ((torch.ones(1, 3), 2, 2), "2 slots for 3 experts"),
+        ((torch.ones(1, 0), 4, 2), r"must be \[L, E\]"),
+        ((torch.ones(1, 3), 4, 0), "3 experts over 0 ranks"),
         ((torch.ones(1, 3), 5, 2), "5 slots do not divide by 2"),
         ((torch.full((1, 3), float("nan")), 4, 2), "finite"),
         ((torch.tensor([[-1, 2]]), 4, 2), "not negative"),
@@ -174,6 +185,10 @@ def test_what_cannot_be_planned(arguments, message):
 def test_other_refusals():
     with pytest.raises(ValueError, match=r"previous must be \[1, 4\], got \(1, 5\)"):
         rebalance_experts(torch.ones(1, 3), 4, 2, previous=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="4 ranks do not divide by 3"):
+        rebalance_experts(torch.ones(1, 4), 4, 4, num_nodes=3)
+    with pytest.raises(ValueError, match="3 experts do not divide by 2"):
+        rebalance_experts(torch.ones(1, 3), 4, 2, num_groups=2)
     with pytest.raises(ValueError, match="expert 1 of layer 0 has no copy among 3 slots"):
         compute_logical_maps(torch.tensor([[0, 2, 2]]), 3)
     with pytest.raises(ValueError, match=r"ids in \[0, 5\]"):

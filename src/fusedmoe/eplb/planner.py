@@ -49,9 +49,8 @@ def rebalance_experts(
 def published_placement(
     load: Sequence[float], num_physical: int, num_ranks: int, num_groups: int, num_nodes: int
 ) -> list[Slots]:
-    """DeepSeek's placement of one layer: for each node, the slots of its ranks."""
-    if num_groups % num_nodes:
-        num_nodes = 1
+    """DeepSeek's placement of one layer: for each node, the slots of its ranks. ``num_nodes``
+    divides ``num_groups``."""
     return [
         place_in_node(load, experts, num_physical // num_nodes, num_ranks // num_nodes)
         for experts in experts_of_nodes(load, num_groups, num_nodes)

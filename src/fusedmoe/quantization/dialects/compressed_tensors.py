@@ -168,11 +168,9 @@ def _group(weights: dict[str, Any]) -> GroupShape:
         if sizes is None:
             raise ValueError("quantization_config: strategy block without block_structure")
         return GroupShape(*sizes)
-    if strategy == "tensor":
+    if strategy == "tensor" or (strategy is None and weights.get("group_size") is None):
         return PER_TENSOR
-    if strategy == "channel" or (strategy is None and weights.get("group_size") in (None, -1)):
-        return PER_ROW if strategy else PER_TENSOR
-    return GroupShape(1, group_size_of(weights))
+    return PER_ROW if strategy == "channel" else GroupShape(1, group_size_of(weights))
 
 
 def _fp8(group: GroupShape, inputs: dict[str, Any]) -> Scheme:

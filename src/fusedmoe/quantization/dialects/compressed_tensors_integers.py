@@ -71,7 +71,7 @@ def integer_scheme(
             needs=("weight_packed" if packed else "weight",),
             gives="weight",
             convert=partial(_packed if packed else _one_byte_each, bits),
-            size=partial(_size, 32 // bits if packed else 1),
+            size=partial(_size, bits if packed else None),
         ),
         repeated_scale_rule("weight_scale", scale_dtype)
         if whole
@@ -126,8 +126,9 @@ def dynamic_of(inputs: dict[str, Any]) -> bool:
     return flag(inputs, "dynamic", False)
 
 
-def _size(values: int, stored: tuple[int, ...]) -> tuple[int, int]:
-    return stored[0], stored[1] * values
+def _size(packed_bits: int | None, stored: tuple[int, ...]) -> tuple[int, int]:
+    """Numbers of 3, 5, 6 and 7 bits lie across two words."""
+    return stored[0], stored[1] if packed_bits is None else stored[1] * 32 // packed_bits
 
 
 def _packed(bits: int, matrix: Matrix, packed: torch.Tensor) -> torch.Tensor:
