@@ -111,7 +111,10 @@ def test_values_are_those_of_the_package(name: str) -> None:
     scheme = read_quantization(config, leaves(tensors)).scheme(MODULE)
     assert scheme is not None
     assert scheme.name == FORMATS[name]
-    assert scheme.size({suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}) == (N, K)
+    assert scheme.size({suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}) == (
+        N,
+        K,
+    )
     ours = read_matrix(scheme, tensors, Matrix(name=MODULE, N=N, K=K))
     torch.testing.assert_close(ours.dequantize(torch.float32), values.float(), rtol=1e-2, atol=0)
     exact = ours.dequantize(torch.float32).to(values.dtype)

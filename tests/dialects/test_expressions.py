@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fusedmoe.quantization.dialects import expressions
 from fusedmoe.quantization.dialects.expressions import matches
-from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.patterns import LayerNames
 
 NAMES = [
     "lm_head",
@@ -82,7 +82,7 @@ def test_no_expression_takes_long(expression: str) -> None:
 
 def test_a_hostile_name_takes_no_long_time_either() -> None:
     start = time.process_time()
-    assert not is_listed("a" * expressions.MAX_TEXT, ["*a" * 40 + "b", "re:" + ".*a" * 40 + "b"])
+    assert "a" * expressions.MAX_TEXT not in LayerNames(["*a" * 40 + "b", "re:" + ".*a" * 40 + "b"])
     assert time.process_time() - start < 1.0
     with pytest.raises(ValueError, match="name has 1025 characters"):
         matches("a", "a" * 1025)

@@ -138,7 +138,10 @@ def test_nodes_keep_what_they_can():
 
 def test_nothing_is_exchanged_where_nothing_helps():
     assert refine([[0], [1]], [3.0, 1.0], steps=1) == [[0], [1]]
-    assert refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0], even=1.4) == [[0, 1], [2, 3]]  # is so even
+    assert refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0], even=1.4) == [
+        [0, 1],
+        [2, 3],
+    ]  # is so even
     halves = refine([[0, 1], [2, 3]], [4.0, 3.0, 2.0, 1.0])
     assert sorted(sum((4.0, 3.0, 2.0, 1.0)[e] for e in rank) for rank in halves) == [5.0, 5.0]
 

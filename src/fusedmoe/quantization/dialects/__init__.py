@@ -26,7 +26,7 @@ _HOME = {
     "compressed-tensors": "compressed_tensors:CompressedTensorsQuantization",
     "gptq": "gptq:GptqQuantization",
     "awq": "awq:AwqQuantization",
-    "auto-round": "auto_round",
+    "auto-round": "auto_round:AutoRound",
     "mxfp4": "gpt_oss:GptOssQuantization",
     "modelopt": "modelopt:ModelOptQuantization",
     "modelopt_fp4": "modelopt:ModelOptQuantization",
@@ -58,14 +58,9 @@ def read_quantization(config: Any, leaves: Leaves | None = None) -> CheckpointQu
         raise ValueError(
             f"quantization_config: unknown quant_method {method!r}; known: {', '.join(_HOME)}"
         )
-    config = {**config, "quant_method": method}
-    if method == "auto-round":
-        from fusedmoe.quantization.dialects.auto_round import as_gptq_or_awq
-
-        config = as_gptq_or_awq(config)
-    module, _, name = _HOME[config["quant_method"]].partition(":")
+    module, _, name = _HOME[method].partition(":")
     dialect = getattr(import_module(f"{__name__}.{module}"), name)
-    return dialect.read(config, leaves or {})
+    return dialect.read({**config, "quant_method": method}, leaves or {})
 
 
 __all__ = [

@@ -13,11 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.patterns import LayerNames
 from fusedmoe.quantization.keys import QuantKey
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
@@ -244,18 +245,29 @@ def read_matrix(
 class CheckpointQuantization(ABC):
     """What a checkpoint says about its formats; ``FusedMoE(quant_config=...)`` takes one.
 
-    ``not_converted`` names layers that are stored as floats, as ``is_listed`` reads such lists.
+    ``not_converted`` names layers that are stored as floats, ``layers`` those with settings of
+    their own, of which the first counts; both as ``LayerNames`` reads such lists.
     """
 
     dialect: str
     not_converted: tuple[str, ...] = ()
+    layers: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _floats(self) -> LayerNames:
+        return LayerNames(self.not_converted)
+
+    @cached_property
+    def layer_names(self) -> LayerNames:
+        """The names in ``layers``."""
+        return LayerNames(self.layers)
 
     def scheme(self, module: str) -> Scheme | None:
         """How the linear layer called ``module`` is stored; None: as ordinary floats.
 
         Raises ValueError for a scheme that is not known.
         """
-        return None if is_listed(module, self.not_converted) else self.converted(module)
+        return None if module in self._floats else self.converted(module)
 
     @abstractmethod
     def converted(self, module: str) -> Scheme | None:

@@ -9,8 +9,9 @@ mxfp4, mxfp6 (e2m3), mxfp8   weight_packed or weight, weight_scale uint8 (e8m0) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +22,7 @@ from fusedmoe.quantization.dialects.compressed_tensors_integers import (
     dynamic_of,
     integer_scheme,
 )
-from fusedmoe.quantization.dialects.expressions import matches
-from fusedmoe.quantization.dialects.patterns import is_listed
+from fusedmoe.quantization.dialects.patterns import LayerNames
 from fusedmoe.quantization.dialects.reading import (
     flag,
     group_size_of,
@@ -65,12 +65,32 @@ _PACKINGS = (
 )
 
 
+class _Group(NamedTuple):
+    """Layers by ``names`` and by ``expressions``, or ``every`` one, stored as ``scheme`` says."""
+
+    names: LayerNames
+    expressions: LayerNames
+    every: bool
+    scheme: Scheme | None
+
+    @classmethod
+    def of(cls, targets: Iterable[str], scheme: Scheme | None) -> _Group:
+        named = [target for target in targets if target not in _LINEAR]
+        expressions = [target for target in named if target.startswith("re:")]
+        names = [target for target in named if not target.startswith("re:")]
+        every = any(target in _LINEAR for target in targets)
+        return cls(LayerNames(names), LayerNames(expressions), every, scheme)
+
+    def rank(self, module: str) -> int | None:
+        """How closely it means ``module``: 0 by name, 1 by pattern, 2 by class; None: not."""
+        means = (module in self.names, module in self.expressions, self.every)
+        return means.index(True) if True in means else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensorsQuantization(CheckpointQuantization):
-    """``groups``: (targets, scheme or None) pairs."""
-
     dialect: str = DIALECT
-    groups: tuple[tuple[tuple[str, ...], Scheme | None], ...]
+    groups: tuple[_Group, ...]
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> CompressedTensorsQuantization:
@@ -92,7 +112,7 @@ class CompressedTensorsQuantization(CheckpointQuantization):
                 packing = group.get("format") or config.get("format")
                 inputs = section(group, "input_activations")
                 scheme = scheme_of(weights, inputs, packing, leaves)
-            found.append((names_of(group, "targets"), scheme))
+            found.append(_Group.of(names_of(group, "targets"), scheme))
         if not found:
             raise ValueError("quantization_config: compressed-tensors without config_groups")
         return cls(groups=tuple(found), not_converted=names_of(config, "ignore"))
@@ -100,9 +120,9 @@ class CompressedTensorsQuantization(CheckpointQuantization):
     def converted(self, module: str) -> Scheme | None:
         """The group that names ``module``, by itself before by pattern before by class."""
         ranked = [
-            (min(rank), scheme)
-            for targets, scheme in self.groups
-            if (rank := [r for target in targets if (r := _rank(target, module)) is not None])
+            (rank, group.scheme)
+            for group in self.groups
+            if (rank := group.rank(module)) is not None
         ]
         return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
 
@@ -116,15 +136,6 @@ def _check_whole(config: dict[str, Any]) -> None:
     sparse = section(config, "sparsity_config")
     for settings, *known in ((sparse, None, "dense"), (config, None, *_PACKINGS)):
         one_of(settings, "format", *known)
-
-
-def _rank(target: str, module: str) -> int | None:
-    """How closely a target means ``module``: 0 by name, 1 by pattern, 2 by class; None: not."""
-    if target.startswith("re:"):
-        return 1 if matches(target[3:], module) else None
-    if target in _LINEAR:
-        return 2
-    return 0 if is_listed(module, (target,)) else None
 
 
 def scheme_of(

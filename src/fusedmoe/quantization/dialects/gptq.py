@@ -10,13 +10,12 @@ Version 1 (``checkpoint_format: gptq``) stores zero points minus one, version 2 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Matrix, Rule, Scheme
-from fusedmoe.quantization.dialects.expressions import matches
 from fusedmoe.quantization.dialects.packing import element_of, integers, unpack_words, zero_points
 from fusedmoe.quantization.dialects.reading import (
     flag,
@@ -39,7 +38,7 @@ from fusedmoe.quantization.tensor import QuantFormat
 
 @dataclass(frozen=True, kw_only=True)
 class GptqQuantization(CheckpointQuantization):
-    """``overrides``: (pattern, other settings or None for unquantized) pairs, the first wins."""
+    """``layers`` are other settings, or None for unquantized."""
 
     dialect: str = "gptq"
     bits: int = 4
@@ -48,7 +47,6 @@ class GptqQuantization(CheckpointQuantization):
     act_order: bool = False
     version: int = 1
     scale_dtype: torch.dtype = torch.float32
-    overrides: tuple[tuple[str, dict[str, Any] | None], ...] = field(default=(), repr=False)
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> GptqQuantization:
@@ -61,22 +59,23 @@ class GptqQuantization(CheckpointQuantization):
             version=2 if stored == "gptq_v2" else 1,
             scale_dtype=leaves.get("scales", torch.float32),
             not_converted=names_of(config, "modules_to_not_convert"),
-            overrides=_overrides(section(config, "dynamic")),
+            layers=_overrides(section(config, "dynamic")),
         )
 
     def converted(self, module: str) -> Scheme | None:
-        for pattern, settings in self.overrides:
-            if matches(pattern, module):
-                if settings is None:
-                    return None
-                mine = {
-                    "bits": self.bits,
-                    "group_size": self.group_size,
-                    "sym": self.symmetric,
-                    "desc_act": self.act_order,
-                }
-                return replace(self, **_settings(settings, mine), overrides=())._scheme()
-        return self._scheme()
+        name = self.layer_names.first(module)
+        if name is None:
+            return self._scheme()
+        settings = self.layers[name]
+        if settings is None:
+            return None
+        mine = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.symmetric,
+            "desc_act": self.act_order,
+        }
+        return replace(self, **_settings(settings, mine))._scheme()
 
     def _scheme(self) -> Scheme:
         act_order = self.act_order and self.group_size > 0
@@ -157,14 +156,12 @@ def _settings(config: dict[str, Any], inherited: dict[str, Any]) -> dict[str, An
     }
 
 
-def _overrides(dynamic: dict[str, Any]) -> tuple[tuple[str, dict[str, Any] | None], ...]:
+def _overrides(dynamic: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     """GPTQModel's ``dynamic``: "-:pattern" leaves layers alone, "+:pattern" has settings."""
-    found: list[tuple[str, dict[str, Any] | None]] = []
+    found: dict[str, dict[str, Any] | None] = {}
     for pattern, settings in dynamic.items():
         if not isinstance(settings, dict):
             raise ValueError(f"quantization_config: dynamic {pattern!r} is no object")
-        if pattern.startswith("-:"):
-            found.append((pattern[2:], None))
-        else:
-            found.append((pattern.removeprefix("+:"), settings))
-    return tuple(found)
+        name = pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
+        found.setdefault(f"re:{name}", None if pattern.startswith("-:") else settings)
+    return found

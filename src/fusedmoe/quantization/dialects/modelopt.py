@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
-from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import integer, names_of, section
 from fusedmoe.quantization.dialects.rules import (
     FP8_WEIGHT,
@@ -47,25 +46,23 @@ from fusedmoe.quantization.tensor import QuantFormat
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptQuantization(CheckpointQuantization):
-    """``layers``: the algorithm of single layers (MIXED_PRECISION), by name."""
+    """``layers`` are algorithms (MIXED_PRECISION)."""
 
     dialect: str = "modelopt"
     algorithm: str
-    layers: tuple[tuple[str, str], ...] = ()
     input_scales: bool = True
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> ModelOptQuantization:
         config = section(config, "quantization") or config
         algorithm = str(config.get("quant_algo")).upper()
-        layers = []
-        for name in section(config, "quantized_layers"):
-            settings = section(section(config, "quantized_layers"), name)
-            layers.append((name, str(settings.get("quant_algo")).upper()))
-            if layers[-1][1] == "NVFP4":
+        layers, stored = {}, section(config, "quantized_layers")
+        for name in stored:
+            settings = section(stored, name)
+            layers[name] = str(settings.get("quant_algo")).upper()
+            if layers[name] == "NVFP4":
                 _check_groups(settings)
-        names = {own for _, own in layers} if algorithm == "MIXED_PRECISION" else {algorithm}
-        for name in names:
+        for name in set(layers.values()) if algorithm == "MIXED_PRECISION" else {algorithm}:
             if name not in _SCHEMES:
                 raise ValueError(
                     f"quantization_config: unknown scheme: quant_algo {name!r}; known: "
@@ -75,7 +72,7 @@ class ModelOptQuantization(CheckpointQuantization):
             _check_groups(config)
         return cls(
             algorithm=algorithm,
-            layers=tuple(layers),
+            layers=layers,
             not_converted=names_of(config, "exclude_modules", "ignore"),
             input_scales=not leaves or "input_scale" in leaves,
         )
@@ -83,10 +80,8 @@ class ModelOptQuantization(CheckpointQuantization):
     def converted(self, module: str) -> Scheme | None:
         if self.algorithm != "MIXED_PRECISION":
             return _SCHEMES[self.algorithm](self.input_scales)
-        for name, algorithm in self.layers:
-            if is_listed(module, (name,)):
-                return _SCHEMES[algorithm](self.input_scales)
-        return None
+        name = self.layer_names.first(module)
+        return None if name is None else _SCHEMES[self.layers[name]](self.input_scales)
 
 
 def _check_groups(settings: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from fusedmoe.quantization.dialects.base import CheckpointQuantization, Leaves, Scheme
-from fusedmoe.quantization.dialects.patterns import is_listed
 from fusedmoe.quantization.dialects.reading import flag, integer, names_of, one_of, section
 from fusedmoe.quantization.dialects.rules import (
     e8m0_rule,
@@ -52,11 +51,10 @@ _MX_ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuarkQuantization(CheckpointQuantization):
-    """``layers``: (pattern, scheme) pairs that come before ``default``."""
+    """``layers`` are schemes (None: floats), ``default`` that of all others."""
 
     dialect: str = "quark"
     default: Scheme | None
-    layers: tuple[tuple[str, Scheme | None], ...] = ()
 
     @classmethod
     def read(cls, config: dict[str, Any], leaves: Leaves) -> QuarkQuantization:
@@ -65,15 +63,13 @@ class QuarkQuantization(CheckpointQuantization):
             raise ValueError("quantization_config: settings by type of layer are not known")
         return cls(
             default=scheme_of(section(config, "global_quant_config")),
-            layers=tuple((name, scheme_of(section(layers, name))) for name in layers),
+            layers={name: scheme_of(section(layers, name)) for name in layers},
             not_converted=names_of(config, "exclude"),
         )
 
     def converted(self, module: str) -> Scheme | None:
-        for pattern, scheme in self.layers:
-            if is_listed(module, (pattern,)):
-                return scheme
-        return self.default
+        name = self.layer_names.first(module)
+        return self.default if name is None else self.layers[name]
 
 
 def scheme_of(settings: dict[str, Any]) -> Scheme | None:
