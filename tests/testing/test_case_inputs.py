@@ -100,6 +100,10 @@ def test_tensors_have_the_shapes_the_contract_names(case, dtype):
     assert inputs.topk_weights.dtype is torch.float32
     assert bool((inputs.topk_weights[inputs.topk_ids < 0] == 0).all())
     assert inputs.w1.is_contiguous() != case.transposed
+    for rows in (inputs.hidden_states, inputs.topk_weights, inputs.topk_ids):
+        assert rows.is_contiguous() != case.strided
+    if case.T > 1 and case.routing == "uniform":
+        assert bool((inputs.topk_weights < 1).all()), "a weight of one would not show"
     if case.local is not None:
         assert sorted(inputs.expert_map[inputs.expert_map >= 0].tolist()) == list(range(e))
     again = make_inputs(case, dtype=dtype)

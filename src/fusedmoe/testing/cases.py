@@ -21,7 +21,8 @@ class Case:
 
     ``local``: how many of the E experts are here (None: all, without a map). ``dropped``: share of
     the slots that carry id -1. ``transposed``: weights are views of [e, H, S * I] and [e, I, H].
-    ``strided``: the rows of the input lie apart. ``ids_dtype``: integer dtype of the ids.
+    ``strided``: the rows of the input lie apart, those of weights and ids too. ``ids_dtype``:
+    integer dtype of the ids.
     """
 
     name: str = ""
@@ -109,7 +110,8 @@ def make_inputs(
 ) -> Inputs:
     """Draw the tensors of ``case`` on the host from ``seed``: the same on every device.
 
-    Outputs come out of order one; the router's weights are a softmax over the K picks.
+    Outputs come out of order one; the router's weights are a softmax over the K picks, a sigmoid
+    where K is 1, since a weight of one would not show.
     """
     gen = torch.Generator().manual_seed(seed)
 
@@ -124,10 +126,15 @@ def make_inputs(
     width = case.w13_shards * case.I
     logits = routing_logits(case.routing, case.T, case.E, case.K, seed)
     picked, ids = logits.topk(case.K)
-    weights = picked.softmax(-1)
+    weights = picked.softmax(-1) if case.K > 1 else picked.sigmoid()
     dropped = torch.rand(ids.shape, generator=gen) < case.dropped
     ids, weights = ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0)
-    x = normal(case.T, 2 * case.H)[:, : case.H] if case.strided else normal(case.T, case.H)
+    rows = (
+        normal(case.T, case.H),
+        weights.to(device),
+        ids.to(device, case.ids_dtype),
+    )
+    x, weights, ids = (_apart(tensor) if case.strided else tensor for tensor in rows)
     expert_map = None
     if case.local is not None:
         expert_map = torch.full((case.E,), -1, dtype=torch.int32)
@@ -139,12 +146,17 @@ def make_inputs(
         w1=weight(e, width, case.H),
         w2=weight(e, case.H, case.I),
         router_logits=logits.to(device),
-        topk_weights=weights.to(device),
-        topk_ids=ids.to(device, case.ids_dtype),
+        topk_weights=weights,
+        topk_ids=ids,
         w1_bias=normal(e, width) if case.bias else None,
         w2_bias=normal(e, case.H) if case.bias else None,
         expert_map=expert_map,
     )
+
+
+def _apart(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` [T, n] with other ones' numbers beside each."""
+    return torch.cat((rows, rows.flip(0)), 1)[:, : rows.shape[1]]
 
 
 _NUMBERS = {
