@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -240,3 +241,21 @@ def test_steps_are_silent_while_they_are_quick_and_lines_without_a_bar(
         show(0, 2, "one")
         show(1, 2, "two")
     assert capsys.readouterr().err == "[0/2] reading: one\n[1/2] reading: two\n"
+
+
+def test_a_given_activation_stands_for_one_that_is_not_known(
+    cli, mixtral: Path, tmp_path: Path
+) -> None:
+    mixtral = shutil.copytree(mixtral, tmp_path / "mixtral")
+    path = mixtral / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "softplus"}))
+    code, _, err = cli("explain", mixtral)
+    assert code == 2
+    assert "'softplus'" in err
+    assert err.endswith("--activation takes one of these instead\n")
+    code, out, err = cli("explain", mixtral, "--activation", "gelu", "--json")
+    assert code == 0, err
+    assert json.loads(out)["layer"]["activation"] == "gelu"
+    words = "--activation", "gelu", "--tokens", "1", "--dtypes", "fp32", "--repeats", "1"
+    code, _, err = cli("bench", mixtral, *words, "--no-peers", "--device", "cpu")
+    assert code == 0, err

@@ -52,6 +52,7 @@ def test_generate_with_experts_over_ranks(ranks, qwen):
     whole = json.loads(on_ranks(ranks, "generate", qwen, *NEW, "--ep", "--compare"))
     assert whole["tokens_agree"] is True
     own = json.loads(on_ranks(ranks, "generate", qwen, *NEW, "--ep"))
+    assert whole["route"] == own["route"] == "accelerate"
     assert own["runs"][-1]["tokens"] == whole["runs"][0]["tokens"]
     assert len(own["runs"][-1]["tokens"]) == 3
 

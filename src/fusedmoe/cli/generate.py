@@ -203,7 +203,7 @@ def _report(
         print_json(
             {
                 "checkpoint": args.preset or args.checkpoint,
-                "route": args.route,
+                "route": "accelerate" if args.ep else args.route,
                 "prompt": args.prompt,
                 "text": text,
                 "runs": [asdict(run) | {"tokens_per_s": run.tokens_per_s} for run in runs],

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError, read_checkpoint
 from fusedmoe.cli.arguments import SIZES, add_sizes, sizes_of
 from fusedmoe.cli.facts import model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf import GgufSource
-from fusedmoe.weights.families import EXPERT_PARTS, config_value
+from fusedmoe.weights.families import EXPERT_PARTS, CheckpointFamily, TensorRole, config_value
 from fusedmoe.words import FLOATS, STORED_DTYPES, device_named
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def layer_config(
         known = checkpoint.layer_facts()
     elif checkpoint is not None:
         known = _from_checkpoint(checkpoint, quantized_too)
+        if args.activation is None:
+            known["activation"] = _activation_of(checkpoint)
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = sizes_of(known | given)
     activation = known.get("activation")
@@ -105,28 +107,45 @@ def note_on_format(folder: str) -> str | None:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
-    """Sizes, activation, bias and dtype as the files have them."""
+    """Sizes, bias and dtype as the files have them."""
     facts = model_facts(checkpoint)
     layer = moe_layers(checkpoint, facts)[0]
     if not _floats(layer.format) and not (quantized_too and layer.dialect):
         what = f"{checkpoint.folder}: the experts are stored as {layer.format}"
         wanted = "of no known dialect" if quantized_too else "floats are wanted"
         raise CheckpointError(layer.problem or f"{what}; {wanted}")
-    parts, leaves = set(), set()
-    for name in checkpoint.tensors:
-        role = None if facts.family is None else facts.family.classify(name)
-        if role is not None and role.part in EXPERT_PARTS:
-            parts.add(role.part)
-            leaves.add(role.leaf)
     known: dict[str, Any] = {name: getattr(facts.sizes, name) for name in SIZES}
-    known |= {"dtype": _dtype(checkpoint, layer.format), "bias": "bias" in leaves}
+    leaves = {role.leaf for role in _expert_roles(checkpoint, facts.family)}
+    return known | {"dtype": _dtype(checkpoint, layer.format), "bias": "bias" in leaves}
+
+
+def _activation_of(checkpoint: Checkpoint) -> MoEActivation | None:
+    """What config.json and the experts' tensors say; CheckpointError for a name that is not known.
+
+    None where nothing is said.
+    """
+    facts = model_facts(checkpoint)
     if facts.family is not None and facts.family.interleaved:
-        known["activation"] = MoEActivation.SWIGLUOAI
-    elif facts.activation is not None:
+        return MoEActivation.SWIGLUOAI
+    if facts.activation is None:
+        return None
+    try:
         activation = MoEActivation.from_str(facts.activation)
-        gated = facts.family is None or bool(parts & {"gate", "gate_up"})
-        known["activation"] = activation if gated else activation.without_mul()
-    return known
+    except ValueError as error:
+        where = checkpoint.folder / CONFIG_NAME
+        instead = "--activation takes one of these instead"
+        raise CheckpointError(f"{where}: {error}; {instead}") from None
+    parts = {role.part for role in _expert_roles(checkpoint, facts.family)}
+    gated = facts.family is None or bool(parts & {"gate", "gate_up"})
+    return activation if gated else activation.without_mul()
+
+
+def _expert_roles(checkpoint: Checkpoint, family: CheckpointFamily | None) -> list[TensorRole]:
+    """What those tensors are that belong to experts, in a family of the table."""
+    if family is None:
+        return []
+    roles = (family.classify(name) for name in checkpoint.tensors)
+    return [role for role in roles if role is not None and role.part in EXPERT_PARTS]
 
 
 def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
