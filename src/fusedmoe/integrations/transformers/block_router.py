@@ -5,7 +5,8 @@ T tokens, K picks, E experts, H hidden.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,22 +39,45 @@ class BlockRouter(SpecRouter):
     """Routes by the rule of a block's router, with the weights and biases that the block holds.
 
     A router that must decide by itself, and one that someone listens to, is called as the block
-    would call it (``ask``); its choice is taken while it stands in ``answer``.
+    would call it (``ask``); its choice is taken while it stands in ``answer``. Each thread that
+    calls the block has its own ``answer`` and ``result``.
     """
 
     def __init__(self, row: Router, block: nn.Module, options: MoEOptions | None = None) -> None:
         # Plain attributes: the block's modules must not become submodules here.
         self.__dict__.update(row=row, block=block, module=at(block, row.at))
         self.listened = tuple(self.module.modules())
-        self.answer: Answer | None = None
+        self.own = threading.local()
         self.keep_result = False
         self.batch_invariant = options is not None and options.batch_invariant
-        self.result: RoutingResult | None = None
         super().__init__(row.spec(block), self._current_tensors)
 
     row: Router
     block: nn.Module
     module: nn.Module
+
+    @property
+    def answer(self) -> Answer | None:
+        return getattr(self.own, "answer", None)
+
+    @answer.setter
+    def answer(self, answer: Answer | None) -> None:
+        self.own.answer = answer
+
+    @property
+    def result(self) -> RoutingResult | None:
+        return getattr(self.own, "result", None)
+
+    @result.setter
+    def result(self, result: RoutingResult | None) -> None:
+        self.own.result = result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.own = threading.local()
 
     def _current_tensors(self) -> RoutingTensors:
         return RoutingTensors(
