@@ -496,40 +496,6 @@ def test_llama4_with_two_experts_per_token_is_left_alone(caplog):
     assert torch.equal(tiny_models.logits(row, model), wanted)
 
 
-def test_blocks_under_device_hooks_that_only_move_inputs_are_replaced():
-    """As Accelerate leaves them: the forward wrapped, the real one in ``_old_forward``."""
-    row = tiny_models.by_name("mixtral")
-    model = tiny_models.build(row)
-    for layer in model.model.layers:
-        block = layer.mlp
-        block._hf_hook = type("Hook", (), {"offload": False})()
-        block._old_forward = block.forward
-        block.forward = lambda x, block=block: block._old_forward(x)
-    forbid_originals(fusedmoe.accelerate(model))
-    wanted, _ = tiny_models.eager_results("mixtral")
-    assert tiny_models.relative_error(tiny_models.logits(row, model), wanted) <= 1e-4
-    fusedmoe.restore(model)
-    assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
-    assert all(_replacement(layer.mlp) is None for layer in model.model.layers)
-
-
-def test_device_hooks_may_come_after_and_the_blocks_run_restored_under_them():
-    row = tiny_models.by_name("mixtral")
-    model = fusedmoe.accelerate(tiny_models.build(row))
-    for layer in model.model.layers:
-        block = layer.mlp
-        block._old_forward = block.forward
-        block.forward = lambda x, block=block: block._old_forward(x)
-    wanted, _ = tiny_models.eager_results("mixtral")
-    assert tiny_models.relative_error(tiny_models.logits(row, model), wanted) <= 1e-4
-    assert all(_replacement(layer.mlp) is not None for layer in model.model.layers)
-    names = model.state_dict().keys()
-    fusedmoe.restore(model)
-    assert torch.equal(tiny_models.logits(row, model), wanted)
-    assert all(_replacement(layer.mlp) is None for layer in model.model.layers)
-    assert names == model.state_dict().keys()
-
-
 class Prepacked(TorchExperts):
     """Computes with what it packed last."""
 

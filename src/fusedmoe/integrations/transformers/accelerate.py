@@ -6,7 +6,6 @@ Which blocks, and how, is ``plan(model)``: nothing else decides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +19,11 @@ from fusedmoe.distributed.agreement import (
     failures_told,
 )
 from fusedmoe.integrations.transformers.blocks import BlockForward, ExpertsForward
+from fusedmoe.integrations.transformers.device_hooks import (
+    WRAPPED,
+    has_own_forward,
+    is_offloaded,
+)
 from fusedmoe.integrations.transformers.families import Family, at, find_family
 from fusedmoe.integrations.transformers.generic import (
     TransformersFusedMoE,
@@ -46,9 +50,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Where Accelerate's device hooks keep the forward that they wrap.
-_WRAPPED = "_old_forward"
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def accelerate(
     before it, most of its time on the host. Static caches of ``generate`` come to lie where those
     before them lay (``keep_static_caches``): the compiled step's graph need not be recorded again.
 
-    Training with gradients runs the original forwards; in eval mode a backward pass through an
-    accelerated block raises. Calling it again adds what was not replaced yet.
+    Training with gradients runs the original forwards, and so does a block whose weights are
+    offloaded; in eval mode a backward pass through an accelerated block raises. Calling it again
+    adds what was not replaced yet. Any number of threads may call the model.
 
     With ``ep_group``, each of its ranks runs its share of the experts of whole blocks (linear
     placement) and sends tokens to the others': every rank accelerates the same model, and every
@@ -225,7 +227,7 @@ def accelerated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def _replacement(module: nn.Module) -> Replacement | None:
     # A replacement that device hooks wrapped was registered: it is a module.
     own = vars(module)
-    for found in (own.get(_WRAPPED), module._modules.get(_WRAPPED), own.get("forward")):
+    for found in (own.get(WRAPPED), module._modules.get(WRAPPED), own.get("forward")):
         if isinstance(found, Replacement):
             return found
     return None
@@ -233,7 +235,7 @@ def _replacement(module: nn.Module) -> Replacement | None:
 
 def _install(replacement: Replacement) -> None:
     module = replacement.module
-    slot = _WRAPPED if _WRAPPED in vars(module) else "forward"
+    slot = WRAPPED if WRAPPED in vars(module) else "forward"
     replacement.original = getattr(module, slot)
     vars(module)[slot] = replacement
 
@@ -241,28 +243,19 @@ def _install(replacement: Replacement) -> None:
 def _remove(replacement: Replacement) -> None:
     module = replacement.module
     replacement.release()
-    if module._modules.get(_WRAPPED) is replacement:
-        del module._modules[_WRAPPED]
-        vars(module)[_WRAPPED] = replacement.original
-    elif vars(module).get(_WRAPPED) is replacement:
-        vars(module)[_WRAPPED] = replacement.original
+    if module._modules.get(WRAPPED) is replacement:
+        del module._modules[WRAPPED]
+        vars(module)[WRAPPED] = replacement.original
+    elif vars(module).get(WRAPPED) is replacement:
+        vars(module)[WRAPPED] = replacement.original
     else:
         del vars(module)["forward"]
 
 
 def _obstacle(block: nn.Module) -> str | None:
     """What else than the row speaks against running ``block`` ourselves."""
-    if "forward" in vars(block) and _WRAPPED not in vars(block):
+    if not has_own_forward(block):
         return "its forward was replaced by something else"
-    for hook in _device_hooks(block):
-        if getattr(hook, "offload", False):
-            return "its weights are offloaded: they are on the device only while it is called"
+    if any(map(is_offloaded, block.modules())):
+        return "its weights are offloaded: they are on the device only while it is called"
     return None
-
-
-def _device_hooks(block: nn.Module) -> Iterator[Any]:
-    """Accelerate's hooks on the block and below it."""
-    for module in block.modules():
-        hook = vars(module).get("_hf_hook")
-        if hook is not None:
-            yield from getattr(hook, "hooks", (hook,))

@@ -14,6 +14,7 @@ from torch import nn
 from fusedmoe.integrations.transformers.block_router import BlockRouter, is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts, ExpertWeights
 from fusedmoe.integrations.transformers.compiled_block import accelerated_block
+from fusedmoe.integrations.transformers.device_hooks import is_offloaded
 from fusedmoe.integrations.transformers.families import INPUT_IDS, Family, at, resolve
 from fusedmoe.integrations.transformers.replacement import Replacement
 from fusedmoe.integrations.transformers.stacked import StackedWeights
@@ -82,8 +83,8 @@ class BlockForward(Replacement):
         if (self.noisy and module.training) or not self._replays():
             return False
         children = module._modules
-        for name, child in self.parts:  # noqa: SIM110
-            if children.get(name) is not child:
+        for name, child in self.parts:
+            if children.get(name) is not child or is_offloaded(child):
                 return False
         return True
 

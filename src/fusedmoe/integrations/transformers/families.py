@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fusedmoe.integrations.transformers.device_hooks import has_own_forward
 from fusedmoe.router.spec import RoutingSpec
 
 # A value, or a function of the block that finds it.
@@ -237,7 +238,7 @@ def _mismatch(row: Family, block: nn.Module, home: str) -> str | None:
         own = (home, part.cls) == _class_of(found) or (part is row.experts and is_fp8(found))
         if not own and type(found) is not TORCH_CLASSES.get(part.cls):
             return f"its {name} is {_describe(found)}, not {part.cls}"
-        if found is not block and "forward" in vars(found):
+        if found is not block and not has_own_forward(found):
             return f"the forward of its {name} was replaced"
     for path, allowed in row.when:
         value = at(block, path)

@@ -20,6 +20,7 @@ from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import MoEOptions
 from fusedmoe.integrations.transformers.borrowed import BlockDemands, ExpertWeights, borrow_experts
 from fusedmoe.integrations.transformers.containers import disagreement, read_experts
+from fusedmoe.integrations.transformers.device_hooks import has_own_forward
 from fusedmoe.integrations.transformers.experts_function import ExpertTensors, run_experts
 from fusedmoe.integrations.transformers.gates import Gate
 from fusedmoe.integrations.transformers.gradients import NoBackward
@@ -261,7 +262,7 @@ def replacement_of(
     experts: nn.Module, top_k: int, config: Any, options: MoEOptions | None
 ) -> TransformersFusedMoE:
     """A checked layer for ``experts``. Raises ValueError where there is none."""
-    if "forward" in vars(experts):
+    if not has_own_forward(experts):
         raise ValueError("its forward was replaced by something else")
     hidden_size = read_sizes(config).hidden_size
     layer = TransformersFusedMoE(experts, top_k, hidden_size=hidden_size, options=options)

@@ -186,6 +186,11 @@ class PackedExperts(nn.Module):
                 f"{self.seat.path}: packed, these experts run with their whole block alone: in "
                 "eval mode, outside of autocast, without hooks on its modules"
             )
+        if experts.w13_weight.is_meta:
+            raise ValueError(
+                f"{self.seat.path}: packed experts cannot be offloaded, and these are on the meta "
+                "device; load the model anew, and leave it on one device"
+            )
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids = top_k_index.masked_fill(top_k_index == self.num_experts, -1)
         rows = x.to(experts.moe_config.in_dtype)  # under autocast they come in another one

@@ -11,6 +11,7 @@ from torch import nn
 
 from fusedmoe.integrations.transformers.block_router import is_hooked
 from fusedmoe.integrations.transformers.borrowed import BorrowedExperts
+from fusedmoe.integrations.transformers.device_hooks import is_offloaded
 from fusedmoe.integrations.transformers.gradients import PACKED, TRAINABLE, NoBackward
 from fusedmoe.integrations.transformers.packed import HeldExperts
 
@@ -19,7 +20,8 @@ class Replacement(nn.Module, ABC):
     """A forward that replaces ``module``'s own, which is kept as ``original``.
 
     The original still runs where ours would not do the same: in training, under autocast, while
-    someone listens to a module that we do not call (``listened``), after a submodule was replaced.
+    someone listens to a module that we do not call (``listened``), after a submodule was replaced
+    or offloaded.
 
     A module itself, without children: what torch.compile looks at below a module it skips, call
     after call, until a dictionary there changes; below any other object it looks anew each time.
@@ -74,10 +76,10 @@ class Replacement(nn.Module, ABC):
         return self._has_other_parts()
 
     def _has_other_parts(self) -> bool:
-        """Whether a submodule was replaced."""
+        """Whether a submodule was replaced, or has its tensors only while it is called."""
         children = self.module._modules
-        for name, child in self.parts:  # noqa: SIM110
-            if children.get(name) is not child:
+        for name, child in self.parts:
+            if children.get(name) is not child or is_offloaded(child):
                 return True
         return False
 
