@@ -22,6 +22,7 @@ from fusedmoe.config import FusedMoEConfig
 from fusedmoe.kernels.gate import gate_linear
 from fusedmoe.router.base import FusedMoERouter, routing_by
 from fusedmoe.router.substitution import ExpertSubstitution
+from fusedmoe.runner.borrowed import BorrowedTensors, renew_borrowed
 from fusedmoe.runner.inputs import TokenBatch, check_rows, flatten_inputs
 from fusedmoe.runner.loading import load_into_parts
 from fusedmoe.runner.operator import CompiledLayer
@@ -96,6 +97,8 @@ class MoERunner(CompiledLayer):
         self.prefix = prefix
         self.shared_overlap_token_limit = shared_overlap_token_limit
         routed_experts.set_router(router)
+        self.borrowed = BorrowedTensors(self)
+        self.register_load_state_dict_post_hook(renew_borrowed)
         self.number_parts()
         wanted: Any = gate
         if router_logits_dtype is not None and hasattr(gate, "set_out_dtype"):
@@ -309,6 +312,10 @@ class MoERunner(CompiledLayer):
         """output + weight * x in fp32, weighted as the routed output is."""
         factor = self.routed_scaling_factor if self._scales_routed(x.dtype) else 1.0
         return self.rank_sum.plus_whole(output, (zero_expert_weight * factor)[:, None] * x.float())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with self.borrowed.renewed(self):
+            return super()._apply(fn, recurse)
 
     def load_weights(self, weights: NamedTensors) -> set[str]:
         """Load (checkpoint name, tensor) pairs, or a mapping; names may begin with ``prefix``.
