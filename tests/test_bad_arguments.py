@@ -88,6 +88,14 @@ CALLS = {
         partial(layer, params_dtype=torch.int8),
         "floating point, got torch.int8",
     ),
+    "a number of experts out of a JSON file": (
+        partial(FusedMoE, 8.0, K, H, I),
+        "num_experts must be an integer, got 8.0",
+    ),
+    "a size that the config lacks": (
+        partial(FusedMoE, E, K, H, None),
+        "intermediate_size must be an integer, got None",
+    ),
     "names of a checkpoint": (partial(layer, ckpt_names=("w1", "w2")), r"\('w1', 'w2'\)"),
     "one name": (partial(layer, ckpt_names="w13"), "got 'w13'"),
     "a bias of other experts": (
@@ -117,6 +125,10 @@ CALLS = {
     "a name with a number": (
         lambda: layer().routed_experts.load_weights([("0.gate_proj.weight", 3)]),
         "0.gate_proj.weight: expected a tensor, found a int",
+    ),
+    "an array of numpy": (
+        lambda: layer().load_weights({"0.gate_proj.weight": torch.zeros(I, H).numpy()}),
+        "0.gate_proj.weight: expected a tensor, found a ndarray",
     ),
     "an activation": (partial(experts, activation="sigh"), "'sigh'; known: silu"),
     "weights elsewhere": (

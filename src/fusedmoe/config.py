@@ -33,6 +33,7 @@ __all__ = [
     "ParallelPlace",
     "ParallelSettings",
     "RoutingMethodType",
+    "check_integers",
     "shard_size",
 ]
 
@@ -112,6 +113,13 @@ class MoEOptions:
         return cast("TunedTable | None", self.tuned_table)
 
 
+def check_integers(values: dict[str, object]) -> None:
+    """Raise ValueError by the name of a value that is no integer."""
+    for name, value in values.items():
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedMoEConfig:
     """Everything about a layer that selection and the stages may depend on, except its weights.
@@ -156,12 +164,10 @@ class FusedMoEConfig:
             if getattr(self, name) < 0:
                 object.__setattr__(self, name, getattr(self, like))
         sizes = ("num_experts", "hidden_dim", "intermediate_size_per_partition")
-        for name in (*sizes, "experts_per_token"):
-            value = getattr(self, name)
-            if not hasattr(value, "__index__"):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if value < 1 and name in sizes:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_integers({name: getattr(self, name) for name in (*sizes, "experts_per_token")})
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not isinstance(self.in_dtype, torch.dtype):
             raise ValueError(f"the experts' dtype must be one of torch's, got {self.in_dtype!r}")
         if not self.in_dtype.is_floating_point:

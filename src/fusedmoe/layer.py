@@ -20,6 +20,7 @@ from fusedmoe.config import (
     MoEOptions,
     ParallelGroups,
     ParallelPlace,
+    check_integers,
     shard_size,
 )
 from fusedmoe.distributed.agreement import built_together, check_layer_agreement
@@ -150,6 +151,14 @@ def FusedMoE(
 
     Raises ValueError for arguments that contradict each other.
     """
+    check_integers(
+        {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+        }
+    )
     groups, options = ParallelGroups.of(parallel), MoEOptions.of(options)
     place = ParallelPlace.of(
         groups,
