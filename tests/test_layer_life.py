@@ -195,6 +195,44 @@ def test_what_was_loaded_in_part_may_be_filled_otherwise(finish):
     assert layer(*inputs()).isfinite().all()
 
 
+@pytest.mark.parametrize("filled", ["by hand", "by a state_dict"])
+def test_the_gate_may_come_after_experts_that_no_checkpoint_filled(filled):
+    layer = fusedmoe.FusedMoE(
+        E, 2, H, I, torch.float32, gate=torch.nn.Linear(H, E, bias=False), prefix="mlp"
+    )
+    if filled == "by hand":
+        for parameter in layer.routed_experts.parameters():
+            torch.nn.init.normal_(parameter)
+        layer.routed_experts.process_weights_after_loading()
+    else:
+        layer.routed_experts.load_state_dict(layer_of("floats").routed_experts.state_dict())
+    layer.load_weights({"mlp.gate.weight": torch.randn(E, H)})
+    assert layer(torch.randn(2, H)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["floats", "int4_g32"])
+def test_what_was_loaded_is_gone_with_its_memory(kind):
+    """An engine that took a layer's memory away and brings it back in part."""
+    layer = layer_of(kind)
+    state = dict(layer.state_dict())
+    layer.to("meta").to_empty(device="cpu")
+    last = state.popitem()
+    layer.load_state_dict(state, strict=False)
+    with pytest.raises(ValueError, match=f"not loaded: the state_dict lacks {last[0]}"):
+        layer(*inputs())
+    layer.load_state_dict(state | dict([last]))
+    assert layer(*inputs()).isfinite().all()
+
+
+def test_tensors_loaded_into_other_memory_do_not_count():
+    layer, tensors = fusedmoe.FusedMoE(E, 2, H, I, torch.float32), float_tensors()
+    layer.load_weights(tensors)
+    layer.to("meta").to_empty(device="cpu")
+    layer.load_weights(tensors[:-1])
+    with pytest.raises(ValueError, match="misses 1 of 12 expert tensors"):
+        layer(*inputs())
+
+
 def test_files_that_break_off_leave_nothing_usable():
     """An error of whoever reads them, between two tensors."""
 

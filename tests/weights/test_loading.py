@@ -251,6 +251,39 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_marked_loaded(name, te
     assert not loaded.load_report().loaded
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("path", ["model.layers.1.mlp", "model.layers.10.mlp", "layers.2.mlp"])
+def test_experts_of_other_layers_are_refused(path, stacked):
+    """Whoever gives every layer the whole checkpoint is told, before one overwrites another."""
+    runner = FusedMoE(E, 2, H, I, torch.float32, prefix="model.layers.0.mlp")
+    runner.load_weights((f"model.layers.0.mlp.{name}", tensor) for name, tensor in per_expert())
+    foreign = (f"{path}.experts.1.down_proj.weight", torch.zeros(H, I))
+    if stacked:
+        foreign = (f"{path}.experts.down_proj", torch.zeros(E, H, I))
+    for load in (runner.load_weights, runner.routed_experts.load_weights):
+        with pytest.raises(ValueError, match=f"^{path}.* another layer than model.layers.0.mlp"):
+            load([foreign])
+    assert torch.equal(runner.routed_experts.w2_weight, DOWN)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "path"),
+    [
+        ("model.layers.3.mlp", ""),
+        ("model.layers.3.mlp", "mlp."),
+        ("model.layers.3.mlp", "layers.3.mlp."),  # without the model's own name
+        ("model.layers.3.mlp", "language_model.model.layers.3.mlp."),
+        ("model.layers.3", "model.layers.3.moe.2."),
+        ("mlp", "model.layers.3.mlp."),
+        ("", "model.layers.3.mlp."),
+    ],
+)
+def test_a_name_may_lack_the_prefix_or_go_on_before_it(prefix, path):
+    layer = experts(prefix=prefix)
+    layer.load_weights((f"{path}{name}", tensor) for name, tensor in per_expert())
+    assert torch.equal(layer.w2_weight, DOWN)
+
+
 def test_existing_parameters_are_used_without_a_copy_whatever_their_strides():
     """As when a model's own [E, 2I, H] parameters are aliased, or transposed views of them."""
     gate_up, down = nn.Parameter(STACKED.mT.contiguous()), nn.Parameter(DOWN.clone())

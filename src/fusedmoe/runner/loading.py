@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from fusedmoe.weights.loadable import NamedTensors, named_tensors
+from fusedmoe.weights.loadable import NamedTensors, named_tensors, own_name
 
 if TYPE_CHECKING:
     from fusedmoe.runner.moe_runner import MoERunner
@@ -29,11 +28,12 @@ def _load(runner: MoERunner, weights: NamedTensors) -> set[str]:
         if name not in ("routed_experts", "router")
     }
     written: set[str] = set()
-    for name, tensor in _without_prefix(weights, runner.prefix):
+    for full_name, tensor in named_tensors(weights):
+        name = own_name(full_name, runner.prefix)
         part, _, rest = name.partition(".")
         if part not in parts:
             written |= {
-                f"routed_experts.{n}" for n in runner.routed_experts.load_tensor(name, tensor)
+                f"routed_experts.{n}" for n in runner.routed_experts.load_tensor(full_name, tensor)
             }
             continue
         target = parts[part].get(rest)
@@ -47,8 +47,3 @@ def _load(runner: MoERunner, weights: NamedTensors) -> set[str]:
             target.copy_(tensor)
         written.add(name)
     return written
-
-
-def _without_prefix(weights: NamedTensors, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in named_tensors(weights):
-        yield (name.removeprefix(f"{prefix}.") if prefix else name), tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -31,9 +32,28 @@ def named_tensors(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise ValueError(f"weights are (name, tensor) pairs, got a {type(pair).__name__}")
         name, tensor = pair
-        if not hasattr(tensor, "shape"):
+        if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name}: expected a tensor, found a {type(tensor).__name__}")
         yield name, tensor
+
+
+def own_name(name: str, prefix: str) -> str:
+    """``name`` without ``prefix``, where it begins with that.
+
+    Raises ValueError for experts of another layer than ``prefix``: other numbers lead to them.
+    """
+    if not prefix or name.startswith(f"{prefix}."):
+        return name.removeprefix(f"{prefix}.")
+    path, *inside = re.split(r"(?:^|\.)(?:routed_)?experts\.", name, maxsplit=1)
+    pairs = zip(_numbers(path), _numbers(prefix), strict=False)
+    if inside and any(found != own for found, own in pairs):
+        raise ValueError(f"{name} belongs to another layer than {prefix}")
+    return name
+
+
+def _numbers(path: str) -> list[str]:
+    """Those between its dots, the last one first."""
+    return [part for part in reversed(path.split(".")) if part.isdecimal()]
 
 
 class LoadableExperts(nn.Module):
@@ -90,8 +110,8 @@ class LoadableExperts(nn.Module):
 
         ``expert``: ``tensor`` is what the tensor ``name`` [experts, ...] holds of that one.
         """
-        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
         with self.unusable_on_error():
+            name = own_name(name, self.prefix)
             if expert is not None:
                 return self._loader.load_from_stack(name, expert, tensor)
             return self._loader.load(name, tensor)
@@ -102,7 +122,7 @@ class LoadableExperts(nn.Module):
         A rank needs to read nothing of a tensor that has none, and of one that holds all experts
         only these rows.
         """
-        name = name.removeprefix(f"{self.prefix}.") if self.prefix else name
+        name = own_name(name, self.prefix)
         experts = self._loader.experts_of(name)
         every = range(self.expert_map_manager.num_logical_experts)
         found = filter(self._loader.is_local, every if experts is None else experts)
@@ -142,12 +162,19 @@ class LoadableExperts(nn.Module):
             self._raise_if_missing()
 
     def loading_done(self) -> None:
-        """Prepack if every tensor has been loaded by now; else the layer waits for the rest."""
-        if self._loader.is_complete:
+        """Prepack if every tensor has a value by now; else the layer waits for the rest."""
+        filled = self._was_filled and not self._loader.missing_stored()
+        if self._loader.is_complete or filled:
             self.process_weights_after_loading()
         else:
             self._loaded_in_part = True
             self.quant_method.weights_changed()
+
+    def nothing_is_loaded(self) -> None:
+        """The parameters have new memory, with nothing in it."""
+        self._was_filled = False
+        self._loader.forget()
+        self.quant_method.weights_changed()
 
     def load_report(self) -> LoadReport:
         """Which experts' shards were loaded so far, and which were not."""

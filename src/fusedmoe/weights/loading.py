@@ -60,9 +60,7 @@ class ExpertLoader:
         self._table = ExpertParamsTable(expert_mapping or ())
         count = layer.expert_map_manager.num_logical_experts
         self._layout = StoredLayout(layer.sizes, count, transposed, interleaved)
-        self._loaded: set[tuple[str, ShardId, int]] = set()
-        schemes = layer.quant_method.checkpoint_schemes
-        self._stored = None if schemes is None else StoredTensors(schemes)
+        self.forget()
         self._wanted = frozenset(
             (param_name, shard, expert)
             for param_name, spec in layer.param_specs.items()
@@ -245,6 +243,12 @@ class ExpertLoader:
                 f"{', '.join(self._layer.param_specs)}"
             )
         return spec
+
+    def forget(self) -> None:
+        """Count as missing what has been loaded so far."""
+        schemes = self._layer.quant_method.checkpoint_schemes
+        self._stored = None if schemes is None else StoredTensors(schemes)
+        self._loaded: set[tuple[str, ShardId, int]] = set()
 
     @property
     def is_complete(self) -> bool:

@@ -201,7 +201,7 @@ class RoutedExperts(LoadableExperts):
                 getattr(self, name).copy_(table)
         self._bind_weight_loader()
         if not had_values:
-            self.quant_method.weights_changed()
+            self.nothing_is_loaded()
         self.moved(fn(torch.empty(0, dtype=self.moe_config.in_dtype)).dtype)
         return result
 
