@@ -91,8 +91,8 @@ def half_rows(x: torch.Tensor, g: int = 0) -> ByteRows:
     scale = _amax(x).div_(_HALVES_MAX)
     rounded = (x / scale).round_()
     # Both bytes of v + 128 * 256 + 128 are those of v with 128 added to each.
-    four = (rounded + 128 * 257).to(torch.int32).view(torch.uint8).unflatten(-1, (-1, 4))
-    codes = four[..., :2].transpose(1, 2).flatten(0, 1)
+    two = (rounded + 128 * 257).to(torch.uint16).view(torch.uint8).unflatten(-1, (-1, 2))
+    codes = two.transpose(1, 2).flatten(0, 1)
     sums = (rounded * scale).unflatten(-1, (-1, g)).sum(-1) if g else None
     return ByteRows(codes, scale, sums, 2)
 
