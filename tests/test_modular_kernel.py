@@ -21,6 +21,7 @@ from fusedmoe.modular_kernel import (
     PrepareWork,
 )
 from fusedmoe.modular_kernel.forward import finish, half_sizes
+from fusedmoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from fusedmoe.prepare_finalize.no_ep import (
     MoEPrepareAndFinalizeNoDPEPModular,
     MoEPrepareAndFinalizeNoDPEPMonolithic,
@@ -331,6 +332,12 @@ def test_the_peak_is_reported_without_running():
     assert kernel(SumExperts).peak_workspace_bytes(7) == 7 * 4 * K * H  # output is the layer's own
     assert kernel().peak_workspace_bytes(0) == 0
     assert kernel(WideExperts).peak_workspace_bytes(7) == 7 * 4 * (K * H + H + 2)
+
+
+def test_the_peak_of_batched_rows_is_that_of_the_room():
+    batched = BatchedExperts(config(), FUSED_MOE_UNQUANTIZED_CONFIG, 6, 1)
+    built = FusedMoEKernel(BatchedPrepareAndFinalize(6, E), batched)
+    assert built.peak_workspace_bytes(1) == built.peak_workspace_bytes(6) == 4 * E * 6 * (2 * I + H)
 
 
 class WideExperts(SumExperts):

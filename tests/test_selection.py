@@ -103,7 +103,10 @@ def test_a_forced_choice_that_cannot_run_says_why():
 
 
 def test_rows_nothing_delivers_are_a_reason():
-    with pytest.raises(ValueError, match="takes BatchedExperts rows, which no prepare/finalize"):
+    why = (
+        r"takes BatchedExperts rows, which no prepare/finalize delivers \(batched: needs max_num_t"
+    )
+    with pytest.raises(ValueError, match=why):
         select(config(MoEOptions(experts=BatchedExperts)))
 
 

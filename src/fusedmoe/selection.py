@@ -223,7 +223,9 @@ def select(
     chosen: tuple[type[FusedMoEExperts], type[FusedMoEPrepareAndFinalize]] | None = None
     for cls in candidate_classes(EXPERTS, moe.options.experts):
         serving = [mover for mover in able if _serves(mover, cls)]
-        reason = _unmet(cls, moe, keys, bool(serving))
+        reason = _unmet(cls, moe, keys)
+        if reason is None and not serving:
+            reason = _undelivered(cls, mover_reasons, moe.options.experts is not None)
         candidates.append(Candidate(name_of(cls), reason))
         if reason is None and chosen is None:
             chosen = cls, serving[0]
@@ -270,16 +272,22 @@ def _kind(mover: type[FusedMoEPrepareAndFinalize]) -> type[FusedMoEPrepareAndFin
     return FusedMoEPrepareAndFinalizeModular if modular else FusedMoEPrepareAndFinalizeMonolithic
 
 
-def _unmet(
-    cls: type[FusedMoEExperts], moe: FusedMoEConfig, keys: tuple[_Keys, ...], served: bool
-) -> str | None:
+def _unmet(cls: type[FusedMoEExperts], moe: FusedMoEConfig, keys: tuple[_Keys, ...]) -> str | None:
     if moe.require_modular and issubclass(cls, FusedMoEExpertsMonolithic):
         return "routes by itself, but this layer needs its routing before the experts"
     reasons = (cls.is_supported_config(moe, *pair, cls.activation_format())[1] for pair in keys)
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason is None and not served:
-        return f"takes {cls.activation_format().name} rows, which no prepare/finalize delivers"
-    return reason
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _undelivered(
+    cls: type[FusedMoEExperts],
+    movers: dict[type[FusedMoEPrepareAndFinalize], str | None],
+    in_full: bool,
+) -> str:
+    """That nothing moves rows to ``cls``; in full, why those that otherwise would cannot."""
+    what = f"takes {cls.activation_format().name} rows, which no prepare/finalize delivers"
+    reasons = [f"{name_of(mover)}: {why}" for mover, why in movers.items() if _serves(mover, cls)]
+    return f"{what} ({'; '.join(reasons)})" if in_full and reasons else what
 
 
 def _refuse(what: str, candidates: tuple[Candidate, ...]) -> NoReturn:

@@ -23,6 +23,7 @@ from fusedmoe.bench.contestants import Contestant, Prepared
 from fusedmoe.bench.replays import FEWEST_SAMPLES, Replays, calls_per_graph
 from fusedmoe.bench.report import Percentiles, limit_us
 from fusedmoe.bench.timing import SLOW_RUNS, time_on_cpu
+from fusedmoe.experts.torch_reference import TorchExperts
 
 TINY = LayerShape("tiny", 8, 2, 64, 48)
 REAL_LEAST = ceilings.LEAST_CEILINGS
@@ -168,6 +169,61 @@ def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):
     assert "tiny: fusedmoe:triton left out" in first
     assert "triton: runs on cuda, not cpu" in first
     assert "tiny fp32 uniform T=3: transformers_batched_mm left out: needs" in second
+
+
+class Failing(TorchExperts):
+    name = "failing"
+
+    def run(self, work):
+        raise KeyError("no tile")
+
+
+class Unbuilt(TorchExperts):
+    name = "unbuilt"
+
+    def __init__(self, *args, **arguments):
+        raise TypeError("no such argument")
+
+
+def test_experts_that_raise_cost_nobody_else_a_row():
+    report = run_layer_bench(
+        *([TINY], [2], [torch.float32]), repeats=2, peers=False, experts=(None, Failing, Unbuilt)
+    )
+    assert [row["impl"] for row in report.rows] == ["fusedmoe"]
+    assert [note.partition(" left out: ")[2] for note in report.notes] == [
+        "TypeError: no such argument",
+        "KeyError: 'no tile'",
+    ]
+
+
+def test_batched_experts_have_room_for_the_largest_batch():
+    names = ["torch_batched"]
+    for formats in ((), ("int8_channel",)):
+        report = run_layer_bench(
+            *([TINY], [1, 6], [torch.float32]),
+            repeats=2,
+            peers=False,
+            experts=[*names, "torch_quantized_batched"],
+            formats=formats,
+        )
+        found = {(row["impl"], row["T"]) for row in report.rows}
+        assert {("fusedmoe:torch_batched", T) for T in (1, 6)} <= found
+        assert all(row["error"] < 0.05 for row in report.rows)
+        scratch = {row["workspace_bytes"] for row in report.rows}
+        assert scratch == {8 * 6 * 64 * 4}  # the output of all rows there is room for
+    assert ("fusedmoe:torch_quantized_batched@int8_channel", 6) in found
+
+
+def test_classes_of_one_name_are_refused():
+    class Variant(Failing):
+        pass
+
+    with pytest.raises(
+        ValueError, match=r"Failing.*Variant.*would both be called fusedmoe:failing"
+    ):
+        run_layer_bench(
+            *([TINY], [1], [torch.float32]), peers=False, experts=(None, Failing, Variant)
+        )
 
 
 def test_a_slow_machine_is_refused_or_noted(monkeypatch: pytest.MonkeyPatch):

@@ -22,10 +22,10 @@ from fusedmoe.bench.shapes import SWIGLUOAI_LIMIT, LayerShape
 from fusedmoe.bench.timing import Call
 from fusedmoe.config import MoEOptions, ParallelGroups
 from fusedmoe.layer import FusedMoE
-from fusedmoe.modular_kernel import FusedMoEKernel
+from fusedmoe.modular_kernel import FusedMoEActivationFormat, FusedMoEKernel
 from fusedmoe.quantization.quantize_layer import quantize_layer
 from fusedmoe.runner.moe_runner import MoERunner
-from fusedmoe.selection import name_of
+from fusedmoe.selection import EXPERTS, candidate_classes, name_of
 
 TRANSFORMERS_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 DENSE_SIZE = {"cuda": 8192, "cpu": 2048}
@@ -82,18 +82,21 @@ def our_layer(
     scope: Scope = "layer",
     options: MoEOptions | None = None,
     format: str | None = None,
+    most_tokens: int | None = None,
 ) -> Contestant:
     """The layer with the implementation ``experts`` (None: the one that selection chooses).
 
     ``options`` replace that choice altogether. ``format``: the experts rounded to it, rows as they
-    come. Raises ValueError where it cannot run this layer.
+    come. ``most_tokens``: how many batched experts have room for. Raises ValueError where it cannot
+    run this layer.
     """
     options = options or MoEOptions(experts=experts)
     weight_bytes = None
+    room = {"max_num_tokens": most_tokens} if _takes_batched_rows(options.experts) else {}
     if format is None:
-        layers = [build_layer(shape, one, options) for one in weights]
+        layers = [build_layer(shape, one, options, **room) for one in weights]
     else:
-        layers = [_rounded_layer(shape, one, options, format) for one in weights]
+        layers = [_rounded_layer(shape, one, options, format, **room) for one in weights]
         method: Any = layers[0].routed_experts.quant_method
         weight_bytes = sum(w.nbytes for w in method.quantized_weights(layers[0].routed_experts))
 
@@ -115,14 +118,21 @@ def our_layer(
     )
 
 
+def _takes_batched_rows(experts: str | type | None) -> bool:
+    if experts is None:
+        return False
+    (cls,) = candidate_classes(EXPERTS, experts)
+    return bool(cls.activation_format() is FusedMoEActivationFormat.BatchedExperts)
+
+
 def _rounded_layer(
-    shape: LayerShape, weights: Weights, options: MoEOptions, format: str
+    shape: LayerShape, weights: Weights, options: MoEOptions, format: str, **arguments: Any
 ) -> MoERunner:
     """Implementations may know floats or packed weights alone: the forced one comes in afterwards.
 
     ``weights`` stay as they are.
     """
-    layer = build_layer(shape, weights, replace(options, experts="torch"))
+    layer = build_layer(shape, weights, replace(options, experts="torch"), **arguments)
     experts: Any = layer.routed_experts
     experts.moe_config = replace(experts.moe_config, options=options)
     quantize_layer(layer, format)

@@ -57,8 +57,8 @@ def measure(
                 one.prepare(i % len(weights), problem.x, situation)
                 for i, situation in enumerate(problem.situations)
             ]
-        except RuntimeError as error:
-            report.notes.append(f"{problem.cell}: {one.name} left out: {_first_line(error)}")
+        except Exception as error:
+            report.notes.append(f"{problem.cell}: {one.name} left out: {in_words(error)}")
             continue
         running[one.name] = one, prepared
     run = _run_on_cuda if problem.x.is_cuda else _run_on_cpu
@@ -85,8 +85,8 @@ def _run_on_cpu(
     for name, (_, prepared) in running.items():
         try:
             outputs[name] = prepared[0].call()
-        except RuntimeError as error:
-            report.notes.append(f"{problem.cell}: {name} left out: {_first_line(error)}")
+        except Exception as error:
+            report.notes.append(f"{problem.cell}: {name} left out: {in_words(error)}")
             continue
         calls[name] = [one.call for one in prepared]
     samples = time_on_cpu(calls, effort.repeats or 20)
@@ -110,8 +110,8 @@ def _run_on_cuda(
         try:
             replays = record(calls, expected_us, repeats)
             recorded[name] = replays if one.is_peer else replace(replays, at_least=repeats)
-        except RuntimeError as error:  # also torch.cuda.OutOfMemoryError
-            why = _first_line(error)
+        except Exception as error:
+            why = in_words(error)
             report.notes.append(f"{problem.cell}: {name} left out, not captured: {why}")
             torch.cuda.synchronize()
     samples = time_in_turns(recorded, REST if _is_compute_bound(problem) else 0.0)
@@ -130,8 +130,12 @@ def _is_compute_bound(problem: Problem) -> bool:
     return problem.pairs > _COMPUTE_BOUND_MEAN * problem.active_experts
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def in_words(error: Exception) -> str:
+    """The first line of what went wrong, for a note; its type where that says what the text leaves
+    open."""
+    first = (str(error).splitlines() or [""])[0][:400]
+    told = isinstance(error, (ValueError, RuntimeError)) and first
+    return first if told else f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 def _does_not_fit(contestant: Contestant, problem: Problem, effort: Effort) -> str | None:

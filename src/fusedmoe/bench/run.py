@@ -24,7 +24,7 @@ from fusedmoe.bench.contestants import (
     our_layer,
     peer,
 )
-from fusedmoe.bench.measure import MEMORY_SHARE, Effort, measure
+from fusedmoe.bench.measure import MEMORY_SHARE, Effort, in_words, measure
 from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, random_weights
 from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.bench.shapes import LayerShape
@@ -70,10 +70,10 @@ def run_layer_bench(
     ceilings are lower than they should be is a note, too, and not refused.
 
     Raises ValueError for an empty list, unknown routing, scope, device, dtype, format or peer,
-    and for a slow machine (``ceilings.LEAST_CEILINGS``).
+    classes of one name, and a slow machine (``ceilings.LEAST_CEILINGS``).
     """
     device = torch.device(device)
-    check_request(shapes, tokens, dtypes, routings, device, scope, formats, peers)
+    check_request(shapes, tokens, dtypes, routings, device, scope, formats, peers, experts)
     cells = [
         Cell(shape, dtype, routing, T, scope)
         for shape in shapes
@@ -104,6 +104,7 @@ def check_request(
     scope: str,
     formats: Sequence[str] = (),
     peers: bool | Sequence[str] = True,
+    experts: Sequence[str | type | None] = (),
 ) -> None:
     """What ``run_layer_bench`` raises, before anything is measured."""
     if not (shapes and tokens and dtypes and routings):
@@ -123,6 +124,13 @@ def check_request(
     for name in () if isinstance(peers, bool) else peers:
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
+    called: dict[str, str | type | None] = {}
+    for one in experts:
+        name = contestant_name(one)
+        if called.setdefault(name, one) != one:
+            raise ValueError(
+                f"{called[name]} and {one} would both be called {name}: give each class a name"
+            )
 
 
 def run_cells(
@@ -141,7 +149,9 @@ def run_cells(
     with floats, and with experts rounded to each of these. Neighbours of the same shape and dtype
     share weights. ``report``'s header has the ceilings.
     """
-    for (shape, dtype), group in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
+    for (shape, dtype), some in groupby(cells, key=lambda cell: (cell.shape, cell.dtype)):
+        group = list(some)
+        most = max(cell.T for cell in group)
         torch.manual_seed(0)
         weights = random_weights(shape, dtype, device, _copies(shape, dtype, device))
         if device.type == "cuda" and len(weights) < LEAST_COPIES_ON_CUDA:
@@ -153,7 +163,7 @@ def run_cells(
         for cell in group:
             yield cell
             with torch.inference_mode():
-                builders = _builders(experts, peers(cell), options, formats)
+                builders = _builders(experts, peers(cell), options, formats, most)
                 contestants = _contestants(cell, weights, builders, built, report)
                 situations = len(weights) if device.type == "cuda" else _SITUATIONS_ON_CPU
                 problem = Problem.of(cell, situations, device)
@@ -185,10 +195,15 @@ def _builders(
     peers: Sequence[str],
     options: MoEOptions,
     formats: Sequence[str],
+    most_tokens: int,
 ) -> Mapping[str, Callable[..., Contestant]]:
     ours = {
         contestant_name(one, fmt): partial(
-            our_layer, experts=one, options=replace(options, experts=one), format=fmt
+            our_layer,
+            experts=one,
+            options=replace(options, experts=one),
+            format=fmt,
+            most_tokens=most_tokens,
         )
         for fmt in (None, *formats)
         for one in experts
@@ -209,8 +224,8 @@ def _contestants(
             continue
         try:
             built[name, cell.scope] = build(cell.shape, weights, scope=cell.scope)
-        except ValueError as error:
-            report.notes.append(f"{cell.shape.name}: {name} left out: {error}")
+        except Exception as error:
+            report.notes.append(f"{cell.shape.name}: {name} left out: {in_words(error)}")
             built[name, cell.scope] = None
     found = [built[name, cell.scope] for name in builders]
     return [one for one in found if one is not None]

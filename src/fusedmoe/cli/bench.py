@@ -150,7 +150,8 @@ def _measure(
         check_forced_names(MoEOptions(experts=one))
     peers = not args.no_peers and (args.peers or True)
     check_request(
-        *(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats, peers)
+        *(shapes, args.tokens, dtypes, args.routings, device, args.scope, args.formats, peers),
+        experts=experts,
     )
     _check_memory(shapes, dtypes, device)
     total = len(shapes) * len(args.tokens) * len(dtypes) * len(args.routings)

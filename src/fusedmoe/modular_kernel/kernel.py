@@ -182,8 +182,11 @@ class FusedMoEKernel:
         return plan
 
     def peak_workspace_bytes(self, num_tokens: int) -> int:
-        """Scratch memory of a forward with ``num_tokens`` rows entering the experts."""
-        moe = self.experts.moe_config
+        """Scratch memory of a forward with ``num_tokens`` rows entering the experts; in the batched
+        format, whose rows are as many as there is room for, of any forward."""
+        moe, experts = self.experts.moe_config, self.experts
+        if experts.max_num_tokens is not None and experts.num_dispatchers is not None:
+            num_tokens = experts.max_num_tokens * experts.num_dispatchers
         size = ProblemSize(
             E=moe.num_local_experts,
             M=num_tokens,
@@ -192,7 +195,7 @@ class FusedMoEKernel:
             topk=moe.experts_per_token,
         )
         return plan_workspaces(
-            self.experts, size, moe.in_dtype, moe.activation, moe.num_experts
+            experts, size, moe.in_dtype, moe.activation, moe.num_experts
         ).peak_bytes
 
 
