@@ -17,6 +17,7 @@ AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": 
 AS_AWQ = AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}
 QUARK_INT8 = {"dtype": "int8", "qscheme": "per_channel"}
 NVFP4 = {"quant_algo": "NVFP4"}
+FP8 = {"quant_method": "fp8"}
 
 
 def quark(weight: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -37,6 +38,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "floats": (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
     "floats of one layer": (AUTO_ROUND | {"extra_config": {"x": {"data_type": "fp8"}}}, "'fp8'"),
     "bits by name": (AUTO_ROUND | {"extra_config": {"x": {"bits": "8"}}}, "must be an integer"),
+    "bits as a flag": (AUTO_ROUND | {"bits": True}, "must be an integer, got True"),
     "awq by layer": (AS_AWQ | {"extra_config": {"x": {"group_size": 32}}}, "x has group_size 32"),
     "awq without zeros": (AS_AWQ | {"extra_config": {"x": {"sym": True}}}, "x has sym True"),
     "zero points": (quark(QUARK_INT8 | {"symmetric": False}), "zero points of int8"),
@@ -67,6 +69,28 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         compressed({}, input_activations=INT8 | {"type": "float", "dynamic": "local"}),
         "dynamic must be true or false, got 'local'",
     ),
+    "scales of rows that are stored": (
+        compressed({}, input_activations={"type": "float", "strategy": "channel"}),
+        "static activation scales must be per tensor",
+    ),
+    "integers by tensor": (
+        compressed({"type": "int", "num_bits": 4, "strategy": "tensor"}),
+        "4-bit integers by 'tensor'",
+    ),
+    "integers by block": (
+        compressed({"type": "int", "strategy": "block", "block_structure": [32, 32]}),
+        "8-bit integers by 'block'",
+    ),
+    "a zero point of a tensor": (
+        compressed({"type": "int", "strategy": "tensor", "symmetric": False}),
+        "one zero point for a whole matrix",
+    ),
+    "one scale of rows": (
+        compressed({"type": "int"}, input_activations=INT8 | {"strategy": "tensor"}),
+        "dynamic 8-bit int activations per tensor",
+    ),
+    "blocks of nothing": (FP8 | {"weight_block_size": [0, 128]}, r"integers, got \[0, 128\]"),
+    "blocks of floats": (FP8 | {"weight_block_size": [128.0, 1]}, r"integers, got \[128.0, 1\]"),
     "rounded outputs": (compressed({}, output_activations=INT8), "rounded outputs"),
 }
 
@@ -135,6 +159,105 @@ def test_zero_points_of_symmetric_integers_must_be_none() -> None:
         rule.convert(matrix(16, 64), good)
     with pytest.raises(ValueError, match=r"up_proj.weight_zero_point: expected 0 .* found 1$"):
         rule.convert(matrix(16, 64), torch.full((2, 2), -0x77777777).int())
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [("awq", {"version": "GEMM"}), ("gptq", {"sym": None, "desc_act": None, "dynamic": None})],
+)
+def test_capitals_and_null_say_what_is_usual(case: str, change: dict[str, Any]) -> None:
+    plain, other = (
+        read_quantization(config).scheme(MODULE)
+        for config in (CASES[case].config, CASES[case].config | change)
+    )
+    assert plain.describe() == other.describe()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_integers_of_a_byte_have_zero_points_of_a_byte(bits: int) -> None:
+    """compressed-tensors without packing: all are signed, whatever their bits."""
+    group = {"type": "int", "num_bits": bits, "strategy": "group", "group_size": 32}
+    config = compressed(group | {"symmetric": False}) | {"format": "int-quantized"}
+    low, high = -(1 << bits - 1), 1 << bits - 1
+    stored = {
+        "weight": torch.randint(low, high, (16, 64)).to(torch.int8),
+        "weight_scale": torch.rand(16, 2),
+        "weight_zero_point": torch.randint(low, high, (16, 2)).to(torch.int8),
+    }
+    found = read_matrix(read_quantization(config).scheme(MODULE), stored, matrix(16, 64))
+    numbers, scale, zero = (tensor.float() for tensor in stored.values())
+    wanted = (numbers - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1)
+    assert torch.equal(found.dequantize(torch.float32), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3, 1)])
+def test_scales_of_blocks_may_have_axes_of_one(shape: tuple[int, ...]) -> None:
+    """ModelOpt's FP8_PB_WO; of as many numbers in another order nothing is known."""
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    weight, scale = torch.randn(256, 300).to(torch.float8_e4m3fn), torch.rand(2, 3)
+    scheme = read_quantization(config, {}).scheme(MODULE)
+    stored = {"weight": weight, "weight_scale": scale.reshape(shape)}
+    found = read_matrix(scheme, stored, matrix(256, 300))
+    spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :300]
+    assert torch.equal(found.dequantize(torch.float32), weight.float() * spread)
+    with pytest.raises(ValueError, match=r"expected shape \(2, 3\).* found \(3, 2\)"):
+        read_matrix(scheme, stored | {"weight_scale": scale.reshape(3, 2)}, matrix(256, 300))
+
+
+def test_groups_that_do_not_divide_a_matrix_are_named() -> None:
+    config = compressed({"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32})
+    stored = {
+        "weight_packed": torch.zeros(16, 10, dtype=torch.int32),
+        "weight_scale": torch.ones(16, 3),
+    }
+    scheme = read_quantization(config | {"format": "pack-quantized"}).scheme(MODULE)
+    with pytest.raises(
+        ValueError, match=r"weight_scale: groups of 32 columns do not divide the 80"
+    ):
+        read_matrix(scheme, stored, matrix(16, 80))
+
+
+@pytest.mark.parametrize(
+    ("case", "suffix"),
+    [
+        ("deepseek", "input_scale"),
+        ("modelopt fp8 channel", "input_scale"),
+        ("quark int8", "input_scale"),
+        ("ct w4a16", "weight_g_idx"),
+        ("ct mxfp4", "weight_observer"),
+    ],
+)
+def test_tensors_that_mean_nothing_here_are_passed_over(case: str, suffix: str) -> None:
+    tensors = CASES[case].write(torch.randn(64, 64)).tensors
+    leaves = {name: tensor.dtype for name, tensor in tensors.items()}
+    scheme = read_quantization(CASES[case].config, leaves).scheme(MODULE)
+    plain, more = (
+        read_matrix(scheme, tensors | other, matrix(64, 64)).dequantize(torch.float32)
+        for other in ({}, {suffix: torch.zeros(1)})
+    )
+    assert torch.equal(plain, more)
+
+
+def test_a_matrix_of_zeros_may_have_a_second_scale_of_zero() -> None:
+    tensors = CASES["modelopt nvfp4"].write(torch.randn(64, 64)).tensors
+    scheme = read_quantization(CASES["modelopt nvfp4"].config).scheme(MODULE)
+    tensors["weight_scale_2"] = torch.zeros(())
+    assert not read_matrix(scheme, tensors, matrix(64, 64)).dequantize(torch.float32).any()
+
+
+@pytest.mark.parametrize("number", [0.0, 1e-40])
+def test_the_inverse_of_a_scale_has_an_inverse(number: float) -> None:
+    found = refusal("ct nvfp4", "weight_global_scale", lambda scale: torch.full_like(scale, number))
+    assert found.startswith("up_proj.weight_global_scale: expected the inverse of a scale, found ")
+
+
+def test_fp8_of_no_rows_is_read() -> None:
+    stored = {
+        "weight": torch.empty(0, 64, dtype=torch.float8_e4m3fn),
+        "weight_scale": torch.empty(0, 1),
+    }
+    scheme = read_quantization(CASES["ct fp8 channel"].config).scheme(MODULE)
+    assert read_matrix(scheme, stored, matrix(0, 64)).dequantize().shape == (0, 64)
 
 
 def test_bytes_outside_four_bits_are_named() -> None:

@@ -604,6 +604,7 @@ CASES |= {
         lambda weight: int8_rows(weight),
         "int8_channel",
     ),
+    "quark mxfp8": Case(_quark(_QUARK_FP4 | {"dtype": "fp8_e4m3"}), mxfp8("weight_scale"), "mxfp8"),
     "quark int8 tensor": Case(
         _quark({"dtype": "int8", "qscheme": "per_tensor"}), int8_whole, "int8_channel"
     ),

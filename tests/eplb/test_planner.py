@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedmoe.eplb.maps import balancedness, compute_logical_maps, imbalance, rank_loads
-from fusedmoe.eplb.placement import pack, replicate
+from fusedmoe.eplb.placement import experts_of_nodes, pack, replicate
 from fusedmoe.eplb.planner import keep_slots, published_placement, rebalance_experts
 from fusedmoe.eplb.refine import refine
 from fusedmoe.testing.routing import routing_logits
@@ -106,7 +106,10 @@ def test_a_known_placement():
     assert rebalance_experts(torch.tensor([[3, 1]]), 4, 2)[0].sort().values.tolist() == [0, 0, 0, 1]
     assert replicate([4.0, 2.0, 2.0], 5) == [3, 1, 1]
     assert pack([5.0, 4.0, 3.0, 2.0], 2) == [[0, 3], [1, 2]]
+    assert pack([2.0, 3.0, 4.0, 5.0], 2) == [[3, 0], [2, 1]]
     assert pack([1.0, 9.0, 4.0], 3) == [[0], [1], [2]]
+    assert experts_of_nodes([1.0, 1.0, 9.0, 1.0], 2, 2) == [[0, 1], [2, 3]]
+    assert experts_of_nodes([1.0, 1.0, 9.0, 1.0], 2, 1) == [[0, 1, 2, 3]]
 
 
 def test_little_moves_when_little_changes():
@@ -196,5 +199,9 @@ def test_other_refusals():
         compute_logical_maps(torch.tensor([[0, 2, 2]]), 3)
     with pytest.raises(ValueError, match=r"ids in \[0, 5\]"):
         compute_logical_maps(torch.tensor([[0, 5, 2]]), 3)
+    with pytest.raises(ValueError, match="2 slots cannot hold 3 experts"):
+        replicate([1.0, 1.0, 1.0], 2)
+    with pytest.raises(ValueError, match="3 items do not divide over 2 packs"):
+        pack([1.0, 1.0, 1.0], 2)
     with pytest.raises(ValueError, match="3 slots do not divide over 2 ranks"):
         rank_loads(torch.ones(1, 3), torch.tensor([[0, 1, 2]]), 2)

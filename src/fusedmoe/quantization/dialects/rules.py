@@ -204,13 +204,19 @@ def scalar_rule(suffix: str, gives: str, *, inverse: bool = False, optional: boo
     )
 
 
-def _scalar(matrix: Matrix, scale: torch.Tensor, *, suffix: str, inverse: bool) -> torch.Tensor:
-    expect(matrix, suffix, scale, None, *FLOATS)
-    number = shape_scale(matrix, suffix, scale, PER_TENSOR).to(torch.float32)
+def _scalar(matrix: Matrix, stored: torch.Tensor, *, suffix: str, inverse: bool) -> torch.Tensor:
+    expect(matrix, suffix, stored, None, *FLOATS)
+    number = shape_scale(matrix, suffix, stored, PER_TENSOR).to(torch.float32)
     check_finite(matrix, suffix, number)
-    if inverse and bool((number == 0).any()):
-        raise ValueError(f"{matrix.path(suffix)}: expected the inverse of a scale, found 0")
-    return number.reciprocal() if inverse else number
+    if not inverse:
+        return number
+    scale = number.reciprocal()
+    if not bool(scale.isfinite().all()):
+        smallest = float(number.abs().amin())
+        raise ValueError(
+            f"{matrix.path(suffix)}: expected the inverse of a scale, found {smallest:g}"
+        )
+    return scale
 
 
 def plain_weight_rule(suffix: str, *dtypes: torch.dtype, stored: int = 1, values: int = 1) -> Rule:
