@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from writers import CASES
 
 from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.quantization.dialects import read_quantization
@@ -42,6 +43,31 @@ def test_a_name_means_itself_what_is_below_it_and_itself_without_its_prefix(
 )
 def test_patterns_mean_whole_names(name: str, listed: bool) -> None:
     assert ("model.layers.0.mlp.gate" in LayerNames(["lm_head", name])) == listed
+
+
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        ("deepseek", "modules_to_not_convert"),
+        ("deepseek", "ignored_layers"),
+        ("mxfp8", "modules_to_not_convert"),
+        ("fbgemm", "modules_to_not_convert"),
+        ("ct w4a16", "ignore"),
+        ("gptq", "modules_to_not_convert"),
+        ("awq", "modules_to_not_convert"),
+        ("modelopt fp8 channel", "exclude_modules"),
+        ("modelopt fp8 channel", "ignore"),
+        ("quark fp8", "exclude"),
+        ("bitsandbytes int8", "llm_int8_skip_modules"),
+    ],
+)
+def test_every_dialect_has_a_word_for_what_is_left_as_floats(case: str, key: str) -> None:
+    config = CASES[case].config | {key: ["layers.1.mlp", "*.up_proj"]}
+    listed = {
+        name: read_quantization(config).scheme(f"model.layers.{name}") is None
+        for name in ("0.mlp.down_proj", "1.mlp.down_proj", "0.mlp.up_proj", "11.mlp.down_proj")
+    }
+    assert list(listed.values()) == [False, True, True, False]
 
 
 def test_lists_of_many_names_take_no_time() -> None:

@@ -121,6 +121,13 @@ def test_auto_round_names_layers_and_searches_for_expressions(
     assert (scheme and scheme.format.name) == expected
 
 
+@pytest.mark.parametrize("own", [MODULE, r"experts\.\d+\.up_proj$"])
+def test_auto_round_leaves_layers_of_16_bits_alone_in_awq_s_packing_too(own: str) -> None:
+    quantization = read_quantization(AS_AWQ | {"extra_config": {own: {"bits": 16}}})
+    assert quantization.scheme(MODULE) is None
+    assert quantization.scheme(MODULE.replace("up", "down")) is not None
+
+
 def test_rows_of_llm_int8_are_rounded_where_none_of_their_columns_is_spared() -> None:
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     for threshold, rounded in ((None, False), (6.0, False), (0.0, True)):
