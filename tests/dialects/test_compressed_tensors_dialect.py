@@ -233,6 +233,13 @@ def test_what_would_change_the_numbers_is_not_overlooked(
         read_quantization(config | change)
 
 
+def test_a_group_s_own_way_of_packing_is_not_overlooked() -> None:
+    config, _, _ = stored("W4A16")
+    config["config_groups"]["group_0"]["format"] = "marlin-24"
+    with pytest.raises(ValueError, match="format is 'marlin-24'"):
+        read_quantization(config)
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "expected"),
     [

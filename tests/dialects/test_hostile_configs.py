@@ -46,6 +46,7 @@ RICH: dict[str, dict[str, Any]] = {
         **{"ignore": ["re:.*gate$"], "sparsity_config": {}, "transform_config": {}},
         "config_groups": {
             "group_0": {
+                "format": "nvfp4-pack-quantized",
                 "targets": ["re:.*experts.*", "Linear"],
                 "weights": ROWS | {"symmetric": True},
                 "input_activations": ROWS | {"dynamic": "local"},

@@ -96,7 +96,7 @@ class CompressedTensorsQuantization(CheckpointQuantization):
     def read(cls, config: dict[str, Any], leaves: Leaves) -> CompressedTensorsQuantization:
         _check_whole(config)
         found, groups = [], section(config, "config_groups")
-        if len({group.get("format") for group in groups.values() if isinstance(group, dict)}) > 1:
+        if len({str(one.get("format")) for one in groups.values() if isinstance(one, dict)}) > 1:
             # With several formats, tensors of these names need not be the experts'.
             leaves = {n: t for n, t in leaves.items() if n not in ("weight", "weight_packed")}
         for name, group in groups.items():
@@ -109,7 +109,7 @@ class CompressedTensorsQuantization(CheckpointQuantization):
                 raise ValueError("quantization_config: rounded outputs are not known")
             scheme = None
             if weights:
-                packing = group.get("format") or config.get("format")
+                packing = one_of(group, "format", None, *_PACKINGS) or config.get("format")
                 inputs = section(group, "input_activations")
                 scheme = scheme_of(weights, inputs, packing, leaves)
             found.append(_Group.of(names_of(group, "targets"), scheme))
