@@ -10,6 +10,7 @@ import torch
 from fusedmoe import QuantFormat
 from fusedmoe.quantization.formats import format_named
 from fusedmoe.quantization.formats.act_order import sort_columns, unsort_columns
+from fusedmoe.quantization.formats.groups import columns_of
 from fusedmoe.quantization.keys import (
     ANY,
     FP8_DYNAMIC_TOKEN,
@@ -120,6 +121,18 @@ def test_sorted_columns_mean_the_same(name):
         unsort_columns(q[expert])
         unsort_columns(q[expert])
     assert all(part.equal(fresh.parts()[n]) for n, part in q.parts().items())
+
+
+def test_columns_of_a_single_group_are_sorted_too():
+    q = draw("int4_g32_act_order", 2, 8, 32)
+    values = q.dequantize(torch.float64)
+    assert sort_columns(q)
+    assert (q.group_index < 0).all()
+    assert q.dequantize(torch.float64).equal(values)
+
+
+def test_no_column_is_looked_for_outside_the_matrix():
+    assert columns_of(torch.tensor([[~9, ~2, ~0], [1, 0, 2]])).tolist() == [[2, 2, 0], [0, 1, 2]]
 
 
 def test_columns_of_parts_of_groups_and_of_shards_that_disagree_stay():

@@ -66,7 +66,7 @@ class Grid(NamedTuple):
             shard = shard % self.shards if self.interleaved else shard // (N // self.shards)
             groups = groups_of(group_index, self.group.col)
             return x.gather(-1, groups[..., shard, :].expand(*x.shape[:-1], K))
-        if x.shape[-1] == 1 or self.group.col == -1:
+        if x.shape[-1] == 1:
             return x
         return x.repeat_interleave(self.group.col, -1)[..., :K]
 
