@@ -189,10 +189,11 @@ def _curve(value: Any, kernel: TunedKernel, count: int, cost_key: str) -> Curve:
     if not isinstance(costs, list) or len(costs) != count:
         raise ValueError(f"a curve's {cost_key} must have {count} entries, one per token count")
     tile = tile_from_json(record["tile"])
-    return Curve(record["stage"], tile, tuple(_cost(one, cost_key) for one in costs))
+    return Curve(record["stage"], tile, tuple(cost_of(one, cost_key) for one in costs))
 
 
-def _cost(value: Any, key: str) -> float:
+def cost_of(value: Any, key: str) -> float:
+    """A positive time, or infinity for null."""
     if value is None:
         return math.inf
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

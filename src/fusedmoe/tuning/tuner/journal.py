@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusedmoe.tuning.table_file import read_json, write_atomically
+from fusedmoe.tuning.json_fields import integer_of, word_of
+from fusedmoe.tuning.table_file import cost_of, read_json, write_atomically
 from fusedmoe.tuning.tile_records import Tile, tile_from_json, tile_to_json
 from fusedmoe.tuning.tuned_kernels import TunedKernel
 from fusedmoe.tuning.tuned_table import LayerKey
@@ -67,9 +68,9 @@ class Journal:
                     f"{self._subject!r:.200}"
                 )
             for one in record["measurements"]:
-                us = math.inf if one["us"] is None else float(one["us"])
-                key = str(one["stage"]), int(one["T"]), int(one["samples"])
-                self._known.setdefault(key, {})[tile_from_json(one["tile"])] = us
+                T, samples = (integer_of(one[name], name) for name in ("T", "samples"))
+                known = self._known.setdefault((word_of(one["stage"], "stage"), T, samples), {})
+                known[tile_from_json(one["tile"])] = cost_of(one["us"], "us")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._path} cannot be resumed (remove it to begin anew): {error}"
