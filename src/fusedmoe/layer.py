@@ -111,7 +111,8 @@ def FusedMoE(
 
     Routing: ``scoring_func`` softmax, sigmoid or sqrtsoftplus; ``renormalize``; grouped top-k by
     ``use_grouped_topk`` with ``num_expert_group`` and ``topk_group``; ``e_score_correction_bias``
-    [E]; ``hash_indices_table`` [vocab, K]; ``bias_vl`` [E] for tokens whose id lies in
+    [E] (the ``gate``'s own stays that, also where loading replaces it);
+    ``hash_indices_table`` [vocab, K]; ``bias_vl`` [E] for tokens whose id lies in
     [``image_sentinel_lo``, + 5); ``zero_expert_type="identity"``, where the bias also covers the
     zero experts; ``skip_padding`` routes rows that forward's ``is_padding`` marks nowhere.
     ``expert_substitution`` has constants in the place of experts that were removed, of

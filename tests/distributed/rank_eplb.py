@@ -204,6 +204,34 @@ def check_rearrange_now() -> None:
     assert balancer.balancedness() > before
 
 
+def check_loading_anew() -> None:
+    """New weights reach experts wherever balancing has put them; slots that it changed are not
+    written by those who count as it was in the beginning."""
+    groups, rank = make_groups(LAYOUT)
+    redundant = {"enable_eplb": True, "num_redundant_experts": REDUNDANT}
+    layer, x = build(0, groups, **redundant), tokens(rank, 0)
+    balancer = ExpertBalancer([layer], groups.ep, EPLBConfig(window_size=100, step_interval=100))
+    layer(*x)
+    balancer.rearrange()
+    placement = balancer.physical_to_logical[0].tolist()
+    assert placement != [slot % E for slot in range(E + REDUNDANT)]
+    other = Experts.random(E, H, I, bias=True, seed=7).named()
+    layer.load_weights(other)
+    torch.testing.assert_close(layer(*x), build(7)(*x), rtol=1e-5, atol=1e-5)
+    experts = layer.routed_experts
+    name, tensor = next(iter(other))
+    assert name.startswith("experts.0.gate_proj")
+    for row, slot in enumerate(experts.expert_local_to_global.tolist()):
+        arguments = experts.w13_weight, tensor, name, "w1", slot
+        if placement[slot] == slot % E:
+            assert experts.weight_loader(*arguments, return_success=True)
+            continue
+        kept = experts.w13_weight[row].clone()
+        with pytest.raises(ValueError, match=rf"another expert into slot {slot}"):
+            experts.weight_loader(*arguments)
+        assert torch.equal(experts.w13_weight[row], kept)
+
+
 def check_another_default_device() -> None:
     """What ranks tell each other and plan is on the CPU, wherever new tensors are by default."""
     groups, rank = make_groups(LAYOUT)

@@ -31,6 +31,10 @@ def test_placing_anew_on_request(ranks):
     ranks.run(rank_eplb.check_rearrange_now)
 
 
+def test_loading_anew(ranks):
+    ranks.run(rank_eplb.check_loading_anew)
+
+
 def test_another_default_device(ranks):
     ranks.run(rank_eplb.check_another_default_device)
 

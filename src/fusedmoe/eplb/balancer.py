@@ -163,7 +163,8 @@ class ExpertBalancer:
         """Put in place at once what is being planned or on its way; every rank calls it alike.
 
         Before a balancer is given up, for other ranks say: its messages would meet those of the
-        next one over the same group.
+        next one over the same group. Also before weights are loaded anew: what is on its way are
+        the old ones.
         """
         if self._planning is not None:
             self._targets, self._planning = self._planning.result(), None
@@ -237,6 +238,9 @@ class ExpertBalancer:
         return self.layers[layer].routed_experts.get_expert_weights()
 
     def _write_maps(self, layer: int) -> None:
+        """What routing and loading read of a layer's placement."""
+        placed = self.physical_to_logical[layer].tolist()
+        self.layers[layer].routed_experts.expert_map_manager.place(placed)
         maps = compute_logical_maps(
             self.physical_to_logical[layer : layer + 1], self.replica_count.shape[1]
         )

@@ -6,6 +6,7 @@ Ids are *global* (what the router emits: logical experts first, redundant copies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -162,23 +163,37 @@ class ExpertMapManager:
         )
         local = experts_of_rank(ep_size, ep_rank, self.global_num_experts, self.strategy)
         self._row_of = {expert: row for row, expert in enumerate(local)}
+        self.place([self._first_at(slot) for slot in range(self.global_num_experts)])
+
+    def place(self, logical_ids: Sequence[int]) -> None:
+        """Say which logical expert each global id stands for, now that balancing moved weights."""
+        self._held = list(logical_ids)
+
+    def _first_at(self, global_id: int) -> int:
+        """Redundant ids behind the logical ones begin as copies of expert 0, 1, ... in turn."""
+        return global_id % self.num_logical_experts
+
+    def is_moved(self, global_id: int) -> bool:
+        """Whether balancing has put another expert there than it began with."""
+        self._check(global_id)
+        return self._held[global_id] != self._first_at(global_id)
 
     def local_row(self, global_id: int) -> int:
         """The row of a global id on this rank, -1 where it lives elsewhere."""
+        self._check(global_id)
+        return self._row_of.get(global_id, -1)
+
+    def _check(self, global_id: int) -> None:
         if not 0 <= global_id < self.global_num_experts:
             raise ValueError(
                 f"expert id {global_id} does not lie in [0, {self.global_num_experts})"
             )
-        return self._row_of.get(global_id, -1)
 
     def replicas(self, logical_id: int) -> list[int]:
-        """Global ids of the copies of a logical expert before any rebalancing.
-
-        Redundant ids behind the logical ones copy expert 0, 1, ... in turn.
-        """
+        """Global ids of the copies of a logical expert, where they are now."""
         if not 0 <= logical_id < self.num_logical_experts:
             raise ValueError(
                 f"expert id {logical_id} does not lie in [0, {self.num_logical_experts}) "
                 "logical experts"
             )
-        return list(range(logical_id, self.global_num_experts, self.num_logical_experts))
+        return [slot for slot, expert in enumerate(self._held) if expert == logical_id]

@@ -78,7 +78,7 @@ class ExpertLoader:
             return {
                 param_name
                 for entry, param_name in copies
-                if self._load_named(
+                if self._load_slot(
                     param_name, tensor, name, cast("ShardId", entry.shard_id), entry.expert_id
                 )
             }
@@ -140,6 +140,8 @@ class ExpertLoader:
         shard = cast("ShardId", entry.shard_id)
         suffix = param_name.removeprefix("w2_" if shard == "w2" else "w13_")
         physical = [other.expert_id for other, _ in copies]
+        for slot in physical:
+            self._check_unmoved(slot, name)
         return self._load_stored(MatrixKey(physical[0], (shard,)), suffix, name, tensor, physical)
 
     def _load_stored(
@@ -212,8 +214,22 @@ class ExpertLoader:
         """Write one shard of one expert; False where the expert lives on another rank."""
         for param_name in self._layer.param_specs:
             if getattr(self._layer, param_name) is param:
-                return self._load_named(param_name, tensor, name, shard_id, physical_id)
+                return self._load_slot(param_name, tensor, name, shard_id, physical_id)
         raise ValueError(f"{name}: the given parameter does not belong to this layer")
+
+    def _load_slot(
+        self, param_name: str, tensor: torch.Tensor, name: str, shard_id: ShardId, physical_id: int
+    ) -> bool:
+        """``_load_named``, where the caller says which slot the tensor belongs to."""
+        self._check_unmoved(physical_id, name)
+        return self._load_named(param_name, tensor, name, shard_id, physical_id)
+
+    def _check_unmoved(self, physical_id: int, name: str) -> None:
+        if self._layer.expert_map_manager.is_moved(physical_id):
+            raise ValueError(
+                f"{name}: balancing has put another expert into slot {physical_id}; load_weights "
+                "without an expert_mapping finds where experts are"
+            )
 
     def _load_named(
         self, param_name: str, tensor: torch.Tensor, name: str, shard_id: ShardId, physical_id: int
