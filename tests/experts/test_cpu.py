@@ -134,6 +134,21 @@ def test_an_expert_with_very_many_rows_is_cut():
     assert blocks[-1].experts == [ExpertRows(5, 7), ExpertRows(6, 1)]
 
 
+@pytest.mark.parametrize("before", [1, MAX_ROWS, MAX_ROWS + 3])
+def test_an_expert_that_is_cut_leaves_those_before_it_a_block(before):
+    """Narrow experts have blocks of more rows than an expert is cut into."""
+    counts = [ExpertRows(0, before), ExpertRows(1, MAX_ROWS + 1), ExpertRows(2, 5)]
+    blocks = list(blocks_of(counts, 8 * MAX_ROWS))
+    assert [b.start for b in blocks] == [0, *[b.stop for b in blocks]][: len(blocks)]
+    assert all(b.stop - b.start == sum(e.rows for e in b.experts) for b in blocks)
+    assert blocks[-1].experts == [ExpertRows(1, 1), ExpertRows(2, 5)]
+
+
+def test_a_long_prompt_of_narrow_experts():
+    found, expected = run(Case(T=2 * MAX_ROWS, K=3, E=4, H=16, I=16))
+    assert_close("long prompt", found, expected)
+
+
 def test_slots_are_sorted_by_expert_and_by_token_within():
     order = sort_slots([[3, 0], [-1, 3], [0, 9]], Route.make(4, num_global=10))
     assert order.counts == [ExpertRows(0, 2), ExpertRows(3, 2)]

@@ -98,7 +98,7 @@ def blocks_of(counts: list[ExpertRows], block_rows: int) -> Iterator[Block]:
     start = stop = 0
     shared: list[ExpertRows] = []
     for expert, count in counts:
-        if shared and stop - start + count > block_rows:
+        if shared and (stop - start + count > block_rows or count > MAX_ROWS):
             yield Block(start, stop, shared)
             start, shared = stop, []
         while count > MAX_ROWS:
