@@ -178,6 +178,27 @@ class Failing(TorchExperts):
         raise KeyError("no tile")
 
 
+class Unwritten(TorchExperts):
+    """Leaves the last row as it was found."""
+
+    name = "unwritten"
+
+    def run(self, work):
+        super().run(work)
+        work.output[-1] = float("nan")
+
+
+def test_the_last_token_is_looked_at_too():
+    """A result that is no number is no row: JSON has no word for its error."""
+    report = run_layer_bench(
+        *([TINY], [1, 2, 13, 40], [torch.float32]), repeats=2, peers=False, experts=(Unwritten,)
+    )
+    assert report.rows == []
+    assert [note.partition("T=")[2] for note in report.notes] == [
+        f"{T}: fusedmoe:unwritten left out: its output is not finite" for T in (1, 2, 13, 40)
+    ]
+
+
 class Unbuilt(TorchExperts):
     name = "unbuilt"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +68,9 @@ def measure(
         deviation = None
         if one.scope != "dense":
             deviation = problem.error(weights[0], prepared[0].finish(output))
+            if not math.isfinite(deviation):
+                report.notes.append(f"{problem.cell}: {name} left out: its output is not finite")
+                continue
         report.add(_row(problem, one, samples, timed, deviation, report))
 
 

@@ -126,11 +126,12 @@ class Problem:
         return relative_error(out[tokens], exact).frobenius
 
     def exact(self, weights: Weights) -> tuple[list[int], torch.Tensor]:
-        """A few tokens, and what the first situation makes of them, in fp64."""
+        """A few tokens, the first and the last among them, and what the first situation makes of
+        them, in fp64."""
         cell, first = self.cell, self.situations[0]
         shape = cell.shape
         checked = min(cell.T, max(3, _CHECKED_PAIRS * shape.ranks // shape.k))
-        tokens = sorted({round(i * (cell.T - 1) / checked) for i in range(checked)})
+        tokens = torch.linspace(0, cell.T - 1, checked).round().long().unique().tolist()
         limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
         ids = first.topk_ids[tokens].long()
         return tokens, experts_reference(
