@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_config.json"
 # Files in which some tools put what belongs under quantization_config in config.json.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTIZATION_METHODS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -118,7 +119,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise CheckpointError(f"{folder}: holds no {CONFIG_NAME}")
+        what = "give the folder that has it and the .safetensors, or a GGUF file"
+        if (folder / ADAPTER_NAME).is_file():
+            what = "it is an adapter: merge it into its model and save that"
+        raise CheckpointError(f"{folder}: holds no {CONFIG_NAME}; {what}")
     return _read_json(path, MAX_CONFIG_BYTES)
 
 

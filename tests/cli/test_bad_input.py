@@ -62,8 +62,19 @@ def point_outside(folder: Path) -> None:
 
 VERBS = ["generate", "inspect", "explain", "balance"]
 
+
+def only_an_adapter(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "holds no config.json; give the folder that has it",
+    ),
+    "an adapter": (only_an_adapter, "holds no config.json; it is an adapter: merge it"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
     "truncated": (
         lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-5]),
@@ -138,7 +149,7 @@ NONSENSE: dict[str, tuple[Callable[[Path], Any], str]] = {
         drop_a_tensor,
         "1 tensors of the model are missing in the files, 'model.layers.1.mlp",
     ),
-    "own code": (bring_code, "cannot load it"),
+    "own code": (bring_code, "cannot load it: its model is code in the folder"),
     "unknown model": (lambda f: change_config(f, model_type="newcomer"), "cannot load it"),
 }
 
@@ -314,6 +325,14 @@ def test_a_tensor_of_another_shape_is_named(cli, broken: Path, options: list[str
         save_file(tensors | {n: t[:-1] for n, t in tensors.items() if n == name}, path)
     result = cli("generate", broken, "--max-new-tokens", "1", *options)
     fails(result, "model.norm.weight: expected shape (64,), found (63,)")
+
+
+@pytest.mark.parametrize("verb", ["generate", "balance"])
+def test_a_folder_without_a_tokenizer(cli, broken: Path, verb: str) -> None:
+    """As ``model.save_pretrained`` leaves it."""
+    for path in broken.glob("tokenizer*"):
+        path.unlink()
+    fails(cli(verb, broken, "--device", "cpu"), "holds no tokenizer; put that of the original")
 
 
 def test_stacks_of_torchs_own_are_left_out(cli, broken: Path) -> None:

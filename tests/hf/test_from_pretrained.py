@@ -212,3 +212,21 @@ def test_default_options_are_no_wish(tmp_path):
     tiny_models.build(tiny_models.by_name("qwen3_moe")).save_pretrained(tmp_path)
     model = fusedmoe.from_pretrained(tmp_path, options=fusedmoe.MoEOptions())
     assert not any(isinstance(module, PackedExperts) for module in model.modules())
+
+
+def test_what_is_no_format_is_refused_before_anything_is_read(tmp_path):
+    tiny_models.build(tiny_models.by_name("mixtral")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"quantize is a format's name .* not True"):
+        fusedmoe.from_pretrained(tmp_path, quantize=True)
+    with pytest.raises(ValueError, match=r"activation is a QuantKey .* not 'fp8'"):
+        fusedmoe.OnlineQuantization.of("fp8", activation="fp8")
+
+
+def test_a_model_without_experts_says_so(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama': it has no experts, or they are not known"):
+        fusedmoe.from_pretrained(tmp_path, quantize="int8")

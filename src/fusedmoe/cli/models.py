@@ -17,6 +17,7 @@ from fusedmoe.cli.layers import check_counts
 from fusedmoe.cli.output import Progress
 from fusedmoe.cli.ranks import Ranks
 from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
+from fusedmoe.integrations.transformers.sources import not_loaded
 
 PROMPT = "A mixture of experts"
 # Below this a checkpoint loads in no time, and Transformers' own loading bar is only noise.
@@ -78,8 +79,17 @@ def load_tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **inside
         )
     except Exception as error:
+        if not inside and not any(map(_is_of_tokenizer, folder.iterdir())):
+            raise CheckpointError(
+                f"{folder}: holds no tokenizer; put that of the original there "
+                "(tokenizer.json and tokenizer_config.json)"
+            ) from error
         hint = "; put the tokenizer.json of the original beside the file" if inside else ""
-        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}{hint}") from error
+        raise not_loaded(folder, error, hint) from error
+
+
+def _is_of_tokenizer(path: Path) -> bool:
+    return path.suffix == ".model" or any(word in path.name for word in ("token", "vocab"))
 
 
 def load_whole(
@@ -107,7 +117,7 @@ def load_whole(
         )
     except Exception as error:
         # A config.json that makes no sense fails in as many ways as there are models.
-        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+        raise not_loaded(folder, error) from error
     check_complete(info, folder)
     return model.eval() if tp else model.to(device).eval()
 

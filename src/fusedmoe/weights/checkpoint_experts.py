@@ -86,7 +86,8 @@ class CheckpointExperts:
         if family is None:
             model_type = checkpoint.config.get("model_type")
             raise CheckpointError(
-                f"{checkpoint.folder}: no family in the table has model_type {model_type!r}"
+                f"{checkpoint.folder}: no family in the table has model_type {model_type!r}: it "
+                "has no experts, or they are not known"
             )
         layers = layers_of(checkpoint, family)
         leaves = _leaves(checkpoint, layers.values())

@@ -31,7 +31,12 @@ from fusedmoe.integrations.transformers.packed_quantizer import (
     register_packed_experts,
 )
 from fusedmoe.integrations.transformers.ranks import BlockRanks, make_together
-from fusedmoe.integrations.transformers.sources import FolderSource, Source, is_linear
+from fusedmoe.integrations.transformers.sources import (
+    FolderSource,
+    Source,
+    is_linear,
+    not_loaded,
+)
 from fusedmoe.quantization.dialects.online import OnlineQuantization
 from fusedmoe.selection import check_forced_names
 from fusedmoe.weights.checkpoint_experts import CheckpointExperts
@@ -166,6 +171,11 @@ def open_source(
         return GgufSource(gguf)
     checkpoint = read_checkpoint(path)
     online = OnlineQuantization.of(quantize) if isinstance(quantize, str) else quantize
+    if not isinstance(online, OnlineQuantization | None):
+        raise ValueError(
+            "quantize is a format's name (int8, int4_g128, mxfp4, ...) or an OnlineQuantization, "
+            f"not {quantize!r}"
+        )
     if online is None and read_quantization_config(path, checkpoint.config) is None:
         return checkpoint
     return FolderSource(CheckpointExperts.read(checkpoint), online)
@@ -204,7 +214,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
             output_loading_info=True,
         )
     except Exception as error:
-        raise CheckpointError(f"{folder}: Transformers cannot load it: {error}") from error
+        raise not_loaded(folder, error) from error
     check_complete(info, folder)
     try:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -283,7 +293,7 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         info["mismatched_keys"].update(mismatched(model))
         _read_generation_config(model, source.where)
     except Exception as error:
-        raise CheckpointError(f"{source.where}: Transformers cannot load it: {error}") from error
+        raise not_loaded(source.where, error) from error
     check_complete(info, source.where)
     if source.strict and info["unexpected_keys"]:
         more = ", ".join(sorted(str(key) for key in info["unexpected_keys"])[:4])

@@ -68,6 +68,14 @@ class LazyTensor:
         return self.make()[index]
 
 
+def not_loaded(where: Path, error: Exception, hint: str = "") -> CheckpointError:
+    """What Transformers says about ``where``; not its advice to run code from there."""
+    why = str(error)
+    if "trust_remote_code" in why:
+        why = "its model is code in the folder (auto_map), and no code of a checkpoint runs here"
+    return CheckpointError(f"{where}: Transformers cannot load it: {why}{hint}")
+
+
 def is_linear(name: str) -> bool:
     """Whether a tensor is a weight or bias, which is floats unless a scheme says otherwise."""
     return name.endswith((".weight", ".bias"))
@@ -152,7 +160,7 @@ class FolderSource:
                 self.where, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
-            raise CheckpointError(f"{self.where}: Transformers cannot read it: {error}") from error
+            raise not_loaded(self.where, error) from error
         for section in (config, config.get_text_config()):
             if getattr(section, "quantization_config", None) is not None:
                 del section.quantization_config

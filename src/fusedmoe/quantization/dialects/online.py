@@ -32,6 +32,10 @@ class OnlineQuantization(CheckpointQuantization):
         found = format_named(name)
         if found.act_order:
             raise ValueError(f"{name}: the order of columns comes from a checkpoint")
+        if not isinstance(activation, QuantKey | None):
+            raise ValueError(
+                f"activation is a QuantKey of fusedmoe.quantization.keys, not {activation!r}"
+            )
         return cls(format=found, activation=activation)
 
     def converted(self, module: str) -> Scheme:
