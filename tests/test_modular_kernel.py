@@ -307,6 +307,22 @@ def test_max_workspace_bytes_runs_rows_in_passes_of_equal_result(limit, passes, 
     assert torch.equal(cut, whole)
 
 
+class PlainTuples(SlotExperts):
+    """Written for an interface that has no names for them."""
+
+    def workspace_shapes(self, *sizes):
+        return tuple(super().workspace_shapes(*sizes))
+
+    def moe_problem_size(self, *tensors):
+        return tuple(super().moe_problem_size(*tensors))
+
+
+def test_sizes_and_shapes_may_be_plain_tuples():
+    x, weights, ids = inputs()
+    found = run(kernel(PlainTuples, max_workspace_bytes=3 * PER_ROW), x, weights, ids)
+    assert torch.equal(found, run(kernel(), x, weights, ids))
+
+
 class FlatSlots(SlotExperts):
     """The slots one below the other, [T * K, H]."""
 

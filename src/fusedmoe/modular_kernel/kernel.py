@@ -148,7 +148,8 @@ class FusedMoEKernel:
         weights, ids = prepared.topk_weights, prepared.topk_ids
         assert weights is not None
         assert ids is not None
-        size = self.experts.moe_problem_size(x, undispatched.w1, undispatched.w2, ids)
+        w1, w2 = undispatched.w1, undispatched.w2
+        size = ProblemSize(*self.experts.moe_problem_size(x, w1, w2, ids))
         plan = self._plan(size, final_output.dtype, undispatched, prepared)
         output = _output_for(plan, wanted, final_output)
         if size.M == 0:

@@ -60,9 +60,8 @@ def plan_workspaces(
 
     def plan(rows: int) -> WorkspacePlan:
         def shapes(M: int) -> WorkspaceShapes:
-            return experts.workspace_shapes(
-                M, size.N, size.K, size.topk, global_num_experts, size.E, meta, activation
-            )
+            sizes = M, size.N, size.K, size.topk, global_num_experts, size.E
+            return WorkspaceShapes(*experts.workspace_shapes(*sizes, meta, activation))
 
         reduced = isinstance(experts.finalize_weight_and_reduce_impl(), TopKWeightAndReduceNoOP)
         whole = shapes(size.M).output

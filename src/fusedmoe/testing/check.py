@@ -13,6 +13,7 @@ from fusedmoe.modular_kernel import (
     FusedMoEActivationFormat,
     FusedMoEExperts,
     FusedMoEKernel,
+    ProblemSize,
     plan_workspaces,
 )
 from fusedmoe.selection import select
@@ -144,7 +145,7 @@ def _check_passes(layer: CaseLayer) -> None:
     if not isinstance(kernel, FusedMoEKernel) or kernel.experts.is_batched:
         return
     rows = inputs.hidden_states, inputs.w1, inputs.w2, inputs.topk_ids
-    size = kernel.experts.moe_problem_size(*rows)._replace(M=(layer.case.T + 2) // 3)
+    size = ProblemSize(*kernel.experts.moe_problem_size(*rows))._replace(M=(layer.case.T + 2) // 3)
     part = plan_workspaces(
         kernel.experts, size, layer.dtype, layer.case.activation, layer.case.E
     ).workspace_bytes
