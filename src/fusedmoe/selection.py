@@ -208,8 +208,8 @@ def select(
     table of the options is not for this layer; ``MissingPackageError`` where what is forced by name
     needs a package that is not installed.
     """
-    keys = tuple(dict.fromkeys(((weight_key, activation_key), down_keys or (None, None))))
-    keys = keys if down_keys is not None else keys[:1]
+    gemms = (weight_key, activation_key), down_keys
+    keys = tuple(dict.fromkeys(pair for pair in gemms if pair is not None))
     _check_table(moe, next((weight for weight, _ in keys if weight is not None), None))
     _check_kind(moe.options.prepare_finalize, FusedMoEPrepareAndFinalize)
     _check_kind(moe.options.experts, FusedMoEExperts)

@@ -269,7 +269,8 @@ def test_what_a_class_says_it_cannot_do_is_skipped_with_the_reason():
 
 @pytest.mark.parametrize("experts", [BatchedTorchExperts, GroupedMMExperts])
 def test_own_implementations_pass_in_either_format(experts):
-    assert not [str(result) for result in check_experts(experts) if result.skipped]
+    results = check_experts(experts, dtypes=(torch.bfloat16,))
+    assert not [str(result) for result in results if result.skipped]
 
 
 def test_checking_nothing_is_no_success():
