@@ -196,6 +196,13 @@ def test_custom_function_results_are_checked(x):
     with pytest.raises(ValueError, match="uint8"):
         CustomRouter(best_sigmoids, 2, E).route(*x, torch.uint8)
 
+    def ids_first(*given):
+        weights, ids = best_sigmoids(*given)
+        return ids, weights
+
+    with pytest.raises(ValueError, match=r"weights, then ids, .*int64 and .*float32"):
+        CustomRouter(ids_first, 2, E).route(*x)
+
     def stray(hidden_states, gating_output, topk, renormalize):
         ids = torch.tensor([[E, -5]] * len(gating_output))
         return torch.ones(ids.shape, dtype=torch.float64), ids

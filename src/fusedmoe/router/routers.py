@@ -162,6 +162,11 @@ class CustomRouter(BaseRouter):
                 f"custom_routing_function must return weights and ids of shape {expected}, got "
                 f"{tuple(weights.shape)} and {tuple(ids.shape)}"
             )
+        if ids.is_floating_point():
+            raise ValueError(
+                "custom_routing_function must return weights, then ids, which are integers, got "
+                f"{weights.dtype} and {ids.dtype}"
+            )
         weights, ids = weights.float() * self.routed_scaling_factor, ids.long()
         ids = ids.masked_fill((ids < 0) | (ids >= self.num_experts), -1)
         return finish_routing(self, weights, ids, given)
