@@ -104,6 +104,8 @@ def test_powers_of_two():
     amax = torch.tensor([0.0, 6.0, 8.0, 7.99, 448.0, 449.0, torch.inf, torch.nan])
     assert floor_e8m0(amax, 2).tolist() == [127, 127, 128, 127, 133, 133, 255, 255]
     assert ceil_e8m0(amax, 448.0).tolist() == [127, 121, 122, 122, 127, 128, 255, 255]
+    beyond = torch.tensor([1e-300, 1e300], dtype=torch.float64)
+    assert floor_e8m0(beyond, 2).tolist() == ceil_e8m0(beyond, 448.0).tolist() == [0, 254]
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["stacked", "interleaved"])

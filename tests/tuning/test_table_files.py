@@ -242,6 +242,7 @@ FOREIGN: dict[str, Any] = {
     "too many": {str(n): ENTRY for n in range(1, 300)},
     "an entry of nothing": {"1": {}},
     "an entry in words": {"1": "fast"},
+    "an entry of a number": {"1": 3},
     "an unknown field": {"1": ENTRY | {"__reduce__": 1}},
     "a split depth": {"1": ENTRY | {"SPLIT_K": 4}},
     "no power of two": {"1": ENTRY | {"BLOCK_SIZE_N": 96}},

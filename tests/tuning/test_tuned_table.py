@@ -29,7 +29,14 @@ from fusedmoe.tuning.choice import (
 from fusedmoe.tuning.table_file import make_table, table_from_text
 from fusedmoe.tuning.tiles import LayerTiles, TileConfig, layer_tiles
 from fusedmoe.tuning.tuned_kernels import TRITON
-from fusedmoe.tuning.tuned_table import Curve, LayerKey, TunedTable, interpolated
+from fusedmoe.tuning.tuned_table import (
+    SIXTEEN_BIT,
+    Curve,
+    LayerKey,
+    TunedTable,
+    gemm1_form,
+    interpolated,
+)
 
 LOW, HIGH = TileConfig(16, 64, 128, 1, 4, 4), TileConfig(128, 64, 64, 8, 8, 3)
 SIZES: dict[str, Any] = {"K": 8, "E": 128, "H": 2048, "I": 768}
@@ -60,11 +67,41 @@ def two_tiles() -> TunedTable:
     )
 
 
+def test_which_layers_a_key_is_for() -> None:
+    """What it leaves out is any; tables of other engines say no more of weights than 16 bits."""
+    key = LayerKey(E=128, I=768, weights=SIXTEEN_BIT)
+    assert key.mismatch(LAYER) is None
+    assert key.mismatch(replace(LAYER, weights="fp16", K=2, H=64, form="plain")) is None
+    assert key.mismatch(replace(LAYER, weights="fp32")) == (
+        "it is for weights 16bit, the layer has fp32"
+    )
+    assert LAYER.mismatch(replace(LAYER, K=2)) == "it is for K 8, the layer has 2"
+
+
+@pytest.mark.parametrize(
+    ("activation", "form"),
+    [("silu", "halves"), ("swigluoai", "interleaved"), ("relu2_no_mul", "plain")],
+)
+def test_how_the_first_gemm_reads_its_weights(activation: str, form: str) -> None:
+    assert gemm1_form(MoEActivation.from_str(activation)) == form
+
+
 def test_the_lowest_curve_is_chosen_for_every_batch() -> None:
     table = two_tiles()
     chosen = {T: table.tiles(T) for T in (1, 16, 63, 65, 256, 10**6)}
     assert {T for T, tiles in chosen.items() if tiles == (LOW, LOW)} == {1, 16, 63}
     assert {T for T, tiles in chosen.items() if tiles == (HIGH, HIGH)} == {65, 256, 10**6}
+
+
+@pytest.mark.parametrize("costs", [(10.0, 20.0), (20.0, 10.0), (10.0, 10.0)])
+def test_of_tiles_that_go_together_the_cheapest_counts_or_the_first(
+    costs: tuple[float, float],
+) -> None:
+    other = replace(LOW, num_warps=8)
+    both = [Curve("gemm1", tile, (cost,)) for tile, cost in zip((LOW, other), costs, strict=True)]
+    table = table_of(*both, Curve("gemm2", LOW, (5.0,)), tokens=(16,))
+    assert table.tiles(16) == (other if costs[1] < costs[0] else LOW, LOW)
+    assert table.cost(16) == 15.0
 
 
 def test_both_gemms_share_their_alignment() -> None:
