@@ -1,5 +1,7 @@
 """Megatron's functions: what they compute, what they leave alone and what they refuse."""
 
+from enum import Enum
+
 import pytest
 import torch
 
@@ -117,6 +119,24 @@ def bodies(request, monkeypatch):
     monkeypatch.setattr(bounded_align, "bounded_align_reference", align)
     monkeypatch.setattr(bounded_gemm, "bounded_gemm_reference", gemm)
     monkeypatch.setattr(bounded_sum, "bounded_sum_reference", sum_bodies.weigh_and_add)
+
+
+class ActivationsOfMegatron(Enum):
+    """An enumeration of another package: only the function's import has changed."""
+
+    SQUARED_RELU = "squared_relu"
+    SWIGLU = "swiglu"
+    IDENTITY = "identity"
+
+
+@BOTH_ACTIVATIONS
+def test_members_of_another_enumeration_are_known_by_their_names(activation):
+    given = arguments(activation=activation)
+    wanted = vllm_fused_moe(**given)[:7]
+    theirs = ActivationsOfMegatron[activation.name]
+    assert torch.equal(vllm_fused_moe(**given | {"activation_type": theirs})[:7], wanted)
+    with pytest.raises(ValueError, match=r"ActivationType, got <ActivationsOfMegatron\.IDENTITY"):
+        vllm_fused_moe(**given | {"activation_type": ActivationsOfMegatron.IDENTITY})
 
 
 @pytest.mark.parametrize("case", CASES)

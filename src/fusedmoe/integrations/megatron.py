@@ -38,6 +38,18 @@ class ActivationType(Enum):
     SQUARED_RELU = "squared_relu"  # relu(x)^2; fc1 has I rows
     SWIGLU = "swiglu"  # silu(gate) * up; fc1 has I gate rows, then I up rows
 
+    @classmethod
+    def of(cls, member: Enum) -> ActivationType:
+        """``member``, or where it is one of Megatron's own enumeration, that of the same name.
+
+        Raises ValueError for anything else.
+        """
+        if isinstance(member, cls):
+            return member
+        if isinstance(member, Enum) and member.name in cls.__members__:
+            return cls[member.name]
+        raise ValueError(f"activation_type must be an ActivationType, got {member!r}")
+
     @property
     def moe_activation(self) -> MoEActivation:
         """The same under this library's name."""
@@ -49,7 +61,7 @@ def vllm_fused_moe(
     probs: torch.Tensor,
     fc1_weight: torch.Tensor,
     fc2_weight: torch.Tensor,
-    activation_type: ActivationType,
+    activation_type: ActivationType | Enum,
     num_local_experts: int,
     local_expert_start: int,
     valid_tokens: torch.Tensor,
@@ -77,8 +89,7 @@ def vllm_fused_moe(
     disagree; on a CPU also for ids below -1 and for valid_tokens outside [0, T], which on a GPU
     count as -1 and as the nearer bound.
     """
-    if not isinstance(activation_type, ActivationType):
-        raise ValueError(f"activation_type must be an ActivationType, got {activation_type!r}")
+    activation_type = ActivationType.of(activation_type)
     check_routing(routing_map, valid_tokens, num_local_experts, local_expert_start)
     tensors = hidden_states, probs, fc1_weight, fc2_weight
     gated = activation_type.moe_activation.is_gated
