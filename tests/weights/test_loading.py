@@ -266,6 +266,18 @@ def test_experts_of_other_layers_are_refused(path, stacked):
     assert torch.equal(runner.routed_experts.w2_weight, DOWN)
 
 
+def test_a_layer_without_a_prefix_takes_one_layer_at_a_time():
+    def of_layer(i):
+        return [(f"layers.{i}.mlp.{name}", tensor * i) for name, tensor in per_expert()]
+
+    layer = experts()
+    with pytest.raises(ValueError, match=r"^layers\.1\.mlp.* another layer than layers\.0\.mlp"):
+        layer.load_weights([*of_layer(0), *of_layer(1)])
+    for i in (1, 2):
+        layer.load_weights(of_layer(i))
+        assert torch.equal(layer.w2_weight, DOWN * i)
+
+
 @pytest.mark.parametrize(
     ("prefix", "path"),
     [

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def load_into_parts(runner: MoERunner, weights: NamedTensors) -> set[str]:
     """As ``MoERunner.load_weights``."""
-    runner.routed_experts.load_error = None
+    runner.routed_experts.loading_begins()
     with runner.routed_experts.unusable_on_error():
         written = _load(runner, weights)
     runner.routed_experts.loading_done()

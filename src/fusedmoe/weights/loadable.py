@@ -44,11 +44,16 @@ def own_name(name: str, prefix: str) -> str:
     """
     if not prefix or name.startswith(f"{prefix}."):
         return name.removeprefix(f"{prefix}.")
-    path, *inside = re.split(r"(?:^|\.)(?:routed_)?experts\.", name, maxsplit=1)
-    pairs = zip(_numbers(path), _numbers(prefix), strict=False)
-    if inside and any(found != own for found, own in pairs):
+    numbers = zip(_numbers(_path_to_experts(name)), _numbers(prefix), strict=False)
+    if any(found != own for found, own in numbers):
         raise ValueError(f"{name} belongs to another layer than {prefix}")
     return name
+
+
+def _path_to_experts(name: str) -> str:
+    """What stands in front of ``experts`` in ``name``, nothing where it has none."""
+    path, *inside = re.split(r"(?:^|\.)(?:routed_)?experts\.", name, maxsplit=1)
+    return path if inside else ""
 
 
 def _numbers(path: str) -> list[str]:
@@ -67,6 +72,8 @@ class LoadableExperts(nn.Module):
     load_error: str | None = None
     _loaded_in_part = False
     _was_filled = False
+    # Where the tensors that are being loaded come from, for a layer without a prefix.
+    _source = ""
     _loader: ExpertLoader
 
     def process_weights_after_loading(self) -> None:
@@ -99,7 +106,7 @@ class LoadableExperts(nn.Module):
         fits nothing; the layer then refuses to run until another call has succeeded. It also does
         while some tensors were loaded and others were not; ``check_loaded`` tells which.
         """
-        self.load_error = None
+        self.loading_begins()
         with self.unusable_on_error():
             written = {name for pair in named_tensors(weights) for name in self.load_tensor(*pair)}
         self.loading_done()
@@ -111,7 +118,11 @@ class LoadableExperts(nn.Module):
         ``expert``: ``tensor`` is what the tensor ``name`` [experts, ...] holds of that one.
         """
         with self.unusable_on_error():
-            name = own_name(name, self.prefix)
+            if self.prefix:
+                name = own_name(name, self.prefix)
+            else:
+                self._source = self._source or _path_to_experts(name)
+                own_name(name, self._source)
             if expert is not None:
                 return self._loader.load_from_stack(name, expert, tensor)
             return self._loader.load(name, tensor)
@@ -161,8 +172,13 @@ class LoadableExperts(nn.Module):
         if self._loaded_in_part:
             self._raise_if_missing()
 
+    def loading_begins(self) -> None:
+        """Forget the error of a load before; what comes from now on is of one layer."""
+        self.load_error, self._source = None, ""
+
     def loading_done(self) -> None:
         """Prepack if every tensor has a value by now; else the layer waits for the rest."""
+        self._source = ""
         filled = self._was_filled and not self._loader.missing_stored()
         if self._loader.is_complete or filled:
             self.process_weights_after_loading()
