@@ -129,7 +129,7 @@ def test_explain_of_experts_that_would_be_rounded(cli, mixtral: Path) -> None:
         layer = FusedMoE(8, 2, 64, 128, params_dtype=torch.float32, quant_config=format)
         assert json.loads(asked[1])["experts"] == explain(layer).chosen.name
     for name, message in {
-        "int4_g128": "groups of 128 columns do not divide 64 columns",
+        "int4_g128": "128 columns do not divide 64 columns; those of int4_g64 do\n",
         "int3": "unknown weight format 'int3'",
     }.items():
         code, out, err = cli("explain", mixtral, "--quantize", name)

@@ -21,6 +21,7 @@ None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ import torch
 
 from fusedmoe.quantization.keys import PER_ROW, PER_TENSOR, GroupShape, QuantKey, ScaleKind
 from fusedmoe.words import FLOATS
+
+# Of groups that are proposed in the place of larger ones.
+_SMALLEST_GROUP = 16
 
 
 class ElementType(NamedTuple):
@@ -211,9 +215,16 @@ class QuantFormat:
         if row == -1:
             return (shards,)
         if row == 1 and col > 0 and K % col:
-            raise ValueError(f"groups of {col} columns do not divide {K} columns")
+            raise ValueError(f"groups of {col} columns do not divide {K} columns{self._smaller(K)}")
         rows = shards * -(-(N // shards) // row)
         return rows, 1 if col == -1 else -(-K // col)
+
+    def _smaller(self, K: int) -> str:
+        """For a message: the format of smaller groups that divide K columns, if it has any."""
+        fitting = math.gcd(K, self.group.col)
+        if self.element not in ("int4", "int8") or fitting < _SMALLEST_GROUP:
+            return ""
+        return f"; those of {replace(self, group=GroupShape(1, fitting)).name} do"
 
 
 @dataclass(frozen=True, kw_only=True)
