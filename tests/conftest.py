@@ -34,6 +34,16 @@ if find_spec("hypothesis") is not None:
     settings.load_profile("fusedmoe")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny products take longer by threads that wait for each other: many times as
+    long where other processes have the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """How often a function may be compiled anew is not counted over tests, and gradients are on."""

@@ -51,6 +51,7 @@ def run(case: Case, dtype=torch.float32, **arguments) -> tuple[torch.Tensor, tor
     return found, expected
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("experts", [CpuExperts, CpuMonolithicExperts])
 def test_as_an_implementation(experts):
     results = check_experts(experts)

@@ -17,6 +17,7 @@ BF16_CPU = cpu_gemm.has_native(torch.bfloat16)
 
 @pytest.mark.skipif(not BF16_CPU, reason="this CPU has no bf16 instructions")
 class TestPacked:
+    @pytest.mark.usefixtures("one_thread")
     def test_as_an_implementation(self):
         results = check_experts(CpuPackedExperts)
         assert {result.dtype for result in results} == {torch.bfloat16}

@@ -57,6 +57,7 @@ def test_the_definition_is_the_weighted_sum_over_all_experts(case):
     assert relative_error(found, dense(case, inputs)).maximum < 1e-12
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_as_an_implementation():
     """fp64 too, batch invariant, and nothing of what it cannot do."""
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

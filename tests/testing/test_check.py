@@ -16,6 +16,7 @@ from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.modular_kernel import ExpertsCapabilities, WorkspaceShapes
 from fusedmoe.testing import Case, check_experts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [
     Case(T=9, K=2, E=4, dropped=0.3),
     Case(T=5, K=1, E=4, bias=True, local=2),
