@@ -381,6 +381,35 @@ def test_parts_that_are_none_are_refused(change: Any, message: str, tmp_path: Pa
         GgufParts(one)
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ("pqa", r"x-00002-of-00002\.gguf: holds 'a', as x-00001-of-00002\.gguf does"),
+        ("pqcr", r"expected 3 tensors in all parts, found 4"),
+    ],
+)
+def test_a_part_of_another_model_is_refused(others: str, message: str, tmp_path: Path) -> None:
+    for name, tensors in (("x", "abc"), ("y", others)):
+        (folder := tmp_path / name).mkdir()
+        arrays = {tensor: (np.ones(64, np.float32), "F32") for tensor in tensors}
+        write_gguf(folder / f"{name}.gguf", arrays, tensors_per_part=2)
+    wrong = tmp_path / "y/y-00002-of-00002.gguf"
+    wrong.replace(tmp_path / "x/x-00002-of-00002.gguf")
+    with pytest.raises(CheckpointError, match=message):
+        GgufParts(tmp_path / "x/x-00001-of-00002.gguf")
+
+
+def test_a_file_is_there_and_its_name_is_true(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.gguf: there is no such file"):
+        GgufParts(tmp_path / "x.gguf")
+    arrays = {tensor: (np.ones(64, np.float32), "F32") for tensor in "abc"}
+    write_gguf(tmp_path / "x.gguf", arrays, tensors_per_part=2)
+    alone = tmp_path / "x-00001-of-00001.gguf"
+    (tmp_path / "x-00001-of-00002.gguf").replace(alone)
+    with pytest.raises(CheckpointError, match="is part of 2, its name says of 1"):
+        GgufParts(alone)
+
+
 def test_models_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     path = small_file(tmp_path / "x.gguf")
     with pytest.raises(CheckpointError, match=r"layers\.0 has no down projection"):
