@@ -34,6 +34,7 @@ def test_a_name_means_itself_what_is_below_it_and_itself_without_its_prefix(
     ("name", "listed"),
     [
         ("re:.*mlp\\.gate$", True),
+        ("re:model", True),
         ("re:mlp", False),
         ("*.gate", True),
         ("model.layers.?.mlp", True),
