@@ -112,3 +112,16 @@ def test_what_is_missing_or_unknown(tmp_path):
     folder = checkpoint(odd, tensors | {"4.side_proj.weight": torch.ones(2, 2)})
     with pytest.raises(ValueError, match=r"side_proj\.weight names no tensor"):
         load_local_experts(layer().routed_experts, folder)
+
+
+def test_a_folder_may_be_read_after_one_that_did_not_fit(tmp_path):
+    experts = Experts.random(E, H, I, bias=True)
+    tensors, one = one_by_one(experts), layer().routed_experts
+    for place in ("short", "whole"):
+        (tmp_path / place).mkdir()
+    short = checkpoint(tmp_path / "short", tensors | {"5.down_proj.weight": torch.zeros(H, I + 1)})
+    with pytest.raises(ValueError, match=r"5\.down_proj\.weight: expected shape"):
+        load_local_experts(one, short)
+    load_local_experts(one, checkpoint(tmp_path / "whole", tensors))
+    one.check_usable()
+    assert torch.equal(one.w2_weight, torch.stack(experts.down))

@@ -26,6 +26,7 @@ def load_local_experts(
     names = [name for name in reader.checkpoint.tensors if name.startswith(start)]
     if not names:
         raise ValueError(f"{reader.checkpoint.folder} has no tensor called {start}...")
+    layer.loading_begins()
     count = sum(_load(layer, reader, name, name.removeprefix(start)) for name in names)
     layer.loading_done()
     layer.check_loaded()
