@@ -105,7 +105,11 @@ def check_balancing_elsewhere(layout: Layout, mover: str | None) -> None:
         balancer.step()
         step += 1
     assert torch.equal(balancer.physical_to_logical, start)
+    named = Experts.random(E, H, I, bias=True, seed=0).named()
+    with pytest.raises(ValueError, match=r"experts are on their way: call the balancer's finish"):
+        layer.load_weights(named)
     balancer.finish()
+    layer.load_weights(named)
     assert not balancer.is_rearranging
     assert not torch.equal(balancer.physical_to_logical, start)
     torch.testing.assert_close(layer(x, logits), alone(x, logits), rtol=1e-5, atol=1e-5)

@@ -216,6 +216,7 @@ class ExpertBalancer:
             plan = self._transfers(self._next_layer)
             if not plan.is_empty:
                 self.mover.start(self._rows(self._next_layer), plan)
+                self.layers[self._next_layer].routed_experts.expert_map_manager.is_moving = True
                 return
             self._next_layer += 1
         self._targets, self._next_layer = None, 0

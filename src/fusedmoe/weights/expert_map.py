@@ -126,8 +126,11 @@ def make_routing_tables(
 class ExpertMapManager:
     """The placement of one layer's experts and its tables, on the CPU.
 
-    ``expert_map`` and ``routing_tables`` are None on one rank, where ids are rows.
+    ``expert_map`` and ``routing_tables`` are None on one rank, where ids are rows. ``is_moving``:
+    weights are on their way, and will be put over what is written meanwhile.
     """
+
+    is_moving = False
 
     def __init__(
         self,
@@ -167,7 +170,7 @@ class ExpertMapManager:
 
     def place(self, logical_ids: Sequence[int]) -> None:
         """Say which logical expert each global id stands for, now that balancing moved weights."""
-        self._held = list(logical_ids)
+        self._held, self.is_moving = list(logical_ids), False
 
     def _first_at(self, global_id: int) -> int:
         """Redundant ids behind the logical ones begin as copies of expert 0, 1, ... in turn."""

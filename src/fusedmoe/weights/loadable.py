@@ -173,7 +173,12 @@ class LoadableExperts(nn.Module):
             self._raise_if_missing()
 
     def loading_begins(self) -> None:
-        """Forget the error of a load before; what comes from now on is of one layer."""
+        """Forget the error of a load before; what comes from now on is of one layer.
+
+        Raises ValueError while balancing moves experts, which would be put over what is loaded.
+        """
+        if self.expert_map_manager.is_moving:
+            raise ValueError("experts are on their way: call the balancer's finish() before a load")
         self.load_error, self._source = None, ""
 
     def loading_done(self) -> None:
