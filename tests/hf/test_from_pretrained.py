@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import fusedmoe
 from expert_layers import error
+from fusedmoe.cli.models import with_fusedmoe
+from fusedmoe.integrations.transformers.accelerate import accelerated_blocks
 from fusedmoe.integrations.transformers.packed import PackedExperts
 
 pytest.importorskip("transformers")
@@ -222,7 +224,7 @@ def test_what_is_no_format_is_refused_before_anything_is_read(tmp_path):
         fusedmoe.OnlineQuantization.of("fp8", activation="fp8")
 
 
-def test_a_model_without_experts_says_so(tmp_path):
+def test_a_model_without_experts_says_so(tmp_path, caplog):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -230,3 +232,19 @@ def test_a_model_without_experts_says_so(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'llama': it has no experts, or they are not known"):
         fusedmoe.from_pretrained(tmp_path, quantize="int8")
+    fusedmoe.from_pretrained(tmp_path)
+    assert "nothing in this model runs through fusedmoe" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "said"), [("mixtral", False), ("longcat_flash", True)])
+def test_experts_that_take_no_implementation_are_told_of(name, said, tmp_path, caplog):
+    tiny_models.build(tiny_models.by_name(name)).save_pretrained(tmp_path)
+    fusedmoe.from_pretrained(tmp_path)
+    assert ("nothing in this model runs through fusedmoe; accelerate" in caplog.text) is said
+
+
+def test_generate_does_not_call_transformers_own_loop_fusedmoe():
+    model = tiny_models.build(tiny_models.by_name("longcat_flash"))
+    with pytest.raises(ValueError, match="cannot be replaced alone; --route accelerate"):
+        with_fusedmoe(model, "experts", None)
+    assert accelerated_blocks(with_fusedmoe(model, "accelerate", None))

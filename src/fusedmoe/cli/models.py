@@ -182,6 +182,7 @@ def with_fusedmoe(model: Any, route: str, ranks: Ranks | None) -> Any:
     All ``ranks`` run the same prompt, each its share of the experts; packed ones are so already.
     """
     import fusedmoe
+    from fusedmoe.integrations.transformers.experts_function import takes_implementation
     from fusedmoe.integrations.transformers.packed import PackedExperts
 
     packed = any(isinstance(module, PackedExperts) for module in model.modules())
@@ -191,6 +192,11 @@ def with_fusedmoe(model: Any, route: str, ranks: Ranks | None) -> Any:
         return fusedmoe.accelerate(model)
     if packed:
         return model
+    if not takes_implementation(model):
+        raise ValueError(
+            f"the experts of {type(model).__name__} cannot be replaced alone; --route accelerate "
+            "replaces whole blocks"
+        )
     fusedmoe.register()
     model.set_experts_implementation("fusedmoe")
     return model

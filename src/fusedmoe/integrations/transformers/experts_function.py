@@ -48,6 +48,14 @@ def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
+def takes_implementation(model: torch.nn.Module) -> bool:
+    """Whether a module of ``model`` asks its config for an experts implementation at all.
+
+    Transformers sets one on any model, also where the experts run their own loop whatever it is.
+    """
+    return any(hasattr(module, "has_gate") for module in model.modules())
+
+
 def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:

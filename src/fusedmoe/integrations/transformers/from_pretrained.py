@@ -23,6 +23,7 @@ from fusedmoe.checkpoint import (
 from fusedmoe.config import MoEOptions
 from fusedmoe.distributed.agreement import facts_of, facts_of_groups
 from fusedmoe.integrations.transformers.accelerate import run_whole_blocks
+from fusedmoe.integrations.transformers.experts_function import takes_implementation
 from fusedmoe.integrations.transformers.gguf import GgufSource, gguf_of
 from fusedmoe.integrations.transformers.packed import PackedExperts
 from fusedmoe.integrations.transformers.packed_quantizer import (
@@ -220,6 +221,13 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     except ValueError as error:
         logger.warning("%s: its experts run as Transformers runs them: %s", folder, error)
+    else:
+        if not takes_implementation(model):
+            logger.warning(
+                "%s: nothing in this model runs through fusedmoe; accelerate(model) finds whole "
+                "blocks, if it has any",
+                folder,
+            )
     return model.to(device).eval()
 
 
