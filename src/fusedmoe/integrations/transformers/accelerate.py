@@ -98,8 +98,10 @@ def accelerate(
     before them lay (``keep_static_caches``): the compiled step's graph need not be recorded again.
 
     Training with gradients runs the original forwards, and so does a block whose weights are
-    offloaded; in eval mode a backward pass through an accelerated block raises. Calling it again
-    adds what was not replaced yet. Any number of threads may call the model.
+    offloaded; in eval mode a backward pass through an accelerated block raises. Device hooks that
+    only move inputs, as ``device_map`` puts them on every module of a model over several GPUs, are
+    no obstacle. Calling it again adds what was not replaced yet. Any number of threads may call the
+    model.
 
     With ``ep_group``, each of its ranks runs its share of the experts of whole blocks (linear
     placement) and sends tokens to the others': every rank accelerates the same model, and every
