@@ -16,8 +16,8 @@ from fusedmoe.experts.functional_plain import plain_fused_experts
 from fusedmoe.experts.functional_quantized import quantized_fused_experts
 from fusedmoe.experts.packed_weight import CPU_QUANTIZED, unpack
 from fusedmoe.experts.quantized_operands import config_of, tensors_and_words
+from fusedmoe.gradients import without_gradients
 from fusedmoe.modular_kernel.experts import merged_activation_config
-from fusedmoe.modular_kernel.gradients import without_gradients
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 
 _DEFAULT_OPTIONS = MoEOptions()

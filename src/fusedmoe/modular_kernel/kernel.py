@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
+from fusedmoe.gradients import without_gradients
 from fusedmoe.modular_kernel.checks import check_counts, check_ids, check_picks, check_rows
 from fusedmoe.modular_kernel.experts import (
     FusedMoEExperts,
@@ -16,7 +17,6 @@ from fusedmoe.modular_kernel.experts import (
     FusedMoEExpertsMonolithic,
 )
 from fusedmoe.modular_kernel.forward import Forward, half_sizes, run_halves
-from fusedmoe.modular_kernel.gradients import without_gradients
 from fusedmoe.modular_kernel.passes import passes
 from fusedmoe.modular_kernel.prepare_finalize import (
     FusedMoEPrepareAndFinalize,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -101,7 +102,7 @@ class ParamSpec:
     rank0_only: bool = False
     dtype: torch.dtype | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"{self.owner}_{self.suffix}"
 
