@@ -99,7 +99,7 @@ def check_different_models() -> None:
     fewer, hooked, other = model(), model(), model()
     if odd:
         fewer.model.layers[1].mlp = torch.nn.Identity()
-        hooked.model.layers[0].mlp.forward = hooked.model.layers[0].mlp.forward
+        hooked.model.layers[0].mlp.forward = torch.nn.Identity().forward
         other.model.layers[1].mlp.experts.act_fn = torch.nn.Tanh()
     for changed, message in (
         (fewer, "model.layers.1.mlp is .*, missing, "),

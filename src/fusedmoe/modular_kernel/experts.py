@@ -31,8 +31,6 @@ def merged_activation_config(
 ) -> ApplyMoEActivationConfig:
     """The numbers of ``base`` where ``quant`` does not bring its own."""
     limit, alpha, beta = quant.gemm1_clamp_limit, quant.gemm1_alpha, quant.gemm1_beta
-    if limit is None and alpha is None and beta is None:
-        return base
     return ApplyMoEActivationConfig(
         clamp_limit=base.clamp_limit if limit is None else limit,
         alpha=base.alpha if alpha is None else alpha,
