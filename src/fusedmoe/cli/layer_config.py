@@ -10,7 +10,7 @@ import torch
 from fusedmoe.activation import MoEActivation
 from fusedmoe.checkpoint import CONFIG_NAME, Checkpoint, CheckpointError, read_checkpoint
 from fusedmoe.cli.arguments import SIZES, add_sizes, sizes_of
-from fusedmoe.cli.facts import model_facts
+from fusedmoe.cli.facts import ModelFacts, model_facts
 from fusedmoe.cli.layers import moe_layers
 from fusedmoe.config import FusedMoEConfig, MoEOptions
 from fusedmoe.integrations.transformers.gguf import GgufSource
@@ -75,9 +75,11 @@ def layer_config(
     if isinstance(checkpoint, GgufSource):
         known = checkpoint.layer_facts()
     elif checkpoint is not None:
-        known = _from_checkpoint(checkpoint, quantized_too)
+        facts = model_facts(checkpoint)
+        roles = _expert_roles(checkpoint, facts.family)
+        known = _from_checkpoint(checkpoint, facts, roles, quantized_too)
         if args.activation is None:
-            known["activation"] = _activation_of(checkpoint)
+            known["activation"] = _activation_of(checkpoint, facts, roles)
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = sizes_of(known | given)
     activation = known.get("activation")
@@ -106,25 +108,27 @@ def note_on_format(folder: str) -> str | None:
     return f"{checkpoint.folder} stores experts as {stored}; floats of their shape were measured"
 
 
-def _from_checkpoint(checkpoint: Checkpoint, quantized_too: bool) -> dict[str, Any]:
+def _from_checkpoint(
+    checkpoint: Checkpoint, facts: ModelFacts, roles: list[TensorRole], quantized_too: bool
+) -> dict[str, Any]:
     """Sizes, bias and dtype as the files have them."""
-    facts = model_facts(checkpoint)
     layer = moe_layers(checkpoint, facts)[0]
     if not _floats(layer.format) and not (quantized_too and layer.dialect):
         what = f"{checkpoint.folder}: the experts are stored as {layer.format}"
         wanted = "of no known dialect" if quantized_too else "floats are wanted"
         raise CheckpointError(layer.problem or f"{what}; {wanted}")
     known: dict[str, Any] = {name: getattr(facts.sizes, name) for name in SIZES}
-    leaves = {role.leaf for role in _expert_roles(checkpoint, facts.family)}
-    return known | {"dtype": _dtype(checkpoint, layer.format), "bias": "bias" in leaves}
+    has_bias = any(role.leaf == "bias" for role in roles)
+    return known | {"dtype": _dtype(checkpoint, layer.format), "bias": has_bias}
 
 
-def _activation_of(checkpoint: Checkpoint) -> MoEActivation | None:
+def _activation_of(
+    checkpoint: Checkpoint, facts: ModelFacts, roles: list[TensorRole]
+) -> MoEActivation | None:
     """What config.json and the experts' tensors say; CheckpointError for a name that is not known.
 
     None where nothing is said.
     """
-    facts = model_facts(checkpoint)
     if facts.family is not None and facts.family.interleaved:
         return MoEActivation.SWIGLUOAI
     if facts.activation is None:
@@ -135,8 +139,7 @@ def _activation_of(checkpoint: Checkpoint) -> MoEActivation | None:
         where = checkpoint.folder / CONFIG_NAME
         instead = "--activation takes one of these instead"
         raise CheckpointError(f"{where}: {error}; {instead}") from None
-    parts = {role.part for role in _expert_roles(checkpoint, facts.family)}
-    gated = facts.family is None or bool(parts & {"gate", "gate_up"})
+    gated = facts.family is None or any(role.part in ("gate", "gate_up") for role in roles)
     return activation if gated else activation.without_mul()
 
 

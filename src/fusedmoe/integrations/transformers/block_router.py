@@ -6,7 +6,7 @@ T tokens, K picks, E experts, H hidden.
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,19 +35,28 @@ def is_hooked(modules: tuple[nn.Module, ...]) -> bool:
     return False
 
 
+class OfCall(threading.local):
+    """What belongs to a call of the block, and so to the thread that makes it; copies are empty."""
+
+    answer: Answer | None = None
+    result: RoutingResult | None = None
+
+    def __reduce__(self) -> tuple[type[OfCall], tuple[()]]:
+        return OfCall, ()
+
+
 class BlockRouter(SpecRouter):
     """Routes by the rule of a block's router, with the weights and biases that the block holds.
 
     A router that must decide by itself, and one that someone listens to, is called as the block
-    would call it (``ask``); its choice is taken while it stands in ``answer``. Each thread that
-    calls the block has its own ``answer`` and ``result``.
+    would call it (``ask``); its choice is taken while it stands in ``call.answer``.
     """
 
     def __init__(self, row: Router, block: nn.Module, options: MoEOptions | None = None) -> None:
         # Plain attributes: the block's modules must not become submodules here.
         self.__dict__.update(row=row, block=block, module=at(block, row.at))
         self.listened = tuple(self.module.modules())
-        self.own = threading.local()
+        self.call = OfCall()
         self.keep_result = False
         self.batch_invariant = options is not None and options.batch_invariant
         super().__init__(row.spec(block), self._current_tensors)
@@ -55,29 +64,6 @@ class BlockRouter(SpecRouter):
     row: Router
     block: nn.Module
     module: nn.Module
-
-    @property
-    def answer(self) -> Answer | None:
-        return getattr(self.own, "answer", None)
-
-    @answer.setter
-    def answer(self, answer: Answer | None) -> None:
-        self.own.answer = answer
-
-    @property
-    def result(self) -> RoutingResult | None:
-        return getattr(self.own, "result", None)
-
-    @result.setter
-    def result(self, result: RoutingResult | None) -> None:
-        self.own.result = result
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "own"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = threading.local()
 
     def _current_tensors(self) -> RoutingTensors:
         return RoutingTensors(
@@ -116,13 +102,13 @@ class BlockRouter(SpecRouter):
         return Answer(x if logits is None else logits, weights, ids)
 
     def compute_routing(self, given: RoutingInputs) -> RoutingResult:
-        answer = self.answer
+        answer = self.call.answer
         if answer is None or answer.weights is None or answer.ids is None:
             result = super().compute_routing(given)
         else:
             result = self._as_chosen(answer.weights.float(), answer.ids, given.indices_dtype)
         if self.keep_result:
-            self.result = result
+            self.call.result = result
         return result
 
     def _as_chosen(

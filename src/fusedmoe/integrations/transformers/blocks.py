@@ -165,7 +165,8 @@ class BlockForward(Replacement):
         """The logits [T, E], or the chosen experts' weights [T, K] where the family asks."""
         if not self.router.keep_result:
             return logits
-        result, self.router.result = self.router.result, None
+        call = self.router.call
+        result, call.result = call.result, None
         assert result is not None
         return result.topk_weights.to(logits.dtype)
 
@@ -187,12 +188,12 @@ class BlockForward(Replacement):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``compute``, with the router module called, once, and its choice taken."""
         router = self.router
-        router.answer = answer = router.ask(x, input_ids)
+        router.call.answer = answer = router.ask(x, input_ids)
         try:
             output = self._after(self.runner(x, answer.logits, input_ids))
             return output, self._beside(answer.logits)
         finally:
-            router.answer = None
+            router.call.answer = None
 
     def _after(self, output: torch.Tensor) -> torch.Tensor:
         """What the block does to the sum of routed and shared experts [T, H]."""
