@@ -91,7 +91,7 @@ packed("mxfp6_e3m2", MANY, orders=(True, "units", None))
 packed("mxfp6_e2m3", SOME, torch.float16, MoEActivation.RELU2_NO_MUL)
 packed("int4_g32_zp_act_order", SOME)
 packed("int8_g32_act_order", FEW, orders=(False, "", torch.zeros(E, N, dtype=torch.int32)))
-for name in ("nf4", "iq4_nl"):
+for name in ("nf4", "iq4_nl", "iq4_nl@float32"):
     product = product_of(name, SOME, BF16, MoEActivation.SILU)
     grouped_gemm_quantized.launch(product, False, "halves", None, True)
 for name, tile in (("int4_g128", SOME), ("int4_channel_zp", QuantizedTile(128, 64, 128, 4, 4, 4))):

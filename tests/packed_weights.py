@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fusedmoe.quantization.formats import format_named, quantize
 from fusedmoe.quantization.formats.superblocks import CODECS, COLUMNS, superblock_format
-from fusedmoe.quantization.tensor import QuantizedTensor
+from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
+
+
+def format_of(name: str) -> QuantFormat:
+    """As ``format_named``; "iq4_nl@float32" has its scales in another dtype than usual."""
+    name, _, scales = name.partition("@")
+    fmt = format_named(name)
+    return replace(fmt, scale_dtype=getattr(torch, scales)) if scales else fmt
 
 
 def pack(
@@ -24,7 +33,7 @@ def pack(
     """
     if name in CODECS:
         return superblocks(name, values, shards=shards, interleaved=interleaved, seed=seed)
-    fmt, K = format_named(name), values.shape[-1]
+    fmt, K = format_of(name), values.shape[-1]
     index = None
     if fmt.act_order:
         gen = torch.Generator().manual_seed(seed)

@@ -14,10 +14,10 @@ from fusedmoe.experts import hopper_quantized
 from fusedmoe.experts.hopper_quantized import HopperEmulatedExperts, HopperQuantizedExperts
 from fusedmoe.kernels.hopper_mixed_prefill import mixed_prefill, wide_rows
 from fusedmoe.quantization import keys
-from fusedmoe.quantization.formats import format_named
 from fusedmoe.testing import assert_no_worse
 from fusedmoe.testing.tolerances import TOLERANCES
 from fusedmoe.tuning.mixed_tiles import MixedPrefillTiles, mixed_prefill_tiles
+from packed_weights import format_of
 from quantized_experts import Quantized
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +46,7 @@ CASES = {
     "q5_k": Quantized("q5_k", layer=replace(MANY, I=512)),
     "q4_k_by_q5_k": Quantized("q4_k", down="q5_k", layer=replace(MANY, I=512)),
     "iq4_nl": Quantized("iq4_nl", layer=replace(MANY, H=544, I=288)),
+    "iq4_nl_wide": Quantized("iq4_nl@float32", layer=replace(MANY, H=544, I=288)),
     "int8_channel": Quantized("int8_channel", layer=MANY),
     "int8_g32": Quantized("int8_g32", layer=replace(MANY, H=544, I=288)),
     "mxfp8": Quantized("mxfp8", layer=replace(MANY, activation=MoEActivation.SWIGLUOAI, bias=True)),
@@ -71,8 +72,8 @@ def ran(monkeypatch):
 
 def tiles_of(mean, *formats):
     """Those for so many slots per expert, with blocks finished in groups of four."""
-    bits = tuple(format_named(fmt).bits for fmt in formats)
-    wide = wide_rows(*map(format_named, formats))
+    bits = tuple(format_of(fmt).bits for fmt in formats)
+    wide = wide_rows(*map(format_of, formats))
     *tiles, tails = mixed_prefill_tiles(mean, 1, bits, wide=wide)
 
     def grouped(pair):

@@ -42,6 +42,7 @@ WEIGHT_ONLY_ERROR = 4e-3
 FORMATS = {
     "nf4": ("nf4", None, False),
     "iq4_nl": ("iq4_nl", None, False),
+    "iq4_nl_wide": ("iq4_nl@float32", None, False),
     "q4_k": ("q4_k", None, False),
     "q5_k": ("q5_k", None, False),
     "q6_k": ("q6_k", None, False),
@@ -217,6 +218,7 @@ STREAMED = {
     "nf4": Quantized("nf4", None, FEW),
     "nf4_one_token": Quantized("nf4", None, replace(FEW, T=1, E=64, H=2048, I=768)),
     "iq4_nl": Quantized("iq4_nl", None, replace(FEW, bias=True, E=32, local=9, I=544)),
+    "iq4_nl_wide": Quantized("iq4_nl@float32", None, replace(FEW, H=2048, I=768)),
     "nf4_by_int4": Quantized("nf4", None, replace(FEW, T=30), "int4_g32_zp"),
     "nf4_by_mxfp8": Quantized(
         "nf4", MXFP8_DYNAMIC, replace(FEW, activation=MoEActivation.SWIGLUOAI, bias=True)

@@ -30,7 +30,7 @@ from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, quantized_
 from fusedmoe.kernels.hopper_quantized import quantized_decode_reference
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.quantized_checks import unmet_by_stream
-from fusedmoe.quantization.formats import dequantize, format_named, quantize
+from fusedmoe.quantization.formats import dequantize, quantize
 from fusedmoe.quantization.formats.lookup import CODECS
 from fusedmoe.tuning.cuda_tiles import (
     CudaDecodeTiles,
@@ -44,6 +44,7 @@ from fusedmoe.tuning.cuda_tiles import (
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 from fusedmoe.tuning.tiles import HOPPER_SHARED_MEMORY
+from packed_weights import format_of
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles with g++")
 SILU, GELU, OAI = MoEActivation.SILU, MoEActivation.GELU, MoEActivation.SWIGLUOAI
@@ -92,7 +93,7 @@ def weights(fmt, e, N, D, act):
     shards = 2 if resolved.gated else 1
     values = torch.randn(e, shards * N, D) / D**0.5
     interleaved = resolved.interleaved
-    w = quantize(values, format_named(fmt), shards=shards, interleaved=interleaved)
+    w = quantize(values, format_of(fmt), shards=shards, interleaved=interleaved)
     return replace(w, scale=before_ones(w.scale))
 
 
@@ -140,6 +141,7 @@ ONE_GEMM = {
     "warps_nf4": ("nf4", SILU, 9, 2, 4, 1088, 40, warps(4, 2), {"bias": True}),
     "warps_nf4_down": ("nf4", None, 9, 2, 4, 320, 72, warps(1, 16, 3), {"local": 3}),
     "warps_iq4_nl": ("iq4_nl", OAI, 20, 4, 16, 1024, 24, warps(2, 2), {"local": 7}),
+    "warps_iq4_nl_wide": ("iq4_nl@float32", None, 9, 2, 4, 1088, 40, warps(2, 2), {"bias": True}),
     "warps_few_steps": ("int4_g32", None, 9, 2, 4, 256, 200, warps(), {"programs": 1}),
     "rows_mxfp4": ("mxfp4", OAI, 20, 4, 16, 320, 96, rows(4, 2), {"local": 7, "bias": True}),
     "rows_mxfp4_down": ("mxfp4", None, 20, 4, 16, 320, 96, rows(3, 2, 3, 1, 2), {"bias": True}),
@@ -379,20 +381,21 @@ def test_lone_tiles_fill_the_multiprocessors_with_as_few_warps_per_task_as_do():
     assert cuda_decode_tiles(32, 128, (1536, 2048), (1024, 384), True, 132).gemm1.along == 1
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "iq4_nl"])
+@pytest.mark.parametrize("fmt", ["nf4", "iq4_nl", "iq4_nl@float32"])
 @pytest.mark.parametrize(("blocks", "D", "along"), [(128, 2048, 1), (8, 768, 4), (1, 14336, 8)])
 def test_entries_of_a_table_leave_room_for_it(fmt, blocks, D, along):
     tile = table_tile(blocks, 2048, D // 2, 132)
     assert (tile.along, tile.across) == (along, 16 // along)
     shared = quantized_cut.cut_of(weights(fmt, 1, 16, D, None), D, tile).shared
     assert 32 * 1024 < shared <= HOPPER_SHARED_MEMORY
-    constants = quantized_warps.table_constants(fmt)
+    element = format_of(fmt).element
+    constants = quantized_warps.table_constants(element)
     entries = [constants[f"TABLE_{i}"] >> 16 * j & 0xFFFF for i in range(8) for j in (0, 1)]
     found = torch.tensor(entries, dtype=torch.uint16).view(torch.bfloat16).double()
     torch.testing.assert_close(
         found / (constants["TABLE_LIFT"] / 2**16),
-        torch.tensor(CODECS[fmt].table, dtype=torch.float64),
-        rtol=0 if fmt == "iq4_nl" else 2**-8,
+        torch.tensor(CODECS[element].table, dtype=torch.float64),
+        rtol=0 if element == "iq4_nl" else 2**-8,
         atol=0,
     )
 

@@ -11,11 +11,10 @@ from fusedmoe.kernels.align import MoEAlignment
 from fusedmoe.kernels.hopper_mixed_prefill import wide_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.kernels.triton import hopper_mixed_prefill as module
-from fusedmoe.quantization.formats import format_named
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS
 from fusedmoe.tuning.mixed_tiles import mixed_prefill_tiles
 from hopper_compiler import compile_as_launched, ptxas
-from packed_weights import pack
+from packed_weights import format_of, pack
 
 SPILL = 32  # a few words, never a sum: those are kilobytes
 
@@ -43,7 +42,7 @@ table = MoEAlignment(torch.zeros(P + COUNTER_SLOTS, dtype=torch.int32), ids[:3],
 def run(name, mean, act=MoEActivation.SILU, bias=False, H=2048, I=768, shares=("all", "large")):
     module.shares_of = lambda tiles: {
         share: both for share, both in shares_of(tiles).items() if share in shares}
-    fmt, shards = format_named(name), 2 if act.is_gated else 1
+    fmt, shards = format_of(name), 2 if act.is_gated else 1
     interleaved = act is MoEActivation.SWIGLUOAI
     w1 = pack(torch.zeros(E, shards * I, H), name, shards=shards, interleaved=interleaved)
     w2 = pack(torch.zeros(E, H, I), name)
@@ -66,6 +65,7 @@ run("nvfp4", 32, MoEActivation.RELU2_NO_MUL, True)
 run("int8_channel", 32)
 run("nf4", 256)
 run("iq4_nl", 32)
+run("iq4_nl@float32", 256)
 run("q4_k", 256)
 run("q5_k", 32)
 run("mxfp6_e2m3", 128, MoEActivation.SWIGLUOAI, True, 576, 320)

@@ -29,6 +29,7 @@ from fusedmoe.quantization.keys import (
 )
 from fusedmoe.tuning.quantized_tiles import QuantizedTile
 from gemm_oracle import TOP_K, E, assert_right, by_slot, rows_and_ids
+from packed_weights import format_of
 from quantized_bodies import triton_gemm, triton_w8a8
 
 NAN = float("nan")
@@ -50,6 +51,7 @@ WEIGHT_ONLY = [
     ("nf4", 192, 128),
     ("nf4", 192, 64),
     ("iq4_nl", 96, 64),
+    ("iq4_nl@float32", 96, 64),
     ("mxfp8", 96, 64),
     ("fp8_tensor", 96, 64),
     ("fp8_channel", 96, 64),
@@ -80,7 +82,7 @@ def weights(fmt, K, activation=None, seed=0):
     values = torch.randn(E, shards * N, K, generator=gen) / K**0.5
     return quantize(
         values,
-        format_named(fmt),
+        format_of(fmt),
         shards=shards,
         interleaved=activation is MoEActivation.SWIGLUOAI,
     )

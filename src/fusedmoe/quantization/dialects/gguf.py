@@ -4,6 +4,8 @@
     Q5_0     22 bytes: d fp16, 32 fifth bits, then as Q4_0               int8 in groups of 32
     Q4_0     18 bytes: d fp16, columns 0-15 in low nibbles, 16-31 in high ones      int4
     IQ4_NL   as Q4_0, the nibbles index a table                         iq4_nl
+    IQ4_XS   256 columns in 136 bytes: d fp16, 8 scales of 6 bits, nibbles of 32
+             columns as IQ4_NL                          iq4_nl, d * (scale - 32) in fp32
     MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
     Q4_K, Q5_K, Q6_K   256 columns in one superblock, kept as it is (Q6_K padded)   q4_k, q5_k, q6_k
 
@@ -13,7 +15,7 @@ Tensors arrive as their bytes, uint8 [N, K / columns * bytes].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,14 +32,25 @@ from fusedmoe.quantization.tensor import QuantFormat
 _COLUMNS = 32
 _INT8 = int8_group(_COLUMNS, scale_dtype=torch.float16)
 _INT4 = int4_group(_COLUMNS, scale_dtype=torch.float16)
+# The product of 11 bits and 6 is exact.
+_IQ4_XS = replace(IQ4_NL, scale_dtype=torch.float32)
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 
 
-def _blocks(matrix: Matrix, nbytes: int, raw: torch.Tensor) -> torch.Tensor:
-    """[N, K / 32, nbytes]"""
-    expect(matrix, "weight", raw, (matrix.N, matrix.K // _COLUMNS * nbytes), torch.uint8)
+def _blocks(
+    matrix: Matrix, nbytes: int, raw: torch.Tensor, columns: int = _COLUMNS
+) -> torch.Tensor:
+    """[N, K / columns, nbytes]"""
+    expect(matrix, "weight", raw, (matrix.N, matrix.K // columns * nbytes), torch.uint8)
     return raw.unflatten(-1, (-1, nbytes))
+
+
+def _bits(raw: torch.Tensor, count: int) -> torch.Tensor:
+    """Bytes [..., n] -> the numbers of ``count`` bits in them, the lowest first: [..., n * 8 /
+    count]."""
+    shifts = torch.arange(0, 8, count, dtype=torch.uint8, device=raw.device)
+    return (raw[..., None] >> shifts & (1 << count) - 1).flatten(-2)
 
 
 def _scales(matrix: Matrix, blocks: torch.Tensor) -> torch.Tensor:
@@ -60,14 +73,22 @@ def _q8_0(matrix: Matrix, raw: torch.Tensor) -> Parts:
 def _q5_0(matrix: Matrix, raw: torch.Tensor) -> Parts:
     blocks = _blocks(matrix, 22, raw)
     low = torch.cat([blocks[..., 6:] & 15, blocks[..., 6:] >> 4], -1)
-    bit = torch.arange(8, dtype=torch.uint8, device=raw.device)
-    fifth = (blocks[..., 2:6, None] >> bit & 1).flatten(-2)
-    return ((low | fifth << 4).to(torch.int8) - 16).flatten(-2), _scales(matrix, blocks)
+    return ((low | _bits(blocks[..., 2:6], 1) << 4).to(torch.int8) - 16).flatten(-2), _scales(
+        matrix, blocks
+    )
 
 
 def _nibbles(matrix: Matrix, raw: torch.Tensor) -> Parts:
     blocks = _blocks(matrix, 18, raw)
     return _halves(blocks[..., 2:]), _scales(matrix, blocks)
+
+
+def _iq4_xs(matrix: Matrix, raw: torch.Tensor) -> Parts:
+    blocks = _blocks(matrix, 136, raw, 256)
+    scales = _bits(blocks[..., 4:8], 4) | _bits(blocks[..., 2:4], 2) << 4
+    d = _scales(matrix, blocks).float()
+    nibbles = blocks[..., 8:].unflatten(-1, (-1, 16)).flatten(1, 2)
+    return _halves(nibbles), (d[..., None] * (scales.float() - 32)).flatten(-2)
 
 
 def _mxfp4(matrix: Matrix, raw: torch.Tensor) -> Parts:
@@ -77,9 +98,7 @@ def _mxfp4(matrix: Matrix, raw: torch.Tensor) -> Parts:
 
 def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
     """The bytes as they are, their scales checked, each superblock padded to whole words."""
-    nbytes = CODECS[kind].in_files
-    expect(matrix, "weight", raw, (matrix.N, matrix.K // 256 * nbytes), torch.uint8)
-    blocks = raw.unflatten(-1, (-1, nbytes))
+    blocks = _blocks(matrix, CODECS[kind].in_files, raw, 256)
     where = slice(208, 210) if kind == "q6_k" else slice(0, 4)
     scales = blocks[..., where].contiguous().view(torch.float16)
     check_finite(matrix, "weight", scales)
@@ -102,6 +121,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "Q5_0": _scheme("Q5_0", _INT8, _q5_0, 32, 22),
     "Q4_0": _scheme("Q4_0", _INT4, _nibbles, 32, 18),
     "IQ4_NL": _scheme("IQ4_NL", IQ4_NL, _nibbles, 32, 18),
+    "IQ4_XS": _scheme("IQ4_XS", _IQ4_XS, _iq4_xs, 256, 136),
     "MXFP4": _scheme("MXFP4", MXFP4, _mxfp4, 32, 17),
 } | {
     kind.upper(): _scheme(
