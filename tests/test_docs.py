@@ -122,6 +122,14 @@ def test_the_glossary_defines_the_terms_of_the_public_names() -> None:
         assert term in glossary, term
 
 
+def test_the_page_of_names_has_every_public_name_once() -> None:
+    import fusedmoe
+
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "names.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(set(fusedmoe.__all__) - {"__version__"})
+
+
 def test_architecture_lists_every_room() -> None:
     """Each folder and module directly under the package is on the page, and nothing else is."""
     page = (ROOT / "docs" / "architecture.md").read_text()

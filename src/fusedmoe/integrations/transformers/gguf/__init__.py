@@ -2,7 +2,7 @@
 
 header.py         the keys of a file, checked as they are read
 architecture.py   what an architecture is, as data; the names that most of them share
-table.py          the architectures
+rows/             the architectures
 steps.py          what is done to tensors that converters store in another order
 source.py         a file as the source of a model
 """
