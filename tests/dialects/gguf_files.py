@@ -20,6 +20,9 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     bytes_of = scale.view(np.uint8)
     if kind == "MXFP4":
         raw[..., 0] = generator.integers(118, 123, raw.shape[:2])
+    elif kind == "NVFP4":
+        raw[..., 0:4] = generator.integers(0, 32, (*raw.shape[:2], 4))
+        raw[0, 0, 3] = 127  # for 0
     elif kind == "Q6_K":
         raw[..., 208:210] = bytes_of[..., :2] // 8
     elif kind in ("Q4_K", "Q5_K"):

@@ -48,6 +48,29 @@ def test_one_matrix_has_its_values(kind: str) -> None:
         read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw[:5])}, matrix)
 
 
+def test_a_scale_beside_nvfp4_multiplies_it() -> None:
+    raw = {"weight": torch.from_numpy(blocks("NVFP4", 4, 128)), "scale": torch.tensor([0.375])}
+    quantization = GgufQuantization(
+        types=dict.fromkeys(("up", "down"), "NVFP4"), scaled=frozenset(("up",))
+    )
+    matrix = Matrix(name="up", N=4, K=128)
+    scaled, alone = (quantization.scheme(name) for name in ("up", "down"))
+    assert scaled is not None
+    assert alone is not None
+    weight = {"weight": raw["weight"]}
+    wanted = read_matrix(alone, weight, matrix).dequantize(torch.float32) * 0.375
+    assert read_matrix(scaled, raw, matrix).dequantize(torch.float32).equal(wanted)
+    calibrated = raw | {"input_scale": torch.tensor([7.0])}
+    assert read_matrix(scaled, calibrated, matrix).dequantize(torch.float32).equal(wanted)
+    with pytest.raises(ValueError, match=r"up\.scale: missing beside weight"):
+        read_matrix(scaled, weight, matrix)
+    with pytest.raises(ValueError, match=r"up\.scale: unexpected"):
+        read_matrix(alone, raw, matrix)
+    raw["weight"][2, 38] = 0x81
+    with pytest.raises(ValueError, match=r"without a sign, found e4m3 0x81 at \[2, 6\]"):
+        read_matrix(scaled, raw, matrix)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "MXFP4"])
 def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
     raw = blocks(kind, 2, 256)
@@ -166,7 +189,9 @@ def test_hostile_files_are_refused(case: str, tmp_path: Path) -> None:
         GgufFile(path)
 
 
-@pytest.mark.parametrize(("up", "down"), [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "IQ4_XS")])
+@pytest.mark.parametrize(
+    ("up", "down"), [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "IQ4_XS"), ("Q4_0", "NVFP4")]
+)
 def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
     import gguf
 
@@ -234,9 +259,18 @@ NAMES = {
 
 
 def write_model(
-    path: Path, model: Any, architecture: str, up: str, down: str, **options: int
+    path: Path,
+    model: Any,
+    architecture: str,
+    up: str,
+    down: str,
+    dense: str = "Q8_0",
+    **options: int,
 ) -> Path:
-    """``model`` as llama.cpp's converter would write it; its weights become what the file holds."""
+    """``model`` as llama.cpp's converter would write it; its weights become what the file holds.
+
+    ``dense`` is the type of matrices outside of the experts. Beside those in NVFP4 lies a scale.
+    """
     import gguf
 
     tensors: dict[str, tuple[np.ndarray, str]] = {}
@@ -251,6 +285,11 @@ def write_model(
         tensors[name] = (raw.reshape(*array.shape[:-1], -1), kind)
         values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
         parameter.data.copy_(torch.from_numpy(values).view(parameter.shape))
+        if kind == "NVFP4":
+            scale = torch.linspace(0.5, 2.0, len(array) if array.ndim == 3 else 1)
+            parameter.data.mul_(scale.view(-1, *[1] * (array.ndim - 1)))
+            for suffix in ("scale", "input_scale"):
+                tensors[name.removesuffix("weight") + suffix] = scale.numpy(), "F32"
 
     put("token_embd.weight", model.model.embed_tokens.weight, "F32")
     put("output_norm.weight", model.model.norm.weight, "F32")
@@ -264,7 +303,7 @@ def write_model(
             for suffix, parameter in module.named_parameters():
                 is_matrix = parameter.dim() == 2 and theirs.endswith("proj")
                 name = f"blk.{number}.{ours}.{suffix}"
-                put(name, parameter, "Q8_0" if is_matrix else "F32")
+                put(name, parameter, dense if is_matrix else "F32")
         experts = layer.mlp.experts
         gate, half = experts.gate_up_proj.data.chunk(2, dim=1)
         put(f"blk.{number}.ffn_gate_exps.weight", gate, up)
@@ -325,6 +364,7 @@ def tiny_model(architecture: str, model_type: str) -> Any:
     [
         ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
         ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
+        ("qwen2moe", "qwen2_moe", "NVFP4", "NVFP4"),
         ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),
         ("qwen3moe", "qwen3_moe", "IQ4_XS", "IQ4_NL"),
         ("qwen3moe", "qwen3_moe", "MXFP4", "Q8_0"),
@@ -335,7 +375,8 @@ def test_a_whole_model(
 ) -> None:
     pytest.importorskip("transformers")
     plain = tiny_model(architecture, model_type)
-    path = write_model(tmp_path / "model.gguf", plain, architecture, up, down)
+    dense = "NVFP4" if up == "NVFP4" else "Q8_0"
+    path = write_model(tmp_path / "model.gguf", plain, architecture, up, down, dense)
     reference = fusedmoe.MoEOptions(experts="torch_quantized")
     model = fusedmoe.from_pretrained(path, dtype=torch.float32, options=reference)
     prompt = torch.tensor([[1, 40, 77, 30, 12, 9, 21, 5]])

@@ -75,6 +75,7 @@ TYPES: Mapping[int, GgufType] = {
     28: GgufType("F64", 1, 8),
     30: GgufType("BF16", 1, 2),
     39: GgufType("MXFP4", 32, 17),
+    40: GgufType("NVFP4", 64, 36),
 }
 
 

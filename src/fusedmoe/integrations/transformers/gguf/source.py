@@ -28,7 +28,10 @@ from fusedmoe.words import STORED_DTYPES
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 # All experts of a projection, or, in files of before 2024-04, one: ffn_gate.3.weight.
-_OF_EXPERTS = re.compile(r"ffn_(gate|up|down|gate_up)(?:_exps|\.(\d+))\.(weight|bias)")
+_OF_EXPERTS = re.compile(
+    r"ffn_(gate|up|down|gate_up)(?:_exps|\.(\d+))\.(weight|bias|scale|input_scale)"
+)
+_SCALES = ("scale", "input_scale")  # of a matrix in NVFP4
 _PARTS: Mapping[str, Part] = {"gate": "gate", "up": "up", "down": "down", "gate_up": "gate_up"}
 
 
@@ -65,13 +68,17 @@ class GgufSource:
             self.problem = f"{path}: the architecture is {name!r}; known: {known}"
             if not any_architecture:
                 raise CheckpointError(self.problem)
-        self.layers = self._expert_layers()
         types = {
             tensor.name.rpartition(".")[0]: tensor.type.name
             for tensor in self.file.tensors.values()
             if tensor.name.endswith(".weight")
         }
-        self.quantization = GgufQuantization(types=types)
+        self._scales = self._find_scales(types)
+        scaled = (scale.rpartition(".") for scale in self._scales)
+        self.quantization = GgufQuantization(
+            types=types, scaled=frozenset(base for base, _, suffix in scaled if suffix == "scale")
+        )
+        self.layers = self._expert_layers()
 
     @property
     def where(self) -> Path:
@@ -83,6 +90,18 @@ class GgufSource:
         assert found is not None
         return found
 
+    def _find_scales(self, types: Mapping[str, str]) -> frozenset[str]:
+        """Tensors that belong to a matrix in NVFP4, and are nothing that the architecture names."""
+        known = architecture_of(self.header)
+        found: set[str] = set()
+        for name in self.file.tensors:
+            base, _, suffix = name.rpartition(".")
+            if suffix in _SCALES and types.get(base) == "NVFP4":
+                block = _BLOCK.fullmatch(name)
+                if known is None or block is None or block[2] not in known.names:
+                    found.add(name)
+        return frozenset(found)
+
     def _expert_layers(self) -> dict[tuple[str, int], ExpertLayer]:
         count = None if self.header.get("block_count") is None else self.header.num_layers
         layers: dict[tuple[str, int], ExpertLayer] = {}
@@ -90,6 +109,8 @@ class GgufSource:
             block = _BLOCK.fullmatch(name)
             match = None if block is None else _OF_EXPERTS.fullmatch(block[2])
             if block is None or match is None or (count is not None and int(block[1]) >= count):
+                continue
+            if match[3] in _SCALES and name not in self._scales:
                 continue
             number, expert = int(block[1]), None if match[2] is None else int(match[2])
             layer = layers.setdefault(("model.", number), ExpertLayer("model.", number))
@@ -180,6 +201,8 @@ class GgufSource:
         layers: dict[int, dict[str, str]] = {}
         for name in self.file.tensors:
             block = _BLOCK.fullmatch(name)
+            if name in self._scales:
+                continue
             found = self.architecture.name_of_whole(name)
             if block is not None:
                 layers.setdefault(int(block[1]), {})[block[2]] = name
@@ -200,7 +223,8 @@ class GgufSource:
                 state[prefix + target] = self._joined(join, prefix, names, dtype)
         joined = {part for join in architecture.joined.values() for part in join.parts}
         for below, name in names.items():
-            if below in joined or _OF_EXPERTS.fullmatch(below):
+            match = _OF_EXPERTS.fullmatch(below)
+            if below in joined or (match is not None and match[3] not in _SCALES):
                 continue
             found = architecture.name_of(below)
             if found is None:
@@ -242,6 +266,8 @@ class GgufSource:
 
         def make() -> torch.Tensor:
             stored = {"weight": self.file.read(name).flatten(0, -2)}
+            if base in self.quantization.scaled:
+                stored["scale"] = self.file.read(f"{base}.scale")
             return read_matrix(scheme, stored, matrix).dequantize(dtype).view(tensor.shape)
 
         return LazyTensor(make, dtype)
