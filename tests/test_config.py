@@ -210,6 +210,7 @@ def test_sizes_not_said_are_those_said():
         ({"experts_per_token": 9}, "experts_per_token 9"),
         ({"experts_per_token": 0}, "experts_per_token 0"),
         ({"num_local_experts": 9}, "num_local_experts 9"),
+        ({"num_local_experts": -1}, r"num_local_experts -1 does not lie in \[0, num_experts 8\]"),
         ({"apply_router_weight_on_input": True}, "top-1"),
     ],
 )

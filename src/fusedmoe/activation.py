@@ -33,6 +33,7 @@ class MoEActivation(Enum):
 
     @property
     def is_gated(self) -> bool:
+        """Whether it reads gate and up, [..., 2 * I], and writes [..., I]."""
         return not self.value.endswith("_no_mul")
 
     @property

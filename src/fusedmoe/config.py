@@ -181,7 +181,8 @@ class FusedMoEConfig:
             )
         if not 0 <= self.num_local_experts <= self.num_experts:
             raise ValueError(
-                f"num_local_experts {self.num_local_experts} exceeds num_experts {self.num_experts}"
+                f"num_local_experts {self.num_local_experts} does not lie in "
+                f"[0, num_experts {self.num_experts}]"
             )
         if self.max_num_tokens is not None and self.max_num_tokens < 1:
             raise ValueError(f"max_num_tokens must be at least 1, got {self.max_num_tokens}")
@@ -193,9 +194,10 @@ class FusedMoEConfig:
 
     @property
     def is_act_and_mul(self) -> bool:
+        """Whether the activation has a gate."""
         return self.activation.is_gated
 
     @property
     def w13_num_shards(self) -> int:
-        """2 where w13 stacks gate and up, 1 where the activation has no gate."""
-        return 2 if self.activation.is_gated else 1
+        """S: 2 where w13 stacks gate and up, 1 where the activation has no gate."""
+        return 2 if self.is_act_and_mul else 1

@@ -179,8 +179,8 @@ def test_evenness_is_what_the_slowest_rank_costs():
         ((torch.ones(1, 0), 4, 2), r"must be \[L, E\]"),
         ((torch.ones(1, 3), 4, 0), "3 experts over 0 ranks"),
         ((torch.ones(1, 3), 5, 2), "5 slots do not divide by 2"),
-        ((torch.full((1, 3), float("nan")), 4, 2), "finite"),
-        ((torch.tensor([[-1, 2]]), 4, 2), "not negative"),
+        ((torch.full((1, 3), float("nan")), 4, 2), "expert 0 in layer 0 is nan"),
+        ((torch.tensor([[2, -1]]), 4, 2), "not negative, that of expert 1 in layer 0 is -1"),
     ],
 )
 def test_what_cannot_be_planned(arguments, message):

@@ -19,9 +19,10 @@ def rebalance_experts(
     num_nodes: int = 1,
     previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """load [L, E] of the logical experts -> physical_to_logical int64 [L, P] on the CPU.
+    """Plan which slot holds which expert: load [L, E] -> physical_to_logical int64 [L, P], CPU.
 
-    Where ``num_nodes`` divides ``num_groups``, groups of experts stay on one node each (what
+    ``load`` counts picks of logical experts; ``num_physical`` slots (P) are equally many on each
+    rank. Where ``num_nodes`` divides ``num_groups``, groups of experts stay on one node each (what
     group-limited routing wants), else all ranks are treated alike. Beginning with the published
     placement, experts and copies are exchanged while that helps, so that no rank's load is above
     what that gives. With ``previous`` int [L, P], the placement now, that one is improved instead
@@ -137,8 +138,13 @@ def _check(
     if load.dim() != 2 or load.shape[1] < 1:
         raise ValueError(f"load must be [L, E], got {tuple(load.shape)}")
     E = load.shape[1]
-    if not bool(load.double().isfinite().all()) or bool((load < 0).any()):
-        raise ValueError("load must be finite and not negative")
+    good = load.double().isfinite() & (load >= 0)
+    if not bool(good.all()):
+        layer, expert = (~good).nonzero()[0].tolist()
+        raise ValueError(
+            f"load must be finite and not negative, that of expert {expert} in layer {layer} is "
+            f"{load[layer, expert].item()}"
+        )
     if num_physical < E or min(num_ranks, num_groups, num_nodes) < 1:
         raise ValueError(
             f"{num_physical} slots for {E} experts over {num_ranks} ranks of {num_nodes} nodes, "

@@ -38,12 +38,13 @@ class TransferPlan:
 
 
 def make_transfer_plan(before: Slots, after: Slots) -> TransferPlan:
-    """``before`` and ``after``: the logical experts in each rank's slots.
+    """Who sends which expert to whom, so that slots filled as ``before`` are filled as ``after``.
 
-    A rank that joins has no slots before, one that leaves none after. An expert that a rank needs
-    and does not have comes once, from one of the ranks that have it: each of S senders serves
-    floor(R / S) consecutive ones of the R receivers, those left over go to senders 0, 1, ...
-    Raises ValueError for an expert that nobody has.
+    Both list the logical experts in each rank's slots. A rank that joins has no slots before, one
+    that leaves none after. An expert that a rank needs and does not have comes once, from one of
+    the ranks that have it: each of S senders serves floor(R / S) consecutive ones of the R
+    receivers, those left over go to senders 0, 1, ... Raises ValueError for an expert that nobody
+    has.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} ranks before, {len(after)} after")

@@ -90,7 +90,10 @@ class CutlassExpertsFp8Base(FusedMoEExpertsModular):
 
 
 class CutlassExpertsFp8(CutlassExpertsFp8Base):
-    """Standard rows; the sum over K is made here."""
+    """fp8 weights and rows, scaled by row or as a whole, in standard rows; compute capability 9.
+
+    The sum over K is made here.
+    """
 
     name = "cutlass_fp8"
 
@@ -113,8 +116,10 @@ class CutlassExpertsFp8(CutlassExpertsFp8Base):
 
 
 class CutlassBatchedExpertsFp8(CutlassExpertsFp8Base):
-    """Batched rows; what moved the rows also weights and sums them. Rows in no use are multiplied
-    too, since torch's batched form knows no counts."""
+    """As ``CutlassExpertsFp8``, in batched rows; what moved them also weights and sums them.
+
+    Rows in no use are multiplied too: torch's batched form knows no counts.
+    """
 
     name = "cutlass_fp8_batched"
 

@@ -117,7 +117,10 @@ class _DeepGemm(FusedMoEExpertsModular):
 
 
 class DeepGemmExperts(_DeepGemm):
-    """Standard rows; the sum over K is made here."""
+    """Block-fp8 weights and rows in standard rows, on the package's contiguous GEMMs.
+
+    The sum over K is made here. Raises ImportError where deep_gemm is absent.
+    """
 
     name = "deep_gemm"
 
@@ -138,7 +141,10 @@ class DeepGemmExperts(_DeepGemm):
 
 
 class BatchedDeepGemmExperts(_DeepGemm):
-    """Batched rows; what moved the rows also weights and sums them."""
+    """Block-fp8 weights and rows in batched rows, on the package's masked GEMMs.
+
+    What moved the rows also weights and sums them. Raises ImportError where deep_gemm is absent.
+    """
 
     name = "deep_gemm_batched"
 

@@ -78,7 +78,8 @@ def _is_int8(rows: QuantKey | None) -> bool:
 
 
 class HopperQuantizedExperts(TritonQuantizedExperts):
-    """Standard rows in bf16, on GPUs of compute capability 9.
+    """Quantized weights, with bf16 rows as they come or rounded, in standard rows; compute
+    capability 9.
 
     ``decode_tiles``, ``stream_tiles`` (rows quantized too) and ``prefill_tiles``, if set, replace
     what ``tuning`` chooses, and so do ``mixed_tiles`` where rows are not quantized.
@@ -241,10 +242,12 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
 
 
 class HopperEmulatedExperts(HopperQuantizedExperts):
-    """As ``HopperQuantizedExperts`` where rows have a format that these kernels do not multiply:
-    they are rounded to it, and multiplied as bf16, by plain Triton where slots are neither few nor
-    many. Rows of int8 are left to it: act is in bf16 before it is rounded, which int8,
-    unlike fewer bits, would notice (1.06 times the error)."""
+    """As ``HopperQuantizedExperts`` where rows have a format that these kernels do not multiply.
+
+    They are rounded to it and multiplied as bf16; where slots are neither few nor many, by plain
+    Triton. Rows of int8 are left to ``TritonEmulatedExperts``: here the activation's output is bf16
+    before it is rounded, which costs int8, unlike formats of fewer bits, 1.06 times the error.
+    """
 
     name = "hopper_emulated"
     emulate = True

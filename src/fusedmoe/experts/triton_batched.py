@@ -74,7 +74,7 @@ def batched_triton_experts(
 
 
 class BatchedTritonExperts(FusedMoEExpertsModular):
-    """Batched rows, unquantized; what moved the rows also weights and sums them.
+    """As ``TritonExperts``, in batched rows; what moved them also weights and sums them.
 
     ``tiles``, if set, replaces the choice of ``tuning.tiles``.
     """

@@ -26,9 +26,10 @@ from fusedmoe.quantization.keys import QuantKey
 
 
 class TritonOrDeepGemmExperts(FusedMoEExpertsModular):
-    """Standard rows, unquantized on arrival: which of the two quantizes them is not known before.
+    """Block-fp8 weights and rows, on deep_gemm or on Triton, by the number of slots.
 
-    Raises ImportError where deep_gemm is absent.
+    Rows arrive unquantized: which of the two quantizes them is not known before. Raises ImportError
+    where deep_gemm is absent.
     """
 
     name = "triton_or_deep_gemm"

@@ -114,8 +114,11 @@ class TritonQuantizedBase(FusedMoEExpertsModular):
 
 
 class TritonQuantizedExperts(TritonQuantizedBase):
-    """Standard rows; the sum over K is made here. On one rank rows are rounded where they are read;
-    rows that travel are rounded before, where their scales can travel with them."""
+    """Weights of every format, with rows as they come or rounded, in standard rows.
+
+    The sum over K is made here. On one rank rows are rounded where they are read; rows that travel
+    are rounded before, where their scales can travel with them.
+    """
 
     name = "triton_quantized"
 

@@ -22,7 +22,7 @@ from fusedmoe.modular_kernel import (
 
 
 class BatchedTritonQuantizedExperts(TritonQuantizedBase):
-    """Batched rows; what moved the rows also weights and sums them."""
+    """As ``TritonQuantizedExperts`` in batched rows; what moved them also weights and sums them."""
 
     name = "triton_quantized_batched"
 

@@ -23,7 +23,7 @@ from fusedmoe.quantization.config import FusedMoEQuantConfig
 
 
 class MoEPrepareAndFinalizeNaiveDPEPModular(DispatchingModular):
-    """[T of this rank, H] -> [T of all ranks, H] and back.
+    """All-gather, then reduce-scatter: [T of this rank, H] -> [T of all ranks, H] and back.
 
     With a LoRA context, the adapter ids are the last of what travels beside the activations.
     """

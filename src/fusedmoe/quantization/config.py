@@ -143,6 +143,7 @@ class FusedMoEQuantConfig:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether any of the four operands is."""
         return any(desc.dtype is not None for desc in (self.a1, self.a2, self.w1, self.w2))
 
     @property
@@ -152,6 +153,7 @@ class FusedMoEQuantConfig:
 
     @property
     def per_act_token_quant(self) -> bool:
+        """As ``is_per_act_token``, under the name of ``make``'s argument."""
         return self.is_per_act_token
 
     @property

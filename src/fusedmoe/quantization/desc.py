@@ -21,7 +21,7 @@ QuantDtype = torch.dtype | str
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMoEQuantDesc:
-    """One operand. ``dtype`` None is unquantized; ``scale`` and the rest follow its format.
+    """How one operand (rows or weights) of one product is quantized; ``dtype`` None: not at all.
 
     A weight has a ``format``, and its ``scale``, ``scale2``, ``zp`` and ``group_index`` are the
     parts of a ``QuantizedTensor`` whose data is the weight itself. An activation with a ``scale``

@@ -41,10 +41,10 @@ class QuantizationConfig(Protocol):
 
 
 class FusedMoEMethodBase(ABC):
-    """One format of one layer. ``moe_config`` is final once the layer is built.
+    """Holds one layer's weights in one format, and has their kernel chosen.
 
-    ``checkpoint_schemes`` say how tensors of a checkpoint become the parameters; None: they are the
-    parameters.
+    ``moe_config`` is final once the layer is built. ``checkpoint_schemes`` say how tensors of a
+    checkpoint become the parameters; None: they are the parameters.
     """
 
     weight_key: QuantKey | None = None

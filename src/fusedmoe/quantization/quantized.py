@@ -45,8 +45,9 @@ _LEAST_GROUP = 32
 
 
 class QuantizedFusedMoEMethod(FusedMoEMethodBase):
-    """``w13`` and ``w2`` are the weights' formats (w2 None: the same), as a checkpoint has them.
+    """Holds a layer's experts in any weight format, and has their kernel chosen.
 
+    ``w13`` and ``w2`` are the weights' formats (w2 None: the same), as a checkpoint has them.
     ``activation`` is how the rows entering both GEMMs are quantized. Where a tensor-parallel rank
     cuts groups or blocks, the parameters have smaller ones, and scales are repeated on loading; the
     values stay the same. e8m0 and e4m3 scales belong to groups of a fixed size: there the ranks

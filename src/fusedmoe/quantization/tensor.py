@@ -139,6 +139,7 @@ class QuantFormat:
 
     @property
     def type(self) -> ElementType:
+        """How its elements are stored."""
         return ELEMENTS[self.element]
 
     @property
@@ -158,6 +159,7 @@ class QuantFormat:
 
     @property
     def scale_kind(self) -> ScaleKind:
+        """What a scale is: any float, a power of two (e8m0) or an e4m3 number."""
         return _SCALE_KINDS.get(self.scale_dtype, "float")
 
     @property

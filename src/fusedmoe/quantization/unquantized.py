@@ -24,7 +24,8 @@ _WEIGHTS = (
 
 
 class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
-    """w13_weight [e, S * I, H], w2_weight [e, H, I], and biases [e, S * I], [e, H] where asked."""
+    """Holds a layer's experts as floats, and has their kernel chosen: w13_weight [e, S * I, H],
+    w2_weight [e, H, I], and where the layer has them biases [e, S * I] and [e, H]."""
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
         return _WEIGHTS + BIASES if self.moe_config.has_bias else _WEIGHTS

@@ -13,7 +13,10 @@ def get_routing_method_type(
     num_expert_group: int | None,
     has_e_score_bias: bool,
 ) -> RoutingMethodType:
-    """The method of a score-then-choose rule, Unspecified where it has no name."""
+    """The method of a rule that scores, then chooses; Unspecified where none has a name.
+
+    No method is told apart by ``top_k``, which callers pass all the same.
+    """
     if scoring_func == "sqrtsoftplus":
         return RoutingMethodType.DeepseekV4 if renormalize else RoutingMethodType.Unspecified
     if has_e_score_bias:

@@ -77,7 +77,8 @@ class NormalRouting(RoutingStrategy):
 
 
 class RoutingSimulator:
-    """The strategies by name; ``register_strategy`` adds one."""
+    """Strategies that choose experts by chance, by name: ``simulate_routing`` runs one,
+    ``register_strategy`` adds one."""
 
     _strategies: ClassVar[dict[str, RoutingStrategy]] = {
         "uniform_random": UniformRandom(),

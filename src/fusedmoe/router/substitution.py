@@ -19,8 +19,9 @@ class SubstitutedRouting(NamedTuple):
 
 
 class ExpertSubstitution(nn.Module):
-    """The router still scores all ``num_experts`` (E); those in ``removed`` (R ids) are gone.
+    """Constant vectors in the place of experts that a model had removed.
 
+    The router still scores all ``num_experts`` (E); those in ``removed`` (R ids) are gone.
     ``constants`` float [R, H]: what each removed expert gives whatever the token is, times the
     token's weight for it. The weights are not renormalized. The experts that are left are stored,
     and named in checkpoints, without gaps: 0 .. E - R - 1 in the order of their ids.
@@ -47,7 +48,8 @@ class ExpertSubstitution(nn.Module):
         if constants.is_meta or not constants.is_floating_point():
             raise ValueError(f"constants must be numbers, got {constants.dtype} {constants.device}")
         if not bool(constants.isfinite().all()):
-            raise ValueError("constants must be finite, but some are not")
+            bad = int((~constants.isfinite()).sum())
+            raise ValueError(f"{bad} of {constants.numel()} constants are not finite")
         left = iter(range(num_experts))
         self._tables = {
             "compact_ids": [-1 if e in gone else next(left) for e in range(num_experts)],

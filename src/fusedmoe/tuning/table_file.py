@@ -95,7 +95,7 @@ def table_from_json(value: Any) -> TunedTable:
         raise ValueError(f"fusedmoe_tiles must be {FORMAT}, got {shown(record['fusedmoe_tiles'])}")
     tokens = integers_of(record["tokens"], "tokens", MAX_TOKENS)
     if list(tokens) != sorted(set(tokens)):
-        raise ValueError("tokens must ascend")
+        raise ValueError(f"tokens must ascend, got {shown(list(tokens))}")
     curves = record["curves"]
     if not isinstance(curves, list) or not 0 < len(curves) <= MAX_CURVES:
         raise ValueError(f"curves must be a list of 1 to {MAX_CURVES} entries")

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 def load_local_experts(
     layer: RoutedExperts, checkpoint: Checkpoint | TensorReader, prefix: str | None = None
 ) -> int:
-    """Load every tensor called ``prefix.<...>`` (None: the layer's own prefix); bytes read.
+    """Load this rank's experts from a checkpoint folder; returns how many bytes were read.
 
-    Tensors of experts that live on other ranks are not read; of one that holds all experts,
-    [experts, ...], only the rows of this rank's. Raises ValueError for names that fit nothing and
-    where something is missing afterwards.
+    They are the tensors called ``prefix.<...>`` (None: the layer's own prefix). Tensors of experts
+    that live on other ranks are not read; of one that holds all experts, [experts, ...], only the
+    rows of this rank's. Raises ValueError for names that fit nothing and where something is missing
+    afterwards.
     """
     reader = checkpoint if isinstance(checkpoint, TensorReader) else TensorReader(checkpoint)
     start = f"{layer.prefix if prefix is None else prefix}."

@@ -201,7 +201,7 @@ def _runs_whole(experts: Any) -> bool:
 def restore(model: Model) -> Model:
     """Undo ``accelerate`` and ``recursive_replace``: every module has its own forward again.
 
-    But for blocks whose packed experts it could not call.
+    Blocks stay whose packed experts run in no other way (Llama 4's, say). Returns the same model.
     """
     for module in list(model.modules()):
         replacement = _replacement(module)

@@ -218,7 +218,10 @@ def _activation(inputs: dict[str, Any]) -> QuantKey | None:
     if group.col > 0:
         return MXFP8_DYNAMIC if _is_mx(inputs) else fp8_dynamic_group(group.col)
     if not dynamic and group != PER_TENSOR:
-        raise ValueError("quantization_config: static activation scales must be per tensor")
+        raise ValueError(
+            "quantization_config: static activation scales must be per tensor, not per "
+            f"{inputs.get('strategy')}"
+        )
     if group == PER_TENSOR:
         return FP8_DYNAMIC_TENSOR if dynamic else FP8_STATIC_TENSOR
     return FP8_DYNAMIC_TOKEN

@@ -82,7 +82,8 @@ class Fp8Quantization(CheckpointQuantization):
         one_of(config, "fmt", None, "e4m3", "float8_e4m3fn")
         static = one_of(config, "activation_scheme", None, "dynamic", "static") == "static"
         if static and (sizes or mx):
-            raise ValueError("quantization_config: blocks have dynamic activations, not static")
+            what = "mxfp8" if mx else f"weight_block_size {list(sizes or ())}"
+            raise ValueError(f"quantization_config: {what} has dynamic activations, not static")
         default = "weight_scale_inv" if sizes or mx else "weight_scale"
         return cls(
             dialect="mxfp8" if mx else "fp8",

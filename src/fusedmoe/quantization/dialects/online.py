@@ -15,7 +15,8 @@ from fusedmoe.words import FLOATS
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineQuantization(CheckpointQuantization):
-    """Every layer of experts in ``format``, but for those in ``not_converted``.
+    """Rounds experts stored as floats while they are read: every layer to ``format``, but for those
+    in ``not_converted``. ``activation`` is how rows are rounded, None: not at all.
 
     Each matrix is rounded whole, so that ranks that hold parts of it agree on its scales.
     """

@@ -112,7 +112,10 @@ def _activation(inputs: dict[str, Any], dtype: str) -> QuantKey | None:
     dynamic = flag(inputs, "is_dynamic", False)
     if dtype == "int8":
         if not dynamic or qscheme == "per_tensor":
-            raise ValueError("quantization_config: int8 activations must be dynamic, per token")
+            raise ValueError(
+                "quantization_config: int8 activations must be dynamic, per token, not "
+                f"{'dynamic' if dynamic else 'static'}, {qscheme}"
+            )
         return INT8_DYNAMIC_TOKEN
     if qscheme != "per_tensor":
         return FP8_DYNAMIC_TOKEN
