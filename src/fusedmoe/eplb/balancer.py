@@ -157,7 +157,6 @@ class ExpertBalancer:
         self.finish()
         self._targets = self._plan(self.logical_load())
         self.finish()
-        self._reset()
 
     def finish(self) -> None:
         """Put in place at once what is being planned or on its way; every rank calls it alike.
@@ -188,13 +187,11 @@ class ExpertBalancer:
         )
 
     def _begin(self) -> None:
-        load = self.logical_load()
         if self._thread is None:
-            self._targets = self._plan(load)
-            while self._targets is not None:
-                self._advance()
+            self.rearrange()
             return
-        self._planning, self._planned_for = self._thread.submit(self._plan, load), 0
+        self._planning = self._thread.submit(self._plan, self.logical_load())
+        self._planned_for = 0
 
     def _plan(self, load: torch.Tensor) -> torch.Tensor:
         return rebalance_experts(
