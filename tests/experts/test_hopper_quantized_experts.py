@@ -255,9 +255,10 @@ def test_a_rank_of_several_counts_the_slots_that_meet_its_experts():
 
 
 def test_workspaces_follow_from_sizes():
-    def of(name):
+    def of(name, **rows):
         weight = FusedMoEQuantDesc(format=format_named(name))
-        return HopperQuantizedExperts(BF16.config(), FusedMoEQuantConfig(w1=weight, w2=weight))
+        config = FusedMoEQuantConfig(w1=weight, w2=weight, **rows)
+        return HopperQuantizedExperts(BF16.config(), config)
 
     experts = of("int4_g32")
     act = MoEActivation.SILU
@@ -269,6 +270,10 @@ def test_workspaces_follow_from_sizes():
     shapes = of("q4_k").workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)
     assert shapes == ((P, 32), (P, 128), (9000, 64))
     rows = FusedMoEQuantDesc(dtype=torch.float8_e4m3fn, shape=GroupShape(1, 128))
+    # Rows of one product alone are rounded: both products are those of floats.
+    for name in ("a1", "a2"):
+        sizes = 9000, 64, 64, 2, 4, 4, None, act
+        assert of("q4_k", **{name: rows}).workspace_shapes(*sizes) == shapes
     config = FusedMoEQuantConfig(a1=rows, a2=rows)
     experts = HopperQuantizedExperts(BF16.config(), config)
     shapes = experts.workspace_shapes(9000, 64, 64, 2, 4, 4, None, act)

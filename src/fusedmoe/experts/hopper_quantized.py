@@ -127,18 +127,18 @@ class HopperQuantizedExperts(TritonQuantizedExperts):
         if self.moe_config.options.batch_invariant:
             return shapes
         first, second = shapes.workspace13, [shapes.workspace2]
-        mixed = self.emulate or self.quant_config.a1.key is None
+        floating = self.floating_rows
         if MAX_DECODE_MEAN * num_experts >= R:
-            second.append((R, 2 * H if mixed else H))
+            second.append((R, 2 * H if floating else H))
         formats = [fmt for fmt in (self.quant_config.w1.format, self.quant_config.w2.format) if fmt]
         tiles = None
-        if mixed and len(formats) == 2:
+        if floating and len(formats) == 2:
             tiles = mixed_tiles_for(R, num_experts, *formats)
         if tiles is not None:
             P = mixed_prefill_rows(R, e, self.mixed_tiles or tiles)
             first = P, first[-1]
             second.append((P, 2 * H if wide_rows(*formats) else H))
-        elif not mixed and runs_prefill(R, num_experts):
+        elif not floating and runs_prefill(R, num_experts):
             P = prefill_rows(R, e)
             first = P, first[-1]
             second.append((P, H))

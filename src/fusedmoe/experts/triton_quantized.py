@@ -58,6 +58,11 @@ class TritonQuantizedBase(FusedMoEExpertsModular):
     def expects_unquantized_inputs(self) -> bool:
         return True
 
+    @property
+    def floating_rows(self) -> bool:
+        """As ``Operands`` has it, known before there are any."""
+        return self.emulate or self.quant_config.a1.key is None or self.quant_config.a2.key is None
+
     def operands(
         self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, dtype: torch.dtype
     ) -> Operands:
@@ -128,19 +133,20 @@ class TritonQuantizedExperts(TritonQuantizedBase):
 
     @property
     def expects_unquantized_inputs(self) -> bool:
-        key, floating = self.quant_config.a1.key, self.emulate or self.quant_config.a2.key is None
+        key = self.quant_config.a1.key
         travels = self.moe_config.moe_parallel_config.use_all2all_kernels
-        return floating or not travels or key is None or key.static or key == FP8_DYNAMIC_TENSOR
+        if key is None or self.floating_rows or not travels:
+            return True
+        return key.static or key == FP8_DYNAMIC_TENSOR
 
     def shapes(
         self, size: ProblemSize, num_experts: int, activation: MoEActivation
     ) -> WorkspaceShapes:
         """The activation's output, then the second GEMM's rows by slot."""
         width = self.adjust_N_for_activation(size.N, activation)
-        M, topk, H = size.M, size.topk, size.K
-        moe, config = self.moe_config, self.quant_config
-        floating = self.emulate or config.a1.key is None or config.a2.key is None
-        second = row_width(M * topk, H, moe.in_dtype, floating, moe.options.batch_invariant)
+        M, topk, H, moe = size.M, size.topk, size.K, self.moe_config
+        how = moe.in_dtype, self.floating_rows, moe.options.batch_invariant
+        second = row_width(M * topk, H, *how)
         return WorkspaceShapes((M, topk, width), (M, topk, second), (M, H))
 
     def run(self, work: ExpertsWork) -> None:
