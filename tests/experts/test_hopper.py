@@ -11,7 +11,7 @@ import torch
 from expert_layers import Layer
 from fusedmoe.experts import hopper
 from fusedmoe.experts.hopper import HopperExperts
-from fusedmoe.experts.hopper import _readable as readable
+from fusedmoe.experts.hopper_support import readable
 from fusedmoe.kernels.align import align_local_slots
 from fusedmoe.kernels.hopper_decode import (
     DRAW_WORDS,

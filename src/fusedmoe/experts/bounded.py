@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.experts.hopper_support import missing_gluon
+from fusedmoe.experts.hopper_support import missing_gluon, readable, viewable
 from fusedmoe.experts.triton import shared_memory_of
 from fusedmoe.kernels.bounded_align import BoundedRouting, bounded_align
 from fusedmoe.kernels.bounded_gemm import bounded_gemm, programs_for
@@ -28,8 +28,6 @@ from fusedmoe.kernels.hopper_prefill import PREFILL_BLOCK, prefill_rows
 from fusedmoe.kernels.layer_tensors import LayerTensors
 from fusedmoe.tuning.hopper_tiles import COUNTER_SLOTS, MAX_DECODE_MEAN, PrefillTiles, decode_tiles
 from fusedmoe.tuning.tiles import layer_tiles
-
-_ALIGNED_BYTES = 16
 
 
 class Products(NamedTuple):
@@ -122,10 +120,8 @@ def fits_hopper(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> bool:
     bytes at a time."""
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    whole = all(w.is_contiguous() and w.data_ptr() % _ALIGNED_BYTES == 0 for w in (w1, w2))
-    dense = x.stride(1) == 1 and x.data_ptr() % _ALIGNED_BYTES == 0
-    even = not any(size % ALIGNED_ELEMENTS for size in (*w2.shape[1:], x.stride(0)))
-    if not (whole and dense and even) or missing_gluon() is not None:
+    even = not any(size % ALIGNED_ELEMENTS for size in w2.shape[1:])
+    if not (even and viewable(w1, w2) and readable(x)) or missing_gluon() is not None:
         return False
     return torch.cuda.get_device_capability(x.device)[0] == 9
 

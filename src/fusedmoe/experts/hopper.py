@@ -14,7 +14,7 @@ import torch
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation
 from fusedmoe.config import FusedMoEConfig
-from fusedmoe.experts.hopper_support import too_many_picks, unmet_by_hopper
+from fusedmoe.experts.hopper_support import readable, too_many_picks, unmet_by_hopper, viewable
 from fusedmoe.experts.opaque import opaque
 from fusedmoe.experts.triton import triton_experts
 from fusedmoe.kernels.align import dense
@@ -38,8 +38,6 @@ from fusedmoe.tuning.choice import PlainLayer, hopper_table, hopper_tiles_for
 from fusedmoe.tuning.hopper_tiles import DirectTiles, HopperTiles, PrefillTiles, hopper_tiles
 from fusedmoe.tuning.tuned_kernels import HOPPER
 from fusedmoe.tuning.tuned_table import TunedTable
-
-_ALIGNED_BYTES = 16
 
 
 def scratch_rows(tiles: HopperTiles, R: int, num_local: int) -> int:
@@ -67,11 +65,11 @@ def hopper_experts(
     x, w1, w2 = work.hidden_states, work.w1, work.w2
     (T, H), K = x.shape, work.topk_ids.shape[1]
     e, I = w1.shape[0], w2.shape[2]  # noqa: E741
-    if too_many_picks(K) or not _viewable(w1, w2):
+    if too_many_picks(K) or not viewable(w1, w2):
         work = work._replace(hidden_states=settled(x))
         triton_experts(work, activation_config, w1_bias, w2_bias, batch_invariant=batch_invariant)
         return
-    if not _readable(x):  # never so where rows are late: buffers are dense
+    if not readable(x):  # never so where rows are late: buffers are dense
         x = x.clone(memory_format=torch.contiguous_format)
     if tiles is None:
         sizes = T, K, work.global_num_experts, e, H, I
@@ -102,21 +100,6 @@ def hopper_experts(
             hopper_prefill(layer, tiles)
         else:
             hopper_decode(layer, tiles)
-
-
-def _viewable(*weights: torch.Tensor) -> bool:
-    """Whether TMA can read these as matrices."""
-    return all(w.is_contiguous() and w.data_ptr() % _ALIGNED_BYTES == 0 for w in weights)
-
-
-def _readable(rows: torch.Tensor) -> bool:
-    """Whether rows can be gathered 16 bytes at a time, and TMA can read them as a matrix."""
-    return (
-        rows.stride(1) == 1
-        and rows.stride(0) % ALIGNED_ELEMENTS == 0
-        and rows.stride(0) >= rows.shape[1]
-        and rows.data_ptr() % _ALIGNED_BYTES == 0
-    )
 
 
 class HopperExperts(FusedMoEExpertsModular):

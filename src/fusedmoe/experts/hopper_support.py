@@ -7,8 +7,11 @@ from functools import lru_cache
 import torch
 
 from fusedmoe.config import FusedMoEConfig
+from fusedmoe.kernels.hopper_decode import ALIGNED_ELEMENTS
 from fusedmoe.kernels.releases import is_known, known
 from fusedmoe.tuning.hopper_tiles import MAX_PICKS
+
+_ALIGNED_BYTES = 16
 
 
 @lru_cache
@@ -22,6 +25,22 @@ def missing_gluon() -> str | None:
     if not is_known(triton.__version__):
         return f"is written for the Gluon of Triton {known()}, this is {triton.__version__}"
     return None
+
+
+def viewable(*weights: torch.Tensor) -> bool:
+    """Whether TMA can read these, of 16 bits, as matrices."""
+    return all(w.is_contiguous() and w.data_ptr() % _ALIGNED_BYTES == 0 for w in weights)
+
+
+def readable(rows: torch.Tensor) -> bool:
+    """Whether rows of 16 bits can be gathered 16 bytes at a time, and TMA can read them as a
+    matrix."""
+    return (
+        rows.stride(1) == 1
+        and rows.stride(0) % ALIGNED_ELEMENTS == 0
+        and rows.stride(0) >= rows.shape[1]
+        and rows.data_ptr() % _ALIGNED_BYTES == 0
+    )
 
 
 def too_many_picks(K: int) -> str | None:
