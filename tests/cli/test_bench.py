@@ -274,10 +274,16 @@ def test_a_kind_of_picture_that_is_not_written_is_refused_before_measuring(cli) 
 
 def test_intensity_counts_the_experts_that_were_picked() -> None:
     row = {"T": 8, "k": 2, "E": 4, "H": 32, "I": 16, "format": "fp32", "active_experts": 3.0}
+    row |= {"us": 2.0, "tflops": 6 * 8 * 2 * 32 * 16 / 2e6}
     moved = 4 * (3 * 3 * 32 * 16 + 2 * 8 * 32)
-    assert intensity(row) == 6 * 8 * 2 * 32 * 16 / moved
+    assert intensity(row) == pytest.approx(6 * 8 * 2 * 32 * 16 / moved)
     assert intensity(row | {"active_experts": None}) < intensity(row)
-    assert intensity(row | {"format": "bf16"}) == 2 * intensity(row)
+    assert intensity(row | {"format": "bf16"}) == pytest.approx(2 * intensity(row))
+    four = 6 * 8 * 2 * 32 * 16 / (3 * 3 * 32 * 16 / 2 + 2 * 2 * 8 * 32)
+    assert intensity(row | {"format": "int4_g32"}) == pytest.approx(four)
+    no_gate = row | {"tflops": 4 * 8 * 2 * 32 * 16 / 2e6}
+    moved = 4 * (3 * 2 * 32 * 16 + 2 * 8 * 32)
+    assert intensity(no_gate) == pytest.approx(4 * 8 * 2 * 32 * 16 / moved)
 
 
 def test_an_empty_report_is_not_drawn(tmp_path: Path) -> None:

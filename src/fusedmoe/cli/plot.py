@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from fusedmoe.quantization.formats import format_named
+from fusedmoe.words import DTYPE_NAMES
+
 Row = dict[str, Any]
 
 WIDTH, HEIGHT_PER_GROUP, DOTS_PER_INCH = 13.0, 3.8, 130
@@ -101,10 +104,11 @@ def _draw_speed(axes: Any, title: str, rows: list[Row]) -> None:
 
 def _draw_roofline(axes: Any, rows: list[Row], report: dict[str, Any]) -> None:
     """FLOP per byte against FLOP rate; the roof is min(dense rate, bytes per second * x)."""
-    bandwidth, peak = report.get("read_gbs"), report.get(f"{rows[0]['format']}_tflops")
+    bandwidth, peak = report.get("read_gbs"), _dense_rate(rows[0]["format"], report)
     for name, mine in _by_implementation(rows).items():
-        rates = [flops(row) / row["us"] / 1e6 for row in mine]
-        axes.plot([intensity(row) for row in mine], rates, "o", label=name)
+        axes.plot(
+            [intensity(row) for row in mine], [row["tflops"] for row in mine], "o", label=name
+        )
     if bandwidth and peak:
         ridge = peak * 1e3 / bandwidth
         measured = [intensity(row) for row in rows]
@@ -117,17 +121,24 @@ def _draw_roofline(axes: Any, rows: list[Row], report: dict[str, Any]) -> None:
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def flops(row: Row) -> float:
-    """Multiplications and additions of the two gated GEMMs, for the rows that this rank has."""
-    pairs = row.get("pairs") or row["T"] * row["k"]
-    return 6.0 * pairs * row["H"] * row["I"]
+def _dense_rate(format: str, report: dict[str, Any]) -> float | None:
+    """TFLOP/s of a large product. Weights in fewer bits are multiplied as the rows' floats, which
+    are known where one dtype was measured."""
+    rates = {name: rate for name, rate in report.items() if name.endswith("_tflops")}
+    only = next(iter(rates.values())) if len(rates) == 1 else None
+    return rates.get(f"{format}_tflops", only)
 
 
 def intensity(row: Row) -> float:
-    """FLOP per byte: the picked experts' weights, the input and the output, once each.
+    """FLOP per byte: the picked experts' weights (without scales), the input and the output, once
+    each.
 
     A file that does not say how many experts were picked is read as if all were that could be.
     """
+    pairs = row.get("pairs") or row["T"] * row["k"]
     picked = row.get("active_experts") or min(row["E"], row["T"] * row["k"])
-    elements = picked * 3 * row["H"] * row["I"] + 2 * row["T"] * row["H"]
-    return flops(row) / (elements * (4 if row["format"] == "fp32" else 2))
+    flops = 1e6 * row["us"] * row["tflops"]
+    floats = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}.get(row["format"])
+    element = floats or format_named(row["format"]).bits / 8
+    weights = picked * flops / (2 * pairs)
+    return flops / (weights * element + 2 * row["T"] * row["H"] * (floats or 2))
