@@ -250,6 +250,18 @@ def test_a_token_alone_has_the_same_bits_in_every_company():
         assert torch.equal(together[part], some(part))
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("experts", ["cpu", "cpu_monolithic"])
+def test_no_tokens(experts, batch_invariant):
+    options = MoEOptions(experts=experts, batch_invariant=batch_invariant)
+    layer = FusedMoE(8, 2, 64, 48, torch.float32, options=options)
+    assert layer(torch.empty(0, 64), torch.empty(0, 8)).shape == (0, 64)
+    inputs = make_inputs(Case(T=0))
+    x, ids = inputs.hidden_states, inputs.topk_ids
+    given = x, inputs.w1, inputs.w2, inputs.topk_weights, ids
+    assert cpu_fused_experts(*given, batch_invariant=batch_invariant).shape == x.shape
+
+
 def test_no_gradient_and_no_trace_of_one():
     inputs = make_inputs(Case())
     x = inputs.hidden_states.requires_grad_()

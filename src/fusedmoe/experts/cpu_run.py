@@ -103,12 +103,13 @@ def run_layer(
     ``scratch`` fp32 [rows, H], rows >= K, is allocated where it is None.
     """
     T, K = topk_ids.shape
+    if T == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     if T == 1:
         return _run_one_token(layer, route, x, topk_weights, topk_ids)
     if batch_invariant:
         tokens = (t.split(1) for t in (x, topk_weights, topk_ids))
-        alone = [_run_one_token(layer, route, *one) for one in zip(*tokens, strict=True)]
-        return torch.cat(alone) if alone else torch.empty_like(x)
+        return torch.cat([_run_one_token(layer, route, *one) for one in zip(*tokens, strict=True)])
     if scratch is None:
         scratch = torch.empty(scratch_rows(T, K, x.shape[1]), x.shape[1])
     step = max(1, scratch.shape[0] // max(1, K))
