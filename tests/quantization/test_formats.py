@@ -137,7 +137,7 @@ def test_every_stored_number_comes_back(name):
     assert same_bytes(again.data, q.data) or zeros.any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "nf4", "iq4_nl"])
 def test_zero_rows_and_zero_weights_stay_zero(name):
     fmt = format_named(name)
     index = torch.arange(128).div(32).int().expand(2, 1, 128).flip(-1) if fmt.act_order else None
@@ -149,6 +149,13 @@ def test_zero_rows_and_zero_weights_stay_zero(name):
     assert (q.dequantize()[1] == 0).all()
     assert scale_values(q).isfinite().all()
     q.check_values()
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int8_channel", "iq4_nl"])
+def test_rows_too_small_for_a_scale_become_zero(name):
+    weight = torch.zeros(1, 1, 128)
+    weight[..., ::2] = 1e-44
+    assert (quantize(weight, format_named(name)).dequantize(torch.float32) == 0).all()
 
 
 @pytest.mark.parametrize(

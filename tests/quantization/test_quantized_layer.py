@@ -119,6 +119,8 @@ def test_a_checkpoint_in_our_names_loads(name):
         ("mxfp4", 160, 2),  # five groups: 96 units and 64
         ("nvfp4", 96, 4),  # six groups: two, two, two, none
         ("mxfp6_e2m3", 96, 2),
+        ("nf4", 128, 3),  # 43 becomes 64, and the last rank holds padding alone
+        ("iq4_nl", 96, 4),
     ],
 )
 def test_ranks_add_up_to_the_whole(name, width, tp):

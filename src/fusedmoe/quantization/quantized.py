@@ -280,10 +280,10 @@ def _weight_specs(owner: Owner, fmt: QuantFormat, stored: QuantFormat) -> list[P
             across = Axis(rows, row, file_per=stored.group.row)
             along = Axis(Dim.ONE) if col == -1 else Axis(columns, col, file_per=stored.group.col)
             axes = (across, along)
-        one = 127.0 if fmt.scale_kind == "e8m0" else 1.0
+        scale = 127.0 if fmt.scale_kind == "e8m0" else element.zeros_scale
         # Act-order columns of any rank may belong to any group.
         whole = {"sharded": False} if fmt.act_order and owner == "w2" else {}
-        specs.append(spec("weight_scale", *axes, dtype=fmt.scale_dtype, fill=one, **whole))
+        specs.append(spec("weight_scale", *axes, dtype=fmt.scale_dtype, fill=scale, **whole))
         if not fmt.symmetric:
             specs.append(spec("weight_zero_point", *axes, dtype=fmt.dtype, **whole))
     if fmt.second_scale:

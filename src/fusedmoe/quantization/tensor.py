@@ -38,13 +38,15 @@ _SMALLEST_GROUP = 16
 class ElementType(NamedTuple):
     """How numbers of a kind are stored: ``values`` consecutive columns in ``stored`` numbers.
 
-    ``zero`` is what a symmetric format subtracts.
+    ``zero`` is what a symmetric format subtracts, ``zeros_scale`` the scale of groups of zeros, and
+    of padding.
     """
 
     dtype: torch.dtype
     values: int = 1
     stored: int = 1
     zero: int = 0
+    zeros_scale: float = 1.0
 
 
 ELEMENTS: dict[str, ElementType] = {
@@ -56,9 +58,9 @@ ELEMENTS: dict[str, ElementType] = {
     # Three bytes, little-endian, hold columns 4c to 4c + 3 from the lowest bits on.
     "e3m2": ElementType(torch.uint8, 4, 3),
     "e2m3": ElementType(torch.uint8, 4, 3),
-    # Nibbles, packed as int4, that index a table.
-    "nf4": ElementType(torch.uint8, 2, 1),
-    "iq4_nl": ElementType(torch.uint8, 2, 1),
+    # Nibbles, packed as int4, that index a table: iq4_nl's lacks 0, and none begins with it.
+    "nf4": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
+    "iq4_nl": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     # GGUF's superblocks, which carry their scales.
     "q4_k": ElementType(torch.uint8, 256, 144),
     "q5_k": ElementType(torch.uint8, 256, 176),

@@ -218,7 +218,7 @@ def quantize(
     assert scale is not None
     group = PER_ROW if fmt.group.row == -1 else fmt.group
     spread = grid._replace(group=group).spread
-    values = values / spread(scale, N, K, group_index)
+    values = values / spread(scale.masked_fill(scale == 0, 1.0), N, K, group_index)
     if q.zero_point is not None:
         values = values.round() + spread(q.zero_point.to(values.dtype), N, K, group_index)
     elif fmt.type.zero:
@@ -253,7 +253,8 @@ def _scales(
         return {"scale": nvfp4.scales_for(amax, rows), "scale2": scale2, "zero_point": None}
     scale = codec(fmt).scale_for(amax)
     if fmt.scale_kind == "float":
-        scale = scale.to(fmt.scale_dtype).masked_fill(amax == 0, 1.0)
+        scale = scale.to(fmt.scale_dtype)
+        scale = scale.masked_fill(scale == 0, fmt.type.zeros_scale)
     return {"scale": _of_tensor(scale, fmt), "scale2": None, "zero_point": None}
 
 
@@ -272,8 +273,8 @@ def _integer_scales(
     low_code, high_code = (-8, 7) if fmt.element == "int4" else (int8.INT8_MIN, int8.INT8_MAX)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if fmt.symmetric:
-        scale = torch.maximum(high / high_code, low / low_code)
-        return scale.to(fmt.scale_dtype).masked_fill(scale == 0, 1.0), None
+        scale = torch.maximum(high / high_code, low / low_code).to(fmt.scale_dtype)
+        return scale.masked_fill(scale == 0, 1.0), None
     scale = ((high - low) / (high_code - low_code)).to(fmt.scale_dtype)
     scale = scale.masked_fill(scale == 0, 1.0)
     base = 0 if fmt.element == "int4" else low_code
