@@ -62,6 +62,33 @@ def test_dtypes(cli, mixtral: Path, dtype: str) -> None:
     assert len(json.loads(out)["runs"][0]["tokens"]) == 4
 
 
+def test_a_model_of_text_and_images_generates_text(cli, tmp_path: Path) -> None:
+    """The class that config.json names is loaded, which need not be one of language alone."""
+    import transformers
+
+    from fusedmoe.presets import VOCABULARY, make_tokenizer
+
+    text = {
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8},
+        **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"initializer_range": 0.2, "eos_token_id": None},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2},
+        **{"out_hidden_size": 32, "patch_size": 4, "deepstack_visual_indexes": []},
+    }
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    words = "--compare", "--device", "cpu", "--max-new-tokens", "4", "--json"
+    code, out, err = cli("generate", tmp_path, *words)
+    assert code == 0, err
+    assert json.loads(out)["tokens_agree"] is True
+
+
 def test_control_characters_never_reach_the_terminal(cli, mixtral: Path) -> None:
     _, out, _ = cli("generate", mixtral, "--prompt", "\x1b[2Jred\x07", "--max-new-tokens", "2")
     assert "\x1b" not in out

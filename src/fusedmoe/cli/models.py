@@ -95,31 +95,18 @@ def _is_of_tokenizer(path: Path) -> bool:
 def load_whole(
     folder: Path, dtype: torch.dtype | None, device: torch.device, *, tp: bool = False
 ) -> Any:
-    """The model; local files only, safetensors only, no code from the folder.
+    """The model of floats in ``folder``, with Transformers' own experts.
 
     ``tp``: cut over all processes as the model's own plan says, each part where it belongs.
     """
-    from transformers import AutoModelForCausalLM
+    from fusedmoe.integrations.transformers.from_pretrained import load_by_transformers
+
+    if not tp:
+        return load_by_transformers(folder, dtype).to(device).eval()
     from transformers.distributed import DistributedConfig
 
-    from fusedmoe.integrations.transformers.from_pretrained import check_complete
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **({"distributed_config": DistributedConfig(tp_plan="auto")} if tp else {}),
-        )
-    except Exception as error:
-        # A config.json that makes no sense fails in as many ways as there are models.
-        raise not_loaded(folder, error) from error
-    check_complete(info, folder)
-    return model.eval() if tp else model.to(device).eval()
+    plan = DistributedConfig(tp_plan="auto")
+    return load_by_transformers(folder, dtype, distributed_config=plan).eval()
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:

@@ -201,22 +201,7 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
     check_floats(checkpoint)
     register()
     folder = checkpoint.folder
-    try:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, info = _model_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise not_loaded(folder, error) from error
-    check_complete(info, folder)
+    model = load_by_transformers(folder, dtype)
     try:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     except ValueError as error:
@@ -231,7 +216,34 @@ def _load_floats(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torc
     return model.to(device).eval()
 
 
-def check_complete(info: Any, where: Path) -> None:
+def load_by_transformers(folder: Path, dtype: torch.dtype | None, **how: Any) -> Any:
+    """The model in a checked ``folder``, as Transformers loads it: local safetensors only, no code.
+
+    ``how`` are further arguments of its ``from_pretrained``. CheckpointError where it refuses, and
+    where the files do not fill the model.
+    """
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, info = _model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **how,
+        )
+    except Exception as error:
+        # A config.json that makes no sense fails in as many ways as there are models.
+        raise not_loaded(folder, error) from error
+    _check_complete(info, folder)
+    return model
+
+
+def _check_complete(info: Any, where: Path) -> None:
     """CheckpointError where the files do not fill the model.
 
     ``info`` is what Transformers' loader says: names that are missing, and (name, shape of the
@@ -302,7 +314,7 @@ def _load_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         _read_generation_config(model, source.where)
     except Exception as error:
         raise not_loaded(source.where, error) from error
-    check_complete(info, source.where)
+    _check_complete(info, source.where)
     if source.strict and info["unexpected_keys"]:
         more = ", ".join(sorted(str(key) for key in info["unexpected_keys"])[:4])
         raise CheckpointError(f"{source.where}: the model has no place for {more}")
