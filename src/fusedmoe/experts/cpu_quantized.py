@@ -137,9 +137,9 @@ class CpuQuantizedExperts(TorchQuantizedExperts):
             unpack(work.w2)
             super().run(work)
             return
-        e, width, _ = work.w1.shape
+        e, up_width, _ = work.w1.shape
         biases, scratch = (self.quant_config.w1_bias, self.quant_config.w2_bias), work.workspace13
-        layer = Layer(products, *biases, work.activation, self.activation_config, width)
+        layer = Layer(products, *biases, work.activation, self.activation_config, up_width)
         work.output.copy_(
             run_layer(
                 layer,

@@ -1,4 +1,4 @@
-"""The routed experts of one layer on a CPU, as one function of tensors.
+"""How the routed experts of one layer run on a CPU.
 
 Slots (t, k) are sorted by expert once (``cpu_plan.py``). The rows of a few consecutive experts make
 a block: gathered, multiplied expert by expert, activated together, multiplied again, written to
@@ -63,14 +63,14 @@ class Products(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the experts compute. ``width`` is S * I; biases are [e, S * I] and [e, H]."""
+    """What the experts compute. ``up_width`` is S * I; biases are [e, S * I] and [e, H]."""
 
     products: Products
     up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     activation: MoEActivation
     config: ApplyMoEActivationConfig
-    width: int
+    up_width: int
 
 
 class Buffers(NamedTuple):
@@ -83,8 +83,8 @@ class Buffers(NamedTuple):
 
     @classmethod
     def like(cls, x: torch.Tensor, rows: int, layer: Layer) -> Buffers:
-        width = layer.width // 2 if layer.activation.is_gated else layer.width
-        sizes = (x.shape[1], layer.width, width, x.shape[1])
+        width = layer.up_width // 2 if layer.activation.is_gated else layer.up_width
+        sizes = (x.shape[1], layer.up_width, width, x.shape[1])
         return cls(*(x.new_empty(rows, size) for size in sizes))
 
 
@@ -151,7 +151,7 @@ def _run_tokens(
     if not order.rows:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     tokens = torch.tensor(order.tokens)
-    blocks = list(blocks_of(order.counts, max(1, _BLOCK_ELEMENTS // layer.width)))
+    blocks = list(blocks_of(order.counts, max(1, _BLOCK_ELEMENTS // layer.up_width)))
     buffers = Buffers.like(x, max(block.stop - block.start for block in blocks), layer)
     for block in blocks:
         mine = tokens[block.start : block.stop]
@@ -188,7 +188,7 @@ def _run_one_token(
     products = layer.products
     # A copy, aligned whatever rows came with it: the results of a BLAS may depend on the address.
     x = x.clone(memory_format=torch.contiguous_format)
-    up = _one_row_each(products, products.entering(x), products.up, experts, layer.width, x)
+    up = _one_row_each(products, products.entering(x), products.up, experts, layer.up_width, x)
     up = _biased(up, layer.up_bias, experts)
     middle = activation_reference(layer.activation, up, layer.config).to(x.dtype)
     rows = products.between(middle)

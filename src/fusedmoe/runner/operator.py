@@ -84,8 +84,8 @@ class CompiledLayer(PlacedLayer):
         return router.eplb_state is None and router.capture_fn is None
 
     def can_be_opaque(self) -> bool:
-        """As ``Opaque`` says: not while something hooks into router or experts, and not where a
-        kernel holds weights in another order or tokens come from other ranks."""
+        """As ``Opaque`` says. Not so with a caller's own classes or hooks, with zero or removed
+        experts, and where tokens come from other ranks or a kernel holds weights in its order."""
         experts, router = self.routed_experts, self.router
         method = experts.quant_method
         self._find_tensors()

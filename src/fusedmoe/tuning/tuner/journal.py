@@ -30,8 +30,7 @@ class Journal:
     def __init__(self, timer: Timer, path: Path, subject: dict[str, Any]) -> None:
         self._timer, self._path, self._subject = timer, path, subject
         self._known: dict[Key, dict[Tile, float]] = {}
-        self.resumed = path.exists()
-        if self.resumed:
+        if path.exists():
             self._read()
 
     def prepare(self, stage: str, tiles: Sequence[Tile]) -> None:
