@@ -1,4 +1,4 @@
-"""Kernels compiled for Hopper on any machine, with the arguments that a launch would have.
+"""Kernels compiled for a GPU (Hopper, unless said) on any machine, as a launch would have them.
 
 Triton's interpreter, which the tests run kernels under, stands in the way: programs that compile
 run in a process of their own (``run_program``), and end by printing "compiled".
@@ -21,8 +21,8 @@ import torch
 from fusedmoe.kernels.releases import is_known, known
 
 TESTS = Path(__file__).parent
-SHARED_BYTES = 227 * 1024
-"""Of shared memory that one program may have."""
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+"""Of shared memory that one program may have, by compute capability."""
 
 _TYPES = {
     torch.uint8: "u8",
@@ -36,7 +36,7 @@ _TYPES = {
 }
 
 
-def run_program(program: str | Path, *, gluon: bool = True) -> None:
+def run_program(program: str | Path, *arguments: str, gluon: bool = True) -> None:
     """Run Python text, or a file of it, that compiles; ``gluon`` is for known Tritons alone."""
     triton = pytest.importorskip("triton")
     if gluon and not is_known(triton.__version__):
@@ -45,18 +45,22 @@ def run_program(program: str | Path, *, gluon: bool = True) -> None:
     environment["PYTHONPATH"] = f"{TESTS.parent / 'src'}:{TESTS}"
     words = [str(program)] if isinstance(program, Path) else ["-c", program]
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, *words, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
 
 
-def build(source: Any, **options: Any) -> Any:
+def build(source: Any, capability: int = 90, **options: Any) -> Any:
     """The compiled kernel. AssertionError where it takes more shared memory than there is."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.metadata.shared <= SHARED_BYTES, compiled.metadata.shared
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_BYTES[capability], compiled.metadata.shared
     return compiled
 
 
@@ -66,13 +70,14 @@ def compile_as_launched(
     *,
     gluon: bool = True,
     ones: bool = False,
+    capability: int = 90,
     divisible: Callable[[str, int], bool] = lambda name, value: False,
 ) -> Callable[..., None]:
     """A function to put in the place of a launch: (programs, descriptors, tensors, numbers,
     constants, **options), of which it compiles ``kernel`` and lets ``check`` look at the result.
 
     ``ones``: integers of 1 are constants. ``divisible``: which others are known to be multiples
-    of 16.
+    of 16. ``capability``: of the GPU, 90 for 9.0.
     """
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -108,7 +113,7 @@ def compile_as_launched(
             signature[name], values[(index,)] = "constexpr", value
         assert next(names, None) is None
         source = (GluonASTSource if gluon else ASTSource)(kernel, signature, values, attributes)
-        check(build(source, launch_pdl=True, **options))
+        check(build(source, capability, launch_pdl=capability >= 90, **options))
 
     return launch
 

@@ -307,6 +307,32 @@ def test_rows_that_are_not_contiguous(quantized_bodies):
     assert_right(case.run(tensors), expected, 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "rows", "since"),
+    [
+        ("int4_g128", None, (8, 0)),
+        ("int8_channel", INT8_DYNAMIC_TOKEN, (8, 0)),
+        ("mxfp4", None, (8, 0)),
+        ("q4_k", None, (8, 0)),
+        ("nvfp4", None, (8, 9)),
+        ("mxfp8", None, (8, 9)),
+        ("fp8_channel", None, (8, 9)),
+        ("fp8_block", FP8_DYNAMIC_128, (8, 9)),
+        ("int4_g128", FP8_DYNAMIC_TOKEN, (8, 9)),
+    ],
+)
+def test_e4m3_wants_a_gpu_that_reads_it(fmt, rows, since, monkeypatch):
+    moe = replace(WIDE, dtype=torch.bfloat16).config()
+    moe, weight = replace(moe, device=torch.device("cuda")), format_named(fmt).key
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found, reason = TritonQuantizedExperts.is_supported_config(
+            moe, weight, rows, TritonQuantizedExperts.activation_format()
+        )
+        assert found == (capability >= since), (capability, reason)
+        assert found or str(capability) in reason
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_no_format_is_dequantized_on_a_gpu(batched, monkeypatch):
     """Every weight format meets rows as they come, and rows of every format, without the

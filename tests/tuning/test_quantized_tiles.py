@@ -61,3 +61,13 @@ def test_steps_of_packed_weights_fit_the_shared_memory_of_smaller_gpus(element):
         rows = slots * tile.depth * 2
         ahead = tile.stages if tile.stages > 1 else 0
         assert ahead * (rows + tile.rows * tile.depth) <= 100 << 10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [(-1, -1), (32, 32), (128, 128)])
+def test_steps_of_other_weights_do_too(bits, groups):
+    for T in (*TOKENS, 192, 256, 384):
+        tiles = weight_only_tiles(T, 8, 128, 2048, 768, bits, groups, roomy=False)
+        for tile in tiles:
+            one = tile.depth * (2 * tile.slots + tile.rows * bits // 8)
+            assert tile.stages * one <= 99 << 10, (T, tile)

@@ -20,6 +20,7 @@ from fusedmoe.experts.triton_quantized_formats import (
     capabilities,
     emulated_capabilities,
     unmet_by_groups,
+    unmet_by_units,
 )
 from fusedmoe.experts.triton_quantized_ops import standard_op
 from fusedmoe.experts.triton_quantized_run import quantized_experts, row_width
@@ -52,7 +53,9 @@ class TritonQuantizedBase(FusedMoEExpertsModular):
     ) -> str | None:
         if activation_key == FP8_DYNAMIC_TENSOR and moe.options.batch_invariant:
             return "one scale for all rows follows the batch"
-        return unmet_by_groups(weight_key, None if cls.emulate else activation_key)
+        return unmet_by_units(moe.device, weight_key, activation_key) or unmet_by_groups(
+            weight_key, None if cls.emulate else activation_key
+        )
 
     @property
     def expects_unquantized_inputs(self) -> bool:

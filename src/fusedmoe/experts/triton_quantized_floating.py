@@ -73,15 +73,16 @@ def floating_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) ->
     (e, H, I), both = operands.w2.shape, (operands.w1, operands.w2)  # noqa: E741
     slow = any(is_packed(w.format) or w.format.element == "nf4" for w in both)
     bits = 4 if both[0].format.element in NIBBLES and not slow else 8
+    roomy = _is_roomy(operands.w1.data.device)
     tiles = weight_only_tiles(
-        T, K, e, H, I, bits, operands.columns, batch_invariant=batch_invariant
+        *(T, K, e, H, I, bits, operands.columns), batch_invariant=batch_invariant, roomy=roomy
     )
-    return QuantizedTiles(*(_fitting(w, t) for w, t in zip(both, tiles, strict=True)))
+    return QuantizedTiles(*(_fitting(w, t, roomy) for w, t in zip(both, tiles, strict=True)))
 
 
-def _fitting(w: QuantizedTensor, tile: QuantizedTile) -> QuantizedTile:
+def _fitting(w: QuantizedTensor, tile: QuantizedTile, roomy: bool) -> QuantizedTile:
     if is_packed(w.format):
-        return packed_tile(tile, w.format.element, roomy=_is_roomy(w.data.device))
+        return packed_tile(tile, w.format.element, roomy=roomy)
     depth, group = tile.depth, w.format.group.col
     if w.format.element in TABLES:
         depth = min(depth, 128)  # deeper steps need too many registers for table words

@@ -52,6 +52,22 @@ PAIRS: Pairs = frozenset(
 """(weight, activation) that the kernels multiply; None: activations as they come."""
 
 
+# e4m3 numbers, and those whose scales are.
+_E4M3 = frozenset({_FP8, "mxfp8", "nvfp4"})
+_E4M3_CAPABILITY = (8, 9)
+
+
+def unmet_by_units(device: torch.device, *keys: QuantKey | None) -> str | None:
+    """Why this GPU cannot read numbers of ``keys``, None where it can (or is no GPU)."""
+    e4m3 = next((key for key in keys if key is not None and key.dtype in _E4M3), None)
+    if e4m3 is None or device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _E4M3_CAPABILITY:
+        return None
+    return f"reads e4m3 ({e4m3}) from compute capability {_E4M3_CAPABILITY} on, not {capability}"
+
+
 def unmet_by_groups(weight_key: QuantKey | None, activation_key: QuantKey | None) -> str | None:
     """Why columns that share a scale do not fit the kernels' steps, None where they do."""
     int4 = weight_key is not None and weight_key.dtype == "int4"
@@ -82,7 +98,7 @@ def _capabilities(rows: FusedMoEActivationFormat, pairs: Pairs) -> ExpertsCapabi
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         weight_formats=pairs,
-        min_capability=(8, 9),
+        min_capability=(8, 0),
         requires=("triton",),
         batch_invariant=True,
         # No GPU of compute capability 9 multiplies floats of six bits.

@@ -86,17 +86,21 @@ def weight_only_tiles(
     groups: tuple[int, int],
     *,
     batch_invariant: bool = False,
+    roomy: bool = True,
 ) -> QuantizedTiles:
     """Tiles for rows in floating point and weights of ``bits`` bits; ``groups``: columns that share
-    a scale in w1 and w2 (-1: all); E counts local experts."""
+    a scale in w1 and w2 (-1: all); E counts local experts. Steps of more than 100 KiB: only where
+    shared memory is ``roomy`` (200 KiB)."""
     R = T * K
-    slots = 64 if batch_invariant else slots_block(R, E, 256 if bits == 4 else 128)
+    most = 256 if bits == 4 and roomy else 128
+    slots = 64 if batch_invariant else slots_block(R, E, most)
     if slots <= 32:
         # So few blocks that low tiles are needed to occupy every multiprocessor.
         lone = R * 4 <= E and R <= 16
         deep = bits == 4 and 0 < min(groups) < 128 and not lone
         depth = 256 if deep else 128
-        tile = QuantizedTile(32 if lone else 64, slots, depth, 1, 2 if lone else 4, 5 - (not lone))
+        stages = 5 if lone else 3 if deep and slots == 32 and not roomy else 4
+        tile = QuantizedTile(32 if lone else 64, slots, depth, 1, 2 if lone else 4, stages)
     elif slots == 64:
         tile = QuantizedTile(128, slots, 128, 4, 8, 3)
     else:
