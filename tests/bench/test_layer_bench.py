@@ -15,6 +15,7 @@ from fusedmoe.bench import (
     ceilings,
     contestants,
     measure,
+    peers,
     problems,
     run,
     run_layer_bench,
@@ -96,8 +97,8 @@ def test_every_contestant_computes_the_same_layer(shape, scope):
     everyone = [
         contestants.our_layer(shape, weights, None, scope),
         *(
-            contestants.peer(name, shape, weights, scope)
-            for name in contestants.PEERS
+            peers.peer(name, shape, weights, scope)
+            for name in peers.PEERS
             if name != "torch_mm"
             and not (shape.bias and "alone" in name)
             # The eager loop of this family does not know ids of other ranks.
@@ -154,7 +155,7 @@ def test_yardsticks_and_the_experts_scope_have_rows_of_their_own():
     assert by_name["torch_mm"]["error"] is None
     assert by_name["torch_grouped_mm_alone"]["error"] < 1e-5
     with pytest.raises(ValueError, match="unknown peer 'nobody'"):
-        contestants.peer("nobody", TINY, [])
+        peers.peer("nobody", TINY, [])
 
 
 def test_what_cannot_run_is_a_note_and_not_a_row(monkeypatch):

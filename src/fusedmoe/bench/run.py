@@ -16,15 +16,9 @@ from fusedmoe.bench.ceilings import (
     measure_ceilings,
     sound_ceilings,
 )
-from fusedmoe.bench.contestants import (
-    PEERS,
-    Contestant,
-    contestant_name,
-    default_peers,
-    our_layer,
-    peer,
-)
+from fusedmoe.bench.contestants import Contestant, contestant_name, our_layer
 from fusedmoe.bench.measure import MEMORY_SHARE, Effort, in_words, measure
+from fusedmoe.bench.peers import PEERS, default_peers, peer
 from fusedmoe.bench.problems import SCOPES, Cell, Problem, Scope, Weights, random_weights
 from fusedmoe.bench.report import BenchReport, make_header
 from fusedmoe.bench.shapes import LayerShape
@@ -61,7 +55,7 @@ def run_layer_bench(
     """Time the layer from router logits to output on random data.
 
     ``experts``: implementations by name or class (None is what selection chooses); ``peers``:
-    names of ``contestants.PEERS``, or True for ``contestants.default_peers``. ``repeats``: samples
+    names of ``peers.PEERS``, or True for ``peers.default_peers``. ``repeats``: samples
     per implementation (default 20 on a CPU, 50 on a GPU). ``scope`` "experts" begins at given
     picks. ``options`` are those of this library's layer, but for ``experts``. ``formats``: also
     with experts rounded to these ("int4_g32", "fp8_block", "mxfp4", ...); their ``error`` is
@@ -145,7 +139,7 @@ def run_cells(
 ) -> Iterator[Cell]:
     """Measure cells into ``report``, yielding each one before it begins.
 
-    ``peers``: names of ``contestants.PEERS`` for each cell. ``formats``: each of ours is measured
+    ``peers``: names of ``peers.PEERS`` for each cell. ``formats``: each of ours is measured
     with floats, and with experts rounded to each of these. Neighbours of the same shape and dtype
     share weights. ``report``'s header has the ceilings.
     """

@@ -37,7 +37,7 @@ def check_model(folder: Path) -> bool:
     CheckpointError where its config.json promises what the files do not have, or the other way
     round.
     """
-    from fusedmoe.integrations.transformers.from_pretrained import check_floats
+    from fusedmoe.integrations.transformers.loading import check_floats
 
     gguf = gguf_of(folder)
     if gguf is not None:
@@ -99,7 +99,7 @@ def load_whole(
 
     ``tp``: cut over all processes as the model's own plan says, each part where it belongs.
     """
-    from fusedmoe.integrations.transformers.from_pretrained import load_by_transformers
+    from fusedmoe.integrations.transformers.loading import load_by_transformers
 
     if not tp:
         return load_by_transformers(folder, dtype).to(device).eval()
