@@ -80,6 +80,11 @@ def packed(name, tile, dtype=BF16, act=MoEActivation.SILU, orders=(False, "", No
     grouped_gemm_packed.launch(product, *orders, dtype == BF16)
 
 
+for name in ("q2_k", "q3_k"):
+    for dtype in (BF16, torch.float16):
+        packed(name, FEW, dtype)
+        packed(name, SOME, dtype, MoEActivation.SWIGLUOAI)
+        packed(name, MANY, dtype, orders=(True, "sixes", None))
 packed("q4_k", FEW)
 packed("q4_k", MANY)
 packed("q5_k", SOME, act=MoEActivation.SWIGLUOAI)

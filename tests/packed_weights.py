@@ -53,18 +53,27 @@ def superblocks(kind: str, values: torch.Tensor, *, seed: int = 0, **layout) -> 
     blocks = (*lead, K // COLUMNS)
     raw = torch.randint(0, 256, (*blocks, codec.nbytes), dtype=torch.uint8, generator=gen)
     size = float(values.float().std()) if values.numel() else 1.0
-    largest = {"q4_k": 16, "q5_k": 32, "q6_k": 64}[kind]
-    # Uniform integers below ``largest`` have a deviation of about 0.29 of it; scales are near 48.
-    d = size / (0.29 * largest * 48) * (0.5 + torch.rand(*blocks, 1, generator=gen))
-    if kind == "q6_k":
+    largest = {"q2_k": 4, "q3_k": 8, "q4_k": 16, "q5_k": 32, "q6_k": 64}[kind]
+    usual = {"q2_k": 12, "q3_k": 24}.get(kind, 48)  # of the scales, which are whole numbers
+    # Uniform integers below ``largest`` have a deviation of about 0.29 of it.
+    d = size / (0.29 * largest * usual) * (0.5 + torch.rand(*blocks, 1, generator=gen))
+    if kind == "q2_k":
+        scales = torch.randint(8, 16, (*blocks, 16), generator=gen)
+        minima = (scales + torch.randint(-2, 3, (*blocks, 16), generator=gen)).clamp(0, 15)
+        raw[..., :16] = scales | minima << 4
+        raw[..., codec.floats] = torch.cat([d, d * 1.5], -1).half().view(torch.uint8)
+    elif kind == "q3_k":
+        # All bits of scales are drawn, too: they are less than 32 away from zero.
+        raw[..., codec.floats] = d.half().view(torch.uint8)
+    elif kind == "q6_k":
         signs = torch.randint(0, 2, (*blocks, 16), generator=gen) * 2 - 1
         scales = torch.randint(32, 64, (*blocks, 16), generator=gen) * signs
         raw[..., 192:208] = scales.to(torch.int8).view(torch.uint8)
-        raw[..., 208:210] = d.half().view(torch.uint8)
+        raw[..., codec.floats] = d.half().view(torch.uint8)
     else:
         scales = torch.randint(32, 64, (*blocks, 8), generator=gen)
         minima = (scales + torch.randint(-8, 9, (*blocks, 8), generator=gen)).clamp(0, 63)
-        raw[..., 0:4] = torch.cat([d, d * (largest - 1) / 2], -1).half().view(torch.uint8)
+        raw[..., codec.floats] = torch.cat([d, d * (largest - 1) / 2], -1).half().view(torch.uint8)
         raw[..., 4:16] = _sixths(scales, minima)
     return QuantizedTensor(
         format=superblock_format(kind),

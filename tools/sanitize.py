@@ -326,8 +326,8 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
         fmt = format_named(name)
         if name in CODECS:
             raw = torch.randint(0, 256, (e, N, fmt.data_columns(D)), dtype=torch.uint8)
-            scales = slice(208, 210) if name == "q6_k" else slice(0, 4)
-            raw.view(e, N, D // 256, -1)[..., scales] = 16  # two bytes of a small number
+            # Each two bytes of a small number.
+            raw.view(e, N, D // 256, -1)[..., CODECS[name].floats] = 16
             shape = (e, N, D)
             return QuantizedTensor(
                 format=fmt, data=raw.cuda(), scale=None, shape=shape, shards=shards

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedmoe.quantization.formats.superblocks import CODECS
+
 
 def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Random bytes of a type [rows, ...] with small finite scales."""
@@ -23,10 +25,11 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     elif kind == "NVFP4":
         raw[..., 0:4] = generator.integers(0, 32, (*raw.shape[:2], 4))
         raw[0, 0, 3] = 127  # for 0
-    elif kind == "Q6_K":
-        raw[..., 208:210] = bytes_of[..., :2] // 8
-    elif kind in ("Q4_K", "Q5_K"):
-        raw[..., 0:4] = bytes_of
+    elif kind.lower() in CODECS:
+        where = CODECS[kind.lower()].floats
+        raw[..., where] = bytes_of[..., : where.stop - where.start]
+        if kind == "Q6_K":
+            raw[..., where] //= 8
     else:
         raw[..., 0:2] = bytes_of[..., :2]
     return raw.reshape(rows, -1)

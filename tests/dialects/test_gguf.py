@@ -19,6 +19,7 @@ from fusedmoe.presets import write_preset
 from fusedmoe.quantization.dialects import Matrix
 from fusedmoe.quantization.dialects.base import read_matrix
 from fusedmoe.quantization.dialects.gguf import SCHEMES, GgufQuantization
+from fusedmoe.quantization.formats.superblocks import CODECS
 from fusedmoe.weights.gguf_file import TYPES, ArrayOf, GgufFile
 from fusedmoe.weights.gguf_parts import GgufParts
 
@@ -71,11 +72,11 @@ def test_a_scale_beside_nvfp4_multiplies_it() -> None:
         read_matrix(scaled, raw, matrix)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "MXFP4"])
 def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
     raw = blocks(kind, 2, 256)
-    where = {"Q6_K": slice(208, 210), "MXFP4": slice(0, 1)}.get(kind, slice(0, 2))
-    raw[1, where] = 255
+    codec, own = CODECS.get(kind.lower()), slice(0, 1 if kind == "MXFP4" else 2)
+    raw[1, own if codec is None else codec.floats] = 255
     matrix = Matrix(name="blk.0.ffn_up_exps", N=2, K=256)
     with pytest.raises(ValueError, match=r"_exps\.weight: expected finite .*found nan.* at \[1, 0"):
         read_matrix(SCHEMES[kind], {"weight": torch.from_numpy(raw)}, matrix)
@@ -190,7 +191,8 @@ def test_hostile_files_are_refused(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("up", "down"), [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "IQ4_XS"), ("Q4_0", "NVFP4")]
+    ("up", "down"),
+    [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "IQ4_XS"), ("Q4_0", "NVFP4"), ("Q3_K", "Q2_K")],
 )
 def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
     import gguf
@@ -236,8 +238,8 @@ def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
 
 
 def test_types_that_are_not_known_are_refused() -> None:
-    quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "Q2_K"})
-    with pytest.raises(ValueError, match="stored as Q2_K; known: Q8_0"):
+    quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "Q4_1"})
+    with pytest.raises(ValueError, match="stored as Q4_1; known: Q8_0"):
         quantization.scheme("blk.0.ffn_up_exps")
 
 
@@ -363,6 +365,7 @@ def tiny_model(architecture: str, model_type: str) -> Any:
     ("architecture", "model_type", "up", "down"),
     [
         ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
+        ("qwen3moe", "qwen3_moe", "Q2_K", "Q3_K"),
         ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
         ("qwen2moe", "qwen2_moe", "NVFP4", "NVFP4"),
         ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),

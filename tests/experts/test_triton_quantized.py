@@ -22,7 +22,7 @@ from fusedmoe.experts.triton_quantized_run import batched_quantized_experts
 from fusedmoe.kernels.quantize import quantize_rows
 from fusedmoe.modular_kernel import ExpertsWork
 from fusedmoe.quantization.config import FusedMoEQuantConfig
-from fusedmoe.quantization.formats import format_named
+from fusedmoe.quantization.formats import format_named, superblocks
 from fusedmoe.quantization.formats.keys import ACTIVATION_KEYS
 from fusedmoe.quantization.keys import (
     ANY,
@@ -60,6 +60,10 @@ CASES = {
     "nvfp4": Quantized("nvfp4"),
     "nf4": Quantized("nf4", layer=replace(PLAIN, I=128)),
     "iq4_nl_bias": Quantized("iq4_nl", layer=replace(PLAIN, bias=True)),
+    "q2_k_by_q3_k": Quantized("q2_k", layer=BLOCKS, down="q3_k"),
+    "q3_k_bias_by_q2_k": Quantized(
+        "q3_k", layer=replace(BLOCKS, activation=MoEActivation.SWIGLUOAI, bias=True), down="q2_k"
+    ),
     "q4_k_by_q6_k": Quantized("q4_k", layer=BLOCKS, down="q6_k"),
     "q5_k_bias_by_int8": Quantized("q5_k", layer=replace(BLOCKS, bias=True), down="int8_g32"),
     "int4_by_q5_k": Quantized("int4_g32", layer=BLOCKS, down="q5_k"),
@@ -346,7 +350,7 @@ def test_no_format_is_dequantized_on_a_gpu(batched, monkeypatch):
     names = (
         *("fp8_tensor", "fp8_channel", "fp8_block", "int8_channel", "int8_g32_zp", "int4_g32"),
         *("int4_channel_zp", "int4_g32_act_order", "int8_g32_zp_act_order", "mxfp4", "mxfp8"),
-        *("mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl", "q4_k", "q5_k", "q6_k"),
+        *("mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl", *superblocks.CODECS),
     )
     for name in names:
         weight = format_named(name).key

@@ -43,6 +43,10 @@ FORMATS = {
     "nf4": ("nf4", None, False),
     "iq4_nl": ("iq4_nl", None, False),
     "iq4_nl_wide": ("iq4_nl@float32", None, False),
+    "q2_k": ("q2_k", None, False),
+    "q3_k": ("q3_k", None, False),
+    "q2_k_by_q3_k": ("q2_k", "q3_k", False),
+    "q3_k_by_q2_k": ("q3_k", "q2_k", False),
     "q4_k": ("q4_k", None, False),
     "q5_k": ("q5_k", None, False),
     "q6_k": ("q6_k", None, False),
@@ -65,7 +69,7 @@ LAYERS = {
         LAYER, activation=MoEActivation.RELU2_NO_MUL, bias=True, T=33, E=32, local=9
     ),
 }
-EVERYWHERE = ["q4_k_by_q6_k", "e3m2", "nf4", "sorted_zp", "table"]
+EVERYWHERE = ["q2_k_by_q3_k", "q4_k_by_q6_k", "e3m2", "nf4", "sorted_zp", "table"]
 MATRIX = [
     (fmt, layer)
     for layer in LAYERS
@@ -117,7 +121,7 @@ def test_batches(fmt):
     assert error(out, case.expected(tensors)) <= WEIGHT_ONLY_ERROR
 
 
-@pytest.mark.parametrize("fmt", ["q4_k", "nf4", "e2m3", "sorted"])
+@pytest.mark.parametrize("fmt", ["q2_k", "q3_k", "q4_k", "nf4", "e2m3", "sorted"])
 def test_fp16(fmt):
     case = case_of(fmt, replace(LAYER, dtype=torch.float16))
     tensors = case.layer.tensors()

@@ -26,7 +26,8 @@ N = 24
 # Columns: whole steps, cut steps.
 FORMATS = [
     *((kind, 512) for kind in CODECS),
-    ("q6_k", 768),  # rows of no whole number of words
+    ("q6_k", 768),  # rows of no whole number of 16 bytes
+    ("q2_k", 768),
     ("mxfp6_e3m2", 96),
     ("mxfp6_e2m3", 288),
     ("int4_g32_act_order", 96),
@@ -34,7 +35,8 @@ FORMATS = [
     ("int8_g32_act_order", 96),
     ("int8_g32_zp_act_order", 160),
 ]
-ONE_OF_EACH = ["q4_k", "q6_k", "mxfp6_e3m2", "int4_g32_act_order"]
+TILED = ["q2_k", "q3_k", "q6_k"]
+ONE_OF_EACH = ["q2_k", "q3_k", "q4_k", "q6_k", "mxfp6_e3m2", "int4_g32_act_order"]
 BOTH = pytest.mark.parametrize("function", [triton_gemm, quantized_gemm_reference])
 
 
@@ -91,10 +93,10 @@ def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
 
 
 @BOTH
-@pytest.mark.parametrize("fmt", ["q6_k", "mxfp6_e3m2", "mxfp6_e2m3"])
+@pytest.mark.parametrize("fmt", [*TILED, "mxfp6_e3m2", "mxfp6_e2m3"])
 @pytest.mark.parametrize("slots", [16, 64])
 def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
-    w, tile = weights(fmt, 768), replace(tile_for(fmt, slots), depth=256 if fmt == "q6_k" else 128)
+    w, tile = weights(fmt, 768), replace(tile_for(fmt, slots), depth=256 if fmt in TILED else 128)
     a, ids = rows_and_ids(768, T=20)
     out = torch.full((ids.numel(), N), NAN)
     a_ordered, blocks = ordered(a, order_for(w.format, 768)), moe_align_block_size(ids, slots, E)
@@ -104,7 +106,9 @@ def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
 
 
 @BOTH
-@pytest.mark.parametrize(("order", "fmt"), [("units", "mxfp6_e3m2"), ("sixes", "q6_k")])
+@pytest.mark.parametrize(
+    ("order", "fmt"), [("units", "mxfp6_e3m2"), *(("sixes", fmt) for fmt in TILED)]
+)
 def test_columns_are_written_in_the_order_that_the_next_product_wants(function, order, fmt):
     width = 2 * REPEATS[order]
     wide = torch.randn(E, width, 256) / 16

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 superblocks = pytest.importorskip("fusedmoe.kernels.triton.superblocks")
 sextets = pytest.importorskip("fusedmoe.kernels.triton.sextets")
 sixes = pytest.importorskip("fusedmoe.kernels.triton.sixes")
+threes = pytest.importorskip("fusedmoe.kernels.triton.threes")
 
 
 def random_bytes(count):
@@ -46,6 +47,12 @@ def test_sixes():
         high = (four >> 4) + (((bits >> 4) & 3) << 4)
         assert numbers(out[:2]).equal(low + 128.0)
         assert numbers(out[2:]).equal(high + 128.0)
+
+
+def test_bytes_of_threes():
+    source, stored = threes._BYTES_ASM.value, torch.randint(0, 8, (64,), dtype=torch.uint8)
+    for word, four in zip(words_of(stored), stored.view(-1, 4), strict=True):
+        assert numbers(run_ptx(source, [word], 2)).equal(four + 128.0)
 
 
 @pytest.mark.parametrize(("kind", "element", "short"), [(E3M2, "e3m2", 124), (E2M3, "e2m3", 126)])

@@ -5,7 +5,7 @@ order of the step are copied as they lie, and one product takes all columns of a
 
     halves   the columns of even number, then those of odd number: two columns share a byte
     sixes    of every superblock of 256, tiles of 32: two neighbours of each of eight words in both
-             halves (``sixes``)
+             halves (``sixes``, ``threes``)
     units    of every 128 columns, tiles of 16: two neighbours of each unit (``sextets``)
     lanes    of every 32 columns, those that a lane of Hopper's products has (``lane_order``)
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.quantization.tensor import QuantFormat
-from fusedmoe.tuning.quantized_tiles import SEXTETS
+from fusedmoe.tuning.quantized_tiles import SEXTETS, TILED_SUPERBLOCKS
 
 HALVES, SIXES, UNITS, LANES = "halves", "sixes", "units", "lanes"
 REPEATS = {"": 1, HALVES: 2, SIXES: 256, UNITS: 128, LANES: 32}
@@ -41,7 +41,7 @@ def order_for(fmt: QuantFormat, D: int) -> str:
         order = HALVES
     elif fmt.element in SEXTETS:
         order = UNITS
-    elif fmt.element == "q6_k":
+    elif fmt.element in TILED_SUPERBLOCKS:
         order = SIXES
     return "" if D % REPEATS[order] else order
 

@@ -1,6 +1,6 @@
 """Weights that take more than a mask to become numbers, as ``quantized_gemm`` reads them.
 
-GGUF's superblocks (q4_k, q5_k, q6_k), floats of six bits (MXFP6), and integers whose columns name
+GGUF's superblocks (q2_k to q6_k), floats of six bits (MXFP6), and integers whose columns name
 their groups (act-order). Triton body: ``kernels/triton/grouped_gemm_packed.py``.
 """
 

@@ -62,6 +62,8 @@ ELEMENTS: dict[str, ElementType] = {
     "nf4": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     "iq4_nl": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     # GGUF's superblocks, which carry their scales.
+    "q2_k": ElementType(torch.uint8, 256, 84),
+    "q3_k": ElementType(torch.uint8, 256, 112),
     "q4_k": ElementType(torch.uint8, 256, 144),
     "q5_k": ElementType(torch.uint8, 256, 176),
     "q6_k": ElementType(torch.uint8, 256, 212),

@@ -15,7 +15,9 @@ LONGEST_FP8_SUM = 256
 FEWEST_PREFILL_MEAN = 16
 MOST_LONE_MEAN = 64
 SUPERBLOCK_COLUMNS = 256
-SUPERBLOCKS = frozenset({"q4_k", "q5_k", "q6_k"})
+TILED_SUPERBLOCKS = frozenset({"q2_k", "q3_k", "q6_k"})
+"""Those whose columns become numbers in tiles of 32 (``kernels/triton/sixes.py``)."""
+SUPERBLOCKS = frozenset({"q4_k", "q5_k"}) | TILED_SUPERBLOCKS
 SEXTETS = frozenset({"e3m2", "e2m3"})
 LEAST_ORDERED_SLOTS = 64
 """Of a block, for floats of six bits to meet rows in the order of their tiles."""
@@ -115,7 +117,7 @@ def packed_tile(tile: QuantizedTile, element: str, *, roomy: bool = True) -> Qua
     (200 KiB) is one more on its way."""
     many, sextets = tile.slots > 64, element in SEXTETS
     if element in SUPERBLOCKS:
-        alone = tile.slots == 64 and element != "q6_k"
+        alone = tile.slots == 64 and element not in TILED_SUPERBLOCKS
         depth, stages = SUPERBLOCK_COLUMNS, 1 if alone or (many and not roomy) else 2
     else:
         deep = sextets and tile.slots < LEAST_ORDERED_SLOTS

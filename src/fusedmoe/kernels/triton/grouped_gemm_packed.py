@@ -7,13 +7,14 @@ the SLOTS slots of one block. a [rows, D], columns dense; w in the canonical lay
 ELEMENT says how DEPTH columns of a row are read (``packed_products``), always in tiles (columns
 that one product takes together, in any order; with A_ORDERED rows lie tile by tile):
 
-    q4_k, q5_k, q6_k   one superblock of 256 columns (``superblocks``, ``sixes``), scales within
+    q2_k to q6_k       one superblock of 256 columns (``threes`` for the first two, ``superblocks``
+                       for the next two, ``sixes``), scales within
     e3m2, e2m3         units of sixteen columns in three words (``sextets``), e8m0 scales
     int4, int8         act-order: the group of a column comes from a table [e, S, D], so each number
                        fetches its own scale; groups out of range count as the last one
 
-Numbers are multiplied by their scales and rounded once, to the dtype of a; with SUMS (q4_k, q5_k)
-integers meet the rows, and scales the sums of groups.
+Numbers are multiplied by their scales and rounded once, to the dtype of a; with SUMS (q2_k, q4_k,
+q5_k), and always of q3_k, integers meet the rows, and scales sums.
 """
 
 import torch
@@ -23,15 +24,15 @@ import triton.language as tl
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, row_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
-from fusedmoe.kernels.triton.packed_products import (
-    add_ordered,
-    add_sextets,
-    add_sixes,
-    add_superblocks,
-    sum_groups,
-)
+from fusedmoe.kernels.triton.packed_products import add_ordered, add_sextets
 from fusedmoe.kernels.triton.quantized_common import finished, store_features, tile_rows
 from fusedmoe.kernels.triton.quantized_launch import launch_product, precision_of
+from fusedmoe.kernels.triton.superblock_products import (
+    add_sixes,
+    add_superblocks,
+    add_threes,
+    sum_groups,
+)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -101,12 +102,16 @@ def packed_gemm_kernel(
     scales_at = (expert * N * SHARDS + row) * groups
 
     total = tl.zeros([ROWS, SLOTS], dtype=tl.float32)
-    if SUMS:
+    if SUMS and ELEMENT != "q2_k":
         total = sum_groups(total, w_rows, a_row, live, D, ELEMENT, PRECISION, NATIVE)
     else:
         for first in range(0, D, DEPTH):
             if ELEMENT == "q6_k":
                 total = add_sixes(total, w_rows, a_row, live, first, A_ORDERED, PRECISION, NATIVE)
+            elif ELEMENT == "q2_k" or ELEMENT == "q3_k":
+                total = add_threes(
+                    total, w_rows, a_row, live, first, ELEMENT, SUMS, A_ORDERED, PRECISION, NATIVE
+                )
             elif ELEMENT == "q4_k" or ELEMENT == "q5_k":
                 total = add_superblocks(
                     total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE
@@ -138,8 +143,8 @@ def packed_gemm_kernel(
 
 
 _launch = Launcher(packed_gemm_kernel, chained=True)
-# Groups of 32 columns, whose scales meet sums while slots are so few that this takes less.
-_FEW_GROUPS, MOST_SUMS = ("q4_k", "q5_k"), 32
+# Superblocks with minima, whose scales meet sums while slots are so few that this takes less.
+_MINIMA, MOST_SUMS = ("q2_k", "q4_k", "q5_k"), 32
 
 
 def launch(
@@ -154,7 +159,7 @@ def launch(
     a, w, c, _, tile, *_ = product
     element, scale = w.format.element, w.scale
     groups = 0 if scale is None else scale.shape[2]
-    sums = element in _FEW_GROUPS and a.shape[1] > 0 and tile.slots <= MOST_SUMS
+    sums = element in _MINIMA and a.shape[1] > 0 and tile.slots <= MOST_SUMS
     launch_product(
         _launch,
         product,

@@ -31,6 +31,19 @@ def beside(x, y):
 
 
 @triton.jit
+def side_by_side(x, y):
+    """Two tiles as one, the columns of the second behind those of the first."""
+    both = tl.permute(tl.join(x, y), (0, 2, 1))
+    return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def four_tiles(x, y, z, w):
+    """Four tiles as one."""
+    return side_by_side(side_by_side(x, y), side_by_side(z, w))
+
+
+@triton.jit
 def _sextet(units, COLUMN: tl.constexpr, ELEMENT: tl.constexpr):
     """The float of a column of units, in fp32, short of 2^124 or 2^126: exponent and mantissa are
     moved to where fp32 has them, subnormal numbers included."""

@@ -9,7 +9,7 @@
     MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
     NVFP4    64 columns in 36 bytes: 4 scales of e4m3 without a sign, then for 16 columns each
              8 bytes, columns 0-7 in low nibbles; a scale of all may lie beside it   nvfp4
-    Q4_K, Q5_K, Q6_K   256 columns in one superblock, kept as it is (Q6_K padded)   q4_k, q5_k, q6_k
+    Q2_K to Q6_K   256 columns in one superblock, kept as it is (Q3_K, Q6_K padded)   q2_k to q6_k
 
 Tensors arrive as their bytes, uint8 [N, K / columns * bytes]. Beside x.weight in NVFP4, x.scale
 (fp32, one or one per expert) multiplies it, and x.input_scale, not used here, was calibrated.
@@ -128,11 +128,10 @@ def _nvfp4_alone(matrix: Matrix, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
     """The bytes as they are, their scales checked, each superblock padded to whole words."""
-    blocks = _blocks(matrix, CODECS[kind].in_files, raw, 256)
-    where = slice(208, 210) if kind == "q6_k" else slice(0, 4)
-    scales = blocks[..., where].contiguous().view(torch.float16)
-    check_finite(matrix, "weight", scales)
-    return CODECS[kind].padded(blocks)
+    codec = CODECS[kind]
+    blocks = _blocks(matrix, codec.in_files, raw, 256)
+    check_finite(matrix, "weight", blocks[..., codec.floats].contiguous().view(torch.float16))
+    return codec.padded(blocks)
 
 
 def _scheme(

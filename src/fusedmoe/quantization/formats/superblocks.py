@@ -2,12 +2,17 @@
 
     q4_k 144 bytes  d, dmin fp16; 12 bytes of 6-bit scales and minima; 128 bytes of nibbles
     q5_k 176 bytes  as q4_k, with 32 bytes of fifth bits before the nibbles
-    q6_k 212 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16, two bytes of
-                    padding, which files have not: superblocks begin at whole words
+    q2_k  84 bytes  16 bytes of 4-bit scales (low) and minima (high); 64 bytes of bit pairs; d and
+                    dmin fp16
+    q6_k 212 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16
+    q3_k 112 bytes  32 bytes of high bits, 64 of bit pairs, 12 of 6-bit scales, d fp16
 
-q4_k, q5_k: 8 groups of 32 columns, value = d * scale * q - dmin * minimum. q6_k: 16 groups of 16
-columns, value = d * scale * (q - 32). data is uint8 [e, N, K / 256 * bytes], but for that padding
-as in the file; there is no scale beside it. These are read, not written.
+The last two end in two bytes of padding, which files have not: superblocks begin at whole words.
+
+q4_k, q5_k: 8 groups of 32 columns, value = d * scale * q - dmin * minimum; q2_k likewise in 16
+groups of 16 columns. q6_k, q3_k: 16 groups of 16 columns, value = d * scale * (q - 32), and
+d * (scale - 32) * (q - 4). data is uint8 [e, N, K / 256 * bytes], but for that padding as in the
+file; there is no scale beside it. These are read, not written.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ COLUMNS = 256
 
 class SuperBlock(NamedTuple):
     """A codec: ``nbytes`` for 256 columns, of which files have ``in_files``; ``read`` makes them
-    values [..., 256]."""
+    values [..., 256]. ``floats``: where its numbers in fp16 lie."""
 
     nbytes: int
     in_files: int
+    floats: slice
     read: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def decode(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -107,13 +113,39 @@ def _q6_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (groups * scale[..., None]).flatten(-2)
 
 
+def _pairs(packed: torch.Tensor) -> torch.Tensor:
+    """64 bytes of bit pairs, of 32 bytes the lowest pairs first: [..., 256]."""
+    runs = packed.unflatten(-1, (2, 32))
+    return torch.stack([(runs >> shift) & 3 for shift in (0, 2, 4, 6)], -2).flatten(-3)
+
+
+def _q2_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    groups = _pairs(blocks[..., 16:80]).to(dtype).unflatten(-1, (16, 16))
+    scale = _fp16(blocks[..., 80:82], dtype) * (blocks[..., :16] & 15).to(dtype)
+    least = _fp16(blocks[..., 82:84], dtype) * (blocks[..., :16] >> 4).to(dtype)
+    return (groups * scale[..., None] - least[..., None]).flatten(-2)
+
+
+def _q3_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    high = torch.cat([(blocks[..., :32] >> bit) & 1 for bit in range(8)], -1)
+    numbers = _pairs(blocks[..., 32:96]) | high << 2
+    # Of a scale, a nibble in the first 8 bytes, and in the last 4 two bits.
+    low = torch.cat([blocks[..., 96:104] & 15, blocks[..., 96:104] >> 4], -1)
+    top = torch.cat([(blocks[..., 104:108] >> shift) & 3 for shift in (0, 2, 4, 6)], -1)
+    scale = _fp16(blocks[..., 108:110], dtype) * ((low | top << 4).to(dtype) - 32)
+    groups = (numbers.to(dtype) - 4).unflatten(-1, (16, 16))
+    return (groups * scale[..., None]).flatten(-2)
+
+
 CODECS = {
-    "q4_k": SuperBlock(144, 144, _q4_k),
-    "q5_k": SuperBlock(176, 176, _q5_k),
-    "q6_k": SuperBlock(212, 210, _q6_k),
+    "q2_k": SuperBlock(84, 84, slice(80, 84), _q2_k),
+    "q3_k": SuperBlock(112, 110, slice(108, 110), _q3_k),
+    "q4_k": SuperBlock(144, 144, slice(0, 4), _q4_k),
+    "q5_k": SuperBlock(176, 176, slice(0, 4), _q5_k),
+    "q6_k": SuperBlock(212, 210, slice(208, 210), _q6_k),
 }
 
 
 def superblock_format(name: str) -> QuantFormat:
-    """ "q4_k", "q5_k" or "q6_k"."""
+    """By a name of ``CODECS``."""
     return QuantFormat(element=name, group=GroupShape(1, COLUMNS), scale_dtype=None)
