@@ -131,7 +131,8 @@ class Problem:
         cell, first = self.cell, self.situations[0]
         shape = cell.shape
         checked = min(cell.T, max(3, _CHECKED_PAIRS * shape.ranks // shape.k))
-        tokens = torch.linspace(0, cell.T - 1, checked).round().long().unique().tolist()
+        spread = torch.linspace(0, cell.T - 1, checked, device="cpu")
+        tokens = spread.round().long().unique().tolist()
         limit = SWIGLUOAI_LIMIT if shape.activation == "swigluoai" else None
         ids = first.topk_ids[tokens].long()
         return tokens, experts_reference(

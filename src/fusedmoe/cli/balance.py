@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     loads = {}
     for ranks in dict.fromkeys(args.ranks):
         placements = {
-            "in order": (torch.arange(P) % E).expand(load.shape[0], P),
+            "in order": (torch.arange(P, device=load.device) % E).expand(load.shape[0], P),
             "balanced": rebalance_experts(load, P, ranks),
         }
         loads[ranks] = {name: rank_loads(load, one, ranks) for name, one in placements.items()}
@@ -122,7 +122,7 @@ def _of_model(args: argparse.Namespace) -> torch.Tensor:
         raise CheckpointError(f"{folder}: not all of its MoE layers route by a router of their own")
     E = max(block.moe_config.num_experts for block in blocks)
     _check_divides(args, E)
-    load = torch.zeros(len(blocks), E, dtype=torch.int64)
+    load = torch.zeros(len(blocks), E, dtype=torch.int64, device="cpu")
     for index, block in enumerate(blocks):
         block.router.set_capture_fn(_counting(load[index]))
     prompt = prompt_tokens(tokenizer, args.prompt, device)

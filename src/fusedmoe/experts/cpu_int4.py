@@ -11,6 +11,7 @@ M rows, N and K of a weight [N, K], g columns to a group, G = K / g.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -104,13 +105,14 @@ def int4_weights(q: QuantizedTensor) -> list[Int4Weight]:
     (e, N, K), G, g = q.shape, q.scale.shape[-1], q.format.group.col
     group = next(size for size in _KERNEL_GROUPS if (K if g < 0 else g) % size == 0)
     by_row = G == 1
-    packed = torch.empty(q.data.shape, dtype=torch.uint8)
-    scales = torch.empty(e, K // group, N, 2, dtype=torch.bfloat16)
+    packed = torch.empty_like(q.data)
+    scales = q.data.new_empty(e, K // group, N, 2, dtype=torch.bfloat16)
     rounded = not by_row and any(bool((one != one.bfloat16()).any()) for one in q.scale)
     rest = torch.empty_like(scales) if rounded else None
+    floats = partial(q.data.new_empty, dtype=torch.float32)
     # Rows with one scale add small integers, which are exact, and need no offsets.
-    offset = None if q.zero_point is None or by_row else torch.empty(e, G, N)
-    factor = torch.empty(e, N) if by_row else None
+    offset = None if q.zero_point is None or by_row else floats((e, G, N))
+    factor = floats((e, N)) if by_row else None
     weights = []
     for expert in range(e):
         plain, order = sorted_columns(q[expert])
@@ -160,7 +162,7 @@ def unpacked_int4(weight: Int4Weight) -> torch.Tensor:
     """
     N, half = weight.packed.shape
     whole = N // _KERNEL_BLOCK * _KERNEL_BLOCK
-    codes = torch.empty(N, 2 * half, dtype=torch.uint8)
+    codes = weight.packed.new_empty(N, 2 * half)
     blocks = weight.packed[:whole].view(whole // _KERNEL_BLOCK, 2 * half, _KERNEL_BLOCK // 2)
     pairs = torch.stack([blocks & 15, blocks >> 4], -2)  # [blocks, K, 2, 32]
     codes[:whole] = pairs.flatten(-2).transpose(1, 2).reshape(whole, 2 * half)
@@ -195,7 +197,7 @@ def int4_linears(rows: FloatRows, weights: Sequence[Int4Weight]) -> torch.Tensor
     """[n, N] fp32: each of n weights times its row, or times the only one; see ``int8_linears``."""
     n = len(weights)
     if any(part is not None for w in weights for part in (w.rest, w.offset, w.factor, w.order)):
-        out = torch.empty(n, weights[0].scales.shape[1])
+        out = rows.x.new_empty(n, weights[0].scales.shape[1], dtype=torch.float32)
         return one_by_one(int4_linear, rows, rows.rows, weights, out)
     pieces = rows.x.split(rows.parts) if rows.rows == n else (rows.x,) * n
     product = torch.ops.aten._weight_int4pack_mm_for_cpu.default

@@ -136,7 +136,7 @@ def int8_weights(q: QuantizedTensor) -> list[Int8Weight]:
     (N, K), G = q.shape[-2:], scale.shape[1]
     matrices = G // gcd(G, max(1, _LEAST_COLUMNS // max(1, K // G)))
     scales = scale if matrices == G else scale.unflatten(1, (matrices, -1))
-    zeros = torch.zeros(N, dtype=torch.int32)
+    zeros = q.data.new_zeros(N, dtype=torch.int32)
     weights = []
     for expert in range(q.shape[0]):
         plain, order = sorted_columns(q[expert])
@@ -197,7 +197,7 @@ def int8_linears(rows: ByteRows, weights: Sequence[Int8Weight]) -> torch.Tensor:
     """
     n = len(weights)
     if not weights[0].by_row:
-        out = torch.empty(n, weights[0].zeros.shape[0])
+        out = rows.scale.new_empty(n, weights[0].zeros.shape[0])
         return one_by_one(int8_linear, rows, rows.rows, weights, out)
     codes = rows.codes.split(rows.parts) if rows.rows == n else (rows.codes,) * n
     scales = rows.scale.flatten().tolist()

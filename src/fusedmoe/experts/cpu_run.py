@@ -111,7 +111,7 @@ def run_layer(
         tokens = (t.split(1) for t in (x, topk_weights, topk_ids))
         return torch.cat([_run_one_token(layer, route, *one) for one in zip(*tokens, strict=True)])
     if scratch is None:
-        scratch = torch.empty(scratch_rows(T, K, x.shape[1]), x.shape[1])
+        scratch = x.new_empty(scratch_rows(T, K, x.shape[1]), x.shape[1], dtype=torch.float32)
     step = max(1, scratch.shape[0] // max(1, K))
     if step >= T:
         return _run_tokens(layer, route, x, topk_weights, topk_ids, scratch)
@@ -150,7 +150,7 @@ def _run_tokens(
     order = sort_slots(topk_ids.tolist(), route)
     if not order.rows:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    tokens = torch.tensor(order.tokens)
+    tokens = torch.tensor(order.tokens, device=x.device)
     blocks = list(blocks_of(order.counts, max(1, _BLOCK_ELEMENTS // layer.up_width)))
     buffers = Buffers.like(x, max(block.stop - block.start for block in blocks), layer)
     for block in blocks:
@@ -159,11 +159,11 @@ def _run_tokens(
         _run_block(layer, rows, block, buffers, scratch[block.start : block.stop])
     weights = topk_weights.flatten()
     if len(order.slots) < weights.numel():
-        weights = weights[torch.tensor(order.slots)]
+        weights = weights[torch.tensor(order.slots, device=x.device)]
     total = F.embedding_bag(
-        torch.tensor(order.rows),
+        torch.tensor(order.rows, device=x.device),
         scratch,
-        torch.tensor(order.offsets),
+        torch.tensor(order.offsets, device=x.device),
         mode="sum",
         per_sample_weights=weights,
     )
@@ -271,4 +271,6 @@ def _per_expert(
 
 def _biased(rows: torch.Tensor, bias: torch.Tensor | None, experts: list[int]) -> torch.Tensor:
     """rows + bias of each row's expert, in fp32; the rows themselves where there is no bias."""
-    return rows if bias is None else rows.float() + bias[torch.tensor(experts)].float()
+    if bias is None:
+        return rows
+    return rows.float() + bias[torch.tensor(experts, device=bias.device)].float()

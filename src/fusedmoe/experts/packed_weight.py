@@ -64,7 +64,7 @@ class Packed:
 
     def numbers(self, like: torch.Tensor) -> torch.Tensor:
         """All of them again, in the shape and dtype of ``like``."""
-        out = torch.empty(like.shape, dtype=like.dtype)
+        out = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         for one, weight in zip(out, self.weights, strict=True):
             one.copy_(self._unpack(weight))
         return out
@@ -107,7 +107,7 @@ def can_pack(weight: torch.Tensor) -> bool:
     has it."""
     if type(weight) is not nn.Parameter or weight.is_shared():
         return False
-    return weight.numel() > 0 and _owners(weight) == _owners(torch.empty(0))
+    return weight.numel() > 0 and _owners(weight) == _owners(torch.empty(0, device="cpu"))
 
 
 def _owners(tensor: torch.Tensor) -> int:
@@ -124,7 +124,7 @@ def pack(weight: torch.Tensor, packed: Packed) -> bool:
     with packing, torch.inference_mode(weight.is_inference()):
         if not (can_pack(weight) and packed.gives_back(weight)):
             return False
-        repeated = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
+        repeated = torch.zeros(1, dtype=weight.dtype, device="cpu").expand(weight.shape)
         with torch._C.DisableTorchFunctionSubclass():
             weight.packed = packed  # type: ignore[attr-defined]
             weight.was_packed = True  # type: ignore[attr-defined]

@@ -92,5 +92,5 @@ def align_arrivals_reference(
         sorted_ids[start : start + block.numel()] = block
         expert_ids[index] = expert
     used = torch.tensor([len(blocks) * block_size], dtype=torch.int32, device=ids.device)
-    early = torch.tensor([sum(not late for late, *_ in blocks)], dtype=torch.int32)
-    return MoEAlignment(sorted_ids, expert_ids, used), early.to(ids.device)
+    early = ids.new_tensor([sum(not late for late, *_ in blocks)], dtype=torch.int32)
+    return MoEAlignment(sorted_ids, expert_ids, used), early

@@ -93,7 +93,7 @@ def batched_align_reference(
     first = 0
     for expert, count in enumerate(expert_num_tokens.clamp(0, max_tokens).tolist()):
         blocks = -(-count // block_size)
-        sorted_ids[first : first + count] = expert * max_tokens + torch.arange(count)
+        sorted_ids[first : first + count] = torch.arange(count, device=device) + expert * max_tokens
         expert_ids[first // block_size : first // block_size + blocks] = expert
         first += blocks * block_size
     used = torch.tensor([first], dtype=torch.int32, device=device)

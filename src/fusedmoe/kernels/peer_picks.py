@@ -91,7 +91,7 @@ def add_picks_reference(
     T, K = topk_ids.shape
     known = (topk_ids >= 0) & (topk_ids < owners.shape[0])
     holders = owners[topk_ids.where(known, 0).long()].where(known, -1)
-    rowwise = torch.tensor([*pushed, False])[holders.long().cpu()].to(holders.device)
+    rowwise = holders.new_tensor([*pushed, False], dtype=torch.bool)[holders.long()]
     mine = picks.view(rows, K, -1)[:T].float()
     total = moe_fused_mul_sum_reference(mine, topk_weights, None, holders.where(rowwise, -1))
     for source in range(layout.world):

@@ -116,7 +116,8 @@ def make_inputs(
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=gen) * std).to(device, dtype)
+        drawn = torch.randn(*shape, generator=gen, dtype=torch.float32, device="cpu")
+        return (drawn * std).to(device, dtype)
 
     def weight(e: int, out: int, width: int) -> torch.Tensor:
         data = normal(e, out, width, std=2 * width**-0.5)
@@ -127,7 +128,7 @@ def make_inputs(
     logits = routing_logits(case.routing, case.T, case.E, case.K, seed)
     picked, ids = logits.topk(case.K)
     weights = picked.softmax(-1) if case.K > 1 else picked.sigmoid()
-    dropped = torch.rand(ids.shape, generator=gen) < case.dropped
+    dropped = torch.rand(ids.shape, generator=gen, dtype=torch.float32, device="cpu") < case.dropped
     ids, weights = ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0)
     rows = (
         normal(case.T, case.H),
@@ -137,10 +138,10 @@ def make_inputs(
     x, weights, ids = (_apart(tensor) if case.strided else tensor for tensor in rows)
     expert_map = None
     if case.local is not None:
-        expert_map = torch.full((case.E,), -1, dtype=torch.int32)
-        here = torch.randperm(case.E, generator=gen)[: case.local]
-        expert_map[here] = torch.arange(case.local, dtype=torch.int32)
-        expert_map = expert_map.to(device)
+        here = torch.randperm(case.E, generator=gen, device="cpu")[: case.local]
+        on_host = torch.full((case.E,), -1, dtype=torch.int32, device="cpu")
+        on_host[here] = torch.arange(case.local, dtype=torch.int32, device="cpu")
+        expert_map = on_host.to(device)
     return Inputs(
         hidden_states=x,
         w1=weight(e, width, case.H),

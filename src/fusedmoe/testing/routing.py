@@ -22,13 +22,13 @@ def _balanced(T: int, E: int, K: int, gen: torch.Generator) -> torch.Tensor:
 
 def _uniform(T: int, E: int, K: int, gen: torch.Generator) -> torch.Tensor:
     """Every set of K experts is equally likely."""
-    return torch.randn(T, E, generator=gen)
+    return torch.randn(T, E, generator=gen, dtype=torch.float32)
 
 
 def _power_law(T: int, E: int, K: int, gen: torch.Generator) -> torch.Tensor:
     """Expert i of a random order is as popular as (i + 1) ** -1.2, K drawn without replacement."""
-    rank = torch.randperm(E, generator=gen) + 1
-    gumbel = -torch.log(torch.empty(T, E).exponential_(generator=gen))
+    rank = torch.randperm(E, generator=gen).float() + 1
+    gumbel = -torch.log(torch.empty(T, E, dtype=torch.float32).exponential_(generator=gen))
     return gumbel - POWER * rank.log()
 
 
@@ -40,8 +40,9 @@ def _one_expert(T: int, E: int, K: int, gen: torch.Generator) -> torch.Tensor:
 def _choose(ids: torch.Tensor, E: int, gen: torch.Generator) -> torch.Tensor:
     """Random logits in which ``ids`` [T, K] are the K largest, the first pick the very largest."""
     T, K = ids.shape
-    logits = torch.rand(T, E, generator=gen)
-    return logits.scatter_add_(1, ids, _CHOSEN + torch.arange(K, 0, -1.0).expand(T, K))
+    logits = torch.rand(T, E, generator=gen, dtype=torch.float32)
+    chosen = _CHOSEN + torch.arange(K, 0, -1.0, dtype=torch.float32)
+    return logits.scatter_add_(1, ids, chosen.expand(T, K))
 
 
 _DISTRIBUTIONS: dict[str, Callable[[int, int, int, torch.Generator], torch.Tensor]] = {
@@ -65,5 +66,7 @@ def routing_logits(
         raise ValueError(f"unknown routing {routing!r}; known: {', '.join(ROUTINGS)}")
     if not 1 <= K <= E:
         raise ValueError(f"K {K} does not lie in [1, E {E}]")
-    gen = torch.Generator().manual_seed(seed)
-    return _DISTRIBUTIONS[routing](T, E, K, gen).to(device)
+    with torch.device("cpu"):
+        gen = torch.Generator().manual_seed(seed)
+        logits = _DISTRIBUTIONS[routing](T, E, K, gen)
+    return logits.to(device)

@@ -92,10 +92,11 @@ def disagreement(original: nn.Module, layer: nn.Module, top_k: int) -> str | Non
     w2 = layer.weights.w2()  # type: ignore[union-attr,operator]
     E, H = w2.shape[:2]
     tokens, picks = CHECKED_TOKENS, min(top_k, E)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, H, generator=generator).to(w2.device, w2.dtype)
-    ids = torch.rand(tokens, E, generator=generator).topk(picks).indices.to(w2.device)
-    weights = torch.rand(tokens, picks, generator=generator).to(w2.device, w2.dtype)
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(tokens, H, generator=generator).to(w2.device, w2.dtype)
+        ids = torch.rand(tokens, E, generator=generator).topk(picks).indices.to(w2.device)
+        weights = torch.rand(tokens, picks, generator=generator).to(w2.device, w2.dtype)
     try:
         wanted = _own_output(original, x, ids, weights)
     except Exception as error:

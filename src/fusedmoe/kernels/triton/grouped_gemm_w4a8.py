@@ -25,7 +25,7 @@ def _nibbles_asm() -> str:
 
     A permutation of bytes picks four out of eight at a time.
     """
-    codes = torch.arange(-8.0, 8.0).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    codes = torch.arange(-8.0, 8.0, device="cpu").to(torch.float8_e4m3fn).view(torch.uint8).tolist()
     a, b, c, d = (sum(codes[i + j] << (8 * j) for j in range(4)) for i in (0, 4, 8, 12))
     lines = [
         "{ .reg .b32 s, m, x, y, p, q;",

@@ -43,7 +43,7 @@ def entries_asm(table: tuple[float, ...], target: str) -> list[str]:
     two bytes, each from the lower or the upper half of the table. s are the lower three bits of
     nibbles, m chooses halves (``SELECTORS``).
     """
-    bits = torch.tensor(table).bfloat16().view(torch.int16).tolist()
+    bits = torch.tensor(table, dtype=torch.bfloat16, device="cpu").view(torch.int16).tolist()
     lines = []
     for byte, shift in (("l", 0), ("h", 8)):
         a, b, c, d = (

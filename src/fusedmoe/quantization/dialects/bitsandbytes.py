@@ -95,7 +95,7 @@ def _nf4_weight(matrix: Matrix, weight: torch.Tensor, table: torch.Tensor) -> to
         weight = weight.view(torch.uint8).reshape(-1, 1)
     expect(matrix, "weight", weight, (matrix.N * matrix.K // 2, 1), torch.uint8)
     expect(matrix, "weight.quant_map", table, (16,), torch.float32)
-    if not torch.allclose(table, torch.tensor(NF4_TABLE), rtol=0, atol=1e-6):
+    if not torch.allclose(table, table.new_tensor(NF4_TABLE), rtol=0, atol=1e-6):
         raise ValueError(
             f"{matrix.path('weight.quant_map')}: expected the NF4 table, found another"
         )

@@ -59,8 +59,8 @@ class MiniFloat(NamedTuple):
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values of codes below 2^bits."""
         magnitudes = self.magnitudes()
-        table = torch.tensor([*magnitudes, *(-m for m in magnitudes)], dtype=dtype)
-        return table.to(codes.device)[codes.long()]
+        values = [*magnitudes, *(-m for m in magnitudes)]
+        return codes.new_tensor(values, dtype=dtype)[codes.long()]
 
 
 E2M1 = MiniFloat(2, 1, 1)

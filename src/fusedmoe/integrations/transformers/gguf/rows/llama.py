@@ -42,7 +42,7 @@ def _scaled_rope(header: Header) -> dict[str, Any]:
     if not header.has(FREQUENCIES):
         return found
     factors = header.numbers(FREQUENCIES)
-    columns = torch.arange(len(factors), dtype=torch.float64) / len(factors)
+    columns = torch.arange(len(factors), dtype=torch.float64, device=factors.device) / len(factors)
     turns = _CONTEXT / (2 * math.pi * found["rope_theta"] ** columns)
     factor = float(factors.max())
     for low, high in ((1.0, 4.0), (1.0, 1.0)):
