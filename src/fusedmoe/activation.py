@@ -71,8 +71,10 @@ class MoEActivation(Enum):
 class ApplyMoEActivationConfig:
     """Numbers an activation may need; ``None`` takes the activation's own default or refuses.
 
-    ``clamp_limit`` bounds gate (above) and up (both sides). ``alpha`` and ``beta`` belong to the
-    swigluoai forms: (up + beta) * gate * sigmoid(alpha * gate).
+    ``clamp_limit`` bounds gate (above; for swiglustep silu(gate)) and up (both sides). ``alpha``
+    and ``beta`` belong to the swigluoai forms: (up + beta) * gate * sigmoid(alpha * gate).
+    ``situ_beta`` b and ``situ_linear_beta`` l belong to situ: b * tanh(gate / b) * sigmoid(gate) *
+    up, where l, if given, makes up l * tanh(up / l).
     """
 
     clamp_limit: float | None = None

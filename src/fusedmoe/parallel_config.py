@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 class ParallelGroups:
     """The process groups a layer uses, given explicitly; ``None`` is a group of one rank.
 
+    Ranks of ``tp`` hold the same tokens (with ``is_sequence_parallel`` different ones), those of
+    ``dp`` and ``pcp`` different ones. With ``enable_expert_parallel`` each expert is whole on one
+    of the ``dp * pcp * tp`` ranks, else cut over all of them. ``ep``: the group of all these ranks,
+    dp outermost, tp innermost, for one message in place of one per dimension; optional.
+
     ``peers``: memory that the ranks of one host share, where they have made some; one for all
     layers. Tokens then go through it. ``deep_ep``: a ``deep_ep.Buffer``, likewise, for the
     prepare/finalize of that package.
@@ -89,6 +94,8 @@ class FusedMoEParallelConfig:
 
     With expert parallelism every expert is whole on one rank (``tp_size == 1``) and the
     ``dp * pcp * tp`` ranks share the experts; without it each expert is sharded over them all.
+    ``sp_size``: how many tensor-parallel ranks hold different tokens, 1 without sequence
+    parallelism.
     """
 
     tp_size: int

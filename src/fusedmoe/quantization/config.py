@@ -34,8 +34,10 @@ class _Uses:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMoEQuantConfig:
-    """The four operands of a layer (two activations, two weights) and the first GEMM's numbers.
+    """How the four operands of a layer (two activations, two weights) are quantized.
 
+    ``gemm1_alpha``, ``gemm1_beta`` and ``gemm1_clamp_limit`` are the activation function's numbers,
+    where they are to replace the layer's own (``swiglu_alpha``, ``swiglu_beta``, ``swiglu_limit``).
     ``is_scale_swizzled``, ``is_scale_transposed`` and ``mx_alignment`` are hints about the scales
     of activations for kernels of other packages; ours take none of them.
     """
@@ -88,7 +90,9 @@ class FusedMoEQuantConfig:
         Without it ``per_out_ch_quant`` (weights) and ``per_act_token_quant`` (activations) give
         each row its own scale, and all of a tensor has one otherwise. ``a*_scale`` [1] make
         activations static. For nvfp4 ``g*_alphas`` [e] or [e, S] are the weights' second scales
-        times the activations', ``a*_gscale`` the inverses of the latter.
+        times the activations', ``a*_gscale`` the inverses of the latter. ``w*_group_index``: see
+        ``quantization/tensor.py``. ``act_scale_kind`` "e8m0" rounds activations' own scales up to
+        powers of two.
 
         Raises ValueError for contradictions and for weights without scales.
         """

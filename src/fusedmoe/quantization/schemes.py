@@ -1,9 +1,10 @@
 """FusedMoEQuantConfig for each of the usual schemes, under the names of the API reference.
 
 All tensors are in the canonical layout (``quantization/tensor.py``): scales per tensor [e, S], per
-channel [e, N, 1], per group [e, N, K / g]; zero points as scales; biases [e, N]; ``a*_scale`` fp32
-[1]. Weights named w1 are gate and up, those named w2 down; e local experts, S shards of w1 (gate,
-up; 1 for w2), N rows, K columns. All raise ValueError for contradictions and missing scales.
+channel [e, N, 1], per group [e, N, K / g], per block [e, S * ceil(N / S / bn), ceil(K / bk)]; zero
+points as scales; biases [e, N]; ``a*_scale`` fp32 [1]. Weights named w1 are gate and up, those
+named w2 down; e local experts, S shards of w1 (gate, up; 1 for w2), N rows, K columns. All raise
+ValueError for contradictions and missing scales.
 """
 
 from __future__ import annotations

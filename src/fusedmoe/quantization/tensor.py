@@ -58,7 +58,8 @@ ELEMENTS: dict[str, ElementType] = {
     # Three bytes, little-endian, hold columns 4c to 4c + 3 from the lowest bits on.
     "e3m2": ElementType(torch.uint8, 4, 3),
     "e2m3": ElementType(torch.uint8, 4, 3),
-    # Nibbles, packed as int4, that index a table: iq4_nl's lacks 0, and none begins with it.
+    # Nibbles, packed as int4, that index a table. Code 0 is not the value 0 (iq4_nl has none), so
+    # that groups of zeros need the scale 0.
     "nf4": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     "iq4_nl": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     # GGUF's superblocks, which carry their scales.

@@ -29,9 +29,9 @@ def fused_topk(
 ) -> TopkResult:
     """Plain top-k: gating_output [T, E] scored in fp32, the ``topk`` best, renormalized or not.
 
-    ``hidden_states`` [T, ...] say how many tokens there are, no more. ids are int32 or
-    ``indices_type``. Raises ValueError for shapes, dtypes and numbers that do not fit, as do the
-    functions below.
+    ``scoring_func`` is softmax, sigmoid, sqrtsoftplus or identity. ``hidden_states`` [T, ...] say
+    how many tokens there are, no more. ids are int32 or ``indices_type``. Raises ValueError for
+    shapes, dtypes and numbers that do not fit. The functions below read these arguments alike.
     """
     spec = _spec(hidden_states, gating_output, topk, renormalize, scoring_func)
     weights, ids, _ = route(gating_output, spec, indices_dtype=indices_type)
@@ -52,7 +52,11 @@ def fused_topk_bias(
     hash_indices_table: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
 ) -> RoutingResult:
-    """Top-k by score + bias [E], weighted by the score; or ids by ``input_tokens`` [T]."""
+    """Top-k by score + ``e_score_correction_bias`` [E]; weights are the scores without the bias.
+
+    With ``hash_indices_table`` int [vocab, topk] a token's experts are the row of its id in
+    ``input_tokens`` int [T] instead. ``routed_scaling_factor`` multiplies the weights at the end.
+    """
     scale = {"routed_scaling_factor": routed_scaling_factor}
     spec = _spec(hidden_states, gating_output, topk, renormalize, scoring_func, **scale)
     tensors = RoutingTensors(
@@ -72,9 +76,10 @@ def grouped_topk(
     routed_scaling_factor: float = 1.0,
     e_score_correction_bias: torch.Tensor | None = None,
 ) -> RoutingResult:
-    """Top-k within the ``topk_group`` best of ``num_expert_group`` groups.
+    """Top-k within the ``topk_group`` best of ``num_expert_group`` equal groups (0: no groups).
 
-    A group counts as much as its best expert, or with a bias as its two best together.
+    A group counts as much as its best expert, or with ``e_score_correction_bias`` [E] as its two
+    best together; the bias is as in ``fused_topk_bias``. ids are int32.
     """
     spec = _spec(
         hidden_states,
@@ -101,7 +106,7 @@ def fused_grouped_topk(
     scoring_func: str = "softmax",
     routed_scaling_factor: float = 1.0,
 ) -> RoutingResult:
-    """``grouped_topk`` with a bias; both names exist because both are in use."""
+    """``grouped_topk`` with a bias, under the name that other callers know it by."""
     return grouped_topk(
         hidden_states,
         gating_output,
@@ -116,7 +121,11 @@ def fused_grouped_topk(
 
 
 class GroupedTopk(nn.Module):
-    """``grouped_topk`` with its parameters kept, for models that own a routing module."""
+    """``grouped_topk`` with its parameters kept, for models that own a routing module.
+
+    ``num_fused_shared_experts`` N > 0 appends the experts E to E + N - 1 to each token's, with the
+    weight ``shared_expert_weight``: weights and ids are [T, topk + N].
+    """
 
     def __init__(
         self,
