@@ -87,7 +87,7 @@ for T in (FEW, MANY):
     if CAPABILITY >= 89:
         quantized("nvfp4", T)
         quantized("fp8_channel", T)
-    tile = w8a8_tiles(T, K, E, H, I, (-1, -1)).gemm1
+    tile = w8a8_tiles(T, K, E, (-1, -1)).gemm1
     w = pack(torch.randn(E, 2 * I, H), "int8_channel", shards=2)
     rows = QuantizedProduct(a.to(torch.int8), w, c, blocks, tile, K, None, SILU)
     grouped_gemm_quantized_w8a8.launch(rows, torch.ones(MANY, 1), None, -1, False)

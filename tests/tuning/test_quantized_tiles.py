@@ -29,14 +29,15 @@ def test_steps_and_groups_fit(shape, T, groups, bits):
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize("groups", [(-1, -1), (32, 32), (128, 128), (128, 64)])
 def test_a_step_never_crosses_a_scale(shape, T, groups):
-    tiles = w8a8_tiles(T, shape[1], shape[0], *shape[2:], groups)
+    tiles = w8a8_tiles(T, shape[1], shape[0], groups)
     assert tiles.gemm1.slots == tiles.gemm2.slots
     assert all(g == -1 or g % tile.depth == 0 for tile, g in zip(tiles, groups, strict=True))
 
 
 def test_batch_invariant_tiles_do_not_follow_the_number_of_tokens():
-    for function, rest in ((weight_only_tiles, (4, (128, 128))), (w8a8_tiles, ((128, 128),))):
-        found = {function(T, 8, 128, 2048, 768, *rest, batch_invariant=True) for T in TOKENS}
+    sizes = (2048, 768, 4)
+    for function, rest in ((weight_only_tiles, sizes), (w8a8_tiles, ())):
+        found = {function(T, 8, 128, *rest, (128, 128), batch_invariant=True) for T in TOKENS}
         assert len(found) == 1
 
 

@@ -108,8 +108,7 @@ def choose_tiles(operands: Operands, T: int, K: int, batch_invariant: bool) -> Q
     """Tiles for T tokens of K picks."""
     if operands.floating_rows:
         return floating_tiles(operands, T, K, batch_invariant)
-    e, H, I = operands.w2.shape  # noqa: E741
-    return w8a8_tiles(T, K, e, H, I, operands.columns, batch_invariant=batch_invariant)
+    return w8a8_tiles(T, K, operands.w2.shape[0], operands.columns, batch_invariant=batch_invariant)
 
 
 def quantized_experts(

@@ -137,14 +137,7 @@ def packed_tile(tile: QuantizedTile, element: str, *, roomy: bool = True) -> Qua
 
 @lru_cache(maxsize=4096)
 def w8a8_tiles(
-    T: int,
-    K: int,
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    groups: tuple[int, int],
-    *,
-    batch_invariant: bool = False,
+    T: int, K: int, E: int, groups: tuple[int, int], *, batch_invariant: bool = False
 ) -> QuantizedTiles:
     """Tiles for both operands in 8 bits; ``groups``: columns after which some scale changes in
     each GEMM, -1 for none."""
