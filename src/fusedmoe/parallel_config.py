@@ -126,6 +126,7 @@ class FusedMoEParallelConfig:
 
     @property
     def is_sequence_parallel(self) -> bool:
+        """Whether tensor-parallel ranks hold different tokens."""
         return self.sp_size > 1
 
     @staticmethod
@@ -216,6 +217,7 @@ class ParallelPlace:
 
     @property
     def data_parallel_rank(self) -> int:
+        """``dp_rank``, by the name that ``make`` reads."""
         return self.dp_rank
 
     @property

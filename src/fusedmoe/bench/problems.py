@@ -46,6 +46,7 @@ class Situation(NamedTuple):
 
 
 def pick(logits: torch.Tensor, k: int) -> Situation:
+    """The rule of all cells: softmax, the k largest, renormalised."""
     weights, ids = torch.softmax(logits.float(), dim=-1).topk(k, dim=-1)
     return Situation(logits, weights / weights.sum(-1, keepdim=True), ids.to(torch.int32))
 
@@ -90,6 +91,7 @@ class Problem:
 
     @classmethod
     def of(cls, cell: Cell, situations: int, device: torch.device) -> Problem:
+        """``situations`` of them, by the seeds 0, 1, ...; x is normal, of torch's own seed."""
         shape = cell.shape
         picked = [
             pick(
@@ -118,6 +120,7 @@ class Problem:
 
     @property
     def flops(self) -> float:
+        """Of both products for ``pairs``, two per multiplication and addition."""
         return self.cell.shape.pair_flops * self.pairs
 
     def error(self, weights: Weights, out: torch.Tensor) -> float:

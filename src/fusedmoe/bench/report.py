@@ -67,6 +67,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Percentiles:
+    """The median of some times and their tenth and ninetieth percentiles, in microseconds."""
+
     us: float
     p10_us: float
     p90_us: float

@@ -161,6 +161,7 @@ class PeerMemory:
                 copy_rows(view, self.buffers[to], x, num_tokens, rows)
 
     def join_copies(self) -> None:
+        """What follows on the current stream waits for the copies."""
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def give_up(self) -> None:

@@ -54,6 +54,8 @@ class SortedSlots(NamedTuple):
 
 
 class ExpertRows(NamedTuple):
+    """So many rows, one after the other, of one expert."""
+
     expert: int
     rows: int
 

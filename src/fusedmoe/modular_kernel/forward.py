@@ -48,7 +48,11 @@ def finish(pending: Receiver | tuple[Hook, Receiver]) -> Any:
 
 
 class Forward:
-    """Tokens on their way through the three stages: ``send``, ``compute``, ``fetch``."""
+    """Tokens on their way through three stages, with the wire busy in between.
+
+    ``send`` starts their dispatch; ``compute`` waits for it, runs the experts and starts the
+    combine; ``fetch`` waits for that: the output is then valid.
+    """
 
     def __init__(
         self,

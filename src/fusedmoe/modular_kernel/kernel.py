@@ -68,10 +68,14 @@ class FusedMoEKernel:
         while_combining: Callable[[], None] | None = None,
         tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """The routed output [T, H]. ``while_combining`` runs while the combine is in flight.
+        """The routed output [T, H] of hidden_states [T, H], weights float and ids int [T, K].
 
-        From ``MoEOptions.micro_batch_tokens`` on, in two halves that take turns (``forward.py``).
-        ``tokens_per_rank``: as ``FusedMoEPrepareAndFinalize.begin`` takes it.
+        Ids are global. ``w1`` and ``w2`` are this rank's, as its experts take them; ``expert_map``
+        int32 [global_num_experts] gives their local ids, -1 for those of other ranks.
+        ``while_combining`` runs while the combine is in flight. From
+        ``MoEOptions.micro_batch_tokens`` on, in two halves that take turns (``forward.py``).
+        ``tokens_per_rank``: as ``FusedMoEPrepareAndFinalize.begin`` takes it. Raises ValueError for
+        shapes, dtypes and counts that do not fit.
         """
         options = self.experts.moe_config.options
         check_rows(hidden_states, self.experts.moe_config)
@@ -232,6 +236,11 @@ class FusedMoEMonolithicKernel:
         input_ids: torch.Tensor | None = None,
         tokens_per_rank: Sequence[int] | None = None,
     ) -> torch.Tensor:
+        """The routed output [T, H] of hidden_states [T, H] and router_logits float [T, E].
+
+        ``router`` is the layer's, which the experts ask. Raises ValueError for shapes, dtypes and
+        devices that do not fit the layer.
+        """
         check_rows(hidden_states, self.experts.moe_config)
         if router_logits.dim() != 2 or router_logits.shape[0] != hidden_states.shape[0]:
             raise ValueError(

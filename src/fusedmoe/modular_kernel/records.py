@@ -31,6 +31,7 @@ class ExpertTokensMetadata:
 
     @classmethod
     def make_from_list(cls, counts: Sequence[int], device: torch.device) -> ExpertTokensMetadata:
+        """Counts that the host knows, also on ``device``."""
         host = torch.tensor(list(counts), dtype=torch.int32, device="cpu")
         return cls(host.to(device), host)
 

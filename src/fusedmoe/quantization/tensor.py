@@ -342,6 +342,7 @@ class QuantizedTensor:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
+        """All parts on ``device``."""
         return self.map(lambda part: part.to(device))
 
     def __getitem__(self, expert: int) -> QuantizedTensor:
