@@ -98,6 +98,18 @@ def test_activations_biases_and_odd_sizes(name, act):
     assert error(layer(x, logits), reference(x, logits)) < 6e-3
 
 
+@pytest.mark.parametrize("activation", [keys.INT8_DYNAMIC_TOKEN, keys.INT8_STATIC_TENSOR], ids=str)
+def test_a_token_with_nan_is_nan_whatever_rounds_its_row(activation):
+    layer, _ = pair("int8_channel", activation)
+    x, logits = torch.randn(6, H), torch.randn(6, E)
+    clean = layer(x, logits)
+    x[4, 5] = torch.nan
+    out = layer(x, logits)
+    assert torch.equal(out[:4], clean[:4])
+    assert out[4].isnan().all()
+    assert layer(x[4:5], logits[4:5]).isnan().all()
+
+
 @pytest.mark.parametrize("name", ["int8_channel", "int8_g32", "int4_g32_zp"])
 def test_large_and_odd_rows(name):
     layer, reference = pair(name)

@@ -40,7 +40,7 @@ def unmet_int8() -> str | None:
 
 
 class ByteRows(NamedTuple):
-    """Rows as bytes, 128 added: uint8 [M, K], scale fp32 [M, 1] (or [1], for all).
+    """Rows as bytes, 128 added: uint8 [M, K], scale fp32 [M, 1], NaN where the row holds one.
 
     Or, in two ``parts``, [2 * M, K]: each row's low bytes and then its high ones, which count 256
     times as much. ``sums`` fp32 [M, G] over groups of columns, where zero points need them.
@@ -57,9 +57,7 @@ class ByteRows(NamedTuple):
         return self.codes.shape[0] // self.parts
 
     def split(self, counts: int | Sequence[int]) -> list[ByteRows]:
-        codes = self.codes.split(sizes_in_parts(counts, self.parts))
-        shared = self.scale.dim() == 1
-        scales = (self.scale,) * len(codes) if shared else self.scale.split(counts)
+        codes, scales = self.codes.split(sizes_in_parts(counts, self.parts)), self.scale.split(counts)
         sums = (None,) * len(codes) if self.sums is None else self.sums.split(counts)
         return [ByteRows(*pieces, self.parts) for pieces in zip(codes, scales, sums, strict=True)]
 
@@ -77,12 +75,13 @@ class ByteRows(NamedTuple):
 
 
 def byte_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> ByteRows:
-    """x [M, K] quantized to int8 as ``quantization.activations`` defines it."""
+    """x [M, K] quantized to int8 as ``quantization.activations`` defines it, by ``scale`` [1]."""
     if scale is None:
         scale = _amax(x).div_(127)
         codes = (x / scale).round_()  # which is at most 127
     else:
         codes = (x.float() / scale).round_().clamp_(-128, 127)
+        scale = scale + codes.sum(-1, keepdim=True).mul_(0)  # no byte is NaN
     return ByteRows(codes.add_(128).to(torch.uint8), scale)
 
 
