@@ -20,7 +20,7 @@ def load_local_experts(
     They are the tensors called ``prefix.<...>`` (None: the layer's own prefix). Tensors of experts
     that live on other ranks are not read; of one that holds all experts, [experts, ...], only the
     rows of this rank's. Raises ValueError for names that fit nothing and where something is missing
-    afterwards.
+    afterwards; the layer then refuses to run, as after ``load_weights``.
     """
     reader = checkpoint if isinstance(checkpoint, TensorReader) else TensorReader(checkpoint)
     start = f"{layer.prefix if prefix is None else prefix}."
@@ -28,7 +28,8 @@ def load_local_experts(
     if not names:
         raise ValueError(f"{reader.checkpoint.folder} has no tensor called {start}...")
     layer.loading_begins()
-    count = sum(_load(layer, reader, name, name.removeprefix(start)) for name in names)
+    with layer.unusable_on_error():
+        count = sum(_load(layer, reader, name, name.removeprefix(start)) for name in names)
     layer.loading_done()
     layer.check_loaded()
     return count
