@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, QuantizedFusedMoEMethod, explain
+from fusedmoe import (
+    FusedMoE,
+    MoEOptions,
+    OnlineQuantization,
+    QuantizedFusedMoEMethod,
+    explain,
+    read_quantization,
+)
 from fusedmoe.kernels.experts_reference import experts_reference
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.activations import fake_quantize
@@ -334,3 +341,20 @@ def test_joined_tensors_that_do_not_split_are_refused_by_name(activation, shape)
     )
     with pytest.raises(ValueError, match="gate_up_proj_bias"):
         layer.load_weights([("gate_up_proj_bias", torch.zeros(shape))])
+
+
+def test_alternating_rows_that_share_scales_are_refused_by_name():
+    """A block of a joined tensor would have one scale for rows of gate and of up."""
+    fp8 = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    layer = FusedMoE(
+        *(2, 1, 128, 128),
+        params_dtype=torch.float32,
+        activation="swigluoai",
+        quant_config=read_quantization(fp8),
+    )
+    joined = {
+        "gate_up_proj": torch.zeros(2, 256, 128, dtype=torch.float8_e4m3fn),
+        "gate_up_proj_scale_inv": torch.ones(2, 4, 2),
+    }
+    with pytest.raises(ValueError, match=r"gate_up_proj_scale_inv: .* one number for 64 rows"):
+        layer.load_weights(joined)

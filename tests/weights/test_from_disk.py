@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fusedmoe import FusedMoE, MoEOptions, ParallelGroups
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, ParallelGroups
 from fusedmoe.checkpoint import read_checkpoint
 from fusedmoe.weights.from_disk import load_local_experts
 from layer_oracle import Experts
@@ -47,9 +47,8 @@ def stacked(experts, transposed=False):
 
 def layer(**arguments):
     options = MoEOptions(experts="torch")
-    return FusedMoE(
-        E, K, H, I, torch.float32, has_bias=True, prefix=PREFIX, options=options, **arguments
-    )
+    given = {"options": None if "quant_config" in arguments else options} | arguments
+    return FusedMoE(E, K, H, I, torch.float32, has_bias=True, prefix=PREFIX, **given)
 
 
 EXPERT_PARALLEL = {"tp_size": 3, "parallel": ParallelGroups(enable_expert_parallel=True)}
@@ -72,6 +71,18 @@ def test_a_rank_reads_its_own_experts_alone(tmp_path, kind, placement):
         for name in ("w13_weight", "w2_weight", "w13_bias", "w2_bias"):
             found = getattr(mine.routed_experts, name)
             assert torch.equal(found, getattr(whole.routed_experts, name)[ids])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacks_are_rounded_expert_by_expert(tmp_path, transposed):
+    experts = Experts.random(E, H, I, bias=True)
+    rounded = {"quant_config": OnlineQuantization.of("fp8_tensor")}
+    one = layer(**rounded, is_fused_checkpoint_transposed=transposed).routed_experts
+    load_local_experts(one, checkpoint(tmp_path, stacked(experts, transposed)))
+    other = layer(**rounded).routed_experts
+    other.load_weights(one_by_one(experts))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(one.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_redundant_copies_are_read_once(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmoe import FusedMoE, MoEOptions, ParallelGroups, RoutedExperts
+from fusedmoe import FusedMoE, MoEOptions, OnlineQuantization, ParallelGroups, RoutedExperts
 
 E, H, I = 4, 6, 10  # noqa: E741
 GATE = torch.randn(E, I, H, generator=torch.Generator().manual_seed(0))
@@ -78,6 +78,21 @@ def test_every_checkpoint_layout_fills_the_same_parameters(layout):
     loaded.check_loaded()
     torch.testing.assert_close(loaded.w13_weight.data, STACKED)
     torch.testing.assert_close(loaded.w2_weight.data, DOWN)
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_block_4x3", "int8_channel"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_checkpoint_layout_is_rounded_to_the_same_numbers(layout, name):
+    """Gate and up have scales of their own, however they lie in files."""
+    weights, arguments = LAYOUTS[layout]
+    rounded = {"quant_config": OnlineQuantization.of(name), "options": MoEOptions()}
+    loaded, plain = experts(**rounded, **arguments), experts(**rounded)
+    loaded.load_weights(weights)
+    loaded.check_loaded()
+    plain.load_weights(per_expert())
+    for name, tensor in plain.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_a_mapping_is_as_good_as_pairs():

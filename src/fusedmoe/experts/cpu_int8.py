@@ -57,7 +57,8 @@ class ByteRows(NamedTuple):
         return self.codes.shape[0] // self.parts
 
     def split(self, counts: int | Sequence[int]) -> list[ByteRows]:
-        codes, scales = self.codes.split(sizes_in_parts(counts, self.parts)), self.scale.split(counts)
+        codes = self.codes.split(sizes_in_parts(counts, self.parts))
+        scales = self.scale.split(counts)
         sums = (None,) * len(codes) if self.sums is None else self.sums.split(counts)
         return [ByteRows(*pieces, self.parts) for pieces in zip(codes, scales, sums, strict=True)]
 

@@ -12,15 +12,10 @@ from fusedmoe.quantization.config import (
     biased_moe_quant_config,
 )
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
-from fusedmoe.weights.param_spec import BIASES, HIDDEN, INTERMEDIATE, ParamSpec
+from fusedmoe.weights.param_spec import BIASES, WEIGHTS, ParamSpec
 
 if TYPE_CHECKING:
     from fusedmoe.weights.routed_experts import RoutedExperts
-
-_WEIGHTS = (
-    ParamSpec(owner="w13", suffix="weight", axes=(INTERMEDIATE, HIDDEN)),
-    ParamSpec(owner="w2", suffix="weight", axes=(HIDDEN, INTERMEDIATE)),
-)
 
 
 class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
@@ -28,7 +23,7 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
     w2_weight [e, H, I], and where the layer has them biases [e, S * I] and [e, H]."""
 
     def param_specs(self) -> tuple[ParamSpec, ...]:
-        return _WEIGHTS + BIASES if self.moe_config.has_bias else _WEIGHTS
+        return WEIGHTS + BIASES if self.moe_config.has_bias else WEIGHTS
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         if not self.moe_config.has_bias:

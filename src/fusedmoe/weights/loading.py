@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fusedmoe.weights.param_spec import ParamSpec, ShardId, load_shard
+from fusedmoe.weights.param_spec import BIASES, WEIGHTS, ParamSpec, ShardId, load_shard
 from fusedmoe.weights.params_mapping import (
     CheckpointNames,
     ExpertNameParser,
@@ -22,6 +22,9 @@ from fusedmoe.weights.stored_layout import StoredLayout
 if TYPE_CHECKING:
     from fusedmoe.quantization.dialects.base import Matrix, Rule
     from fusedmoe.weights.routed_experts import RoutedExperts
+
+
+_FLOATS = {spec.name: spec for spec in WEIGHTS + BIASES}
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,20 @@ class ExpertLoader:
         count = layer.expert_map_manager.num_logical_experts
         if parsed.expert is not None and not 0 <= parsed.expert < count:
             raise ValueError(f"{name}: expert {parsed.expert} of a layer that has {count}")
-        if self._stored is not None:
-            placed = layer.expert_map_manager
+        placed = layer.expert_map_manager
+        spec = self._spec_of_floats(parsed, name)
+        if spec is None:
             replicas = None if parsed.expert is None else placed.replicas(parsed.expert)
             key = MatrixKey(parsed.expert, parsed.shards)
             return self._load_stored(key, parsed.suffix, name, tensor, replicas)
-        spec = self._spec(parsed, name)
         written = set()
         for expert, shard, data in self._layout.pieces(parsed, spec, name, tensor):
-            for physical in layer.expert_map_manager.replicas(expert):
+            replicas = placed.replicas(expert)
+            if self._stored is not None:
+                key = MatrixKey(expert, (shard,))
+                written |= self._load_stored(key, spec.suffix, name, data, replicas)
+                continue
+            for physical in replicas:
                 if self._load_named(spec.name, data, name, shard, physical):
                     written.add(spec.name)
         return written
@@ -108,7 +116,8 @@ class ExpertLoader:
         parsed = self._parsed(name)
         if parsed.expert is not None:
             raise ValueError(f"{name} does not hold all experts")
-        if self._stored is None and self._layout.transposed and tensor.dim() == 2:
+        floats = self._spec_of_floats(parsed, name) is not None
+        if floats and self._layout.transposed and tensor.dim() == 2:
             tensor = tensor.mT
         return self.load_part(parsed._replace(expert=expert), name, tensor)
 
@@ -247,9 +256,16 @@ class ExpertLoader:
         self._loaded.add((param_name, shard_id, physical_id))
         return True
 
-    def _spec(self, parsed: ExpertTensorName, name: str) -> ParamSpec:
+    def _spec_of_floats(self, parsed: ExpertTensorName, name: str) -> ParamSpec | None:
+        """What a tensor is that lies in files as ``StoredLayout`` says; None: as its dialect does.
+
+        Gate and up that are joined are taken apart before they are rounded to a format.
+        """
         owner = "w2" if parsed.shards == ("w2",) else "w13"
-        return self._spec_named(f"{owner}_{parsed.suffix}", name)
+        if self._stored is None:
+            return self._spec_named(f"{owner}_{parsed.suffix}", name)
+        scheme = self._stored.scheme(MatrixKey(parsed.expert, parsed.shards))
+        return _FLOATS.get(f"{owner}_{scheme.suffix(parsed.suffix)}") if scheme.floats else None
 
     def _spec_named(self, param_name: str, name: str) -> ParamSpec:
         spec = self._layer.param_specs.get(param_name)

@@ -162,6 +162,11 @@ class ParamSpec:
         return expert_data.narrow(axis, position * length, length)
 
 
+WEIGHTS = (
+    ParamSpec(owner="w13", suffix="weight", axes=(INTERMEDIATE, HIDDEN)),
+    ParamSpec(owner="w2", suffix="weight", axes=(HIDDEN, INTERMEDIATE)),
+)
+"""Of floats; quantized ones depend on the format."""
 BIASES = (
     ParamSpec(owner="w13", suffix="bias", axes=(INTERMEDIATE,)),
     ParamSpec(owner="w2", suffix="bias", axes=(HIDDEN,), rank0_only=True),

@@ -51,7 +51,10 @@ class StoredLayout(NamedTuple):
     def split(
         self, shards: tuple[ShardId, ...], spec: ParamSpec, data: torch.Tensor, name: str
     ) -> tuple[torch.Tensor, ...]:
-        """The shards of one expert that are in one tensor, as views."""
+        """The shards of one expert that are in one tensor, as views.
+
+        Raises ValueError where the tensor does not hold them, or holds what they share.
+        """
         count, axis = len(shards), spec.intermediate_axis
         if count == 1:
             return (data,)
@@ -62,6 +65,12 @@ class StoredLayout(NamedTuple):
         if axis is None:
             return data.unbind(0)
         if self.interleaved:
+            rows = spec.axes[axis].file_per or spec.axes[axis].per
+            if rows > 1:
+                raise ValueError(
+                    f"{name}: {spec.name} has one number for {rows} rows, where rows of "
+                    f"{' and '.join(shards)} alternate"
+                )
             return split_interleaved(data, axis, count)
         return data.chunk(count, axis)
 

@@ -91,7 +91,7 @@ class Scheme:
     """How the experts of a layer are stored, and what they become.
 
     ``activation`` None leaves activations as they are. ``ignored`` tensors are known and not
-    needed.
+    needed. ``floats``: weights and biases are stored as those of unquantized experts.
     """
 
     dialect: str
@@ -99,6 +99,7 @@ class Scheme:
     rules: tuple[Rule, ...]
     activation: QuantKey | None = None
     ignored: tuple[str, ...] = ()
+    floats: bool = False
 
     @property
     def required(self) -> frozenset[str]:

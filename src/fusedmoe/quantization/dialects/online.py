@@ -44,7 +44,8 @@ class OnlineQuantization(CheckpointQuantization):
         parts += ["weight_scale_2"] * self.format.second_scale
         parts += ["weight_zero_point"] * (not self.format.symmetric)
         rule = Rule(needs=("weight",), gives=tuple(parts), convert=self._quantize, size=_size)
-        return make_scheme(self.dialect, self.format, rule, activation=self.activation)
+        activation = self.activation
+        return make_scheme(self.dialect, self.format, rule, activation=activation, floats=True)
 
     def _quantize(self, matrix: Matrix, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from fusedmoe.quantization.formats import quantize

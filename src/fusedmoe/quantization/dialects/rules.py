@@ -21,6 +21,7 @@ def make_scheme(
     activation: QuantKey | None = None,
     input_scale: str = "input_scale",
     ignored: tuple[str, ...] = (),
+    floats: bool = False,
 ) -> Scheme:
     """A scheme of ``rules``, and of what every one has: biases, and stored scales of activations
     (``input_scale``) where those are static."""
@@ -31,6 +32,7 @@ def make_scheme(
         rules=(*rules, BIAS, *[scalar_rule(input_scale, "input_scale")] * static),
         activation=activation,
         ignored=ignored,
+        floats=floats,
     )
 
 
