@@ -157,7 +157,7 @@ def test_a_layer_that_failed_to_load_refuses_to_run() -> None:
     [
         ("gptq", {"is_marlin_format": True}, "the layout of one kernel"),
         ("gptq", {"format": "marlin"}, "format is 'marlin'; known: 'gptq', 'gptq_v2'"),
-        ("deepseek", {"activation_scheme": "static"}, "blocks have dynamic activations"),
+        ("deepseek", {"activation_scheme": "static"}, "has dynamic activations, not static"),
     ],
 )
 def test_settings_that_nothing_here_means_are_refused(
