@@ -54,7 +54,7 @@ SITUATIONS, REPEATS, CHECKED, DENSE = 4, 50, 3, 8192
 # Of random bytes as numbers; with superblocks' own scales, likewise.
 DEVIATIONS = {"e4m3": 1.0, "int8": 73.0, "int4": 4.3, "e2m1": 3.0, "nf4": 0.5, "iq4_nl": 67.0}
 DEVIATIONS |= {"e3m2": 9.2, "e2m3": 3.4, "q4_k": 310.0, "q5_k": 650.0, "q6_k": 1370.0}
-DEVIATIONS |= {"q2_k": 13.4, "q3_k": 43.0}
+DEVIATIONS |= {"q2_k": 13.4, "q3_k": 43.0, "q4_1": 9.8, "q5_1": 19.0}
 ABOUT_A_RUN = (
     *("commit", "command", "date", "read_gbs", "copy_gbs", "bf16_tflops"),
     *("fp8_tflops", "int8_tops"),

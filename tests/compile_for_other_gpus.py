@@ -29,7 +29,7 @@ BF16, SILU = torch.bfloat16, MoEActivation.SILU
 CAPABILITY = int(sys.argv[1])
 CHAINED = CAPABILITY >= 90
 SHARED = SHARED_BYTES[CAPABILITY]
-PACKED = ("q4_k", "q6_k")
+PACKED = ("q2_k", "q3_k", "q4_k", "q6_k", "q5_1")
 triton_quantized_floating._is_roomy = lambda device: SHARED >= 200 << 10
 
 

@@ -85,6 +85,10 @@ for name in ("q2_k", "q3_k"):
         packed(name, FEW, dtype)
         packed(name, SOME, dtype, MoEActivation.SWIGLUOAI)
         packed(name, MANY, dtype, orders=(True, "sixes", None))
+for name in ("q4_1", "q5_1"):
+    packed(name, FEW, torch.float16)
+    packed(name, SOME, act=MoEActivation.SWIGLUOAI)
+    packed(name, MANY, orders=(True, "blocks", None))
 packed("q4_k", FEW)
 packed("q4_k", MANY)
 packed("q5_k", SOME, act=MoEActivation.SWIGLUOAI)

@@ -36,7 +36,7 @@ WEIGHT_ONLY = (
     *("int8_g32_act_order", "int8_g64_zp_act_order"),
     *("fp8_tensor", "fp8_channel", "fp8_block", "fp8_block_64x32"),
     *("mxfp4", "mxfp8", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl"),
-    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1"),
 )
 ROUNDED: tuple[tuple[str, QuantKey], ...] = (
     *((f"fp8_{kind}", keys.FP8_DYNAMIC_TOKEN) for kind in ("tensor", "channel", "block")),
@@ -62,6 +62,8 @@ EMULATED: tuple[tuple[str, QuantKey], ...] = (
     ("nvfp4", keys.NVFP4_STATIC),
     ("int4_g32_zp_act_order", keys.FP8_DYNAMIC_128),
     ("q6_k", keys.INT8_DYNAMIC_TOKEN),
+    ("q3_k", keys.FP8_DYNAMIC_TOKEN),
+    ("q5_1", keys.INT8_DYNAMIC_TOKEN),
 )
 MATRIX = (*((name, None) for name in WEIGHT_ONLY), *ROUNDED, *EMULATED)
 CLASSES = (

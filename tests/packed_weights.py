@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fusedmoe.quantization.formats import format_named, quantize
-from fusedmoe.quantization.formats.superblocks import CODECS, COLUMNS, superblock_format
+from fusedmoe.quantization.formats.superblocks import CODECS, superblock_format
 from fusedmoe.quantization.tensor import QuantFormat, QuantizedTensor
 
 
@@ -50,14 +50,18 @@ def superblocks(kind: str, values: torch.Tensor, *, seed: int = 0, **layout) -> 
     """
     gen = torch.Generator().manual_seed(seed)
     codec, (*lead, K) = CODECS[kind], values.shape
-    blocks = (*lead, K // COLUMNS)
+    blocks = (*lead, K // codec.columns)
     raw = torch.randint(0, 256, (*blocks, codec.nbytes), dtype=torch.uint8, generator=gen)
     size = float(values.float().std()) if values.numel() else 1.0
-    largest = {"q2_k": 4, "q3_k": 8, "q4_k": 16, "q5_k": 32, "q6_k": 64}[kind]
-    usual = {"q2_k": 12, "q3_k": 24}.get(kind, 48)  # of the scales, which are whole numbers
-    # Uniform integers below ``largest`` have a deviation of about 0.29 of it.
+    largest = 2 ** int(kind[1])
+    # Uniform integers below ``largest`` have a deviation of about 0.29 of it; groups' scales are
+    # whole numbers of this size, blocks of 32 have none.
+    usual = {"q2_k": 12, "q3_k": 24, "q4_1": 1, "q5_1": 1}.get(kind, 48)
     d = size / (0.29 * largest * usual) * (0.5 + torch.rand(*blocks, 1, generator=gen))
-    if kind == "q2_k":
+    if kind in ("q4_1", "q5_1"):
+        least = -d * (largest / 2 + torch.randn(*blocks, 1, generator=gen))
+        raw[..., codec.floats] = torch.cat([d, least], -1).half().view(torch.uint8)
+    elif kind == "q2_k":
         scales = torch.randint(8, 16, (*blocks, 16), generator=gen)
         minima = (scales + torch.randint(-2, 3, (*blocks, 16), generator=gen)).clamp(0, 15)
         raw[..., :16] = scales | minima << 4

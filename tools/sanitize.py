@@ -327,7 +327,7 @@ def packed(H: int, width: int, formats: list[str] | None) -> None:
         if name in CODECS:
             raw = torch.randint(0, 256, (e, N, fmt.data_columns(D)), dtype=torch.uint8)
             # Each two bytes of a small number.
-            raw.view(e, N, D // 256, -1)[..., CODECS[name].floats] = 16
+            raw.view(e, N, D // CODECS[name].columns, -1)[..., CODECS[name].floats] = 16
             shape = (e, N, D)
             return QuantizedTensor(
                 format=fmt, data=raw.cuda(), scale=None, shape=shape, shards=shards

@@ -69,6 +69,6 @@ def quantized(weight: np.ndarray, kind: str) -> np.ndarray:
     """A matrix [N, K] as the package writes it; types that it only reads get random bytes."""
     import gguf
 
-    if kind in ("Q8_0", "Q4_0", "MXFP4"):
+    if kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_1", "MXFP4"):
         return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
     return blocks(kind, *weight.shape, seed=int(abs(weight[0, 0]) * 1e6))

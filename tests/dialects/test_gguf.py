@@ -72,7 +72,7 @@ def test_a_scale_beside_nvfp4_multiplies_it() -> None:
         read_matrix(scaled, raw, matrix)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_1", "Q6_K", "MXFP4"])
 def test_scales_that_are_no_numbers_are_refused(kind: str) -> None:
     raw = blocks(kind, 2, 256)
     codec, own = CODECS.get(kind.lower()), slice(0, 1 if kind == "MXFP4" else 2)
@@ -192,7 +192,14 @@ def test_hostile_files_are_refused(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("up", "down"),
-    [("Q4_K", "Q6_K"), ("IQ4_NL", "Q8_0"), ("Q5_K", "IQ4_XS"), ("Q4_0", "NVFP4"), ("Q3_K", "Q2_K")],
+    [
+        ("Q4_K", "Q6_K"),
+        ("IQ4_NL", "Q8_0"),
+        ("Q5_K", "IQ4_XS"),
+        ("Q4_0", "NVFP4"),
+        ("Q3_K", "Q2_K"),
+        ("Q4_1", "Q5_1"),
+    ],
 )
 def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
     import gguf
@@ -238,8 +245,8 @@ def test_a_layer_loads_stacked_experts(up: str, down: str) -> None:
 
 
 def test_types_that_are_not_known_are_refused() -> None:
-    quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "Q4_1"})
-    with pytest.raises(ValueError, match="stored as Q4_1; known: Q8_0"):
+    quantization = GgufQuantization(types={"blk.0.ffn_up_exps": "IQ2_XS"})
+    with pytest.raises(ValueError, match="stored as IQ2_XS; known: Q8_0"):
         quantization.scheme("blk.0.ffn_up_exps")
 
 
@@ -366,6 +373,7 @@ def tiny_model(architecture: str, model_type: str) -> Any:
     [
         ("qwen3moe", "qwen3_moe", "Q4_K", "Q6_K"),
         ("qwen3moe", "qwen3_moe", "Q2_K", "Q3_K"),
+        ("qwen3moe", "qwen3_moe", "Q4_1", "Q5_1"),
         ("qwen2moe", "qwen2_moe", "Q8_0", "Q5_K"),
         ("qwen2moe", "qwen2_moe", "NVFP4", "NVFP4"),
         ("olmoe", "olmoe", "IQ4_NL", "Q4_0"),

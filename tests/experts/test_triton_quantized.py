@@ -64,6 +64,8 @@ CASES = {
     "q3_k_bias_by_q2_k": Quantized(
         "q3_k", layer=replace(BLOCKS, activation=MoEActivation.SWIGLUOAI, bias=True), down="q2_k"
     ),
+    "q4_k_by_q5_1": Quantized("q4_k", layer=replace(BLOCKS, I=160), down="q5_1"),
+    "q4_1_bias_by_q5_1": Quantized("q4_1", layer=replace(WIDE, bias=True), down="q5_1"),
     "q4_k_by_q6_k": Quantized("q4_k", layer=BLOCKS, down="q6_k"),
     "q5_k_bias_by_int8": Quantized("q5_k", layer=replace(BLOCKS, bias=True), down="int8_g32"),
     "int4_by_q5_k": Quantized("int4_g32", layer=BLOCKS, down="q5_k"),

@@ -47,6 +47,9 @@ FORMATS = {
     "q3_k": ("q3_k", None, False),
     "q2_k_by_q3_k": ("q2_k", "q3_k", False),
     "q3_k_by_q2_k": ("q3_k", "q2_k", False),
+    "q4_1": ("q4_1", None, False),
+    "q5_1": ("q5_1", None, False),
+    "q5_k_by_q5_1": ("q5_k", "q5_1", False),
     "q4_k": ("q4_k", None, False),
     "q5_k": ("q5_k", None, False),
     "q6_k": ("q6_k", None, False),
@@ -69,7 +72,7 @@ LAYERS = {
         LAYER, activation=MoEActivation.RELU2_NO_MUL, bias=True, T=33, E=32, local=9
     ),
 }
-EVERYWHERE = ["q2_k_by_q3_k", "q4_k_by_q6_k", "e3m2", "nf4", "sorted_zp", "table"]
+EVERYWHERE = ["q2_k_by_q3_k", "q5_k_by_q5_1", "q4_k_by_q6_k", "e3m2", "nf4", "sorted_zp", "table"]
 MATRIX = [
     (fmt, layer)
     for layer in LAYERS
@@ -99,6 +102,14 @@ def test_formats(fmt, layer):
         assert run.experts._sorted.order is not None
 
 
+@pytest.mark.parametrize("T", [1, 60, 700])
+@pytest.mark.parametrize(("up", "down"), [("q5_k", "q5_1"), ("q3_k", "q4_1"), ("q4_1", "q5_1")])
+def test_rows_of_no_whole_number_of_steps(up, down, T):
+    case = Quantized(up, None, replace(LAYER, T=T, I=160), down)
+    tensors = case.layer.tensors()
+    assert error(runner(case, tensors)(), case.expected(tensors)) <= WEIGHT_ONLY_ERROR
+
+
 def test_sorted_weights_take_the_memory_that_they_took():
     case = case_of("sorted", replace(LAYER, E=32, H=2048, I=1024))
     tensors = case.layer.tensors()
@@ -121,7 +132,7 @@ def test_batches(fmt):
     assert error(out, case.expected(tensors)) <= WEIGHT_ONLY_ERROR
 
 
-@pytest.mark.parametrize("fmt", ["q2_k", "q3_k", "q4_k", "nf4", "e2m3", "sorted"])
+@pytest.mark.parametrize("fmt", ["q2_k", "q3_k", "q4_k", "q5_1", "nf4", "e2m3", "sorted"])
 def test_fp16(fmt):
     case = case_of(fmt, replace(LAYER, dtype=torch.float16))
     tensors = case.layer.tensors()

@@ -28,6 +28,7 @@ FORMATS = [
     *((kind, 512) for kind in CODECS),
     ("q6_k", 768),  # rows of no whole number of 16 bytes
     ("q2_k", 768),
+    *((kind, K) for kind in ("q4_1", "q5_1") for K in (32, 160)),
     ("mxfp6_e3m2", 96),
     ("mxfp6_e2m3", 288),
     ("int4_g32_act_order", 96),
@@ -36,7 +37,7 @@ FORMATS = [
     ("int8_g32_zp_act_order", 160),
 ]
 TILED = ["q2_k", "q3_k", "q6_k"]
-ONE_OF_EACH = ["q2_k", "q3_k", "q4_k", "q6_k", "mxfp6_e3m2", "int4_g32_act_order"]
+ONE_OF_EACH = ["q2_k", "q3_k", "q4_k", "q6_k", "q5_1", "mxfp6_e3m2", "int4_g32_act_order"]
 BOTH = pytest.mark.parametrize("function", [triton_gemm, quantized_gemm_reference])
 
 
@@ -93,7 +94,7 @@ def test_slots_without_a_table_an_expert_map_and_fp16(function, fmt):
 
 
 @BOTH
-@pytest.mark.parametrize("fmt", [*TILED, "mxfp6_e3m2", "mxfp6_e2m3"])
+@pytest.mark.parametrize("fmt", [*TILED, "q4_1", "q5_1", "mxfp6_e3m2", "mxfp6_e2m3"])
 @pytest.mark.parametrize("slots", [16, 64])
 def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
     w, tile = weights(fmt, 768), replace(tile_for(fmt, slots), depth=256 if fmt in TILED else 128)
@@ -107,7 +108,8 @@ def test_rows_in_the_order_in_which_they_are_met(function, fmt, slots):
 
 @BOTH
 @pytest.mark.parametrize(
-    ("order", "fmt"), [("units", "mxfp6_e3m2"), *(("sixes", fmt) for fmt in TILED)]
+    ("order", "fmt"),
+    [("units", "mxfp6_e3m2"), ("blocks", "q5_1"), *(("sixes", fmt) for fmt in TILED)],
 )
 def test_columns_are_written_in_the_order_that_the_next_product_wants(function, order, fmt):
     width = 2 * REPEATS[order]
@@ -131,6 +133,9 @@ def test_the_order_of_a_superblock_is_as_its_bytes_say():
     assert tiles[0, 0, :6].tolist() == [0, 1, 4, 5, 8, 9]
     assert tiles[:, 0, 16].tolist() == [128, 384]
     assert ordered(torch.arange(128)[None], "units").view(8, 16)[1, :4].tolist() == [2, 3, 18, 19]
+    tiles = ordered(torch.arange(128)[None], "blocks").view(4, 32)
+    assert tiles[:, 0].tolist() == [0, 2, 16, 18]
+    assert tiles[1, 6:10].tolist() == [14, 15, 34, 35]
 
 
 @pytest.mark.parametrize("fmt", ["q4_k", "int4_g32_act_order"])

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 superblocks = pytest.importorskip("fusedmoe.kernels.triton.superblocks")
 sextets = pytest.importorskip("fusedmoe.kernels.triton.sextets")
 sixes = pytest.importorskip("fusedmoe.kernels.triton.sixes")
-threes = pytest.importorskip("fusedmoe.kernels.triton.threes")
+word_tiles = pytest.importorskip("fusedmoe.kernels.triton.word_tiles")
 
 
 def random_bytes(count):
@@ -49,8 +49,8 @@ def test_sixes():
         assert numbers(out[2:]).equal(high + 128.0)
 
 
-def test_bytes_of_threes():
-    source, stored = threes._BYTES_ASM.value, torch.randint(0, 8, (64,), dtype=torch.uint8)
+def test_bytes_of_words():
+    source, stored = word_tiles._BYTES_ASM.value, random_bytes(64) & 127
     for word, four in zip(words_of(stored), stored.view(-1, 4), strict=True):
         assert numbers(run_ptx(source, [word], 2)).equal(four + 128.0)
 

@@ -60,7 +60,7 @@ def test_ties_go_to_even(key):
 
 
 @pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, MXFP4_DYNAMIC, NVFP4_DYNAMIC], ids=str)
-@pytest.mark.parametrize("order", ["halves", "units", "sixes", "lanes"])
+@pytest.mark.parametrize("order", ["halves", "units", "sixes", "blocks", "lanes"])
 def test_orders_other_strides_and_16_bits(key, order):
     x = torch.randn(512, 5).half().t()
     expected = round_rows_reference(x, key)

@@ -27,12 +27,12 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarra
 def test_every_byte_is_read_as_the_package_reads_it(kind: str) -> None:
     import gguf
 
-    raw = random_blocks(kind, 6, 3)
+    raw, columns = random_blocks(kind, 6, 3), 3 * CODECS[kind].columns
     quantized = QuantizedTensor(
         format=superblock_format(kind),
         data=CODECS[kind].padded(torch.from_numpy(raw).unflatten(1, (3, -1)))[None],
         scale=None,
-        shape=(1, 6, 768),
+        shape=(1, 6, columns),
     )
     wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
     found = dequantize(quantized)[0]

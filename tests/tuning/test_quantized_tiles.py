@@ -55,7 +55,7 @@ def test_impossible_tiles_are_refused(numbers):
         QuantizedTile(*numbers)
 
 
-@pytest.mark.parametrize("element", ["q2_k", "q4_k", "q6_k", "e3m2"])
+@pytest.mark.parametrize("element", ["q2_k", "q4_k", "q6_k", "q5_1", "e3m2"])
 def test_steps_of_packed_weights_fit_the_shared_memory_of_smaller_gpus(element):
     for slots in (8, 64, 128):
         tile = packed_tile(QuantizedTile(128, slots, 64, 8, 8, 4), element, roomy=False)

@@ -62,12 +62,14 @@ ELEMENTS: dict[str, ElementType] = {
     # that groups of zeros need the scale 0.
     "nf4": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
     "iq4_nl": ElementType(torch.uint8, 2, 1, zeros_scale=0.0),
-    # GGUF's superblocks, which carry their scales.
+    # GGUF's blocks that carry their scales.
     "q2_k": ElementType(torch.uint8, 256, 84),
     "q3_k": ElementType(torch.uint8, 256, 112),
     "q4_k": ElementType(torch.uint8, 256, 144),
     "q5_k": ElementType(torch.uint8, 256, 176),
     "q6_k": ElementType(torch.uint8, 256, 212),
+    "q4_1": ElementType(torch.uint8, 32, 20),
+    "q5_1": ElementType(torch.uint8, 32, 24),
 }
 """By name. All floats are OCP's: sign, exponent, mantissa."""
 

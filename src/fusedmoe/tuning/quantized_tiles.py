@@ -19,6 +19,7 @@ TILED_SUPERBLOCKS = frozenset({"q2_k", "q3_k", "q6_k"})
 """Those whose columns become numbers in tiles of 32 (``kernels/triton/sixes.py``)."""
 SUPERBLOCKS = frozenset({"q4_k", "q5_k"}) | TILED_SUPERBLOCKS
 SEXTETS = frozenset({"e3m2", "e2m3"})
+MINIMUM_BLOCKS = frozenset({"q4_1", "q5_1"})
 LEAST_ORDERED_SLOTS = 64
 """Of a block, for floats of six bits to meet rows in the order of their tiles."""
 

@@ -9,6 +9,8 @@ that one product takes together, in any order; with A_ORDERED rows lie tile by t
 
     q2_k to q6_k       one superblock of 256 columns (``threes`` for the first two, ``superblocks``
                        for the next two, ``sixes``), scales within
+    q4_1, q5_1         blocks of 32 columns in five or six words, d and m within
+                       (``minimum_blocks``)
     e3m2, e2m3         units of sixteen columns in three words (``sextets``), e8m0 scales
     int4, int8         act-order: the group of a column comes from a table [e, S, D], so each number
                        fetches its own scale; groups out of range count as the last one
@@ -24,6 +26,7 @@ import triton.language as tl
 from fusedmoe.kernels.grouped_gemm_quantized import QuantizedProduct, row_addresses
 from fusedmoe.kernels.triton.grouped_gemm import block_of, tile_of
 from fusedmoe.kernels.triton.launch import Launcher, follow_previous
+from fusedmoe.kernels.triton.minimum_blocks import add_minimum_blocks
 from fusedmoe.kernels.triton.packed_products import add_ordered, add_sextets
 from fusedmoe.kernels.triton.quantized_common import finished, store_features, tile_rows
 from fusedmoe.kernels.triton.quantized_launch import launch_product, precision_of
@@ -116,6 +119,11 @@ def packed_gemm_kernel(
                 total = add_superblocks(
                     total, w_rows, a_row, live, first, ELEMENT, PRECISION, NATIVE
                 )
+            elif ELEMENT == "q4_1" or ELEMENT == "q5_1":
+                total = add_minimum_blocks(
+                    total, w_rows, a_row, live, first, D, A_ORDERED, ELEMENT, PRECISION, NATIVE,
+                    DEPTH,
+                )  # fmt: skip
             elif ELEMENT == "e3m2" or ELEMENT == "e2m3":
                 total = add_sextets(
                     total, w_rows, scale_ptr + scales_at, a_row, live, first, D, A_ORDERED, ELEMENT,

@@ -16,13 +16,11 @@ from fusedmoe.kernels.triton.quantized_common import (
 from fusedmoe.kernels.triton.sextets import (
     PAIRS,
     UNIT_COLUMNS,
-    bf16_pair,
-    four_tiles,
     load_units,
     sextet_pair,
     sextet_pairs_bf16,
-    side_by_side,
 )
+from fusedmoe.kernels.triton.word_tiles import bf16_pair, four_tiles, side_by_side
 
 
 @triton.jit

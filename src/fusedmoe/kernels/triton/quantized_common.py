@@ -285,6 +285,10 @@ def place_of(column, D, ORDER: tl.constexpr):
         return column % 2 * (D // 2) + column // 2
     elif ORDER == "units":
         return column // 128 * 128 + column // 2 % 8 * 16 + column // 16 % 8 * 2 + column % 2
+    elif ORDER == "blocks":
+        tile = column // 16 % 2 * 2 + column // 2 % 2
+        at = column // 32 % 4 * 8 + column // 4 % 4 * 2 + column % 2
+        return column // 128 * 128 + tile * 32 + at
     elif ORDER == "sixes":
         tile = column // 32 % 2 * 4 + column // 64 % 2 * 2 + column // 2 % 2
         at = column // 128 % 2 * 16 + column // 4 % 8 * 2 + column % 2

@@ -7,6 +7,8 @@ give eight tiles of numbers [ROWS, 2 * UNITS], tile j with the columns 2 j and 2
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels.triton.word_tiles import beside
+
 UNIT_COLUMNS = tl.constexpr(16)
 PAIRS = tl.constexpr(8)
 
@@ -22,25 +24,6 @@ def load_units(words, first, columns, UNITS: tl.constexpr):
     ptrs = words[None, :] + (3 * at)[:, None]
     low, middle = tl.load(ptrs, inside, 0), tl.load(ptrs + 1, inside, 0)
     return tl.trans(low), tl.trans(middle), tl.trans(tl.load(ptrs + 2, inside, 0))
-
-
-@triton.jit
-def beside(x, y):
-    """Two tiles [ROWS, UNITS] as one [ROWS, 2 * UNITS], column by column in turns."""
-    return tl.reshape(tl.join(x, y), (x.shape[0], 2 * x.shape[1]))
-
-
-@triton.jit
-def side_by_side(x, y):
-    """Two tiles as one, the columns of the second behind those of the first."""
-    both = tl.permute(tl.join(x, y), (0, 2, 1))
-    return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
-
-
-@triton.jit
-def four_tiles(x, y, z, w):
-    """Four tiles as one."""
-    return side_by_side(side_by_side(x, y), side_by_side(z, w))
 
 
 @triton.jit
@@ -113,10 +96,3 @@ def sextet_pairs_bf16(units, ELEMENT: tl.constexpr):
         is_pure=True,
         pack=1,
     )
-
-
-@triton.jit
-def bf16_pair(words):
-    """Words [ROWS, UNITS] as the two numbers they hold, [ROWS, 2 * UNITS]."""
-    low = (words & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return beside(low, (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))

@@ -18,7 +18,7 @@ from fusedmoe.kernels.triton.quantized_common import (
     two_terms_bf16,
     wider_nibbles_asm,
 )
-from fusedmoe.kernels.triton.sextets import beside, bf16_pair
+from fusedmoe.kernels.triton.word_tiles import beside, bf16_pair
 
 
 @triton.jit

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.triton.quantized_common import spread_groups
-from fusedmoe.kernels.triton.sextets import four_tiles
 from fusedmoe.kernels.triton.sixes import (
     load_six_scales,
     load_sixes,
@@ -33,6 +32,7 @@ from fusedmoe.kernels.triton.threes import (
     three_scales,
     three_values,
 )
+from fusedmoe.kernels.triton.word_tiles import four_tiles
 
 
 @triton.jit

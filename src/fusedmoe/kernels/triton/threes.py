@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels.triton.quantized_common import minus_bf16, spread_groups, times_bf16
-from fusedmoe.kernels.triton.sextets import beside, bf16_pair, side_by_side
+from fusedmoe.kernels.triton.word_tiles import beside, bytes_of_words, side_by_side
 
 
 @triton.jit
@@ -89,34 +89,13 @@ def three_minima(words, RUN: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.const
     return _as_float(each & 15, 0, DTYPE, NATIVE)
 
 
-_BYTES_ASM = tl.constexpr("prmt.b32 $0, $2, 0x43, 0x4140; prmt.b32 $1, $2, 0x43, 0x4342;")
-
-
-@triton.jit
-def _bytes_bf16(words):
-    """Bytes, plus 128, as pairs of bf16: of the first two of each word, and of the last two."""
-    first, second = tl.inline_asm_elementwise(
-        _BYTES_ASM,
-        "=&r,=&r,r",
-        [words],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return bf16_pair(first), bf16_pair(second)
-
-
 @triton.jit
 def _integers(pairs, high, RUN: tl.constexpr, NATIVE: tl.constexpr):
     """Both tiles 32 * RUN columns on; NATIVE: in bf16, and 128 more."""
     words = (pairs >> (2 * RUN)) & 0x03030303
     if high is not None:
         words = words | (high >> RUN) & 0x04040404
-    if NATIVE:
-        return _bytes_bf16(words)
-    else:
-        first = beside(words & 255, (words >> 8) & 255)
-        return first, beside((words >> 16) & 255, (words >> 24) & 255)
+    return bytes_of_words(words, NATIVE)
 
 
 @triton.jit

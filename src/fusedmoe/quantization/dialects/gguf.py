@@ -9,6 +9,7 @@
     MXFP4    17 bytes: an e8m0 exponent, nibbles as Q4_0                mxfp4
     NVFP4    64 columns in 36 bytes: 4 scales of e4m3 without a sign, then for 16 columns each
              8 bytes, columns 0-7 in low nibbles; a scale of all may lie beside it   nvfp4
+    Q4_1, Q5_1     32 columns in 20 or 24 bytes, kept as they are                       q4_1, q5_1
     Q2_K to Q6_K   256 columns in one superblock, kept as it is (Q3_K, Q6_K padded)   q2_k to q6_k
 
 Tensors arrive as their bytes, uint8 [N, K / columns * bytes]. Beside x.weight in NVFP4, x.scale
@@ -129,7 +130,7 @@ def _nvfp4_alone(matrix: Matrix, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _superblocks(kind: str, matrix: Matrix, raw: torch.Tensor) -> torch.Tensor:
     """The bytes as they are, their scales checked, each superblock padded to whole words."""
     codec = CODECS[kind]
-    blocks = _blocks(matrix, codec.in_files, raw, 256)
+    blocks = _blocks(matrix, codec.in_files, raw, codec.columns)
     check_finite(matrix, "weight", blocks[..., codec.floats].contiguous().view(torch.float16))
     return codec.padded(blocks)
 
@@ -164,7 +165,11 @@ SCHEMES: Mapping[str, Scheme] = {
     "NVFP4": _scheme("NVFP4", NVFP4, _nvfp4_alone, 64, 36),
 } | {
     kind.upper(): _scheme(
-        kind.upper(), superblock_format(kind), partial(_superblocks, kind), 256, codec.in_files
+        kind.upper(),
+        superblock_format(kind),
+        partial(_superblocks, kind),
+        codec.columns,
+        codec.in_files,
     )
     for kind, codec in CODECS.items()
 }

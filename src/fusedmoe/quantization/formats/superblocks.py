@@ -1,4 +1,5 @@
-"""GGUF's K formats: 256 columns in one run of bytes, which carries its own scales.
+"""GGUF's K formats: 256 columns in one run of bytes, which carries its own scales; and its two
+older ones with minima, which files have where rows are no multiple of 256: 32 columns in one.
 
     q4_k 144 bytes  d, dmin fp16; 12 bytes of 6-bit scales and minima; 128 bytes of nibbles
     q5_k 176 bytes  as q4_k, with 32 bytes of fifth bits before the nibbles
@@ -7,12 +8,15 @@
     q6_k 212 bytes  128 bytes of nibbles, 64 of high bit pairs, 16 int8 scales, d fp16
     q3_k 112 bytes  32 bytes of high bits, 64 of bit pairs, 12 of 6-bit scales, d fp16
 
-The last two end in two bytes of padding, which files have not: superblocks begin at whole words.
+    q4_1  20 bytes  d, m fp16; 16 bytes of nibbles, columns 0-15 low, 16-31 high
+    q5_1  24 bytes  d, m fp16; 32 fifth bits; nibbles as q4_1
+
+q6_k and q3_k end in two bytes of padding, which files have not: superblocks begin at whole words.
 
 q4_k, q5_k: 8 groups of 32 columns, value = d * scale * q - dmin * minimum; q2_k likewise in 16
 groups of 16 columns. q6_k, q3_k: 16 groups of 16 columns, value = d * scale * (q - 32), and
-d * (scale - 32) * (q - 4). data is uint8 [e, N, K / 256 * bytes], but for that padding as in the
-file; there is no scale beside it. These are read, not written.
+d * (scale - 32) * (q - 4). q4_1, q5_1: d * q + m. data is uint8 [e, N, K / 256 * bytes] (K / 32),
+but for that padding as in the file; there is no scale beside it. These are read, not written.
 """
 
 from __future__ import annotations
@@ -30,13 +34,14 @@ COLUMNS = 256
 
 
 class SuperBlock(NamedTuple):
-    """A codec: ``nbytes`` for 256 columns, of which files have ``in_files``; ``read`` makes them
-    values [..., 256]. ``floats``: where its numbers in fp16 lie."""
+    """A codec: ``nbytes`` for ``columns``, of which files have ``in_files``; ``read`` makes them
+    values [..., columns]. ``floats``: where its numbers in fp16 lie."""
 
     nbytes: int
     in_files: int
     floats: slice
     read: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    columns: int = COLUMNS
 
     def decode(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         blocks = data.unflatten(-1, (-1, self.nbytes))
@@ -137,15 +142,29 @@ def _q3_k(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (groups * scale[..., None]).flatten(-2)
 
 
+def _q4_1(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    numbers = _nibbles(blocks[..., 4:20], 16).to(dtype)
+    return numbers * _fp16(blocks[..., 0:2], dtype) + _fp16(blocks[..., 2:4], dtype)
+
+
+def _q5_1(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    fifth = ((blocks[..., 4:8, None] >> bit) & 1).flatten(-2)
+    numbers = (_nibbles(blocks[..., 8:24], 16) | fifth << 4).to(dtype)
+    return numbers * _fp16(blocks[..., 0:2], dtype) + _fp16(blocks[..., 2:4], dtype)
+
+
 CODECS = {
     "q2_k": SuperBlock(84, 84, slice(80, 84), _q2_k),
     "q3_k": SuperBlock(112, 110, slice(108, 110), _q3_k),
     "q4_k": SuperBlock(144, 144, slice(0, 4), _q4_k),
     "q5_k": SuperBlock(176, 176, slice(0, 4), _q5_k),
     "q6_k": SuperBlock(212, 210, slice(208, 210), _q6_k),
+    "q4_1": SuperBlock(20, 20, slice(0, 4), _q4_1, 32),
+    "q5_1": SuperBlock(24, 24, slice(0, 4), _q5_1, 32),
 }
 
 
 def superblock_format(name: str) -> QuantFormat:
     """By a name of ``CODECS``."""
-    return QuantFormat(element=name, group=GroupShape(1, COLUMNS), scale_dtype=None)
+    return QuantFormat(element=name, group=GroupShape(1, CODECS[name].columns), scale_dtype=None)
