@@ -1,4 +1,5 @@
-"""A layer whose device and dtype were given heeds neither torch's default device nor its dtype."""
+"""A layer whose device and dtype were given heeds nothing of torch's that is set elsewhere: neither
+the default device nor the default dtype, nor autocast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,15 @@ def test_a_layer_computes_the_same(dtype, fmt, rows, experts, T):
         found = output(dtype, fmt, rows, T, options)
     assert found.device.type == "cpu"
     assert torch.equal(found, usual)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("fmt", [None, "int4_g32", "int8_channel", "fp8_channel", "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_autocast_changes_nothing(dtype, fmt, T):
+    usual = output(dtype, fmt, None, T, MoEOptions())
+    with torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(output(dtype, fmt, None, T, MoEOptions()), usual)
 
 
 def test_the_checks_of_an_implementation_draw_the_same():

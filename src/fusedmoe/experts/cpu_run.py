@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fusedmoe.activation import ApplyMoEActivationConfig, MoEActivation, activation_reference
 from fusedmoe.experts.cpu_plan import Block, Route, blocks_of, sort_slots
-from fusedmoe.gradients import without_gradients
+from fusedmoe.forward_only import forward_only
 from fusedmoe.modular_kernel import ProblemSize, WorkspaceShapes
 
 SCRATCH_BYTES = 256 << 20
@@ -88,7 +88,7 @@ class Buffers(NamedTuple):
         return cls(*(x.new_empty(rows, size) for size in sizes))
 
 
-@without_gradients
+@forward_only
 def run_layer(
     layer: Layer,
     route: Route,

@@ -16,7 +16,7 @@ from fusedmoe.experts.functional_plain import plain_fused_experts
 from fusedmoe.experts.functional_quantized import quantized_fused_experts
 from fusedmoe.experts.packed_weight import CPU_QUANTIZED, unpack
 from fusedmoe.experts.quantized_operands import config_of, tensors_and_words
-from fusedmoe.gradients import without_gradients
+from fusedmoe.forward_only import forward_only
 from fusedmoe.modular_kernel.experts import merged_activation_config
 from fusedmoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 
@@ -24,7 +24,7 @@ _DEFAULT_OPTIONS = MoEOptions()
 _DEFAULT_NUMBERS = ApplyMoEActivationConfig()
 
 
-@without_gradients
+@forward_only
 def fused_experts(
     hidden_states: torch.Tensor,
     w1: torch.Tensor,

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from fusedmoe.gradients import without_gradients
+from fusedmoe.forward_only import forward_only
 from fusedmoe.kernels.device import device_of, runs_hopper_cuda
 
 GateTier = Literal["rows", "cluster", "parts", "mm_fp32", "linear", "by_token"]
@@ -115,7 +115,7 @@ def gate_tier(
     return "linear"
 
 
-@without_gradients
+@forward_only
 def gate_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

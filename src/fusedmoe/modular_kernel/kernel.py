@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fusedmoe.activation import MoEActivation
-from fusedmoe.gradients import without_gradients
+from fusedmoe.forward_only import forward_only
 from fusedmoe.modular_kernel.checks import check_counts, check_ids, check_picks, check_rows
 from fusedmoe.modular_kernel.experts import (
     FusedMoEExperts,
@@ -52,7 +52,7 @@ class FusedMoEKernel:
     def output_is_reduced(self) -> bool:
         return self.prepare_finalize.output_is_reduced()
 
-    @without_gradients
+    @forward_only
     def apply(
         self,
         hidden_states: torch.Tensor,
@@ -220,7 +220,7 @@ class FusedMoEMonolithicKernel:
     def output_is_reduced(self) -> bool:
         return self.prepare_finalize.output_is_reduced()
 
-    @without_gradients
+    @forward_only
     def apply(
         self,
         hidden_states: torch.Tensor,

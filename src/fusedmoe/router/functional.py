@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedmoe.gradients import without_gradients
+from fusedmoe.forward_only import forward_only
 from fusedmoe.kernels.routing import routing
 from fusedmoe.router.spec import RoutingResult, RoutingSpec, RoutingTensors
 
@@ -15,7 +15,7 @@ INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 _NO_TENSORS = RoutingTensors()
 
 
-@without_gradients
+@forward_only
 def route(
     logits: torch.Tensor,
     spec: RoutingSpec,
