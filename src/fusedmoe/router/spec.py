@@ -10,7 +10,7 @@ import torch
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 GroupScore = Literal["max", "top2_sum"]
-Selection = Literal["topk", "sparsemixer", "topk_per_group"]
+SelectionRule = Literal["topk", "sparsemixer", "topk_per_group"]
 
 # Rows whose token id lies in [image_sentinel_lo, image_sentinel_lo + this) are image rows.
 NUM_VISION_TOKEN_IDS = 5
@@ -51,7 +51,7 @@ class RoutingSpec:
     num_experts: int
     score_function: ScoreFunction = "softmax"
     score_after_topk: bool = False
-    selection: Selection = "topk"
+    selection: SelectionRule = "topk"
     renormalize: bool = False
     renormalize_epsilon: float = 0.0
     renormalize_floor: float = 0.0
@@ -71,7 +71,7 @@ class RoutingSpec:
         for name, value, allowed in (
             ("score_function", self.score_function, get_args(ScoreFunction)),
             ("group_score", self.group_score, get_args(GroupScore)),
-            ("selection", self.selection, get_args(Selection)),
+            ("selection", self.selection, get_args(SelectionRule)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
