@@ -240,9 +240,9 @@ def test_inspect_says_what_keeps_a_file_from_being_a_model(
     told = capsys.readouterr().out
     assert "mixtral" in told
     assert "would not load" not in told
-    tensors["blk.1.attn_v.weight"] = (np.zeros((64, 84), np.uint8), "Q2_K")
+    tensors["blk.1.attn_v.weight"] = (np.zeros((64, 74), np.uint8), "IQ2_XS")
     path = write_gguf(tmp_path / "x.gguf", tensors, architecture="llama", **keys)
     assert main(["inspect", str(path)]) == 0
     told = capsys.readouterr().out
     assert "would not load" in told
-    assert "blk.1.attn_v.weight is stored as Q2_K" in told
+    assert "blk.1.attn_v.weight is stored as IQ2_XS" in told
