@@ -28,7 +28,7 @@ from fusedmoe.bench.report import make_header
 FORMATS = (
     *("int4_g128", "int4_g128_by_fp8", "int4_g128_act_order", "int8_g128", "int8_g128_act_order"),
     *("mxfp8", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4", "iq4_nl"),
-    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("q2_k", "q3_k", "q4_1", "q5_1", "q4_k", "q5_k", "q6_k"),
     *("mxfp8_by_mxfp8", "mxfp4_by_mxfp4", "mxfp6_e3m2_by_mxfp6", "nvfp4_by_nvfp4"),
 )
 
