@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedmoe import FusedMoE, explain, quantize_layer
+from fusedmoe import FusedMoE, MoEOptions, explain, quantize_layer
 from fusedmoe.quantization import keys
 from fusedmoe.quantization.formats import format_named, quantize
 from quantized_layers import FORMATS
@@ -85,6 +85,33 @@ def test_weights_that_are_not_finite_are_named_before_anything_changes():
     with pytest.raises(ValueError, match="w2_weight: 1 weights of local expert 2 are not finite"):
         quantize_layer(layer, "int8_channel")
     assert layer.routed_experts.w13_weight.dtype == torch.float32
+
+
+def test_a_layer_that_would_not_run_keeps_its_floats():
+    forced = plain(options=MoEOptions(experts="torch"))
+    with pytest.raises(ValueError, match="torch: does not run weights"):
+        quantize_layer(forced, "int8_channel")
+    assert forced(torch.randn(T, H), torch.randn(T, E)).shape == (T, H)
+    half = plain()
+    with pytest.raises(ValueError, match="odd names no tensor"):
+        half.load_weights([("experts.0.up_proj.weight", torch.ones(I, H)), ("odd", torch.ones(1))])
+    with pytest.raises(ValueError, match="were not loaded: odd names no tensor"):
+        quantize_layer(half, "int8_channel")
+    for layer in (forced, half):
+        assert layer.routed_experts.w13_weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_of_integers_is_not_taken_for_floats(strict):
+    """Both have the same shape."""
+    floats, rounded = plain(), plain()
+    state = floats.state_dict()
+    quantize_layer(rounded, "int8_channel")
+    for layer, given in ((floats, rounded.state_dict()), (rounded, state)):
+        with pytest.raises(RuntimeError, match=r"w13_weight: found torch.*not converted silently"):
+            layer.load_state_dict(given, strict=strict)
+        with pytest.raises(ValueError, match=r"w13_weight: found torch.*not converted silently"):
+            layer(torch.randn(T, H), torch.randn(T, E))
 
 
 def test_quantizing_twice_is_refused():

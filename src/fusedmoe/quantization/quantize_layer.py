@@ -32,8 +32,9 @@ def quantize_layer(
     those of the weights that this rank holds. One expert at a time is widened, and float weights
     are given up as soon as theirs are rounded. Graphs captured or compiled before are void.
 
-    Raises ValueError, the layer unchanged, for a layer that is not of floats, for sizes that the
-    format cannot hold, for weights that are not finite, and for formats that need calibration.
+    Raises ValueError, the layer unchanged, for a layer that is not of floats or was not loaded, for
+    sizes that the format cannot hold, for weights that are not finite, for formats that need
+    calibration, and where nothing runs the layer in this format, as its options want it.
     """
     experts: Any = getattr(layer, "routed_experts", layer)
     if not hasattr(experts, "quant_method"):
@@ -53,8 +54,10 @@ def quantize_layer(
         experts.moe_config, fmt, activation=activation, groups=experts.quant_method.groups
     )
     specs = {spec.name: spec for spec in method.param_specs()}
+    experts.check_usable()
     for owner in OWNERS:
         _check(experts, owner)
+    method.select_on(experts.w13_weight.device)  # raises where nothing would run them
     for owner in OWNERS:
         _replace(experts, f"{owner}_weight", _quantized(experts, owner, method, specs))
     experts.param_specs, experts.quant_method = specs, method

@@ -13,7 +13,7 @@ from torch import nn
 from fusedmoe.quantization.method_base import FusedMoEMethodBase
 from fusedmoe.weights.expert_map import ExpertMapManager
 from fusedmoe.weights.loading import ExpertLoader, LoadReport
-from fusedmoe.weights.param_spec import ParamSpec, ShardId
+from fusedmoe.weights.param_spec import ParamSpec, ShardId, check_dtype
 from fusedmoe.weights.params_mapping import ExpertTensorName
 
 if TYPE_CHECKING:
@@ -221,8 +221,15 @@ class LoadableExperts(nn.Module):
         errors = rest[-1]
         before = len(errors)
         for name in self.param_specs:
-            if f"{prefix}{name}" in state_dict and not self.w13_weight.is_meta:
+            given = state_dict.get(f"{prefix}{name}")
+            if given is None:
+                continue
+            if not self.w13_weight.is_meta:
                 self.quant_method.before_writing(cast("RoutedExperts", self), name, None)
+            try:
+                check_dtype(f"{prefix}{name}", given.dtype, name, getattr(self, name).dtype)
+            except ValueError as error:
+                errors.append(str(error))
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
         held = [f"{prefix}{n}" for n, tensor in self._parameters.items() if tensor is not None]
         missing = [name for name in held if name not in state_dict]

@@ -217,11 +217,7 @@ def load_shard(
             f"{name}: expected shape {expected} for {shard_id} of {spec.name}, "
             f"found {tuple(loaded.shape)}"
         )
-    if loaded.dtype != expert_data.dtype and not (_is_wide(loaded) and _is_wide(expert_data)):
-        raise ValueError(
-            f"{name}: found {loaded.dtype}, which is not converted silently to the "
-            f"{expert_data.dtype} of {spec.name}"
-        )
+    check_dtype(name, loaded.dtype, spec.name, expert_data.dtype)
     if loaded.is_meta:
         raise ValueError(f"{name}: is on 'meta', where it has no values")
     target = spec.shard_view(expert_data, shard_id, sizes)
@@ -238,6 +234,12 @@ def load_shard(
     target.copy_(piece)
 
 
-def _is_wide(x: torch.Tensor) -> bool:
-    """Floating point of 16 bits or more, which may be rounded into one another."""
-    return x.dtype.is_floating_point and x.dtype.itemsize >= 2
+def check_dtype(name: str, found: torch.dtype, param_name: str, wanted: torch.dtype) -> None:
+    """Raise ValueError unless a tensor ``name`` may be written into a parameter of dtype
+    ``wanted``: floats of 16 bits or more may be rounded into one another."""
+    wide = all(dtype.is_floating_point and dtype.itemsize >= 2 for dtype in (found, wanted))
+    if found != wanted and not wide:
+        raise ValueError(
+            f"{name}: found {found}, which is not converted silently to the {wanted} of "
+            f"{param_name}"
+        )
