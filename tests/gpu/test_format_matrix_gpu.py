@@ -12,7 +12,7 @@ from format_matrix import FEATURES, INVARIANT, MATRIX, case_of, serving, with_id
 from fusedmoe.experts.torch_quantized import BatchedTorchQuantizedExperts
 from fusedmoe.modular_kernel import FusedMoEActivationFormat
 from fusedmoe.quantization.keys import FP8_DYNAMIC_TENSOR
-from fusedmoe.testing import assert_close, assert_no_worse
+from fusedmoe.testing import NO_WORSE, assert_close, assert_no_worse
 
 pytestmark = pytest.mark.gpu
 NAMES = ("hidden_states", "topk_weights", "topk_ids")
@@ -31,13 +31,16 @@ def classes(case, rows_are):
 
 def assert_right(cls, case, tensors, out):
     exact = replace(case, rows=None).expected(tensors)
+    # Kernels round numbers with a minimum to 16 bits; torch's are fp32.
+    factor = 1.1 if {case.format, case.down} & {"q4_1", "q5_1"} else NO_WORSE
     batched = cls.activation_format() is FusedMoEActivationFormat.BatchedExperts
     if case.rows is None:
         assert_close(cls.name, out, exact, "weight_only")
     elif batched and case.rows == FP8_DYNAMIC_TENSOR:  # made by the rows that are here
         assert_no_worse(cls.name, out, case.run(tensors, BatchedTorchQuantizedExperts), exact)
     else:
-        assert_no_worse(cls.name, out, case.expected(tensors).to(out.dtype), exact)
+        computed = case.expected(tensors).to(out.dtype)
+        assert_no_worse(cls.name, out, computed, exact, factor=factor)
 
 
 @FORMATS

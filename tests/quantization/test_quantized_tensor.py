@@ -105,6 +105,15 @@ def test_group_indices_out_of_range_are_found(bad):
         q.check_values("w")
 
 
+@pytest.mark.parametrize("byte", [0x80, 0xB8])
+def test_a_scale_of_nvfp4_has_no_sign(byte):
+    q = draw("nvfp4", 2, 8, 32)
+    q.check_values()
+    q.scale.view(torch.uint8)[1, 3, 1] = byte
+    with pytest.raises(ValueError, match=r"w: its scale has 1 negative .* at \[1, 3, 1\]"):
+        q.check_values("w")
+
+
 @pytest.mark.parametrize("name", ["int4_g32_act_order", "int8_g32_zp_act_order"])
 def test_sorted_columns_mean_the_same(name):
     q = draw(name, 2, 8, 128)

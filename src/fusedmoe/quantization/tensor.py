@@ -303,8 +303,8 @@ class QuantizedTensor:
         return dequantize(self, compute).to(dtype)
 
     def check_values(self, name: str = "weights") -> None:
-        """Raise ValueError, naming ``name`` and the part, for a scale of inf or NaN, or a group
-        index out of range. Reads the values: on a GPU it waits for them.
+        """Raise ValueError, naming ``name`` and the part, for a scale of inf or NaN, an e4m3 scale
+        with a sign, or a group index out of range. Reads the values: on a GPU it waits for them.
         """
         scales = {"scale": self.scale, "scale2": self.scale2}
         for part, scale in scales.items():
@@ -318,6 +318,8 @@ class QuantizedTensor:
                     f"{name}: {int(bad.sum())} of {bad.numel()} numbers of its {part} are not "
                     f"finite; the first is {found} at {at}"
                 )
+            if scale.dtype == torch.float8_e4m3fn:
+                _check_unsigned(f"{name}: its {part}", scale)
         if self.group_index is not None and self.group_index.numel():
             self._check_group_index(name, self.group_index.flatten(0, -2))
 
@@ -356,3 +358,14 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Stored, all parts together."""
         return sum(part.nbytes for part in self.parts().values())
+
+
+def _check_unsigned(name: str, scale: torch.Tensor) -> None:
+    """NVFP4's e4m3 scales are defined without a sign, and kernels read their bits so."""
+    signed = scale.view(torch.uint8) > 127
+    if signed.any():
+        at = signed.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} has {int(signed.sum())} negative numbers of {signed.numel()}; the first is "
+            f"{float(scale[tuple(at)].float())} at {at}"
+        )
