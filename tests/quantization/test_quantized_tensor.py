@@ -110,7 +110,7 @@ def test_a_scale_of_nvfp4_has_no_sign(byte):
     q = draw("nvfp4", 2, 8, 32)
     q.check_values()
     q.scale.view(torch.uint8)[1, 3, 1] = byte
-    with pytest.raises(ValueError, match=r"w: its scale has 1 negative .* at \[1, 3, 1\]"):
+    with pytest.raises(ValueError, match=r"w: 1 of 32 numbers of its scale are negative"):
         q.check_values("w")
 
 
@@ -161,7 +161,7 @@ def test_tables_of_sorted_columns_are_checked():
     with pytest.raises(ValueError, match="group_index lies in"):
         q.check_values()
     parts = {"data": q.data[0, :, :32], "group_index": ~torch.arange(64).int()[None]}
-    with pytest.raises(ValueError, match="64 sorted columns for 4 int4_g32_act_order groups"):
+    with pytest.raises(ValueError, match="64 sorted columns for 4 groups of 32"):
         replace(q[0], shape=(8, 64), **parts).check_values()
 
 

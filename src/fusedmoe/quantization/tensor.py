@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedmoe.quantization.keys import PER_ROW, PER_TENSOR, GroupShape, QuantKey, ScaleKind
+from fusedmoe.quantization.stored_values import check_group_index, check_scales
 from fusedmoe.words import FLOATS
 
 # Of groups that are proposed in the place of larger ones.
@@ -306,34 +307,13 @@ class QuantizedTensor:
         """Raise ValueError, naming ``name`` and the part, for a scale of inf or NaN, an e4m3 scale
         with a sign, or a group index out of range. Reads the values: on a GPU it waits for them.
         """
-        scales = {"scale": self.scale, "scale2": self.scale2}
-        for part, scale in scales.items():
-            if scale is None:
-                continue
-            bad = scale == 255 if scale.dtype == torch.uint8 else ~scale.float().isfinite()
-            if bad.any():
-                at = bad.nonzero()[0].tolist()
-                found = "NaN" if scale.dtype == torch.uint8 else float(scale.float()[tuple(at)])
-                raise ValueError(
-                    f"{name}: {int(bad.sum())} of {bad.numel()} numbers of its {part} are not "
-                    f"finite; the first is {found} at {at}"
-                )
-            if scale.dtype == torch.float8_e4m3fn:
-                _check_unsigned(f"{name}: its {part}", scale)
+        for part, scale in {"scale": self.scale, "scale2": self.scale2}.items():
+            if scale is not None:
+                check_scales(name, part, scale)
         if self.group_index is not None and self.group_index.numel():
-            self._check_group_index(name, self.group_index.flatten(0, -2))
-
-    def _check_group_index(self, name: str, index: torch.Tensor) -> None:
-        """index [shards of all experts, K]"""
-        assert self.scale is not None
-        K, groups = index.shape[-1], self.scale.shape[-1]
-        is_sorted = (~index).sort(-1).values.eq(torch.arange(K, device=index.device)).all(-1)
-        if is_sorted.any() and groups * self.format.group.col != K:
-            raise ValueError(f"{name}: {K} sorted columns for {groups} {self.format.name} groups")
-        rest = index[~is_sorted]
-        low, high = (int(bound) for bound in rest.aminmax()) if rest.numel() else (0, 0)
-        if low < 0 or high >= groups:
-            raise ValueError(f"{name}: group_index lies in [{low}, {high}], not in [0, {groups})")
+            assert self.scale is not None
+            index, groups = self.group_index.flatten(0, -2), self.scale.shape[-1]
+            check_group_index(name, index, groups, self.format.group.col)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
         """``function`` applied to every tensor; it must keep the logical shape."""
@@ -358,14 +338,3 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Stored, all parts together."""
         return sum(part.nbytes for part in self.parts().values())
-
-
-def _check_unsigned(name: str, scale: torch.Tensor) -> None:
-    """NVFP4's e4m3 scales are defined without a sign, and kernels read their bits so."""
-    signed = scale.view(torch.uint8) > 127
-    if signed.any():
-        at = signed.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} has {int(signed.sum())} negative numbers of {signed.numel()}; the first is "
-            f"{float(scale[tuple(at)].float())} at {at}"
-        )
